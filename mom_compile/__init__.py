@@ -1,0 +1,17 @@
+"""mom_compile: exact long-context inference in a fraction of the memory, as a `torch.compile` backend.
+
+    model.compile(backend="mom")
+
+No import is needed for that; this package is for looking inside.
+"""
+
+from mom_compile.backend import MomWarning, reports
+from mom_compile.explain import explain
+from mom_compile.report import Report
+from passes.errors import CannotChunk
+from passes.rules import FULL, Claim, Dim
+from passes.rules import register as chunk_rule
+
+__version__ = "0.1.0"
+
+__all__ = ["FULL", "CannotChunk", "Claim", "Dim", "MomWarning", "Report", "chunk_rule", "explain", "reports"]

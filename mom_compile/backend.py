@@ -1,0 +1,133 @@
+"""The `torch.compile` entry: `model.compile(backend="mom")`.
+
+    Dynamo graph -> Inductor's front half -> our passes -> loops and straight pieces through Inductor -> a program
+
+Whatever we cannot or need not improve goes to stock Inductor unchanged, with the reason in the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import mom_compile.runtime.attention  # noqa: F401  registers the attention kernels
+from mom_compile.config import Options, parse_options
+from mom_compile.lowering import lower
+from mom_compile.pieces import PieceCache
+from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.report import Report
+from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
+
+log = logging.getLogger(__name__)
+
+#: Compiled pieces of this process, shared by all models and sequence lengths.
+_PIECES = PieceCache()
+
+#: Reports of the graphs compiled in this process, oldest first; at most this many are kept.
+_REPORTS: list[Report] = []
+_MOST_REPORTS = 256
+
+
+class MomWarning(UserWarning):
+    """A graph of ours fell back to stock Inductor because something of ours failed."""
+
+
+def mom(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
+    parsed = parse_options(options, mode)
+    inner = functools.partial(compile_graph, options=parsed)
+    return capture(gm, example_inputs, inner, dict(parsed.inductor))
+
+
+def _reset() -> None:
+    """Forget compiled pieces and reports; `torch._dynamo.reset()` calls it."""
+    _PIECES.clear()
+    _REPORTS.clear()
+
+
+mom.reset = _reset  # type: ignore[attr-defined]
+
+
+def reports() -> list[Report]:
+    """What was done to each graph compiled so far in this process, oldest first."""
+    return list(_REPORTS)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options,
+    stock: InnerCompile = stock_inner_compile,
+    **kwargs: Any,
+) -> Any:
+    """Inductor's `inner_compile` hook: an ATen graph to a boxed callable, ours or stock Inductor's."""
+    report = Report(nodes=len(gm.graph.nodes))
+    _REPORTS.append(report)
+    del _REPORTS[:-_MOST_REPORTS]
+    reason = why_stock(gm, options, kwargs)
+    if reason is None:
+        try:
+            return build_program(gm, example_inputs, options, report, kwargs)
+        except NotWorthwhile as decision:
+            reason = str(decision)
+        except Exception as error:
+            if options.strict:
+                raise
+            report.failed = True
+            reason = f"{type(error).__name__}: {error}"
+            log.debug("our passes failed", exc_info=True)
+            warnings.warn(f"mom_compile falls back to stock Inductor: {reason}", MomWarning, stacklevel=2)
+    report.fallback = reason
+    log.info("stock Inductor: %s", reason)
+    return stock(gm, example_inputs, **kwargs)
+
+
+def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:
+    """Why a graph is not for us, or None."""
+    if options.scope == "none":
+        return "scope='none' asks for stock Inductor"
+    if not kwargs.get("is_inference"):
+        return "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
+    if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
+        return "ahead-of-time and C++-wrapper compilation are stock Inductor's"
+    for node in gm.graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if isinstance(value, torch.SymInt) and not value.node.has_hint():
+                return f"{node.name} ({node.target}) makes sizes depend on data"
+            if isinstance(value, torch.Tensor) and any(size == 0 for size in value.shape if isinstance(size, int)):
+                return f"{node.name} is empty: there is nothing to cut"
+    return None
+
+
+def build_program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, kwargs: Mapping[str, Any]
+) -> Callable[[list[Any]], Any]:
+    """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
+    static = static_input_names(gm, kwargs.get("static_input_idxs", ()))
+    rewritten = run_pipeline(gm, static_inputs=static, mini_seq_len=options.rows, report=report)
+    program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report)
+
+    def run(inputs: list[Any]) -> tuple[Any, ...]:
+        return program(inputs)
+
+    return mark_boxed(run)
+
+
+def static_input_names(gm: fx.GraphModule, indices: Collection[int]) -> set[str]:
+    """Placeholders that hold parameters and buffers."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return {placeholders[i].name for i in indices if i < len(placeholders)}

@@ -1,0 +1,93 @@
+"""Options of the backend: frozen, validated, with defaults in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
+
+#: Tokens per mini-sequence with `mini_seq_len="auto"`, until the memory model chooses it.
+#: Measured on 2 CPU cores with the Llama shape of `make bench` (see README): shorter mini-sequences
+#: cost time (each iteration re-reads the weights), longer ones memory, in proportion.
+DEFAULT_MINI_SEQ_LEN = 1024
+
+#: Beyond this no model has tokens; a larger number is a slip of the keyboard.
+MAX_MINI_SEQ_LEN = 1 << 30
+
+SCOPES = ("layer", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="mom", options={...})` accepts.
+
+    mini_seq_len  tokens per mini-sequence (at least 2), or "auto"
+    scope         "layer": everything between two attentions' keys and values; "none": stock Inductor
+    strict        our own failures raise instead of falling back to stock Inductor
+    inductor      Inductor options, passed through; a `mode` adds to them
+    """
+
+    mini_seq_len: int | str = "auto"
+    scope: str = "layer"
+    strict: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Tokens per mini-sequence."""
+        return DEFAULT_MINI_SEQ_LEN if self.mini_seq_len == "auto" else int(self.mini_seq_len)
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Validate what the user passed. Raises `ValueError` that lists what is valid."""
+    given = dict(options or {})
+    names = [f.name for f in fields(Options)]
+    unknown = sorted(set(given) - set(names), key=str)
+    if unknown:
+        raise UserError(f"unknown option {_listed(unknown)} for backend 'mom'; valid options are {_listed(names)}")
+    inductor = _inductor_options(given.get("inductor", {}), mode)
+    parsed = Options(**{**given, "inductor": inductor})
+    _check_mini_seq_len(parsed.mini_seq_len)
+    if parsed.scope not in SCOPES:
+        raise UserError(f"scope={parsed.scope!r} is not valid; it is one of {_listed(SCOPES)}")
+    if not isinstance(parsed.strict, bool):
+        raise UserError(f"strict={parsed.strict!r} is not valid; it is True or False")
+    return parsed
+
+
+def _check_mini_seq_len(value: Any) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= MAX_MINI_SEQ_LEN:
+        raise UserError(
+            f"mini_seq_len={value!r} is not valid; it is 'auto' or a whole number of tokens "
+            f"from 2 to {MAX_MINI_SEQ_LEN} (a mini-sequence of one row would be specialised on)"
+        )
+
+
+def _inductor_options(given: Any, mode: str | None) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise UserError(f"inductor={given!r} is not valid; it is a dictionary of Inductor options")
+    merged = _options_of_mode(mode)
+    known = inductor_option_names()
+    for name, value in given.items():
+        key = str(name).replace("-", "_")
+        if key not in known:
+            raise UserError(f"unknown Inductor option {name!r}; torch._inductor.list_options() lists them")
+        merged[key] = value
+    return merged
+
+
+def _options_of_mode(mode: str | None) -> dict[str, Any]:
+    if mode in (None, "default"):
+        return {}
+    try:
+        return mode_options(str(mode))
+    except RuntimeError as error:
+        raise UserError(f"mode={mode!r} is not valid: {error}") from None
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,429 @@
+"""From the rewritten graph to a program: loop bodies and straight runs of operators go through Inductor once each.
+
+Terms
+-----
+straight piece   A run of operators between two loops, compiled as one graph.
+own symbols      A piece's sizes, numbered in order of appearance (`n0`, `n1`, ...), so that layers and graphs share it.
+place            A view of a stored value's rows, which the body fills: nothing is copied there afterwards.
+
+    for node in graph:
+        loop           -> a body that writes its rows in place, compiled; a CompiledLoop step
+        operators      -> gathered up to the next loop; one compiled piece, or steps where they are only views
+        size           -> a step
+    every step names the slots that die with it
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mom_compile.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
+from mom_compile.report import Report
+from mom_compile.runtime.loop import CompiledLoop, RowsOf, SizeOf, StoredRows
+from mom_compile.runtime.program import Program, Slot, Step
+from mom_compile.torch_compat import keep_output_strides, least_value
+from passes.demands import VIEWS
+from passes.errors import PassError
+from passes.mini_sequence import LoopOutput, MiniSequence
+from passes.rules import Dim
+from passes.sizes import Size, expr, hint, product
+
+aten = torch.ops.aten
+
+START, COUNT, LENGTH = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count", "length"))
+
+
+class Symbols:
+    """The graph's symbols, each with the placeholder that has its value, and facts about them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.sources: dict[sympy.Symbol, fx.Node] = {}
+        self.facts: dict[sympy.Symbol, SymbolFacts] = {}
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, torch.SymInt) and expr(value).is_Symbol:
+                self.sources[expr(value)] = node
+                self.facts[expr(value)] = SymbolFacts(hint(value), least_value(value))
+
+    def check(self, expression: sympy.Expr) -> sympy.Expr:
+        unknown = expression.free_symbols - set(self.sources)
+        if unknown:
+            raise PassError(f"size {expression} depends on {unknown}, which no input of the graph gives")
+        return expression
+
+
+class Lowering:
+    """Lowers one rewritten graph. `static_inputs` names the placeholders that hold parameters."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        *,
+        static_inputs: Collection[str],
+        patches: Mapping[str, Any],
+        cache: PieceCache,
+        report: Report,
+    ) -> None:
+        self.gm = gm
+        self.static_inputs = static_inputs
+        self.patches = patches
+        self.cache = cache
+        self.report = report
+        self.symbols = Symbols(gm)
+        self.slots: dict[fx.Node, int] = {}
+        self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
+        self.layouts: dict[fx.Node, LoopOutput] = {}
+        self.run_: list[fx.Node] = []
+
+    def program(self) -> Program:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._slot(node)
+            elif node.op == "call_module":
+                self._flush()
+                self._lower_loop(node)
+            elif node.op == "get_attr":
+                self._lower_attribute(node)
+            elif node.op == "call_function" and node.target is operator.getitem and node.args[0].op == "call_module":
+                continue
+            elif node.op == "call_function":
+                self._lower_operator(node)
+        self._flush()
+        return self._assemble()
+
+    # --- operators between loops ---
+
+    def _lower_operator(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            if any(n in self.run_ for n in node.all_input_nodes):
+                self._flush()
+            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
+            return
+        self.run_.append(node)
+
+    def _lower_attribute(self, node: fx.Node) -> None:
+        owner: Any = self.gm
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        self._call(node.name, lambda _, value=owner: (value,), [], [node])
+
+    def _flush(self) -> None:
+        """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
+        nodes, self.run_ = self.run_, []
+        if all(node.target in VIEWS for node in nodes):
+            for node in nodes:
+                self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
+            return
+        inside = set(nodes)
+        read = [n for node in nodes for n in node.all_input_nodes if n not in inside]
+        inputs = list(dict.fromkeys(read))
+        outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+        name = f"piece_{nodes[0].name}"
+        gm = _subgraph(nodes, inputs, outputs)
+        templates = [self._template(node) for node in inputs]
+        run, extra = self._compile(gm, templates, name)
+        self._call(name, run, [*extra, *inputs], list(outputs))
+
+    # --- loops ---
+
+    def _lower_loop(self, node: fx.Node) -> None:
+        loop = self.gm.get_submodule(str(node.target))
+        assert isinstance(loop, MiniSequence)
+        spec = loop.spec
+        sizes = list(node.args[1 : 1 + len(spec.sizes)])
+        tensors: list[Any] = list(node.args[1 + len(spec.sizes) :])
+        sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
+        layout = _LoopLayout(self, spec.length)
+        templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
+        templates += [SizeTemplate(layout.size(size)) for size in spec.sizes]
+        templates += [layout.rows(n, dim) for n, dim in zip(sliced, spec.sliced, strict=True)]
+        templates += [layout.whole(n) for n in whole]
+        templates += [layout.place(output) for output in spec.outputs]
+        run, extra = self._compile(_writing_body(loop), templates, str(node.target), layout.literal, layout.facts())
+        compiled = CompiledLoop(
+            run,
+            spec.mini_seq_len,
+            len(extra),
+            len(sizes),
+            tuple(self._rows_of(dim, extra) for dim in spec.sliced),
+            tuple(self._stored(output, extra) for output in spec.outputs),
+        )
+        items = {user.args[1]: user for user in node.users}
+        results = [items.get(i) for i in range(len(spec.outputs))]
+        for item, output in zip(results, spec.outputs, strict=True):
+            if item is not None:
+                self.layouts[item] = output
+        self._call(str(node.target), compiled, [*extra, node.args[0], *sizes, *tensors], results)
+
+    def _rows_of(self, dim: Dim, extra: Sequence[Any]) -> RowsOf:
+        return RowsOf(dim.index, self._size_of(dim.outer, extra), self._size_of(dim.inner, extra), dim.plain)
+
+    def _stored(self, output: LoopOutput, extra: Sequence[Any]) -> StoredRows:
+        shape = tuple(self._size_of(size, extra) for size in output.shape)
+        return StoredRows(self._rows_of(output.dim, extra), shape, output.order, output.dtype, output.device)
+
+    def _size_of(self, size: Size, extra: Sequence[Any]) -> SizeOf:
+        """A size as a number, or as a function of the values of the loop's symbol arguments."""
+        expression = expr(size)
+        if expression.is_Integer:
+            return int(expression)
+        positions = {expr(n.meta["val"]): i for i, n in enumerate(extra) if isinstance(n, fx.Node)}
+        if expression in positions:
+            return operator.itemgetter(positions[expression])
+        names = sorted(expression.free_symbols, key=str)
+        compute = sympy.lambdify(names, expression, modules="math")
+        where = [positions[name] for name in names]
+        return lambda values: compute(*(values[i] for i in where))
+
+    # --- pieces ---
+
+    def _compile(
+        self,
+        gm: fx.GraphModule,
+        templates: list[Template],
+        name: str,
+        literal: int | None = None,
+        facts: Mapping[sympy.Symbol, SymbolFacts] | None = None,
+    ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+        """The compiled piece, and the arguments that give its symbols their values, to be passed first.
+
+        `start` and `count` change with every iteration: a loop passes them itself, after those.
+        """
+        found = [s for t in templates for e in _expressions(t) for s in sorted(e.free_symbols, key=str)]
+        facts = {**self.symbols.facts, **(facts or {})}
+        outer = [s for s in dict.fromkeys(found) if s not in (START, COUNT)]
+        names: dict[sympy.Symbol, sympy.Symbol] = {
+            s: sympy.Symbol(f"n{i}", integer=True, nonnegative=True) for i, s in enumerate(outer)
+        }
+        own = {names[s]: facts[s] for s in outer}
+        looping = [s for s in (START, COUNT) if s in found]
+        own.update({s: facts[s] for s in looping})
+        renamed: list[Template] = [SizeTemplate(names[s]) for s in outer]
+        renamed += [_substitute(t, names) for t in templates]
+        with_symbols = _with_leading_sizes(gm, [names[s].name for s in outer])
+        keep_output_strides(with_symbols)
+        piece = self.cache.get(with_symbols, renamed, own, self.patches, self.report, name)
+        extra = [literal if s is LENGTH else self.symbols.sources[s] for s in outer]
+        return piece, extra
+
+    def _template(self, node: fx.Node) -> Template:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            shape = tuple(self.symbols.check(expr(s)) for s in value.shape)
+            stride = self.strides(node)
+            return TensorTemplate(shape, stride, value.dtype, value.device)
+        return SizeTemplate(self.symbols.check(expr(value)))
+
+    def strides(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        value = node.meta["val"]
+        if node in self.layouts:
+            return dense_strides(value.shape, self.layouts[node].order)
+        return tuple(self.symbols.check(expr(s)) for s in value.stride())
+
+    # --- steps ---
+
+    def _slot(self, node: fx.Node) -> int:
+        return self.slots.setdefault(node, len(self.slots))
+
+    def _call(
+        self, name: str, run: Callable[[list[Any]], Any], arguments: list[Any], results: list[fx.Node | None]
+    ) -> None:
+        for result in results:
+            if result is not None:
+                self._slot(result)
+        self.steps.append((name, run, arguments, results))
+
+    def _assemble(self) -> Program:
+        output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        returned = list(output.args[0])
+        last: dict[fx.Node, int] = {}
+        for i, (_, _, arguments, results) in enumerate(self.steps):
+            for node in [*arguments, *results]:
+                if isinstance(node, fx.Node):
+                    last[node] = i
+        kept = {n for n in returned if isinstance(n, fx.Node)}
+        steps = []
+        for i, (name, run, arguments, results) in enumerate(self.steps):
+            dying = {self.slots[n] for n in arguments if isinstance(n, fx.Node) and last[n] == i and n not in kept}
+            steps.append(
+                Step(
+                    name,
+                    run,
+                    tuple(Slot(self.slots[a]) if isinstance(a, fx.Node) else a for a in arguments),
+                    tuple(self.slots[r] if r is not None and (r in kept or last[r] > i) else None for r in results),
+                    tuple(sorted(dying)),
+                )
+            )
+        unread = [self.slots[n] for n in self.slots if n.op == "placeholder" and n not in last and n not in kept]
+        outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in returned)
+        return Program(tuple(steps), len(self.slots), tuple(unread), outputs)
+
+
+class _LoopLayout:
+    """Templates of a body's inputs. Where the graph's length is a number, it becomes the symbol `length` here."""
+
+    def __init__(self, lowering: Lowering, length: Size) -> None:
+        self.lowering = lowering
+        self.length = length
+        self.literal = length if isinstance(length, int) else None
+
+    def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
+        """Hints for the symbols of a loop: a first and a usual mini-sequence."""
+        length = hint(self.length)
+        return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(max(2, length // 2), 2)}
+
+    def size(self, size: Size) -> sympy.Expr:
+        if self.literal is not None and isinstance(size, int) and size == self.literal:
+            return LENGTH
+        return self.lowering.symbols.check(expr(size))
+
+    def whole(self, node: fx.Node) -> Template:
+        template = self.lowering._template(node)
+        if isinstance(template, SizeTemplate) or node.name in self.lowering.static_inputs or self.literal is None:
+            return template
+        return self._general(node, template)
+
+    def _general(self, node: fx.Node, template: TensorTemplate) -> TensorTemplate:
+        """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
+        value = node.meta["val"]
+        lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
+        order = self.lowering.layouts[node].order if node in self.lowering.layouts else _order_if_dense(value)
+        if not lengths or order is None:
+            return template
+        shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
+        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
+
+    def rows(self, node: fx.Node, dim: Dim) -> Template:
+        full = self.whole(node)
+        assert isinstance(full, TensorTemplate)
+        count = expr(product([dim.outer, COUNT, dim.inner]))
+        shape = tuple(count if i == dim.index else size for i, size in enumerate(full.shape))
+        stride = full.stride if dim.plain else dense_strides(shape, tuple(range(len(shape))))
+        return TensorTemplate(shape, stride, full.dtype, full.device)
+
+    def place(self, output: LoopOutput) -> TensorTemplate:
+        """Rows of a stored value as the body sees them: a composite dimension is unfolded."""
+        dim, shape = output.dim, [self.lowering.symbols.check(expr(s)) for s in output.shape]
+        if self.literal is not None and dim.plain:
+            shape[dim.index] = LENGTH
+        strides = list(dense_strides(shape, output.order))
+        shape[dim.index] = COUNT
+        if not dim.plain:
+            inner, step = expr(dim.inner), strides[dim.index]
+            shape[dim.index : dim.index + 1] = [expr(dim.outer), COUNT, inner]
+            per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
+            strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
+        return TensorTemplate(tuple(shape), tuple(strides), output.dtype, output.device)
+
+
+def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:
+    """Strides of a dense tensor whose dimensions lie in `order` from the outermost in storage to the innermost."""
+    strides: list[sympy.Expr] = [sympy.Integer(1)] * len(shape)
+    step: sympy.Expr = sympy.Integer(1)
+    for index in reversed(order):
+        strides[index] = step
+        step = sympy.expand(step * expr(shape[index]))
+    return tuple(strides)
+
+
+def _order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
+    order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
+    expected = dense_strides([hint(size) for size in value.shape], order)
+    dense = all(hint(n) == 1 or int(e) == hint(s) for n, s, e in zip(value.shape, value.stride(), expected, strict=True))
+    return order if dense else None
+
+
+def _writing_body(loop: MiniSequence) -> fx.GraphModule:
+    """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
+
+    Before:  def body(start, count, x_rows, w): ...; return (y,)
+    After:   def body(start, count, x_rows, w, y_place): ...; y_place.copy_(y); return ()
+    """
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in loop.body.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node)
+    places = [graph.placeholder(f"{output.name}_place") for output in loop.spec.outputs]
+    for node in loop.body.graph.nodes:
+        if node.op == "output":
+            for place, output, rows in zip(places, loop.spec.outputs, node.args[0], strict=True):
+                piece = values[rows]
+                if not output.dim.plain:
+                    piece = graph.call_function(aten.reshape.default, (piece, _unfolded_shape(graph, output, place)))
+                graph.call_function(aten.copy_.default, (place, piece))
+            graph.output(())
+        elif node.op != "placeholder":
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return fx.GraphModule(torch.nn.Module(), graph, "WritingBody")
+
+
+def _unfolded_shape(graph: fx.Graph, output: LoopOutput, place: fx.Node) -> list[Any]:
+    """The place's own sizes."""
+    return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.shape) + 2)]
+
+
+def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        values[node] = graph.placeholder(node.name)
+    for node in nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in outputs))
+    return fx.GraphModule(torch.nn.Module(), graph, "StraightPiece")
+
+
+def _with_leading_sizes(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    graph = fx.Graph()
+    for name in names:
+        graph.placeholder(name)
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
+    """A step that calls one node's target on the values of its distinct inputs."""
+    inputs = list(node.all_input_nodes)
+
+    def call(arguments: list[Any]) -> tuple[Any]:
+        known = dict(zip(inputs, arguments, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return (node.target(*args, **kwargs),)  # type: ignore[operator]
+
+    return call
+
+
+def _expressions(template: Template) -> Sequence[sympy.Expr]:
+    if isinstance(template, SizeTemplate):
+        return [template.value]
+    return [*template.shape, *template.stride]
+
+
+def _substitute(template: Template, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Template:
+    if isinstance(template, SizeTemplate):
+        return SizeTemplate(template.value.xreplace(names))
+    shape = tuple(s.xreplace(names) for s in template.shape)
+    stride = tuple(s.xreplace(names) for s in template.stride)
+    return TensorTemplate(shape, stride, template.dtype, template.device)
+
+
+def lower(
+    gm: fx.GraphModule,
+    *,
+    static_inputs: Collection[str],
+    patches: Mapping[str, Any],
+    cache: PieceCache,
+    report: Report,
+) -> Program:
+    """The rewritten graph as a program of compiled steps."""
+    return Lowering(gm, static_inputs=static_inputs, patches=patches, cache=cache, report=report).program()
+
+

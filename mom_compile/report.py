@@ -1,0 +1,106 @@
+"""What was done to a graph and what was not, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
+from passes.sizes import hint
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One loop: where its tokens are, what it stores at full length, and what it runs."""
+
+    name: str
+    length: str
+    mini_seq_len: int
+    crossing: tuple[LoopOutput, ...]
+    bytes_per_token: tuple[int, ...]
+    operators: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    name: str
+    seconds: float
+    change: str
+
+
+@dataclass
+class Report:
+    """The story of one captured graph. `str(report)` prints it.
+
+    fallback       why the graph went to stock Inductor unchanged, or None
+    failed         whether that reason was a failure of ours rather than a decision
+    stages         the loops, in the order they run
+    left_out       operator -> why it runs on the full sequence
+    eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
+    """
+
+    nodes: int = 0
+    fallback: str | None = None
+    failed: bool = False
+    token_dimension: str = ""
+    stages: list[StageReport] = field(default_factory=list)
+    passes: list[PassReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    eager_pieces: dict[str, str] = field(default_factory=dict)
+    bodies_compiled: int = 0
+    bodies_shared: int = 0
+    compile_seconds: float = 0.0
+    graph: fx.GraphModule | None = None
+
+    def describe_loops(self, gm: fx.GraphModule) -> None:
+        self.graph = gm
+        self.stages = [_stage_report(name, loop) for name, loop in loops(gm)]
+
+    @property
+    def full_length_values(self) -> list[str]:
+        """Names of all values that live at full length, stage by stage."""
+        return [output.name for stage in self.stages for output in stage.crossing]
+
+    def code(self) -> str:
+        """The rewritten graph as readable Python, bodies included."""
+        return "" if self.graph is None else self.graph.print_readable(print_output=False)
+
+    def __str__(self) -> str:
+        if self.fallback is not None:
+            verdict = "failed, so it went" if self.failed else "went"
+            return f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"
+        lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
+        for stage in self.stages:
+            lines += _stage_lines(stage)
+        if self.left_out:
+            lines.append("on the full sequence, between loops:")
+            lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
+        for name, reason in self.eager_pieces.items():
+            lines.append(f"{name} runs eagerly, Inductor could not compile it: {reason}")
+        if self.bodies_compiled or self.bodies_shared:
+            lines.append(
+                f"{self.bodies_compiled} pieces compiled in {self.compile_seconds:.1f} s, {self.bodies_shared} shared"
+            )
+        return "\n".join(lines)
+
+
+def _stage_report(name: str, loop: MiniSequence) -> StageReport:
+    spec: LoopSpec = loop.spec
+    operators: dict[str, int] = {}
+    for node in loop.body.graph.nodes:
+        if node.op == "call_function":
+            operator_name = str(node.target).removesuffix(".default")
+            operators[operator_name] = operators.get(operator_name, 0) + 1
+    per_token = tuple(full_bytes(o) // max(1, hint(spec.length)) for o in spec.outputs)
+    return StageReport(name, str(spec.length), spec.mini_seq_len, spec.outputs, per_token, operators)
+
+
+def _stage_lines(stage: StageReport) -> list[str]:
+    most = sorted(stage.operators.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} x{count}" for name, count in most[:6])
+    lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
+    for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
+        shape = ", ".join(str(s) for s in output.shape)
+        lines.append(f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token")
+    return lines

@@ -1,0 +1,103 @@
+"""A loop over mini-sequences around a compiled body that writes its rows where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from passes.mini_sequence import split_rows
+from passes.rules import Dim
+
+#: A size that may depend on the graph's symbols: a constant, or a function of their values in order.
+SizeOf = int | Callable[[tuple[int, ...]], int]
+
+
+def evaluate(size: SizeOf, symbols: tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else int(size(symbols))
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows of a tensor whose dimension `index` is `outer x tokens x inner`."""
+
+    index: int
+    outer: SizeOf = 1
+    inner: SizeOf = 1
+    plain: bool = True
+
+    def unfolded(self, tensor: torch.Tensor, symbols: tuple[int, ...]) -> torch.Tensor:
+        return tensor.unflatten(self.index, (evaluate(self.outer, symbols), -1, evaluate(self.inner, symbols)))
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A value the loop stores: its full shape, and its dimensions from the outermost in storage to the innermost."""
+
+    rows: RowsOf
+    shape: tuple[SizeOf, ...]
+    order: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def allocate(self, symbols: tuple[int, ...]) -> torch.Tensor:
+        shape = [evaluate(size, symbols) for size in self.shape]
+        return torch.empty_permuted(shape, self.order, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class CompiledLoop:
+    """`loop([*symbols, length, *sizes, *sliced, *whole])` returns the stored values at full length.
+
+    `body` takes `[*symbols, start, count, *sizes, *rows of sliced, *whole, *rows of stored]` and fills the last.
+    """
+
+    body: Callable[[list[Any]], Any]
+    mini_seq_len: int
+    symbols: int
+    sizes: int
+    sliced: tuple[RowsOf, ...]
+    stored: tuple[StoredRows, ...]
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor, ...]:
+        symbols = tuple(arguments[: self.symbols])
+        length = arguments[self.symbols]
+        sizes_end = self.symbols + 1 + self.sizes
+        sizes = arguments[self.symbols + 1 : sizes_end]
+        sliced = arguments[sizes_end : sizes_end + len(self.sliced)]
+        whole = arguments[sizes_end + len(self.sliced) :]
+        arguments.clear()
+        stored = [value.allocate(symbols) for value in self.stored]
+        sources = [self._source(rows, tensor, symbols) for rows, tensor in zip(self.sliced, sliced, strict=True)]
+        del sliced
+        targets = [
+            (tensor, value.rows.index) if value.rows.plain
+            else (value.rows.unfolded(tensor, symbols), value.rows.index + 1)
+            for tensor, value in zip(stored, self.stored, strict=True)
+        ]  # fmt: skip
+        for start, count in split_rows(length, self.mini_seq_len):
+            rows = [
+                tensor.narrow(index, start, count) if plain else _folded(tensor, index, start, count)
+                for tensor, index, plain in sources
+            ]
+            places = [tensor.narrow(index, start, count) for tensor, index in targets]
+            self.body([*symbols, start, count, *sizes, *rows, *whole, *places])
+        return tuple(stored)
+
+    @staticmethod
+    def _source(rows: RowsOf, tensor: torch.Tensor, symbols: tuple[int, ...]) -> tuple[torch.Tensor, int, bool]:
+        if rows.plain:
+            return tensor, rows.index, True
+        return rows.unfolded(tensor, symbols), rows.index + 1, False
+
+
+def _folded(unfolded: torch.Tensor, index: int, start: int, count: int) -> torch.Tensor:
+    """Rows of an `outer x tokens x inner` layout, folded back into one contiguous dimension."""
+    return unfolded.narrow(index, start, count).contiguous().flatten(index - 1, index + 1)
+
+
+def dim_of(dim: Dim, size: Callable[[Any], SizeOf]) -> RowsOf:
+    """A token dim with its layout as numbers or functions of the graph's symbols."""
+    return RowsOf(dim.index, size(dim.outer), size(dim.inner), dim.plain)

@@ -1,0 +1,64 @@
+"""The compiled graph as a list of steps over numbered slots, in which every value dies at its last use.
+
+Terms
+-----
+slot    Where a value lives while the program runs. Inputs come first, in the order of the graph's placeholders.
+step    One call: a compiled piece, a compiled loop, a view, or arithmetic on sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A reference to a value of the running program."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Calls `run(list of arguments)`, which may empty the list, and stores what it returns.
+
+    `arguments` are slots or constants. `results` are the slots of the returned tuple, None for those nobody reads.
+    `dying` are the slots nobody reads after this step: they are emptied before the call, so that the callee
+    holds the last reference.
+    """
+
+    name: str
+    run: Callable[[list[Any]], Sequence[Any]]
+    arguments: tuple[Any, ...]
+    results: tuple[int | None, ...]
+    dying: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`program(inputs)` empties the list it is given and returns the graph's outputs."""
+
+    steps: tuple[Step, ...]
+    slots: int
+    unread_inputs: tuple[int, ...]
+    outputs: tuple[Any, ...]
+
+    def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        inputs.clear()
+        for index in self.unread_inputs:
+            values[index] = None
+        for step in self.steps:
+            arguments = [values[a.index] if isinstance(a, Slot) else a for a in step.arguments]
+            for index in step.dying:
+                values[index] = None
+            results = step.run(arguments)
+            del arguments
+            for index_or_none, result in zip(step.results, results, strict=True):
+                if index_or_none is not None:
+                    values[index_or_none] = result
+            result = None
+            del results
+        return tuple(values[o.index] if isinstance(o, Slot) else o for o in self.outputs)

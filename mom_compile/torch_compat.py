@@ -1,0 +1,155 @@
+"""Every private PyTorch API this project leans on, and what each stands for.
+
+A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._sympy.value_ranges import ValueRanges
+
+#: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
+InnerCompile = Callable[..., Any]
+
+
+class UserError(ValueError, ShortenTraceback):
+    """A `ValueError` that reaches the user as it is.
+
+    Dynamo wraps what a backend raises in `BackendCompilerFailed`, except `ShortenTraceback`.
+    """
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+def capture(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's front half: AOTAutograd, decompositions and joint-graph passes, then `inner_compile`.
+
+    AOTAutogradCache keys on the graph and not on `inner_compile`: it would hand us stock Inductor's artifact,
+    and stock Inductor ours. With the cache off for this call we neither read nor write it.
+    """
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+
+
+def stock_inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's back half, exactly as `backend="inductor"` would call it."""
+    return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Tell AOTAutograd that `fn` takes one list and may empty it, so that inputs can die early."""
+    fn._boxed_call = True  # type: ignore[attr-defined]
+    return fn
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's options for a `torch.compile` mode. Raises RuntimeError for an unknown one."""
+    return dict(list_mode_options(mode))
+
+
+def inductor_option_names() -> set[str]:
+    return set(list_options())
+
+
+class SymbolicSizes:
+    """A fresh set of size symbols, and fake tensors over them, for compiling one piece on its own.
+
+    The user's graph has its own symbols; a piece gets new ones so that layers, sequence lengths
+    and even graphs can share it, and so that what it assumes about them can be read off.
+    """
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.symbols: dict[str, sympy.Symbol] = {}
+
+    def size(self, name: str, hint: int, minimum: int) -> torch.SymInt:
+        """A new symbol `name >= minimum` whose example value is `hint`."""
+        source = ConstantSource(name)
+        symbol = self.env.create_symbol(
+            hint,
+            source,
+            dynamic_dim=DimDynamic.DYNAMIC,
+            positive=True if minimum > 0 else None,
+            do_not_specialize_zero_one=minimum < 2,
+        )
+        if minimum < 2:
+            self.env.var_to_range[symbol] = ValueRanges(sympy.Integer(minimum), self.env.var_to_range[symbol].upper)
+        self.symbols[name] = symbol
+        return self.env.create_symintnode(symbol, hint=hint, source=source)
+
+    def expression(self, value: sympy.Expr, hint: int) -> torch.SymInt | int:
+        """The SymInt of an expression over this set's symbols."""
+        if value.is_Integer:
+            return int(value)
+        return self.env.create_symintnode(value, hint=hint)
+
+    def tensor(self, shape: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+        with self.mode:
+            return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+
+    def propagate(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        """Give every node its fake value."""
+        FakeTensorProp(gm, mode=self.mode).propagate_dont_convert_inputs(*inputs)
+
+    def assumptions(self) -> list[sympy.Basic]:
+        """Conditions on the symbols that tracing or compiling has relied on so far (guards, specialisations)."""
+        conditions = [guard.expr for guard in self.env.guards]
+        conditions += [sympy.Eq(a, b) for a, b in self.env.replacements.items() if a in self.symbols.values()]
+        return [c for c in conditions if c is not sympy.true]
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[[list[Any]], Any]:
+        """Inductor's back half on one piece, without CUDA graphs: its loops write to a new place each time."""
+        with (
+            tracing(TracingContext(self.mode)),
+            V.set_fake_mode(self.mode),
+            inductor_config.patch({**patches, "triton.cudagraphs": False}),
+            torch.no_grad(),
+        ):
+            return compile_fx_inner(gm, inputs, is_inference=True)
+
+
+@contextlib.contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Run real or fake work from inside a compilation without its modes and contexts."""
+    with torch.utils._python_dispatch._disable_current_modes(), tracing(None):
+        yield
+
+
+def inductor_compile_count() -> int:
+    """How many graphs Inductor has compiled or loaded in this process since the counters were last cleared."""
+    return int(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"])
+
+
+def keep_output_strides(gm: fx.GraphModule) -> None:
+    """Make Inductor return every output with the strides its fake value has, as it does for a user's outputs."""
+    output = next(iter(reversed(gm.graph.nodes)))
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+
+
+def least_value(size: torch.SymInt) -> int:
+    """The least value a symbol can have (2 for the sizes that Dynamo makes dynamic)."""
+    bounds = size.node.shape_env.var_to_range.get(size.node.expr)
+    lower = bounds.lower if bounds is not None else 0
+    return int(lower) if getattr(lower, "is_Integer", False) else 0

@@ -1,0 +1,212 @@
+"""Who needs which rows of what: the demand graph, from the outputs of a graph back to its inputs.
+
+Terms
+-----
+instance   A value as somebody demands it: `(node, dim)` is some rows of it, `(node, None)` all of it.
+barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
+
+Kinds of instances
+------------------
+SOURCE     a placeholder or constant, whole or sliced: always at hand
+ROWS       rows computed from rows (and whole values) by the node's own claim
+ENTRY      rows cut from a whole value, because the operator cannot be run on rows
+BARRIER    the complete value that a loop wrote
+WHOLE      an operator run once on the full sequence, between loops
+INLINE     a view or a scalar constant of a whole value: free, repeated wherever it is needed
+SIZE       a SymInt: arithmetic on sizes, done outside
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from passes.errors import CannotChunk
+from passes.rules import Claim, Demand, chunk_rule_for, claim_for, operands
+from passes.rules.registry import is_tensor
+from passes.sizes import Size, count_hint, product, quotient
+from passes.token_dims import TokenDims
+
+aten = torch.ops.aten
+
+#: Operators that only relabel storage: repeating one costs nothing.
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+
+#: Cheap, but repeating the gather below the first barrier would make the first layer's loop a graph of its own,
+#: to be compiled apart from all the other layers', to save rows that the next loop keeps anyway.
+GATHERS = frozenset({aten.embedding.default})
+
+
+class Kind(enum.Enum):
+    SOURCE = "source"
+    ROWS = "rows"
+    ENTRY = "entry"
+    BARRIER = "barrier"
+    WHOLE = "whole"
+    INLINE = "inline"
+    SIZE = "size"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A node, and the token dim along which only rows of it are demanded (None: all of it)."""
+
+    node: fx.Node
+    dim: Demand
+
+    def __str__(self) -> str:
+        return self.node.name if self.dim is None else f"{self.node.name}[rows of {self.dim}]"
+
+
+@dataclass
+class DemandGraph:
+    """Instances in topological order, with their kinds, operands and readers."""
+
+    kinds: dict[Instance, Kind] = field(default_factory=dict)
+    inputs: dict[Instance, tuple[Instance, ...]] = field(default_factory=dict)
+    claims: dict[Instance, Claim] = field(default_factory=dict)
+    readers: dict[Instance, list[Instance]] = field(default_factory=dict)
+    outputs: tuple[Instance, ...] = ()
+    order: list[Instance] = field(default_factory=list)
+    position: dict[Instance, int] = field(default_factory=dict)
+
+    def length(self, instance: Instance) -> Size:
+        """How many tokens a sliced instance has."""
+        assert instance.dim is not None
+        return instance_length(instance)
+
+    def recomputable(self, instance: Instance) -> bool:
+        if instance.node.target in GATHERS:
+            return False
+        rule = chunk_rule_for(instance.node.target)
+        return self.kinds[instance] is Kind.ROWS and rule is not None and rule.recompute
+
+
+def instance_length(instance: Instance) -> Size:
+    dim = instance.dim
+    assert dim is not None
+    value = instance.node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    length = quotient(first.shape[dim.index], product([dim.outer, dim.inner]))
+    assert length is not None, f"{instance}: rows do not divide the dimension"
+    return length
+
+
+def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
+    """Walk demands from the outputs (and from operators with side effects) to the inputs."""
+    graph = DemandGraph()
+    roots = _roots(gm)
+    graph.outputs = tuple(roots)
+    pending = list(roots)
+    while pending:
+        instance = pending.pop()
+        if instance in graph.kinds:
+            continue
+        kind, inputs, claim = _classify(instance, dims)
+        graph.kinds[instance] = kind
+        graph.inputs[instance] = inputs
+        if claim is not None:
+            graph.claims[instance] = claim
+        for operand in inputs:
+            graph.readers.setdefault(operand, []).append(instance)
+            pending.append(operand)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    graph.order = sorted(graph.kinds, key=lambda i: (position[i.node], _whole_last(i, graph)))
+    graph.position = {instance: i for i, instance in enumerate(graph.order)}
+    return graph
+
+
+def _whole_last(instance: Instance, graph: DemandGraph) -> int:
+    """Of one node's instances: rows, then the whole value made of them, then rows cut from that."""
+    if graph.kinds[instance] is Kind.ENTRY:
+        return 2
+    return 1 if instance.dim is None else 0
+
+
+def _roots(gm: fx.GraphModule) -> list[Instance]:
+    roots: dict[Instance, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                roots[Instance(value, None)] = None
+        elif node.op == "call_function" and is_mutation(node):
+            roots[Instance(node, None)] = None
+    return list(roots)
+
+
+def is_mutation(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_inline(node: fx.Node) -> bool:
+    """A view, or a constant of one element: repeated where it is needed rather than kept."""
+    if node.target in VIEWS:
+        return True
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or node.all_input_nodes:
+        return False
+    return node.op == "call_function" and count_hint(value.shape) == 1 and chunk_rule_for(node.target) is not None
+
+
+def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+    node = instance.node
+    if node.op in ("placeholder", "get_attr"):
+        return Kind.SOURCE, (), None
+    if not is_tensor(node):
+        whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+        reads_tensor = any(is_tensor(n) for n in node.all_input_nodes)
+        return (Kind.WHOLE if reads_tensor and not _is_size_of(node) else Kind.SIZE), whole, None
+    if instance.dim is None:
+        return _classify_whole(node, dims)
+    own = dims.carriers.get(node)
+    try:
+        if own is not None and node in dims.rowwise and own.dim != instance.dim:
+            raise CannotChunk(node, instance.dim, "its rows are computed along another dimension")
+        claim = claim_for(node, instance.dim)
+    except CannotChunk:
+        return Kind.ENTRY, (Instance(node, None),), None
+    inputs = [Instance(n, d) for n, d in zip(operands(node), claim.demands, strict=True)]
+    return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
+
+
+def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+    whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+    if is_mutation(node):
+        return Kind.WHOLE, whole, None
+    carrier = dims.carriers.get(node)
+    if is_inline(node) and all(_plain(n, dims) for n in operands(node)):
+        return Kind.INLINE, whole, None
+    if carrier is not None and node in dims.rowwise:
+        return Kind.BARRIER, (Instance(node, carrier.dim),), None
+    return Kind.WHOLE, whole, None
+
+
+def _plain(node: fx.Node, dims: TokenDims) -> bool:
+    carrier = dims.carriers.get(node)
+    return carrier is None or carrier.dim.plain
+
+
+def _sizes_read(node: fx.Node) -> list[Instance]:
+    return [Instance(n, None) for n in node.all_input_nodes if not is_tensor(n)]
+
+
+def _is_size_of(node: fx.Node) -> bool:
+    """`sym_size(tensor, i)` reads metadata, not data."""
+    return "sym_" in str(node.target)

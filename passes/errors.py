@@ -1,0 +1,23 @@
+"""The one refusal of this package: an operator that cannot be cut, by name."""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+class CannotChunk(Exception):
+    """A chunk rule cannot compute a slice of `node` along one dimension.
+
+    Analyses catch it and keep the operator whole. It names the operator, the node,
+    the dimension and the shapes, so that a report can say why something was left out.
+    """
+
+    def __init__(self, node: fx.Node, dim: object, reason: str) -> None:
+        self.node = node
+        self.dim = dim
+        self.reason = reason
+        super().__init__(f"{node.target} ({node.name}) along {dim}: {reason}")
+
+
+class PassError(Exception):
+    """A pass broke one of its own invariants; the caller falls back to the graph it had."""

@@ -1,0 +1,78 @@
+"""`mom::` operators that rewritten graphs call, with their fake kernels and a reference each.
+
+The references run anywhere, so a rewritten graph is always executable; a runtime registers
+faster kernels for its devices under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+LIBRARY = torch.library.Library("mom", "DEF")
+
+LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float scale,"
+    " int? window=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+"""Rows [start, start + R) of an attention over whole keys and values.
+
+query `[B, H, R, D]`, key and value `[B, G, T, D]` with H a multiple of G (grouped heads), mask
+boolean or additive, broadcastable to `[B, H, R, T]`, or None. With `is_causal`, row `i` of the query
+stands at position `start + i` and sees keys up to and including it; with `window` it sees the last
+`window` of those. The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
+folding the heads back together is free. A row that sees nothing is zero.
+"""
+
+
+def _output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+
+
+def visible(
+    rows: int, keys: int, start: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Boolean `[rows, keys]`: which keys a causal row may see."""
+    query_position = torch.arange(start, start + rows, device=device)[:, None]
+    key_position = torch.arange(keys, device=device)[None, :]
+    seen = key_position <= query_position
+    if window is not None:
+        seen &= key_position > query_position - window
+    return seen
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The definition, in plain PyTorch. Softmax in float32 at least."""
+    group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group, dim=1)
+    value = value.repeat_interleave(group, dim=1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    if is_causal:
+        seen = visible(query.shape[2], key.shape[2], start, window, query.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    out = _output_like(query, value)
+    return out.copy_((weights @ value.to(wide)).to(query.dtype))
+
+
+@torch.library.register_fake("mom::attention", lib=LIBRARY)
+def _attention_fake(query, key, value, mask, start, is_causal, scale, window=None):  # type: ignore[no-untyped-def]
+    return _output_like(query, value)
+
+
+LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")
