@@ -19,6 +19,7 @@ SIZE       a SymInt: arithmetic on sizes, done outside
 from __future__ import annotations
 
 import enum
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +95,8 @@ class DemandGraph:
     def recomputable(self, instance: Instance) -> bool:
         if instance.node.target in GATHERS:
             return False
+        if instance.node.target is operator.getitem:
+            return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
         rule = chunk_rule_for(instance.node.target)
         return self.kinds[instance] is Kind.ROWS and rule is not None and rule.recompute
 
@@ -170,9 +173,10 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
     if node.op in ("placeholder", "get_attr"):
         return Kind.SOURCE, (), None
     if not is_tensor(node):
+        if _is_size_of(node):
+            return Kind.SIZE, (), None
         whole = tuple(Instance(n, None) for n in node.all_input_nodes)
-        reads_tensor = any(is_tensor(n) for n in node.all_input_nodes)
-        return (Kind.WHOLE if reads_tensor and not _is_size_of(node) else Kind.SIZE), whole, None
+        return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if instance.dim is None:
         return _classify_whole(node, dims)
     own = dims.carriers.get(node)
@@ -208,5 +212,5 @@ def _sizes_read(node: fx.Node) -> list[Instance]:
 
 
 def _is_size_of(node: fx.Node) -> bool:
-    """`sym_size(tensor, i)` reads metadata, not data."""
+    """`sym_size(tensor, i)` reads metadata, not data: it does not need the tensor."""
     return "sym_" in str(node.target)

@@ -106,12 +106,12 @@ class MiniSequence(nn.Module):
         sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
         full: list[torch.Tensor] = []
         for start, count in split_rows(length, spec.mini_seq_len):
-            rows = [take(t, dim, start, count) for t, dim in zip(sliced, spec.sliced, strict=True)]
+            rows = [take(t, _numeric(dim, t, length), start, count) for t, dim in zip(sliced, spec.sliced, strict=True)]
             pieces = self.body(start, count, *sizes, *rows, *whole)
             if not full:
                 full = [self._allocate(p, o, length, count) for p, o in zip(pieces, spec.outputs, strict=True)]
             for tensor, output, piece in zip(full, spec.outputs, pieces, strict=True):
-                put(tensor, output.dim, start, piece)
+                put(tensor, _numeric(output.dim, tensor, length), start, piece)
         return tuple(full)
 
     @staticmethod
@@ -119,6 +119,15 @@ class MiniSequence(nn.Module):
         shape = list(piece.shape)
         shape[output.dim.index] = shape[output.dim.index] // count * length
         return torch.empty_permuted(shape, output.order, dtype=piece.dtype, device=piece.device)
+
+
+def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
+    """A dim whose symbolic layout is read off a real tensor."""
+    if dim.plain or (isinstance(dim.outer, int) and isinstance(dim.inner, int)):
+        return dim
+    around = tensor.shape[dim.index] // length
+    inner = dim.inner if isinstance(dim.inner, int) else around // dim.outer  # type: ignore[operator]
+    return Dim(dim.index, around // inner, inner)
 
 
 def insert_loops(gm: fx.GraphModule, stages: Stages, *, mini_seq_len: int) -> fx.GraphModule:
@@ -162,6 +171,9 @@ class _Rewriter:
                 self._copy_attribute(node)
             else:
                 kind = self.demands.kinds.get(Instance(node, None))
+                if kind is Kind.SIZE and not self.demands.inputs[Instance(node, None)]:
+                    self.whole[node] = self._size(node.meta["val"])
+                    return self.whole[node]
                 if kind not in (Kind.INLINE, Kind.SIZE):
                     raise PassError(f"{node.name} is read before the stage that computes it ({kind})")
             self._emit_whole(node)
@@ -246,7 +258,20 @@ class _Rewriter:
                     found = self.graph.call_function(aten.sym_size.int, (node, index))
                     found.meta["val"] = entry
                     return found
-        raise PassError(f"no value of the graph has the size {wanted}")
+        return self._size_arithmetic(wanted)
+
+    def _size_arithmetic(self, wanted: Any) -> fx.Node:
+        """A size that no value of the graph has, computed from sizes that some have."""
+        target = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}.get(wanted.func.__name__)
+        if target is None:
+            raise PassError(f"no value of the graph has the size {wanted}")
+        parts = [self._size(part) for part in wanted.args]
+        total = parts[0]
+        for part in parts[1:]:
+            value = target(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (total, part)))
+            total = self.graph.call_function(target, (total, part))
+            total.meta["val"] = value
+        return total
 
     @staticmethod
     def _output(instance: Instance) -> LoopOutput:
@@ -284,6 +309,7 @@ class _Body:
             if instance not in self.env:
                 self.env[instance] = self._emit(instance)
         self.graph.output(tuple(self.env[i] for i in stored))
+        self._drop_unused_sizes()
         self._bind_literal()
         self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
 
@@ -362,6 +388,13 @@ class _Body:
             with self.graph.inserting_after(self._length_point):
                 self.literal = self.graph.placeholder("length")
         return self.literal
+
+    def _drop_unused_sizes(self) -> None:
+        """Sizes that only stood for the rows: without them the body is the same for fixed and for dynamic lengths."""
+        unused = [n for n in self.sizes if n is not None and not self.env[Instance(n, None)].users]
+        for node in unused:
+            self.graph.erase_node(self.env[Instance(node, None)])
+        self.sizes = [n for n in self.sizes if n not in unused]
 
     def _bind_literal(self) -> None:
         if self.literal is not None:

@@ -23,18 +23,18 @@ query `[B, H, R, D]`, key and value `[B, G, T, D]` with H a multiple of G (group
 boolean or additive, broadcastable to `[B, H, R, T]`, or None. With `is_causal`, row `i` of the query
 stands at position `start + i` and sees keys up to and including it; with `window` it sees the last
 `window` of those. The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
-folding the heads back together is free. A row that sees nothing is zero.
+folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
+kernel on the CPU; a row whose every key is masked by the dtype's smallest number sees all of them alike.
 """
 
 
-def _output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """An uninitialised result: `[B, H, R, Dv]`, stored `[B, R, H, Dv]`."""
     batch, heads, rows, _ = query.shape
     return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
 
-def visible(
-    rows: int, keys: int, start: int, window: int | None, device: torch.device
-) -> torch.Tensor:
+def visible(rows: int, keys: int, start: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Boolean `[rows, keys]`: which keys a causal row may see."""
     query_position = torch.arange(start, start + rows, device=device)[:, None]
     key_position = torch.arange(keys, device=device)[None, :]
@@ -65,14 +65,16 @@ def attention_reference(
     if is_causal:
         seen = visible(query.shape[2], key.shape[2], start, window, query.device)
         scores = scores.masked_fill(~seen, -math.inf)
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-    out = _output_like(query, value)
+    # The softmax of a row that sees nothing is NaN; a NaN that the user put in stays one.
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
+    out = output_like(query, value)
     return out.copy_((weights @ value.to(wide)).to(query.dtype))
 
 
 @torch.library.register_fake("mom::attention", lib=LIBRARY)
 def _attention_fake(query, key, value, mask, start, is_causal, scale, window=None):  # type: ignore[no-untyped-def]
-    return _output_like(query, value)
+    return output_like(query, value)
 
 
 LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")

@@ -18,6 +18,7 @@ crossing   A value kept at full length from the stage that makes it to a later o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class _Planner:
         self.earliest = self._earliest()
         self.last = max(self.earliest.values(), default=0)
         self.latest = self._latest()
+        self.ready = self._ready()
 
     def _earliest(self) -> dict[Instance, int]:
         earliest: dict[Instance, int] = {}
@@ -80,19 +82,40 @@ class _Planner:
             for reader in self.demands.readers.get(instance, ()):
                 limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
             latest[instance] = limit
+        for instance in self.demands.order:
+            # What one operator returns at once is made at once: its tuple cannot be kept, the items can.
+            if instance.node.target is operator.getitem and self.demands.kinds[instance] is Kind.ROWS:
+                latest[instance] = latest[self.demands.inputs[instance][0]]
         return latest
+
+    def _ready(self) -> dict[Instance, int]:
+        """The first stage that may read a whole value, given where it is computed."""
+        ready: dict[Instance, int] = {}
+        for instance in self.demands.order:
+            kind = self.demands.kinds[instance]
+            if kind in (Kind.WHOLE, Kind.BARRIER):
+                ready[instance] = self.latest[instance]
+            elif kind in (Kind.INLINE, Kind.ENTRY):
+                ready[instance] = max((ready.get(i, 0) for i in self.demands.inputs[instance]), default=0)
+        return ready
 
     def fixed(self, instance: Instance) -> bool:
         """Computed exactly once, in its latest stage: matmuls, attention, and what a barrier waits for."""
         return not self.demands.recomputable(instance) or instance in self.barriers
 
     def late(self, k: int) -> set[Instance]:
+        """Row instances that cannot be had, or may not be computed, before the end of stage `k`."""
         late: set[Instance] = set()
         for instance in self.demands.order:
-            if self.demands.kinds[instance] is not Kind.ROWS:
+            if self.demands.kinds[instance] is Kind.ENTRY:
+                after = self.ready[instance] > k
+            elif self.demands.kinds[instance] is Kind.ROWS:
+                inputs = self.demands.inputs[instance]
+                after = self.earliest[instance] > k or (self.fixed(instance) and self.latest[instance] > k)
+                after = after or any(i in late or self.ready.get(i, 0) > k for i in inputs)
+            else:
                 continue
-            after = self.earliest[instance] > k or (self.fixed(instance) and self.latest[instance] > k)
-            if after or any(operand in late for operand in self.demands.inputs[instance]):
+            if after:
                 late.add(instance)
         return late
 

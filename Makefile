@@ -1,0 +1,59 @@
+# Every target sets up what it needs on a fresh machine; stamps make the second run quick.
+# Wanted on the machine: Python 3.11 or 3.12 and a C++ compiler (Inductor compiles for the CPU with it).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+# Tests that compile are bound by CPU: one single-threaded worker to a core, four at most (memory).
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 4 ] && n=4; echo $$n)
+PYTEST := $(BIN)/python -m pytest
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
+
+.PHONY: demo test bench lint sweep clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, %d.%d found; set PYTHON=" % v)'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# PyTorch first and alone, pinned: pip then takes the CPU build where that is what is on offer.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	@echo "installing $(TORCH)"
+	@$(PIP) $(TORCH) setuptools wheel
+	@touch $@
+
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing mom_compile[$*]"
+	@$(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.extra-demo
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+bench: $(VENV)/.extra-bench
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+lint: $(VENV)/.extra-test
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test sweep: export OMP_NUM_THREADS := 1
+test sweep: export TORCHINDUCTOR_COMPILE_THREADS := 1
+
+test: lint
+	@$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+
+sweep: $(VENV)/.extra-test
+	@$(PYTEST) -n $(WORKERS) -m slow --timeout 3600 $(ARGS)
+
+clean:
+	@rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
+
+1. the tests marked `gpu`, in a subprocess with a time limit;
+2. Llama-3-8B's shape in bf16 with random weights, prefill of 16k, 64k and 144k tokens, last-token logits, under
+   mom, stock Inductor and eager: peak above the weights (`torch.cuda.max_memory_allocated`) and time.
+
+Each backend has a process of its own and goes through the lengths upwards; running out of memory is a figure
+too. Every finished cell is written at once, so that being cut off loses nothing, and the order is such that what
+is lost first is eager. All of it keeps to one time budget.
+
+No KV cache is kept (`--cache` keeps it). When traced without one, Hugging Face's packed-sequence check builds an
+S x S mask, which an eager run does not: compare stock Inductor with `--cache` as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, workers
+from benchmarks.measure import MIB
+
+Row = dict[str, Any]
+NO_DEVICE = 2
+
+
+def worker(spec: Row) -> None:
+    from benchmarks import models
+
+    device = spec["device"]
+    if device == "cpu":
+        measure.watch_cpu()
+    workers.step("model")
+    dtype = torch.bfloat16
+    model = models.llama(spec["shape"], spec["layers"], dtype=dtype, device=device, seq=max(spec["sizes"]))
+    # The first length compiles a graph of its own, the second one with a symbolic length that serves the third.
+    compiled = model if spec["backend"] == "eager" else torch.compile(model, backend=spec["backend"])
+    for size in spec["sizes"]:
+        cell: Row = {"backend": spec["backend"], "tokens": size}
+        workers.step(f"{size} tokens")
+        try:
+            cell |= measure_cell(compiled, models.tokens(model, size), spec)
+        except torch.cuda.OutOfMemoryError as error:
+            cell["error"] = f"out of memory: {str(error).splitlines()[0]}"
+        if "error" in cell and device == "cuda":
+            torch.cuda.empty_cache()
+        workers.row(cell)
+
+
+def measure_cell(compiled: Any, ids: torch.Tensor, spec: Row) -> Row:
+    """First call (compiles), one for the peak, then the timed ones."""
+    from benchmarks import models
+
+    call = partial(models.prefill, compiled, ids, cache=spec["cache"])
+    device = spec["device"]
+    first = measure.seconds(call, device)
+    report = measure.peak_bytes(call, device)
+    times = [measure.seconds(call, device) for _ in range(spec["repeats"])]
+    return {"first": first, "peak": report.peak, "kept": report.kept, "seconds": times}
+
+
+def run_gpu_tests(limit: float) -> Row:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        status, output = str(done.returncode), done.stdout
+    except subprocess.TimeoutExpired as expired:
+        status, output = "ran out of time", (expired.stdout or b"").decode(errors="replace")
+    return {"status": status, "seconds": time.monotonic() - start, "tail": output.splitlines()[-15:]}
+
+
+def show(cell: Row) -> str:
+    head = f"{cell['backend']:>9} {cell['tokens']:>7} tokens: "
+    if "error" in cell:
+        return head + cell["error"]
+    best = min(cell["seconds"])
+    return head + f"peak {cell['peak'] / MIB:9.0f} MiB, {best:7.2f} s (first call {cell['first']:.0f} s)"
+
+
+def run(options: argparse.Namespace, target: Path) -> Row:
+    end = time.monotonic() + options.budget
+    machine = measure.machine()
+    results: Row = {
+        "machine": machine,
+        "options": {name: value for name, value in vars(options).items() if name != "worker"},
+        "tests": None,
+        "cells": [],
+    }
+
+    def write() -> None:
+        target.write_text(json.dumps(results, indent=2) + "\n")
+
+    def keep(cell: Row) -> None:
+        results["cells"].append(cell)
+        write()
+        print(show(cell), flush=True)
+
+    print(measure.describe_machine(machine), flush=True)
+    if not options.skip_tests:
+        results["tests"] = run_gpu_tests(options.budget / 4)
+        write()
+        print(*results["tests"]["tail"], sep="\n", flush=True)
+    for backend in options.backends:
+        left = end - time.monotonic()
+        spec = {name: getattr(options, name) for name in ("shape", "layers", "sizes", "repeats", "cache", "device")}
+        # Otherwise fragments of one length's memory are lost to the next.
+        env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        try:
+            if left <= 0:
+                raise workers.WorkerFailed("no time left")
+            workers.run_worker("benchmarks.gpu", spec | {"backend": backend}, timeout=left, env=env, on_row=keep)
+        except workers.WorkerFailed as failed:
+            results.setdefault("failures", []).append({"backend": backend, "error": str(failed)})
+            write()
+            print(f"{backend}: {failed}", flush=True)
+    return results
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Prefill figures on a GPU.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16 * 1024, 64 * 1024, 144 * 1024])
+    parser.add_argument("--backends", nargs="+", default=["mom", "inductor", "eager"])
+    parser.add_argument("--shape", default="llama-3-8b")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--cache", action="store_true", help="keep the KV cache")
+    parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.worker is not None:
+        worker(json.loads(options.worker))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA device and a CUDA build of PyTorch; none found", file=sys.stderr)
+        return NO_DEVICE
+    folder = Path(os.environ.get("OUT") or Path(__file__).with_name("results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"gpu-{measure.machine()['date']}.json"
+    results = run(options, target)
+    print(f"written to {target}")
+    tests = results["tests"]
+    passed = tests is None or tests["status"] == "0"
+    return 0 if passed and not results.get("failures") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

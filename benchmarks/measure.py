@@ -1,0 +1,202 @@
+"""How peak memory and time are measured, in one place, for benchmarks, examples and tests alike.
+
+Terms
+    live       bytes of tensor storage allocated and not yet released, on one device
+    peak       the highest `live` while a function runs, above what was live when it started. Weights and
+               inputs exist by then, so it is the peak *above the weights*
+    kept       what of that is still live when the function has returned (its result, a cache)
+
+On the CPU every allocation is counted by a small allocator (`cpu_allocator.cpp`) that is put in front of
+PyTorch's own: exact, any thread, no profiler. On CUDA it is `torch.cuda.max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import hashlib
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCE = Path(__file__).with_name("cpu_allocator.cpp")
+_BUILD = Path(__file__).resolve().parent.parent / "build" / "measure"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class PeakReport:
+    """Bytes above what was live at the start of the measured function."""
+
+    peak: int
+    kept: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"peak {self.peak / MIB:.1f} MiB, kept {self.kept / MIB:.1f} MiB ({self.device})"
+
+
+class _CpuCounter:
+    """The counting allocator, installed for the life of the process."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(str(_build_allocator()))
+        library.live_bytes.restype = library.peak_bytes.restype = ctypes.c_int64
+        library.install()
+        self.live: Callable[[], int] = library.live_bytes
+        self.peak: Callable[[], int] = library.peak_bytes
+        self.reset_peak: Callable[[], None] = library.reset_peak
+
+
+def _build_allocator() -> Path:
+    """Compile the allocator against the headers of the running PyTorch, once."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    target = _BUILD / f"cpu_allocator-{key}.so"
+    if target.exists():
+        return target
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")  # several test workers may build at once
+    command = [os.environ.get("CXX", "g++"), "-O2", "-shared", "-fPIC", "-std=c++20", f"-I{root / 'include'}"]
+    command += [str(_SOURCE), "-o", str(unfinished), f"-L{root / 'lib'}", "-lc10"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as missing:
+        raise RuntimeError(f"measuring CPU memory needs a C++ compiler: {command[0]} not found; set CXX") from missing
+    except subprocess.CalledProcessError as failed:
+        raise RuntimeError(f"the counting allocator did not compile:\n{failed.stderr}") from failed
+    unfinished.replace(target)
+    return target
+
+
+@functools.cache
+def _cpu_counter() -> _CpuCounter:
+    return _CpuCounter()
+
+
+def watch_cpu() -> None:
+    """Start counting. Only what is allocated from here on is seen, so call it before the model is built."""
+    _cpu_counter()
+
+
+def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> PeakReport:
+    """Run `fn` once and report its peak. Its result is alive at the end of the measurement, then dropped.
+
+    On the CPU memory allocated before the first call in this process is not known: releasing it inside
+    `fn` would not lower the count. Call `watch_cpu` early where that matters.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _cuda_peak(fn, device)
+    if device.type != "cpu":
+        raise ValueError(f"peak_bytes knows cpu and cuda, not {device}")
+    counter = _cpu_counter()
+    gc.collect()
+    counter.reset_peak()
+    before = counter.live()
+    result = fn()
+    peak, after = counter.peak(), counter.live()
+    del result
+    return PeakReport(peak - before, after - before, str(device))
+
+
+def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> PeakReport:
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = fn()
+    torch.cuda.synchronize(device)
+    peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    del result
+    return PeakReport(peak - before, after - before, str(device))
+
+
+def seconds(fn: Callable[[], Any], device: str | torch.device = "cpu") -> float:
+    """Wall time of one call."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    fn()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, device: str | torch.device = "cpu"
+) -> dict[str, list[float]]:
+    """Time each function `repeats` times in turn (A B A B ...), so that a drifting machine hits all alike.
+
+    The order turns round every other time, so that no function is always the one after another.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats):
+        names = list(functions)[:: 1 if turn % 2 == 0 else -1]
+        for name in names:
+            times[name].append(seconds(functions[name], device))
+    return times
+
+
+def median_ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Ratio of medians: below 1 means `name` is the faster one."""
+    return statistics.median(times[name]) / statistics.median(times[base])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The model of the processor; never the name of the host."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured with: versions, processor, threads, date."""
+    stamp: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _installed("transformers"),
+        "mom_compile": _installed("mom_compile"),
+        "system": sys.platform,
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        stamp["gpu"] = torch.cuda.get_device_name()
+        stamp["cuda"] = torch.version.cuda
+    return stamp
+
+
+def describe_machine(stamp: Mapping[str, Any] | None = None) -> str:
+    """One line to stand under a table."""
+    stamp = machine() if stamp is None else stamp
+    hardware = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['cores']} cores, {stamp['threads']} threads"
+    return (
+        f"torch {stamp['torch']}, transformers {stamp['transformers']}, python {stamp['python']}; "
+        f"{hardware}; {stamp['date']}"
+    )

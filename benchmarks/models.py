@@ -1,0 +1,58 @@
+"""The model shapes that are measured, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES: dict[str, dict[str, int]] = {
+    # Wide enough that the intermediates rule the peak, small enough for two cores.
+    "small": {
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+    },
+    # Compile time does not depend on the widths, so this one is quick to run.
+    "narrow": {
+        "hidden_size": 256,
+        "intermediate_size": 896,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "vocab_size": 32_000,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+}
+
+
+def llama(
+    shape: str, layers: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seq: int = 8192
+) -> LlamaForCausalLM:
+    """A Llama in eval mode, made where it will live: no copy on the host, no time spent moving it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[shape], num_hidden_layers=layers, max_position_embeddings=seq, rope_theta=500_000.0, dtype=dtype
+    )
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def tokens(model: LlamaForCausalLM, seq: int, batch: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: torch.Tensor, *, cache: bool) -> tuple[torch.Tensor, Any]:
+    """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this."""
+    output = model(input_ids=ids, use_cache=cache, logits_to_keep=1)
+    return output.logits, output.past_key_values

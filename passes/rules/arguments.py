@@ -1,0 +1,104 @@
+"""An operator's arguments by their schema names, so that rules need not count positions.
+
+argument(node, "dim")                    what the node passes, or the schema's default
+replace(target, args, kwargs, dim=0)     the same call with one argument changed
+claim(node, {"self": dim})               demands by argument name, in the order of `operands(node)`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.rules.registry import FULL, Claim, Demand, Dim, Edit, operands
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+def overloads(namespace: Any, names: str) -> list[Any]:
+    """Operator overloads from text: `"abs add.Tensor"` is `abs.default` and `add.Tensor`. A typo is an error."""
+    found = []
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        found.append(getattr(getattr(namespace, packet), overload or "default"))
+    return found
+
+
+@cache
+def _schema(target: Any) -> dict[str, tuple[int | None, Any]]:
+    """Argument name -> (position, or None when keyword-only; default)."""
+    return {
+        argument.name: (None if argument.kwarg_only else position, argument.default_value)
+        for position, argument in enumerate(target._schema.arguments)
+    }
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The value a call passes for an argument, or the schema's default."""
+    position, default = _schema(node.target)[name]
+    if position is not None and position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def has_argument(node: fx.Node, name: str) -> bool:
+    return name in _schema(node.target)
+
+
+def replace(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with some of the operator's arguments changed."""
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for name, value in values.items():
+        position, _ = _schema(target)[name]
+        if position is not None and position < len(new_args):
+            new_args[position] = value
+        else:
+            new_kwargs[name] = value
+    return tuple(new_args), new_kwargs
+
+
+def claim(
+    node: fx.Node,
+    demands: Mapping[str, Demand],
+    outputs: tuple[Dim | None, ...] | None = None,
+    edit: Edit | None = None,
+    target: Any = None,
+) -> Claim:
+    """A claim from demands by argument name; an operand that is not named is needed whole."""
+    names = {position: name for name, (position, _) in _schema(node.target).items()}
+    ordered: list[Demand] = []
+    for position, value in enumerate(node.args):
+        ordered += [demands.get(names[position], FULL)] * len(_tensors(node, value))
+    for name, value in node.kwargs.items():
+        ordered += [demands.get(name, FULL)] * len(_tensors(node, value))
+    return Claim(tuple(ordered), outputs, edit, target)
+
+
+def _tensors(node: fx.Node, value: Any) -> list[fx.Node]:
+    known = set(operands(node))
+    found: list[fx.Node] = []
+
+    def visit(leaf: fx.Node) -> fx.Node:
+        if leaf in known:
+            found.append(leaf)
+        return leaf
+
+    fx.map_arg(value, visit)
+    return found
+
+
+def axis(index: int, rank: int) -> int:
+    """A dimension counted from the front (a scalar counts as one-dimensional, as in PyTorch)."""
+    return index % max(rank, 1)
+
+
+def axes(index: Any, rank: int) -> list[int]:
+    """Dimensions counted from the front, for an argument that is one index or a list of them."""
+    return [axis(one, rank) for one in (index if isinstance(index, (list, tuple)) else [index])]

@@ -1,0 +1,43 @@
+"""Arithmetic on row numbers that are graph nodes inside a body and plain integers in a test.
+
+An edit may need `start + offset` for an argument. Bodies are built in order, so a new node belongs
+where the graph's insertion point stands: right before the call whose argument it becomes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+
+def add(a: Any, b: Any) -> Any:
+    """`a + b`; emits a node when either is one."""
+    if _is_number(a, 0):
+        return b
+    return a if _is_number(b, 0) else _apply(operator.add, a, b)
+
+
+def mul(a: Any, b: Any) -> Any:
+    """`a * b`; emits a node when either is one."""
+    if _is_number(a, 1):
+        return b
+    return a if _is_number(b, 1) else _apply(operator.mul, a, b)
+
+
+def _is_number(value: Any, number: int) -> bool:
+    # Comparing a SymInt would add a guard to the user's graph.
+    return isinstance(value, int) and value == number
+
+
+def _apply(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    anchor = next((value for value in (a, b) if isinstance(value, fx.Node)), None)
+    if anchor is None:
+        return function(a, b)
+    node = anchor.graph.call_function(function, (a, b))
+    values = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in (a, b)]
+    if all(value is not None for value in values):
+        node.meta["val"] = function(*values)
+    return node

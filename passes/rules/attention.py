@@ -1,0 +1,89 @@
+"""Chunk rules of attention operators.
+
+A query row needs its own row of the mask, and all keys and values: those two `FULL` demands are what
+makes attention a barrier between stages. Batch entries are independent, and so are heads unless
+several query heads share a key head.
+
+    attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
+    mom.attention(..., start)       ->  start + rows.start, since rows say where they stand
+    SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import passes.ops  # noqa: F401  defines mom::attention
+from passes.errors import CannotChunk
+from passes.rules.arguments import argument, aten, claim, replace
+from passes.rules.arithmetic import add
+from passes.rules.factories import broadcast_demand, checked, output_shape, outputs_of, shape_of
+from passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
+from passes.sizes import same
+
+BATCH, HEADS, QUERY, CHANNELS = range(4)
+
+#: Raw SDPA operator -> the name of its mask argument (None: it takes no mask).
+SDPA: dict[Any, str | None] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
+    aten._scaled_dot_product_flash_attention.default: None,
+    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
+    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
+}
+
+#: Its log-sum-exp is padded to whole tiles of queries, so rows of it are not rows of the whole.
+PADDED = aten._scaled_dot_product_efficient_attention.default
+
+MOM_ATTENTION = torch.ops.mom.attention.default
+
+
+def attention_demands(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Demand]:
+    """What rows of the attention's result need of query, key, value and mask."""
+    if checked(node, dim).index == CHANNELS:
+        raise CannotChunk(node, dim, "a fused attention needs all channels of a head")
+    query, key = argument(node, "query"), argument(node, "key")
+    if dim.index == HEADS and not same(shape_of(query)[HEADS], shape_of(key)[HEADS]):
+        raise CannotChunk(node, dim, "several query heads share a key head")
+    others = FULL if dim.index == QUERY else dim
+    demands: dict[str, Demand] = {"query": dim, "key": others, "value": others}
+    mask = argument(node, mask_name) if mask_name is not None else None
+    if mask is not None:
+        # The mask's last dimension counts keys, not channels, but no rule cuts either.
+        demands[mask_name or ""] = broadcast_demand(node, mask, output_shape(node), dim)
+    return demands
+
+
+@register(*SDPA, recompute=False)
+def sdpa(node: fx.Node, dim: Dim) -> Claim:
+    demands = attention_demands(node, dim, SDPA[node.target])
+    if argument(node, "dropout_p") != 0:
+        raise CannotChunk(node, dim, "dropout draws other random numbers for rows than for the whole")
+    if dim.index == QUERY and argument(node, "is_causal"):
+        raise CannotChunk(node, dim, "causal rows need an offset, which this operator does not take")
+    return claim(node, demands, _sdpa_outputs(node, dim))
+
+
+def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
+    """The result and the log-sum-exp `[B, H, S]` carry rows; seeds and sequence offsets do not."""
+    _, log_sum_exp, *others = outputs_of(node)
+    without_rows = log_sum_exp is None or (dim.index == QUERY and node.target is PADDED)
+    return (dim, None if without_rows else dim, *(None for _ in others))
+
+
+@register(MOM_ATTENTION, recompute=False)
+def mom_attention(node: fx.Node, dim: Dim) -> Claim:
+    demands = attention_demands(node, dim, "mask")
+    if dim.index != QUERY:
+        return claim(node, demands)
+    if not dim.plain and argument(node, "is_causal"):
+        raise CannotChunk(node, dim, "causal rows of a folded dimension are not one range of positions")
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not argument(node, "is_causal"):
+            return args, kwargs
+        return replace(node.target, args, kwargs, start=add(argument(node, "start"), rows.start))
+
+    return claim(node, demands, edit=edit)

@@ -1,0 +1,105 @@
+"""Chunk rules of operators that make values out of sizes: constants, ranges, triangles.
+
+They read nothing row by row; a body makes just its own rows. The length along the tokens becomes
+the number of rows, and a value that depends on its position starts where the body stands:
+
+    full([B, S], 0)              ->  full([B, rows.count], 0)
+    iota(S, start=a, step=k)     ->  iota(rows.count, start=a + rows.start * k, step=k)
+    tril(x, d)  along its rows   ->  tril(x[rows], d + rows.start)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from passes.errors import CannotChunk
+from passes.rules.arguments import argument, aten, axis, overloads, prims, replace
+from passes.rules.arithmetic import add, mul
+from passes.rules.factories import checked, output_shape, pointwise_claim
+from passes.rules.registry import FULL, Claim, Dim, Rows, operands, register
+from passes.sizes import expr
+
+
+def tokens(node: fx.Node, dim: Dim, rows: Rows) -> Any:
+    """The size of a token dimension inside a body."""
+    return mul(mul(_integer(node, dim, dim.outer), rows.count), _integer(node, dim, dim.inner))
+
+
+def require_static_layout(node: fx.Node, dim: Dim) -> None:
+    """Refuses, while the claim is made, a layout for which `tokens` could not be computed."""
+    _integer(node, dim, dim.outer)
+    _integer(node, dim, dim.inner)
+
+
+def _integer(node: fx.Node, dim: Dim, size: Any) -> int:
+    known = expr(size)
+    if not known.is_Integer:
+        raise CannotChunk(node, dim, f"the size of a body's rows depends on the symbolic layout factor {known}")
+    return int(known)
+
+
+@register(*overloads(aten, "full zeros ones empty.memory_format new_full new_zeros new_ones new_empty"))
+def sized(node: fx.Node, dim: Dim) -> Claim:
+    """Every row alike: only the length changes. An operand of `new_full` lends its dtype, never its rows."""
+    checked(node, dim)
+    require_static_layout(node, dim)
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        size = list(argument(node, "size"))
+        size[dim.index] = tokens(node, dim, rows)
+        return replace(node.target, args, kwargs, size=size)
+
+    return Claim((FULL,) * len(operands(node)), edit=edit)
+
+
+register(*overloads(aten, "full_like zeros_like ones_like empty_like"))(pointwise_claim)
+
+
+def require_plain(node: fx.Node, dim: Dim) -> None:
+    if not dim.plain:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
+
+
+@register(prims.iota.default)
+def iota(node: fx.Node, dim: Dim) -> Claim:
+    require_plain(node, checked(node, dim))
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        start = add(argument(node, "start"), mul(rows.start, argument(node, "step")))
+        return replace(node.target, args, kwargs, length=rows.count, start=start)
+
+    return Claim((), edit=edit)
+
+
+@register(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(node: fx.Node, dim: Dim) -> Claim:
+    require_plain(node, checked(node, dim))
+    first = argument(node, "start") if node.target is not aten.arange.default else 0
+    step = argument(node, "step") if node.target is aten.arange.start_step else 1
+    if isinstance(first, float) or isinstance(step, float) or isinstance(argument(node, "end"), float):
+        raise CannotChunk(node, dim, "a range of floating-point numbers may round to another length")
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        start = add(first, mul(rows.start, step))
+        return (start, add(start, mul(rows.count, step)), step), kwargs
+
+    return Claim((), edit=edit, target=aten.arange.start_step)
+
+
+@register(aten.tril.default, aten.triu.default)
+def triangle(node: fx.Node, dim: Dim) -> Claim:
+    """Row r keeps columns around `r + diagonal`, so the diagonal moves by the row offset."""
+    rank = len(output_shape(node))
+    checked(node, dim)
+    if dim.index < rank - 2:
+        return Claim((dim,))
+    require_plain(node, dim)
+    sign = 1 if dim.index == axis(-2, rank) else -1
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        diagonal = add(argument(node, "diagonal"), mul(rows.start, sign))
+        return replace(node.target, args, kwargs, diagonal=diagonal)
+
+    return Claim((dim,), edit=edit)

@@ -1,0 +1,239 @@
+"""`mom::attention` on the CPU against its definition, and what it allocates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import mom_compile.runtime.attention  # noqa: F401  registers the kernels
+from mom_compile.runtime import attention_cpu, attention_rows
+from passes.ops import attention_reference
+
+OP = torch.ops.mom.attention.default
+
+#: Error allowed, relative to values around one. Half precision keeps its weights in half precision.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `mask` names its kind and which of its dimensions are broadcast."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    rows: int
+    keys: int
+    channels: int
+    value_channels: int
+    start: int
+    is_causal: bool
+    window: int | None
+    mask: str | None
+    broadcast: tuple[bool, bool, bool, bool]
+    layout: str
+    dtype: torch.dtype
+    seed: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        torch.manual_seed(self.seed)
+        heads = self.kv_heads * self.group
+        query = self._tensor(heads, self.rows, self.channels)
+        key = self._tensor(self.kv_heads, self.keys, self.channels)
+        value = self._tensor(self.kv_heads, self.keys, self.value_channels)
+        scale = self.channels**-0.5
+        return query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window
+
+    def _tensor(self, heads: int, tokens: int, channels: int) -> torch.Tensor:
+        if self.layout == "token-major":
+            return torch.randn(self.batch, tokens, heads, channels).transpose(1, 2).to(self.dtype)
+        if self.layout == "channels apart":
+            return torch.randn(self.batch, heads, channels, tokens).transpose(2, 3).to(self.dtype)
+        return torch.randn(self.batch, heads, tokens, channels).to(self.dtype)
+
+    def _mask(self, heads: int) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        full = (self.batch, heads, self.rows, self.keys)
+        shape = [1 if once else size for once, size in zip(self.broadcast, full, strict=True)]
+        seen = torch.rand(shape) < 0.7
+        if self.mask == "bool":
+            return seen
+        dtype = torch.float32 if self.mask == "float32" else self.dtype
+        return torch.randn(shape).masked_fill_(~seen, -math.inf).to(dtype)
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)) -> Case:
+    rows = draw(st.one_of(st.integers(1, 5), st.integers(1, 90)))
+    start = draw(st.one_of(st.just(0), st.integers(0, 150)))
+    # Mostly keys up to the last row and some beyond; sometimes fewer keys than positions.
+    keys = draw(st.one_of(st.just(start + rows), st.integers(start + rows, start + rows + 40), st.integers(1, 60)))
+    channels = draw(st.sampled_from([1, 5, 8, 16]))
+    mask = draw(st.sampled_from([None, None, "bool", "own dtype", "float32"]))
+    return Case(
+        batch=draw(st.integers(1, 3)),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 3)),
+        rows=rows,
+        keys=keys,
+        channels=channels,
+        value_channels=draw(st.sampled_from([channels, channels, channels, 3])),
+        start=start,
+        is_causal=draw(st.booleans()),
+        window=draw(st.one_of(st.none(), st.integers(1, 8), st.integers(1, 160))),
+        mask=mask,
+        broadcast=draw(st.tuples(*[st.booleans()] * 4)) if mask else (False,) * 4,
+        layout=draw(st.sampled_from(["head-major", "token-major", "channels apart"])),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def assert_matches_definition(case: Case) -> None:
+    arguments = case.arguments()
+    result = OP(*arguments)
+    wide = tuple(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments)
+    expected = attention_reference(*wide)
+    assert result.dtype == case.dtype
+    assert result.transpose(1, 2).is_contiguous(), f"not token-major: {result.stride()}"
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_matches_its_definition(case: Case) -> None:
+    assert_matches_definition(case)
+
+
+@given(cases((torch.bfloat16, torch.float16)))
+@settings(max_examples=60, deadline=None)
+def test_matches_its_definition_in_half_precision(case: Case) -> None:
+    assert_matches_definition(case)
+
+
+@given(cases(), st.integers(1, 40), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, fewest: int) -> None:
+    """The same law where tiny blocks and tiny split windows make every seam show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu, "NARROW_WINDOW", narrow)
+        patch.setattr(attention_cpu, "NARROW_ROWS", 2 * fewest + 1)
+        patch.setattr(attention_rows, "FEWEST_ROWS", fewest)
+        patch.setattr(attention_rows, "BLOCK_BYTES", 1)
+        assert_matches_definition(case)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129, 200, 255, 256, 300, 1000])
+@pytest.mark.parametrize("rows", [1, 255, 300])
+def test_rows_of_a_sequence_give_the_whole(rows: int, window: int | None) -> None:
+    length = 900
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    whole = attention_reference(query, key, value, None, 0, True, 0.25, window)
+    starts = range(0, length, rows) if rows > 1 else range(0, length, 97)
+    for start in starts:
+        block = query[:, :, start : start + rows]
+        result = OP(block, key, value, None, start, True, 0.25, window)
+        torch.testing.assert_close(result, whole[:, :, start : start + rows], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_channels", [8, 4])
+def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int) -> None:
+    """As with PyTorch's CPU attention; on both our kernels, for every way to say it."""
+    query, key, value = (torch.randn(1, 2, 6, channels, dtype=dtype) for channels in (8, 8, value_channels))
+    seen = torch.ones(6, 6, dtype=torch.bool)
+    seen[3] = False
+    additive = torch.zeros(6, 6, dtype=dtype).masked_fill(~seen, -math.inf)
+    for mask in (seen, additive):
+        for is_causal in (False, True):
+            result = OP(query, key, value, mask, 0, is_causal, 1.0)
+            assert torch.count_nonzero(result[:, :, 3]) == 0
+            assert torch.isfinite(result).all()
+            assert torch.count_nonzero(attention_reference(query, key, value, mask, 0, is_causal, 1.0)[:, :, 3]) == 0
+    stock = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    assert torch.count_nonzero(stock[:, :, 3]) == 0
+
+
+def test_no_keys_and_no_rows() -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    none = key[:, :, :0]
+    assert torch.equal(OP(query, none, none, None, 0, True, 1.0), torch.zeros(2, 4, 5, 8))
+    assert OP(query[:, :, :0], key, key, None, 0, True, 1.0).shape == (2, 4, 0, 8)
+    assert OP(query[:0], key[:0], key[:0], None, 0, True, 1.0).shape == (0, 4, 5, 8)
+
+
+def test_nan_in_the_input_is_not_hidden() -> None:
+    query, key = torch.full((1, 1, 2, 4), math.nan), torch.randn(1, 1, 2, 4)
+    assert OP(query, key, key, None, 0, True, 1.0).isnan().all()
+    assert attention_reference(query, key, key, None, 0, True, 1.0).isnan().all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
+@pytest.mark.parametrize("window", [None, 24, 400])
+def test_operator_contract(mask: torch.dtype | None, window: int | None) -> None:
+    """Schema, fake kernel and strides as `torch.library` wants them."""
+    query, key, value = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 600, 8), torch.randn(1, 2, 600, 8)
+    given = None if mask is None else torch.ones(1, 1, 40, 600, dtype=mask)
+    arguments = (query, key, value, given, 500, True, 0.3, window)
+    torch.library.opcheck(OP, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def peak_bytes(arguments: tuple[Any, ...]) -> int:
+    """The most bytes alive at once above those at the start, from the allocator's own records."""
+    OP(*arguments)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = OP(*arguments)
+    del result
+    live = peak = 0
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0
+    return peak
+
+
+def test_causal_rows_allocate_rows_only() -> None:
+    """Independent of the number of keys: the result, one more like it and one being merged, and small change."""
+    rows, channels = 256, 64
+    for keys in (2048, 8192):
+        query = torch.randn(1, 8, rows, channels)
+        key, value = torch.randn(1, 2, keys, channels), torch.randn(1, 2, keys, channels)
+        result_bytes = query.numel() * 4
+        for start in (0, keys // 2, keys - rows):
+            peak = peak_bytes((query, key, value, None, start, True, 0.125))
+            assert peak <= 3 * result_bytes + flash_scratch(channels), (keys, start, peak, result_bytes)
+
+
+def test_windowed_rows_allocate_rows_only() -> None:
+    rows, channels, keys = 256, 64, 8192
+    query = torch.randn(1, 8, rows, channels)
+    key, value = torch.randn(1, 2, keys, channels), torch.randn(1, 2, keys, channels)
+    for window in (64, 300, 4000):
+        peak = peak_bytes((query, key, value, None, keys - rows, True, 0.125, window))
+        bias = 2 * 4 * rows * (window + rows) if window < 128 else 0
+        assert peak <= 6 * query.numel() * 4 + bias + flash_scratch(channels), (window, peak)
+
+
+def test_masked_rows_allocate_a_block() -> None:
+    """A boolean mask becomes additive one block at a time."""
+    rows, keys = 1024, 8192
+    query, key = torch.randn(1, 1, rows, 8), torch.randn(1, 1, keys, 8)
+    mask = torch.rand(1, 4, rows, keys)[:, :1] > 0.5
+    peak = peak_bytes((query, key, key, mask, 0, False, 0.3))
+    assert peak < rows * keys * 4
+    assert peak <= 1.6 * attention_rows.BLOCK_BYTES, peak
+
+
+def flash_scratch(channels: int) -> int:
+    """The flash kernel's own scratch, by thread: scores, maxima, sums and a result tile of its 256 x 512 blocks."""
+    return torch.get_num_threads() * 256 * (512 + 2 + channels) * 4 + (128 << 10)

@@ -1,0 +1,96 @@
+"""A random program, a random split: rewritten equals original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from mom_compile.pipeline import NotWorthwhile
+from tests.programs import ATTENTION, HIDDEN, LAST, MIXING, ROWWISE, STEPS, Weights, weights_of
+from tests.tracing import rewrite, trace
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+programs = st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=7)
+rowwise_programs = st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=8)
+lengths = st.integers(3, 23)
+batches = st.integers(1, 3)
+splits = st.integers(2, 9)
+
+
+def check(names: list[str], last: str, batch: int, tokens: int, mini: int, dtype: torch.dtype, dynamic: bool) -> int:
+    """Rewritten equals original; returns how many values live at full length (0: nothing was rewritten)."""
+    weights = weights_of(dtype)
+
+    def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        for name in names:
+            x = STEPS[name](x, Weights(*parameters))
+        return LAST[last](x, Weights(*parameters))
+
+    x = torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    gm = trace(program, x, *weights, dynamic=dynamic)
+    expected = gm(x, *weights)
+    try:
+        rewritten, report = rewrite(gm, mini, parameter_names(gm))
+    except NotWorthwhile as reason:
+        event(f"left alone: {type(reason).__name__}")
+        return 0
+    actual = rewritten(x, *weights)
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * scale, equal_nan=True)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    return len(report.full_length_values)
+
+
+def parameter_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
+    """All inputs but the first."""
+    return tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")[1:]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(programs, st.sampled_from(sorted(LAST)), batches, lengths, splits, st.booleans())
+def test_any_program_keeps_its_meaning(names, last, batch, tokens, mini, dynamic):
+    check(names, last, batch, tokens, mini, torch.float64, dynamic)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rowwise_programs, batches, lengths, splits, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_other_dtypes_keep_their_meaning(names, batch, tokens, mini, dtype):
+    check(names, "all", batch, tokens, mini, dtype, False)
+
+
+@pytest.mark.parametrize("name", sorted(MIXING))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_programs_that_mix_tokens_are_right(name, batch):
+    check(["linear", "causal", name, "mlp", "causal", name], "all", batch, 13, 4, torch.float64, False)
+
+
+@pytest.mark.parametrize("name", sorted(ROWWISE))
+def test_every_rowwise_step_runs_inside_loops(name):
+    """Not merely right: between two attentions nothing may fall out of the loops."""
+    weights = weights_of(torch.float64)
+
+    def program(x, *parameters):
+        w = Weights(*parameters)
+        x = ATTENTION["causal"](x, w)
+        return ATTENTION["causal"](ROWWISE[name](x @ w.square, w), w)
+
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
+    gm = trace(program, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+    assert not report.left_out
+    assert [s.name for s in report.stages] == ["stage_0", "stage_1", "stage_2"]
+
+
+def test_the_table_of_programs_has_at_least_25_operators():
+    weights = weights_of(torch.float64)
+    x = torch.randn(2, 7, HIDDEN, dtype=torch.float64)
+    operators = set()
+    for step in STEPS.values():
+        gm = trace(lambda value, *w, step=step: step(value, Weights(*w)), x, *weights)
+        operators |= {n.target for n in gm.graph.nodes if n.op == "call_function"}
+    assert len(operators) >= 25

@@ -1,0 +1,165 @@
+"""Every chunk rule keeps its law: rows computed from slices are rows of the whole."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from passes.errors import CannotChunk
+from passes.rules import Claim, Dim, claim_for, registered
+from passes.rules.factories import output_shape, pointwise_claim
+from passes.rules.view import view_candidates
+from passes.slicing import take
+from tests.rule_law import Call, accepts, check_call, check_rows, node_of, run_rows
+from tests.rule_samples import CUDA_ONLY, all_samples, floats, integers, sdpa_for_cuda
+
+aten = torch.ops.aten
+
+#: `getitem` takes a tuple, which only another operator makes: it has a test of its own.
+TARGETS = sorted((target for target in registered() if target is not operator.getitem), key=str)
+
+
+def samples_of(target: Any) -> list[Call]:
+    if target in CUDA_ONLY:
+        if not torch.cuda.is_available():
+            pytest.skip("this attention kernel exists on CUDA devices only")
+        return sdpa_for_cuda(target)
+    return all_samples().get(target, [])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_slices_compute_what_the_whole_computes(target: Any) -> None:
+    calls = samples_of(target)
+    assert calls, f"{target} has a chunk rule but no sample: write one in rule_samples.py"
+    accepted = sum(check_call(call) for call in calls)
+    assert accepted, f"the rule of {target} refuses every dim of every sample"
+
+
+def test_element_wise_work_is_never_refused() -> None:
+    """The law lets a rule refuse; broadcasting along any dim must not be a reason to."""
+    rules = registered()
+    calls = [call for target, some in all_samples().items() for call in some if rules[target].rule is pointwise_claim]
+    nodes = [node_of(call) for call in calls]
+    refused = [
+        (str(call), index)
+        for call, node in zip(calls, nodes, strict=True)
+        for index in range(len(output_shape(node)))
+        if not accepts(node, Dim(index))
+    ]
+    assert len(calls) > 1000
+    assert not refused
+
+
+@pytest.mark.parametrize(
+    ("call", "accepted"),
+    [
+        (Call(aten.mm.default, (floats(4, 3), floats(3, 5))), [0, 1]),
+        (Call(aten.sum.dim_IntList, (floats(2, 4, 3), [1])), [0, 1]),
+        (Call(aten.sum.dim_IntList, (floats(2, 4, 3), [1], True)), [0, 2]),
+        (Call(aten.view.default, (floats(2, 4, 6), [2, 4, 3, 2])), [0, 1, 2]),
+        (Call(aten.expand.default, (floats(2, 1, 4, 3), [2, 5, 4, 3])), [0, 1, 2, 3]),
+        (Call(aten.embedding.default, (floats(9, 3), integers(2, 4))), [0, 1, 2]),
+        (Call(aten.gather.default, (floats(2, 4, 9), 2, integers(2, 4, 1))), [0, 1, 2]),
+        (Call(aten.cat.default, ([floats(2, 4, 3), floats(2, 4, 3)], -1)), [0, 1]),
+        (Call(torch.ops.mom.attention.default, (*[floats(2, 4, 6, 8)] * 3, None, 0, True, 1.0)), [0, 1, 2]),
+    ],
+    ids=lambda value: str(value.target) if isinstance(value, Call) else None,
+)
+def test_the_dims_that_decoders_need_are_accepted(call: Call, accepted: list[int]) -> None:
+    node = node_of(call)
+    assert [index for index in range(len(output_shape(node))) if accepts(node, Dim(index))] == accepted
+
+
+def test_the_law_catches_a_wrong_claim() -> None:
+    """A guard for the guard: claims that are wrong in one point each must not pass."""
+    node = node_of(Call(aten.softmax.int, (floats(4, 6), 1)))
+    with pytest.raises(AssertionError, match="not close"):
+        check_rows(node, Dim(1), Claim((Dim(1),)))
+    node = node_of(Call(aten.add.Tensor, (floats(4, 6), floats(4, 6))))
+    with pytest.raises(AssertionError, match="shape"):
+        check_rows(node, Dim(0), Claim((Dim(0), None)))
+    node = node_of(Call(aten.triu.default, (floats(4, 6),)))
+    with pytest.raises(AssertionError, match="not close"):
+        check_rows(node, Dim(0), Claim((Dim(0),)))
+
+
+# Items of tuples
+
+
+def getitem_of(producer: fx.Node, item: int) -> fx.Node:
+    node = producer.graph.call_function(operator.getitem, (producer, item))
+    node.meta["val"] = producer.meta["val"][item]
+    return node
+
+
+def tuple_calls() -> list[Call]:
+    calls = [call for target, some in all_samples().items() if target not in CUDA_ONLY for call in some]
+    return [call for call in calls if [str(one.type) for one in call.target._schema.returns] != ["Tensor"]]
+
+
+def test_items_of_tuples() -> None:
+    """The claim of an item leads to the claim of its tuple, and that one computes the item's rows."""
+    seen = set()
+    for call in tuple_calls():
+        producer = node_of(call)
+        for item, value in enumerate(producer.meta["val"]):
+            node = getitem_of(producer, item)
+            for index in range(value.dim() if value.numel() else 0):
+                dim = Dim(index)
+                try:
+                    (demand,) = claim_for(node, dim).demands
+                except CannotChunk:
+                    continue
+                assert demand is not None
+                rows = run_rows(producer, claim_for(producer, demand), 0, 1)[item]
+                torch.testing.assert_close(rows, take(value, dim, 0, 1), equal_nan=True)
+                seen.add(call.target)
+    assert {aten.split.Tensor, aten.sort.default, aten.var_mean.correction, aten.native_layer_norm.default} <= seen
+
+
+# Folded dimensions
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "view", "expected"),
+    [
+        ([2, 6, 5], Dim(1), [12, 5], Dim(0, outer=2)),
+        ([12, 5], Dim(0, outer=2), [2, 6, 5], Dim(1)),
+        ([6, 5], Dim(0), [30], Dim(0, inner=5)),
+        ([30], Dim(0, inner=5), [6, 5], Dim(0)),
+        ([2, 6, 5], Dim(1), [60], Dim(0, outer=2, inner=5)),
+        ([60], Dim(0, outer=2, inner=5), [2, 6, 5], Dim(1)),
+        ([60], Dim(0, outer=2, inner=5), [2, 30], Dim(1, inner=5)),
+        ([2, 30], Dim(1, inner=5), [12, 5], Dim(0, outer=2)),
+        ([2, 6, 5], Dim(0), [12, 5], Dim(0, inner=6)),
+        ([2, 6, 8], Dim(1), [2, 6, 4, 2], Dim(1)),
+        ([2, 3, 6, 4], Dim(2), [6, 6, 4], Dim(1)),
+    ],
+)
+def test_views_fold_and_unfold_tokens(shape: list[int], dim: Dim, view: list[int], expected: Dim) -> None:
+    """The way from the operand's rows to the output's and back, and the law in the middle."""
+    node = node_of(Call(aten.view.default, (floats(*shape), view)))
+    assert view_candidates(node, (dim,)) == [expected]
+    claim = claim_for(node, expected)
+    assert claim.demands == (dim,)
+    check_rows(node, expected, claim)
+
+
+@pytest.mark.parametrize(("shape", "view", "dim"), [([6, 4], [4, 6], Dim(0)), ([5, 6], [30], Dim(0, inner=4))])
+def test_views_that_mix_rows_are_refused(shape: list[int], view: list[int], dim: Dim) -> None:
+    with pytest.raises(CannotChunk, match="mixes rows"):
+        claim_for(node_of(Call(aten.view.default, (floats(*shape), view))), dim)
+
+
+def test_an_operand_that_appears_twice_has_two_demands() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = floats(4, 4)
+    node = graph.call_function(aten.mm.default, (x, x))
+    node.meta["val"] = floats(4, 4) @ floats(4, 4)
+    assert claim_for(node, Dim(0)).demands == (Dim(0), None)
+    assert claim_for(node, Dim(1)).demands == (None, Dim(1))

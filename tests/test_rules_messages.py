@@ -1,0 +1,83 @@
+"""What a refusal says: the operator, the node, the dimension, and a reason a reader can act on."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+
+from passes.errors import CannotChunk
+from passes.rules import Dim, claim_for
+from tests.rule_law import Call, node_of
+from tests.rule_samples import floats, integers
+
+aten, prims, mom = torch.ops.aten, torch.ops.prims, torch.ops.mom
+
+x = floats(2, 6, 5)
+heads, shared = floats(2, 4, 6, 8), floats(2, 2, 6, 8)
+sdpa = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+REFUSALS: list[tuple[Call, Dim, str]] = [
+    (Call(aten.sum.dim_IntList, (x, [1], True)), Dim(1), "reduces over it"),
+    (Call(aten._softmax.default, (x, -1, False)), Dim(2), "normalises over it"),
+    (Call(aten.native_layer_norm.default, (x, [5], None, None, 1e-5)), Dim(2), "normalises over it"),
+    (Call(aten.cumsum.default, (x, 1)), Dim(1), "accumulates along it"),
+    (Call(aten.sort.default, (x, 1)), Dim(1), "sorts along it"),
+    (Call(aten.cat.default, ([x, x], 1)), Dim(1), "concatenates along it"),
+    (Call(aten.stack.default, ([x, x], 1)), Dim(1), "stacks along it"),
+    (Call(aten.slice.Tensor, (x, 1, 2, 5)), Dim(1), "slices along it"),
+    (Call(aten.split.Tensor, (x, 3, 1)), Dim(1), "splits it"),
+    (Call(aten.flip.default, (x, [1])), Dim(1), "reverses it"),
+    (Call(aten.roll.default, (x, [1], [1])), Dim(1), "rotates it"),
+    (Call(aten.roll.default, (x, [1])), Dim(0), "rotates it"),
+    (Call(aten.repeat.default, (x, [1, 2, 1])), Dim(1), "repeats it"),
+    (Call(aten.constant_pad_nd.default, (x, [0, 0, 1, 0])), Dim(1), "pads it"),
+    (Call(aten.unsqueeze.default, (x, 1)), Dim(1), "a new dimension of size 1 has no rows"),
+    (Call(aten.view.default, (x, [4, 15])), Dim(0), r"the reshape \[2, 6, 5\] -> \[4, 15\] mixes rows"),
+    (Call(aten.view.dtype, (x, torch.int16)), Dim(2), "elements of another size"),
+    (Call(aten.gather.default, (x, 1, integers(1, 2, 5, below=6))), Dim(0), "different lengths along it"),
+    (Call(aten.index.Tensor, (x, [x[..., 0] > 0.5])), Dim(0), "known only at run time"),
+    (Call(aten.scatter.value, (x, 1, integers(2, 2, 5), 1.0)), Dim(1), "writes anywhere along it"),
+    (Call(aten.scatter.value, (x, 1, integers(1, 2, 5), 1.0)), Dim(0), r"the index \[1, 2, 5\] does not cover it"),
+    (Call(aten.select_scatter.default, (x, x[:, 0], 1, 0)), Dim(1), "writes one position of it"),
+    (Call(aten.slice_scatter.default, (x, x[:, :2], 1, 0, 2)), Dim(1), "writes a range of it"),
+    (Call(aten.arange.start_step, (0.0, 1.0, 0.3)), Dim(0), "floating-point"),
+    (Call(aten.arange.default, (6,)), Dim(0, outer=2), "not one range of positions"),
+    (Call(aten.triu.default, (x,)), Dim(1, inner=2), "not one range of positions"),
+    (Call(sdpa, (heads, heads, heads, 0.0, True)), Dim(2), "causal rows need an offset"),
+    (Call(sdpa, (heads, heads, heads)), Dim(3), "all channels"),
+    (Call(mom.attention.default, (heads, shared, shared, None, 0, True, 1.0)), Dim(1), "share a key head"),
+    (Call(mom.attention.default, (heads, heads, heads, None, 0, True, 1.0)), Dim(2, outer=2), "not one range"),
+    (Call(aten.relu.default, (x,)), Dim(3), "the output has 3 dimensions"),
+    (Call(aten.sum.default, (x,)), Dim(0), "no chunk rule is registered for this operator"),
+    (Call(aten.bernoulli.p, (x, 0.5)), Dim(0), "no chunk rule is registered for this operator"),
+]
+
+
+@pytest.mark.parametrize(("call", "dim", "reason"), REFUSALS, ids=[str(call.target) for call, _, _ in REFUSALS])
+def test_a_refusal_names_operator_node_dim_and_reason(call: Call, dim: Dim, reason: str) -> None:
+    node = node_of(call)
+    with pytest.raises(CannotChunk, match=reason) as refusal:
+        claim_for(node, dim)
+    message = str(refusal.value)
+    assert str(call.target) in message
+    assert node.name in message
+    assert str(dim) in message
+    assert refusal.value.node is node
+
+
+def test_dropout_is_refused() -> None:
+    node = node_of(Call(sdpa, (heads, heads, heads)))
+    node.args = (*node.args, 0.1)
+    with pytest.raises(CannotChunk, match="dropout draws other random numbers"):
+        claim_for(node, Dim(2))
+
+
+def test_an_item_names_the_tuple_and_its_reason() -> None:
+    producer = node_of(Call(aten.sort.default, (x, 1)))
+    item: Any = producer.graph.call_function(operator.getitem, (producer, 1))
+    item.meta["val"] = producer.meta["val"][1]
+    with pytest.raises(CannotChunk, match=r"getitem.*aten.sort.default.*sorts along it"):
+        claim_for(item, Dim(1))
