@@ -186,7 +186,7 @@ def run_all(options: argparse.Namespace, advance: Callable[[str], None]) -> tupl
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=6144, help="length of the prompt (default 6144)")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the prompt (default 4096)")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
     parser.add_argument("--worker", help=argparse.SUPPRESS)

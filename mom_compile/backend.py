@@ -104,12 +104,13 @@ def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -
     if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
         return "ahead-of-time and C++-wrapper compilation are stock Inductor's"
     for node in gm.graph.nodes:
-        values = node.meta.get("val")
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if isinstance(value, torch.SymInt) and not value.node.has_hint():
-                return f"{node.name} ({node.target}) makes sizes depend on data"
-            if isinstance(value, torch.Tensor) and any(size == 0 for size in value.shape if isinstance(size, int)):
-                return f"{node.name} is empty: there is nothing to cut"
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and not value.node.has_hint():
+            return f"{node.name} ({node.target}) makes sizes depend on data"
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and any(
+            type(size) is int and size == 0 for size in value.shape
+        ):
+            return f"{node.name} is empty: there is nothing to cut"
     return None
 
 

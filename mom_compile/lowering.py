@@ -30,7 +30,7 @@ from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides, least_value
 from passes.demands import VIEWS
 from passes.errors import PassError
-from passes.mini_sequence import LoopOutput, MiniSequence
+from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
 from passes.sizes import Size, expr, hint, product
 
@@ -147,20 +147,29 @@ class Lowering:
         templates += [layout.whole(n) for n in whole]
         templates += [layout.place(output) for output in spec.outputs]
         run, extra = self._compile(_writing_body(loop), templates, str(node.target), layout.literal, layout.facts())
+        values = extra + [n for n in self._symbols_of(spec) if n not in extra]
         compiled = CompiledLoop(
             run,
             spec.mini_seq_len,
+            len(values),
             len(extra),
             len(sizes),
-            tuple(self._rows_of(dim, extra) for dim in spec.sliced),
-            tuple(self._stored(output, extra) for output in spec.outputs),
+            tuple(self._rows_of(dim, values) for dim in spec.sliced),
+            tuple(self._stored(output, values) for output in spec.outputs),
         )
         items = {user.args[1]: user for user in node.users}
         results = [items.get(i) for i in range(len(spec.outputs))]
         for item, output in zip(results, spec.outputs, strict=True):
             if item is not None:
                 self.layouts[item] = output
-        self._call(str(node.target), compiled, [*extra, node.args[0], *sizes, *tensors], results)
+        self._call(str(node.target), compiled, [*values, node.args[0], *sizes, *tensors], results)
+
+    def _symbols_of(self, spec: LoopSpec) -> list[fx.Node]:
+        """Sources of the symbols in which the stored values' shapes and the dims' layouts are written."""
+        sizes = [size for output in spec.outputs for size in output.shape]
+        sizes += [size for dim in (*spec.sliced, *(o.dim for o in spec.outputs)) for size in (dim.outer, dim.inner)]
+        symbols = {symbol for size in sizes for symbol in self.symbols.check(expr(size)).free_symbols}
+        return [self.symbols.sources[symbol] for symbol in sorted(symbols, key=str)]
 
     def _rows_of(self, dim: Dim, extra: Sequence[Any]) -> RowsOf:
         return RowsOf(dim.index, self._size_of(dim.outer, extra), self._size_of(dim.inner, extra), dim.plain)

@@ -184,7 +184,7 @@ class PieceCache:
             piece = Piece(gm, tuple(templates), symbols, dict(patches))
             piece.compile()
             seconds = time.perf_counter() - began
-            report.bodies_compiled += 1
+            report.compiled_pieces.append(name)
             report.compile_seconds += seconds
             log.debug("compiled %s in %.1f s", name, seconds)
             self._pieces[key] = piece

@@ -38,6 +38,7 @@ class Report:
     stages         the loops, in the order they run
     left_out       operator -> why it runs on the full sequence
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
+    compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
 
     nodes: int = 0
@@ -48,7 +49,7 @@ class Report:
     passes: list[PassReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     eager_pieces: dict[str, str] = field(default_factory=dict)
-    bodies_compiled: int = 0
+    compiled_pieces: list[str] = field(default_factory=list)
     bodies_shared: int = 0
     compile_seconds: float = 0.0
     graph: fx.GraphModule | None = None
@@ -78,9 +79,9 @@ class Report:
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
         for name, reason in self.eager_pieces.items():
             lines.append(f"{name} runs eagerly, Inductor could not compile it: {reason}")
-        if self.bodies_compiled or self.bodies_shared:
+        if self.compiled_pieces or self.bodies_shared:
             lines.append(
-                f"{self.bodies_compiled} pieces compiled in {self.compile_seconds:.1f} s, {self.bodies_shared} shared"
+                f"{len(self.compiled_pieces)} pieces compiled in {self.compile_seconds:.1f} s, {self.bodies_shared} shared"
             )
         return "\n".join(lines)
 

@@ -60,7 +60,9 @@ def test_element_wise_work_is_never_refused() -> None:
         (Call(aten.mm.default, (floats(4, 3), floats(3, 5))), [0, 1]),
         (Call(aten.sum.dim_IntList, (floats(2, 4, 3), [1])), [0, 1]),
         (Call(aten.sum.dim_IntList, (floats(2, 4, 3), [1], True)), [0, 2]),
-        (Call(aten.view.default, (floats(2, 4, 6), [2, 4, 3, 2])), [0, 1, 2]),
+        # Splitting a dimension: its inner part is a folded dim of the operand, with the outer part before it.
+        (Call(aten.view.default, (floats(2, 4, 6), [2, 4, 3, 2])), [0, 1, 2, 3]),
+        (Call(aten.view.default, (floats(2, 4, 6), [4, 12])), []),
         (Call(aten.expand.default, (floats(2, 1, 4, 3), [2, 5, 4, 3])), [0, 1, 2, 3]),
         (Call(aten.embedding.default, (floats(9, 3), integers(2, 4))), [0, 1, 2]),
         (Call(aten.gather.default, (floats(2, 4, 9), 2, integers(2, 4, 1))), [0, 1, 2]),

@@ -51,12 +51,14 @@ class StoredRows:
 class CompiledLoop:
     """`loop([*symbols, length, *sizes, *sliced, *whole])` returns the stored values at full length.
 
-    `body` takes `[*symbols, start, count, *sizes, *rows of sliced, *whole, *rows of stored]` and fills the last.
+    `body` takes `[*symbols, start, count, *sizes, *rows of sliced, *whole, *rows of stored]` and fills the last;
+    of the loop's symbols it is passed the first `body_symbols` (the others only give shapes).
     """
 
     body: Callable[[list[Any]], Any]
     mini_seq_len: int
     symbols: int
+    body_symbols: int
     sizes: int
     sliced: tuple[RowsOf, ...]
     stored: tuple[StoredRows, ...]
@@ -69,6 +71,7 @@ class CompiledLoop:
         sliced = arguments[sizes_end : sizes_end + len(self.sliced)]
         whole = arguments[sizes_end + len(self.sliced) :]
         arguments.clear()
+        known = symbols[: self.body_symbols]
         stored = [value.allocate(symbols) for value in self.stored]
         sources = [self._source(rows, tensor, symbols) for rows, tensor in zip(self.sliced, sliced, strict=True)]
         del sliced
@@ -83,7 +86,7 @@ class CompiledLoop:
                 for tensor, index, plain in sources
             ]
             places = [tensor.narrow(index, start, count) for tensor, index in targets]
-            self.body([*symbols, start, count, *sizes, *rows, *whole, *places])
+            self.body([*known, start, count, *sizes, *rows, *whole, *places])
         return tuple(stored)
 
     @staticmethod

@@ -1,0 +1,243 @@
+"""Every attention in one form: `mom.attention` with grouped heads, proven masks and a place to say where rows stand.
+
+Terms
+-----
+SDPA        PyTorch's own attention operators: one for each kernel, with different arguments and outputs.
+grouped     Keys and values with fewer heads than the query; query head `h` of H uses key head `h // (H / G)`.
+repeat_kv   Models copy grouped keys and values to the query's heads before SDPA: n times the memory.
+
+    for node in graph:
+        if node is SDPA, deterministic, and only its result is used:
+            key, value = what repeat_kv was given, if both were repeated alike
+            mask, is_causal, window = what the mask is proved to be (passes.mask_structure)
+            node -> mom.attention(query, key, value, mask, 0, is_causal, scale, window)
+
+An attention that does not fit is left alone: it stays correct, on the full sequence.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import passes.ops  # noqa: F401  defines mom::attention
+from passes.sizes import is_one, same
+
+aten = torch.ops.aten
+MOM_ATTENTION = torch.ops.mom.attention.default
+
+#: SDPA operator -> the name of its mask argument (None: it takes no mask).
+_MASK_NAMES: dict[str, str | None] = {
+    "_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
+    "_scaled_dot_product_flash_attention": None,
+    "_scaled_dot_product_efficient_attention": "attn_bias",
+    "_scaled_dot_product_cudnn_attention": "attn_bias",
+    "_scaled_dot_product_fused_attention_overrideable": "attn_bias",
+    "_scaled_dot_product_attention_math": "attn_mask",
+}
+SDPA = {getattr(aten, name).default: mask for name, mask in _MASK_NAMES.items() if hasattr(aten, name)}
+
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite SDPA operators to `mom.attention`, in place.
+
+    Before::
+
+        keys    = view(clone(expand(unsqueeze(k, 2), [B, G, n, S, D])), [B, G * n, S, D])
+        values  = view(clone(expand(unsqueeze(v, 2), [B, G, n, S, D])), [B, G * n, S, D])
+        sdpa    = _scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, True)
+        result  = sdpa[0]
+
+    After::
+
+        result  = mom.attention(q, k, v, None, 0, True, 1 / sqrt(D))
+    """
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in SDPA:
+            call = _read(node)
+            if call is not None:
+                _rewrite(gm.graph, node, call)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an SDPA node computes, whichever operator it calls."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    is_causal: bool
+    scale: float
+
+
+def _read(node: fx.Node) -> _Call | None:
+    """The call, or None where `mom.attention` would not be the same."""
+    given = _arguments(node)
+    random = given["dropout_p"] != 0 or given.get("dropout_mask") is not None
+    if random or given.get("return_debug_mask") or not _only_result_used(node):
+        return None
+    query, key, value = given["query"], given["key"], given["value"]
+    shape = query.meta["val"].shape
+    channels = shape[-1]
+    if len(shape) != 4 or not isinstance(channels, int):
+        return None
+    # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
+    if given["is_causal"] and not same(shape[2], key.meta["val"].shape[2]):
+        return None
+    name = SDPA[node.target]
+    mask = given[name] if name is not None else None
+    # The math operator adds a boolean mask as numbers.
+    if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
+        return None
+    scale = given["scale"] if given["scale"] is not None else channels**-0.5
+    return _Call(query, key, value, mask, bool(given["is_causal"]), float(scale))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given.update(zip((argument.name for argument in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    return given
+
+
+def _only_result_used(node: fx.Node) -> bool:
+    """Whether nothing reads the log-sum-exp, random state and the like."""
+    return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, call: _Call) -> None:
+    with graph.inserting_before(node):
+        key, value = _without_repeats(graph, call.key, call.value)
+        mask = None if call.mask is None else _without_expands(call.mask)
+        new = graph.call_function(MOM_ATTENTION, (call.query, key, value, mask, 0, call.is_causal, call.scale))
+        for result in [user for user in node.users if user.args[1] == 0]:
+            new.meta = {**result.meta, "val": _fake_result(new)}
+            result.replace_all_uses_with(_in_layout(graph, new, result))
+
+
+def _fake_result(new: fx.Node) -> torch.Tensor:
+    args = fx.map_arg(new.args, lambda n: n.meta["val"])
+    return MOM_ATTENTION(*args)
+
+
+def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
+    """The new result with the strides of the old one, on which views further down may rely."""
+    strides = zip(old.meta["val"].stride(), new.meta["val"].stride(), old.meta["val"].shape, strict=True)
+    if all(same(a, b) or is_one(size) for a, b, size in strides):
+        return new
+    copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+    copy.meta = dict(old.meta)
+    return copy
+
+
+def _without_expands(mask: fx.Node) -> fx.Node:
+    """The mask before it was expanded over dimensions that broadcast anyway."""
+    while mask.target is aten.expand.default:
+        source = mask.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].dim() != 4:
+            break
+        mask = source
+    return mask
+
+
+def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before repeat_kv, if both went through the same one."""
+    key_source, value_source = _ungrouped(key, 1), _ungrouped(value, 1)
+    if key_source is None or value_source is None or not same(key_source.heads, value_source.heads):
+        return key, value
+    return key_source.emit(graph), value_source.emit(graph)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A value before its heads were repeated, and the permutations to apply to it still."""
+
+    source: fx.Node
+    heads: Any
+    permutations: tuple[tuple[int, ...], ...] = ()
+    squeeze: int | None = None
+
+    def emit(self, graph: fx.Graph) -> fx.Node:
+        node = self.source
+        if self.squeeze is not None:
+            node = _call(graph, aten.squeeze.dim, node, self.squeeze)
+        for order in self.permutations:
+            node = _call(graph, aten.permute.default, node, list(order))
+        return node
+
+
+def _call(graph: fx.Graph, target: Any, source: fx.Node, argument: Any) -> fx.Node:
+    node = graph.call_function(target, (source, argument))
+    node.meta["val"] = target(source.meta["val"], argument)
+    return node
+
+
+def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
+    """Follows a value whose dimension `heads` may be a repetition back to what was repeated."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if node.target in _COPIES:
+        return _ungrouped(source, heads)
+    if node.target is aten.permute.default:
+        rank = len(node.meta["val"].shape)
+        order = tuple(d % rank for d in node.args[1])  # type: ignore[union-attr, operator]
+        found = _ungrouped(source, order[heads])
+        if found is None:
+            return None
+        return _Grouped(found.source, found.heads, (*found.permutations, order), found.squeeze)
+    if node.target is aten.expand.default:
+        return _expanded(node, source, heads)
+    if node.target in _VIEWS:
+        return _merged(node, source, heads)
+    return None
+
+
+def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
+    """One key head for all: `[B, 1, S, D] -> [B, H, S, D]`."""
+    wide, narrow = node.meta["val"].shape, source.meta["val"].shape
+    if len(wide) != len(narrow) or not is_one(narrow[heads]) or not _same_but(wide, narrow, heads):
+        return None
+    return _Grouped(source, 1)
+
+
+def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
+    """`[.., G, 1, ..] -> expand [.., G, n, ..] -> view [.., G * n, ..]`."""
+    merged, split = node.meta["val"].shape, source.meta["val"].shape
+    outside = (*split[:heads], *split[heads + 2 :])
+    if len(split) != len(merged) + 1 or not _all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
+        return None
+    while source.target in _COPIES:
+        source = source.args[0]  # type: ignore[assignment]
+    if source.target is not aten.expand.default:
+        return None
+    before = source.args[0]
+    assert isinstance(before, fx.Node)
+    narrow = before.meta["val"].shape
+    if len(narrow) != len(split) or not is_one(narrow[heads + 1]) or not _same_but(split, narrow, heads + 1):
+        return None
+    if before.target is aten.unsqueeze.default and before.args[1] % len(narrow) == heads + 1:  # type: ignore[operator]
+        return _Grouped(before.args[0], split[heads])  # type: ignore[arg-type]
+    return _Grouped(before, split[heads], squeeze=heads + 1)
+
+
+def _same_but(a: Any, b: Any, dim: int) -> bool:
+    return _all_same((*a[:dim], *a[dim + 1 :]), (*b[:dim], *b[dim + 1 :]))
+
+
+def _all_same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

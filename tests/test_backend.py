@@ -1,0 +1,233 @@
+"""The backend as a user meets it, compiled for real on a tiny decoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import mom_compile.backend as backend_module
+import mom_compile.pipeline as pipeline_module
+from mom_compile import MomWarning, reports
+from mom_compile.torch_compat import SymbolicSizes
+from tests.tiny import TinyDecoder, ids
+
+MINI = {"mini_seq_len": 8, "strict": True}
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="mom", options={**MINI, **options})
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_prefill_equals_eager_for_every_length(batch):
+    model = TinyDecoder().eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        for tokens in (37, 61, 20, 9, 8, 2, 1):
+            x = ids(batch, tokens)
+            assert_same(fast(x, 1), model(x, 1))
+            assert_same(fast(x), model(x))
+    assert not any(report.failed for report in reports())
+
+
+def test_layers_share_their_body_and_a_new_length_compiles_none():
+    model = TinyDecoder(layers=5).eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(ids(1, 37), 1)
+        first = reports()[-1]
+        fast(ids(1, 61), 1)
+        second = reports()[-1]
+        fast(ids(1, 75), 1)
+    assert len(first.stages) == 6
+    assert first.bodies_shared >= 3
+    assert second is not first and len(reports()) == 2
+    assert second.bodies_shared >= len(second.stages)
+    assert not [p for p in second.compiled_pieces if p.startswith("stage")]
+
+
+def test_keys_values_and_the_residual_stream_are_all_that_lives_at_full_length():
+    report = mom_report(TinyDecoder(layers=4).eval(), ids(1, 37), 1)
+    per_stage = [sorted(stage.bytes_per_token) for stage in report.stages]
+    residual, heads = 32 * 4, 2 * 8 * 4
+    assert per_stage[:4] == [[heads, heads, residual]] * 4
+
+
+def mom_report(model, *args):
+    with torch.no_grad():
+        compiled(model)(*args)
+    return reports()[-1]
+
+
+def test_float64_is_exact_to_rounding():
+    model = TinyDecoder().double().eval()
+    with torch.no_grad():
+        x = ids(2, 37)
+        expected = model(x)
+        assert (compiled(model)(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_the_entry_point_needs_no_import():
+    code = (
+        "import torch, sys\n"
+        "f = torch.compile(lambda x, w: torch.relu(x @ w), backend='mom', options={'mini_seq_len': 4})\n"
+        "with torch.no_grad():\n"
+        "    x, w = torch.randn(33, 8), torch.randn(8, 8)\n"
+        "    assert torch.allclose(f(x, w), torch.relu(x @ w), atol=1e-6)\n"
+        "assert 'mom_compile' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+
+
+# --- what is not for us goes to stock Inductor, with the reason ---
+
+
+def test_gradients_go_to_stock_inductor_and_are_right():
+    model, reference = TinyDecoder(layers=1), TinyDecoder(layers=1)
+    x = ids(1, 20)
+    compiled(model)(x).square().mean().backward()
+    reference(x).square().mean().backward()
+    assert_same(model.head.weight.grad, reference.head.weight.grad, 1e-4)
+    assert "gradients" in reports()[0].fallback
+
+
+def test_short_inputs_go_to_stock_inductor_with_the_reason():
+    report = mom_report(TinyDecoder(layers=1).eval(), ids(1, 6))
+    assert "6 tokens fit in one mini-sequence of 8" in report.fallback
+    assert not report.failed
+
+
+def test_an_empty_batch_works():
+    model = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        assert compiled(model)(torch.randn(0, 20, 8)).shape == (0, 20, 8)
+    assert "empty" in reports()[-1].fallback
+
+
+def test_a_graph_without_tokens_works():
+    with torch.no_grad():
+        x = torch.randn(20, 20)
+        assert_same(compiled(lambda x: torch.linalg.inv(x + 30 * torch.eye(20)))(x), torch.linalg.inv(x + 30 * torch.eye(20)))
+    assert "no input has a dimension" in reports()[-1].fallback
+
+
+def test_an_unknown_operator_runs_on_the_full_sequence():
+    @torch.library.custom_op("mom_tests::reverse", mutates_args=())
+    def reverse(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(1).contiguous()
+
+    reverse.register_fake(torch.empty_like)
+    inner = TinyDecoder(layers=1).eval()
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return inner.head(inner.layers[0](reverse(inner.layers[0](inner.embed(x)))))
+
+    model = Model()
+    with torch.no_grad():
+        x = ids(2, 29)
+        assert_same(compiled(model)(x), model(x))
+    assert any("mom_tests.reverse" in name for name in reports()[-1].left_out)
+    assert "no chunk rule" in " ".join(reports()[-1].left_out.values())
+
+
+def test_scope_none_is_stock_inductor():
+    model = TinyDecoder(layers=1).eval()
+    with torch.no_grad():
+        assert_same(compiled(model, scope="none")(ids(1, 20)), model(ids(1, 20)))
+    assert "scope" in reports()[-1].fallback
+
+
+# --- failures of our own ---
+
+
+@pytest.fixture
+def broken_pass(monkeypatch):
+    def cut_stages(state):
+        raise RuntimeError("a bug of ours")
+
+    steps = tuple(cut_stages if s.__name__ == "cut_stages" else s for s in pipeline_module.PIPELINE)
+    monkeypatch.setattr(pipeline_module, "PIPELINE", steps)
+
+
+@pytest.mark.usefixtures("broken_pass")
+def test_a_failing_pass_falls_back_with_one_warning():
+    model = TinyDecoder(layers=1).eval()
+    with torch.no_grad(), pytest.warns(MomWarning, match="a bug of ours") as caught:
+        assert_same(compiled(model, strict=False)(ids(1, 20)), model(ids(1, 20)))
+    assert len([w for w in caught if w.category is MomWarning]) == 1
+    assert reports()[-1].failed and "a bug of ours" in reports()[-1].fallback
+
+
+@pytest.mark.usefixtures("broken_pass")
+def test_a_failing_pass_raises_under_strict():
+    with torch.no_grad(), pytest.raises(Exception, match="a bug of ours"):
+        compiled(TinyDecoder(layers=1).eval())(ids(1, 20))
+
+
+def test_a_piece_that_inductor_cannot_compile_runs_eagerly_with_the_reason(monkeypatch):
+    original = SymbolicSizes.compile
+    seen = []
+
+    def fails_once(self, gm, inputs, patches):
+        seen.append(gm)
+        if len(seen) == 2:
+            raise RuntimeError("undeclared temporary")
+        return original(self, gm, inputs, patches)
+
+    monkeypatch.setattr(SymbolicSizes, "compile", fails_once)
+    model = TinyDecoder(layers=2).eval()
+    with torch.no_grad():
+        assert_same(compiled(model)(ids(2, 29)), model(ids(2, 29)))
+    assert list(reports()[-1].eager_pieces.values()) == ["RuntimeError: undeclared temporary"]
+    assert "undeclared temporary" in str(reports()[-1])
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mini_seq_length": 8}, r"unknown option 'mini_seq_length'.*'mini_seq_len', 'scope', 'strict', 'inductor'"),
+        ({"mini_seq_len": 0}, "mini_seq_len=0 is not valid.*2"),
+        ({"mini_seq_len": -5}, "mini_seq_len=-5 is not valid"),
+        ({"mini_seq_len": 1}, "mini_seq_len=1 is not valid"),
+        ({"mini_seq_len": 1 << 40}, "is not valid"),
+        ({"mini_seq_len": 8.5}, "mini_seq_len=8.5 is not valid"),
+        ({"mini_seq_len": True}, "mini_seq_len=True is not valid"),
+        ({"scope": "everything"}, "scope='everything' is not valid.*'layer'"),
+        ({"strict": "yes"}, "strict='yes' is not valid"),
+        ({"inductor": {"max_autotun": True}}, "unknown Inductor option 'max_autotun'"),
+        ({"inductor": 3}, "inductor=3 is not valid"),
+    ],
+)
+def test_a_wrong_option_is_a_value_error_that_says_what_is_valid(options, message):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        torch.compile(TinyDecoder(layers=1), backend="mom", options=options)(ids(1, 20))
+
+
+def test_modes_are_those_of_inductor():
+    with torch.no_grad(), pytest.raises(ValueError, match="mode='fastest' is not valid"):
+        torch.compile(TinyDecoder(layers=1), backend="mom", mode="fastest")(ids(1, 20))
+    gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
+    with pytest.raises(ValueError, match="valid options"):
+        backend_module.mom(gm, [torch.ones(2)], mode="max-autotune", options={"x": 1})
+
+
+def test_nothing_is_printed_and_nothing_warned(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MomWarning)
+        mom_report(TinyDecoder(layers=1).eval(), ids(1, 20))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,67 @@
+"""What `explain` tells: it prints well, and it is true."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import mom_compile
+from tests.tiny import TinyDecoder, ids
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def explained(**options):
+    return mom_compile.explain(TinyDecoder(layers=2).eval(), ids(1, 37), 1, options={"mini_seq_len": 8, **options})
+
+
+def test_it_tells_each_stage_its_tokens_and_what_crosses_with_bytes_per_token():
+    report = explained()[0]
+    assert report.token_dimension.startswith("dim 1 of ")
+    assert [stage.name for stage in report.stages] == ["stage_0", "stage_1", "stage_2"]
+    assert report.stages[1].mini_seq_len == 8
+    assert report.stages[1].operators["aten.mm"] == 6
+    text = str(report)
+    assert "37 tokens in mini-sequences of 8" in text
+    assert "128 B/token" in text
+
+
+def test_it_names_what_was_left_out_and_why():
+    assert any("aten.slice" in name for name in explained()[0].left_out)
+
+
+def test_the_rewritten_graph_reads_as_code():
+    code = explained().code()
+    assert "stage_1" in code
+    assert "torch.ops.mom.attention.default" in code
+
+
+def test_it_says_why_a_graph_is_left_alone():
+    text = str(mom_compile.explain(TinyDecoder(layers=1).eval(), ids(1, 5)))
+    assert "stock Inductor: its 5 tokens fit in one mini-sequence" in text
+
+
+def test_it_compiles_nothing(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("explain compiled something")
+
+    monkeypatch.setattr("mom_compile.torch_compat.SymbolicSizes.compile", refuse)
+    assert explained()[0].stages
+
+
+def test_a_wrong_option_is_an_error():
+    with pytest.raises(ValueError, match="unknown option 'mini'"):
+        explained(mini=3)
+
+
+def test_the_log_shows_each_pass_with_its_time_and_change(caplog):
+    with caplog.at_level(logging.DEBUG, logger="mom_compile"):
+        explained()
+    lines = [record.getMessage() for record in caplog.records if record.name == "mom_compile.pipeline"]
+    assert any(line.startswith("cut_stages: ") and "ms: 3 stages" in line for line in lines)
+
+
+def test_torch_logs_turns_the_log_on():
+    assert torch._logging._internal._is_valid_module("mom_compile")

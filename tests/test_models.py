@@ -1,0 +1,97 @@
+"""Real decoder families: prefill and decode equal eager, static and dynamic lengths, batches and padding.
+
+The quick tests run everything but Inductor's code generation, in float64, where only rounding may differ.
+The slow ones (`make sweep`) compile for real and hold float32 to the numerics contract.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mom_compile import reports
+from tests.families import FAMILIES, next_token, prompt, small_model
+
+OPTIONS = {"mini_seq_len": 8, "strict": True}
+BATCHES = {"one": (1, False), "two": (2, False), "padded": (2, True)}
+
+
+def compile_for_test(model, backend="mom", **options):
+    torch._dynamo.reset()
+    model._compiled_call_impl = None
+    model.compile(backend=backend, options={**OPTIONS, **options} if backend == "mom" else None)
+
+
+def run(model, inputs, compiled, cache):
+    """Logits of the whole prompt, and of one decode step after it where a cache is kept."""
+    call = model if compiled else model.forward
+    with torch.no_grad():
+        out = call(**inputs, use_cache=cache)
+        if not cache:
+            return [out.logits]
+        step = call(**next_token(inputs), past_key_values=out.past_key_values, use_cache=True)
+    return [out.logits, step.logits]
+
+
+def kept(logits, inputs):
+    """Logits of real tokens: what padding computes is nobody's business."""
+    mask = inputs.get("attention_mask")
+    return logits if mask is None or mask.shape[1] != logits.shape[1] else logits[mask.bool()]
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_exact_in_float64(name, batch, cache):
+    model = small_model(name, torch.float64)
+    compile_for_test(model, inductor={"fx_graph_cache": True})
+    rows, padded = BATCHES[batch]
+    # The first length is compiled as fixed, the second makes it dynamic.
+    for tokens in (37, 50):
+        inputs = prompt(rows, tokens, padded)
+        expected = run(model, inputs, False, cache)
+        before = len(reports())
+        with torch.no_grad():
+            out = model(**inputs, use_cache=cache)
+        report = reports()[before]
+        assert report.fallback is None, report.fallback
+        assert len(report.stages) >= 4
+        actual, wanted = kept(out.logits, inputs), kept(expected[0], inputs)
+        assert (actual - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_keeps_the_numerics_contract_in_float32(name, batch, cache):
+    """No further from float64 than 1.5 times stock Inductor's own distance."""
+    model, exact = small_model(name), small_model(name, torch.float64)
+    rows, padded = BATCHES[batch]
+    lengths = (37, 50, 45)
+    results = {}
+    for backend in ("inductor", "mom"):
+        compile_for_test(model, backend)
+        results[backend] = [run(model, prompt(rows, tokens, padded), True, cache) for tokens in lengths]
+    for tokens, stock, ours in zip(lengths, results["inductor"], results["mom"], strict=True):
+        inputs = prompt(rows, tokens, padded)
+        for reference, a, b in zip(run(exact, inputs, False, cache), stock, ours, strict=True):
+            assert distance(b, reference, inputs) <= 1.5 * distance(a, reference, inputs) + 1e-9
+
+
+def distance(logits, reference, inputs):
+    return float((kept(logits.double(), inputs) - kept(reference, inputs)).norm())
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_compiled_family_generates_what_eager_generates(name):
+    model = small_model(name)
+    inputs = prompt(2, 37, padded=True)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
+    compile_for_test(model)
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+    assert reports()[0].stages
