@@ -18,13 +18,14 @@ An attention that does not fit is left alone: it stays correct, on the full sequ
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 import passes.ops  # noqa: F401  defines mom::attention
+from passes.mask_structure import MaskAnalysis
 from passes.sizes import is_one, same
 
 aten = torch.ops.aten
@@ -59,9 +60,10 @@ def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
 
         result  = mom.attention(q, k, v, None, 0, True, 1 / sqrt(D))
     """
+    masks = MaskAnalysis()
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in SDPA:
-            call = _read(node)
+            call = _read(node, masks)
             if call is not None:
                 _rewrite(gm.graph, node, call)
     gm.graph.eliminate_dead_code()
@@ -79,9 +81,10 @@ class _Call:
     mask: fx.Node | None
     is_causal: bool
     scale: float
+    window: int | None = None
 
 
-def _read(node: fx.Node) -> _Call | None:
+def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     """The call, or None where `mom.attention` would not be the same."""
     given = _arguments(node)
     random = given["dropout_p"] != 0 or given.get("dropout_mask") is not None
@@ -101,7 +104,30 @@ def _read(node: fx.Node) -> _Call | None:
     if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
         return None
     scale = given["scale"] if given["scale"] is not None else channels**-0.5
-    return _Call(query, key, value, mask, bool(given["is_causal"]), float(scale))
+    call = _Call(query, key, value, mask, bool(given["is_causal"]), float(scale))
+    return call if mask is None else _with_proven_mask(call, masks)
+
+
+def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
+    """What the mask is proved to say goes into `is_causal` and `window`; if that is all, the mask goes."""
+    assert call.mask is not None
+    form = masks.form(call.mask)
+    square = same(call.query.meta["val"].shape[2], call.key.meta["val"].shape[2])
+    if form is None or not square:
+        return replace(call, mask=_slim(call.mask, masks))
+    mask = None if form.exact else _slim(call.mask, masks)
+    return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window)
+
+
+def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
+    """The same mask with fewer bytes: boolean instead of 0 and -inf, not repeated over what broadcasts anyway."""
+    while True:
+        source: Any = masks.condition(mask)
+        if source is None and mask.target is aten.expand.default:
+            source = mask.args[0]
+        if source is None or source.meta["val"].dim() != 4:
+            return mask
+        mask = source
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -121,11 +147,17 @@ def _only_result_used(node: fx.Node) -> bool:
 def _rewrite(graph: fx.Graph, node: fx.Node, call: _Call) -> None:
     with graph.inserting_before(node):
         key, value = _without_repeats(graph, call.key, call.value)
-        mask = None if call.mask is None else _without_expands(call.mask)
-        new = graph.call_function(MOM_ATTENTION, (call.query, key, value, mask, 0, call.is_causal, call.scale))
+        args: tuple[Any, ...] = (call.query, key, value, call.mask, 0, call.is_causal, call.scale)
+        if call.window is not None:
+            args = (*args, call.window)
+        new = graph.call_function(MOM_ATTENTION, args)
         for result in [user for user in node.users if user.args[1] == 0]:
             new.meta = {**result.meta, "val": _fake_result(new)}
             result.replace_all_uses_with(_in_layout(graph, new, result))
+    # SDPA counts as random, which dead code elimination would spare.
+    for user in list(node.users):
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _fake_result(new: fx.Node) -> torch.Tensor:
@@ -141,17 +173,6 @@ def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
     copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
     copy.meta = dict(old.meta)
     return copy
-
-
-def _without_expands(mask: fx.Node) -> fx.Node:
-    """The mask before it was expanded over dimensions that broadcast anyway."""
-    while mask.target is aten.expand.default:
-        source = mask.args[0]
-        assert isinstance(source, fx.Node)
-        if source.meta["val"].dim() != 4:
-            break
-        mask = source
-    return mask
 
 
 def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -195,7 +216,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
         return _ungrouped(source, heads)
     if node.target is aten.permute.default:
         rank = len(node.meta["val"].shape)
-        order = tuple(d % rank for d in node.args[1])  # type: ignore[union-attr, operator]
+        order = tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr, arg-type]
         found = _ungrouped(source, order[heads])
         if found is None:
             return None

