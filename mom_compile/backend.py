@@ -107,8 +107,10 @@ def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and not value.node.has_hint():
             return f"{node.name} ({node.target}) makes sizes depend on data"
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and any(
-            type(size) is int and size == 0 for size in value.shape
+        if (
+            node.op == "placeholder"
+            and isinstance(value, torch.Tensor)
+            and any(type(size) is int and size == 0 for size in value.shape)
         ):
             return f"{node.name} is empty: there is nothing to cut"
     return None

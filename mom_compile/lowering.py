@@ -23,39 +23,27 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.layouts import (
+    COUNT,
+    LENGTH,
+    START,
+    LoopLayout,
+    Symbols,
+    dense_strides,
+    expressions,
+    substitute,
+)
 from mom_compile.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.report import Report
 from mom_compile.runtime.loop import CompiledLoop, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import keep_output_strides, least_value
+from mom_compile.torch_compat import keep_output_strides
 from passes.demands import VIEWS
-from passes.errors import PassError
 from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
-from passes.sizes import Size, expr, hint, product
+from passes.sizes import Size, expr
 
 aten = torch.ops.aten
-
-START, COUNT, LENGTH = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count", "length"))
-
-
-class Symbols:
-    """The graph's symbols, each with the placeholder that has its value, and facts about them."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.sources: dict[sympy.Symbol, fx.Node] = {}
-        self.facts: dict[sympy.Symbol, SymbolFacts] = {}
-        for node in gm.graph.nodes:
-            value = node.meta.get("val")
-            if node.op == "placeholder" and isinstance(value, torch.SymInt) and expr(value).is_Symbol:
-                self.sources[expr(value)] = node
-                self.facts[expr(value)] = SymbolFacts(hint(value), least_value(value))
-
-    def check(self, expression: sympy.Expr) -> sympy.Expr:
-        unknown = expression.free_symbols - set(self.sources)
-        if unknown:
-            raise PassError(f"size {expression} depends on {unknown}, which no input of the graph gives")
-        return expression
 
 
 class Lowering:
@@ -79,7 +67,7 @@ class Lowering:
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
         self.layouts: dict[fx.Node, LoopOutput] = {}
-        self.run_: list[fx.Node] = []
+        self.straight: list[fx.Node] = []
 
     def program(self) -> Program:
         for node in self.gm.graph.nodes:
@@ -102,21 +90,21 @@ class Lowering:
     def _lower_operator(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         if isinstance(value, (int, torch.SymInt)):
-            if any(n in self.run_ for n in node.all_input_nodes):
+            if any(n in self.straight for n in node.all_input_nodes):
                 self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
-        self.run_.append(node)
+        self.straight.append(node)
 
     def _lower_attribute(self, node: fx.Node) -> None:
         owner: Any = self.gm
         for part in str(node.target).split("."):
             owner = getattr(owner, part)
-        self._call(node.name, lambda _, value=owner: (value,), [], [node])
+        self._call(node.name, _constant(owner), [], [node])
 
     def _flush(self) -> None:
         """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
-        nodes, self.run_ = self.run_, []
+        nodes, self.straight = self.straight, []
         if all(node.target in VIEWS for node in nodes):
             for node in nodes:
                 self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
@@ -127,7 +115,7 @@ class Lowering:
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
         name = f"piece_{nodes[0].name}"
         gm = _subgraph(nodes, inputs, outputs)
-        templates = [self._template(node) for node in inputs]
+        templates = [self.template(node) for node in inputs]
         run, extra = self._compile(gm, templates, name)
         self._call(name, run, [*extra, *inputs], list(outputs))
 
@@ -140,7 +128,7 @@ class Lowering:
         sizes = list(node.args[1 : 1 + len(spec.sizes)])
         tensors: list[Any] = list(node.args[1 + len(spec.sizes) :])
         sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
-        layout = _LoopLayout(self, spec.length)
+        layout = LoopLayout(self, spec.length)
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
         templates += [SizeTemplate(layout.size(size)) for size in spec.sizes]
         templates += [layout.rows(n, dim) for n, dim in zip(sliced, spec.sliced, strict=True)]
@@ -205,7 +193,7 @@ class Lowering:
 
         `start` and `count` change with every iteration: a loop passes them itself, after those.
         """
-        found = [s for t in templates for e in _expressions(t) for s in sorted(e.free_symbols, key=str)]
+        found = [s for t in templates for e in expressions(t) for s in sorted(e.free_symbols, key=str)]
         facts = {**self.symbols.facts, **(facts or {})}
         outer = [s for s in dict.fromkeys(found) if s not in (START, COUNT)]
         names: dict[sympy.Symbol, sympy.Symbol] = {
@@ -215,14 +203,14 @@ class Lowering:
         looping = [s for s in (START, COUNT) if s in found]
         own.update({s: facts[s] for s in looping})
         renamed: list[Template] = [SizeTemplate(names[s]) for s in outer]
-        renamed += [_substitute(t, names) for t in templates]
+        renamed += [substitute(t, names) for t in templates]
         with_symbols = _with_leading_sizes(gm, [names[s].name for s in outer])
         keep_output_strides(with_symbols)
         piece = self.cache.get(with_symbols, renamed, own, self.patches, self.report, name)
         extra = [literal if s is LENGTH else self.symbols.sources[s] for s in outer]
         return piece, extra
 
-    def _template(self, node: fx.Node) -> Template:
+    def template(self, node: fx.Node) -> Template:
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             shape = tuple(self.symbols.check(expr(s)) for s in value.shape)
@@ -275,80 +263,6 @@ class Lowering:
         return Program(tuple(steps), len(self.slots), tuple(unread), outputs)
 
 
-class _LoopLayout:
-    """Templates of a body's inputs. Where the graph's length is a number, it becomes the symbol `length` here."""
-
-    def __init__(self, lowering: Lowering, length: Size) -> None:
-        self.lowering = lowering
-        self.length = length
-        self.literal = length if isinstance(length, int) else None
-
-    def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
-        """Hints for the symbols of a loop: a first and a usual mini-sequence."""
-        length = hint(self.length)
-        return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(max(2, length // 2), 2)}
-
-    def size(self, size: Size) -> sympy.Expr:
-        if self.literal is not None and isinstance(size, int) and size == self.literal:
-            return LENGTH
-        return self.lowering.symbols.check(expr(size))
-
-    def whole(self, node: fx.Node) -> Template:
-        template = self.lowering._template(node)
-        if isinstance(template, SizeTemplate) or node.name in self.lowering.static_inputs or self.literal is None:
-            return template
-        return self._general(node, template)
-
-    def _general(self, node: fx.Node, template: TensorTemplate) -> TensorTemplate:
-        """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
-        value = node.meta["val"]
-        lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
-        order = self.lowering.layouts[node].order if node in self.lowering.layouts else _order_if_dense(value)
-        if not lengths or order is None:
-            return template
-        shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
-        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
-
-    def rows(self, node: fx.Node, dim: Dim) -> Template:
-        full = self.whole(node)
-        assert isinstance(full, TensorTemplate)
-        count = expr(product([dim.outer, COUNT, dim.inner]))
-        shape = tuple(count if i == dim.index else size for i, size in enumerate(full.shape))
-        stride = full.stride if dim.plain else dense_strides(shape, tuple(range(len(shape))))
-        return TensorTemplate(shape, stride, full.dtype, full.device)
-
-    def place(self, output: LoopOutput) -> TensorTemplate:
-        """Rows of a stored value as the body sees them: a composite dimension is unfolded."""
-        dim, shape = output.dim, [self.lowering.symbols.check(expr(s)) for s in output.shape]
-        if self.literal is not None and dim.plain:
-            shape[dim.index] = LENGTH
-        strides = list(dense_strides(shape, output.order))
-        shape[dim.index] = COUNT
-        if not dim.plain:
-            inner, step = expr(dim.inner), strides[dim.index]
-            shape[dim.index : dim.index + 1] = [expr(dim.outer), COUNT, inner]
-            per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
-            strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
-        return TensorTemplate(tuple(shape), tuple(strides), output.dtype, output.device)
-
-
-def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:
-    """Strides of a dense tensor whose dimensions lie in `order` from the outermost in storage to the innermost."""
-    strides: list[sympy.Expr] = [sympy.Integer(1)] * len(shape)
-    step: sympy.Expr = sympy.Integer(1)
-    for index in reversed(order):
-        strides[index] = step
-        step = sympy.expand(step * expr(shape[index]))
-    return tuple(strides)
-
-
-def _order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
-    order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
-    expected = dense_strides([hint(size) for size in value.shape], order)
-    dense = all(hint(n) == 1 or int(e) == hint(s) for n, s, e in zip(value.shape, value.stride(), expected, strict=True))
-    return order if dense else None
-
-
 def _writing_body(loop: MiniSequence) -> fx.GraphModule:
     """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
 
@@ -398,6 +312,10 @@ def _with_leading_sizes(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphMod
     return fx.GraphModule(gm, graph)
 
 
+def _constant(value: Any) -> Callable[[list[Any]], tuple[Any]]:
+    return lambda _: (value,)
+
+
 def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
     """A step that calls one node's target on the values of its distinct inputs."""
     inputs = list(node.all_input_nodes)
@@ -410,20 +328,6 @@ def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
     return call
 
 
-def _expressions(template: Template) -> Sequence[sympy.Expr]:
-    if isinstance(template, SizeTemplate):
-        return [template.value]
-    return [*template.shape, *template.stride]
-
-
-def _substitute(template: Template, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Template:
-    if isinstance(template, SizeTemplate):
-        return SizeTemplate(template.value.xreplace(names))
-    shape = tuple(s.xreplace(names) for s in template.shape)
-    stride = tuple(s.xreplace(names) for s in template.stride)
-    return TensorTemplate(shape, stride, template.dtype, template.device)
-
-
 def lower(
     gm: fx.GraphModule,
     *,
@@ -434,5 +338,3 @@ def lower(
 ) -> Program:
     """The rewritten graph as a program of compiled steps."""
     return Lowering(gm, static_inputs=static_inputs, patches=patches, cache=cache, report=report).program()
-
-

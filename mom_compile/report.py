@@ -103,5 +103,7 @@ def _stage_lines(stage: StageReport) -> list[str]:
     lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
     for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
         shape = ", ".join(str(s) for s in output.shape)
-        lines.append(f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token")
+        lines.append(
+            f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token"
+        )
     return lines

@@ -5,8 +5,7 @@ A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.13
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -14,7 +13,6 @@ import torch
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
-from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -49,7 +47,8 @@ def capture(
     and stock Inductor ours. With the cache off for this call we neither read nor write it.
     """
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+        return compiled
 
 
 def stock_inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -97,7 +96,8 @@ class SymbolicSizes:
         if minimum < 2:
             self.env.var_to_range[symbol] = ValueRanges(sympy.Integer(minimum), self.env.var_to_range[symbol].upper)
         self.symbols[name] = symbol
-        return self.env.create_symintnode(symbol, hint=hint, source=source)
+        made: Any = self.env.create_symintnode(symbol, hint=hint, source=source)
+        return made
 
     def expression(self, value: sympy.Expr, hint: int) -> torch.SymInt | int:
         """The SymInt of an expression over this set's symbols."""
@@ -128,18 +128,6 @@ class SymbolicSizes:
             torch.no_grad(),
         ):
             return compile_fx_inner(gm, inputs, is_inference=True)
-
-
-@contextlib.contextmanager
-def outside_tracing() -> Iterator[None]:
-    """Run real or fake work from inside a compilation without its modes and contexts."""
-    with torch.utils._python_dispatch._disable_current_modes(), tracing(None):
-        yield
-
-
-def inductor_compile_count() -> int:
-    """How many graphs Inductor has compiled or loaded in this process since the counters were last cleared."""
-    return int(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"])
 
 
 def keep_output_strides(gm: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ After:   k, v, x1 = stage_1(length, x0, k0, v0, wq, wo, wg, wd, wk, wv)
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,26 +29,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.bodies import Body
 from passes.demands import DemandGraph, Instance, Kind
 from passes.errors import PassError
-from passes.rules import Dim, Rows, operands
-from passes.rules.registry import is_tensor
+from passes.rules import Dim
 from passes.sizes import Size, count_hint, expr, hint, same
 from passes.slicing import put, take
-from passes.stages import StagePlan, Stages, body_instances
+from passes.stages import StagePlan, Stages
 
 aten = torch.ops.aten
-
-#: Arguments that are sizes: there, and only there, a literal equal to the length means the length.
-SIZED: dict[Any, tuple[int, ...]] = {
-    aten.view.default: (1,),
-    aten.reshape.default: (1,),
-    aten._unsafe_view.default: (1,),
-    aten.expand.default: (1,),
-    aten.full.default: (0,),
-    aten.slice.Tensor: (2, 3),
-    torch.ops.prims.iota.default: (0,),
-}
 
 
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
@@ -61,7 +51,7 @@ def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
     cuts = [0]
     for i in range(pieces):
         cuts.append(cuts[-1] + small + (i < longer))
-    return [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(a, b - a) for a, b in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -209,7 +199,7 @@ class _Rewriter:
     # --- loops ---
 
     def _emit_loop(self, plan: StagePlan, length: Size, stored: list[Instance]) -> None:
-        body = _Body(self.demands, plan, length, stored)
+        body = Body(self.demands, plan, length, stored)
         outputs = tuple(self._output(instance) for instance in stored)
         spec = LoopSpec(
             plan.index,
@@ -220,7 +210,9 @@ class _Rewriter:
             len(body.whole),
             outputs,
         )
-        name = f"stage_{plan.index}" if not hasattr(self.root, f"stage_{plan.index}") else f"stage_{plan.index}_{length}"
+        name = (
+            f"stage_{plan.index}" if not hasattr(self.root, f"stage_{plan.index}") else f"stage_{plan.index}_{length}"
+        )
         self.root.add_module(name, MiniSequence(body.module, spec))
         arguments = (
             self._size(length),
@@ -288,117 +280,6 @@ def _storage_order(strides: list[int], ndim: int) -> tuple[int, ...]:
     moving = sorted((i for i in range(ndim) if strides[i] > 0), key=lambda i: -strides[i])
     fixed = [i for i in range(ndim) if strides[i] == 0]
     return tuple(fixed + moving)
-
-
-class _Body:
-    """Builds one iteration. `sizes` holds outer SymInt nodes, or None for a length that was a literal."""
-
-    def __init__(self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance]) -> None:
-        self.demands = demands
-        self.length = length
-        self.graph = fx.Graph()
-        self.env: dict[Instance, Any] = {}
-        self.literal: fx.Node | None = None
-        members = body_instances(demands, stored, plan.available)
-        self.sliced = [i for i in members if i.dim is not None and not self._computed(i, plan)]
-        self.whole = self._whole_nodes(members)
-        self.sizes: list[fx.Node | None] = [i.node for i in members if demands.kinds[i] is Kind.SIZE]
-        self.sizes += [i.node for i in members if i.dim is None and not is_tensor(i.node) and i.node not in self.sizes]
-        self._placeholders()
-        for instance in members:
-            if instance not in self.env:
-                self.env[instance] = self._emit(instance)
-        self.graph.output(tuple(self.env[i] for i in stored))
-        self._drop_unused_sizes()
-        self._bind_literal()
-        self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
-
-    def _computed(self, instance: Instance, plan: StagePlan) -> bool:
-        return self.demands.kinds[instance] is Kind.ROWS and instance not in plan.available
-
-    def _whole_nodes(self, members: list[Instance]) -> list[fx.Node]:
-        kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
-        return [i.node for i in members if i.dim is None and self.demands.kinds[i] in kinds and is_tensor(i.node)]
-
-    def _placeholders(self) -> None:
-        self.start = self.graph.placeholder("start")
-        self.count = self.graph.placeholder("count")
-        for node in self.sizes:
-            assert node is not None
-            self.env[Instance(node, None)] = self._placeholder(node, node.name)
-        self._length_point = self.count if not self.sizes else self.env[Instance(self.sizes[-1], None)]  # type: ignore[arg-type]
-        for instance in self.sliced:
-            self.env[instance] = self._placeholder(instance.node, f"{instance.node.name}_rows")
-        for node in self.whole:
-            self.env[Instance(node, None)] = self._placeholder(node, node.name)
-
-    def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
-        placeholder = self.graph.placeholder(name)
-        placeholder.meta["outer"] = node
-        return placeholder
-
-    def size_values(self) -> tuple[Size, ...]:
-        return tuple(self.length if node is None else node.meta["val"] for node in self.sizes)
-
-    def _emit(self, instance: Instance) -> fx.Node:
-        node, claim = instance.node, self.demands.claims.get(instance)
-        values = iter(self.demands.inputs[instance])
-        tensors = {id(n) for n in operands(node)}
-        by_occurrence = [next(values) for _ in operands(node)] if claim is not None else []
-        pending = iter(by_occurrence)
-
-        def replace(arg: fx.Node) -> Any:
-            if claim is not None and id(arg) in tensors:
-                return self.env[next(pending)]
-            return self.env[Instance(arg, None)]
-
-        args = fx.map_arg(node.args, replace)
-        kwargs = fx.map_arg(node.kwargs, replace)
-        target = node.target
-        if claim is not None:
-            if claim.edit is not None:
-                args, kwargs = claim.edit(args, kwargs, Rows(self.start, self.count))
-                args, kwargs = fx.map_arg((args, kwargs), self._own)
-            target = claim.target or target
-        if isinstance(self.length, int):
-            sized = SIZED.get(target, ())
-            args = tuple(self._lift_literals(arg) if i in sized else arg for i, arg in enumerate(args))
-        emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
-        emitted.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        return emitted
-
-    def _own(self, arg: fx.Node) -> fx.Node:
-        """A rule may take a size from the node it was asked about; here it is one of the body's inputs."""
-        return arg if arg.graph is self.graph else self.env[Instance(arg, None)]
-
-    def _lift_literals(self, args: Any) -> Any:
-        """In a graph of fixed sizes, a size equal to the length becomes an argument of the body.
-
-        That keeps the body good for every length. It cannot make this graph wrong: the argument has that value.
-        """
-
-
-        def lift(arg: Any) -> Any:
-            return self._literal_length() if type(arg) is int and arg == self.length and arg > 1 else arg
-
-        return fx.node.map_aggregate(args, lift)
-
-    def _literal_length(self) -> fx.Node:
-        if self.literal is None:
-            with self.graph.inserting_after(self._length_point):
-                self.literal = self.graph.placeholder("length")
-        return self.literal
-
-    def _drop_unused_sizes(self) -> None:
-        """Sizes that only stood for the rows: without them the body is the same for fixed and for dynamic lengths."""
-        unused = [n for n in self.sizes if n is not None and not self.env[Instance(n, None)].users]
-        for node in unused:
-            self.graph.erase_node(self.env[Instance(node, None)])
-        self.sizes = [n for n in self.sizes if n not in unused]
-
-    def _bind_literal(self) -> None:
-        if self.literal is not None:
-            self.sizes.append(None)
 
 
 def loops(gm: fx.GraphModule) -> list[tuple[str, MiniSequence]]:

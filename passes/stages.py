@@ -212,9 +212,7 @@ class _Planner:
         return tuple(sorted(instances, key=self.demands.position.__getitem__))
 
 
-def body_instances(
-    demands: DemandGraph, stored: Iterable[Instance], available: Iterable[Instance]
-) -> list[Instance]:
+def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: Iterable[Instance]) -> list[Instance]:
     """Every instance that a loop storing `stored` computes or reads, in graph order.
 
     The walk ends at what is `available`, at whole values and at rows cut from them.

@@ -105,14 +105,17 @@ ROWWISE: dict[str, Step] = {
 }
 
 ATTENTION: dict[str, Step] = {
-    "causal": lambda x, w: x
-    + folded(F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x), is_causal=True)),
+    "causal": lambda x, w: (
+        x + folded(F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x), is_causal=True))
+    ),
     "full": lambda x, w: folded(F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x + w.bias))),
     "windowed": windowed_attention,
     "eager": eager_attention,
     "grouped": lambda x, w: folded(
         F.scaled_dot_product_attention(
-            heads(x), *(heads(x)[:, :1, None].expand(-1, -1, HEADS, -1, -1).flatten(1, 2) for _ in range(2)), is_causal=True
+            heads(x),
+            *(heads(x)[:, :1, None].expand(-1, -1, HEADS, -1, -1).flatten(1, 2) for _ in range(2)),
+            is_causal=True,
         )
     ),
 }

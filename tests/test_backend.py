@@ -117,8 +117,8 @@ def test_an_empty_batch_works():
 
 def test_a_graph_without_tokens_works():
     with torch.no_grad():
-        x = torch.randn(20, 20)
-        assert_same(compiled(lambda x: torch.linalg.inv(x + 30 * torch.eye(20)))(x), torch.linalg.inv(x + 30 * torch.eye(20)))
+        x = torch.randn(20, 20) + 30 * torch.eye(20)
+        assert_same(compiled(torch.linalg.inv)(x), torch.linalg.inv(x))
     assert "no input has a dimension" in reports()[-1].fallback
 
 

@@ -172,7 +172,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 def is_tensor(node: fx.Node) -> bool:
     """Whether a node's value is a tensor or a tuple of tensors (not a size or a number)."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) or isinstance(value, (tuple, list))
+    return isinstance(value, (torch.Tensor, tuple, list))
 
 
 def value_of(node: fx.Node) -> torch.Tensor:
