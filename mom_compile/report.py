@@ -81,7 +81,8 @@ class Report:
             lines.append(f"{name} runs eagerly, Inductor could not compile it: {reason}")
         if self.compiled_pieces or self.bodies_shared:
             lines.append(
-                f"{len(self.compiled_pieces)} pieces compiled in {self.compile_seconds:.1f} s, {self.bodies_shared} shared"
+                f"{len(self.compiled_pieces)} pieces compiled in {self.compile_seconds:.1f} s, "
+                f"{self.bodies_shared} shared"
             )
         return "\n".join(lines)
 
