@@ -12,7 +12,7 @@ from torch import nn
 
 import mom_compile.backend as backend_module
 import mom_compile.pipeline as pipeline_module
-from mom_compile import MomWarning, reports
+from mom_compile import FULL, CannotChunk, Claim, MomWarning, chunk_rule, reports
 from mom_compile.torch_compat import SymbolicSizes
 from tests.tiny import TinyDecoder, ids
 
@@ -140,6 +140,33 @@ def test_an_unknown_operator_runs_on_the_full_sequence():
         assert_same(compiled(model)(x), model(x))
     assert any("mom_tests.reverse" in name for name in reports()[-1].left_out)
     assert "no chunk rule" in " ".join(reports()[-1].left_out.values())
+
+
+def test_an_operator_with_a_rule_of_the_users_own_runs_inside_the_loops():
+    @torch.library.custom_op("mom_tests::scale_rows", mutates_args=())
+    def scale_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x * scale
+
+    scale_rows.register_fake(lambda x, scale: torch.empty_like(x))
+
+    @chunk_rule(torch.ops.mom_tests.scale_rows.default)
+    def rule(node, dim):
+        if dim.index == 2:
+            raise CannotChunk(node, dim, "the scale runs along it")
+        return Claim((dim, FULL))
+
+    inner = TinyDecoder(layers=1).eval()
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return inner.head(scale_rows(inner.layers[0](inner.embed(x)), inner.norm.weight * 2))
+
+    model = Model()
+    with torch.no_grad():
+        x = ids(2, 29)
+        assert_same(compiled(model)(x), model(x))
+    assert not reports()[-1].left_out
+    assert any("mom_tests.scale_rows" in stage.operators for stage in reports()[-1].stages)
 
 
 def test_scope_none_is_stock_inductor():
