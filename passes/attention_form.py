@@ -26,6 +26,7 @@ from torch import fx
 
 import passes.ops  # noqa: F401  defines mom::attention
 from passes.mask_structure import MaskAnalysis
+from passes.rules.arguments import argument
 from passes.sizes import is_one, same
 
 aten = torch.ops.aten
@@ -93,7 +94,7 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     query, key, value = given["query"], given["key"], given["value"]
     shape = query.meta["val"].shape
     channels = shape[-1]
-    if len(shape) != 4 or not isinstance(channels, int):
+    if len(shape) != 4 or (given["scale"] is None and not isinstance(channels, int)):
         return None
     # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
     if given["is_causal"] and not same(shape[2], key.meta["val"].shape[2]):
@@ -122,7 +123,7 @@ def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
 def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
     """The same mask with fewer bytes: boolean instead of 0 and -inf, not repeated over what broadcasts anyway."""
     while True:
-        source: Any = masks.condition(mask)
+        source: Any = masks.condition(mask) or _unpadded(mask)
         if source is None and mask.target is aten.expand.default:
             source = mask.args[0]
         if source is None or source.meta["val"].dim() != 4:
@@ -130,13 +131,21 @@ def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
         mask = source
 
 
+def _unpadded(mask: fx.Node) -> fx.Node | None:
+    """What was padded at the end of its last dimension, for alignment, and cut back to its size."""
+    if mask.target is not aten.slice.Tensor or argument(mask, "start") not in (0, None) or argument(mask, "step") != 1:
+        return None
+    padded = mask.args[0]
+    if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
+        return None
+    source, pad = argument(padded, "self"), argument(padded, "pad")
+    alike = _all_same(source.meta["val"].shape, mask.meta["val"].shape)
+    return source if alike and len(pad) == 2 and pad[0] == 0 else None
+
+
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    given.update(zip((argument.name for argument in schema), node.args, strict=False))
-    given.update(node.kwargs)
-    return given
+    return {a.name: argument(node, a.name) for a in node.target._schema.arguments}  # type: ignore[union-attr]
 
 
 def _only_result_used(node: fx.Node) -> bool:
@@ -168,11 +177,24 @@ def _fake_result(new: fx.Node) -> torch.Tensor:
 def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
     """The new result with the strides of the old one, on which views further down may rely."""
     strides = zip(old.meta["val"].stride(), new.meta["val"].stride(), old.meta["val"].shape, strict=True)
-    if all(same(a, b) or is_one(size) for a, b, size in strides):
+    if all(same(a, b) or is_one(size) for a, b, size in strides) or _relaid(new, old):
         return new
     copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
     copy.meta = dict(old.meta)
     return copy
+
+
+def _relaid(new: fx.Node, old: fx.Node) -> bool:
+    """Whether all that happens to the old result is a copy to the layout that the new one has: spares that copy."""
+    for user in old.users:
+        copies = all(u.target is aten.clone.default and u.meta["val"].is_contiguous() for u in user.users)
+        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
+            return False
+    for user in old.users:
+        user.meta["val"] = new.meta["val"].permute(0, 2, 1, 3)
+        for copy in list(user.users):
+            copy.replace_all_uses_with(user)
+    return True
 
 
 def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -118,13 +118,13 @@ class MaskAnalysis:
 
 def _form(truth: Truth, shape: Any, lowest: float) -> MaskForm | None:
     """Reads causality and window off the constraints on (query, key), the last two dimensions."""
-    plain = truth.plain()
-    if plain is None or len(shape) < 2:
+    plain = truth.on(shape).plain()
+    if plain is None or plain == FALSE or len(shape) < 2:
         return None
     delays: list[sympy.Expr] = []
     windows: list[int] = []
     others = False
-    for constraint in plain.on(shape).constraints:
+    for constraint in plain.constraints:
         *batch, query, key = constraint.coefficients
         by_position = all(c == 0 for c in batch)
         if by_position and (query, key) == (1, -1):

@@ -10,7 +10,8 @@ mixes      An operator without a claim that keeps rows apart (a cumsum over toke
     for seed in every dimension of every input that is no parameter:
         for node in graph order:
             dims[node] = the dim whose claim asks carriers for their own rows, or for all of them
-    keep the seed that carries most matmul work and meets whole-operand (FULL) edges: the other one is the batch
+    keep the seed that carries most matmul work and meets barriers: products that take rows of one activation and
+        all of another (attention's keys). Along the batch there are none.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class TokenDims:
     """The sweep's result for the chosen seed.
 
     `carriers` has every value with a token dimension; `rowwise` those whose operator can also be
-    run on rows alone. `mixing` says of each operator that must see the whole sequence why.
+    run on rows alone. `mixing` says of each operator that must see the whole sequence why. `work` is in
+    multiply-adds; `barriers` counts the products that need all of an activation.
     """
 
     seed: fx.Node
@@ -59,6 +61,7 @@ class TokenDims:
 @dataclass
 class _Sweep:
     length: Size
+    activations: set[fx.Node]
     carriers: dict[fx.Node, Carrier] = field(default_factory=dict)
     rowwise: set[fx.Node] = field(default_factory=set)
     mixing: dict[fx.Node, str] = field(default_factory=dict)
@@ -82,7 +85,9 @@ class _Sweep:
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
         self.work += matmul_work(node)
-        self.barriers += sum(c is not None and demand is None for c, demand in zip(carried, claim.demands, strict=True))
+        if matmul_work(node):
+            whole = [n for n, demand in zip(inputs, claim.demands, strict=True) if demand is None]
+            self.barriers += any(n in self.activations for n in whole)
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -103,8 +108,10 @@ class _Sweep:
             return
         for carrier in filter(None, carried):
             index = carrier.dim.index
-            if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain and hint(value.shape[index]) > 1:
-                self.carriers[node] = Carrier(carrier.dim, value.shape[index])
+            if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain:
+                # `hidden[:, 1:]` is still the sequence; a window's worth of keys for the cache is not.
+                if hint(value.shape[index]) * 2 >= hint(carrier.length):
+                    self.carriers[node] = Carrier(carrier.dim, value.shape[index])
                 return
             sizes = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]
             if sizes:
@@ -176,12 +183,13 @@ def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node]
     `static_inputs` are the placeholders that hold parameters and buffers.
     """
     total = sum(matmul_work(node) for node in gm.graph.nodes)
+    activations = _activations(gm, set(static_inputs))
     best: TokenDims | None = None
     for seed in _seed_inputs(gm, set(static_inputs)):
         for index, size in enumerate(seed.meta["val"].shape):
             if is_one(size) or hint(size) < 2:
                 continue
-            found = _sweep(gm, seed, Dim(index), size)
+            found = _sweep(gm, seed, Dim(index), size, activations)
             if best is None or _score(found) > _score(best):
                 best = found
     if best is None or total == 0 or best.work * 2 < total:
@@ -193,8 +201,20 @@ def _score(found: TokenDims) -> tuple[bool, int, int]:
     return (found.barriers > 0, found.work, hint(found.length))
 
 
-def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size) -> TokenDims:
-    sweep = _Sweep(length, {seed: Carrier(dim, length)})
+def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
+    """Values that depend on an input other than a parameter."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if node not in static and isinstance(node.meta.get("val"), torch.Tensor):
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
+    sweep = _Sweep(length, activations, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)

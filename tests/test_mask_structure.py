@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.mask_structure import MaskAnalysis, MaskForm
 from tests.captured import capture, ids, tiny
+from tests.tracing import trace
 
 Program = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,7 +23,7 @@ SMALLEST = torch.finfo(torch.float32).min
 
 def traced_mask(program: Program, length: int, symbolic: bool) -> fx.Node:
     """The node of what `program(x)` returns, for an `x` of `length` elements."""
-    gm = make_fx(program, tracing_mode="symbolic" if symbolic else "fake")(torch.zeros(length))
+    gm = trace(program, torch.zeros(length), dynamic=symbolic)
     (output,) = gm.graph.find_nodes(op="output")
     return output.args[0]
 
@@ -90,6 +90,7 @@ KNOWN: dict[str, tuple[Program, MaskForm | None]] = {
     "smallest instead of -inf": (lambda x: additive(causal(x), SMALLEST), CAUSAL),
     "another number": (lambda x: additive(causal(x), -1e4), None),
     "tril": (lambda x: torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).tril(), CAUSAL),
+    "triu of smallest": (old_style, CAUSAL),
     "inverted": (lambda x: torch.zeros(x.shape[0], x.shape[0]).masked_fill(~causal(x), SMALLEST), CAUSAL),
     "with heads": (lambda x: causal(x)[None, None].expand(2, 3, -1, -1), CAUSAL),
     "window": (lambda x: windowed(x, 4), MaskForm(True, 4)),
@@ -121,18 +122,6 @@ def test_known_masks(name: str, symbolic: bool) -> None:
     if expected is not None:
         for length in (9, 2, 13):
             assert_holds(expected, program(torch.randn(length)))
-
-
-def test_triu_of_smallest() -> None:
-    """As decomposed by Inductor: a `where` over positions."""
-    gm = make_fx(
-        old_style,
-        tracing_mode="fake",
-        decomposition_table=torch._decomp.get_decompositions([torch.ops.aten.triu_, torch.ops.aten.triu]),
-    )(torch.zeros(9))
-    (output,) = gm.graph.find_nodes(op="output")
-    form = MaskAnalysis().form(output.args[0])
-    assert form is None or form == CAUSAL
 
 
 class Draw:

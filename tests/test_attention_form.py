@@ -1,0 +1,279 @@
+"""Every attention in one form: the operators that are left, and the same numbers from the rewritten graph."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import mom_compile.runtime.attention  # noqa: F401  registers the kernels
+from passes.attention_form import MOM_ATTENTION, SDPA, attention_form
+from passes.rules.arguments import argument
+from passes.verify import verify
+from tests.captured import Captured, capture, ids, tiny
+from tests.tracing import trace
+
+aten = torch.ops.aten
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+EFFICIENT = aten._scaled_dot_product_efficient_attention.default
+
+B, H, G, S, D = 2, 6, 2, 7, 4
+
+
+def counts(gm: fx.GraphModule) -> Counter[Any]:
+    return Counter(node.target for node in gm.graph.nodes if node.op == "call_function")
+
+
+def attentions(gm: fx.GraphModule) -> list[fx.Node]:
+    return gm.graph.find_nodes(op="call_function", target=MOM_ATTENTION)
+
+
+def facts(node: fx.Node) -> dict[str, Any]:
+    """The arguments that the pass decides about."""
+    return {name: argument(node, name) for name in ("mask", "is_causal", "window", "start")}
+
+
+def rewritten(captured: Captured) -> fx.GraphModule:
+    """The captured graph after the pass, checked: well formed, no SDPA left, same outputs."""
+    gm = attention_form(captured.gm)
+    verify(gm)
+    assert not set(counts(gm)) & set(SDPA)
+    for new, old in zip(gm(*captured.inputs), captured.outputs, strict=True):
+        torch.testing.assert_close(new, old, atol=2e-6, rtol=2e-6)
+    return gm
+
+
+#: Family -> changed settings, the window of each layer, heads of keys and values.
+MODELS: dict[str, tuple[dict[str, Any], list[int | None], int]] = {
+    "Llama": ({}, [None, None], 2),
+    "Gemma3Text": (
+        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        [5, None],
+        2,
+    ),
+    "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, [None, None], 4),
+    "GPTNeoX": ({}, [None, None], 4),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", MODELS)
+def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
+    """Masks are gone, keys and values have their own heads, and nothing repeats them."""
+    changes, windows, heads = MODELS[family]
+    model = tiny(family, **changes)
+    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(19), use_cache=use_cache)
+    gm = rewritten(captured)
+    nodes = attentions(gm)
+    assert [facts(n) for n in nodes] == [{"mask": None, "is_causal": True, "window": w, "start": 0} for w in windows]
+    assert {argument(n, "key").meta["val"].shape[1] for n in nodes} == {heads}
+    assert not any(t in counts(gm) for t in (aten.index.Tensor, aten.le.Tensor, aten.where.self))
+    assert not [n for n in gm.graph.nodes if n.target is aten.expand.default and n.meta["val"].dim() == 5]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padding_keeps_a_boolean_mask(dynamic: bool) -> None:
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[0, :6] = 0
+    model = tiny("Llama")
+    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(19, 2), attention_mask=mask, use_cache=False)
+    gm = rewritten(captured)
+    for node in attentions(gm):
+        given = facts(node)
+        assert given["is_causal"]
+        assert given["mask"].meta["val"].dtype == torch.bool
+        assert given["mask"].meta["val"].dim() == 4
+
+
+def test_no_guards_are_added() -> None:
+    captured = capture(tiny("Llama").forward, dynamic=True, input_ids=ids(19, 2), use_cache=False)
+    sizes = [n.meta["val"] for n in captured.gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    env = sizes[0].node.shape_env
+    before = len(env.guards), dict(env.replacements)
+    attention_form(captured.gm)
+    assert (len(env.guards), dict(env.replacements)) == before
+
+
+def tensors(*, kv_heads: int = H, keys: int = S) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(B, H, S, D), torch.randn(B, kv_heads, keys, D), torch.randn(B, kv_heads, keys, D)
+
+
+def check(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
+    """Traces a function, rewrites it, and compares with running it as it is."""
+    expected = function(*inputs)
+    gm = attention_form(trace(function, *inputs, dynamic=dynamic))
+    verify(gm)
+    torch.testing.assert_close(gm(*inputs), expected, atol=2e-6, rtol=2e-6)
+    return gm
+
+
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    return FLASH(query, key, value, **options)[0]
+
+
+def expanded(x: torch.Tensor, new: int) -> torch.Tensor:
+    """The heads in dimension `new - 1` repeated: `[.., G, ..] -> [.., G, n, ..] -> [.., H, ..]`."""
+    shape = list(x.shape)
+    shape.insert(new, H // G)
+    return x.unsqueeze(new).expand(shape).flatten(new - 1, new)
+
+
+REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "expand, reshape": lambda x: expanded(x, 2),
+    "repeat_interleave": lambda x: x.repeat_interleave(H // G, dim=1),
+    "view": lambda x: x.unflatten(1, (-1, 1)).expand(-1, -1, H // G, -1, -1).flatten(1, 2),
+    "before the transpose": lambda x: expanded(x.transpose(1, 2), 3).transpose(1, 2),
+    "copied after": lambda x: expanded(x, 2).clone(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("spelling", REPEATS)
+def test_repeated_heads_are_undone(spelling: str, dynamic: bool) -> None:
+    repeat = REPEATS[spelling]
+    gm = check(lambda q, k, v: flash(q, repeat(k), repeat(v), scale=0.4), *tensors(kv_heads=G), dynamic=dynamic)
+    (node,) = attentions(gm)
+    assert argument(node, "key").meta["val"].shape[1] == G
+    assert argument(node, "value").meta["val"].shape[1] == G
+    assert aten.expand.default not in counts(gm)
+
+
+def test_one_key_head_for_all() -> None:
+    gm = check(lambda q, k, v: flash(q, k.expand(B, H, S, D), v.expand(B, H, S, D)), *tensors(kv_heads=1))
+    assert argument(attentions(gm)[0], "key").op == "placeholder"
+
+
+OTHER_REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    # Query head h would use key head h % G, not h // (H / G).
+    "tiled": lambda x: x.repeat(1, H // G, 1, 1),
+    "tiled by expand": lambda x: x[:, None].expand(B, H // G, G, S, D).reshape(B, H, S, D),
+    "channels folded in": lambda x: x[:, :, :, None].expand(B, G, S, H // G, D).reshape(B, H, S, D),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_REPEATS)
+def test_other_repetitions_stay(name: str) -> None:
+    repeat = OTHER_REPEATS[name]
+    gm = check(lambda q, k, v: flash(q, repeat(k), repeat(v)), *tensors(kv_heads=G))
+    assert argument(attentions(gm)[0], "key").meta["val"].shape[1] == H
+
+
+def test_heads_repeated_for_keys_only_stay() -> None:
+    query, key, _ = tensors(kv_heads=G)
+    value = torch.randn(B, H, S, D)
+    gm = check(lambda q, k, v: flash(q, k.repeat_interleave(H // G, 1), v), query, key, value)
+    assert argument(attentions(gm)[0], "key").meta["val"].shape[1] == H
+
+
+def seen(x: torch.Tensor) -> torch.Tensor:
+    return torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(0)) > 0.3
+
+
+def test_additive_mask_becomes_boolean_and_narrow() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf).expand(B, H, S, S))
+
+    gm = check(function, *tensors(), seen(torch.empty(0)))
+    assert argument(attentions(gm)[0], "mask").op == "placeholder"
+    assert aten.where.self not in counts(gm)
+
+
+def test_finite_fill_stays_additive() -> None:
+    """A row that sees nothing is uniform with a finite fill and zero without."""
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return flash(q, k, v, attn_mask=torch.where(keep, 0.0, torch.finfo(torch.float32).min))
+
+    keep = seen(torch.empty(0))
+    keep[:, :, 2] = False
+    gm = check(function, *tensors(), keep)
+    assert argument(attentions(gm)[0], "mask").meta["val"].dtype == torch.float32
+
+
+def test_causal_with_other_lengths_is_left_alone() -> None:
+    query, key, value = tensors(keys=S + 3)
+    gm = check(lambda q, k, v: flash(q, k, v, is_causal=True), query, key, value)
+    assert counts(gm)[FLASH] == 1
+    gm = check(lambda q, k, v: flash(q, k, v), query, key, value)
+    assert not attentions(gm)[0].args[5]
+
+
+def test_a_causal_mask_with_other_lengths_is_kept() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keep = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None]
+        return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf))
+
+    (node,) = attentions(check(function, *tensors(keys=S + 3)))
+    assert argument(node, "mask") is not None
+    assert not argument(node, "is_causal")
+
+
+def test_used_log_sum_exp_is_left_alone() -> None:
+    gm = check(lambda q, k, v: FLASH(q, k, v, is_causal=True), *tensors())
+    assert counts(gm)[FLASH] == 1
+
+
+def test_dropout_is_left_alone() -> None:
+    gm = trace(lambda q, k, v: FLASH(q, k, v, 0.0)[0], *tensors())
+    (node,) = gm.graph.find_nodes(op="call_function", target=FLASH)
+    node.args = (*node.args[:3], 0.5)
+    assert counts(attention_form(gm))[FLASH] == 1
+
+
+def test_math_operator() -> None:
+    """It adds a boolean mask as numbers, so only additive ones are rewritten."""
+    math_op = aten._scaled_dot_product_attention_math.default
+    graph = fx.Graph()
+    fake = torch._subclasses.FakeTensorMode()
+    query, keep = graph.placeholder("query"), graph.placeholder("keep")
+    query.meta["val"], keep.meta["val"] = fake.from_tensor(tensors()[0]), fake.from_tensor(seen(torch.empty(0)))
+    call = graph.call_function(math_op, (query, query, query, keep))
+    call.meta["val"] = math_op(*(n.meta["val"] for n in call.args))
+    result = graph.call_function(__import__("operator").getitem, (call, 0))
+    result.meta["val"] = call.meta["val"][0]
+    graph.output(result)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    assert counts(attention_form(gm))[math_op] == 1
+    call.args = call.args[:3]
+    gm = attention_form(gm)
+    assert len(attentions(gm)) == 1
+    x = tensors()[0]
+    torch.testing.assert_close(gm(x, None), F.scaled_dot_product_attention(x, x, x), atol=1e-6, rtol=1e-6)
+
+
+def test_layout_stays_what_views_rely_on() -> None:
+    """The flash kernel follows the query's layout, `mom.attention` does not."""
+    gm = check(lambda q, k, v: flash(q, k, v).view(B * H, S, D), *tensors())
+    assert counts(gm)[aten.clone.default] == 1
+
+
+def test_a_copy_to_the_new_layout_is_spared() -> None:
+    gm = check(lambda q, k, v: flash(q, k, v).transpose(1, 2).contiguous().view(B, S, H * D), *tensors())
+    assert counts(gm)[aten.clone.default] == 0
+
+
+def test_padded_bias_of_the_efficient_operator() -> None:
+    """As SDPA calls it on a GPU: the bias padded to a multiple of eight and expanded. Shapes only."""
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in tensors()]
+        bias = torch.empty(B, 1, S, S)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(bias, (0, 1))[..., :S].expand(B, H, S, S)
+        return EFFICIENT(q, k, v, padded, False, scale=0.5)[0]
+
+    try:
+        gm = trace(function, *fakes, bias)
+    except NotImplementedError:
+        pytest.skip("this build of PyTorch cannot trace the operator without a GPU")
+    (node,) = attentions(attention_form(gm))
+    assert argument(node, "mask").op == "placeholder"
+    assert argument(node, "scale") == 0.5
