@@ -49,10 +49,10 @@ test sweep: export OMP_NUM_THREADS := 1
 test sweep: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
 test: lint
-	@$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 sweep: $(VENV)/.extra-test
-	@$(PYTEST) -n $(WORKERS) -m slow --timeout 3600 $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -m slow --timeout 3600 $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

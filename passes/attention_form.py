@@ -187,7 +187,7 @@ def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
 def _relaid(new: fx.Node, old: fx.Node) -> bool:
     """Whether all that happens to the old result is a copy to the layout that the new one has: spares that copy."""
     for user in old.users:
-        copies = all(u.target is aten.clone.default and u.meta["val"].is_contiguous() for u in user.users)
+        copies = all(_makes_contiguous(u) for u in user.users)
         if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
             return False
     for user in old.users:
@@ -195,6 +195,10 @@ def _relaid(new: fx.Node, old: fx.Node) -> bool:
         for copy in list(user.users):
             copy.replace_all_uses_with(user)
     return True
+
+
+def _makes_contiguous(node: fx.Node) -> bool:
+    return node.target is aten.clone.default and argument(node, "memory_format") == torch.contiguous_format
 
 
 def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mom_compile.pipeline import NotWorthwhile
@@ -12,6 +12,14 @@ from tests.programs import ATTENTION, HIDDEN, LAST, MIXING, ROWWISE, STEPS, Weig
 from tests.tracing import rewrite, trace
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+#: No shrinking: a program of seven lines is short enough to read, and each attempt traces it anew.
+RANDOM_PROGRAMS = settings(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 programs = st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=7)
 rowwise_programs = st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=8)
@@ -34,9 +42,8 @@ def check(names: list[str], last: str, batch: int, tokens: int, mini: int, dtype
     expected = gm(x, *weights)
     try:
         rewritten, report = rewrite(gm, mini, parameter_names(gm))
-    except NotWorthwhile as reason:
-        event(f"left alone: {type(reason).__name__}")
-        return 0
+    except NotWorthwhile:
+        return 0  # a graph left alone is right by construction
     actual = rewritten(x, *weights)
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype] * scale, equal_nan=True)
@@ -50,13 +57,13 @@ def parameter_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
     return tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")[1:]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(RANDOM_PROGRAMS, max_examples=80)
 @given(programs, st.sampled_from(sorted(LAST)), batches, lengths, splits, st.booleans())
 def test_any_program_keeps_its_meaning(names, last, batch, tokens, mini, dynamic):
     check(names, last, batch, tokens, mini, torch.float64, dynamic)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(RANDOM_PROGRAMS, max_examples=30)
 @given(rowwise_programs, batches, lengths, splits, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_other_dtypes_keep_their_meaning(names, batch, tokens, mini, dtype):
     check(names, "all", batch, tokens, mini, dtype, False)
@@ -83,7 +90,8 @@ def test_every_rowwise_step_runs_inside_loops(name):
     rewritten, report = rewrite(gm, 4, parameter_names(gm))
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
     assert not report.left_out
-    assert [s.name for s in report.stages] == ["stage_0", "stage_1", "stage_2"]
+    # The first attention reads keys straight from the input; the second waits for the first stage.
+    assert [s.name for s in report.stages] == ["stage_0", "stage_1"]
 
 
 def test_the_table_of_programs_has_at_least_25_operators():

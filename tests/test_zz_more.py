@@ -1,0 +1,288 @@
+"""What `MaskAnalysis` claims of a mask holds for the mask itself, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from passes.mask_structure import MaskAnalysis, MaskForm
+from tests.captured import capture, ids, tiny
+from tests.tracing import trace
+
+Program = Callable[[torch.Tensor], torch.Tensor]
+
+SMALLEST = torch.finfo(torch.float32).min
+
+
+def traced_mask(program: Program, length: int, symbolic: bool) -> fx.Node:
+    """The node of what `program(x)` returns, for an `x` of `length` elements."""
+    gm = trace(program, torch.zeros(length), dynamic=symbolic)
+    (output,) = gm.graph.find_nodes(op="output")
+    return output.args[0]
+
+
+def form_of(program: Program, length: int = 9, symbolic: bool = False) -> MaskForm | None:
+    return MaskAnalysis().form(traced_mask(program, length, symbolic))
+
+
+def allowed(form: MaskForm, rows: int, keys: int) -> torch.Tensor:
+    """The definition: what a form lets each row see."""
+    query, key = torch.arange(rows)[:, None], torch.arange(keys)[None]
+    seen = key <= query if form.causal else torch.ones(rows, keys, dtype=torch.bool)
+    return seen if form.window is None else seen & (key > query - form.window)
+
+
+def assert_holds(form: MaskForm, mask: torch.Tensor) -> None:
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    bound = allowed(form, *mask.shape[-2:]).expand(mask.shape)
+    if form.exact:
+        assert torch.equal(seen, bound)
+        if mask.dtype != torch.bool:
+            assert (mask[~bound] <= SMALLEST).all()
+        return
+    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+    assert (hidden | bound).all()
+
+
+def positions(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[0])
+
+
+def pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return positions(x)[:, None], positions(x)[None]
+
+
+def causal(x: torch.Tensor) -> torch.Tensor:
+    query, key = pair(x)
+    return key <= query
+
+
+def windowed(x: torch.Tensor, window: int) -> torch.Tensor:
+    query, key = pair(x)
+    return (key <= query) & (key > query - window)
+
+
+def additive(seen: torch.Tensor, fill: float = -math.inf) -> torch.Tensor:
+    return torch.where(seen, 0.0, fill)
+
+
+def old_style(x: torch.Tensor) -> torch.Tensor:
+    return torch.full((x.shape[0], x.shape[0]), SMALLEST).triu_(1)
+
+
+def chunked(x: torch.Tensor) -> torch.Tensor:
+    query, key = pair(x)
+    return (key // 4 == query // 4) & (key <= query)
+
+
+CAUSAL = MaskForm(True)
+
+KNOWN: dict[str, tuple[Program, MaskForm | None]] = {
+    "causal": (causal, CAUSAL),
+    "additive": (lambda x: additive(causal(x)), CAUSAL),
+    "smallest instead of -inf": (lambda x: additive(causal(x), SMALLEST), CAUSAL),
+    "another number": (lambda x: additive(causal(x), -1e4), None),
+    "tril": (lambda x: torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).tril(), CAUSAL),
+    "triu of smallest": (old_style, CAUSAL),
+    "inverted": (lambda x: torch.zeros(x.shape[0], x.shape[0]).masked_fill(~causal(x), SMALLEST), CAUSAL),
+    "with heads": (lambda x: causal(x)[None, None].expand(2, 3, -1, -1), CAUSAL),
+    "window": (lambda x: windowed(x, 4), MaskForm(True, 4)),
+    "window of one": (lambda x: additive(windowed(x, 1), SMALLEST), MaskForm(True, 1)),
+    "two windows": (lambda x: windowed(x, 4) & windowed(x, 6), MaskForm(True, 4)),
+    "shifted alike": (lambda x: (positions(x) + 5)[None] <= (positions(x) + 5)[:, None], CAUSAL),
+    "all": (lambda x: pair(x)[0] >= 0 * pair(x)[1], MaskForm(False)),
+    "padding": (lambda x: causal(x) & (x > 0)[None], MaskForm(True, exact=False)),
+    "padding, additive": (lambda x: additive(causal(x) & (x > 0)[None]), MaskForm(True, exact=False)),
+    "padding and window": (lambda x: windowed(x, 3) & (x > 0)[None], MaskForm(True, 3, exact=False)),
+    "padding, smallest": (lambda x: additive(causal(x) & (x > 0)[None], SMALLEST), None),
+    "padding alone": (lambda x: (x > 0)[None].expand(x.shape[0], -1), None),
+    "bias and -inf": (lambda x: torch.where(causal(x), x[None], -math.inf), MaskForm(True, exact=False)),
+    "strict": (lambda x: pair(x)[1] < pair(x)[0], MaskForm(True, exact=False)),
+    "one ahead": (lambda x: pair(x)[1] <= pair(x)[0] + 1, None),
+    "transposed": (lambda x: causal(x).T, None),
+    "or": (lambda x: causal(x) | (x > 0)[None], None),
+    "window alone": (lambda x: pair(x)[1] > pair(x)[0] - 4, None),
+    "chunked": (chunked, MaskForm(True, exact=False)),
+    "a float": (lambda x: causal(x).float(), None),
+}
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_masks(name: str, symbolic: bool) -> None:
+    program, expected = KNOWN[name]
+    assert form_of(program, symbolic=symbolic) == expected
+    if expected is not None:
+        for length in (9, 2, 13):
+            assert_holds(expected, program(torch.randn(length)))
+
+
+class Draw:
+    """Builds a random program. Its decisions are drawn once, so that it can be run for many lengths."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+
+    def integer(self, low: int, high: int) -> int:
+        return self.draw(st.integers(low, high))
+
+    def position(self) -> Program:
+        """A vector that mostly counts up by one, but not always, nor always from 0."""
+        kind, shift = self.integer(0, 9), self.draw(st.sampled_from([0, 0, 0, 1, -1, 2]))
+        makers: list[Program] = [
+            lambda x: torch.arange(x.shape[0]) + shift,
+            lambda x: torch.arange(shift, x.shape[0] + shift),
+            lambda x: torch.ones(x.shape[0], dtype=torch.int64).cumsum(0) - 1 + shift,
+            lambda x: torch.cat([positions(x)[:1] - 1, positions(x)])[1:],
+            lambda x: torch.cat([positions(x)[:1] - 1, positions(x)])[:-1] + shift,
+            lambda x: torch.cat([positions(x)[:1], positions(x)])[:-1],
+            lambda x: positions(x)[positions(x)],
+            lambda x: (positions(x) * 2)[positions(x)] - positions(x),
+            lambda x: positions(x)[positions(x) - 1],
+            lambda x: (positions(x)[:, None] - positions(x)[None] * 0).select(1, shift),
+        ]
+        return makers[kind]
+
+    def statement(self) -> Program:
+        query, key = self.position(), self.position()
+        compare = self.draw(st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt, torch.eq, torch.ne]))
+        offset, factor = self.integer(-4, 4), self.draw(st.sampled_from([1, 1, 1, 1, 2, -1]))
+        packed = self.draw(st.booleans())
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            if packed and offset == 0:
+                jumps = (query(x)[1:] - query(x)[:-1] != 1).cumsum(0)
+                jumps = torch.cat([jumps[:1] * 0, jumps])
+                return jumps[:, None] == jumps[None]
+            return compare(key(x)[None] * factor, query(x)[:, None] * factor + offset)
+
+        return program
+
+    def mask(self) -> Program:
+        """Statements joined, as a boolean or an additive mask."""
+        statements = [self.statement() for _ in range(self.integer(1, 3))]
+        joins = [self.draw(st.sampled_from(["and", "and", "and", "or"])) for _ in statements]
+        negate = self.draw(st.sampled_from([False, False, True]))
+        start_causal = self.draw(st.booleans())
+        ending = self.draw(st.sampled_from(["bool", "-inf", "smallest", "swapped", "sum", "expand", "view", "number"]))
+
+        def program(x: torch.Tensor) -> torch.Tensor:
+            seen = causal(x) if start_causal else statements[0](x)
+            for statement, join in zip(statements, joins, strict=True):
+                seen = seen & statement(x) if join == "and" else torch.logical_or(seen, statement(x))
+            seen = ~seen if negate else seen
+            return self.finished(seen, x, ending)
+
+        return program
+
+    @staticmethod
+    def finished(seen: torch.Tensor, x: torch.Tensor, ending: str) -> torch.Tensor:
+        endings: dict[str, Callable[[], torch.Tensor]] = {
+            "bool": lambda: seen,
+            "-inf": lambda: additive(seen),
+            "smallest": lambda: additive(seen, SMALLEST),
+            "swapped": lambda: torch.where(seen, -math.inf, 0.0),
+            "sum": lambda: additive(seen) + additive(causal(x)),
+            "expand": lambda: seen[None, None].expand(2, 1, -1, -1),
+            "view": lambda: seen.view(1, x.shape[0], 1, x.shape[0]).permute(0, 2, 1, 3),
+            "number": lambda: seen.to(torch.int64) * causal(x).to(torch.int64) == 1,
+        }
+        return endings[ending]()
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    return Draw(draw).mask()
+
+
+@given(programs(), st.integers(3, 12), st.booleans())
+@settings(max_examples=900, deadline=None)
+def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, symbolic: bool) -> None:
+    form = form_of(program, length, symbolic)
+    if form is None:
+        return
+    for n in (3, 4, 7, 11) if symbolic else (length,):
+        assert_holds(form, program(torch.randn(n)))
+
+
+@given(st.integers(2, 40), st.integers(1, 45))
+@settings(max_examples=60, deadline=None)
+def test_a_window_is_neither_one_more_nor_one_less(length: int, window: int) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return windowed(x, window)
+
+    form = form_of(program, length)
+    assert form is not None
+    assert form.exact
+    assert_holds(form, program(torch.zeros(length)))
+    # A window that reaches over the whole sequence is none.
+    assert form.window == (window if window < length else None)
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], set[int | None]]] = {
+    "Llama": ({}, {None}),
+    "Mistral": ({"sliding_window": 5}, {5}),
+    "Qwen3": ({"head_dim": 8}, {None}),
+    "Phi3": ({"sliding_window": 5}, {5}),
+    "Gemma3Text": (
+        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        {5, None},
+    ),
+}
+
+
+def attention_masks(gm: fx.GraphModule) -> list[fx.Node]:
+    target = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    nodes = gm.graph.find_nodes(op="call_function", target=target)
+    return [node.kwargs["attn_mask"] for node in nodes if node.kwargs.get("attn_mask") is not None]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
+    """With and without padding; the values of the masks are those of the graph's own run."""
+    changes, windows = FAMILIES[family]
+    model = tiny(family, **changes)
+    for batch, padding in ((1, False), (2, True)):
+        inputs = {"input_ids": ids(11, batch)}
+        if padding:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            inputs["attention_mask"][0, :3] = 0
+        captured = capture(model.forward, dynamic=dynamic, use_cache=False, **inputs)
+        masks = attention_masks(captured.gm)
+        assert masks
+        forms = [MaskAnalysis().form(mask) for mask in masks]
+        assert {form.window for form in forms} == windows
+        assert all(form.causal and form.exact != padding for form in forms)
+        for form, value in zip(forms, values_of(captured.gm, masks, captured.inputs), strict=True):
+            assert_holds(form, value)
+
+
+def test_masks_of_eager_gemma2() -> None:
+    """It adds its mask to scores itself; the mask is still a mask."""
+    model = tiny("Gemma2", head_dim=8, sliding_window=5)
+    captured = capture(model.forward, use_cache=False, input_ids=ids(11))
+    analysis = MaskAnalysis()
+    claims = {}
+    for node in captured.gm.graph.nodes:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if node.op == "call_function" and len(shape) == 4 and tuple(shape[-2:]) == (11, 11):
+            form = analysis.form(node)
+            if form is not None:
+                claims[node] = form
+    assert {(form.causal, form.window) for form in claims.values() if form.exact} >= {(True, None), (True, 5)}
+    for form, value in zip(claims.values(), values_of(captured.gm, list(claims), captured.inputs), strict=True):
+        assert_holds(form, value)
+
+
+def values_of(gm: fx.GraphModule, nodes: list[fx.Node], inputs: list[Any]) -> list[torch.Tensor]:
+    interpreter = fx.Interpreter(gm, garbage_collect_values=False)
+    interpreter.run(*inputs)
+    return [interpreter.env[node] for node in nodes]
