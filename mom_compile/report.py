@@ -65,7 +65,12 @@ class Report:
 
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""
-        return "" if self.graph is None else self.graph.print_readable(print_output=False)
+        if self.graph is None:
+            return ""
+        parts = [self.graph.print_readable(print_output=False)]
+        for name, loop in loops(self.graph):
+            parts.append(f"# the body of {name}\n{loop.body.code.strip()}")
+        return "\n\n".join(parts)
 
     def __str__(self) -> str:
         if self.fallback is not None:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,17 +19,21 @@ def run(backend: str, cache: Path) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("order", [("inductor", "mom"), ("mom", "inductor")], ids=["stock first", "ours first"])
-def test_neither_backend_is_served_the_other_ones_artifact(order, tmp_path):
-    cold = {backend: run(backend, tmp_path) for backend in order}
-    warm = {backend: run(backend, tmp_path) for backend in order}
-    for results in (cold, warm):
-        assert results["mom"]["loops"] == 2
-        assert max(results[backend]["difference"] for backend in order) < 1e-5
-        assert results["mom"]["autograd_hits"] == results["mom"]["autograd_saves"] == 0
-    # The control: stock Inductor does use that cache here, and nothing but its own earlier run fills it.
-    assert cold["inductor"]["autograd_hits"] == 0
-    assert cold["inductor"]["autograd_misses"] == 1
-    assert warm["inductor"]["autograd_hits"] == 1
-    # Pieces are welcome in the graph cache: the second time all of ours come from there.
-    assert warm["mom"]["graph_hits"] > 0
+def test_stock_inductor_first(tmp_path):
+    cold, ours, warm, ours_again = (run(b, tmp_path) for b in ("inductor", "mom", "inductor", "mom"))
+    for result in (ours, ours_again):
+        assert result["loops"] == 2
+        assert result["autograd_hits"] == result["autograd_saves"] == 0
+    assert max(r["difference"] for r in (cold, ours, warm, ours_again)) < 1e-5
+    # The control: stock Inductor does use that cache here.
+    assert (cold["autograd_hits"], cold["autograd_misses"], warm["autograd_hits"]) == (0, 1, 1)
+    # Pieces are welcome in the graph cache: the second time ours come from there.
+    assert ours_again["graph_hits"] > 0
+
+
+def test_ours_first(tmp_path):
+    ours, stock = (run(b, tmp_path) for b in ("mom", "inductor"))
+    assert ours["loops"] == 2
+    assert max(ours["difference"], stock["difference"]) < 1e-5
+    # Nothing of ours is served to stock Inductor.
+    assert (stock["autograd_hits"], stock["autograd_misses"]) == (0, 1)

@@ -203,7 +203,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 @given(programs(), st.integers(3, 12), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, symbolic: bool) -> None:
     form = form_of(program, length, symbolic)
     if form is None:

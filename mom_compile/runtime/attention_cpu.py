@@ -124,14 +124,17 @@ def _window_parts(
     """At most `window - 1` rows at `position >= window - 1`; every part shows each row at least one key."""
     rows = query.shape[2]
     low = position - window + 1
-    own, fading = slice(position, position + rows), slice(low, low + rows)
-    yield flash(query, key[:, :, own], value[:, :, own], scale, is_causal=True)
-    if low + rows < position:
-        between = slice(low + rows, position)
+    own, fading, between = slice(position, position + rows), slice(low, low + rows), slice(low + rows, position)
+    yield _from_the_other_end(query, key[:, :, fading], value[:, :, fading], scale)
+    if between.start < between.stop:
         yield flash(query, key[:, :, between], value[:, :, between], scale)
-    flipped = (query.flip(2), key[:, :, fading].flip(2), value[:, :, fading].flip(2))
-    result, log_sum_exp = flash(*flipped, scale, is_causal=True)
-    yield result.flip(2), log_sum_exp.flip(2)
+    yield flash(query, key[:, :, own], value[:, :, own], scale, is_causal=True)
+
+
+def _from_the_other_end(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
+    """Row `i` sees key `i` and later ones: causal, read backwards."""
+    result, log_sum_exp = flash(query.flip(2), key.flip(2), value.flip(2), scale, is_causal=True)
+    return result.flip(2), log_sum_exp.flip(2)
 
 
 def merge(parts: Iterator[Part]) -> torch.Tensor:
