@@ -62,7 +62,9 @@ def test_a_family_is_exact_in_float64(name, batch, cache):
         assert len(report.stages) >= 4
         actual, wanted = kept(out.logits, inputs), kept(expected.logits, inputs)
         bound = 1e-6 if name in SOFTMAX_IN_FLOAT32 else 1e-10
-        assert (actual - wanted).abs().max() <= bound * wanted.abs().max()
+        # Bloom itself gives NaN for a padded sequence in float64: then so must we, and nowhere else.
+        scale = float(wanted.nan_to_num().abs().max())
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=bound * scale, equal_nan=True)
 
 
 @pytest.mark.usefixtures("eager_pieces")
