@@ -9,8 +9,8 @@ from typing import Any
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
 
 #: Tokens per mini-sequence with `mini_seq_len="auto"`, until the memory model chooses it.
-#: Measured on 2 CPU cores with the Llama shape of `make bench` (see README): shorter mini-sequences
-#: cost time (each iteration re-reads the weights), longer ones memory, in proportion.
+#: From a prototype at the shape of `make bench` on 2 CPU cores: mini-sequences of 2048 peaked at 159 MiB, of 1024 at
+#: 118 MiB, in the same time. Not measured again on this code, and never on a GPU, where longer ones may be wanted.
 DEFAULT_MINI_SEQ_LEN = 1024
 
 #: Beyond this no model has tokens; a larger number is a slip of the keyboard.
