@@ -126,6 +126,7 @@ def _primitives() -> list[Call]:
         *calls,
         Call(prims.acosh.default, (x + 1,)),
         Call(prims.clone.default, (x,)),
+        Call(prims.rev.default, (x, [1])),
         Call(prims.convert_element_type.default, (x, torch.float32)),
         Call(prims.device_put.default, (x, torch.device("cpu"))),
         Call(prims.where.default, (x > y, x, y)),

@@ -145,7 +145,7 @@ def _is_zero(side: Sequence[Any]) -> bool:
     return all(isinstance(amount, int) and amount == 0 for amount in side)
 
 
-@follows(aten.flip.default)
+@follows(aten.flip.default, prims.rev.default)
 def flip(node: fx.Node) -> list[Origin]:
     rank = len(output_shape(node))
     return all_but(rank, axes(argument(node, "dims"), rank), "reverses it")
