@@ -39,6 +39,7 @@ from mom_compile.runtime.loop import CompiledLoop, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides
 from passes.demands import VIEWS
+from passes.graphs import attribute
 from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
 from passes.sizes import Size, expr
@@ -97,10 +98,7 @@ class Lowering:
         self.straight.append(node)
 
     def _lower_attribute(self, node: fx.Node) -> None:
-        owner: Any = self.gm
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part)
-        self._call(node.name, _constant(owner), [], [node])
+        self._call(node.name, _constant(attribute(self.gm, str(node.target))), [], [node])
 
     def _flush(self) -> None:
         """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""

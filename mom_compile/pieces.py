@@ -24,6 +24,7 @@ from torch import fx
 
 from mom_compile.report import Report
 from mom_compile.torch_compat import SymbolicSizes
+from passes.graphs import copy_graph
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class Piece:
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
-            run = sizes.compile(_copy(self.gm), inputs, dict(self.patches))
+            # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
+            run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
             self.eager_reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -150,15 +152,6 @@ class Piece:
             return all(condition.xreplace(known) == sympy.true for condition in assumed)
 
         return holds
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Inductor rewrites what it compiles; the original stays for eager runs and further variants."""
-    graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    made = graph.output(output)
-    made.meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
-    return fx.GraphModule(gm, graph)
 
 
 class PieceCache:

@@ -12,6 +12,7 @@ from torch import fx
 from mom_compile.report import PassReport, Report
 from passes.attention_form import attention_form
 from passes.demands import DemandGraph, build_demands
+from passes.graphs import copy_graph
 from passes.mini_sequence import insert_loops
 from passes.sizes import hint
 from passes.stages import Stages, plan_stages
@@ -122,15 +123,3 @@ def run_pipeline(
     report.describe_loops(state.gm)
     log.debug("rewritten graph:\n%s", state.gm.code)
     return state.gm
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes keep their metadata; parameters and fake values are shared."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, values)
-    new_output = graph.output(output)
-    new_output.meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
-    copied = fx.GraphModule(gm, graph)
-    copied.meta = dict(gm.meta)
-    return copied

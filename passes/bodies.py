@@ -77,17 +77,12 @@ class Body:
         self.count = self.graph.placeholder("count")
         for node in self.sizes:
             assert node is not None
-            self.env[Instance(node, None)] = self._placeholder(node, node.name)
+            self.env[Instance(node, None)] = self.graph.placeholder(node.name)
         self._length_point = self.count if not self.sizes else self.env[Instance(self.sizes[-1], None)]  # type: ignore[arg-type]
         for instance in self.sliced:
-            self.env[instance] = self._placeholder(instance.node, f"{instance.node.name}_rows")
+            self.env[instance] = self.graph.placeholder(f"{instance.node.name}_rows")
         for node in self.whole:
-            self.env[Instance(node, None)] = self._placeholder(node, node.name)
-
-    def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
-        placeholder = self.graph.placeholder(name)
-        placeholder.meta["outer"] = node
-        return placeholder
+            self.env[Instance(node, None)] = self.graph.placeholder(node.name)
 
     def size_values(self) -> tuple[Size, ...]:
         return tuple(self.length if node is None else node.meta["val"] for node in self.sizes)

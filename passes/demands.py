@@ -49,10 +49,6 @@ VIEWS = frozenset(
     }
 )
 
-#: Cheap, but repeating the gather below the first barrier would make the first layer's loop a graph of its own,
-#: to be compiled apart from all the other layers', to save rows that the next loop keeps anyway.
-GATHERS = frozenset({aten.embedding.default})
-
 
 class Kind(enum.Enum):
     SOURCE = "source"
@@ -87,14 +83,7 @@ class DemandGraph:
     order: list[Instance] = field(default_factory=list)
     position: dict[Instance, int] = field(default_factory=dict)
 
-    def length(self, instance: Instance) -> Size:
-        """How many tokens a sliced instance has."""
-        assert instance.dim is not None
-        return instance_length(instance)
-
     def recomputable(self, instance: Instance) -> bool:
-        if instance.node.target in GATHERS:
-            return False
         if instance.node.target is operator.getitem:
             return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
         rule = chunk_rule_for(instance.node.target)
@@ -102,6 +91,7 @@ class DemandGraph:
 
 
 def instance_length(instance: Instance) -> Size:
+    """How many tokens a sliced instance has."""
     dim = instance.dim
     assert dim is not None
     value = instance.node.meta["val"]

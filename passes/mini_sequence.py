@@ -30,8 +30,9 @@ import torch
 from torch import fx, nn
 
 from passes.bodies import Body
-from passes.demands import DemandGraph, Instance, Kind
+from passes.demands import DemandGraph, Instance, Kind, instance_length
 from passes.errors import PassError
+from passes.graphs import attribute
 from passes.rules import Dim
 from passes.sizes import Size, count_hint, expr, hint, same
 from passes.slicing import put, take
@@ -175,9 +176,7 @@ class _Rewriter:
 
     def _copy_attribute(self, node: fx.Node) -> None:
         assert isinstance(node.target, str)
-        owner: Any = self.gm
-        for part in node.target.split("."):
-            owner = getattr(owner, part)
+        owner = attribute(self.gm, node.target)
         name = node.target.replace(".", "_")
         if not hasattr(self.root, name):
             setattr(self.root, name, owner)
@@ -187,7 +186,7 @@ class _Rewriter:
     def _by_length(self, plan: StagePlan) -> Iterator[tuple[Size, list[Instance]]]:
         groups: list[tuple[Size, list[Instance]]] = []
         for instance in plan.stored:
-            length = self.demands.length(instance)
+            length = instance_length(instance)
             for known, members in groups:
                 if same(known, length):
                     members.append(instance)

@@ -25,7 +25,7 @@ from torch import fx
 
 from passes.errors import CannotChunk
 from passes.rules import Claim, Dim, chunk_rule_for, claim_for, operands
-from passes.sizes import Size, count_hint, hint, is_one, product, quotient, same
+from passes.sizes import Size, count_hint, hint, is_one, product, same
 
 #: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
 MAX_SEED_INPUTS = 4
@@ -236,8 +236,3 @@ def _seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
                 reach[candidate] = reach.get(candidate, 0) + matmul_work(node)
     ranked = sorted(reach, key=lambda n: -reach[n])
     return ranked[:MAX_SEED_INPUTS]
-
-
-def outer_blocks(dim: Dim, size: Size) -> Size | None:
-    """How many tokens a dimension of `size` holds under this layout."""
-    return quotient(size, product([dim.outer, dim.inner]))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from passes.mini_sequence import split_rows
-from passes.rules import Dim
 
 #: A size that may depend on the graph's symbols: a constant, or a function of their values in order.
 SizeOf = int | Callable[[tuple[int, ...]], int]
@@ -99,8 +98,3 @@ class CompiledLoop:
 def _folded(unfolded: torch.Tensor, index: int, start: int, count: int) -> torch.Tensor:
     """Rows of an `outer x tokens x inner` layout, folded back into one contiguous dimension."""
     return unfolded.narrow(index, start, count).contiguous().flatten(index - 1, index + 1)
-
-
-def dim_of(dim: Dim, size: Callable[[Any], SizeOf]) -> RowsOf:
-    """A token dim with its layout as numbers or functions of the graph's symbols."""
-    return RowsOf(dim.index, size(dim.outer), size(dim.inner), dim.plain)

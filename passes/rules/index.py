@@ -24,7 +24,9 @@ from passes.rules.registry import FULL, Claim, Demand, Dim, claim_for, operands,
 from passes.sizes import same
 
 
-@register(aten.embedding.default)
+# Cheap, but repeating the gather below the first barrier would make the first layer's loop a graph of its own,
+# to be compiled apart from all the other layers', to save rows that the next loop keeps anyway.
+@register(aten.embedding.default, recompute=False)
 def embedding(node: fx.Node, dim: Dim) -> Claim:
     rank = len(shape_of(argument(node, "indices")))
     if checked(node, dim).index < rank:
