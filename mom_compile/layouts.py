@@ -19,7 +19,7 @@ from torch import fx
 from mom_compile.pieces import SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.torch_compat import least_value
 from passes.errors import PassError
-from passes.mini_sequence import LoopOutput
+from passes.mini_sequence import LoopFold, LoopOutput
 from passes.rules import Dim
 from passes.sizes import Size, expr, hint, product
 
@@ -110,6 +110,11 @@ class LoopLayout:
             per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
             strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
         return TensorTemplate(tuple(shape), tuple(strides), output.dtype, output.device)
+
+    def part(self, fold: LoopFold) -> TensorTemplate:
+        """A part of a reduction as the body sees it."""
+        shape = tuple(self.lowering.symbols.check(expr(s)) for s in fold.shape)
+        return TensorTemplate(shape, dense_strides(shape, range(len(shape))), fold.dtype, fold.device)
 
 
 def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:

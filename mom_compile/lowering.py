@@ -35,14 +35,15 @@ from mom_compile.layouts import (
 )
 from mom_compile.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.report import Report
-from mom_compile.runtime.loop import CompiledLoop, RowsOf, SizeOf, StoredRows
+from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides
 from passes.demands import VIEWS
 from passes.graphs import attribute
-from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence
+from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
 from passes.sizes import Size, expr
+from passes.token_dims import TOKEN_SLICES
 
 aten = torch.ops.aten
 
@@ -103,7 +104,7 @@ class Lowering:
     def _flush(self) -> None:
         """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
         nodes, self.straight = self.straight, []
-        if all(node.target in VIEWS for node in nodes):
+        if all(node.target in VIEWS | TOKEN_SLICES for node in nodes):
             for node in nodes:
                 self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
@@ -131,7 +132,8 @@ class Lowering:
         templates += [SizeTemplate(layout.size(size)) for size in spec.sizes]
         templates += [layout.rows(n, dim) for n, dim in zip(sliced, spec.sliced, strict=True)]
         templates += [layout.whole(n) for n in whole]
-        templates += [layout.place(output) for output in spec.outputs]
+        templates += [layout.place(output) for output in spec.outputs if output.takes_over is None]
+        templates += [layout.part(fold) for fold in spec.folds]
         run, extra = self._compile(_writing_body(loop), templates, str(node.target), layout.literal, layout.facts())
         values = extra + [n for n in self._symbols_of(spec) if n not in extra]
         compiled = CompiledLoop(
@@ -142,10 +144,11 @@ class Lowering:
             len(sizes),
             tuple(self._rows_of(dim, values) for dim in spec.sliced),
             tuple(self._stored(output, values) for output in spec.outputs),
+            tuple(self._folded(fold, values) for fold in spec.folds),
         )
         items = {user.args[1]: user for user in node.users}
-        results = [items.get(i) for i in range(len(spec.outputs))]
-        for item, output in zip(results, spec.outputs, strict=True):
+        results = [items.get(i) for i in range(len(spec.outputs) + len(spec.folds))]
+        for item, output in zip(results, spec.outputs, strict=False):
             if item is not None:
                 self.layouts[item] = output
         self._call(str(node.target), compiled, [*values, node.args[0], *sizes, *tensors], results)
@@ -153,6 +156,7 @@ class Lowering:
     def _symbols_of(self, spec: LoopSpec) -> list[fx.Node]:
         """Sources of the symbols in which the stored values' shapes and the dims' layouts are written."""
         sizes = [size for output in spec.outputs for size in output.shape]
+        sizes += [size for fold in spec.folds for size in fold.shape]
         sizes += [size for dim in (*spec.sliced, *(o.dim for o in spec.outputs)) for size in (dim.outer, dim.inner)]
         symbols = {symbol for size in sizes for symbol in self.symbols.check(expr(size)).free_symbols}
         return [self.symbols.sources[symbol] for symbol in sorted(symbols, key=str)]
@@ -162,7 +166,12 @@ class Lowering:
 
     def _stored(self, output: LoopOutput, extra: Sequence[Any]) -> StoredRows:
         shape = tuple(self._size_of(size, extra) for size in output.shape)
-        return StoredRows(self._rows_of(output.dim, extra), shape, output.order, output.dtype, output.device)
+        rows = self._rows_of(output.dim, extra)
+        return StoredRows(rows, shape, output.order, output.dtype, output.device, output.takes_over)
+
+    def _folded(self, fold: LoopFold, extra: Sequence[Any]) -> FoldedParts:
+        shape = tuple(self._size_of(size, extra) for size in fold.shape)
+        return FoldedParts(fold.operator, shape, fold.dtype, fold.device)
 
     def _size_of(self, size: Size, extra: Sequence[Any]) -> SizeOf:
         """A size as a number, or as a function of the values of the loop's symbol arguments."""
@@ -264,26 +273,48 @@ class Lowering:
 def _writing_body(loop: MiniSequence) -> fx.GraphModule:
     """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
 
-    Before:  def body(start, count, x_rows, w): ...; return (y,)
-    After:   def body(start, count, x_rows, w, y_place): ...; y_place.copy_(y); return ()
+    An output that takes over an operand is written to that operand's rows, the same argument, so that
+    Inductor knows to read them first.
+
+    Before:  def body(start, count, x_rows, w): ...; return (k, y)              y takes over x
+    After:   def body(start, count, x_rows, w, k_place): ...; k_place.copy_(k); x_rows.copy_(y); return ()
     """
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in loop.body.graph.nodes:
         if node.op == "placeholder":
             values[node] = graph.node_copy(node)
-    places = [graph.placeholder(f"{output.name}_place") for output in loop.spec.outputs]
+    places = _places(graph, loop, list(values.values()))
     for node in loop.body.graph.nodes:
         if node.op == "output":
-            for place, output, rows in zip(places, loop.spec.outputs, node.args[0], strict=True):
-                piece = values[rows]
-                if not output.dim.plain:
-                    piece = graph.call_function(aten.reshape.default, (piece, _unfolded_shape(graph, output, place)))
-                graph.call_function(aten.copy_.default, (place, piece))
+            written = [values[rows] for rows in node.args[0]]
+            _write(graph, loop, places, written)
             graph.output(())
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
     return fx.GraphModule(torch.nn.Module(), graph, "WritingBody")
+
+
+def _places(graph: fx.Graph, loop: MiniSequence, arguments: Sequence[fx.Node]) -> list[fx.Node]:
+    """Where each value goes: a new argument, or the operand it takes over."""
+    spec = loop.spec
+    sliced = arguments[2 + len(spec.sizes) :]
+    places = [
+        graph.placeholder(f"{o.name}_place") if o.takes_over is None else sliced[o.takes_over] for o in spec.outputs
+    ]
+    return places + [graph.placeholder(f"{fold.name}_part") for fold in spec.folds]
+
+
+def _write(graph: fx.Graph, loop: MiniSequence, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
+    """What is written over an operand goes last: another value may be a view of that operand."""
+    taking = [output.takes_over is not None for output in loop.spec.outputs] + [False] * len(loop.spec.folds)
+    folded_rows = [not output.dim.plain for output in loop.spec.outputs] + [False] * len(loop.spec.folds)
+    for i in sorted(range(len(places)), key=taking.__getitem__):
+        value = values[i]
+        if folded_rows[i]:
+            shape = _unfolded_shape(graph, loop.spec.outputs[i], places[i])
+            value = graph.call_function(aten.reshape.default, (value, shape))
+        graph.call_function(aten.copy_.default, (places[i], value))
 
 
 def _unfolded_shape(graph: fx.Graph, output: LoopOutput, place: fx.Node) -> list[Any]:

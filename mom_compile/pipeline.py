@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from torch import fx
 
 from mom_compile.report import PassReport, Report
 from passes.attention_form import attention_form
-from passes.demands import DemandGraph, build_demands
+from passes.demanded_rows import demanded_rows
+from passes.demands import DemandGraph, Kind, build_demands
 from passes.graphs import copy_graph
-from passes.mini_sequence import insert_loops
+from passes.in_place import take_over_storage
+from passes.mini_sequence import insert_loops, loops
 from passes.sizes import hint
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
@@ -52,24 +55,44 @@ def canonical_attention(state: State) -> str:
 
 def find_tokens(state: State) -> str:
     """Which dimension of each value is the token dimension."""
-    static = {n for n in state.gm.graph.nodes if n.op == "placeholder" and n.name in state.static_inputs}
-    dims = analyse_token_dims(state.gm, static_inputs=static)
+    dims = _token_dims(state)
     if dims is None:
         raise NotWorthwhile("no input has a dimension that carries the matmul work from its rows to the outputs' rows")
     if isinstance(dims.length, int) and dims.length <= state.mini_seq_len:
         raise NotWorthwhile(f"its {dims.length} tokens fit in one mini-sequence of {state.mini_seq_len}")
     state.dims = dims
     state.report.token_dimension = f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
-    state.report.left_out = {
-        f"{n.target} ({n.name})": why for n, why in dims.mixing.items() if "getitem" not in str(n.target)
-    }
     return f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
+
+
+def _token_dims(state: State) -> TokenDims | None:
+    static = {n for n in state.gm.graph.nodes if n.op == "placeholder" and n.name in state.static_inputs}
+    return analyse_token_dims(state.gm, static_inputs=static)
+
+
+def rows_on_demand(state: State) -> str:
+    """Slices along the tokens move up: the last layer runs on the rows that somebody needs."""
+    assert state.dims is not None
+    narrowed = demanded_rows(state.gm, state.dims)
+    if narrowed is state.gm:
+        return "every row is needed"
+    state.gm = narrowed
+    state.dims = _token_dims(state)
+    if state.dims is None:
+        raise NotWorthwhile("nearly all work is on the few rows that somebody needs")
+    return f"{len(state.dims.rowwise)} row-wise values are left"
 
 
 def follow_demands(state: State) -> str:
     """Who needs which rows of what, from the outputs back."""
     assert state.dims is not None
     state.demands = build_demands(state.gm, state.dims)
+    whole = {i.node for i, kind in state.demands.kinds.items() if kind is Kind.WHOLE}
+    state.report.left_out = {
+        f"{n.target} ({n.name})": why
+        for n, why in state.dims.mixing.items()
+        if n in whole and n.target is not operator.getitem
+    }
     return f"{len(state.demands.order)} instances"
 
 
@@ -91,12 +114,21 @@ def loops_over_mini_sequences(state: State) -> str:
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 
 
+def residual_in_place(state: State) -> str:
+    """What a stage stores takes over the storage of an operand that dies there: the residual stream lives once."""
+    state.gm = take_over_storage(state.gm)
+    taken = [o.name for _, loop in loops(state.gm) for o in loop.spec.outputs if o.takes_over is not None]
+    return f"{len(taken)} values in place of others"
+
+
 PIPELINE: tuple[Step, ...] = (
     canonical_attention,
     find_tokens,
+    rows_on_demand,
     follow_demands,
     cut_stages,
     loops_over_mini_sequences,
+    residual_in_place,
 )
 
 

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.mini_sequence import LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
+from passes.live_values import LiveValue, live_values
+from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
 from passes.sizes import hint
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """One loop: where its tokens are, what it stores at full length, and what it runs."""
+    """One loop: where its tokens are, what it stores at full length, and what it runs.
+
+    `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it.
+    """
 
     name: str
     length: str
@@ -20,6 +24,8 @@ class StageReport:
     crossing: tuple[LoopOutput, ...]
     bytes_per_token: tuple[int, ...]
     operators: dict[str, int]
+    folds: tuple[LoopFold, ...]
+    live: tuple[LiveValue, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,17 @@ class Report:
 
     def describe_loops(self, gm: fx.GraphModule) -> None:
         self.graph = gm
-        self.stages = [_stage_report(name, loop) for name, loop in loops(gm)]
+        live = live_values(gm)
+        self.stages = [_stage_report(name, loop, live[name]) for name, loop in loops(gm)]
+
+    @property
+    def floor_bytes(self) -> int:
+        """The least a run needs, at the captured sizes: the full-length values of the stage that has most of them."""
+        return max((sum(value.bytes for value in stage.live) for stage in self.stages), default=0)
+
+    @property
+    def floor_bytes_per_token(self) -> int:
+        return max((sum(value.bytes_per_token for value in stage.live) for stage in self.stages), default=0)
 
     @property
     def full_length_values(self) -> list[str]:
@@ -77,6 +93,7 @@ class Report:
             verdict = "failed, so it went" if self.failed else "went"
             return f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"
         lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
+        lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
         for stage in self.stages:
             lines += _stage_lines(stage)
         if self.left_out:
@@ -92,7 +109,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _stage_report(name: str, loop: MiniSequence) -> StageReport:
+def _stage_report(name: str, loop: MiniSequence, live: tuple[LiveValue, ...]) -> StageReport:
     spec: LoopSpec = loop.spec
     operators: dict[str, int] = {}
     for node in loop.body.graph.nodes:
@@ -100,7 +117,7 @@ def _stage_report(name: str, loop: MiniSequence) -> StageReport:
             operator_name = str(node.target).removesuffix(".default")
             operators[operator_name] = operators.get(operator_name, 0) + 1
     per_token = tuple(full_bytes(o) // max(1, hint(spec.length)) for o in spec.outputs)
-    return StageReport(name, str(spec.length), spec.mini_seq_len, spec.outputs, per_token, operators)
+    return StageReport(name, str(spec.length), spec.mini_seq_len, spec.outputs, per_token, operators, spec.folds, live)
 
 
 def _stage_lines(stage: StageReport) -> list[str]:
@@ -109,7 +126,11 @@ def _stage_lines(stage: StageReport) -> list[str]:
     lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
     for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
         shape = ", ".join(str(s) for s in output.shape)
+        place = "" if output.takes_over is None else ", written over an operand"
         lines.append(
-            f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token"
+            f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token{place}"
         )
+    lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
+    alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live)
+    lines.append(f"    alive meanwhile, in B/token: {alive}")
     return lines

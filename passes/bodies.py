@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from passes.demands import DemandGraph, Instance, Kind
+from passes.graphs import call_on_rows
 from passes.rules import Rows
 from passes.rules.registry import is_tensor
 from passes.sizes import Size
@@ -89,22 +90,12 @@ class Body:
 
     def _emit(self, instance: Instance) -> fx.Node:
         node, claim = instance.node, self.demands.claims.get(instance)
-        values = iter(self.demands.inputs[instance])
-
-        def replace(arg: fx.Node) -> Any:
-            # A claim's demands follow the tensor operands in order of appearance, and so does this visit.
-            if claim is not None and is_tensor(arg):
-                return self.env[next(values)]
-            return self.env[Instance(arg, None)]
-
-        args = fx.map_arg(node.args, replace)
-        kwargs = fx.map_arg(node.kwargs, replace)
-        target = node.target
-        if claim is not None:
-            if claim.edit is not None:
-                args, kwargs = claim.edit(args, kwargs, Rows(self.start, self.count))
-                args, kwargs = fx.map_arg((args, kwargs), self._own)
-            target = claim.target or target
+        if claim is None:
+            target: Any = node.target
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._own)
+        else:
+            operands = [self.env[i] for i in self.demands.inputs[instance] if is_tensor(i.node)]
+            target, args, kwargs = call_on_rows(node, claim, Rows(self.start, self.count), operands, self._own)
         if isinstance(self.length, int):
             sized = SIZED.get(target, ())
             args = tuple(self._lift_literals(arg) if i in sized else arg for i, arg in enumerate(args))
@@ -113,8 +104,8 @@ class Body:
         return emitted
 
     def _own(self, arg: fx.Node) -> fx.Node:
-        """A rule may take a size from the node it was asked about; here it is one of the body's inputs."""
-        return arg if arg.graph is self.graph else self.env[Instance(arg, None)]
+        """The body's value for all of an outer one."""
+        return self.env[Instance(arg, None)]
 
     def _lift_literals(self, args: Any) -> Any:
         """In a graph of fixed sizes, a size equal to the length becomes an argument of the body.

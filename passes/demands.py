@@ -10,9 +10,9 @@ Kinds of instances
 SOURCE     a placeholder or constant, whole or sliced: always at hand
 ROWS       rows computed from rows (and whole values) by the node's own claim
 ENTRY      rows cut from a whole value, because the operator cannot be run on rows
-BARRIER    the complete value that a loop wrote
+BARRIER    the complete value that a loop wrote, row by row or as the parts of a reduction over the tokens
 WHOLE      an operator run once on the full sequence, between loops
-INLINE     a view or a scalar constant of a whole value: free, repeated wherever it is needed
+INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed
 SIZE       a SymInt: arithmetic on sizes, done outside
 """
 
@@ -26,10 +26,11 @@ import torch
 from torch import fx
 
 from passes.errors import CannotChunk
-from passes.rules import Claim, Demand, chunk_rule_for, claim_for, operands
+from passes.rules import Claim, Demand, Dim, chunk_rule_for, claim_for, operands
+from passes.rules.folds import fold_claim
 from passes.rules.registry import is_tensor
 from passes.sizes import Size, count_hint, product, quotient
-from passes.token_dims import TokenDims
+from passes.token_dims import TOKEN_SLICES, TokenDims
 
 aten = torch.ops.aten
 
@@ -50,6 +51,10 @@ VIEWS = frozenset(
 )
 
 
+#: In place of a token dim: the parts of a reduction over the tokens, one for each mini-sequence.
+PARTS = Dim(-1)
+
+
 class Kind(enum.Enum):
     SOURCE = "source"
     ROWS = "rows"
@@ -68,7 +73,9 @@ class Instance:
     dim: Demand
 
     def __str__(self) -> str:
-        return self.node.name if self.dim is None else f"{self.node.name}[rows of {self.dim}]"
+        if self.dim is None:
+            return self.node.name
+        return f"{self.node.name}[{'parts' if self.dim is PARTS else f'rows of {self.dim}'}]"
 
 
 @dataclass
@@ -82,6 +89,10 @@ class DemandGraph:
     outputs: tuple[Instance, ...] = ()
     order: list[Instance] = field(default_factory=list)
     position: dict[Instance, int] = field(default_factory=dict)
+
+    def length(self, instance: Instance) -> Size:
+        """How many tokens a sliced instance has, or the operand of a reduction over tokens."""
+        return instance_length(self.inputs[instance][0] if instance.dim is PARTS else instance)
 
     def recomputable(self, instance: Instance) -> bool:
         if instance.node.target is operator.getitem:
@@ -169,6 +180,10 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if instance.dim is None:
         return _classify_whole(node, dims)
+    if instance.dim is PARTS:
+        (source,) = operands(node)
+        claim = fold_claim(node, dims.carriers[source].dim)
+        return Kind.ROWS, (Instance(source, dims.carriers[source].dim), *_sizes_read(node)), claim
     own = dims.carriers.get(node)
     try:
         if own is not None and node in dims.rowwise and own.dim != instance.dim:
@@ -185,11 +200,26 @@ def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instanc
     if is_mutation(node):
         return Kind.WHOLE, whole, None
     carrier = dims.carriers.get(node)
-    if is_inline(node) and all(_plain(n, dims) for n in operands(node)):
+    slices_tokens = node in dims.mixing and node.target in TOKEN_SLICES
+    if (is_inline(node) or slices_tokens) and all(_plain(n, dims) for n in operands(node)):
         return Kind.INLINE, whole, None
     if carrier is not None and node in dims.rowwise:
         return Kind.BARRIER, (Instance(node, carrier.dim),), None
+    if _folds(node, dims):
+        return Kind.BARRIER, (Instance(node, PARTS),), None
     return Kind.WHOLE, whole, None
+
+
+def _folds(node: fx.Node, dims: TokenDims) -> bool:
+    """Whether a node reduces over the tokens of rows that a loop computes."""
+    inputs = operands(node)
+    if node not in dims.mixing or len(inputs) != 1 or inputs[0] not in dims.rowwise:
+        return False
+    try:
+        fold_claim(node, dims.carriers[inputs[0]].dim)
+    except CannotChunk:
+        return False
+    return True
 
 
 def _plain(node: fx.Node, dims: TokenDims) -> bool:

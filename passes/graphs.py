@@ -1,10 +1,20 @@
-"""What several passes do to graphs: copy one, look an attribute up."""
+"""What several passes do to graphs: copy one, look an attribute up, emit sizes, values and calls on rows."""
 
 from __future__ import annotations
 
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
+
+from passes.errors import PassError
+from passes.rules.registry import Claim, Rows, is_tensor
+from passes.sizes import Size, expr, same
+
+aten = torch.ops.aten
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -24,3 +34,79 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
     for part in name.split("."):
         owner = getattr(owner, part)
     return owner
+
+
+def call_on_rows(
+    node: fx.Node, claim: Claim, rows: Rows, operands: Iterable[fx.Node], other: Callable[[fx.Node], Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target and arguments of an operator that computes rows only.
+
+    `operands` are what the claim demands, in its order; `other` gives the new graph's node for anything else
+    (sizes), also where a rule takes one from the node it was asked about.
+    """
+    values = iter(operands)
+    # A claim's demands follow the tensor operands in order of appearance, and so does this visit.
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else other(arg))
+    if claim.edit is not None:
+        args, kwargs = claim.edit(args, kwargs, rows)
+        args, kwargs = fx.map_arg((args, kwargs), lambda arg: other(arg) if arg.graph is node.graph else arg)
+    return claim.target or node.target, args, kwargs
+
+
+def size_node(graph: fx.Graph, size: Size) -> Any:
+    """An int, or a node of the graph whose value is that size; one is appended where there is none.
+
+    Raises `PassError` for a size that cannot be had from the graph's values.
+    """
+    wanted = expr(size)
+    if wanted.is_Integer:
+        return int(wanted)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and same(value, wanted):
+            return node
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for index, entry in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if same(entry, wanted):
+                return emit(graph, aten.sym_size.int, (node, index))
+    return _size_arithmetic(graph, wanted)
+
+
+def _size_arithmetic(graph: fx.Graph, wanted: Any) -> fx.Node:
+    """A size that no value of the graph has, computed from sizes that some have."""
+    target = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}.get(wanted.func.__name__)
+    if target is None:
+        raise PassError(f"no value of the graph has the size {wanted}")
+    total, *others = [size_node(graph, part) for part in wanted.args]
+    for part in others:
+        total = emit(graph, target, (total, part))
+    return total
+
+
+def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """Append a call and compute its fake value from those of its arguments."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = fake_value(node)
+    return node
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What a call returns, on fake tensors. Nothing is assumed of the graph's symbols that it did not assume before."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    assert callable(node.target)
+    with fake_mode(node.graph), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fake_mode(graph: fx.Graph) -> Iterator[None]:
+    """The mode of the graph's fake tensors: what makes a tensor out of sizes alone needs it. Adds no guards."""
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in graph.nodes)
+    mode = next((mode for mode in modes if mode is not None), None)
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        yield

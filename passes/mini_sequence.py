@@ -4,7 +4,8 @@ Terms
 -----
 mini-sequence   A run of consecutive tokens that one iteration works on. The last ones may be one row shorter,
                 and none is a single row (compiled code specialises on size one).
-body            One iteration as a graph: `(start, count, *sizes, *sliced, *whole) -> rows of each stored value`.
+body            One iteration as a graph: `(start, count, *sizes, *sliced, *whole) -> rows of each stored value`
+                and parts of each reduction over the tokens.
 sliced, whole   Operands a body sees its own rows of, and operands it sees all of (weights, keys, values).
 
     for stage in stages:
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,13 @@ import torch
 from torch import fx, nn
 
 from passes.bodies import Body
-from passes.demands import DemandGraph, Instance, Kind, instance_length
+from passes.demands import PARTS, DemandGraph, Instance, Kind
 from passes.errors import PassError
-from passes.graphs import attribute
+from passes.graphs import attribute, emit, fake_mode, fake_value, size_node
 from passes.rules import Dim
-from passes.sizes import Size, count_hint, expr, hint, same
+from passes.rules.folds import FOLDS, combine, elements, total_dtype
+from passes.rules.registry import is_tensor, value_of
+from passes.sizes import Size, count_hint, hint, is_one, same
 from passes.slicing import put, take
 from passes.stages import StagePlan, Stages
 
@@ -57,7 +60,10 @@ def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class LoopOutput:
-    """A value a loop stores: full shape, storage order of its dimensions (outermost first), where its tokens are."""
+    """A value a loop stores: full shape, storage order of its dimensions (outermost first), where its tokens are.
+
+    `takes_over` is the number of the sliced operand whose storage it is written to (see `passes.in_place`).
+    """
 
     name: str
     dim: Dim
@@ -65,11 +71,29 @@ class LoopOutput:
     order: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    takes_over: int | None = None
+
+
+@dataclass(frozen=True)
+class LoopFold:
+    """A reduction over the tokens that leaves the loop as the combination of its parts (see `passes.rules.folds`).
+
+    `operator` is the reduction, `shape` and `dtype` those of a part.
+    """
+
+    name: str
+    operator: Any
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """How a loop calls its body. Counts and dims follow the order of the body's placeholders."""
+    """How a loop calls its body. Counts and dims follow the order of the body's placeholders.
+
+    The body returns rows of `outputs`, then parts of `folds`, and so does the loop with the values they make.
+    """
 
     stage: int
     length: Size
@@ -78,12 +102,18 @@ class LoopSpec:
     sliced: tuple[Dim, ...]
     whole: int
     outputs: tuple[LoopOutput, ...]
+    folds: tuple[LoopFold, ...]
+
+    def sliced_of(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The sliced operands of the loop's node."""
+        first = 1 + len(self.sizes)
+        return node.args[first : first + len(self.sliced)]  # type: ignore[return-value]
 
 
 class MiniSequence(nn.Module):
     """A loop over mini-sequences that runs as it stands; a runtime replaces it by a faster one.
 
-    `forward(length, *sizes, *sliced, *whole)` returns one full tensor per stored value.
+    `forward(length, *sizes, *sliced, *whole)` returns one full tensor per stored value, then the folded ones.
     """
 
     def __init__(self, body: fx.GraphModule, spec: LoopSpec) -> None:
@@ -96,14 +126,28 @@ class MiniSequence(nn.Module):
         sizes, tensors = operands[: len(spec.sizes)], operands[len(spec.sizes) :]
         sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
         full: list[torch.Tensor] = []
+        parts: list[Sequence[torch.Tensor]] = []
         for start, count in split_rows(length, spec.mini_seq_len):
             rows = [take(t, _numeric(dim, t, length), start, count) for t, dim in zip(sliced, spec.sliced, strict=True)]
-            pieces = self.body(start, count, *sizes, *rows, *whole)
+            made = self.body(start, count, *sizes, *rows, *whole)
+            pieces = made[: len(spec.outputs)]
+            parts.append(made[len(spec.outputs) :])
             if not full:
-                full = [self._allocate(p, o, length, count) for p, o in zip(pieces, spec.outputs, strict=True)]
+                full = [
+                    self._allocate(p, o, length, count) if o.takes_over is None else sliced[o.takes_over]
+                    for p, o in zip(pieces, spec.outputs, strict=True)
+                ]
+            pieces = self._detached(pieces, sliced)
             for tensor, output, piece in zip(full, spec.outputs, pieces, strict=True):
                 put(tensor, _numeric(output.dim, tensor, length), start, piece)
-        return tuple(full)
+        stacked = [torch.stack(one) for one in zip(*parts, strict=True)]
+        return (*full, *(combine(f.operator, p) for f, p in zip(spec.folds, stacked, strict=True)))
+
+    def _detached(self, pieces: Sequence[torch.Tensor], sliced: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of pieces that are views of an operand which is about to be overwritten."""
+        taken = [sliced[o.takes_over].untyped_storage() for o in self.spec.outputs if o.takes_over is not None]
+        own = {storage.data_ptr() for storage in taken}
+        return [p.clone() if p.untyped_storage().data_ptr() in own else p for p in pieces]
 
     @staticmethod
     def _allocate(piece: torch.Tensor, output: LoopOutput, length: int, count: int) -> torch.Tensor:
@@ -135,6 +179,8 @@ class _Rewriter:
         self.graph = fx.Graph()
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
+        #: Values whose strides are not those of the original graph: loops store densely what was a slice, say.
+        self.relaid: set[fx.Node] = set()
         self.root = nn.Module()
 
     def run(self) -> fx.GraphModule:
@@ -163,7 +209,7 @@ class _Rewriter:
             else:
                 kind = self.demands.kinds.get(Instance(node, None))
                 if kind is Kind.SIZE and not self.demands.inputs[Instance(node, None)]:
-                    self.whole[node] = self._size(node.meta["val"])
+                    self.whole[node] = size_node(self.graph, node.meta["val"])
                     return self.whole[node]
                 if kind not in (Kind.INLINE, Kind.SIZE):
                     raise PassError(f"{node.name} is read before the stage that computes it ({kind})")
@@ -171,8 +217,12 @@ class _Rewriter:
         return self.whole[node]
 
     def _emit_whole(self, node: fx.Node) -> None:
-        if node not in self.whole:
-            self.whole[node] = self.graph.node_copy(node, self._whole_value)
+        if node in self.whole:
+            return
+        new = self.whole[node] = self.graph.node_copy(node, self._whole_value)
+        if any(n in self.relaid for n in new.all_input_nodes) and is_tensor(node):
+            new.meta["val"] = fake_value(new)
+            self.relaid.add(new)
 
     def _copy_attribute(self, node: fx.Node) -> None:
         assert isinstance(node.target, str)
@@ -186,7 +236,7 @@ class _Rewriter:
     def _by_length(self, plan: StagePlan) -> Iterator[tuple[Size, list[Instance]]]:
         groups: list[tuple[Size, list[Instance]]] = []
         for instance in plan.stored:
-            length = instance_length(instance)
+            length = self.demands.length(instance)
             for known, members in groups:
                 if same(known, length):
                     members.append(instance)
@@ -197,9 +247,10 @@ class _Rewriter:
 
     # --- loops ---
 
-    def _emit_loop(self, plan: StagePlan, length: Size, stored: list[Instance]) -> None:
-        body = Body(self.demands, plan, length, stored)
-        outputs = tuple(self._output(instance) for instance in stored)
+    def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
+        stored = [i for i in members if i.dim is not PARTS]
+        folded = [i for i in members if i.dim is PARTS]
+        body = Body(self.demands, plan, length, stored + folded)
         spec = LoopSpec(
             plan.index,
             length,
@@ -207,62 +258,62 @@ class _Rewriter:
             body.size_values(),
             tuple(i.dim for i in body.sliced if i.dim is not None),
             len(body.whole),
-            outputs,
+            tuple(self._output(instance) for instance in stored),
+            tuple(self._fold(instance.node) for instance in folded),
         )
-        name = (
-            f"stage_{plan.index}" if not hasattr(self.root, f"stage_{plan.index}") else f"stage_{plan.index}_{length}"
-        )
+        name = f"stage_{plan.index}"
+        if hasattr(self.root, name):
+            name = f"{name}_{length}"
         self.root.add_module(name, MiniSequence(body.module, spec))
         arguments = (
-            self._size(length),
-            *(self._size(length) if size is None else self._whole_value(size) for size in body.sizes),
+            size_node(self.graph, length),
+            *(size_node(self.graph, length) if size is None else self._whole_value(size) for size in body.sizes),
             *(self._rows_source(instance) for instance in body.sliced),
             *(self._whole_value(node) for node in body.whole),
         )
         loop = self.graph.call_module(name, arguments)
-        loop.meta["val"] = tuple(i.node.meta["val"] for i in stored)
-        for index, instance in enumerate(stored):
-            item = self.graph.call_function(operator.getitem, (loop, index))
-            item.meta = dict(instance.node.meta)
+        loop.meta["val"] = tuple(i.node.meta["val"] for i in stored + folded)
+        items = [self._item(loop, index, i.node) for index, i in enumerate(stored + folded)]
+        for instance, item, output in zip(stored, items, spec.outputs, strict=False):
+            self._lay_out(item, output)
             self.stored[instance] = item
             if self.demands.kinds.get(Instance(instance.node, None)) is Kind.BARRIER:
                 self.whole[instance.node] = item
+        for instance, item in zip(folded, items[len(stored) :], strict=True):
+            self.whole[instance.node] = self._finished(instance.node, item)
+
+    def _item(self, loop: fx.Node, index: int, of: fx.Node) -> fx.Node:
+        item = self.graph.call_function(operator.getitem, (loop, index))
+        item.meta = dict(of.meta)
+        return item
+
+    def _lay_out(self, item: fx.Node, output: LoopOutput) -> None:
+        """The strides a stored value really has."""
+        value = item.meta["val"]
+        with fake_mode(self.graph):
+            dense = torch.empty_permuted(value.shape, output.order, dtype=value.dtype, device=value.device)
+        strides = zip(dense.stride(), value.stride(), value.shape, strict=True)
+        if not all(same(a, b) or is_one(size) for a, b, size in strides):
+            item.meta["val"] = dense
+            self.relaid.add(item)
+
+    def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
+        """From the combined parts to the reduction's value: a mean is divided, a wide total rounded."""
+        value = value_of(node)
+        total.meta["val"] = value.to(total_dtype(node))
+        if FOLDS[node.target].mean:
+            total = emit(self.graph, aten.div.Tensor, (total, size_node(self.graph, elements(node))))
+        if total_dtype(node) != value.dtype:
+            total = emit(self.graph, torch.ops.prims.convert_element_type.default, (total, value.dtype))
+        return total
 
     def _rows_source(self, instance: Instance) -> fx.Node:
         return self.stored[instance] if instance in self.stored else self._whole_value(instance.node)
 
-    def _size(self, size: Size) -> Any:
-        """An int, or a node of the outer graph whose value is that size."""
-        if isinstance(size, int):
-            return size
-        wanted = expr(size)
-        if wanted.is_Integer:
-            return int(wanted)
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and same(value, wanted):
-                return node
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            for index, entry in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if same(entry, wanted):
-                    found = self.graph.call_function(aten.sym_size.int, (node, index))
-                    found.meta["val"] = entry
-                    return found
-        return self._size_arithmetic(wanted)
-
-    def _size_arithmetic(self, wanted: Any) -> fx.Node:
-        """A size that no value of the graph has, computed from sizes that some have."""
-        target = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}.get(wanted.func.__name__)
-        if target is None:
-            raise PassError(f"no value of the graph has the size {wanted}")
-        parts = [self._size(part) for part in wanted.args]
-        total = parts[0]
-        for part in parts[1:]:
-            value = target(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (total, part)))
-            total = self.graph.call_function(target, (total, part))
-            total.meta["val"] = value
-        return total
+    @staticmethod
+    def _fold(node: fx.Node) -> LoopFold:
+        value = value_of(node)
+        return LoopFold(node.name, node.target, tuple(value.shape), total_dtype(node), value.device)
 
     @staticmethod
     def _output(instance: Instance) -> LoopOutput:
@@ -281,15 +332,20 @@ def _storage_order(strides: list[int], ndim: int) -> tuple[int, ...]:
     return tuple(fixed + moving)
 
 
-def loops(gm: fx.GraphModule) -> list[tuple[str, MiniSequence]]:
-    """The loops of a rewritten graph in the order they run."""
+def loop_nodes(gm: fx.GraphModule) -> list[tuple[fx.Node, MiniSequence]]:
+    """The loops of a rewritten graph in the order they run, each with its node."""
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             if isinstance(module, MiniSequence):
-                found.append((str(node.target), module))
+                found.append((node, module))
     return found
+
+
+def loops(gm: fx.GraphModule) -> list[tuple[str, MiniSequence]]:
+    """The loops of a rewritten graph in the order they run, by name."""
+    return [(str(node.target), module) for node, module in loop_nodes(gm)]
 
 
 def full_bytes(output: LoopOutput) -> int:

@@ -27,6 +27,9 @@ from passes.errors import CannotChunk
 from passes.rules import Claim, Dim, chunk_rule_for, claim_for, operands
 from passes.sizes import Size, count_hint, hint, is_one, product, same
 
+#: Along the token dimension these take a range of rows.
+TOKEN_SLICES = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.select.int})
+
 #: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
 MAX_SEED_INPUTS = 4
 
@@ -84,10 +87,11 @@ class _Sweep:
         dim, claim, length = found
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
-        self.work += matmul_work(node)
-        if matmul_work(node):
-            whole = [n for n, demand in zip(inputs, claim.demands, strict=True) if demand is None]
-            self.barriers += any(n in self.activations for n in whole)
+        demanded = list(zip(inputs, claim.demands, strict=True))
+        # A product whose rows are those of a weight says nothing: that is how features look.
+        if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
+            self.work += matmul_work(node)
+            self.barriers += any(n in self.activations and demand is None for n, demand in demanded)
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -109,8 +113,8 @@ class _Sweep:
         for carrier in filter(None, carried):
             index = carrier.dim.index
             if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain:
-                # `hidden[:, 1:]` is still the sequence; a window's worth of keys for the cache is not.
-                if hint(value.shape[index]) * 2 >= hint(carrier.length):
+                # `hidden[:, 1:]` is still the sequence.
+                if hint(value.shape[index]) > 1:
                     self.carriers[node] = Carrier(carrier.dim, value.shape[index])
                 return
             sizes = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from passes.errors import PassError
-from passes.mini_sequence import MiniSequence, loops
+from passes.mini_sequence import MiniSequence, loop_nodes
 
 
 def verify(gm: fx.GraphModule) -> None:
@@ -14,6 +14,7 @@ def verify(gm: fx.GraphModule) -> None:
 
     - every node is defined before it is used, every target exists
     - every tensor operation knows its value's shape
+    - nothing reads a value after a loop has written over it, and no input is written over
     - a loop's body takes `(start, count)` and what its spec says, and returns what the spec stores
     """
     try:
@@ -23,8 +24,9 @@ def verify(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns_tensor(node):
             raise PassError(f"{node.name} ({node.target}) has lost its value")
-    for name, loop in loops(gm):
-        _verify_loop(name, loop)
+    for node, loop in loop_nodes(gm):
+        _verify_loop(str(node.target), loop)
+        _verify_takeovers(node, loop)
 
 
 def _verify_loop(name: str, loop: MiniSequence) -> None:
@@ -35,8 +37,24 @@ def _verify_loop(name: str, loop: MiniSequence) -> None:
     if len(placeholders) != expected:
         raise PassError(f"{name}: the body takes {len(placeholders)} values, the loop passes {expected}")
     returned = next(n for n in loop.body.graph.nodes if n.op == "output").args[0]
-    if len(returned) != len(spec.outputs):
-        raise PassError(f"{name}: the body returns {len(returned)} values, the loop stores {len(spec.outputs)}")
+    if len(returned) != len(spec.outputs) + len(spec.folds):
+        stores = f"{len(spec.outputs)} and folds {len(spec.folds)}"
+        raise PassError(f"{name}: the body returns {len(returned)} values, the loop stores {stores}")
+
+
+def _verify_takeovers(node: fx.Node, loop: MiniSequence) -> None:
+    operands = loop.spec.sliced_of(node)
+    for output in loop.spec.outputs:
+        if output.takes_over is None:
+            continue
+        operand = operands[output.takes_over]
+        value = operand.meta["val"]
+        if operand.op != "call_function" or list(node.args).count(operand) != 1:
+            raise PassError(f"{node.target} would write over {operand.name}, which is not its own")
+        if any(user is not node and not user < node for user in operand.users):
+            raise PassError(f"{node.target} would write over {operand.name}, which is read later")
+        if value.dtype != output.dtype or loop.spec.sliced[output.takes_over] != output.dim:
+            raise PassError(f"{node.target}: {output.name} does not fit where {operand.name} was")
 
 
 def _returns_tensor(node: fx.Node) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from mom_compile.pieces import Piece, Variant
+
+# torch traces every symbolic decision to this logger; pytest would keep it all, at half the time of some tests.
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,10 +40,15 @@ def _schema(target: Any) -> dict[str, tuple[int | None, Any]]:
 
 def argument(node: fx.Node, name: str) -> Any:
     """The value a call passes for an argument, or the schema's default."""
-    position, default = _schema(node.target)[name]
-    if position is not None and position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get(name, default)
+    return given(node.target, node.args, node.kwargs, name)
+
+
+def given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The same for a call that is not a node yet. An edit asks this, so that it computes with the body's own sizes."""
+    position, default = _schema(target)[name]
+    if position is not None and position < len(args):
+        return args[position]
+    return kwargs.get(name, default)
 
 
 def has_argument(node: fx.Node, name: str) -> bool:

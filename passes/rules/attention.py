@@ -18,7 +18,7 @@ from torch import fx
 
 import passes.ops  # noqa: F401  defines mom::attention
 from passes.errors import CannotChunk
-from passes.rules.arguments import argument, aten, claim, replace
+from passes.rules.arguments import argument, aten, claim, given, replace
 from passes.rules.arithmetic import add
 from passes.rules.factories import broadcast_demand, checked, output_shape, outputs_of, shape_of
 from passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
@@ -84,6 +84,6 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not argument(node, "is_causal"):
             return args, kwargs
-        return replace(node.target, args, kwargs, start=add(argument(node, "start"), rows.start))
+        return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), rows.start))
 
     return claim(node, demands, edit=edit)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from passes.errors import CannotChunk
-from passes.rules.arguments import argument, aten, axis, overloads, prims, replace
+from passes.rules.arguments import argument, aten, axis, given, has_argument, overloads, prims, replace
 from passes.rules.arithmetic import add, mul
 from passes.rules.factories import checked, output_shape, pointwise_claim
 from passes.rules.registry import FULL, Claim, Dim, Rows, operands, register
@@ -67,7 +67,8 @@ def iota(node: fx.Node, dim: Dim) -> Claim:
     require_plain(node, checked(node, dim))
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        start = add(argument(node, "start"), mul(rows.start, argument(node, "step")))
+        first, step = (given(node.target, args, kwargs, name) for name in ("start", "step"))
+        start = add(first, mul(rows.start, step))
         return replace(node.target, args, kwargs, length=rows.count, start=start)
 
     return Claim((), edit=edit)
@@ -76,12 +77,13 @@ def iota(node: fx.Node, dim: Dim) -> Claim:
 @register(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def arange(node: fx.Node, dim: Dim) -> Claim:
     require_plain(node, checked(node, dim))
-    first = argument(node, "start") if node.target is not aten.arange.default else 0
-    step = argument(node, "step") if node.target is aten.arange.start_step else 1
-    if isinstance(first, float) or isinstance(step, float) or isinstance(argument(node, "end"), float):
+    names = [name for name in ("start", "end", "step") if has_argument(node, name)]
+    if any(isinstance(argument(node, name), float) for name in names):
         raise CannotChunk(node, dim, "a range of floating-point numbers may round to another length")
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        first = given(node.target, args, kwargs, "start") if "start" in names else 0
+        step = given(node.target, args, kwargs, "step") if "step" in names else 1
         start = add(first, mul(rows.start, step))
         return (start, add(start, mul(rows.count, step)), step), kwargs
 
@@ -99,7 +101,7 @@ def triangle(node: fx.Node, dim: Dim) -> Claim:
     sign = 1 if dim.index == axis(-2, rank) else -1
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        diagonal = add(argument(node, "diagonal"), mul(rows.start, sign))
+        diagonal = add(given(node.target, args, kwargs, "diagonal"), mul(rows.start, sign))
         return replace(node.target, args, kwargs, diagonal=diagonal)
 
     return Claim((dim,), edit=edit)

@@ -1,0 +1,174 @@
+"""Reductions over the tokens leave a loop in parts, and the parts make what the whole makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mom_compile.pipeline import NotWorthwhile
+from passes.errors import CannotChunk
+from passes.rules import Dim, Rows
+from passes.rules.folds import FOLDS, combine, elements, fold_claim, total_dtype
+from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.test_properties import RANDOM_PROGRAMS, parameter_names
+from tests.tracing import rewrite, trace
+
+aten = torch.ops.aten
+
+#: Arguments for each overload, reducing over dimension 1 among others.
+ARGUMENTS = {
+    "default": [()],
+    "dim_IntList": [([1],), ([0, 1],), ([1, 2], True), (None,)],
+    "dim": [([1],), ([0, 1], True)],
+    "dims": [([1],), ([1, 2], True)],
+    "dim_int": [(1,), (1, True)],
+}
+ARGUMENTS_OF = {aten.any.dim: [(1,), (1, True)], aten.all.dim: [(1,), (1, True)]}
+ARGUMENTS_OF |= {aten.amax.default: [([1],), ([0, 1, 2],), ([],)], aten.amin.default: [([1], True)]}
+
+CASES = [
+    (target, arguments) for target in FOLDS for arguments in ARGUMENTS_OF.get(target, ARGUMENTS[target._overloadname])
+]
+
+
+def node_of(target, x, arguments):
+    graph = torch.fx.Graph()
+    source = graph.placeholder("x")
+    node = graph.call_function(target, (source, *arguments))
+    with FakeTensorMode() as mode:
+        source.meta["val"] = mode.from_tensor(x)
+        node.meta["val"] = target(source.meta["val"], *arguments)
+    return node
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(("target", "arguments"), CASES, ids=[f"{t}{a}" for t, a in CASES])
+def test_the_law_of_folds(target, arguments, dtype):
+    """combine(parts) == the operator on the whole, for uneven parts."""
+    if FOLDS[target].mean and not dtype.is_floating_point:
+        pytest.skip("a mean needs floating-point numbers")
+    x = (torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    node = node_of(target, x, arguments)
+    claim = fold_claim(node, Dim(1))
+    parts = []
+    for start, count in ((0, 4), (4, 5), (9, 2)):
+        args, kwargs = claim.edit((x.narrow(1, start, count), *arguments), {}, Rows(start, count))
+        parts.append((claim.target or target)(*args, **kwargs))
+    total = combine(target, torch.stack(parts))
+    assert total.dtype == total_dtype(node)
+    if FOLDS[target].mean:
+        total = total / elements(node)
+    expected = target(x.double() if dtype == torch.bfloat16 else x, *arguments)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-5}.get(dtype, 1e-12)
+    torch.testing.assert_close(total.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_reduction_over_other_dimensions_is_none_of_this():
+    node = node_of(aten.sum.dim_IntList, torch.ones(3, 4, 5), ([2],))
+    with pytest.raises(CannotChunk, match="does not reduce over it"):
+        fold_claim(node, Dim(1))
+    with pytest.raises(CannotChunk, match="no reduction"):
+        fold_claim(node_of(aten.cumsum.default, torch.ones(3, 4), (1,)), Dim(1))
+
+
+REDUCTIONS = {
+    "mean": lambda x: x.mean(1),
+    "mean of all": lambda x: x.mean(),
+    "sum kept": lambda x: x.sum(1, keepdim=True),
+    "sum of all": lambda x: x.sum(),
+    "largest": lambda x: x.amax(1),
+    "smallest of all": lambda x: x.min(),
+    "count": lambda x: (x > 0).sum(1),
+    "any": lambda x: (x > 1).any(1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "variance": lambda x: x.var(1),
+    "softmax pooled": lambda x: (torch.softmax(x[..., :1], 1) * x).sum(1),
+    "used twice": lambda x: x.mean(1) + x.amax(1),
+    "norm": lambda x: x / x.pow(2).sum((1, 2), keepdim=True).sqrt(),
+}
+
+
+@settings(RANDOM_PROGRAMS, max_examples=40)
+@given(
+    st.lists(st.sampled_from(["linear", "mlp", "causal", "layer_norm", "rope", "merged"]), min_size=1, max_size=5),
+    st.sampled_from(sorted(REDUCTIONS)),
+    st.integers(1, 3),
+    st.integers(5, 19),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_any_program_keeps_its_meaning_under_any_reduction(names, reduction, batch, tokens, dtype, dynamic):
+    weights = weights_of(dtype)
+
+    def program(x, *parameters):
+        for name in names:
+            x = STEPS[name](x, Weights(*parameters))
+        return (REDUCTIONS[reduction](x),)
+
+    x = torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    gm = trace(program, x, *weights, dynamic=dynamic)
+    (expected,) = gm(x, *weights)
+    try:
+        rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    except NotWorthwhile:
+        return
+    (actual,) = rewritten(x, *weights)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    if reduction in ("count", "any") and dtype == torch.bfloat16:
+        return  # a bit of rounding decides on which side of the threshold a value lies
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}[dtype]
+    scale = max(1.0, float(expected.double().abs().max()))
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum of all", "largest", "count"])
+def test_what_is_reduced_never_exists_at_full_length(reduction):
+    weights = weights_of(torch.float64)
+
+    def program(x, *parameters):
+        w = Weights(*parameters)
+        return (REDUCTIONS[reduction](STEPS["mlp"](STEPS["causal"](x, w), w)),)
+
+    gm = trace(program, torch.randn(2, 13, HIDDEN, dtype=torch.float64), *weights)
+    _, report = rewrite(gm, 4, parameter_names(gm))
+    assert not report.left_out
+    assert report.stages[-1].folds and not report.stages[-1].crossing
+
+
+def test_a_bfloat16_mean_is_summed_in_float32():
+    """In bfloat16 a sum of thousands of ones ends at 256."""
+    weights = weights_of(torch.bfloat16)
+
+    def program(x, *parameters):
+        return ((STEPS["linear"](x, Weights(*parameters)) * 0 + 1).sum(1),)
+
+    x = torch.zeros(1, 3000, HIDDEN, dtype=torch.bfloat16)
+    gm = trace(program, x, *weights)
+    (total,) = rewrite(gm, 4, parameter_names(gm))[0](x, *weights)
+    assert torch.equal(total, torch.full_like(total, 3000))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_a_loss_is_right_whatever_labels_are_ignored_and_holds_no_logits(reduction, ignored):
+    weights = weights_of(torch.float64)
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(26).view(2, 13)
+    labels[{"none": slice(0, 0), "some": slice(0, 1), "all": slice(0, 2)}[ignored]] = -100
+
+    def program(x, labels, *parameters):
+        w = Weights(*parameters)
+        hidden = STEPS["mlp"](STEPS["causal"](x, w), w)
+        logits = hidden @ w.table.t()
+        return (F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=reduction),)
+
+    gm = trace(program, x, labels, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[1:])
+    actual, expected = rewritten(x, labels, *weights)[0], gm(x, labels, *weights)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    logits = 64 * 4
+    assert all(size < logits for stage in report.stages for size in stage.bytes_per_token)

@@ -1,0 +1,176 @@
+"""What may be written over is, what may not is not, and either way the result is the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.report import Report
+from passes.errors import PassError
+from passes.in_place import take_over_storage
+from passes.mini_sequence import loop_nodes
+from passes.verify import verify
+from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
+from tests.test_properties import RANDOM_PROGRAMS, parameter_names
+from tests.tracing import trace
+
+WEIGHTS = weights_of(torch.float64)
+
+
+def x_of(batch=2, tokens=13):
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def rewritten(function, *inputs, skip=()):
+    gm = trace(function, *inputs, *WEIGHTS)
+    static = parameter_names(gm)
+    return gm, run_pipeline(gm, static_inputs=static, mini_seq_len=4, report=Report(), skip=skip)
+
+
+def taken(gm):
+    return [o.name for _, loop in loop_nodes(gm) for o in loop.spec.outputs if o.takes_over is not None]
+
+
+def layer(x, w):
+    """Keys and values apart from the residual stream."""
+    keys, values = heads(x @ w.square.t()), heads(x * w.scale)
+    seen = F.scaled_dot_product_attention(heads(x @ w.square), keys, values, is_causal=True)
+    return STEPS["mlp"](x + folded(seen), w)
+
+
+def decoder(x, *parameters, hidden_too=False):
+    w = Weights(*parameters)
+    first = layer(STEPS["linear"](x, w), w)
+    last = layer(layer(first, w), w)
+    return (last, first) if hidden_too else (last,)
+
+
+def test_a_residual_stream_is_written_over():
+    gm, loops = rewritten(decoder, x_of())
+    assert len(taken(loops)) == 3
+    inputs = (x_of(), *WEIGHTS)
+    torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
+
+
+@settings(RANDOM_PROGRAMS, max_examples=40)
+@given(
+    st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=2, max_size=7),
+    st.integers(1, 3),
+    st.integers(6, 19),
+    st.sets(st.integers(0, 6)),
+)
+def test_any_program_gives_the_same_with_and_without(names, batch, tokens, returned):
+    """Whatever intermediate values the user keeps, too."""
+
+    def program(x, *parameters):
+        values = [x]
+        for name in names:
+            values.append(STEPS[name](values[-1], Weights(*parameters)))
+        return (values[-1] @ Weights(*parameters).square, *(v for i, v in enumerate(values) if i in returned))
+
+    x = x_of(batch, tokens)
+    try:
+        _, with_it = rewritten(program, x)
+        gm, without = rewritten(program, x, skip=("residual_in_place",))
+    except NotWorthwhile:
+        return
+    assert not taken(without)
+    given_x = x.clone()
+    for a, b, c in zip(with_it(x, *WEIGHTS), without(x, *WEIGHTS), gm(x, *WEIGHTS), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-10 * max(1.0, float(c.abs().max())))
+    assert torch.equal(x, given_x)
+
+
+def test_an_input_is_never_written_over():
+    def residual_on_the_input(x, *parameters):
+        w = Weights(*parameters)
+        return (STEPS["causal"](x, w) @ w.square,)
+
+    _, loops = rewritten(residual_on_the_input, x_of())
+    assert not taken(loops)
+
+
+def test_what_the_user_gets_is_never_written_over():
+    _, loops = rewritten(lambda *a: decoder(*a, hidden_too=True), x_of())
+    # The first residual is the user's; the second is written over by the third.
+    assert len(taken(loops)) == 2
+
+
+def test_what_is_read_later_is_never_written_over():
+    def read_again(x, *parameters):
+        w = Weights(*parameters)
+        first = STEPS["linear"](x, w) + 1
+        second = STEPS["causal"](first, w)
+        return (STEPS["causal"](second, w) + first,)
+
+    gm, loops = rewritten(read_again, x_of())
+    inputs = (x_of(), *WEIGHTS)
+    torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
+    sources = [
+        loop.spec.sliced_of(node)[o.takes_over]
+        for node, loop in loop_nodes(loops)
+        for o in loop.spec.outputs
+        if o.takes_over is not None
+    ]
+    assert all(max(source.users) == node for source in sources for node in [max(source.users)])
+
+
+def test_rows_that_are_passed_on_as_they_are_are_not_lost():
+    """Keys that are the very rows of the residual, seen as heads."""
+
+    def program(x, *parameters):
+        w = Weights(*parameters)
+        first = STEPS["causal"](STEPS["linear"](x, w), w)
+        keys = heads(first)
+        second = folded(F.scaled_dot_product_attention(heads(first @ w.square), keys, keys, is_causal=True))
+        third = folded(F.scaled_dot_product_attention(heads(second), keys, heads(second), is_causal=True))
+        return (third,)
+
+    gm, loops = rewritten(program, x_of())
+    inputs = (x_of(), *WEIGHTS)
+    torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
+
+
+def spoiled(change):
+    _, loops = rewritten(decoder, x_of(), skip=("residual_in_place",))
+    nodes = loop_nodes(loops)
+    node, loop = nodes[-1]
+    change(loops, node, loop)
+    return loops
+
+
+def test_verify_refuses_to_write_over_what_is_read_later():
+    def change(gm, node, loop):
+        first_node, first = loop_nodes(gm)[1]
+        operand = first.spec.sliced_of(first_node)[0]
+        first.spec = replace(
+            first.spec, outputs=(replace(first.spec.outputs[0], takes_over=0), *first.spec.outputs[1:])
+        )
+        with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op == "output")):
+            late = gm.graph.call_function(torch.ops.aten.relu.default, (operand,))
+            late.meta["val"] = operand.meta["val"]
+
+    with pytest.raises(PassError, match="read later"):
+        verify(spoiled(change))
+
+
+def test_verify_refuses_to_write_over_an_input():
+    def change(gm, node, loop):
+        loop = loop_nodes(gm)[0][1]
+        loop.spec = replace(loop.spec, outputs=(replace(loop.spec.outputs[0], takes_over=0), *loop.spec.outputs[1:]))
+
+    with pytest.raises(PassError, match="not its own"):
+        verify(spoiled(change))
+
+
+def test_deciding_twice_decides_the_same():
+    _, loops = rewritten(decoder, x_of())
+    before = taken(loops)
+    assert taken(take_over_storage(loops)) == before
