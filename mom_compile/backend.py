@@ -121,7 +121,7 @@ def build_program(
 ) -> Callable[[list[Any]], Any]:
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs.get("static_input_idxs", ()))
-    rewritten = run_pipeline(gm, static_inputs=static, mini_seq_len=options.rows, report=report)
+    rewritten = run_pipeline(gm, static_inputs=static, limit=options.limit, report=report, scope=options.scope)
     program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report)
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:

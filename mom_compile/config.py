@@ -7,16 +7,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
+from passes.mini_sequence import RowLimit
 
 #: Tokens per mini-sequence with `mini_seq_len="auto"`, until the memory model chooses it.
 #: From a prototype at the shape of `make bench` on 2 CPU cores: mini-sequences of 2048 peaked at 159 MiB, of 1024 at
 #: 118 MiB, in the same time. Not measured again on this code, and never on a GPU, where longer ones may be wanted.
 DEFAULT_MINI_SEQ_LEN = 1024
 
+#: With `mini_seq_len="auto"`, bytes that one value of a mini-sequence may take: 128 rows of logits over a vocabulary of
+#: 262,144 in float32. A product with 128 rows is already bound by arithmetic, not by reading the weights.
+DEFAULT_VALUE_BYTES = 128 << 20
+
 #: Beyond this no model has tokens; a larger number is a slip of the keyboard.
 MAX_MINI_SEQ_LEN = 1 << 30
 
-SCOPES = ("layer", "none")
+SCOPES = ("layer", "mlp", "none")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
     mini_seq_len  tokens per mini-sequence (at least 2), or "auto"
-    scope         "layer": everything between two attentions' keys and values; "none": stock Inductor
+    scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
+                  in the MOM paper, to compare with; "none": stock Inductor
     strict        our own failures raise instead of falling back to stock Inductor
     inductor      Inductor options, passed through; a `mode` adds to them
     """
@@ -35,9 +41,11 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def rows(self) -> int:
-        """Tokens per mini-sequence."""
-        return DEFAULT_MINI_SEQ_LEN if self.mini_seq_len == "auto" else int(self.mini_seq_len)
+    def limit(self) -> RowLimit:
+        """How long a mini-sequence may be."""
+        if self.mini_seq_len == "auto":
+            return RowLimit(DEFAULT_MINI_SEQ_LEN, DEFAULT_VALUE_BYTES)
+        return RowLimit(int(self.mini_seq_len))
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:

@@ -70,7 +70,7 @@ def _explain_graph(
     if report.fallback is None:
         static = static_input_names(gm, kwargs.get("static_input_idxs", ()))
         try:
-            runnable = run_pipeline(gm, static_inputs=static, mini_seq_len=options.rows, report=report)
+            runnable = run_pipeline(gm, static_inputs=static, limit=options.limit, report=report, scope=options.scope)
         except NotWorthwhile as decision:
             report.fallback = str(decision)
         except Exception as error:

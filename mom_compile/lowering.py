@@ -113,9 +113,9 @@ class Lowering:
         inputs = list(dict.fromkeys(read))
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
         name = f"piece_{nodes[0].name}"
-        gm = _subgraph(nodes, inputs, outputs)
+        graph = _subgraph(nodes, inputs, outputs)
         templates = [self.template(node) for node in inputs]
-        run, extra = self._compile(gm, templates, name)
+        run, extra = self._compile(graph, templates, name)
         self._call(name, run, [*extra, *inputs], list(outputs))
 
     # --- loops ---
@@ -190,7 +190,7 @@ class Lowering:
 
     def _compile(
         self,
-        gm: fx.GraphModule,
+        graph: fx.Graph,
         templates: list[Template],
         name: str,
         literal: int | None = None,
@@ -211,9 +211,9 @@ class Lowering:
         own.update({s: facts[s] for s in looping})
         renamed: list[Template] = [SizeTemplate(names[s]) for s in outer]
         renamed += [substitute(t, names) for t in templates]
-        with_symbols = _with_leading_sizes(gm, [names[s].name for s in outer])
-        keep_output_strides(with_symbols)
-        piece = self.cache.get(with_symbols, renamed, own, self.patches, self.report, name)
+        _lead_with_sizes(graph, [names[s].name for s in outer])
+        keep_output_strides(graph)
+        piece = self.cache.get(graph, renamed, own, self.patches, self.report, name)
         extra = [literal if s is LENGTH else self.symbols.sources[s] for s in outer]
         return piece, extra
 
@@ -270,7 +270,7 @@ class Lowering:
         return Program(tuple(steps), len(self.slots), tuple(unread), outputs)
 
 
-def _writing_body(loop: MiniSequence) -> fx.GraphModule:
+def _writing_body(loop: MiniSequence) -> fx.Graph:
     """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
 
     An output that takes over an operand is written to that operand's rows, the same argument, so that
@@ -292,7 +292,7 @@ def _writing_body(loop: MiniSequence) -> fx.GraphModule:
             graph.output(())
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
-    return fx.GraphModule(torch.nn.Module(), graph, "WritingBody")
+    return graph
 
 
 def _places(graph: fx.Graph, loop: MiniSequence, arguments: Sequence[fx.Node]) -> list[fx.Node]:
@@ -322,7 +322,7 @@ def _unfolded_shape(graph: fx.Graph, output: LoopOutput, place: fx.Node) -> list
     return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.shape) + 2)]
 
 
-def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
+def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -330,15 +330,14 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
     for node in nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in outputs))
-    return fx.GraphModule(torch.nn.Module(), graph, "StraightPiece")
+    return graph
 
 
-def _with_leading_sizes(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    graph = fx.Graph()
-    for name in names:
-        graph.placeholder(name)
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
+def _lead_with_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Put a placeholder for each symbol before all others."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        for name in names:
+            graph.placeholder(name)
 
 
 def _constant(value: Any) -> Callable[[list[Any]], tuple[Any]]:

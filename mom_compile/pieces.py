@@ -162,7 +162,7 @@ class PieceCache:
 
     def get(
         self,
-        gm: fx.GraphModule,
+        graph: fx.Graph,
         templates: Sequence[Template],
         symbols: dict[sympy.Symbol, SymbolFacts],
         patches: Mapping[str, Any],
@@ -170,11 +170,11 @@ class PieceCache:
         name: str,
     ) -> Piece:
         """The piece of this structure, compiled now if it is new. Symbols must be numbered already."""
-        key = structural_key(gm, templates, patches, symbols)
+        key = structural_key(graph, templates, patches, symbols)
         piece = self._pieces.get(key)
         if piece is None:
             began = time.perf_counter()
-            piece = Piece(gm, tuple(templates), symbols, dict(patches))
+            piece = Piece(fx.GraphModule(torch.nn.Module(), graph), tuple(templates), symbols, dict(patches))
             piece.compile()
             seconds = time.perf_counter() - began
             report.compiled_pieces.append(name)
@@ -193,13 +193,13 @@ class PieceCache:
 
 
 def structural_key(
-    gm: fx.GraphModule, templates: Sequence[Template], patches: Mapping[str, Any], symbols: Mapping[sympy.Symbol, Any]
+    graph: fx.Graph, templates: Sequence[Template], patches: Mapping[str, Any], symbols: Mapping[sympy.Symbol, Any]
 ) -> str:
     """Equal for graphs that compute the same from inputs of the same kind, whatever their nodes are called."""
     numbers: dict[fx.Node, str] = {}
     lines = [repr(sorted(patches.items(), key=str)), repr([s.name for s in symbols]), repr(list(templates))]
     lines.append(repr([fact.minimum for fact in symbols.values()]))
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         args = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
         numbers[node] = f"%{len(numbers)}"
         target = "" if node.op in ("placeholder", "output") else node.target

@@ -16,7 +16,8 @@ from passes.demanded_rows import demanded_rows
 from passes.demands import DemandGraph, Kind, build_demands
 from passes.graphs import copy_graph
 from passes.in_place import take_over_storage
-from passes.mini_sequence import insert_loops, loops
+from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
+from passes.mlp_scope import mlp_only
 from passes.sizes import hint
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
@@ -35,8 +36,9 @@ class State:
 
     gm: fx.GraphModule
     static_inputs: Collection[str]
-    mini_seq_len: int
+    limit: RowLimit
     report: Report
+    scope: str = "layer"
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
     stages: Stages | None = None
@@ -58,8 +60,9 @@ def find_tokens(state: State) -> str:
     dims = _token_dims(state)
     if dims is None:
         raise NotWorthwhile("no input has a dimension that carries the matmul work from its rows to the outputs' rows")
-    if isinstance(dims.length, int) and dims.length <= state.mini_seq_len:
-        raise NotWorthwhile(f"its {dims.length} tokens fit in one mini-sequence of {state.mini_seq_len}")
+    least = state.limit.rows if state.limit.bytes is None else min(state.limit.rows, FEWEST_ROWS)
+    if isinstance(dims.length, int) and dims.length <= least:
+        raise NotWorthwhile(f"its {dims.length} tokens fit in one mini-sequence of {state.limit.rows}")
     state.dims = dims
     state.report.token_dimension = f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
     return f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
@@ -80,6 +83,15 @@ def rows_on_demand(state: State) -> str:
     state.dims = _token_dims(state)
     if state.dims is None:
         raise NotWorthwhile("nearly all work is on the few rows that somebody needs")
+    return f"{len(state.dims.rowwise)} row-wise values are left"
+
+
+def mlp_alone(state: State) -> str:
+    """With scope="mlp": only MLPs and the LM head stay row-wise, as in the MOM paper."""
+    assert state.dims is not None
+    if state.scope != "mlp":
+        return "not asked for"
+    state.dims = mlp_only(state.gm, state.dims)
     return f"{len(state.dims.rowwise)} row-wise values are left"
 
 
@@ -110,7 +122,12 @@ def loops_over_mini_sequences(state: State) -> str:
     """Every stage's rows in one loop."""
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
-    state.gm = insert_loops(state.gm, state.stages, mini_seq_len=state.mini_seq_len)
+    state.gm = insert_loops(state.gm, state.stages, limit=state.limit)
+    specs = [loop.spec for _, loop in loops(state.gm)]
+    if all(isinstance(spec.length, int) and spec.length <= spec.mini_seq_len for spec in specs):
+        raise NotWorthwhile(
+            f"its {max(s.length for s in specs)} tokens fit in one mini-sequence of {specs[0].mini_seq_len}"
+        )
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 
 
@@ -125,6 +142,7 @@ PIPELINE: tuple[Step, ...] = (
     canonical_attention,
     find_tokens,
     rows_on_demand,
+    mlp_alone,
     follow_demands,
     cut_stages,
     loops_over_mini_sequences,
@@ -136,13 +154,14 @@ def run_pipeline(
     gm: fx.GraphModule,
     *,
     static_inputs: Collection[str],
-    mini_seq_len: int,
+    limit: RowLimit,
     report: Report,
+    scope: str = "layer",
     skip: Collection[str] = (),
 ) -> fx.GraphModule:
     """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason."""
     report.nodes = len(gm.graph.nodes)
-    state = State(copy_graph(gm), static_inputs, mini_seq_len, report)
+    state = State(copy_graph(gm), static_inputs, limit, report, scope)
     for step in PIPELINE:
         if step.__name__ in skip:
             continue

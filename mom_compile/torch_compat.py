@@ -130,9 +130,9 @@ class SymbolicSizes:
             return compile_fx_inner(gm, inputs, is_inference=True)
 
 
-def keep_output_strides(gm: fx.GraphModule) -> None:
+def keep_output_strides(graph: fx.Graph) -> None:
     """Make Inductor return every output with the strides its fake value has, as it does for a user's outputs."""
-    output = next(iter(reversed(gm.graph.nodes)))
+    output = next(iter(reversed(graph.nodes)))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
 
 

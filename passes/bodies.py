@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.demands import DemandGraph, Instance, Kind
+from passes.demands import PARTS, DemandGraph, Instance, Kind
 from passes.graphs import call_on_rows
 from passes.rules import Rows
 from passes.rules.registry import is_tensor
 from passes.sizes import Size
-from passes.stages import StagePlan, body_instances
+from passes.stages import StagePlan, body_instances, bytes_per_token
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class Body:
     """Builds one iteration: `module`, and which outer values it takes.
 
     `sizes` holds outer SymInt nodes, or None for a length that was a literal; `sliced` row instances;
-    `whole` nodes of which it takes all.
+    `whole` nodes of which it takes all. `widest` is the most bytes that one token of a value made here takes.
     """
 
     def __init__(self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance]) -> None:
@@ -55,6 +55,8 @@ class Body:
         members = body_instances(demands, stored, plan.available)
         self.sliced = [i for i in members if i.dim is not None and not self._computed(i, plan)]
         self.whole = self._whole_nodes(members)
+        made = [i for i in members if self._computed(i, plan) and i.dim is not PARTS]
+        self.widest = max((bytes_per_token(i) for i in made if isinstance(i.node.meta["val"], torch.Tensor)), default=1)
         self.sizes: list[fx.Node | None] = [i.node for i in members if demands.kinds[i] is Kind.SIZE]
         self.sizes += [i.node for i in members if i.dim is None and not is_tensor(i.node) and i.node not in self.sizes]
         self._placeholders()

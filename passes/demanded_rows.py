@@ -34,7 +34,7 @@ from torch import fx
 
 from passes.demands import is_mutation
 from passes.errors import CannotChunk, PassError
-from passes.graphs import call_on_rows, copy_graph, emit, fake_value, size_node
+from passes.graphs import call_on_rows, emit, fake_value, size_node
 from passes.rules import Dim, Rows, chunk_rule_for, claim_for, operands
 from passes.rules.arguments import argument, axis
 from passes.rules.registry import is_tensor
@@ -190,7 +190,7 @@ class _Narrower:
         self.graph.eliminate_dead_code()
         narrowed = fx.GraphModule(self.gm, self.graph)
         narrowed.meta = dict(self.gm.meta)
-        return copy_graph(narrowed)
+        return narrowed
 
     def _whole(self, node: fx.Node) -> fx.Node:
         if node not in self.whole:
@@ -284,7 +284,7 @@ def _where_to_slice(gm: fx.GraphModule, needs: Needs) -> set[Piece]:
         for operand in above:
             flow.add_edge((operand, "out"), (piece, "in"))
             pending.append(operand)
-    _, (whole, _) = nx.minimum_cut(flow, "whole", "rows")
+    _, (whole, _) = nx.minimum_cut(flow, "whole", "rows", flow_func=nx.flow.boykov_kolmogorov)
     return {piece for piece in seen if (piece, "in") in whole and (piece, "out") not in whole}
 
 

@@ -12,7 +12,8 @@ ROWS       rows computed from rows (and whole values) by the node's own claim
 ENTRY      rows cut from a whole value, because the operator cannot be run on rows
 BARRIER    the complete value that a loop wrote, row by row or as the parts of a reduction over the tokens
 WHOLE      an operator run once on the full sequence, between loops
-INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed
+INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed; and a
+           copy n times as large as its source (repeat_kv): made for one iteration at a time rather than kept
 SIZE       a SymInt: arithmetic on sizes, done outside
 """
 
@@ -169,6 +170,19 @@ def is_inline(node: fx.Node) -> bool:
     return node.op == "call_function" and count_hint(value.shape) == 1 and chunk_rule_for(node.target) is not None
 
 
+def repeats(node: fx.Node) -> bool:
+    """Whether a copy is larger than what it copies: keys repeated for all query heads, say."""
+    if node.target is not aten.clone.default:
+        return False
+    (source,) = operands(node)
+    while source.target in VIEWS:
+        (before,) = operands(source)
+        if count_hint(source.meta["val"].shape) > count_hint(before.meta["val"].shape):
+            return True
+        source = before
+    return False
+
+
 def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     node = instance.node
     if node.op in ("placeholder", "get_attr"):
@@ -186,8 +200,8 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         return Kind.ROWS, (Instance(source, dims.carriers[source].dim), *_sizes_read(node)), claim
     own = dims.carriers.get(node)
     try:
-        if own is not None and node in dims.rowwise and own.dim != instance.dim:
-            raise CannotChunk(node, instance.dim, "its rows are computed along another dimension")
+        if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
+            raise CannotChunk(node, instance.dim, "its rows are not computed along it")
         claim = claim_for(node, instance.dim)
     except CannotChunk:
         return Kind.ENTRY, (Instance(node, None),), None
@@ -201,7 +215,8 @@ def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instanc
         return Kind.WHOLE, whole, None
     carrier = dims.carriers.get(node)
     slices_tokens = node in dims.mixing and node.target in TOKEN_SLICES
-    if (is_inline(node) or slices_tokens) and all(_plain(n, dims) for n in operands(node)):
+    free = is_inline(node) or slices_tokens or repeats(node)
+    if free and all(_plain(n, dims) for n in operands(node)):
         return Kind.INLINE, whole, None
     if carrier is not None and node in dims.rowwise:
         return Kind.BARRIER, (Instance(node, carrier.dim),), None

@@ -44,16 +44,22 @@ def live_values(gm: fx.GraphModule) -> dict[str, tuple[LiveValue, ...]]:
         items = {user for user in node.users if user.target is operator.getitem}
         after = position[node] + len(items)
         alive = [s for s in first if first[s] <= after and last[s] >= position[node]]
-        values = [_value(s, tokens) for s in alive]
+        values = [_value(s, loops, tokens) for s in alive]
         found[str(node.target)] = tuple(value for value in values if value.bytes_per_token > 0)
     return found
 
 
-def _value(storage: fx.Node, tokens: int) -> LiveValue:
+def _value(storage: fx.Node, loops: dict[fx.Node, MiniSequence], tokens: int) -> LiveValue:
+    """With bytes per token of its own: `hidden[:, :-1]` has one fewer than a loop over all; 0 if it has no tokens."""
     value = storage.meta["val"]
     size = count_hint(value.shape) * value.element_size()
-    rows = any(hint(n) % tokens == 0 and hint(n) >= tokens for n in value.shape)
-    return LiveValue(storage.name, size, size // tokens if rows else 0)
+    source = storage.args[0] if storage.target is operator.getitem else None
+    if isinstance(source, fx.Node) and source in loops:
+        spec, index = loops[source].spec, storage.args[1]
+        own = hint(spec.length) if index < len(spec.outputs) else 0  # type: ignore[operator]
+    else:
+        own = tokens if tokens in [hint(n) for n in value.shape] else 0
+    return LiveValue(storage.name, size, size // own if own else 0)
 
 
 def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx.Node, fx.Node]:

@@ -44,6 +44,27 @@ from passes.stages import StagePlan, Stages
 aten = torch.ops.aten
 
 
+#: Fewer rows than this starve the matrix products; a loop never has fewer because its values are wide.
+FEWEST_ROWS = 128
+
+
+@dataclass(frozen=True)
+class RowLimit:
+    """How long a mini-sequence may be: `rows` at most, and fewer where one of its values would take more than `bytes`.
+
+    A loop that ends in the logits of a large vocabulary so gets shorter mini-sequences than one that ends in keys.
+    """
+
+    rows: int
+    bytes: int | None = None
+
+    def rows_of(self, widest: int) -> int:
+        """Rows for a loop whose widest value takes `widest` bytes per token."""
+        if self.bytes is None:
+            return self.rows
+        return max(min(self.rows, FEWEST_ROWS), min(self.rows, self.bytes // max(1, widest)))
+
+
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
     """Cut `length` tokens into mini-sequences `(start, count)` of nearly equal size, none of a single row.
 
@@ -165,17 +186,17 @@ def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
     return Dim(dim.index, around // inner, inner)
 
 
-def insert_loops(gm: fx.GraphModule, stages: Stages, *, mini_seq_len: int) -> fx.GraphModule:
+def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
     """A new graph module with the same placeholders and outputs, in which every stage's rows are computed by loops."""
-    return _Rewriter(gm, stages, mini_seq_len).run()
+    return _Rewriter(gm, stages, limit).run()
 
 
 class _Rewriter:
-    def __init__(self, gm: fx.GraphModule, stages: Stages, mini_seq_len: int) -> None:
+    def __init__(self, gm: fx.GraphModule, stages: Stages, limit: RowLimit) -> None:
         self.gm = gm
         self.stages = stages
         self.demands: DemandGraph = stages.demands
-        self.mini_seq_len = mini_seq_len
+        self.limit = limit
         self.graph = fx.Graph()
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
@@ -250,11 +271,14 @@ class _Rewriter:
     def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
         stored = [i for i in members if i.dim is not PARTS]
         folded = [i for i in members if i.dim is PARTS]
+        length_node = size_node(self.graph, length)
+        if isinstance(length_node, fx.Node):
+            length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
         body = Body(self.demands, plan, length, stored + folded)
         spec = LoopSpec(
             plan.index,
             length,
-            self.mini_seq_len,
+            self.limit.rows_of(body.widest),
             body.size_values(),
             tuple(i.dim for i in body.sliced if i.dim is not None),
             len(body.whole),
@@ -263,11 +287,11 @@ class _Rewriter:
         )
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):
-            name = f"{name}_{length}"
+            name = f"{name}_{len(self.graph.nodes)}"
         self.root.add_module(name, MiniSequence(body.module, spec))
         arguments = (
-            size_node(self.graph, length),
-            *(size_node(self.graph, length) if size is None else self._whole_value(size) for size in body.sizes),
+            length_node,
+            *(length_node if size is None else self._whole_value(size) for size in body.sizes),
             *(self._rows_source(instance) for instance in body.sliced),
             *(self._whole_value(node) for node in body.whole),
         )

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import networkx as nx
 import torch
 
-from passes.demands import DemandGraph, Instance, Kind, instance_length, is_mutation
+from passes.demands import DemandGraph, Instance, Kind, is_mutation
 from passes.sizes import count_hint, hint
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
@@ -125,6 +125,8 @@ class _Planner:
         needed = {i for reader in late for i in self.demands.inputs[reader] if i.dim is not None and i not in late}
         flow: nx.DiGraph = nx.DiGraph()
         flow.add_nodes_from(["computed", "needed"])
+        # Each value is an edge between two numbers: cutting it there costs its bytes.
+        number = self.demands.position
         seen: set[Instance] = set()
         pending = list(needed)
         while pending:
@@ -132,18 +134,19 @@ class _Planner:
             if instance in seen or self.demands.kinds[instance] is Kind.SOURCE:
                 continue
             seen.add(instance)
-            flow.add_edge((instance, 0), (instance, 1), **self._capacity(instance, k))
+            above, below = 2 * number[instance], 2 * number[instance] + 1
+            flow.add_edge(above, below, **self._capacity(instance, k))
             if instance in needed:
-                flow.add_edge((instance, 1), "needed")
+                flow.add_edge(below, "needed")
             if not self.demands.recomputable(instance):
-                flow.add_edge("computed", (instance, 0))
+                flow.add_edge("computed", above)
                 continue
             for operand in self.demands.inputs[instance]:
                 if operand.dim is not None and self.demands.kinds[operand] is not Kind.SOURCE:
-                    flow.add_edge((operand, 1), (instance, 0))
+                    flow.add_edge(2 * number[operand] + 1, above)
                     pending.append(operand)
-        _, (before, _) = nx.minimum_cut(flow, "computed", "needed")
-        return {i for i in seen if (i, 0) in before and (i, 1) not in before}
+        _, (before, _) = nx.minimum_cut(flow, "computed", "needed", flow_func=nx.flow.boykov_kolmogorov)
+        return {i for i in seen if 2 * number[i] in before and 2 * number[i] + 1 not in before}
 
     def _capacity(self, instance: Instance, k: int) -> dict[str, int]:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; none: never cut here."""
@@ -234,5 +237,6 @@ def bytes_per_token(instance: Instance) -> int:
     """Bytes that one token of a row instance takes at full length (at the captured sizes)."""
     value = instance.node.meta["val"]
     assert isinstance(value, torch.Tensor) and instance.dim is not None
-    length = max(1, hint(instance_length(instance)))
-    return max(1, count_hint(value.shape) * value.element_size() // length)
+    dim = instance.dim
+    length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
+    return max(1, count_hint(value.shape) * value.element_size() // max(1, length))

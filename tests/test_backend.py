@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mom_compile.backend as backend_module
 import mom_compile.pipeline as pipeline_module
+from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import FULL, CannotChunk, Claim, MomWarning, chunk_rule, reports
+from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.torch_compat import SymbolicSizes
 from tests.tiny import TinyDecoder, ids
 
@@ -49,7 +54,8 @@ def test_layers_share_their_body_and_a_new_length_compiles_none():
         fast(ids(1, 61), 1)
         second = reports()[-1]
         fast(ids(1, 75), 1)
-    assert len(first.stages) == 5
+    # The fourth layer runs on one row, between loops.
+    assert len(first.stages) == 4
     assert first.bodies_shared >= 2
     assert second is not first and len(reports()) == 2
     assert second.bodies_shared >= len(second.stages)
@@ -257,3 +263,100 @@ def test_nothing_is_printed_and_nothing_warned(capsys):
         warnings.simplefilter("error", MomWarning)
         mom_report(TinyDecoder(layers=1).eval(), ids(1, 20))
     assert capsys.readouterr().out == ""
+
+
+# --- rows, reductions and references ---
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_holds_no_logits_and_equals_eager(reduction):
+    model = TinyDecoder(layers=2).eval()
+
+    def loss(x, labels):
+        return F.cross_entropy(model(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+
+    with torch.no_grad():
+        fast = compiled(loss)
+        for tokens in (37, 61):
+            x = ids(2, tokens)
+            for ignored in (0, 3, tokens):
+                labels = x.clone()
+                labels[:, :ignored] = -100
+                torch.testing.assert_close(fast(x, labels), loss(x, labels), equal_nan=True)
+    logits = 2 * 64 * 4
+    for report in reports():
+        assert all(value.bytes_per_token < logits for stage in report.stages for value in stage.live)
+
+
+def test_labels_out_of_range_are_an_error_and_leave_the_function_usable():
+    model = TinyDecoder(layers=1).eval()
+
+    def loss(x, labels):
+        return F.cross_entropy(model(x).flatten(0, 1), labels.flatten())
+
+    fast = compiled(loss)
+    with torch.no_grad():
+        x = ids(1, 37)
+        expected = loss(x, x)
+        assert_same(fast(x, x), expected)
+        with pytest.raises(Exception, match=r"out of bounds|index"):
+            fast(x, torch.full_like(x, 64))
+        assert_same(fast(x, x), expected)
+
+
+def test_intermediate_outputs_the_user_keeps_stay_as_they_are():
+    inner = TinyDecoder(layers=3).eval()
+
+    def hidden_states(x):
+        states = [inner.embed(x)]
+        for layer in inner.layers:
+            states.append(layer(states[-1]))
+        return states
+
+    with torch.no_grad():
+        fast = compiled(hidden_states)
+        x = ids(2, 37)
+        kept = fast(x)
+        copies = [state.clone() for state in kept]
+        fast(ids(2, 37, seed=5))
+        for state, copy, expected in zip(kept, copies, hidden_states(x), strict=True):
+            assert torch.equal(state, copy)
+            assert_same(state, expected)
+
+
+def test_the_measured_peak_is_what_the_report_says_lives_at_full_length():
+    """Keys and values of two layers and the residual stream, and little else: what one mini-sequence needs."""
+    watch_cpu()
+    model = TinyDecoder(layers=4).eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        for tokens in (256, 512):
+            x = ids(1, tokens)
+            fast(x, 1)
+            peak = peak_bytes(functools.partial(fast, x, 1)).peak
+            floor = tokens * reports()[-1].floor_bytes_per_token
+            assert floor == tokens * (32 * 4 + 4 * 2 * 8 * 4)
+            # Eight rows of everything a layer makes are less than 8 KiB; PyTorch's flash kernel has buffers of its own.
+            assert floor <= peak <= floor + 96 * 1024
+
+
+def test_every_full_length_value_that_is_alive_when_a_loop_ends_is_one_the_report_lists(monkeypatch):
+    stored: list[weakref.ref] = []
+    alive: list[list[int]] = []
+    original = CompiledLoop.__call__
+
+    def watched(self, arguments):
+        results = original(self, arguments)
+        stored.extend(weakref.ref(result.untyped_storage()) for result in results)
+        storages = {s.data_ptr(): s.nbytes() for s in (ref() for ref in stored) if s is not None}
+        alive.append(sorted(storages.values()))
+        return results
+
+    monkeypatch.setattr(CompiledLoop, "__call__", watched)
+    with torch.no_grad():
+        compiled(TinyDecoder(layers=4).eval())(ids(1, 64), 1)
+    first, *others = [sorted(value.bytes for value in stage.live) for stage in reports()[-1].stages]
+    residual, keys = 64 * 32 * 4, 64 * 2 * 8 * 4
+    assert first == sorted([residual, keys, keys])
+    assert others == [sorted([residual, keys, keys, keys, keys])] * 3
+    assert alive == [first, *([first] * 3)]  # when a loop has ended, the keys it read are gone

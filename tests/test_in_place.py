@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
-from mom_compile.report import Report
+from mom_compile.pipeline import NotWorthwhile
 from passes.errors import PassError
 from passes.in_place import take_over_storage
 from passes.mini_sequence import loop_nodes
 from passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
-from tests.tracing import trace
+from tests.tracing import rewrite, trace
 
 WEIGHTS = weights_of(torch.float64)
 
@@ -29,8 +28,7 @@ def x_of(batch=2, tokens=13):
 
 def rewritten(function, *inputs, skip=()):
     gm = trace(function, *inputs, *WEIGHTS)
-    static = parameter_names(gm)
-    return gm, run_pipeline(gm, static_inputs=static, mini_seq_len=4, report=Report(), skip=skip)
+    return gm, rewrite(gm, 4, parameter_names(gm), skip=skip)[0]
 
 
 def taken(gm):

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
+from passes.mini_sequence import RowLimit
 
 
 def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
@@ -23,8 +24,8 @@ def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = F
 
 
 def rewrite(
-    gm: fx.GraphModule, mini_seq_len: int, static_inputs: tuple[str, ...] = ()
+    gm: fx.GraphModule, mini_seq_len: int, static_inputs: tuple[str, ...] = (), **options: Any
 ) -> tuple[fx.GraphModule, Report]:
     """The graph with loops, and what was done. Raises `NotWorthwhile` with the reason."""
     report = Report()
-    return run_pipeline(gm, static_inputs=static_inputs, mini_seq_len=mini_seq_len, report=report), report
+    return run_pipeline(gm, static_inputs=static_inputs, limit=RowLimit(mini_seq_len), report=report, **options), report

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from passes.errors import CannotChunk
-from passes.sizes import Size, expr, is_one, same
+from passes.sizes import Size, is_one, same
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Dim:
         return self.index == other.index and same(self.outer, other.outer) and same(self.inner, other.inner)
 
     def __hash__(self) -> int:
-        return hash((self.index, expr(self.outer), expr(self.inner)))
+        # Layouts that differ mostly differ in the index too, and hashing a sympy expression is slow.
+        return self.index
 
 
 #: Demand for a whole operand.
