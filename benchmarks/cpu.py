@@ -4,6 +4,15 @@ Prefill: one process holds the model and every backend; the calls are timed in t
 medians compared. It is measured twice. Without a KV cache Hugging Face's packed-sequence check, when traced,
 builds an S x S mask, which no eager run does; with the cache kept there is none, in any backend.
 
+`mom-mlp` is mom with scope="mlp", what the MOM paper does: loops over MLPs and the LM head, attention whole; `mom-512`
+is mom with that mini_seq_len. `chunked`
+is Hugging Face's chunked prefill (1024 tokens at a time over a growing cache, eager). The floor is what must live
+at full length, as mom's report has it: the residual stream, keys and values of two layers, and the cache where kept.
+
+Growth: the same with 2 layers at two lengths. What mom needs above the floor must not depend on the length.
+
+Overhead: the time of a loop's iterations, less that of the same compiled bodies called one after another.
+
 Compile time: each figure comes from a fresh process with an empty cache folder. A trivial function is
 compiled first, so that what a process pays once (imports, instruction-set checks, precompiled headers) is
 left out. `frontend` is a backend that stops where Inductor's own work would begin: Dynamo and AOTAutograd,
@@ -27,6 +36,12 @@ import torch
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
 
+#: Tokens of a chunk in Hugging Face's chunked prefill; as long as mom's mini-sequences.
+CHUNK = 1024
+
+#: Rows of a mini-sequence when the loop's own time is measured: few, so that it stands out.
+OVERHEAD_ROWS = 16
+
 RESULTS = Path(__file__).with_name("results")
 Row = dict[str, Any]
 
@@ -35,8 +50,12 @@ Row = dict[str, Any]
 
 
 def _compiled(model: Any, backend: str) -> Any:
-    if backend == "eager":
+    if backend in ("eager", "chunked"):
         return model
+    if backend.startswith("mom-"):
+        variant = backend.removeprefix("mom-")
+        options: dict[str, Any] = {"mini_seq_len": int(variant)} if variant.isdigit() else {"scope": variant}
+        return torch.compile(model, backend="mom", options=options)
     return torch.compile(model, backend=frontend if backend == "frontend" else backend)
 
 
@@ -61,9 +80,13 @@ def prefill_worker(spec: Row) -> None:
     workers.step("model")
     model = models.llama(spec["shape"], spec["layers"], seq=spec["seq"])
     ids = models.tokens(model, spec["seq"])
-    calls = {
-        name: partial(models.prefill, _compiled(model, name), ids, cache=spec["cache"]) for name in spec["backends"]
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(models.prefill, _compiled(model, name), ids, cache=spec["cache"])
+        for name in spec["backends"]
+        if name != "chunked"
     }
+    if "chunked" in spec["backends"] and spec["cache"]:
+        calls["chunked"] = partial(models.chunked_prefill, model, ids, chunk=CHUNK)
     rows: dict[str, Row] = {}
     reference = models.prefill(model, ids, cache=spec["cache"])[0]
     for name, call in calls.items():
@@ -72,9 +95,77 @@ def prefill_worker(spec: Row) -> None:
         workers.step(f"peak {name}")
         report = measure.peak_bytes(call)
         rows[name] = {"backend": name, "peak": report.peak, "kept": report.kept, "difference": difference}
+        if name.startswith("mom") and name != "mom-mlp":
+            rows[name]["floor"] = _floor()
     workers.step("time")
     for name, times in measure.alternate(calls, spec["repeats"]).items():
         workers.row(rows[name] | {"seconds": times, "cache": spec["cache"]})
+
+
+def _floor() -> int:
+    """Bytes at full length in the graph compiled last."""
+    import mom_compile
+
+    return mom_compile.reports()[-1].floor_bytes
+
+
+def growth_worker(spec: Row) -> None:
+    from benchmarks import models
+
+    measure.watch_cpu()
+    workers.step("model")
+    model = models.llama(spec["shape"], spec["layers"], seq=spec["seq"])
+    ids = models.tokens(model, spec["seq"])
+    call = partial(models.prefill, _compiled(model, "mom"), ids, cache=False)
+    workers.step("compile")
+    call()
+    workers.step("peak")
+    workers.row({"tokens": spec["seq"], "peak": measure.peak_bytes(call).peak, "floor": _floor()})
+
+
+def overhead_worker(spec: Row) -> None:
+    """What an iteration costs besides the compiled body: the loop's own Python, per mini-sequence."""
+    from benchmarks import models
+    from mom_compile.runtime.loop import CompiledLoop
+
+    calls: list[tuple[Any, list[Any]]] = []
+    bodies: list[list[Any]] = []
+    run_loop = CompiledLoop.__call__
+
+    def remember(self: Any, arguments: list[Any]) -> Any:
+        calls.append((self, list(arguments)))
+        return run_loop(self, arguments)
+
+    model = models.llama("narrow", 3, seq=spec["seq"])
+    ids = models.tokens(model, spec["seq"])
+    compiled = torch.compile(model, backend="mom", options={"mini_seq_len": OVERHEAD_ROWS})
+    workers.step("compile")
+    models.prefill(compiled, ids, cache=False)
+    CompiledLoop.__call__ = remember  # type: ignore[method-assign]
+    models.prefill(compiled, ids, cache=False)
+    loop, arguments = calls[1]
+    iterations = len(range(0, spec["seq"], OVERHEAD_ROWS))
+    piece = loop.body
+
+    def record(inputs: list[Any]) -> Any:
+        bodies.append(list(inputs))
+        return piece(inputs)
+
+    object.__setattr__(loop, "body", record)
+    run_loop(loop, list(arguments))
+    object.__setattr__(loop, "body", piece)
+    workers.step("time")
+    inputs = bodies[iterations // 2]
+    run = piece.chosen[tuple(inputs[: len(piece.symbols)])]
+    times = measure.alternate(
+        {
+            "loop": lambda: run_loop(loop, list(arguments)),
+            "body": lambda: [run(list(bodies[i])) for i in range(iterations)],
+        },
+        spec["repeats"],
+    )
+    each = {name: statistics.median(found) / iterations * 1e6 for name, found in times.items()}
+    workers.row({"rows": OVERHEAD_ROWS, "iterations": iterations, "us": each})
 
 
 def compile_worker(spec: Row) -> None:
@@ -115,6 +206,19 @@ def measure_prefill(options: argparse.Namespace, backends: Sequence[str], progre
     return rows
 
 
+def measure_growth(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
+    rows: list[Row] = []
+    for seq in options.growth:
+        spec = {"kind": "growth", "shape": options.shape, "layers": 2, "seq": seq}
+        rows += workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, f"growth, S = {seq}: "))
+    return rows
+
+
+def measure_overhead(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
+    spec = {"kind": "overhead", "seq": 4096, "repeats": 15}
+    return workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, "overhead: "))
+
+
 def measure_compile(options: argparse.Namespace, backends: Sequence[str], progress: Callable[[str], None]) -> list[Row]:
     rows: list[Row] = []
     for layers in options.compile_layers:
@@ -138,7 +242,7 @@ def print_prefill(rows: Sequence[Row], options: argparse.Namespace) -> None:
     from rich.table import Table
 
     table = Table(title=f"Prefill, {options.layers} layers ({options.shape}), float32, S = {options.seq}")
-    for heading in ("backend", "KV cache", "peak MiB", "/inductor", "seconds", "/inductor", "difference"):
+    for heading in ("backend", "KV cache", "peak MiB", "/inductor", "/floor", "seconds", "/inductor", "difference"):
         table.add_column(heading, justify="left" if heading in ("backend", "KV cache") else "right")
     for row in rows:
         base = next((r for r in rows if r["backend"] == "inductor" and r["cache"] == row["cache"]), None)
@@ -148,11 +252,32 @@ def print_prefill(rows: Sequence[Row], options: argparse.Namespace) -> None:
             "kept" if row["cache"] else "none",
             f"{row['peak'] / MIB:.0f}",
             _ratio(row["peak"], base["peak"] if base else None),
+            _ratio(row["peak"], row.get("floor")),
             f"{median:.2f}",
             _ratio(median, statistics.median(base["seconds"]) if base else None),
             f"{row['difference']:.1e}",
         )
     Console().print(table)
+
+
+def print_growth(rows: Sequence[Row]) -> None:
+    for row in rows:
+        above = row["peak"] - row["floor"]
+        print(
+            f"S = {row['tokens']}: peak {row['peak'] / MIB:.1f} MiB, floor {row['floor'] / MIB:.1f} MiB, "
+            f"above it {above / MIB:.1f} MiB"
+        )
+    first, *_, last = [row["peak"] - row["floor"] for row in rows]
+    print(f"above the floor, {rows[-1]['tokens']} tokens take {last / first:.3f}x what {rows[0]['tokens']} take")
+
+
+def print_overhead(rows: Sequence[Row]) -> None:
+    (row,) = rows
+    loop, body = row["us"]["loop"], row["us"]["body"]
+    print(
+        f"an iteration of {row['rows']} rows takes {loop:.0f} us, its compiled body alone {body:.0f} us: "
+        f"the loop adds {loop - body:.0f} us (median over {row['iterations']} iterations)"
+    )
 
 
 def print_compile(rows: Sequence[Row], options: argparse.Namespace) -> None:
@@ -186,11 +311,15 @@ def save(options: argparse.Namespace, results: Row) -> Path:
 
 def available(backends: Sequence[str]) -> list[str]:
     """The backends asked for, less those this PyTorch has not got registered."""
-    known = {"eager", *torch.compiler.list_backends(exclude_tags=())}
+    known = {"eager", "chunked", *torch.compiler.list_backends(exclude_tags=())}
     for name in backends:
-        if name not in known:
+        if _family(name) not in known:
             print(f"skipping {name}: no such torch.compile backend (is mom_compile installed?)", file=sys.stderr)
-    return [name for name in backends if name in known]
+    return [name for name in backends if _family(name) in known]
+
+
+def _family(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -198,17 +327,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=8192, help="tokens in the prompt (default 8192)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shape", choices=("small", "narrow"), default="small")
-    parser.add_argument("--backends", nargs="+", default=["eager", "inductor", "mom"])
+    parser.add_argument("--backends", nargs="+", default=["eager", "inductor", "chunked", "mom-mlp", "mom"])
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each backend")
     parser.add_argument("--compile-layers", type=int, nargs=2, default=[4, 24], metavar=("FEW", "MANY"))
     parser.add_argument("--compile-seq", type=int, default=4096)
-    parser.add_argument("--only", choices=("prefill", "compile"))
+    parser.add_argument("--growth", type=int, nargs=2, default=[4096, 32768], metavar=("SHORT", "LONG"))
+    parser.add_argument("--only", choices=("prefill", "growth", "overhead", "compile"))
     parser.add_argument("--quick", action="store_true", help="a look: S = 2048, one repeat, 2 and 6 layers")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<date>.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
         options.seq, options.repeats, options.compile_layers, options.compile_seq = 2048, 1, [2, 6], 2048
+        options.growth = [2048, 4096]
     return options
 
 
@@ -216,7 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.worker is not None:
         spec = json.loads(options.worker)
-        {"prefill": prefill_worker, "compile": compile_worker}[spec["kind"]](spec)
+        {"prefill": prefill_worker, "growth": growth_worker, "overhead": overhead_worker, "compile": compile_worker}[
+            spec["kind"]
+        ](spec)
         return 0
     from rich.console import Console
 
@@ -227,12 +360,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def progress(text: str) -> None:
             status.update(text)
 
-        if options.only != "compile":
+        if options.only in (None, "prefill"):
             results["prefill"] = measure_prefill(options, backends, progress)
-        if options.only != "prefill":
-            results["compile"] = measure_compile(options, backends, progress)
+        if options.only in (None, "growth"):
+            results["growth"] = measure_growth(options, progress)
+        if options.only in (None, "overhead"):
+            results["overhead"] = measure_overhead(options, progress)
+        if options.only in (None, "compile"):
+            compiling = [name for name in backends if name in ("inductor", "mom")]
+            results["compile"] = measure_compile(options, compiling, progress)
     if "prefill" in results:
         print_prefill(results["prefill"], options)
+    if "growth" in results:
+        print_growth(results["growth"])
+    if "overhead" in results:
+        print_overhead(results["overhead"])
     if "compile" in results:
         print_compile(results["compile"], options)
     print(measure.describe_machine(results["machine"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 SHAPES: dict[str, dict[str, int]] = {
     # Wide enough that the intermediates rule the peak, small enough for two cores.
@@ -56,3 +56,12 @@ def prefill(model: Any, ids: torch.Tensor, *, cache: bool) -> tuple[torch.Tensor
     """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this."""
     output = model(input_ids=ids, use_cache=cache, logits_to_keep=1)
     return output.logits, output.past_key_values
+
+
+@torch.no_grad()
+def chunked_prefill(model: Any, ids: torch.Tensor, *, chunk: int) -> tuple[torch.Tensor, Any]:
+    """What `generate(prefill_chunk_size=chunk)` does: the prompt in chunks over a growing cache, in eager mode."""
+    cache = DynamicCache(config=model.config)
+    for piece in ids.split(chunk, dim=1):
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits, cache
