@@ -202,8 +202,13 @@ def measure_prefill(options: argparse.Namespace, backends: Sequence[str], progre
             "cache": cache,
         }
         label = "prefill, cache kept: " if cache else "prefill: "
-        rows += workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, label))
+        rows += workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, label), on_row=_keep)
     return rows
+
+
+def _keep(row: Row) -> None:
+    """Shown as it arrives: a run that is cut off has told what it knew."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def measure_growth(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
