@@ -87,6 +87,28 @@ def test_a_static_cache_is_filled_as_eager_fills_it(name):
     assert [report.fallback for report in reports()] == [None, None]
 
 
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_loss_of_hugging_face_is_right_and_holds_no_logits(name):
+    """With labels to ignore; the loss is computed from float32 logits, whatever the model's dtype."""
+    model = small_model(name, torch.float64)
+
+    def loss(input_ids, labels):
+        return model(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+    compiled = torch.compile(loss, backend="mom", options=OPTIONS)
+    for tokens in (37, 50):
+        inputs = prompt(2, tokens)["input_ids"]
+        labels = inputs.clone()
+        labels[0, :11] = -100
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs, labels), loss(inputs, labels), rtol=1e-5, atol=1e-6)
+        report = reports()[-1]
+        assert report.stages[-1].folds
+        logits = 2 * 320 * 4
+        assert all(value.bytes_per_token < logits for stage in report.stages for value in stage.live)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("batch", "cache"), [("one", False), ("two", True), ("padded", True)])
