@@ -9,10 +9,12 @@ from typing import Any
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
 from passes.mini_sequence import RowLimit
 
-#: Tokens per mini-sequence with `mini_seq_len="auto"`, until the memory model chooses it.
-#: From a prototype at the shape of `make bench` on 2 CPU cores: mini-sequences of 2048 peaked at 159 MiB, of 1024 at
-#: 118 MiB, in the same time. Not measured again on this code, and never on a GPU, where longer ones may be wanted.
-DEFAULT_MINI_SEQ_LEN = 1024
+#: Tokens per mini-sequence with `mini_seq_len="auto"`, by type of device, until the memory model chooses it.
+#: CPU: at the shape of `make bench`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and 2048
+#: at 2.12, all in the same time within a tenth (`python -m benchmarks.cpu --only prefill --backends mom-512 mom-1024
+#: mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured: a GPU wants more rows to a kernel.
+DEFAULT_MINI_SEQ_LEN = {"cpu": 512}
+DEFAULT_ELSEWHERE = 1024
 
 #: With `mini_seq_len="auto"`, bytes that one value of a mini-sequence may take: 128 rows of logits over a vocabulary of
 #: 262,144 in float32. A product with 128 rows is already bound by arithmetic, not by reading the weights.
@@ -40,11 +42,10 @@ class Options:
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def limit(self) -> RowLimit:
-        """How long a mini-sequence may be."""
+    def limit(self, device: str) -> RowLimit:
+        """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`)."""
         if self.mini_seq_len == "auto":
-            return RowLimit(DEFAULT_MINI_SEQ_LEN, DEFAULT_VALUE_BYTES)
+            return RowLimit(DEFAULT_MINI_SEQ_LEN.get(device, DEFAULT_ELSEWHERE), DEFAULT_VALUE_BYTES)
         return RowLimit(int(self.mini_seq_len))
 
 

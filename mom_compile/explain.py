@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_compile.backend import static_input_names, why_stock
+from mom_compile.backend import rewrite, why_stock
 from mom_compile.config import Options, parse_options
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.pipeline import NotWorthwhile
 from mom_compile.report import Report
 from mom_compile.torch_compat import capture, mark_boxed
 
@@ -68,9 +68,8 @@ def _explain_graph(
     runnable = gm
     report.fallback = why_stock(gm, options, kwargs)
     if report.fallback is None:
-        static = static_input_names(gm, kwargs.get("static_input_idxs", ()))
         try:
-            runnable = run_pipeline(gm, static_inputs=static, limit=options.limit, report=report, scope=options.scope)
+            runnable = rewrite(gm, options, report, kwargs)
         except NotWorthwhile as decision:
             report.fallback = str(decision)
         except Exception as error:
