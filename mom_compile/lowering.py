@@ -38,12 +38,11 @@ from mom_compile.report import Report
 from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides
-from passes.demands import VIEWS
+from passes.demands import RELABELS
 from passes.graphs import attribute
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
 from passes.sizes import Size, expr
-from passes.token_dims import TOKEN_SLICES
 
 aten = torch.ops.aten
 
@@ -104,7 +103,7 @@ class Lowering:
     def _flush(self) -> None:
         """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
         nodes, self.straight = self.straight, []
-        if all(node.target in VIEWS | TOKEN_SLICES for node in nodes):
+        if all(node.target in RELABELS for node in nodes):
             for node in nodes:
                 self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return

@@ -55,6 +55,9 @@ VIEWS = frozenset(
 #: In place of a token dim: the parts of a reduction over the tokens, one for each mini-sequence.
 PARTS = Dim(-1)
 
+#: Whatever these return may share the storage of what they were given.
+RELABELS = VIEWS | TOKEN_SLICES
+
 
 class Kind(enum.Enum):
     SOURCE = "source"
@@ -218,7 +221,8 @@ def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instanc
     free = is_inline(node) or slices_tokens or repeats(node)
     if free and all(_plain(n, dims) for n in operands(node)):
         return Kind.INLINE, whole, None
-    if carrier is not None and node in dims.rowwise:
+    # What is as cheap as an input needs no loop of its own.
+    if carrier is not None and node in dims.rowwise and node in dims.worked:
         return Kind.BARRIER, (Instance(node, carrier.dim),), None
     if _folds(node, dims):
         return Kind.BARRIER, (Instance(node, PARTS),), None
@@ -228,7 +232,7 @@ def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instanc
 def _folds(node: fx.Node, dims: TokenDims) -> bool:
     """Whether a node reduces over the tokens of rows that a loop computes."""
     inputs = operands(node)
-    if node not in dims.mixing or len(inputs) != 1 or inputs[0] not in dims.rowwise:
+    if node not in dims.mixing or len(inputs) != 1 or inputs[0] not in dims.rowwise & dims.worked:
         return False
     try:
         fold_claim(node, dims.carriers[inputs[0]].dim)

@@ -23,13 +23,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from passes.demands import VIEWS
+from passes.demands import RELABELS
 from passes.mini_sequence import LoopOutput, MiniSequence, loop_nodes
 from passes.rules import Dim
 from passes.sizes import same
-from passes.token_dims import TOKEN_SLICES
-
-RELABELS = VIEWS | TOKEN_SLICES
 
 
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:

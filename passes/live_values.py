@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.demands import VIEWS
+from passes.demands import RELABELS
 from passes.mini_sequence import MiniSequence, loop_nodes
 from passes.sizes import count_hint, hint
-from passes.token_dims import TOKEN_SLICES
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx
         source = node.args[0] if node.args else None
         if node.target is operator.getitem and source in loops:
             base[node] = _taken_over(node, source, loops[source], base)
-        elif node.target in VIEWS | TOKEN_SLICES and isinstance(source, fx.Node):
+        elif node.target in RELABELS and isinstance(source, fx.Node):
             if source in base:
                 base[node] = base[source]
         else:

@@ -47,8 +47,9 @@ class TokenDims:
     """The sweep's result for the chosen seed.
 
     `carriers` has every value with a token dimension; `rowwise` those whose operator can also be
-    run on rows alone. `mixing` says of each operator that must see the whole sequence why. `work` is in
-    multiply-adds; `barriers` counts the products that need all of an activation.
+    run on rows alone, `worked` those of them that took a product, an attention or a look-up: what did not is as cheap
+    as an input. `mixing` says of each operator that must see the whole sequence why. `work` is in multiply-adds;
+    `barriers` counts the products that need all of an activation.
     """
 
     seed: fx.Node
@@ -56,6 +57,7 @@ class TokenDims:
     length: Size
     carriers: dict[fx.Node, Carrier]
     rowwise: frozenset[fx.Node]
+    worked: frozenset[fx.Node]
     mixing: dict[fx.Node, str]
     work: int
     barriers: int
@@ -67,6 +69,7 @@ class _Sweep:
     activations: set[fx.Node]
     carriers: dict[fx.Node, Carrier] = field(default_factory=dict)
     rowwise: set[fx.Node] = field(default_factory=set)
+    worked: set[fx.Node] = field(default_factory=set)
     mixing: dict[fx.Node, str] = field(default_factory=dict)
     barriers: int = 0
     work: int = 0
@@ -88,6 +91,9 @@ class _Sweep:
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
         demanded = list(zip(inputs, claim.demands, strict=True))
+        rule = chunk_rule_for(node.target)
+        if (rule is not None and not rule.recompute) or any(n in self.worked for n in inputs):
+            self.worked.add(node)
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
             self.work += matmul_work(node)
@@ -104,12 +110,15 @@ class _Sweep:
         if found is not None:
             self.carriers[node] = Carrier(found, length)
             self.rowwise.add(node)
+            self.worked |= {node} if source in self.worked else set()
 
     def _restart_after(self, node: fx.Node, carried: list[Carrier | None]) -> None:
         """The result of a mixing operator may still have one row per token: carry on from there."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return
+        if any(n in self.worked for n in operands(node)):
+            self.worked.add(node)
         for carrier in filter(None, carried):
             index = carrier.dim.index
             if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain:
@@ -222,9 +231,8 @@ def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activation
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
-    return TokenDims(
-        seed, dim, length, sweep.carriers, frozenset(sweep.rowwise), sweep.mixing, sweep.work, sweep.barriers
-    )
+    rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
+    return TokenDims(seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers)
 
 
 def _seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:

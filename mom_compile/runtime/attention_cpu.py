@@ -17,7 +17,14 @@ from collections.abc import Iterator
 
 import torch
 
-from mom_compile.runtime.attention_rows import Sight, in_blocks, math_bytes_per_row, math_kernel, token_major
+from mom_compile.runtime.attention_rows import (
+    Sight,
+    in_blocks,
+    math_bytes_per_row,
+    math_kernel,
+    token_major,
+    useful_window,
+)
 from passes.ops import output_like
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -45,8 +52,7 @@ def attention_cpu(
     rows, keys = query.shape[2], key.shape[2]
     if keys == 0 or 0 in query.shape[:3]:
         return output_like(query, value).zero_()
-    if window is not None and window >= start + rows:
-        window = None
+    window = useful_window(window, start + rows)
     sight = Sight(start, is_causal, window, mask)
     if not takes_flash(query, key, value):
         return in_blocks(math_kernel, query, key, value, sight, scale, math_bytes_per_row(query, keys))

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from mom_compile.runtime.attention_rows import Sight, in_blocks, token_major
+from mom_compile.runtime.attention_rows import Sight, in_blocks, token_major, useful_window
 from passes.ops import output_like
 
 FLASH = torch.ops.aten._flash_attention_forward.default
@@ -35,8 +35,7 @@ def attention_cuda(
     rows, keys = query.shape[2], key.shape[2]
     if keys == 0 or 0 in query.shape[:3]:
         return output_like(query, value).zero_()
-    if window is not None and window >= start + rows:
-        window = None
+    window = useful_window(window, start + rows)
     if is_causal and start + rows <= keys:
         key, value, keys = key[:, :, : start + rows], value[:, :, : start + rows], start + rows
     lower_right = is_causal and keys == start + rows

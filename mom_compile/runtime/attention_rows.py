@@ -65,6 +65,11 @@ class Sight:
         return repeats * keys * query.element_size()
 
 
+def useful_window(window: int | None, end: int) -> int | None:
+    """None for a window that rows ending at `end` do not feel."""
+    return None if window is not None and window >= end else window
+
+
 def _bias_dtype(mask: torch.Tensor, query: torch.Tensor) -> torch.dtype:
     """Kernels take a bias of the query's dtype, or a float32 one for half-precision queries."""
     half = query.dtype in (torch.float16, torch.bfloat16)
