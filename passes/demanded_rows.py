@@ -92,7 +92,9 @@ def _sliced(node: fx.Node, dim: Dim, length: Size) -> Span | None:
         return Span(sympy.expand(expr(length) - count), count)
     if start is None or (isinstance(start, int) and start >= 0):
         return Span(expr(start or 0), count)
-    return Span(sympy.expand(expr(length) + start), count) if isinstance(start, int) else None
+    if isinstance(start, int) and isinstance(length, int):
+        return Span(expr(max(0, length + start)), count)
+    return None  # counted from the end of an unknown length: it may begin before the first row
 
 
 def hull(a: Span, b: Span) -> Span | None:

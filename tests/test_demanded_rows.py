@@ -26,6 +26,8 @@ SLICES = {
     "twice": lambda x: torch.cat([x[:, 2:4], x[:, 3:7]], 1),
     "far apart": lambda x: x[:, 0] + x[:, -1],
     "of a slice": lambda x: x[:, 1:][:, -2:],
+    "from before the first": lambda x: x[:, -1000:5],
+    "from the end to the middle": lambda x: x[:, -9:7],
     "empty": lambda x: x[:, 4:4],
     "the whole": lambda x: x[:, -1000:],
     "every other": lambda x: x[:, ::2],
