@@ -22,7 +22,7 @@ def run(backend: str, cache: Path) -> dict[str, float]:
 def test_stock_inductor_first(tmp_path):
     cold, ours, warm, ours_again = (run(b, tmp_path) for b in ("inductor", "mom", "inductor", "mom"))
     for result in (ours, ours_again):
-        assert result["loops"] == 2
+        assert result["loops"] == 1
         assert result["autograd_hits"] == result["autograd_saves"] == 0
     assert max(r["difference"] for r in (cold, ours, warm, ours_again)) < 1e-5
     # The control: stock Inductor does use that cache here.
@@ -33,7 +33,7 @@ def test_stock_inductor_first(tmp_path):
 
 def test_ours_first(tmp_path):
     ours, stock = (run(b, tmp_path) for b in ("mom", "inductor"))
-    assert ours["loops"] == 2
+    assert ours["loops"] == 1
     assert max(ours["difference"], stock["difference"]) < 1e-5
     # Nothing of ours is served to stock Inductor.
     assert (stock["autograd_hits"], stock["autograd_misses"]) == (0, 1)
