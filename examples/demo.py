@@ -107,18 +107,17 @@ def compare(backend: str, new_tokens: int) -> None:
 
 
 def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
-    """Negative log-likelihood of every token but the first, compiled on a short prompt, measured on the whole."""
+    """Negative log-likelihood of every token but the first, cold, then warm for peak and time."""
 
     def per_token(ids: torch.Tensor) -> torch.Tensor:
         logits = model.forward(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
 
-    # One compilation for all lengths; a short prompt, beyond the model's window of 512, sets it off.
-    call = per_token if backend == "eager" else torch.compile(per_token, backend=backend, dynamic=True)
+    call = per_token if backend == "eager" else torch.compile(per_token, backend=backend)
     before = compile_seconds()
     with torch.no_grad():
         if backend != "eager":
-            call(ids[:, :640])
+            call(ids)
         workers.step("scoring, warm")
         start = time.perf_counter()
         report = measure.peak_bytes(lambda: torch.save(call(ids), OUTPUT / f"{backend}-score.pt"))
