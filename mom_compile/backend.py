@@ -120,8 +120,8 @@ def build_program(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, kwargs: Mapping[str, Any]
 ) -> Callable[[list[Any]], Any]:
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
-    rewritten = rewrite(gm, options, report, kwargs)
     static = static_input_names(gm, kwargs)
+    rewritten = rewrite(gm, options, report, static)
     program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report)
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
@@ -130,12 +130,11 @@ def build_program(
     return mark_boxed(run)
 
 
-def rewrite(gm: fx.GraphModule, options: Options, report: Report, kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """The passes as the options want them. Raises `NotWorthwhile`."""
+def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> fx.GraphModule:
+    """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
     values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
     devices = [value.device.type for value in values if isinstance(value, torch.Tensor)]
     limit = options.limit(devices[0] if devices else "cpu")
-    static = static_input_names(gm, kwargs)
     return run_pipeline(gm, static_inputs=static, limit=limit, report=report, scope=options.scope)
 
 

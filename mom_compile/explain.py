@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_compile.backend import rewrite, why_stock
+from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
 from mom_compile.pipeline import NotWorthwhile
 from mom_compile.report import Report
@@ -69,7 +69,7 @@ def _explain_graph(
     report.fallback = why_stock(gm, options, kwargs)
     if report.fallback is None:
         try:
-            runnable = rewrite(gm, options, report, kwargs)
+            runnable = rewrite(gm, options, report, static_input_names(gm, kwargs))
         except NotWorthwhile as decision:
             report.fallback = str(decision)
         except Exception as error:

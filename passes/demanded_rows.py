@@ -27,7 +27,6 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import sympy
 import torch
 from torch import fx
@@ -35,6 +34,7 @@ from torch import fx
 from passes.demands import is_mutation
 from passes.errors import CannotChunk, PassError
 from passes.graphs import call_on_rows, emit, fake_value, size_node
+from passes.min_cut import cheapest_cut
 from passes.rules import Dim, Rows, chunk_rule_for, claim_for, operands
 from passes.rules.arguments import argument, axis
 from passes.rules.registry import is_tensor
@@ -266,28 +266,7 @@ def _where_to_slice(gm: fx.GraphModule, needs: Needs) -> set[Piece]:
 
     The others are made once more, on those rows alone, from what is sliced further up.
     """
-    wanted = _borders(gm, needs)
-    flow: nx.DiGraph = nx.DiGraph()
-    flow.add_nodes_from(["whole", "rows"])
-    seen: set[Piece] = set()
-    pending = list(wanted)
-    for piece in wanted:
-        flow.add_edge((piece, "out"), "rows")
-    while pending:
-        piece = pending.pop()
-        if piece in seen:
-            continue
-        seen.add(piece)
-        flow.add_edge((piece, "in"), (piece, "out"), **_capacity(piece, len(seen)))
-        above = _made_again_from(piece)
-        if above is None or (needs.narrowed(piece[0]) is not None):
-            flow.add_edge("whole", (piece, "in"))
-            continue
-        for operand in above:
-            flow.add_edge((operand, "out"), (piece, "in"))
-            pending.append(operand)
-    _, (whole, _) = nx.minimum_cut(flow, "whole", "rows", flow_func=nx.flow.boykov_kolmogorov)
-    return {piece for piece in seen if (piece, "in") in whole and (piece, "out") not in whole}
+    return cheapest_cut(_borders(gm, needs), _cost, lambda piece: _made_again_from(piece, needs))
 
 
 def _borders(gm: fx.GraphModule, needs: Needs) -> list[Piece]:
@@ -304,10 +283,12 @@ def _borders(gm: fx.GraphModule, needs: Needs) -> list[Piece]:
     return list(found)
 
 
-def _made_again_from(piece: Piece) -> list[Piece] | None:
+def _made_again_from(piece: Piece, needs: Needs) -> list[Piece] | None:
     """The operands' rows from which a cheap operator makes these rows once more; None if it is not cheap."""
     node, dim, span = piece
     rule = chunk_rule_for(node.target)
+    if needs.narrowed(node) is not None:
+        return None
     if node.op != "call_function" or rule is None or not rule.recompute:
         return None
     try:
@@ -317,7 +298,7 @@ def _made_again_from(piece: Piece) -> list[Piece] | None:
     return [(n, d, span) for n, d in zip(operands(node), claim.demands, strict=True) if d is not None]
 
 
-def _capacity(piece: Piece, order: int) -> dict[str, int]:
+def _cost(piece: Piece, order: int) -> int | None:
     """Bytes per token of keeping a value for a slice of it, in thousandths; ties go to the readers' side.
 
     Inputs are there anyway. None for a tuple: its items can be sliced.
@@ -326,8 +307,8 @@ def _capacity(piece: Piece, order: int) -> dict[str, int]:
     value = node.meta["val"]
     tie = max(0, 999 - order)
     if not isinstance(value, torch.Tensor):
-        return {}
+        return None
     if node.op in ("placeholder", "get_attr"):
-        return {"capacity": tie}
+        return tie
     per_token = count_hint(value.shape) * value.element_size() // max(1, hint(value.shape[dim.index]))
-    return {"capacity": (1 if dim.plain else 2) * 1000 * max(1, per_token) + tie}
+    return (1 if dim.plain else 2) * 1000 * max(1, per_token) + tie

@@ -22,10 +22,10 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 
 from passes.demands import DemandGraph, Instance, Kind, is_mutation
+from passes.min_cut import cheapest_cut
 from passes.sizes import count_hint, hint
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
@@ -123,43 +123,27 @@ class _Planner:
         """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
         late = self.late(k)
         needed = {i for reader in late for i in self.demands.inputs[reader] if i.dim is not None and i not in late}
-        flow: nx.DiGraph = nx.DiGraph()
-        flow.add_nodes_from(["computed", "needed"])
-        # Each value is an edge between two numbers: cutting it there costs its bytes.
-        number = self.demands.position
-        seen: set[Instance] = set()
-        pending = list(needed)
-        while pending:
-            instance = pending.pop()
-            if instance in seen or self.demands.kinds[instance] is Kind.SOURCE:
-                continue
-            seen.add(instance)
-            above, below = 2 * number[instance], 2 * number[instance] + 1
-            flow.add_edge(above, below, **self._capacity(instance, k))
-            if instance in needed:
-                flow.add_edge(below, "needed")
-            if not self.demands.recomputable(instance):
-                flow.add_edge("computed", above)
-                continue
-            for operand in self.demands.inputs[instance]:
-                if operand.dim is not None and self.demands.kinds[operand] is not Kind.SOURCE:
-                    flow.add_edge(2 * number[operand] + 1, above)
-                    pending.append(operand)
-        _, (before, _) = nx.minimum_cut(flow, "computed", "needed", flow_func=nx.flow.boykov_kolmogorov)
-        return {i for i in seen if 2 * number[i] in before and 2 * number[i] + 1 not in before}
+        return cheapest_cut(self._computed(needed), lambda instance, _: self._cost(instance, k), self._made_from)
 
-    def _capacity(self, instance: Instance, k: int) -> dict[str, int]:
-        """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; none: never cut here."""
+    def _made_from(self, instance: Instance) -> list[Instance] | None:
+        return self._computed(self.demands.inputs[instance]) if self.demands.recomputable(instance) else None
+
+    def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
+        """Of some instances, those of rows that are not an input's."""
+        return [i for i in instances if i.dim is not None and self.demands.kinds[i] is not Kind.SOURCE]
+
+    def _cost(self, instance: Instance, k: int) -> int | None:
+        """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
         value = instance.node.meta["val"]
         if not isinstance(value, torch.Tensor):
-            return {}
+            return None
         if self.kept(instance, k):
-            return {"capacity": 0}
+            return 0
         assert instance.dim is not None
         # Ties: a plain layout before a merged one, and the value nearest to its readers.
         awkward = 0 if instance.dim.plain else FINE // 2
         depth = len(self.demands.order) - self.demands.position[instance]
-        return {"capacity": bytes_per_token(instance) * FINE + awkward + depth}
+        return bytes_per_token(instance) * FINE + awkward + depth
 
     def kept(self, instance: Instance, k: int) -> bool:
         """Whether the value is at full length after stage `k` whatever the cut says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mom_compile.pipeline import NotWorthwhile
 from passes.errors import PassError
-from passes.in_place import take_over_storage
+from passes.in_place import _relabels_an_input, take_over_storage
 from passes.mini_sequence import loop_nodes
 from passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
@@ -105,19 +106,20 @@ def test_what_is_read_later_is_never_written_over():
     def read_again(x, *parameters):
         w = Weights(*parameters)
         first = STEPS["linear"](x, w) + 1
-        second = STEPS["causal"](first, w)
-        return (STEPS["causal"](second, w) + first,)
+        return (layer(layer(layer(first, w), w), w) + first,)
 
     gm, loops = rewritten(read_again, x_of())
     inputs = (x_of(), *WEIGHTS)
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
-    sources = [
-        loop.spec.sliced_of(node)[o.takes_over]
+    takers = [
+        (loop.spec.sliced_of(node)[o.takes_over], node)
         for node, loop in loop_nodes(loops)
         for o in loop.spec.outputs
         if o.takes_over is not None
     ]
-    assert all(max(source.users) == node for source in sources for node in [max(source.users)])
+    # The first residual lives to the end; what is taken over before has no later reader.
+    assert takers
+    assert all(max(source.users) is node for source, node in takers)
 
 
 def test_rows_that_are_passed_on_as_they_are_are_not_lost():
@@ -134,6 +136,20 @@ def test_rows_that_are_passed_on_as_they_are_are_not_lost():
     gm, loops = rewritten(program, x_of())
     inputs = (x_of(), *WEIGHTS)
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("through", ["view", "split", "copy"])
+def test_a_value_that_only_relabels_an_operand_is_told_from_one_that_is_computed(through):
+    graph = torch.fx.Graph()
+    rows = graph.placeholder("rows")
+    if through == "view":
+        piece = graph.call_function(torch.ops.aten.reshape.default, (rows, [-1, 4]))
+    elif through == "split":
+        parts = graph.call_function(torch.ops.aten.split.Tensor, (rows, 4, -1))
+        piece = graph.call_function(operator.getitem, (parts, 0))
+    else:
+        piece = graph.call_function(torch.ops.aten.clone.default, (rows,))
+    assert _relabels_an_input(piece) is (through != "copy")
 
 
 def spoiled(change):
