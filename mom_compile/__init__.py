@@ -8,10 +8,16 @@ No import is needed for that; this package is for looking inside.
 from mom_compile.backend import MomWarning, reports
 from mom_compile.explain import explain
 from mom_compile.report import Report
+from mom_compile.runtime.host_region import HostMemoryError
+from mom_compile.runtime.host_storage import HostMemory, empty_host_pool, host_memory
+from mom_compile.runtime.host_tensor import HostTensor
 from passes.errors import CannotChunk
 from passes.rules import FULL, Claim, Dim
 from passes.rules import register as chunk_rule
 
 __version__ = "0.1.0"
 
-__all__ = ["FULL", "CannotChunk", "Claim", "Dim", "MomWarning", "Report", "chunk_rule", "explain", "reports"]
+__all__ = [
+    "FULL", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "MomWarning", "Report",
+    "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports",
+]  # fmt: skip

@@ -18,11 +18,13 @@ from torch import fx
 
 import mom_compile.runtime.attention  # noqa: F401  registers the attention kernels
 from mom_compile.config import Options, parse_options
+from mom_compile.kv_place import kv_place, offloads
 from mom_compile.lowering import lower
 from mom_compile.pieces import PieceCache
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
+from passes.graphs import compute_device
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +124,8 @@ def build_program(
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs)
     rewritten = rewrite(gm, options, report, static)
-    program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report)
+    kv = kv_place(rewritten, options, static, report)
+    program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv)
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
         return program(inputs)
@@ -132,10 +135,15 @@ def build_program(
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> fx.GraphModule:
     """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
-    values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
-    devices = [value.device.type for value in values if isinstance(value, torch.Tensor)]
-    limit = options.limit(devices[0] if devices else "cpu")
-    return run_pipeline(gm, static_inputs=static, limit=limit, report=report, scope=options.scope)
+    device = compute_device(gm)
+    return run_pipeline(
+        gm,
+        static_inputs=static,
+        limit=options.limit(device.type),
+        report=report,
+        scope=options.scope,
+        kv_on_host=offloads(options, device),
+    )
 
 
 def static_input_names(gm: fx.GraphModule, kwargs: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -25,6 +27,11 @@ MAX_MINI_SEQ_LEN = 1 << 30
 
 SCOPES = ("layer", "mlp", "none")
 
+KV_OFFLOAD = (True, False, "auto", "disk")
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,12 +40,20 @@ class Options:
     mini_seq_len  tokens per mini-sequence (at least 2), or "auto"
     scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
                   in the MOM paper, to compare with; "none": stock Inductor
+    kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
+                  only those of as many layers as do not fit into `memory_budget`; False: none
+    kv_dir        an existing folder that may be written to
+    memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
+                  device has free (a CPU has no memory apart from the host's: there, None keeps all layers)
     strict        our own failures raise instead of falling back to stock Inductor
     inductor      Inductor options, passed through; a `mode` adds to them
     """
 
     mini_seq_len: int | str = "auto"
     scope: str = "layer"
+    kv_offload: bool | str = "auto"
+    kv_dir: str | None = None
+    memory_budget: int | str | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,6 +62,11 @@ class Options:
         if self.mini_seq_len == "auto":
             return RowLimit(DEFAULT_MINI_SEQ_LEN.get(device, DEFAULT_ELSEWHERE), DEFAULT_VALUE_BYTES)
         return RowLimit(int(self.mini_seq_len))
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -61,6 +81,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     _check_mini_seq_len(parsed.mini_seq_len)
     if parsed.scope not in SCOPES:
         raise UserError(f"scope={parsed.scope!r} is not valid; it is one of {_listed(SCOPES)}")
+    _check_kv(parsed)
     if not isinstance(parsed.strict, bool):
         raise UserError(f"strict={parsed.strict!r} is not valid; it is True or False")
     return parsed
@@ -74,6 +95,40 @@ def _check_mini_seq_len(value: Any) -> None:
             f"mini_seq_len={value!r} is not valid; it is 'auto' or a whole number of tokens "
             f"from 2 to {MAX_MINI_SEQ_LEN} (a mini-sequence of one row would be specialised on)"
         )
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes of a number or of a text such as "24GiB". Raises `ValueError` for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if found is not None and found[2].upper() in _UNITS:
+        size = int(float(found[1]) * _UNITS[found[2].upper()])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        size = 0
+    if size <= 0:
+        raise UserError(
+            f"memory_budget={value!r} is not valid; it is a number of bytes above 0, or a text like '24GiB'"
+        )
+    return size
+
+
+def _check_kv(options: Options) -> None:
+    if options.kv_offload not in KV_OFFLOAD or isinstance(options.kv_offload, int) != isinstance(
+        options.kv_offload, bool
+    ):
+        raise UserError(f"kv_offload={options.kv_offload!r} is not valid; it is one of {_listed(KV_OFFLOAD)}")
+    if options.memory_budget is not None:
+        parse_bytes(options.memory_budget)
+    if options.kv_offload == "disk":
+        if options.kv_dir is None:
+            raise UserError("kv_offload='disk' needs kv_dir, the folder for the files")
+        if not os.path.isdir(options.kv_dir):
+            raise UserError(f"kv_dir={options.kv_dir!r} is not a folder; it has to exist")
+        if not os.access(options.kv_dir, os.W_OK | os.X_OK):
+            raise UserError(f"kv_dir={options.kv_dir!r} cannot be written to")
+    elif options.kv_dir is not None:
+        raise UserError(f"kv_dir is for kv_offload='disk', and kv_offload is {options.kv_offload!r}")
 
 
 def _inductor_options(given: Any, mode: str | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.kv_lowering import KVPlace, copy_step
 from mom_compile.layouts import (
     COUNT,
     LENGTH,
@@ -35,11 +36,13 @@ from mom_compile.layouts import (
 )
 from mom_compile.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.report import Report
+from mom_compile.runtime.kv_steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides
 from passes.demands import RELABELS
 from passes.graphs import attribute
+from passes.host_ops import COPIES, OFFLOAD
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
 from passes.sizes import Size, expr
@@ -58,8 +61,10 @@ class Lowering:
         patches: Mapping[str, Any],
         cache: PieceCache,
         report: Report,
+        kv: KVPlace,
     ) -> None:
         self.gm = gm
+        self.kv = kv
         self.static_inputs = static_inputs
         self.patches = patches
         self.cache = cache
@@ -69,6 +74,7 @@ class Lowering:
         self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
         self.layouts: dict[fx.Node, LoopOutput] = {}
         self.straight: list[fx.Node] = []
+        self._layer_bytes = _layer_bytes(gm)
 
     def program(self) -> Program:
         for node in self.gm.graph.nodes:
@@ -84,12 +90,19 @@ class Lowering:
             elif node.op == "call_function":
                 self._lower_operator(node)
         self._flush()
+        if any(node.target in COPIES for node in self.gm.graph.nodes):
+            self._call("settle", Settle(self.kv.device), [], [])
         return self._assemble()
 
     # --- operators between loops ---
 
     def _lower_operator(self, node: fx.Node) -> None:
         value = node.meta.get("val")
+        if node.target in COPIES:
+            self._flush()
+            step, arguments = copy_step(node, self.kv, self._layer_bytes)
+            self._call(node.name, step, arguments, [node])
+            return
         if isinstance(value, (int, torch.SymInt)):
             if any(n in self.straight for n in node.all_input_nodes):
                 self._flush()
@@ -269,6 +282,16 @@ class Lowering:
         return Program(tuple(steps), len(self.slots), tuple(unread), outputs)
 
 
+def _layer_bytes(gm: fx.GraphModule) -> dict[int, int]:
+    """Bytes per token of what each layer's cache keeps."""
+    found: dict[int, int] = {}
+    for node in gm.graph.nodes:
+        kv = node.meta.get("kv") if node.target is OFFLOAD else None
+        if kv is not None:
+            found[kv.layer] = found.get(kv.layer, 0) + kv.bytes_per_token
+    return found
+
+
 def _writing_body(loop: MiniSequence) -> fx.Graph:
     """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
 
@@ -362,6 +385,7 @@ def lower(
     patches: Mapping[str, Any],
     cache: PieceCache,
     report: Report,
+    kv: KVPlace,
 ) -> Program:
     """The rewritten graph as a program of compiled steps."""
-    return Lowering(gm, static_inputs=static_inputs, patches=patches, cache=cache, report=report).program()
+    return Lowering(gm, static_inputs=static_inputs, patches=patches, cache=cache, report=report, kv=kv).program()

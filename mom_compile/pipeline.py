@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from mom_compile.report import PassReport, Report
 from passes.attention_form import attention_form
 from passes.demanded_rows import demanded_rows
 from passes.demands import DemandGraph, Kind, build_demands
-from passes.graphs import copy_graph
+from passes.graphs import compute_device, copy_graph
 from passes.in_place import take_over_storage
+from passes.kv_offload import KVOffload, kv_offload
 from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
 from passes.mlp_scope import mlp_only
 from passes.sizes import hint
@@ -39,10 +41,17 @@ class State:
     limit: RowLimit
     report: Report
     scope: str = "layer"
+    kv_on_host: bool = False
+    offload: KVOffload | None = None
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
     stages: Stages | None = None
     dumps: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph computes: the first accelerator among its inputs, else the CPU."""
+        return compute_device(self.gm)
 
 
 Step = Callable[[State], str]
@@ -122,12 +131,13 @@ def loops_over_mini_sequences(state: State) -> str:
     """Every stage's rows in one loop."""
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
-    state.gm = insert_loops(state.gm, state.stages, limit=state.limit)
-    specs = [loop.spec for _, loop in loops(state.gm)]
+    looped = insert_loops(state.gm, state.stages, limit=state.limit)
+    specs = [loop.spec for _, loop in loops(looped)]
     if all(isinstance(spec.length, int) and spec.length <= spec.mini_seq_len for spec in specs):
         raise NotWorthwhile(
             f"its {max(s.length for s in specs)} tokens fit in one mini-sequence of {specs[0].mini_seq_len}"
         )
+    state.gm = looped
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 
 
@@ -138,7 +148,15 @@ def residual_in_place(state: State) -> str:
     return f"{len(taken)} values in place of others"
 
 
-PIPELINE: tuple[Step, ...] = (
+def keys_and_values_to_host(state: State) -> str:
+    """What the cache keeps leaves for the host behind its stage, and comes back one layer ahead."""
+    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host)
+    state.report.describe_kv(state.offload)
+    return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
+
+
+#: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
+TO_LOOPS: tuple[Step, ...] = (
     canonical_attention,
     find_tokens,
     rows_on_demand,
@@ -148,6 +166,7 @@ PIPELINE: tuple[Step, ...] = (
     loops_over_mini_sequences,
     residual_in_place,
 )
+BETWEEN_LOOPS: tuple[Step, ...] = (keys_and_values_to_host,)
 
 
 def run_pipeline(
@@ -157,20 +176,33 @@ def run_pipeline(
     limit: RowLimit,
     report: Report,
     scope: str = "layer",
+    kv_on_host: bool = False,
     skip: Collection[str] = (),
 ) -> fx.GraphModule:
     """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason."""
     report.nodes = len(gm.graph.nodes)
-    state = State(copy_graph(gm), static_inputs, limit, report, scope)
-    for step in PIPELINE:
+    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host)
+    no_loops: NotWorthwhile | None = None
+    try:
+        _run(TO_LOOPS, state, skip)
+    except NotWorthwhile as decision:
+        no_loops = decision
+        report.no_loops = str(decision)
+    _run(BETWEEN_LOOPS, state, skip)
+    if no_loops is not None and not state.offload:
+        raise no_loops
+    report.describe_loops(state.gm)
+    log.debug("rewritten graph:\n%s", state.gm.code)
+    return state.gm
+
+
+def _run(steps: Collection[Step], state: State, skip: Collection[str]) -> None:
+    for step in steps:
         if step.__name__ in skip:
             continue
         began = time.perf_counter()
         change = step(state)
         verify(state.gm)
         seconds = time.perf_counter() - began
-        report.passes.append(PassReport(step.__name__, seconds, change))
+        state.report.passes.append(PassReport(step.__name__, seconds, change))
         log.debug("%s: %.0f ms: %s", step.__name__, seconds * 1e3, change)
-    report.describe_loops(state.gm)
-    log.debug("rewritten graph:\n%s", state.gm.code)
-    return state.gm

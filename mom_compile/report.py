@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from passes.kv_offload import KVOffload
 from passes.live_values import LiveValue, live_values
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
 from passes.sizes import hint
@@ -15,7 +16,8 @@ from passes.sizes import hint
 class StageReport:
     """One loop: where its tokens are, what it stores at full length, and what it runs.
 
-    `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it.
+    `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it,
+    `widest_bytes` what the widest value of one mini-sequence takes.
     """
 
     name: str
@@ -26,6 +28,20 @@ class StageReport:
     operators: dict[str, int]
     folds: tuple[LoopFold, ...]
     live: tuple[LiveValue, ...]
+    widest_bytes: int
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """Keys or values of one layer that leave for the host: all rows or, with a past, only the new ones.
+
+    `bytes_per_token` is what each token of it takes on the host instead of on the device.
+    """
+
+    name: str
+    layer: int
+    bytes_per_token: int
+    has_past: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,9 @@ class Report:
     failed         whether that reason was a failure of ours rather than a decision
     stages         the loops, in the order they run
     left_out       operator -> why it runs on the full sequence
+    no_loops       why nothing runs over mini-sequences although the graph is ours, or None
+    on_host        keys and values that leave for the host
+    on_device      keys and values that stay on the device, by name, with the reason
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
@@ -54,6 +73,9 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    no_loops: str | None = None
+    on_host: list[KVReport] = field(default_factory=list)
+    on_device: dict[str, str] = field(default_factory=dict)
     eager_pieces: dict[str, str] = field(default_factory=dict)
     compiled_pieces: list[str] = field(default_factory=list)
     bodies_shared: int = 0
@@ -64,6 +86,13 @@ class Report:
         self.graph = gm
         live = live_values(gm)
         self.stages = [_stage_report(name, loop, live[name]) for name, loop in loops(gm)]
+
+    def describe_kv(self, offload: KVOffload) -> None:
+        self.on_device = dict(offload.left_out)
+        self.on_host = [
+            KVReport(value.kept.name, value.layer, value.bytes_per_token, value.past is not None)
+            for value in offload.leaving
+        ]
 
     @property
     def floor_bytes(self) -> int:
@@ -92,13 +121,17 @@ class Report:
         if self.fallback is not None:
             verdict = "failed, so it went" if self.failed else "went"
             return f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"
-        lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
-        lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
+        if self.no_loops is None:
+            lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
+            lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
+        else:
+            lines = [f"graph of {self.nodes} nodes; no loops: {self.no_loops}"]
         for stage in self.stages:
             lines += _stage_lines(stage)
         if self.left_out:
             lines.append("on the full sequence, between loops:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += _kv_lines(self)
         for name, reason in self.eager_pieces.items():
             lines.append(f"{name} runs eagerly, Inductor could not compile it: {reason}")
         if self.compiled_pieces or self.bodies_shared:
@@ -117,7 +150,18 @@ def _stage_report(name: str, loop: MiniSequence, live: tuple[LiveValue, ...]) ->
             operator_name = str(node.target).removesuffix(".default")
             operators[operator_name] = operators.get(operator_name, 0) + 1
     per_token = tuple(full_bytes(o) // max(1, hint(spec.length)) for o in spec.outputs)
-    return StageReport(name, str(spec.length), spec.mini_seq_len, spec.outputs, per_token, operators, spec.folds, live)
+    rows = min(spec.mini_seq_len, hint(spec.length))
+    return StageReport(
+        name,
+        str(spec.length),
+        spec.mini_seq_len,
+        spec.outputs,
+        per_token,
+        operators,
+        spec.folds,
+        live,
+        rows * spec.widest,
+    )
 
 
 def _stage_lines(stage: StageReport) -> list[str]:
@@ -133,4 +177,14 @@ def _stage_lines(stage: StageReport) -> list[str]:
     lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
     alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live)
     lines.append(f"    alive meanwhile, in B/token: {alive}")
+    return lines
+
+
+def _kv_lines(report: Report) -> list[str]:
+    lines = [f"keys or values left on the device: {name}: {reason}" for name, reason in report.on_device.items()]
+    if report.on_host:
+        layers = len({value.layer for value in report.on_host})
+        size = sum(value.bytes_per_token for value in report.on_host)
+        rows = "new rows" if all(value.has_past for value in report.on_host) else "rows"
+        lines.append(f"to the host: {rows} of {len(report.on_host)} keys and values of {layers} layers, {size} B/token")
     return lines

@@ -22,6 +22,8 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_any as tree_any
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
@@ -141,3 +143,21 @@ def least_value(size: torch.SymInt) -> int:
     bounds = size.node.shape_env.var_to_range.get(size.node.expr)
     lower = bounds.lower if bounds is not None else 0
     return int(lower) if getattr(lower, "is_Integer", False) else 0
+
+
+#: In a tensor subclass: Python functions of `torch` treat it as a tensor; only operators see the class.
+no_torch_function = torch._C._disabled_torch_function_impl
+
+
+def make_wrapper(cls: type[torch.Tensor], inner: torch.Tensor, device: torch.device) -> Any:
+    """A tensor of a subclass with the sizes and strides of another and no storage of its own."""
+    return torch.Tensor._make_wrapper_subclass(
+        cls,
+        inner.shape,
+        strides=inner.stride(),
+        storage_offset=inner.storage_offset(),
+        dtype=inner.dtype,
+        layout=inner.layout,
+        device=device,
+        requires_grad=False,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,6 +27,13 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
+
+
+def compute_device(gm: fx.GraphModule) -> torch.device:
+    """Where a graph computes: the first accelerator among its inputs' devices, else the CPU."""
+    values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
+    devices = [value.device for value in values if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def attribute(gm: fx.GraphModule, name: str) -> Any:
@@ -53,32 +61,33 @@ def call_on_rows(
     return claim.target or node.target, args, kwargs
 
 
-def size_node(graph: fx.Graph, size: Size) -> Any:
-    """An int, or a node of the graph whose value is that size; one is appended where there is none.
+def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
+    """An int, or a node of the graph whose value is that size; one is made at the insertion point where there is none.
 
-    Raises `PassError` for a size that cannot be had from the graph's values.
+    Only nodes ahead of `before` are looked at. Raises `PassError` for a size that cannot be had from their values.
     """
     wanted = expr(size)
     if wanted.is_Integer:
         return int(wanted)
-    for node in graph.nodes:
+    known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
+    for node in known:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and same(value, wanted):
             return node
-    for node in graph.nodes:
+    for node in known:
         value = node.meta.get("val")
         for index, entry in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             if same(entry, wanted):
                 return emit(graph, aten.sym_size.int, (node, index))
-    return _size_arithmetic(graph, wanted)
+    return _size_arithmetic(graph, wanted, before)
 
 
-def _size_arithmetic(graph: fx.Graph, wanted: Any) -> fx.Node:
+def _size_arithmetic(graph: fx.Graph, wanted: Any, before: fx.Node | None) -> fx.Node:
     """A size that no value of the graph has, computed from sizes that some have."""
     target = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}.get(wanted.func.__name__)
     if target is None:
         raise PassError(f"no value of the graph has the size {wanted}")
-    total, *others = [size_node(graph, part) for part in wanted.args]
+    total, *others = [size_node(graph, part, before) for part in wanted.args]
     for part in others:
         total = emit(graph, target, (total, part))
     return total

@@ -6,7 +6,8 @@ storage    What a value occupies. A view shares that of its base; an output that
            the operand. Each storage is counted once, under the name of the value written there first.
 alive      Made before the loop or by it, and read by it, by something later or by the graph's output.
 
-Inputs and parameters are the caller's and are not listed. Neither is what lives for one iteration.
+Inputs and parameters are the caller's and are not listed. Neither is what is on the host, nor what lives for one
+iteration.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from passes.demands import RELABELS
+from passes.host_ops import APPEND, OFFLOAD
 from passes.mini_sequence import MiniSequence, loop_nodes
 from passes.sizes import count_hint, hint
 
@@ -66,6 +68,8 @@ def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx
     base: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if node.target in (OFFLOAD, APPEND):
             continue
         source = node.args[0] if node.args else None
         if node.target is operator.getitem and source in loops:

@@ -114,6 +114,7 @@ class LoopSpec:
     """How a loop calls its body. Counts and dims follow the order of the body's placeholders.
 
     The body returns rows of `outputs`, then parts of `folds`, and so does the loop with the values they make.
+    `widest` is the most bytes per token that one value of the body takes.
     """
 
     stage: int
@@ -124,6 +125,7 @@ class LoopSpec:
     whole: int
     outputs: tuple[LoopOutput, ...]
     folds: tuple[LoopFold, ...]
+    widest: int
 
     def sliced_of(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The sliced operands of the loop's node."""
@@ -284,6 +286,7 @@ class _Rewriter:
             len(body.whole),
             tuple(self._output(instance) for instance in stored),
             tuple(self._fold(instance.node) for instance in folded),
+            body.widest,
         )
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):

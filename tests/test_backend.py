@@ -189,8 +189,8 @@ def broken_pass(monkeypatch):
     def cut_stages(state):
         raise RuntimeError("a bug of ours")
 
-    steps = tuple(cut_stages if s.__name__ == "cut_stages" else s for s in pipeline_module.PIPELINE)
-    monkeypatch.setattr(pipeline_module, "PIPELINE", steps)
+    steps = tuple(cut_stages if s.__name__ == "cut_stages" else s for s in pipeline_module.TO_LOOPS)
+    monkeypatch.setattr(pipeline_module, "TO_LOOPS", steps)
 
 
 @pytest.mark.usefixtures("broken_pass")

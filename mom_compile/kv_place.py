@@ -1,0 +1,66 @@
+"""From the options to a place for keys and values: host memory or files, and how many layers stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from mom_compile.config import Options
+from mom_compile.kv_lowering import KVPlace
+from mom_compile.memory.residency import Residency
+from mom_compile.report import Report
+from mom_compile.runtime.host_storage import Placement
+from passes.graphs import compute_device
+from passes.sizes import count_hint
+
+#: What a mini-sequence takes beside the full-length values, in units of its widest value.
+#: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
+VALUES_OF_AN_ITERATION = 4
+
+
+def offloads(options: Options, device: torch.device) -> bool:
+    """Whether keys and values may leave at all. A CPU's memory is the host's: "auto" needs a budget to leave it."""
+    if options.kv_offload == "auto":
+        return device.type != "cpu" or options.memory_budget is not None
+    return bool(options.kv_offload)
+
+
+def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], report: Report) -> KVPlace:
+    """Where the keys and values of a rewritten graph go."""
+    device = compute_device(gm)
+    residency = None
+    if options.kv_offload == "auto" and offloads(options, device):
+        layers = 1 + max((value.layer for value in report.on_host), default=0)
+        budget = options.budget_bytes or _free_bytes(device)
+        fixed = _static_bytes(gm, static) + _iteration_bytes(report)
+        residency = Residency(budget, fixed, report.floor_bytes_per_token, layers)
+    return KVPlace(device, _placement(options, device), residency)
+
+
+def _placement(options: Options, device: torch.device) -> Placement:
+    if options.kv_offload == "disk":
+        return Placement(directory=Path(str(options.kv_dir)))
+    if device.type == "cuda":
+        from mom_compile.runtime.copy_engine_cuda import pin_for
+
+        return Placement(pin=pin_for(device))
+    return Placement()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What this process may use of a device: what is free, and what PyTorch has reserved already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device))
+
+
+def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
+    """Parameters and buffers."""
+    values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
+    return sum(count_hint(value.shape) * value.element_size() for value in values)
+
+
+def _iteration_bytes(report: Report) -> int:
+    return VALUES_OF_AN_ITERATION * max((stage.widest_bytes for stage in report.stages), default=0)

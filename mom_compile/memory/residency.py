@@ -1,0 +1,31 @@
+"""Which layers' keys and values stay on the device when not all of them fit, decided anew for each run.
+
+    device bytes = fixed + tokens * per_token + resident layers * a layer's keys and values
+
+`fixed` is the weights and what one mini-sequence takes, `per_token` the full-length values that are alive at a time:
+the residual stream, and keys and values of the two layers that are on the device whatever is decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Residency:
+    """A budget for the device, in bytes, and what is needed of it before any layer's keys and values stay."""
+
+    budget: int
+    fixed: int
+    per_token: int
+    layers: int
+
+    def resident_layers(self, tokens: int, layer_bytes: int) -> int:
+        """How many layers may stay, for a prompt of so many tokens whose layers take `layer_bytes` each."""
+        room = self.budget - self.fixed - tokens * self.per_token
+        return max(0, min(self.layers, room // max(1, layer_bytes)))
+
+    def stays(self, layer: int, tokens: int, layer_bytes: int) -> bool:
+        """Whether a layer is among those. They are spread evenly: each fetch has resident layers to hide behind."""
+        resident = self.resident_layers(tokens, layer_bytes)
+        return (layer + 1) * resident // self.layers > layer * resident // self.layers

@@ -1,0 +1,161 @@
+"""Copies between device and host that run beside the computation: one small interface, and an engine of threads.
+
+Terms
+-----
+ticket        One copy under way. It keeps both tensors alive until nobody can touch them any more.
+wait          What the computation calls before it uses a copy's result, or frees or rewrites its source.
+synchronize   What the host calls before it reads or writes rows itself.
+
+Copies of one engine are done in the order they were asked for. So whoever waits for one has waited for those before.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+#: Copies to the host that may be under way at once: keys and values of two layers. More would keep more layers on
+#: the device than a slow link can carry away.
+MOST_LEAVING = 4
+
+
+class Ticket(Protocol):
+    def wait(self) -> None:
+        """The computation goes on only when the copy is done. Raises what the copy raised."""
+
+    def synchronize(self) -> None:
+        """Return when the copy is done. Raises what the copy raised."""
+
+
+@dataclass
+class Traffic:
+    """Bytes copied so far, by direction."""
+
+    to_host: int = 0
+    to_device: int = 0
+
+
+class CopyEngine:
+    """Copies in order, beside the computation. `begin(target, source)` is what an engine for a device provides."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self._leaving: collections.deque[Ticket] = collections.deque()
+
+    def begin(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+        raise NotImplementedError
+
+    def to_device(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+        """Copy rows to a device buffer. They must not be read before `wait`."""
+        self.traffic.to_device += source.numel() * source.element_size()
+        return self.begin(target, source)
+
+    def to_host(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+        """Copy rows to the host. The source may be dropped at once; it lives until it has left."""
+        while len(self._leaving) >= MOST_LEAVING:
+            self._leaving.popleft().wait()
+        self.traffic.to_host += source.numel() * source.element_size()
+        ticket = self.begin(target, source)
+        self._leaving.append(ticket)
+        return ticket
+
+    def settle(self) -> None:
+        """The end of a program: what still leaves is out of the computation's way, and its sources may be freed."""
+        while self._leaving:
+            self._leaving.popleft().wait()
+
+
+class ThreadTicket:
+    """A copy that a thread makes."""
+
+    def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = (target, source)
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self, delay: Callable[[], float] | None) -> None:
+        assert self._tensors is not None
+        try:
+            if delay is not None:
+                time.sleep(delay())
+            target, source = self._tensors
+            with torch.inference_mode():
+                target.copy_(source)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._tensors = None
+            target = source = None  # type: ignore[assignment]
+            self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    synchronize = wait
+
+
+class ThreadedEngine(CopyEngine):
+    """For the CPU: one thread copies while the others compute. `delay()` gives seconds to sleep before each copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.delay: Callable[[], float] | None = None
+        self._queue: queue.SimpleQueue[ThreadTicket] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def begin(self, target: torch.Tensor, source: torch.Tensor) -> ThreadTicket:
+        ticket = ThreadTicket(target, source)
+        with self._lock:
+            if self._process != os.getpid():
+                # A fork has no threads and must not copy what its parent queued.
+                self._queue, self._thread, self._process = queue.SimpleQueue(), None, os.getpid()
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=self._copy_all, args=(self._queue,), name="mom-copies", daemon=True
+                )
+                self._thread.start()
+            self._queue.put(ticket)
+        return ticket
+
+    def _copy_all(self, waiting: queue.SimpleQueue[ThreadTicket]) -> None:
+        while True:
+            waiting.get().run(self.delay)
+
+    def settle(self) -> None:
+        """Nothing to wait for: a copied tensor dies with its copy."""
+        self._leaving.clear()
+
+
+_ENGINES: dict[torch.device, CopyEngine] = {}
+
+
+def engine_for(device: torch.device) -> CopyEngine:
+    """The engine of a device, made when first asked for. Raises `NotImplementedError` for a type without one."""
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    engine = _ENGINES.get(device)
+    if engine is None:
+        engine = _ENGINES[device] = _make(device)
+    return engine
+
+
+def _make(device: torch.device) -> CopyEngine:
+    if device.type == "cpu":
+        return ThreadedEngine()
+    if device.type == "cuda":
+        from mom_compile.runtime.copy_engine_cuda import CudaEngine
+
+        return CudaEngine(device)
+    raise NotImplementedError(f"keys and values cannot be kept on the host for a device of type {device.type!r}")

@@ -1,0 +1,235 @@
+"""`HostTensor`: keys or values that a model sees on its device and that are in host memory.
+
+Terms
+-----
+inner   The tensor in host memory, its `host`: rows of a store, or a view of such rows.
+
+    operator                          what happens
+    --------                          ------------
+    a view (slice, permute, ...)      a view of the inner tensor, still on the host
+    choosing or copying batch rows    done on the host: beam search never brings a cache back
+    writing into it                   written on the host, if nobody else sees those rows
+    anything else                     `mom.fetch` brings it to the device, and the operator runs there
+
+A graph that takes a `HostTensor` gets its inner tensor as the input and a `mom.fetch` in front of each reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, lease_of, store_of
+from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
+
+aten = torch.ops.aten
+
+#: What rearranges batch entries or copies: the result stays on the host.
+_ON_HOST = frozenset({aten.index_select.default, aten.index.Tensor, aten.clone.default})
+
+
+class HostTensor(torch.Tensor):
+    """Shape, dtype and device of the tensor it stands for; the bytes are in `host`, on the host."""
+
+    host: torch.Tensor
+    lease: Lease | None
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device, lease: Lease | None = None) -> HostTensor:
+        made: HostTensor = make_wrapper(cls, inner, device)
+        made.host = inner
+        made.lease = lease
+        return made
+
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
+
+    # --- what Dynamo and AOTAutograd ask ---
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["host"], str(self.device)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], device: str, size: Any, stride: Any) -> HostTensor:
+        return HostTensor(inner["host"], torch.device(device))
+
+    def _stable_hash_for_caching(self) -> str:
+        return f"HostTensor({self.device})"
+
+    def _is_view(self) -> bool:
+        """A cropped cache is a tensor of its own: Dynamo would otherwise trace what it was cropped from."""
+        return False
+
+    # --- operators ---
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable and tree_any(_is_host, _mutated(schema, args, kwargs)):
+            return _write(func, args, kwargs)
+        if _returns_view(schema) and isinstance(args[0], HostTensor):
+            return _view(func, args, kwargs)
+        if func in _ON_HOST and isinstance(args[0], HostTensor) and not args[0].traced:
+            return _rearranged(func, args, kwargs)
+        if func is aten._to_copy.default and not args[0].traced:
+            return _copied(args[0], kwargs)
+        return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
+
+    @property
+    def traced(self) -> bool:
+        """Whether it stands for one in a graph that is being captured."""
+        return type(self.host) is not torch.Tensor
+
+    def fetch(self) -> torch.Tensor:
+        """A copy on the device, in the host's layout."""
+        fetched: torch.Tensor = torch.ops.mom.fetch(self.host, self.device)
+        return fetched
+
+    # --- the rest of what a tensor can do ---
+
+    def settled(self) -> torch.Tensor:
+        """The inner tensor, after the copies that are on their way."""
+        store = store_of(self.host)
+        if store is not None:
+            store.region.wait()
+        return self.host
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self.traced:
+            return f"HostTensor({self.host!r})"
+        return f"HostTensor({self.settled()!r}, device='{self.device}')"
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a tensor on its device, from a copy."""
+        return self.fetch().numpy(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.settled().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostTensor:
+        copied = memo.get(id(self))
+        if copied is None:
+            copied = memo[id(self)] = self.clone()
+        assert isinstance(copied, HostTensor)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., HostTensor], tuple[Any, ...]]:
+        return _rebuild, (self.settled().clone(), self.device)
+
+
+def _rebuild(plain: torch.Tensor, device: torch.device) -> HostTensor:
+    """An unpickled host tensor, on the host again."""
+    return on_host(plain, device)
+
+
+def _is_host(value: Any) -> bool:
+    return isinstance(value, HostTensor)
+
+
+def _fetched(value: Any) -> Any:
+    return value.fetch() if isinstance(value, HostTensor) else value
+
+
+def _returns_view(schema: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _mutated(schema: Any, args: Any, kwargs: Any) -> list[Any]:
+    written = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    source = args[0]
+    result = func(source.host, *args[1:], **kwargs)
+    if not isinstance(result, torch.Tensor):
+        return type(result)(_view_of(source, one) for one in result)
+    return _view_of(source, result)
+
+
+def _view_of(source: HostTensor, view: torch.Tensor) -> HostTensor:
+    """Whole rows of fewer tokens (a cropped cache) are leased for themselves, so that the others can go."""
+    if source.traced:
+        return HostTensor(view, source.device)
+    lease = None
+    if source.lease is not None and view.dim() == source.dim():
+        lease = lease_of(view, token_dim(view), source.lease.root)
+    return _holding(view, lease or source.lease, source.device)
+
+
+def _holding(view: torch.Tensor, lease: Lease | None, device: torch.device) -> HostTensor:
+    """The inner tensor may outlive its wrapper in a running graph: it holds the lease too."""
+    inner = apart(view)
+    inner._lease = lease  # type: ignore[attr-defined]
+    with torch.inference_mode(False):
+        return HostTensor(inner, device, lease)
+
+
+def _write(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator that writes into host tensors: on the host, once nothing else reads or writes those rows."""
+    mutated = [value for value in _mutated(func._schema, args, kwargs) if isinstance(value, HostTensor)]
+    for tensor in mutated:
+        if tensor.traced:
+            raise RuntimeError(
+                f"{func} writes into keys or values that are kept on the host, inside a compiled function; "
+                "do it outside, or compile with kv_offload=False"
+            )
+        _check_unshared(tensor, func)
+    func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
+    return mutated[0] if len(mutated) == 1 else tuple(mutated)
+
+
+def _check_unshared(tensor: HostTensor, func: Any) -> None:
+    own = tensor.lease
+    if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.leases):
+        raise RuntimeError(
+            f"{func} would change keys or values on the host that another tensor shows too: "
+            "a longer or a shorter state of the same cache is still in use. Write into a clone()"
+        )
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, HostTensor):
+        return value.settled()
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _rearranged(func: Any, args: Any, kwargs: Any) -> HostTensor:
+    """Batch entries chosen, repeated or copied, from host memory to host memory."""
+    source = args[0]
+    kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+    result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
+    store = store_of(source.host)
+    return on_host(result, source.device, store.placement if store is not None else Placement())
+
+
+def _copied(source: HostTensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """To another device or dtype: straight from the host."""
+    target = {"device": source.device, **kwargs}
+    target = {name: value for name, value in target.items() if value is not None and name != "memory_format"}
+    return source.settled().to(**target, copy=True)
+
+
+def token_dim(tensor: torch.Tensor) -> int:
+    """Where tokens are in keys and values as models shape them: `[..., T, D]`."""
+    return max(0, tensor.dim() - 2)
+
+
+def on_host(plain: torch.Tensor, device: torch.device, placement: Placement | None = None) -> HostTensor:
+    """Rows of a new store that hold what a host tensor holds. Raises `HostMemoryError`."""
+    dim = token_dim(plain)
+    rows = plain.movedim(dim, 0)
+    store = HostStore(rows.shape[1:], plain.dtype, rows.shape[0], placement or Placement())
+    made = shown(Lease(store, 0, rows.shape[0]), dim, device)
+    made.host.copy_(plain)
+    return made
+
+
+def shown(lease: Lease, dim: int, device: torch.device) -> HostTensor:
+    """The host tensor that shows a lease's rows, tokens along `dim`."""
+    return _holding(lease.store.rows(lease.first, lease.end).movedim(0, dim), lease, device)

@@ -1,0 +1,160 @@
+"""The steps of a program that move keys and values: what the `mom::` copy operators become.
+
+FetchRoom   begins a copy to the device and goes on
+Fill        waits for it and writes the new rows behind the old ones, where they are
+Append      new rows to the host, behind those that are there; returns what the cache holds
+Offload     a whole value to the host; returns what the cache holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import passes.host_ops  # noqa: F401  defines mom::fetch
+from mom_compile.runtime.copy_engine import Ticket, engine_for
+from mom_compile.runtime.host_storage import HostStore, Lease, Placement, lease_of, store_of
+from mom_compile.runtime.host_tensor import HostTensor, shown
+from passes.host_ops import fetch_reference, token_major
+from passes.ops import LIBRARY
+
+
+@dataclass
+class Arriving:
+    """A device buffer whose first rows are on their way."""
+
+    room: torch.Tensor
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class FetchRoom:
+    """`[host, rows]` to a device buffer that has the host's rows, soon, and room for more."""
+
+    dim: int
+    device: torch.device
+
+    def __call__(self, arguments: list[Any]) -> tuple[Arriving]:
+        host, rows = arguments
+        arguments.clear()
+        held = host.shape[self.dim]
+        shape = list(host.shape)
+        shape[self.dim] = held + rows
+        room = token_major(shape, self.dim, host, self.device)
+        ticket = engine_for(self.device).to_device(room.narrow(self.dim, 0, held), host)
+        _remember(host, ticket)
+        return (Arriving(room, ticket),)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """`[arriving, new or None]` to the complete device buffer."""
+
+    dim: int
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        arriving, new = arguments
+        arguments.clear()
+        arriving.ticket.wait()
+        room: torch.Tensor = arriving.room
+        if new is not None:
+            room.narrow(self.dim, room.shape[self.dim] - new.shape[self.dim], new.shape[self.dim]).copy_(new)
+        return (room,)
+
+
+@dataclass(frozen=True)
+class Append:
+    """`[host, new, first]` to rows `[first:]` of both, on the host. Old rows stay where they are."""
+
+    dim: int
+    device: torch.device
+    placement: Placement
+
+    def __call__(self, arguments: list[Any]) -> tuple[HostTensor]:
+        host, new, first = arguments
+        arguments.clear()
+        old = lease_of(host, self.dim)
+        if old is None or not old.store.may_append(old, new.shape[self.dim]):
+            # The rows that stay, in a store of their own.
+            dropped = min(first, host.shape[self.dim])
+            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped))
+            first -= dropped
+        made = Lease(old.store, old.first + first, old.end + new.shape[self.dim])
+        _leave(made.store, old.end, new, self.dim, self.device)
+        return (shown(made, self.dim, self.device),)
+
+    def _fork(self, host: torch.Tensor) -> Lease:
+        settle(host)
+        rows = host.movedim(self.dim, 0)
+        store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0], self.placement)
+        store.rows(0, rows.shape[0]).copy_(rows)
+        return Lease(store, 0, rows.shape[0])
+
+
+@dataclass(frozen=True)
+class Offload:
+    """`[value, first]` to rows `[first:]` of a device value, on the host.
+
+    `stays(tokens, bytes)` says whether it stays on the device after all.
+    """
+
+    dim: int
+    device: torch.device
+    placement: Placement
+    stays: Callable[[int, int], bool] | None = None
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        value, first = arguments
+        arguments.clear()
+        held = value.shape[self.dim]
+        leaving = value.narrow(self.dim, first, held - first)
+        if self.stays is not None and self.stays(held, leaving.numel() * leaving.element_size()):
+            return (leaving,)
+        row = leaving.movedim(self.dim, 0).shape[1:]
+        store = HostStore(row, value.dtype, held - first, self.placement)
+        lease = Lease(store, 0, held - first)
+        _leave(store, 0, leaving, self.dim, self.device)
+        return (shown(lease, self.dim, self.device),)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The end of a program: what still leaves may be freed by the device as soon as it has left."""
+
+    device: torch.device
+
+    def __call__(self, arguments: list[Any]) -> tuple[()]:
+        engine_for(self.device).settle()
+        return ()
+
+
+def _leave(store: HostStore, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
+    """Begin to copy rows to the end of a store. Memory for them is had first: no token is lost if it cannot be."""
+    target = store.rows(first, first + rows.shape[dim]).movedim(0, dim)
+    target._store = store  # type: ignore[attr-defined]  # a store must not go before its last copy
+    store.region.pending = engine_for(device).to_host(target, rows)
+
+
+def _remember(host: torch.Tensor, ticket: Ticket) -> None:
+    """A copy reads these rows: whoever writes over them waits for it."""
+    store = store_of(host)
+    if store is not None:
+        store.region.pending = ticket
+
+
+def settle(host: torch.Tensor) -> None:
+    """Until the host may read a tensor's rows itself."""
+    store = store_of(host)
+    if store is not None:
+        store.region.wait()
+
+
+def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    settle(host)
+    return fetch_reference(host, device)
+
+
+LIBRARY.impl("fetch", _fetch, "CPU")

@@ -1,0 +1,239 @@
+"""Keys and values leave for the host as soon as they are complete, and come back one layer ahead of their attention.
+
+Terms
+-----
+leave     What the cache keeps is on the host: all of a value where there was no past, else only the new rows.
+arrive    A past is copied to a device buffer that has room for the new rows; the copy begins one layer early.
+
+    for each key and value that leaves the graph:
+        made from a past on the host:  cat([fetch(past), new])  ->  room  = fetch_room(past, rows of new)
+                                                                    full  = fill(room, new)
+                                                                    keeps = append(past, new)
+        else                                                    ->  keeps = offload(full)
+    fetch_room of a layer goes before the fills of the layer before it: two layers are on the device at most
+    whatever else is fetched from the host arrives in the same way
+
+Before:  k1 = cat([fetch(h1), new1], 2); ...; attention(q1, k1, v1); ...; return (..., k1)
+After:   room2 = fetch_room(h2, 1, 2); k1 = fill(room1, new1, 2); h1' = append(h1, new1, 2, 0)
+         attention(q1, k1, v1); ...; return (..., h1')
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from passes.demands import VIEWS
+from passes.graphs import fake_value, size_node
+from passes.host_ops import APPEND, FETCH, FETCH_ROOM, FILL, OFFLOAD
+from passes.kv_values import KeyOrValue, find_kv
+from passes.sizes import Size, same
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class KVOffload:
+    """What was moved to the host and what was not: names with the reason. `arriving` are the pasts that come back."""
+
+    leaving: tuple[KeyOrValue, ...]
+    left_out: dict[str, str]
+    arriving: int
+
+    @property
+    def layers(self) -> int:
+        return len({value.layer for value in self.leaving})
+
+    def __bool__(self) -> bool:
+        return bool(self.leaving) or self.arriving > 0
+
+
+def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOffload:
+    """Insert the copies, in place. With `start`, values leave that had no past on the host; else those stay.
+
+    `device` is where the attentions run.
+    """
+    kv = find_kv(gm)
+    leaving = tuple(value for value in kv.found if start or value.past is not None)
+    left_out = dict(kv.left_out)
+    if not start:
+        left_out.update({v.kept.name: "kv_offload=False" for v in kv.found if v.past is None})
+    rewriter = _Rewriter(gm, device)
+    complete = _complete(leaving)
+    for value in leaving:
+        rewriter.keep_on_host(value, complete[value.layer])
+    arriving = rewriter.let_arrive()
+    if leaving or arriving:
+        _erase_unused(gm)
+        _one_layer_ahead(gm)
+        gm.recompile()
+    return KVOffload(leaving, left_out, arriving)
+
+
+def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:
+    """Of each layer, the value that is complete last: its copies go there, side by side."""
+    last: dict[int, fx.Node] = {}
+    for value in leaving:
+        last[value.layer] = max(last.get(value.layer, value.full), value.full)
+    return last
+
+
+class _Rewriter:
+    def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.device = device
+        self.output = next(iter(reversed(gm.graph.nodes)))
+
+    def keep_on_host(self, value: KeyOrValue, complete: fx.Node) -> None:
+        """`complete` is where the whole layer is, unless the value has a past."""
+        first = self._size(value.first)
+        if value.past is None:
+            with self.graph.inserting_before(_behind(complete)):
+                host = self._call(OFFLOAD, value.full, value.dim, first)
+            host.meta["kv"] = value
+        else:
+            assert value.new is not None
+            full = self._arrive(value.past, value.new, value.dim, before=value.full)
+            self._replace(value.full, full)
+            with self.graph.inserting_before(_behind(full)):
+                host = self._call(APPEND, value.past, value.new, value.dim, first)
+        kept = list(self.output.args[0])  # type: ignore[arg-type]
+        for position in value.outputs:
+            kept[position] = host
+        self.output.args = (type(self.output.args[0])(kept),)  # type: ignore[operator, misc]
+
+    def let_arrive(self) -> int:
+        """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
+        for node in list(self.graph.nodes):
+            if node.target is FETCH and node.users:
+                self._replace(node, self._arrive(node.args[0], None, max(0, node.meta["val"].dim() - 2), before=node))
+        return sum(node.target is FETCH_ROOM for node in self.graph.nodes)
+
+    def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
+        rows = 0 if new is None else self._size(new.meta["val"].shape[dim])
+        with self.graph.inserting_before(_first_operator(self.graph)):
+            room = self._call(FETCH_ROOM, past, rows, dim, self.device)
+        with self.graph.inserting_before(before):
+            return self._call(FILL, room, new, dim)
+
+    def _size(self, size: Size) -> int | fx.Node:
+        """A size, computed behind the inputs from theirs, so that it can be had anywhere."""
+        first = _first_operator(self.graph)
+        with self.graph.inserting_before(first):
+            found: int | fx.Node = size_node(self.graph, size, before=first)
+        return found
+
+    def _call(self, target: object, *args: object) -> fx.Node:
+        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["val"] = fake_value(node)
+        return node
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        """The new node has another layout: what is made of it gets the strides it will really have."""
+        old.replace_all_uses_with(new)
+        changed = {new}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+                continue
+            before = node.meta.get("val")
+            if node.target in (FILL, APPEND, OFFLOAD) or not isinstance(before, torch.Tensor):
+                continue
+            _relay(node)
+            if not _alike(before, node.meta["val"]):
+                changed.add(node)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The node to insert before, so that a copy comes after a value and the other results of its loop."""
+    following = node.next
+    while following.target is operator.getitem:
+        following = following.next
+    return following
+
+
+def _relay(node: fx.Node) -> None:
+    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy."""
+    try:
+        node.meta["val"] = fake_value(node)
+    except (RuntimeError, ValueError):
+        if node.target is not aten.view.default:
+            raise
+        node.target = aten.reshape.default
+        node.meta["val"] = fake_value(node)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
+
+
+def _first_operator(graph: fx.Graph) -> fx.Node:
+    """Behind the inputs and the sizes read off them."""
+    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr") and not _is_size(node))
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _erase_unused(gm: fx.GraphModule) -> None:
+    """What only the old form read: the fetches and joins. Operators with effects and loops stay."""
+    for node in reversed(list(gm.graph.nodes)):
+        cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or node.target in VIEWS
+        if node.op == "call_function" and cheap and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _one_layer_ahead(gm: fx.GraphModule) -> None:
+    """Copies of a layer side by side, so that one piece lies between two layers, and each fetch one layer early."""
+    layers = _fills_by_layer(gm.graph)
+    for fills in layers:
+        _side_by_side(gm.graph, fills)
+    for before, fills in zip([None, *layers], layers, strict=False):
+        anchor = before[0] if before is not None else _first_copy(gm.graph)
+        for fill in fills:
+            room = fill.args[0]
+            assert isinstance(room, fx.Node)
+            if room is not anchor:
+                anchor.prepend(room)
+
+
+def _first_copy(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.target is FETCH_ROOM)
+
+
+def _fills_by_layer(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Fills in order; those with no use of one between them are one layer's."""
+    layers: list[list[fx.Node]] = []
+    used: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is FILL:
+            if not layers or not used.isdisjoint(layers[-1]):
+                layers.append([])
+            layers[-1].append(node)
+        elif node.target is not APPEND:
+            used.update(node.all_input_nodes)
+    return layers
+
+
+def _side_by_side(graph: fx.Graph, fills: Iterable[fx.Node]) -> None:
+    """Move the fills and appends of a layer to where the last of them is."""
+    *others, last = fills
+    copies = [copy for fill in others for copy in (fill, *_appends_of(fill))]
+    for copy in copies:
+        last.prepend(copy)
+
+
+def _appends_of(fill: fx.Node) -> list[fx.Node]:
+    """The append of the same new rows."""
+    new = fill.args[1]
+    users = new.users if isinstance(new, fx.Node) else ()
+    return [user for user in users if user.target is APPEND and user < _next_reader(fill)]
+
+
+def _next_reader(fill: fx.Node) -> fx.Node:
+    return min(fill.users, default=next(iter(reversed(fill.graph.nodes))))
