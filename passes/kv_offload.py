@@ -59,19 +59,16 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
     """
     kv = find_kv(gm)
     leaving = tuple(value for value in kv.found if start or value.past is not None)
-    left_out = dict(kv.left_out)
-    if not start:
-        left_out.update({v.kept.name: "kv_offload=False" for v in kv.found if v.past is None})
     rewriter = _Rewriter(gm, device)
     complete = _complete(leaving)
     for value in leaving:
         rewriter.keep_on_host(value, complete[value.layer])
+    _erase_unused(gm)
     arriving = rewriter.let_arrive()
     if leaving or arriving:
-        _erase_unused(gm)
         _one_layer_ahead(gm)
         gm.recompile()
-    return KVOffload(leaving, left_out, arriving)
+    return KVOffload(leaving, dict(kv.left_out) if start else {}, arriving)
 
 
 def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:

@@ -72,6 +72,7 @@ class _Sweep:
     worked: set[fx.Node] = field(default_factory=set)
     mixing: dict[fx.Node, str] = field(default_factory=dict)
     barriers: int = 0
+    batched: int = 0
     work: int = 0
 
     def visit(self, node: fx.Node) -> None:
@@ -97,7 +98,9 @@ class _Sweep:
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
             self.work += matmul_work(node)
-            self.barriers += any(n in self.activations and demand is None for n, demand in demanded)
+            activations = [demand for n, demand in demanded if n in self.activations]
+            self.barriers += any(demand is None for demand in activations)
+            self.batched += len(activations) > 1 and all(demand is not None for demand in activations)
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -203,7 +206,7 @@ def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node]
             if is_one(size) or hint(size) < 2:
                 continue
             found = _sweep(gm, seed, Dim(index), size, activations)
-            if best is None or _score(found) > _score(best):
+            if found is not None and (best is None or _score(found) > _score(best)):
                 best = found
     if best is None or total == 0 or best.work * 2 < total:
         return None
@@ -226,11 +229,17 @@ def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
+def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims | None:
+    """What follows from one dimension of an input; None if it is the batch's.
+
+    Products of activations then stay within its rows, an attention's too; with tokens, some needs all rows of another.
+    """
     sweep = _Sweep(length, activations, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
+    if sweep.batched and not sweep.barriers:
+        return None
     rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
     return TokenDims(seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers)
 

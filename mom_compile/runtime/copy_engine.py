@@ -27,81 +27,99 @@ import torch
 MOST_LEAVING = 4
 
 
+class CopyError(RuntimeError):
+    """A copy between device and host failed; what it should have written is not there."""
+
+
 class Ticket(Protocol):
     def wait(self) -> None:
-        """The computation goes on only when the copy is done. Raises what the copy raised."""
+        """The computation goes on only when the copy is done. Raises `CopyError` if it failed."""
 
     def synchronize(self) -> None:
-        """Return when the copy is done. Raises what the copy raised."""
+        """Return when the copy is done. Raises `CopyError` if it failed."""
+
+    def release(self) -> None:
+        """Like `wait`, for one who only wants the source's memory: whoever reads the result learns of an error."""
 
 
 @dataclass
 class Traffic:
-    """Bytes copied so far, by direction."""
+    """Bytes copied so far, by direction. `on_host` is what had to be moved within host memory."""
 
     to_host: int = 0
     to_device: int = 0
+    on_host: int = 0
 
 
 class CopyEngine:
-    """Copies in order, beside the computation. `begin(target, source)` is what an engine for a device provides."""
+    """Copies in order, beside the computation. `begin` is what an engine for a kind of device provides.
+
+    `after` is the last copy that touched the same rows on the host, if any: a ticket fails if one before it failed.
+    """
 
     def __init__(self) -> None:
         self.traffic = Traffic()
         self._leaving: collections.deque[Ticket] = collections.deque()
 
-    def begin(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> Ticket:
         raise NotImplementedError
 
-    def to_device(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+    def to_device(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> Ticket:
         """Copy rows to a device buffer. They must not be read before `wait`."""
         self.traffic.to_device += source.numel() * source.element_size()
-        return self.begin(target, source)
+        return self.begin(target, source, after)
 
-    def to_host(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+    def to_host(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> Ticket:
         """Copy rows to the host. The source may be dropped at once; it lives until it has left."""
         while len(self._leaving) >= MOST_LEAVING:
-            self._leaving.popleft().wait()
+            self._leaving.popleft().release()
         self.traffic.to_host += source.numel() * source.element_size()
-        ticket = self.begin(target, source)
+        ticket = self.begin(target, source, after)
         self._leaving.append(ticket)
         return ticket
 
     def settle(self) -> None:
         """The end of a program: what still leaves is out of the computation's way, and its sources may be freed."""
         while self._leaving:
-            self._leaving.popleft().wait()
+            self._leaving.popleft().release()
 
 
 class ThreadTicket:
     """A copy that a thread makes."""
 
-    def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = (target, source)
+    def __init__(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> None:
+        self._copy: tuple[torch.Tensor, torch.Tensor, Ticket | None] | None = (target, source, after)
         self._done = threading.Event()
         self._error: BaseException | None = None
 
     def run(self, delay: Callable[[], float] | None) -> None:
-        assert self._tensors is not None
+        assert self._copy is not None
         try:
             if delay is not None:
                 time.sleep(delay())
-            target, source = self._tensors
+            target, source, after = self._copy
+            if after is not None:
+                after.synchronize()
             with torch.inference_mode():
                 target.copy_(source)
         except BaseException as error:
             self._error = error
         finally:
-            self._tensors = None
-            target = source = None  # type: ignore[assignment]
+            self._copy = None
+            target = source = after = None  # type: ignore[assignment]
             self._done.set()
 
     def wait(self) -> None:
         self._done.wait()
         if self._error is not None:
-            raise self._error
+            # A new error each time: the frames of whoever waits must not live as long as the ticket.
+            raise CopyError(f"keys or values could not be copied: {self._error!r}") from self._error
 
-    synchronize = wait
+    def synchronize(self) -> None:
+        self.wait()
+
+    def release(self) -> None:
+        self._done.wait()
 
 
 class ThreadedEngine(CopyEngine):
@@ -115,8 +133,8 @@ class ThreadedEngine(CopyEngine):
         self._lock = threading.Lock()
         self._process = os.getpid()
 
-    def begin(self, target: torch.Tensor, source: torch.Tensor) -> ThreadTicket:
-        ticket = ThreadTicket(target, source)
+    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> ThreadTicket:
+        ticket = ThreadTicket(target, source, after)
         with self._lock:
             if self._process != os.getpid():
                 # A fork has no threads and must not copy what its parent queued.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from mom_compile.runtime.copy_engine import CopyEngine
+from mom_compile.runtime.copy_engine import CopyEngine, Ticket
 from mom_compile.runtime.host_region import HostMemoryError
 
 
@@ -33,6 +33,9 @@ class StreamTicket:
         self._done.synchronize()
         self.wait()
 
+    def release(self) -> None:
+        self.wait()
+
     def __del__(self) -> None:
         # Dropped without a wait (an exception in between): the tensors' memory must still not be reused too early.
         if self._tensors:
@@ -40,14 +43,15 @@ class StreamTicket:
 
 
 class CudaEngine(CopyEngine):
-    """One stream for both directions, so that copies of the same rows stay in order."""
+    """One stream for both directions, so that copies of the same rows stay in order. An error ends the process' use of
+    the device, so `after` needs no attention."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def begin(self, target: torch.Tensor, source: torch.Tensor) -> StreamTicket:
+    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> StreamTicket:
         compute = torch.cuda.current_stream(self.device)
         on_device, staged = source.device.type == "cuda", source
         if on_device and not _same_layout(target, source):

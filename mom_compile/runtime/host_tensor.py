@@ -89,6 +89,13 @@ class HostTensor(torch.Tensor):
 
     # --- the rest of what a tensor can do ---
 
+    def __getitem__(self, index: Any) -> Any:
+        """A slice that does not hold on to what it was cut from: autograd would note that as its base."""
+        part = super().__getitem__(index)
+        if isinstance(part, HostTensor) and not part.traced:
+            return _holding(part.host, part.lease, part.device)
+        return part
+
     def settled(self) -> torch.Tensor:
         """The inner tensor, after the copies that are on their way."""
         store = store_of(self.host)
@@ -202,10 +209,11 @@ def _to_host(value: Any) -> Any:
 def _rearranged(func: Any, args: Any, kwargs: Any) -> HostTensor:
     """Batch entries chosen, repeated or copied, from host memory to host memory."""
     source = args[0]
-    kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
     result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
     store = store_of(source.host)
-    return on_host(result, source.device, store.placement if store is not None else Placement())
+    # A copy that was asked to be contiguous will be looked at as if it were.
+    dim = 0 if kwargs.get("memory_format") is torch.contiguous_format else token_dim(result)
+    return on_host(result, source.device, store.placement if store is not None else None, dim)
 
 
 def _copied(source: HostTensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -220,9 +228,11 @@ def token_dim(tensor: torch.Tensor) -> int:
     return max(0, tensor.dim() - 2)
 
 
-def on_host(plain: torch.Tensor, device: torch.device, placement: Placement | None = None) -> HostTensor:
-    """Rows of a new store that hold what a host tensor holds. Raises `HostMemoryError`."""
-    dim = token_dim(plain)
+def on_host(
+    plain: torch.Tensor, device: torch.device, placement: Placement | None = None, dim: int | None = None
+) -> HostTensor:
+    """Rows of a new store, outermost along `dim`, that hold what a host tensor holds. Raises `HostMemoryError`."""
+    dim = token_dim(plain) if dim is None else dim
     rows = plain.movedim(dim, 0)
     store = HostStore(rows.shape[1:], plain.dtype, rows.shape[0], placement or Placement())
     made = shown(Lease(store, 0, rows.shape[0]), dim, device)

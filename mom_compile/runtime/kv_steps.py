@@ -44,8 +44,12 @@ class FetchRoom:
         shape = list(host.shape)
         shape[self.dim] = held + rows
         room = token_major(shape, self.dim, host, self.device)
-        ticket = engine_for(self.device).to_device(room.narrow(self.dim, 0, held), host)
-        _remember(host, ticket)
+        store = store_of(host)
+        after = store.region.pending if store is not None else None
+        ticket = engine_for(self.device).to_device(room.narrow(self.dim, 0, held), host, after)
+        if store is not None:
+            # Whoever writes over these rows waits until they have been read.
+            store.region.pending = ticket
         return (Arriving(room, ticket),)
 
 
@@ -91,6 +95,7 @@ class Append:
         rows = host.movedim(self.dim, 0)
         store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0], self.placement)
         store.rows(0, rows.shape[0]).copy_(rows)
+        engine_for(self.device).traffic.on_host += rows.numel() * rows.element_size()
         return Lease(store, 0, rows.shape[0])
 
 
@@ -135,14 +140,7 @@ def _leave(store: HostStore, first: int, rows: torch.Tensor, dim: int, device: t
     """Begin to copy rows to the end of a store. Memory for them is had first: no token is lost if it cannot be."""
     target = store.rows(first, first + rows.shape[dim]).movedim(0, dim)
     target._store = store  # type: ignore[attr-defined]  # a store must not go before its last copy
-    store.region.pending = engine_for(device).to_host(target, rows)
-
-
-def _remember(host: torch.Tensor, ticket: Ticket) -> None:
-    """A copy reads these rows: whoever writes over them waits for it."""
-    store = store_of(host)
-    if store is not None:
-        store.region.pending = ticket
+    store.region.pending = engine_for(device).to_host(target, rows, store.region.pending)
 
 
 def settle(host: torch.Tensor) -> None:

@@ -1,0 +1,398 @@
+"""An unmodified `generate()` keeps its keys and values on the host: same tokens, three graphs, only new rows leave."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+
+import mom_compile
+from mom_compile import HostMemoryError, HostTensor, host_memory
+from mom_compile.runtime import host_region
+from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
+from mom_compile.runtime.kv_steps import Append, Fill
+from tests.families import FAMILIES, prompt, small_model
+
+CPU = torch.device("cpu")
+NEW = 6
+OPTIONS = {"kv_offload": True, "mini_seq_len": 16, "strict": True}
+
+pytestmark = pytest.mark.usefixtures("eager_pieces")
+
+
+def generate(model, inputs, **more):
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(**inputs, **{**settings, **more}, return_dict_in_generate=True)
+
+
+def compiled(name: str, **options):
+    model = small_model(name, torch.float64)
+    model.compile(backend="mom", options={**OPTIONS, **options})
+    return model
+
+
+def tensors(cache):
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def same_cache(mine, reference, atol=1e-9):
+    for a, b in zip(tensors(mine), tensors(reference), strict=True):
+        torch.testing.assert_close(a.fetch() if isinstance(a, HostTensor) else a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
+    inputs = prompt(1, 41)
+    expected = generate(small_model(name, torch.float64), inputs)
+    result = generate(compiled(name), inputs)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
+    # These two compute parts of a layer in float32, whatever the model's dtype.
+    same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("gemma2", "bloom") else 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_a_padded_batch_generates_the_same_tokens(name):
+    inputs = prompt(3, 41, padded=True)
+    expected = generate(small_model(name, torch.float64), inputs)
+    result = generate(compiled(name), inputs)
+    assert torch.equal(result.sequences, expected.sequences)
+    same_cache(result.past_key_values, expected.past_key_values)
+
+
+def test_three_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_decode():
+    model = compiled("llama")
+    counters.clear()
+    generate(model, prompt(1, 41), max_new_tokens=12)
+    assert counters["stats"]["unique_graphs"] == 3
+    generate(model, prompt(1, 57), max_new_tokens=12)
+    assert counters["stats"]["unique_graphs"] == 4  # a prefill of any length; decode as before
+
+
+def test_beam_search_reorders_on_the_host(monkeypatch):
+    inputs = prompt(2, 41)
+    expected = generate(small_model("llama", torch.float64), inputs, num_beams=3)
+    model = compiled("llama")
+    original = HostTensor.fetch
+    fetch = lambda self: original(self) if self.traced else pytest.fail("a cache was brought back")  # noqa: E731
+    monkeypatch.setattr(HostTensor, "fetch", fetch)
+    assert torch.equal(generate(model, inputs, num_beams=3).sequences, expected.sequences)
+
+
+def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatch):
+    inputs = prompt(1, 41)
+    helper = small_model("llama", torch.float64)
+    with torch.no_grad():
+        helper.lm_head.weight[::3] *= -1  # often wrong, so that tokens are taken back
+    expected = generate(small_model("llama", torch.float64), inputs, assistant_model=helper)
+    cropped = []
+    original = DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda self, n: (cropped.append(n), original(self, n)))
+    traffic = engine_for(CPU).traffic
+    before = traffic.on_host
+    result = generate(compiled("llama"), inputs, assistant_model=helper)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert cropped
+    assert traffic.on_host == before
+
+
+def test_a_second_turn_continues_a_cache_that_is_on_the_host():
+    first, second = prompt(1, 41), prompt(1, 23, seed=5)["input_ids"]
+    answers = []
+    for model in (small_model("llama", torch.float64), compiled("llama")):
+        turn = generate(model, first)
+        both = {"input_ids": torch.cat([turn.sequences, second], 1)}
+        answers.append(generate(model, both, past_key_values=turn.past_key_values))
+    assert torch.equal(answers[1].sequences, answers[0].sequences)
+    same_cache(answers[1].past_key_values, answers[0].past_key_values)
+
+
+def test_inference_mode_and_chunked_prefill_work_alike():
+    inputs = prompt(1, 41)
+    expected = generate(small_model("llama", torch.float64), inputs)
+    with torch.inference_mode():
+        assert torch.equal(generate(compiled("llama"), inputs).sequences, expected.sequences)
+    chunked = generate(compiled("llama"), inputs, prefill_chunk_size=16)
+    assert torch.equal(chunked.sequences, expected.sequences)
+
+
+# --- traffic and memory ---
+
+
+def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
+    model = compiled("llama")
+    traffic = engine_for(CPU).traffic
+    row = 3 * 2 * 2 * 16 * 8  # layers, keys and values, heads, channels, bytes
+    before = copy.copy(traffic)
+    generate(model, prompt(1, 41), max_new_tokens=1)
+    assert traffic.to_host - before.to_host == 41 * row
+    assert traffic.to_device == before.to_device
+    before = copy.copy(traffic)
+    generate(model, prompt(1, 41), max_new_tokens=9)
+    assert traffic.to_host - before.to_host == (41 + 8) * row
+    assert traffic.to_device - before.to_device == sum(range(41, 41 + 8)) * row
+    assert traffic.on_host == before.on_host
+
+
+class Rooms:
+    """Bytes of keys and values on the device: buffers that pasts arrive in, while they live."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = self.most = 0
+        original = Fill.__call__
+        begin = mom_compile.runtime.kv_steps.FetchRoom.__call__
+
+        def arriving(step, arguments):
+            (made,) = begin(step, arguments)
+            size = made.room.numel() * made.room.element_size()
+            self.add(size)
+            weakref.finalize(made.room, self.add, -size)
+            return (made,)
+
+        monkeypatch.setattr(mom_compile.runtime.kv_steps.FetchRoom, "__call__", arriving)
+        monkeypatch.setattr(Fill, "__call__", original)
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def test_two_layers_are_on_the_device_at_most_while_decoding(monkeypatch):
+    rooms = Rooms(monkeypatch)
+    generate(compiled("llama"), prompt(1, 41), max_new_tokens=9)
+    layer = 2 * (41 + 8) * 2 * 16 * 8
+    assert 0 < rooms.most <= 2 * layer
+    gc.collect()
+    assert rooms.now == 0
+
+
+def test_a_hundred_prompts_hold_no_more_than_one():
+    model = compiled("llama")
+
+    def run() -> DynamicCache:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(**prompt(1, 23), past_key_values=cache)
+            model(torch.tensor([[7]]), past_key_values=cache)
+        return cache
+
+    run()  # Dynamo keeps what it compiled with until it is collected
+    gc.collect()
+    start = host_memory()
+    held = set()
+    for _ in range(100):
+        cache = run()
+        held.add(host_memory())
+        del cache
+        assert host_memory() == start  # without the help of the garbage collector
+    assert len(held) == 1
+
+
+# --- where it goes ---
+
+
+def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_path):
+    inputs = prompt(2, 41)
+    expected = generate(small_model("llama", torch.float64), inputs)
+    gc.collect()
+    before = host_memory()
+    result = generate(compiled("llama", kv_offload="disk", kv_dir=str(tmp_path)), inputs)
+    assert torch.equal(result.sequences, expected.sequences)
+    same_cache(result.past_key_values, expected.past_key_values)
+    held = host_memory()
+    assert held.disk > 0
+    assert held.memory == before.memory
+    assert list(tmp_path.iterdir()) == []
+    del result
+    gc.collect()
+    assert host_memory() == before
+
+
+@pytest.mark.parametrize(("budget", "resident"), [("1KiB", []), ("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
+def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
+    inputs = prompt(1, 41)
+    expected = generate(small_model("llama", torch.float64), inputs)
+    result = generate(compiled("llama", kv_offload="auto", memory_budget=budget), inputs)
+    assert torch.equal(result.sequences, expected.sequences)
+    layers = result.past_key_values.layers
+    assert [i for i, layer in enumerate(layers) if not isinstance(layer.keys, HostTensor)] == resident
+    assert [isinstance(layer.keys, HostTensor) for layer in layers] == [
+        isinstance(layer.values, HostTensor) for layer in layers
+    ]
+
+
+def test_a_budget_in_between_keeps_some_layers_spread_evenly():
+    inputs = prompt(1, 41)
+    expected = generate(small_model("llama", torch.float64), inputs)
+    model = compiled("llama", kv_offload="auto", memory_budget=1)
+    generate(model, inputs, max_new_tokens=1)
+    prefill, layer = mom_compile.reports()[0], 2 * 41 * 2 * 16 * 8
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    needed = weights + 41 * prefill.floor_bytes_per_token + 4 * max(stage.widest_bytes for stage in prefill.stages)
+    torch._dynamo.reset()
+    result = generate(compiled("llama", kv_offload="auto", memory_budget=int(needed + 1.5 * layer)), inputs)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert [isinstance(one.keys, HostTensor) for one in result.past_key_values.layers] == [True, True, False]
+
+
+# --- caches that are not ours to move ---
+
+
+def test_a_static_cache_stays_where_it_is_with_the_reason():
+    inputs = prompt(1, 41)
+    expected = generate(small_model("llama", torch.float64), inputs)
+    model = compiled("llama")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    result = generate(model, inputs, past_key_values=cache, disable_compile=True)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert not any(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
+    reasons = [reason for report in mom_compile.reports() for reason in report.on_device.values()]
+    assert any("static cache" in reason for reason in reasons)
+
+
+class TokensFirst:
+    """A cache of a user's own: `[B, T, H, D]`, one tensor for each of keys and values."""
+
+    def __init__(self) -> None:
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if self.keys is not None:
+            keys, values = torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1)
+        self.keys, self.values = keys, values
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def test_a_cache_of_ones_own_with_another_layout_is_found_by_its_structure():
+    def attend(x, cache):
+        q, k, v = (t.view(1, -1, 2, 8).transpose(1, 2) for t in (x @ WQ, x @ WK, x @ WV))
+        k, v = cache.update(k, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+    generator = torch.Generator().manual_seed(0)
+    WQ, WK, WV = (torch.randn(16, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    run = torch.compile(attend, backend="mom", options=OPTIONS)
+    mine, reference = TokensFirst(), TokensFirst()
+    with torch.no_grad():
+        for tokens in (37, 1, 1, 1):
+            x = torch.randn(1, tokens, 16, generator=generator, dtype=torch.float64)
+            torch.testing.assert_close(run(x, mine), attend(x, reference), rtol=0, atol=1e-10)
+            assert isinstance(mine.keys, HostTensor)
+    torch.testing.assert_close(mine.keys.fetch(), reference.keys, rtol=0, atol=1e-10)
+
+
+# --- bad luck ---
+
+
+def test_a_cache_goes_on_after_its_model_was_compiled_again():
+    inputs, step = prompt(1, 41), torch.tensor([[7]])
+    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    mine, expected = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=mine)
+        reference(**inputs, past_key_values=expected)
+        torch._dynamo.reset()
+        for options in (OPTIONS, {"strict": True, "kv_offload": False}, OPTIONS):
+            model.compile(backend="mom", options=options)
+            got = model(step, past_key_values=mine).logits
+            torch.testing.assert_close(got, reference(step, past_key_values=expected).logits, rtol=0, atol=1e-9)
+    same_cache(mine, expected)
+
+
+def test_what_a_user_writes_into_a_cache_between_steps_counts():
+    inputs, step = prompt(1, 41), torch.tensor([[7]])
+    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    mine, expected = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        for one, cache in ((model, mine), (reference, expected)):
+            one(**inputs, past_key_values=cache)
+            cache.layers[1].keys[:, :, 3:9] = 0.5
+            cache.layers[2].values.mul_(2)
+        got = model(step, past_key_values=mine).logits
+        torch.testing.assert_close(got, reference(step, past_key_values=expected).logits, rtol=0, atol=1e-9)
+
+
+def test_a_copy_of_a_cache_can_go_another_way():
+    inputs = prompt(1, 41)
+    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    mine, expected = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=mine)
+        reference(**inputs, past_key_values=expected)
+        for token in (7, 8):
+            branches = copy.deepcopy(mine), copy.deepcopy(expected)
+            got, want = (
+                one(torch.tensor([[token]]), past_key_values=cache).logits
+                for one, cache in zip((model, reference), branches, strict=True)
+            )
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    same_cache(mine, expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monkeypatch):
+    inputs = prompt(1, 41)
+    model = compiled("llama")
+    expected = generate(model, inputs).sequences
+    gc.collect()
+    before = host_memory()
+    waits = iter(range(1000))
+    original = ThreadTicket.wait
+
+    def interrupted(self):
+        if threading.current_thread() is threading.main_thread() and next(waits) == 10:
+            raise error("stop")
+        original(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ThreadTicket, "wait", interrupted)
+        with pytest.raises(error, match="stop"):
+            generate(model, inputs)
+    assert torch.equal(generate(model, inputs).sequences, expected)
+    gc.collect()
+    assert host_memory() == before
+
+
+def test_memory_that_cannot_be_had_is_an_error_and_the_model_stays_usable(monkeypatch):
+    inputs = prompt(1, 41)
+    model = compiled("llama")
+    with monkeypatch.context() as patched:
+        patched.setattr(host_region, "available_memory", lambda: 0)
+        with pytest.raises(HostMemoryError, match="kv_offload='disk'"):
+            generate(model, inputs)
+    reference = generate(small_model("llama", torch.float64), inputs)
+    assert torch.equal(generate(model, inputs).sequences, reference.sequences)
+
+
+def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
+    inputs, step = prompt(1, 41), torch.tensor([[7]])
+    model = compiled("llama")
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        expected = copy.deepcopy(cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(Append, "__call__", lambda step, arguments: (_ for _ in ()).throw(HostMemoryError("full")))
+            with pytest.raises(HostMemoryError, match="full"):
+                model(step, past_key_values=cache)
+        assert cache.get_seq_length() == 41
+        a, b = (model(step, past_key_values=one).logits for one in (cache, expected))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_report_says_what_goes_to_the_host():
+    generate(compiled("llama"), prompt(1, 41))
+    prefill, decode, _ = mom_compile.reports()
+    assert [value.layer for value in prefill.on_host] == [0, 0, 1, 1, 2, 2]
+    assert not any(value.has_past for value in prefill.on_host)
+    assert all(value.has_past for value in decode.on_host)
+    assert "to the host: rows of 6 keys and values of 3 layers, 1536 B/token" in str(prefill)
+    assert "to the host: new rows" in str(decode)
+    assert "no loops" in str(decode)
