@@ -1,7 +1,9 @@
 """The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
 
 1. the tests marked `gpu`, in a subprocess with a time limit;
-2. Llama-3-8B's shape in bf16 with random weights, prefill of 16k, 64k and 144k tokens, last-token logits, under
+2. the KV cache on the device against the KV cache on the host (`benchmarks.kv`), Llama-3-8B's shape in bf16, a prompt
+   of 128k tokens: seconds of the prefill, milliseconds of a decode step, the share of the link's bandwidth it reaches;
+3. the same shape, prefill of 16k, 64k and 144k tokens, last-token logits, under
    mom, stock Inductor and eager: peak above the weights (`torch.cuda.max_memory_allocated`) and time.
 
 Each backend has a process of its own and goes through the lengths upwards; running out of memory is a figure
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, workers
+from benchmarks import kv, measure, workers
 from benchmarks.measure import MIB
 
 Row = dict[str, Any]
@@ -80,6 +82,16 @@ def run_gpu_tests(limit: float) -> Row:
     return {"status": status, "seconds": time.monotonic() - start, "tail": output.splitlines()[-15:]}
 
 
+def kv_rows(options: argparse.Namespace, limit: float) -> list[Row]:
+    """The KV cache on the device and on the host, in that order."""
+    arguments = ["--seq", str(options.kv_seq), "--layers", str(options.layers), "--shape", options.shape]
+    arguments += ["--dtype", "bfloat16", "--device", options.device, "--backends", "mom", "mom-host"]
+    parsed = kv.parse(arguments)
+    rows = kv.run(parsed, timeout=limit / 2)
+    kv.print_rows(rows, parsed)
+    return rows
+
+
 def show(cell: Row) -> str:
     head = f"{cell['backend']:>9} {cell['tokens']:>7} tokens: "
     if "error" in cell:
@@ -111,6 +123,12 @@ def run(options: argparse.Namespace, target: Path) -> Row:
         results["tests"] = run_gpu_tests(options.budget / 4)
         write()
         print(*results["tests"]["tail"], sep="\n", flush=True)
+    try:
+        results["kv"] = kv_rows(options, options.budget / 2) if options.kv_seq else []
+    except workers.WorkerFailed as failed:
+        results.setdefault("failures", []).append({"backend": "kv", "error": str(failed)})
+        print(f"kv: {failed}", flush=True)
+    write()
     for backend in options.backends:
         left = end - time.monotonic()
         spec = {name: getattr(options, name) for name in ("shape", "layers", "sizes", "repeats", "cache", "device")}
@@ -130,6 +148,7 @@ def run(options: argparse.Namespace, target: Path) -> Row:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Prefill figures on a GPU.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16 * 1024, 64 * 1024, 144 * 1024])
+    parser.add_argument("--kv-seq", type=int, default=128 * 1024, help="prompt for the KV cache's figures; 0: none")
     parser.add_argument("--backends", nargs="+", default=["mom", "inductor", "eager"])
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)

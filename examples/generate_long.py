@@ -119,12 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec |= {"kind": "generate", "model": options.model or str(OUTPUT / "model")}
         rows: list[Row] = []
         for offload in (False, True):
-            name = "cache on the host: " if offload else "cache on the device: "
-            rows += workers.run_worker(
-                "examples.generate_long",
-                spec | {"kv_offload": offload},
-                on_step=lambda text, name=name: status.update(name + text),
-            )
+            where = "cache on the host: " if offload else "cache on the device: "
+
+            def on_step(text: str, where: str = where) -> None:
+                status.update(where + text)
+
+            rows += workers.run_worker("examples.generate_long", spec | {"kv_offload": offload}, on_step=on_step)
     print_rows(rows, options)
     print(measure.describe_machine(measure.machine()))
     return 0
