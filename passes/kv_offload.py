@@ -29,9 +29,10 @@ from torch import fx
 
 from passes.demands import VIEWS
 from passes.graphs import fake_value, size_node
-from passes.host_ops import APPEND, FETCH, FETCH_ROOM, FILL, OFFLOAD
+from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_values import KeyOrValue, find_kv
 from passes.sizes import Size, same
+from passes.token_dims import matmul_work
 
 aten = torch.ops.aten
 
@@ -138,8 +139,8 @@ class _Rewriter:
             if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
                 continue
             before = node.meta.get("val")
-            if node.target in (FILL, APPEND, OFFLOAD) or not isinstance(before, torch.Tensor):
-                continue
+            if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
+                continue  # products lay their result out by themselves
             _relay(node)
             if not _alike(before, node.meta["val"]):
                 changed.add(node)

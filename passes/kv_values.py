@@ -96,9 +96,21 @@ def find_kv(gm: fx.GraphModule) -> KVValues:
             left_out[kept.name] = "which of its dimensions holds the tokens cannot be told"
             continue
         found.append((position[reader], position[full], full, kept, tuple(outputs), dim))
-    readers = {at: layer for layer, at in enumerate(sorted({at for at, *_ in found}))}
-    values = [_record(readers[at], full, kept, outputs, dim) for at, _, full, kept, outputs, dim in sorted(found)]
+    layers = _number(list(gm.graph.nodes), sorted({at for at, *_ in found}))
+    values = [_record(layers[at], full, kept, outputs, dim) for at, _, full, kept, outputs, dim in sorted(found)]
     return KVValues(tuple(values), left_out)
+
+
+def _number(nodes: list[fx.Node], readers: list[int]) -> dict[int, int]:
+    """Layers by the positions of their readers: two products, one over keys and then one over values, are one layer."""
+    layers: dict[int, int] = {}
+    alone = False
+    for at in readers:
+        product = nodes[at].target in _PRODUCTS
+        paired = product and alone
+        layers[at] = max(layers.values(), default=-1) + (not paired)
+        alone = product and not paired
+    return layers
 
 
 def _record(layer: int, full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int) -> KeyOrValue:

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from passes.errors import PassError
+from passes.host_ops import APPEND, COPIES, FETCH_ROOM, FILL, OFFLOAD
 from passes.mini_sequence import MiniSequence, loop_nodes
 
 
@@ -15,6 +16,7 @@ def verify(gm: fx.GraphModule) -> None:
     - every node is defined before it is used, every target exists
     - every tensor operation knows its value's shape
     - nothing reads a value after a loop has written over it, and no input is written over
+    - a buffer that a past arrives in is read by what waits for it alone, and what is on the host by nothing
     - a loop's body takes `(start, count)` and what its spec says, and returns what the spec stores
     """
     try:
@@ -24,9 +26,18 @@ def verify(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns_tensor(node):
             raise PassError(f"{node.name} ({node.target}) has lost its value")
+        if node.target in COPIES:
+            _verify_copy(node)
     for node, loop in loop_nodes(gm):
         _verify_loop(str(node.target), loop)
         _verify_takeovers(node, loop)
+
+
+def _verify_copy(node: fx.Node) -> None:
+    if node.target is FETCH_ROOM and any(user.target is not FILL for user in node.users):
+        raise PassError(f"{node.name} is read before it is filled")
+    if node.target in (APPEND, OFFLOAD) and any(user.op != "output" for user in node.users):
+        raise PassError(f"{node.name} is on the host and is read on the device")
 
 
 def _verify_loop(name: str, loop: MiniSequence) -> None:

@@ -52,7 +52,7 @@ def same_cache(mine, reference, atol=1e-9):
 
 
 #: The others are the same in kind; `make sweep` runs them.
-QUICK = {"llama", "mistral", "gemma3", "gpt2"}
+QUICK = {"mistral", "gemma3", "gpt2"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("gemma2", "bloom") else 1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("mistral", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_a_padded_batch_generates_the_same_tokens(name):
     inputs = prompt(3, 41, padded=True)
     expected = generate(small_model(name, torch.float64), inputs)
@@ -82,6 +84,13 @@ def test_three_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_deco
     counters.clear()
     generate(model, prompt(1, 41), max_new_tokens=12)
     assert counters["stats"]["unique_graphs"] == 3
+    prefill, decode, _ = mom_compile.reports()
+    assert [value.layer for value in prefill.on_host] == [0, 0, 1, 1, 2, 2]
+    assert not any(value.has_past for value in prefill.on_host)
+    assert all(value.has_past for value in decode.on_host)
+    assert "to the host: rows of 6 keys and values of 3 layers, 1536 B/token" in str(prefill)
+    assert "to the host: new rows" in str(decode)
+    assert "no loops" in str(decode)
     generate(model, prompt(1, 57), max_new_tokens=12)
     assert counters["stats"]["unique_graphs"] == 4  # a prefill of any length; decode as before
 
@@ -113,6 +122,7 @@ def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatc
     assert traffic.on_host == before
 
 
+@pytest.mark.slow
 def test_a_second_turn_continues_a_cache_that_is_on_the_host():
     first, second = prompt(1, 41), prompt(1, 23, seed=5)["input_ids"]
     answers = []
@@ -124,6 +134,7 @@ def test_a_second_turn_continues_a_cache_that_is_on_the_host():
     same_cache(answers[1].past_key_values, answers[0].past_key_values)
 
 
+@pytest.mark.slow
 def test_inference_mode_and_chunked_prefill_work_alike():
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)
@@ -226,7 +237,9 @@ def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_pa
     assert host_memory() == before
 
 
-@pytest.mark.parametrize(("budget", "resident"), [("1KiB", []), ("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("budget", "resident"), [("1GiB", [0, 1, 2]), pytest.param(None, [0, 1, 2], marks=pytest.mark.slow)]
+)
 def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)
@@ -348,7 +361,7 @@ def test_a_copy_of_a_cache_can_go_another_way():
     same_cache(mine, expected)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt])
 def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monkeypatch):
     inputs = prompt(1, 41)
     model = compiled("llama")
@@ -397,14 +410,3 @@ def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
         assert cache.get_seq_length() == 41
         a, b = (model(step, past_key_values=one).logits for one in (cache, expected))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_the_report_says_what_goes_to_the_host():
-    generate(compiled("llama"), prompt(1, 41))
-    prefill, decode, _ = mom_compile.reports()
-    assert [value.layer for value in prefill.on_host] == [0, 0, 1, 1, 2, 2]
-    assert not any(value.has_past for value in prefill.on_host)
-    assert all(value.has_past for value in decode.on_host)
-    assert "to the host: rows of 6 keys and values of 3 layers, 1536 B/token" in str(prefill)
-    assert "to the host: new rows" in str(decode)
-    assert "no loops" in str(decode)

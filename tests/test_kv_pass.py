@@ -1,0 +1,161 @@
+"""The pass that moves keys and values: what it finds, what it inserts, and that the graph still says the same."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from mom_compile.runtime.host_tensor import on_host
+from passes.attention_form import attention_form
+from passes.errors import PassError
+from passes.graphs import copy_graph
+from passes.host_ops import APPEND, FETCH, FETCH_ROOM, FILL, OFFLOAD
+from passes.kv_offload import kv_offload
+from passes.kv_values import find_kv
+from passes.verify import verify
+from tests import tiny
+from tests.captured import Captured, capture, ids
+from tests.families import FAMILIES, prompt, small_model
+
+CPU = torch.device("cpu")
+PAST = 29
+
+
+def decode_step(name: str, rows: int = 1, *, host: bool = True, dynamic: bool | None = None) -> Captured:
+    """The graph of `rows` new tokens over a cache of `PAST`, on the host or not."""
+    model = small_model(name, torch.float64)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**prompt(2, PAST), past_key_values=cache)
+    for layer in cache.layers if host else ():
+        layer.keys, layer.values = on_host(layer.keys, CPU), on_host(layer.values, CPU)
+    return capture(
+        lambda input_ids: model(input_ids, past_key_values=cache, logits_to_keep=1).logits,
+        input_ids=ids(rows, 2),
+        dynamic=dynamic,
+    )
+
+
+@functools.cache
+def llama_step() -> Captured:
+    return decode_step("llama")
+
+
+def offloaded(captured: Captured, *, start: bool = True):
+    gm = attention_form(copy_graph(captured.gm))
+    record = kv_offload(gm, CPU, start=start)
+    verify(gm)
+    return gm, record
+
+
+def order(gm, *targets):
+    return [node for node in gm.graph.nodes if node.target in targets]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dynamic"),
+    [("llama", 3, True), ("mistral", 1, None), ("mistral", 3, True), ("gpt2", 3, None), ("bloom", 1, True)],
+)
+def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
+    captured = decode_step(name, rows, dynamic=dynamic)
+    gm, record = offloaded(captured)
+    assert len(record.leaving) == record.arriving == 6
+    for mine, reference in zip(gm(*captured.inputs), captured.gm(*captured.inputs), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6 if name == "bloom" else 1e-10)
+
+
+def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
+    gm, record = offloaded(llama_step())
+    counts = {target: len(order(gm, target)) for target in (FETCH, FETCH_ROOM, FILL, APPEND, OFFLOAD)}
+    assert counts == {FETCH: 0, FETCH_ROOM: 6, FILL: 6, APPEND: 6, OFFLOAD: 0}
+    assert [value.layer for value in record.leaving] == [0, 0, 1, 1, 2, 2]
+    output = next(iter(reversed(gm.graph.nodes)))
+    assert sum(node.target is APPEND for node in output.args[0]) == 6
+
+
+def test_a_fetch_begins_one_layer_ahead_and_no_earlier():
+    gm, _ = offloaded(llama_step())
+    copies = ["begin" if node.target is FETCH_ROOM else "wait" for node in order(gm, FETCH_ROOM, FILL)]
+    assert copies == ["begin"] * 4 + ["wait"] * 2 + ["begin"] * 2 + ["wait"] * 4
+
+
+def test_one_piece_lies_between_the_copies_of_two_layers():
+    gm, _ = offloaded(llama_step())
+    copies = {FETCH_ROOM, FILL, APPEND}
+    runs = 0
+    for node in gm.graph.nodes:
+        computes = node.op == "call_function" and node.target not in copies
+        runs += computes and (node.prev.target in copies or node.prev.op == "placeholder")
+    assert runs == 4
+
+
+def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
+    captured = decode_step("llama", host=False)
+    gm, record = offloaded(captured)
+    assert len(order(gm, OFFLOAD)) == 6
+    assert record.arriving == 0
+    for mine, reference in zip(gm(*captured.inputs), captured.gm(*captured.inputs), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-10)
+    gm, record = offloaded(captured, start=False)
+    assert not record
+    assert gm.code == attention_form(copy_graph(captured.gm)).code
+
+
+def test_a_cache_on_the_host_stays_there_whatever_the_option():
+    _, record = offloaded(llama_step(), start=False)
+    assert len(record.leaving) == 6
+
+
+QUICK = {"gemma3", "falcon", "bloom"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+)
+def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
+    """Two for each layer, tokens in dimension 2; a sliding window keeps the last of its rows."""
+    captured = decode_step(name)
+    found = find_kv(attention_form(copy_graph(captured.gm))).found
+    assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
+    assert {value.dim for value in found} == {2}
+    window = FAMILIES[name][1].get("sliding_window")
+    for value in found:
+        rows = value.kept.meta["val"].shape[2]
+        assert rows in ({PAST + 1} if window is None else {PAST + 1, window - 1})
+        assert value.first == value.full.meta["val"].shape[2] - rows
+
+
+def test_what_each_layer_gives_is_not_taken_for_a_cache():
+    model = tiny.TinyDecoder().double()
+
+    def every_layer(input_ids):
+        states = [model.embed(input_ids)]
+        for layer in model.layers:
+            states.append(layer(states[-1]))
+        return tuple(states), model.head(states[-1])
+
+    captured = capture(every_layer, input_ids=tiny.ids(1, 40))
+    assert find_kv(attention_form(copy_graph(captured.gm))).found == ()
+
+
+@pytest.mark.parametrize("spoil", ["two readers", "filled late"])
+def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
+    gm, _ = offloaded(llama_step())
+    fill = order(gm, FILL)[0]
+    if spoil == "two readers":
+        fill.next.append(gm.graph.call_function(torch.ops.aten.alias.default, (fill.args[0],)))
+    else:
+        next(iter(fill.users)).replace_input_with(fill, fill.args[0])
+    with pytest.raises(PassError, match="before it is filled"):
+        verify(gm)
+
+
+def test_a_host_value_that_is_read_on_the_device_is_refused():
+    gm, _ = offloaded(llama_step())
+    append = order(gm, APPEND)[0]
+    append.append(gm.graph.call_function(torch.ops.aten.alias.default, (append,)))
+    with pytest.raises(PassError, match="on the host"):
+        verify(gm)
