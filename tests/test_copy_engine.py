@@ -69,6 +69,18 @@ def test_no_more_than_a_few_values_are_leaving_at_a_time(held):
     assert not asked.is_alive()
 
 
+def test_when_a_program_ends_nothing_is_leaving_any_more(held):
+    engine, go = held
+    source = torch.ones(4)
+    alive = weakref.ref(source)
+    engine.to_host(torch.zeros(4), source, None)
+    del source
+    go.set()
+    engine.settle()
+    gc.collect()
+    assert alive() is None
+
+
 def test_bytes_are_counted_by_direction():
     engine = ThreadedEngine()
     engine.to_host(torch.zeros(4), torch.ones(4), None)

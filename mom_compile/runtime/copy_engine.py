@@ -22,9 +22,9 @@ from typing import Protocol
 
 import torch
 
-#: Copies to the host that may be under way at once: keys and values of two layers. More would keep more layers on
-#: the device than a slow link can carry away.
-MOST_LEAVING = 4
+#: Copies to the host that may be under way when another begins: keys and values of the layer before. Its stage has
+#: run meanwhile; a link that was slower than that would otherwise let more and more layers wait on the device.
+MOST_LEAVING = 2
 
 
 class CopyError(RuntimeError):
@@ -79,7 +79,7 @@ class CopyEngine:
         return ticket
 
     def settle(self) -> None:
-        """The end of a program: what still leaves is out of the computation's way, and its sources may be freed."""
+        """The end of a program: what has been computed after it finds the device free of what was leaving."""
         while self._leaving:
             self._leaving.popleft().release()
 
@@ -150,10 +150,6 @@ class ThreadedEngine(CopyEngine):
     def _copy_all(self, waiting: queue.SimpleQueue[ThreadTicket]) -> None:
         while True:
             waiting.get().run(self.delay)
-
-    def settle(self) -> None:
-        """Nothing to wait for: a copied tensor dies with its copy."""
-        self._leaving.clear()
 
 
 _ENGINES: dict[torch.device, CopyEngine] = {}
