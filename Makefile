@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 
-.PHONY: demo test bench lint sweep clean
+.PHONY: demo test bench bench-kv lint sweep clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
@@ -40,6 +40,9 @@ demo: $(VENV)/.extra-demo
 
 bench: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-kv: $(VENV)/.extra-bench
+	@$(BIN)/python -m benchmarks.kv $(ARGS)
 
 lint: $(VENV)/.extra-test
 	@$(BIN)/ruff check .

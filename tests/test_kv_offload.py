@@ -74,6 +74,20 @@ def test_a_padded_batch_generates_the_same_tokens(name):
     same_cache(result.past_key_values, expected.past_key_values)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
+def test_sixty_four_tokens_after_four_thousand_are_eagers(name, monkeypatch):
+    longer = {**FAMILIES[name][1], ("n_positions" if name == "gpt2" else "max_position_embeddings"): 8192}
+    monkeypatch.setitem(FAMILIES, name, (FAMILIES[name][0], longer))
+    inputs = prompt(1, 4096)
+    expected = generate(small_model(name, torch.float64), inputs, max_new_tokens=64)
+    counters.clear()
+    result = generate(compiled(name, mini_seq_len=512), inputs, max_new_tokens=64)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
+
+
 def test_three_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_decode():
     model = compiled("llama")
     counters.clear()

@@ -79,7 +79,7 @@ class CopyEngine:
         return ticket
 
     def settle(self) -> None:
-        """The end of a program: what has been computed after it finds the device free of what was leaving."""
+        """The end of a program: nothing is leaving any more, so the device has its sources' memory back."""
         while self._leaving:
             self._leaving.popleft().release()
 
