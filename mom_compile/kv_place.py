@@ -36,7 +36,7 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], repo
         layers = 1 + max((value.layer for value in report.on_host), default=0)
         budget = options.budget_bytes or _free_bytes(device)
         fixed = _static_bytes(gm, static) + _iteration_bytes(report)
-        residency = Residency(budget, fixed, report.floor_bytes_per_token, layers)
+        residency = Residency(budget, fixed, _bytes_per_token(report, layers), layers)
     return KVPlace(device, _placement(options, device), residency)
 
 
@@ -54,6 +54,13 @@ def _free_bytes(device: torch.device) -> int:
     """What this process may use of a device: what is free, and what PyTorch has reserved already."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device))
+
+
+def _bytes_per_token(report: Report, layers: int) -> int:
+    """Full-length values that are alive at a time; where there are no loops, two layers' keys and values."""
+    if report.stages:
+        return report.floor_bytes_per_token
+    return 2 * sum(value.bytes_per_token for value in report.on_host) // layers
 
 
 def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
