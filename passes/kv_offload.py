@@ -45,10 +45,6 @@ class KVOffload:
     left_out: dict[str, str]
     arriving: int
 
-    @property
-    def layers(self) -> int:
-        return len({value.layer for value in self.leaving})
-
     def __bool__(self) -> bool:
         return bool(self.leaving) or self.arriving > 0
 
@@ -82,7 +78,6 @@ def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:
 
 class _Rewriter:
     def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
-        self.gm = gm
         self.graph = gm.graph
         self.device = device
         self.output = next(iter(reversed(gm.graph.nodes)))

@@ -72,10 +72,6 @@ class KVValues:
     found: tuple[KeyOrValue, ...]
     left_out: dict[str, str]
 
-    @property
-    def layers(self) -> int:
-        return 1 + max((value.layer for value in self.found), default=-1)
-
 
 def find_kv(gm: fx.GraphModule) -> KVValues:
     """The keys and values that leave a graph. Nothing is changed."""
