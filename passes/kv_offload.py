@@ -57,6 +57,9 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
     kv = find_kv(gm)
     leaving = tuple(value for value in kv.found if start or value.past is not None)
     rewriter = _Rewriter(gm, device)
+    for value in leaving:
+        if value.past is None:
+            _bring_up(value.full)
     complete = _complete(leaving)
     for value in leaving:
         rewriter.keep_on_host(value, complete[value.layer])
@@ -66,6 +69,20 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
         _one_layer_ahead(gm)
         gm.recompile()
     return KVOffload(leaving, dict(kv.left_out) if start else {}, arriving)
+
+
+def _bring_up(full: fx.Node) -> None:
+    """Move the views that a value is seen through to where its rows are complete: outputs are looked at last."""
+    views, root = [], full
+    while root.target in VIEWS:
+        views.append(root)
+        root = root.args[0]  # type: ignore[assignment]
+    place = _behind(root)
+    sizes = {size for view in views for size in view.all_input_nodes if size not in views and size is not root}
+    if all(size < place for size in sizes):
+        for view in reversed(views):
+            if place < view:
+                place.prepend(view)
 
 
 def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import mom_compile
 from mom_compile.runtime.host_tensor import on_host
 from passes.attention_form import attention_form
 from passes.errors import PassError
@@ -102,6 +103,23 @@ def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
     gm, record = offloaded(captured, start=False)
     assert not record
     assert gm.code == attention_form(copy_graph(captured.gm)).code
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize(("name", "dynamic"), [("llama", None), ("llama", True), ("gpt2", None)])
+def test_keys_and_values_leave_before_the_next_layer_is_computed(name, dynamic):
+    """Not where the graph's outputs are, which is at its end: until then they would all be on the device."""
+    model = small_model(name, torch.float64)
+    model.compile(backend="mom", dynamic=dynamic, options={"kv_offload": True, "mini_seq_len": 16, "strict": True})
+    with torch.no_grad():
+        model(**prompt(1, 40), use_cache=True, logits_to_keep=1)
+    gm = mom_compile.reports()[-1].graph
+    kinds = ["loop" if node.op == "call_module" else "leaves" for node in gm.graph.nodes if _moves(node)]
+    assert kinds == ["loop", "leaves", "leaves"] * 3
+
+
+def _moves(node) -> bool:
+    return node.op == "call_module" or node.target is OFFLOAD
 
 
 def test_a_cache_on_the_host_stays_there_whatever_the_option():
