@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 import mom_compile
+from benchmarks import measure
 from mom_compile import HostMemoryError, HostTensor, host_memory
 from mom_compile.runtime import host_region
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
@@ -418,3 +419,20 @@ def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
         assert cache.get_seq_length() == 41
         a, b = (model(step, past_key_values=one).logits for one in (cache, expected))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_peak_of_a_prefill_does_not_grow_with_the_layers(monkeypatch):
+    peaks = {}
+    for layers in (3, 9):
+        monkeypatch.setitem(FAMILIES["llama"][1], "num_hidden_layers", layers)
+        model = compiled("llama", mini_seq_len=64)
+        inputs = prompt(1, 1024)
+
+        def prefill(model=model, inputs=inputs):
+            with torch.no_grad():
+                return model(**inputs, use_cache=True, logits_to_keep=1)
+
+        prefill()
+        peaks[layers] = measure.peak_bytes(prefill).peak
+    layer = 2 * 1024 * 2 * 16 * 8
+    assert abs(peaks[9] - peaks[3]) < layer / 4
