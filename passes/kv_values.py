@@ -78,7 +78,8 @@ def find_kv(gm: fx.GraphModule) -> KVValues:
     output = next(iter(reversed(gm.graph.nodes)))
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     where: dict[fx.Node, list[int]] = {}
-    for i, node in enumerate(output.args[0]):  # type: ignore[arg-type, misc]
+    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+    for i, node in enumerate(returned):
         if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
             where.setdefault(node, []).append(i)
     left_out = _updated_in_place(gm)

@@ -232,7 +232,10 @@ def test_a_piece_that_inductor_cannot_compile_runs_eagerly_with_the_reason(monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mini_seq_length": 8}, r"unknown option 'mini_seq_length'.*'mini_seq_len', 'scope', 'strict', 'inductor'"),
+        (
+            {"mini_seq_length": 8},
+            r"unknown option 'mini_seq_length'.*'mini_seq_len', 'scope', 'kv_offload', 'kv_dir', 'memory_budget', 'strict', 'inductor'",
+        ),
         ({"mini_seq_len": 0}, "mini_seq_len=0 is not valid.*2"),
         ({"mini_seq_len": -5}, "mini_seq_len=-5 is not valid"),
         ({"mini_seq_len": 1}, "mini_seq_len=1 is not valid"),

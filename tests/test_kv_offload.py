@@ -48,7 +48,7 @@ def same_cache(mine, reference, atol=1e-9):
 
 
 #: The others are the same in kind; `make sweep` runs them.
-QUICK = {"mistral", "gemma3", "gpt2"}
+QUICK = {"mistral"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_beam_search_reorders_on_the_host(monkeypatch):
     assert torch.equal(generate(model, inputs, num_beams=3).sequences, expected.sequences)
 
 
+@pytest.mark.slow
 def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatch):
     inputs = prompt(1, 41)
     helper = small_model("llama", torch.float64)
@@ -246,9 +247,8 @@ def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_pa
     assert host_memory() == before
 
 
-@pytest.mark.parametrize(
-    ("budget", "resident"), [("1GiB", [0, 1, 2]), pytest.param(None, [0, 1, 2], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "resident"), [("1KiB", []), ("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
 def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)
@@ -278,6 +278,7 @@ def test_a_budget_in_between_keeps_some_layers_spread_evenly():
 # --- caches that are not ours to move ---
 
 
+@pytest.mark.slow
 def test_a_static_cache_stays_where_it_is_with_the_reason():
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)

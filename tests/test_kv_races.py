@@ -112,5 +112,5 @@ def test_without_the_wait_for_copies_the_same_stories_go_wrong(slow_copies, monk
     model = compiled_model()
     monkeypatch.setattr(ThreadTicket, "wait", lambda self: None)
     rng = random.Random(0)
-    told = [Story(rng.randint(3, 60), 1, ((1, 0), (1, 0)), seed) for seed in range(20)]
+    told = [Story(rng.randint(3, 60), 2, ((1, 0), (1, 0)), seed) for seed in range(20)]
     assert any(differs(model, story) for story in told)
