@@ -64,9 +64,8 @@ def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("gemma2", "bloom") else 1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", pytest.param("mistral", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_a_padded_batch_generates_the_same_tokens(name):
     inputs = prompt(3, 41, padded=True)
     expected = generate(small_model(name, torch.float64), inputs)
@@ -261,6 +260,7 @@ def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
     ]
 
 
+@pytest.mark.slow
 def test_a_budget_in_between_keeps_some_layers_spread_evenly():
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)
@@ -326,6 +326,7 @@ def test_a_cache_of_ones_own_with_another_layout_is_found_by_its_structure():
 # --- bad luck ---
 
 
+@pytest.mark.slow
 def test_a_cache_goes_on_after_its_model_was_compiled_again():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
     model, reference = compiled("llama"), small_model("llama", torch.float64)
