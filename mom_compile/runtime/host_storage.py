@@ -154,6 +154,13 @@ def store_of(tensor: torch.Tensor) -> HostStore | None:
     return _STORES.get(tensor.untyped_storage().data_ptr())
 
 
+def settle(tensor: torch.Tensor) -> None:
+    """Until the host may read and write a tensor's rows itself."""
+    store = store_of(tensor)
+    if store is not None:
+        store.region.wait()
+
+
 def apart(view: torch.Tensor) -> torch.Tensor:
     """The same rows as a tensor that is no view: for a view, Dynamo would trace the whole region it is a view of."""
     with torch.inference_mode(False), torch.no_grad():

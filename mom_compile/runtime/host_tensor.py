@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, lease_of, store_of
+from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, lease_of, settle, store_of
 from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
 
 aten = torch.ops.aten
@@ -98,9 +98,7 @@ class HostTensor(torch.Tensor):
 
     def settled(self) -> torch.Tensor:
         """The inner tensor, after the copies that are on their way."""
-        store = store_of(self.host)
-        if store is not None:
-            store.region.wait()
+        settle(self.host)
         return self.host
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -16,9 +16,9 @@ import torch
 
 import passes.host_ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.copy_engine import Ticket, engine_for
-from mom_compile.runtime.host_storage import HostStore, Lease, Placement, lease_of, store_of
+from mom_compile.runtime.host_storage import HostStore, Lease, Placement, lease_of, settle, store_of
 from mom_compile.runtime.host_tensor import HostTensor, shown
-from passes.host_ops import fetch_reference, token_major
+from passes.host_ops import fetch_reference, room_like
 from passes.ops import LIBRARY
 
 
@@ -41,9 +41,7 @@ class FetchRoom:
         host, rows = arguments
         arguments.clear()
         held = host.shape[self.dim]
-        shape = list(host.shape)
-        shape[self.dim] = held + rows
-        room = token_major(shape, self.dim, host, self.device)
+        room = room_like(host, rows, self.dim, self.device)
         store = store_of(host)
         after = store.region.pending if store is not None else None
         ticket = engine_for(self.device).to_device(room.narrow(self.dim, 0, held), host, after)
@@ -141,13 +139,6 @@ def _leave(store: HostStore, first: int, rows: torch.Tensor, dim: int, device: t
     target = store.rows(first, first + rows.shape[dim]).movedim(0, dim)
     target._store = store  # type: ignore[attr-defined]  # a store must not go before its last copy
     store.region.pending = engine_for(device).to_host(target, rows, store.region.pending)
-
-
-def settle(host: torch.Tensor) -> None:
-    """Until the host may read a tensor's rows itself."""
-    store = store_of(host)
-    if store is not None:
-        store.region.wait()
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
