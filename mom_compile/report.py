@@ -120,7 +120,8 @@ class Report:
     def __str__(self) -> str:
         if self.fallback is not None:
             verdict = "failed, so it went" if self.failed else "went"
-            return f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"
+            lines = [f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"]
+            return "\n".join(lines + _kv_lines(self))
         if self.no_loops is None:
             lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
             lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
@@ -182,7 +183,7 @@ def _stage_lines(stage: StageReport) -> list[str]:
 
 def _kv_lines(report: Report) -> list[str]:
     lines = [f"keys or values left on the device: {name}: {reason}" for name, reason in report.on_device.items()]
-    if report.on_host:
+    if report.on_host and report.fallback is None:
         layers = len({value.layer for value in report.on_host})
         size = sum(value.bytes_per_token for value in report.on_host)
         rows = "new rows" if all(value.has_past for value in report.on_host) else "rows"

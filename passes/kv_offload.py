@@ -30,6 +30,7 @@ from torch import fx
 from passes.demands import VIEWS
 from passes.graphs import emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
+from passes.kv_remade import kept_in_another_form
 from passes.kv_values import KeyOrValue, find_kv
 from passes.sizes import Size, same
 from passes.token_dims import matmul_work
@@ -56,6 +57,7 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
     """
     kv = find_kv(gm)
     leaving = tuple(value for value in kv.found if start or value.past is not None)
+    left_out = {**kv.left_out, **kept_in_another_form(gm, [value.full for value in kv.found])} if start else {}
     rewriter = _Rewriter(gm, device)
     for value in leaving:
         if value.past is None:
@@ -69,7 +71,7 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
     if leaving or arriving:
         _one_layer_ahead(gm)
         gm.recompile()
-    return KVOffload(leaving, dict(kv.left_out) if start else {}, arriving)
+    return KVOffload(leaving, left_out, arriving)
 
 
 def _bring_up(full: fx.Node) -> None:

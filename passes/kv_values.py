@@ -17,7 +17,7 @@ An attention is `mom.attention`, a loop that holds one, or the two batched produ
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,8 @@ aten = torch.ops.aten
 
 MOM_ATTENTION = torch.ops.mom.attention.default
 
-_COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._unsafe_view.default, aten.reshape.default})
-_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
+COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._unsafe_view.default, aten.reshape.default})
+PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _number(nodes: list[fx.Node], readers: list[int]) -> dict[int, int]:
     layers: dict[int, int] = {}
     alone = False
     for at in readers:
-        product = nodes[at].target in _PRODUCTS
+        product = nodes[at].target in PRODUCTS
         paired = product and alone
         layers[at] = max(layers.values(), default=-1) + (not paired)
         alone = product and not paired
@@ -145,24 +145,28 @@ def _attentions(gm: fx.GraphModule, full: fx.Node) -> Iterator[fx.Node]:
     while pending:
         value = pending.pop()
         for user in value.users:
-            if user.target in VIEWS or user.target in _COPIES:
+            if user.target in VIEWS or user.target in COPIES:
                 if user not in seen:
                     seen.add(user)
                     pending.append(user)
-            elif _reads_whole(gm, user, value):
+            elif value in read_whole(gm, user):
                 yield user
 
 
-def _reads_whole(gm: fx.GraphModule, user: fx.Node, value: fx.Node) -> bool:
-    if user.target is MOM_ATTENTION:
-        return value in (argument(user, "key"), argument(user, "value"))
-    if user.target in _PRODUCTS or "scaled_dot_product" in str(user.target):
-        return True
-    if user.op != "call_module":
-        return False
-    loop = gm.get_submodule(str(user.target))
-    assert isinstance(loop, MiniSequence)
-    return value in user.args[len(user.args) - loop.spec.whole :]
+def read_whole(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a node reads as keys or values are read, if it may be an attention; else nothing."""
+    operands: Sequence[object] = ()
+    if node.target is MOM_ATTENTION:
+        operands = (argument(node, "key"), argument(node, "value"))
+    elif "scaled_dot_product" in str(node.target):
+        operands = node.args[1:3]
+    elif node.target in PRODUCTS:
+        operands = node.args[-1:]  # queries by keys, and what comes of it by values
+    elif node.op == "call_module":
+        loop = gm.get_submodule(str(node.target))
+        assert isinstance(loop, MiniSequence)
+        operands = node.args[len(node.args) - loop.spec.whole :]
+    return tuple(operand for operand in operands if isinstance(operand, fx.Node))
 
 
 def _token_dim(gm: fx.GraphModule, full: fx.Node) -> int | None:

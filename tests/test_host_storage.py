@@ -18,6 +18,7 @@ import torch
 from mom_compile.runtime import host_region, host_storage
 from mom_compile.runtime.host_region import BLOCK, MARGIN, HostMemoryError, HostRegion
 from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, empty_host_pool, host_memory, lease_of
+from mom_compile.runtime.seams import between_seams, same_layout
 
 ROW = (2, 3, 4)
 ROW_BYTES = 24 * 4
@@ -259,3 +260,47 @@ def test_a_region_has_whole_blocks():
     region = HostRegion(1)
     region.commit(1)
     assert region.capacity == region.committed == BLOCK
+
+
+def test_rows_across_seams_are_copied_in_pieces_that_each_lie_in_one_pinned_range():
+    pins = Pins()
+    store, _lease = store_with(rows_of(3), Placement(pin=pins))
+    for blocks in (1.5, 2.5, 3.2):  # a row lies across a seam, and across the next
+        count = int(blocks * BLOCK) // ROW_BYTES
+        rows = store.rows(0, count).movedim(0, 2)
+        other = torch.randn(count, *store.row).movedim(0, 2)
+        for host, there in between_seams(rows, other):
+            assert any(
+                start <= host.data_ptr() and host.data_ptr() + host.nbytes <= start + size
+                for start, size in pins.ranges.items()
+            )
+            host.copy_(there)
+        assert torch.equal(rows, other)
+    assert len(pins.ranges) == len(store.region.seams) > 2
+
+
+def test_pinned_memory_grows_by_a_share_of_itself_or_by_what_can_be_had():
+    pins = Pins(refuse_above=43 * BLOCK)
+    region = HostRegion(100 * BLOCK, pin=pins)
+    region.commit(40 * BLOCK)
+    region.commit(40 * BLOCK + 1)
+    assert region.committed == 43 * BLOCK  # a sixteenth, in whole blocks
+    region.close()
+    region = HostRegion(100 * BLOCK, pin=Pins(refuse_above=41 * BLOCK))
+    region.commit(40 * BLOCK)
+    region.commit(40 * BLOCK + 1)
+    assert region.committed == 41 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (torch.empty(1, 4, 6, 8), torch.empty(6, 1, 4, 8).movedim(0, 2), False),
+        (torch.empty(6, 1, 4, 8).movedim(0, 2), torch.empty(1, 6, 4, 8).movedim(1, 2), True),  # a batch of one
+        (torch.empty(6, 2, 4, 8).movedim(0, 2), torch.empty(2, 6, 4, 8).movedim(1, 2), False),
+        (torch.empty(2, 4, 6, 8)[..., :4], torch.empty(2, 4, 6, 4), False),
+        (torch.empty(2, 4, 6, 8), torch.empty(2, 4, 6, 8), True),
+    ],
+)
+def test_layouts_are_the_same_if_one_run_of_bytes_can_be_copied(one, other, same):
+    assert same_layout(one, other) is same

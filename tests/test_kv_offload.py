@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 import mom_compile
 from benchmarks import measure
@@ -287,6 +288,40 @@ def test_a_static_cache_stays_where_it_is_with_the_reason():
     assert not any(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
     reasons = [reason for report in mom_compile.reports() for reason in report.on_device.values()]
     assert any("static cache" in reason for reason in reasons)
+
+
+class Int8Layer(QuantizedLayer):
+    """Eight bits to a channel, with a scale for each token: in form what quanto and HQQ do."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, pair):
+        return pair[0] * pair[1]
+
+
+@pytest.mark.parametrize(("rows", "new"), [(80, 1), pytest.param(40, NEW, marks=pytest.mark.slow)])
+def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new):
+    """Prefilled with loops; and without, through steps (stock Inductor's) that fill its residual up and quantise it."""
+    inputs = prompt(1, rows)
+    answers = []
+    for model in (small_model("llama", torch.float64), compiled("llama", mini_seq_len=50)):
+        cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
+        answers.append(generate(model, inputs, past_key_values=cache, max_new_tokens=new))
+    expected, result = answers
+    assert torch.equal(result.sequences, expected.sequences)
+    for mine, reference in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        kept = zip((*mine._quantized_keys, mine.values), (*reference._quantized_keys, reference.values), strict=True)
+        for a, b in kept:
+            assert not isinstance(a, HostTensor)
+            # Inductor's own sines of positions, in float32, are not eager's to the last bit.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 if new == 1 else 1e-6)
+    prefill = mom_compile.reports()[0]
+    assert (prefill.no_loops is None) == (rows > 50)
+    assert not prefill.on_host
+    assert len(prefill.on_device) == 12  # integers and scales, keys and values, three layers
+    assert "quantised" in str(prefill)
 
 
 class TokensFirst:

@@ -165,6 +165,17 @@ def test_what_each_layer_gives_is_not_taken_for_a_cache():
     assert find_kv(attention_form(copy_graph(captured.gm))).found == ()
 
 
+def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
+    def attend(x):
+        q, k, v = x, x + 1, x - 1
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v, weights, k, v
+
+    captured = capture(attend, x=torch.randn(2, 3, 20, 8))
+    found = find_kv(attention_form(copy_graph(captured.gm))).found
+    assert [value.outputs for value in found] == [(2,), (3,)]
+
+
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])
 def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
     gm, _ = offloaded(llama_step())

@@ -10,13 +10,15 @@ The host is never made to wait, except by `synchronize`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from mom_compile.runtime.copy_engine import CopyEngine, Ticket
-from mom_compile.runtime.host_region import HostMemoryError
+from mom_compile.runtime.host_region import HostMemoryError, Pin
+from mom_compile.runtime.seams import between_seams, same_layout
 
 
 class StreamTicket:
@@ -53,25 +55,34 @@ class CudaEngine(CopyEngine):
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> StreamTicket:
         compute = torch.cuda.current_stream(self.device)
-        on_device, staged = source.device.type == "cuda", source
-        if on_device and not _same_layout(target, source):
+        staged = source
+        if target.device.type == "cpu" and not same_layout(target, source):
             # A strided copy to the host would go row by row; the device transposes faster.
             staged = torch.empty_like(target, device=self.device).copy_(source)
         ready, done = torch.cuda.Event(), torch.cuda.Event()
         ready.record(compute)
         self.stream.wait_event(ready)
         with torch.cuda.stream(self.stream):
-            target.copy_(staged, non_blocking=True)
+            for to, rows in _pieces(target, staged):
+                to.copy_(rows, non_blocking=True)
         done.record(self.stream)
         return StreamTicket(done, self.device, (target, staged))
 
 
-def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride()
+def _pieces(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if target.device.type == "cpu":
+        return between_seams(target, source)
+    return ((to, rows) for rows, to in between_seams(source, target))
+
+
+def _forget_error(device: torch.device) -> None:
+    """A call that CUDA refused leaves its error behind, and PyTorch raises it at the next kernel: let that be here."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 @functools.cache
-def pin_for(device: torch.device) -> Callable[[int, int], Callable[[], None]]:
+def pin_for(device: torch.device) -> Pin:
     """What pins a range of host addresses, and undoes it. Raises `HostMemoryError` where the driver refuses."""
 
     def pin(address: int, size: int) -> Callable[[], None]:
@@ -79,6 +90,7 @@ def pin_for(device: torch.device) -> Callable[[int, int], Callable[[], None]]:
         with torch.cuda.device(device):
             code = int(runtime.cudaHostRegister(address, size, 0))
         if code != 0:
+            _forget_error(device)
             raise HostMemoryError(
                 f"{size} bytes of host memory for keys and values cannot be pinned (CUDA error {code}); "
                 "a limit on locked memory (ulimit -l) may forbid it. kv_offload='disk' with kv_dir needs none, "

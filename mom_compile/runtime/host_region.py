@@ -5,6 +5,7 @@ Terms
 reserve   Take addresses and no memory. A 64-bit process has more of them than any machine has bytes.
 commit    Back the next blocks: with host memory, pinned where a CUDA device will copy from it, or with a file.
 block     What is committed at a time. What has been committed never moves.
+seam      Where two pinned ranges meet: each commit pins a range of its own, and a driver may refuse a copy across.
 
 Growing by appending to a tensor would copy it, and a list of blocks is not one tensor that a graph could take.
 """
@@ -15,7 +16,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,18 @@ from mom_compile.runtime.copy_engine import Ticket
 #: still small beside a long context where every layer has a block that is partly unused.
 BLOCK = 1 << 20
 
+#: Pinned memory grows by this share of itself at least: pinning is slow, and each range is a copy of its own.
+PINNED_GROWTH = 16
+
 #: Reservations of anonymous memory are not counted against what the machine has; `mmap` lacks the name in 3.11.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 #: Host memory that is left to everybody else.
 MARGIN = 256 << 20
+
+
+#: Pins `(address, size)` and returns what undoes it.
+Pin = Callable[[int, int], Callable[[], None]]
 
 
 class HostMemoryError(MemoryError):
@@ -60,7 +68,7 @@ class HostRegion:
         self,
         capacity: int,
         directory: Path | None = None,
-        pin: Callable[[int, int], Callable[[], None]] | None = None,
+        pin: Pin | None = None,
     ) -> None:
         self.capacity = _in_blocks(capacity)
         self.committed = 0
@@ -76,6 +84,8 @@ class HostRegion:
         #: All addresses as bytes. It keeps the mapping alive, and so does every view of it.
         with torch.inference_mode(False):
             self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        #: Ends of the pinned ranges, in bytes, ascending.
+        self.seams: list[int] = []
         self._undo: list[Callable[[], None]] = []
         self._account = _Account(self.file is not None)
         self._finalizer = weakref.finalize(self, _release, self._undo, self._account, self.file)
@@ -91,12 +101,35 @@ class HostRegion:
         wanted = min(_in_blocks(size), self.capacity) - self.committed
         if self.file is not None:
             self._commit_file(wanted)
+        elif self.pin is not None:
+            wanted = self._commit_pinned(wanted, self.pin)
         else:
             _check_available(wanted)
-            if self.pin is not None:
-                self._undo.append(self.pin(self.bytes.data_ptr() + self.committed, wanted))
         self.committed += wanted
         self._account.add(wanted)
+
+    def _commit_pinned(self, wanted: int, pin: Pin) -> int:
+        """Pin so many bytes, or some more. Returns how many."""
+        some_more = min(_in_blocks(self.committed // PINNED_GROWTH), self.capacity - self.committed)
+        for size in sorted({wanted, max(wanted, some_more)}, reverse=True):
+            try:
+                _check_available(size)
+                self._undo.append(pin(self.bytes.data_ptr() + self.committed, size))
+            except HostMemoryError:
+                if size == wanted:
+                    raise
+                continue
+            break
+        self.seams.append(self.committed + size)
+        return size
+
+    def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Bytes `[first, end)` as runs that each lie within one pinned range."""
+        for seam in self.seams:
+            if first < seam < end:
+                yield first, seam
+                first = seam
+        yield first, end
 
     def _commit_file(self, wanted: int) -> None:
         assert self.file is not None

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mom_compile.runtime.host_region import TOTALS, HostMemoryError, HostRegion
+from mom_compile.runtime.host_region import TOTALS, HostMemoryError, HostRegion, Pin
 
 #: Rows for which addresses are reserved at once, at least; a store that outgrows them moves to one twice as large.
 FEWEST_RESERVED_ROWS = 1 << 20
 
 #: A window that has moved on by this many rows of its own length leaves them behind in a store of its own.
 STALE_WINDOWS = 2
-
-Pin = Callable[[int, int], Callable[[], None]]
 
 
 @dataclass(frozen=True)
