@@ -40,17 +40,20 @@ def copy_step(node: fx.Node, place: KVPlace, layer_bytes: dict[int, int]) -> tup
     kv = node.meta["kv"]
     stays = None
     if place.residency is not None:
-        stays = _Stays(place.residency, kv.layer, layer_bytes[kv.layer] / max(1, kv.bytes_per_token))
+        stays = Stays(place.residency, kv.layer, layer_bytes[kv.layer], kv.bytes_per_token)
     return Offload(dim, place.device, place.placement, stays), [value, first]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class _Stays:
-    """Whether a value stays, from its rows and bytes. `share` is how often it goes into its layer's bytes."""
+class Stays:
+    """Whether a value stays, from what a run has of it. The layer's and its own bytes per token are those captured."""
 
     residency: Residency
     layer: int
-    share: float
+    layer_bytes: int
+    own_bytes: int
 
-    def __call__(self, tokens: int, size: int) -> bool:
-        return self.residency.stays(self.layer, tokens, int(size * self.share))
+    def __call__(self, tokens: int, rows: int, size: int) -> bool:
+        """`tokens` it was computed for, of which it keeps so many `rows` that take `size` bytes."""
+        batch = size / max(1, rows * self.own_bytes)
+        return self.residency.stays(self.layer, tokens, int(batch * rows * self.layer_bytes), batch)

@@ -35,8 +35,8 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], repo
     if options.kv_offload == "auto" and offloads(options, device):
         layers = 1 + max((value.layer for value in report.on_host), default=0)
         budget = options.budget_bytes or _free_bytes(device)
-        fixed = _static_bytes(gm, static) + _iteration_bytes(report)
-        residency = Residency(budget, fixed, _bytes_per_token(report, layers), layers)
+        weights, iteration = _static_bytes(gm, static), _iteration_bytes(report)
+        residency = Residency(budget, weights, iteration, _bytes_per_token(report, layers), layers)
     return KVPlace(device, _placement(options, device), residency)
 
 

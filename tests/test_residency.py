@@ -9,29 +9,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mom_compile.config import parse_bytes, parse_options
+from mom_compile.kv_lowering import Stays
 from mom_compile.memory.residency import Residency
 
 numbers = st.integers(0, 1 << 40)
 
 
-def stay(residency: Residency, tokens: int, layer: int) -> list[int]:
-    return [i for i in range(residency.layers) if residency.stays(i, tokens, layer)]
+def stay(residency: Residency, tokens: int, layer: int, batch: float = 1) -> list[int]:
+    return [i for i in range(residency.layers) if residency.stays(i, tokens, layer, batch)]
 
 
-@given(numbers, numbers, st.integers(0, 1 << 16), st.integers(1, 100), st.integers(1, 1 << 20), st.integers(1, 1 << 30))
-def test_what_stays_fits_and_one_more_would_not(budget, fixed, per_token, layers, tokens, layer):
-    resident = len(stay(Residency(budget, fixed, per_token, layers), tokens, layer))
-    needed = fixed + tokens * per_token
+@given(
+    st.builds(Residency, numbers, numbers, numbers, st.integers(0, 1 << 16), st.integers(1, 100)),
+    st.integers(1, 1 << 20),
+    st.integers(1, 1 << 30),
+    st.sampled_from([0.5, 1, 3]),
+)
+def test_what_stays_fits_and_one_more_would_not(residency, tokens, layer, batch):
+    resident, budget, layers = len(stay(residency, tokens, layer, batch)), residency.budget, residency.layers
+    needed = residency.weights + batch * (residency.iteration + tokens * residency.per_token)
     assert resident == 0 or needed + resident * layer <= budget
     assert resident == layers or needed + (resident + 1) * layer > budget
 
 
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_layers_that_stay_are_spread_evenly(layers, resident):
-    kept = stay(Residency(resident, 0, 0, layers), 1, 1)
+    kept = stay(Residency(resident, 0, 0, 0, layers), 1, 1)
     assert len(kept) == min(resident, layers)
     gaps = {b - a for a, b in itertools.pairwise(kept)}
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_three_times_the_captured_batch_leaves_room_for_fewer_layers():
+    residency = Residency(budget=100, weights=10, iteration=2, per_token=1, layers=8)
+    assert residency.resident_layers(10, 20) == 3
+    assert residency.resident_layers(10, 60, batch=3) == 0
+    last = Stays(residency, layer=7, layer_bytes=2, own_bytes=1)
+    assert [last(10, 10, 10 * batch) for batch in (1, 3)] == [True, False]
 
 
 @pytest.mark.parametrize(

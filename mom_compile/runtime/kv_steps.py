@@ -101,20 +101,20 @@ class Append:
 class Offload:
     """`[value, first]` to rows `[first:]` of a device value, on the host.
 
-    `stays(tokens, bytes)` says whether it stays on the device after all.
+    `stays(tokens, rows, bytes)` says whether those rows of a value for so many tokens stay on the device after all.
     """
 
     dim: int
     device: torch.device
     placement: Placement
-    stays: Callable[[int, int], bool] | None = None
+    stays: Callable[[int, int, int], bool] | None = None
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
         value, first = arguments
         arguments.clear()
         held = value.shape[self.dim]
         leaving = value.narrow(self.dim, first, held - first)
-        if self.stays is not None and self.stays(held, leaving.numel() * leaving.element_size()):
+        if self.stays is not None and self.stays(held, held - first, leaving.numel() * leaving.element_size()):
             return (leaving,)
         row = leaving.movedim(self.dim, 0).shape[1:]
         store = HostStore(row, value.dtype, held - first, self.placement)
