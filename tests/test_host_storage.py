@@ -232,6 +232,24 @@ def test_pinned_memory_of_a_dead_cache_is_used_again_and_not_pinned_anew():
     assert host_memory().pooled == 0
 
 
+def test_pinned_memory_is_not_used_again_before_the_last_copy_from_it_is_done():
+    empty_host_pool()
+    done = []
+
+    class Pending:
+        def synchronize(self):
+            done.append(True)
+
+    pins = Pins()
+    store, lease = store_with(rows_of(3), Placement(pin=pins))
+    store.region.pending = Pending()
+    del store, lease
+    gc.collect()
+    assert not done
+    _store, _lease = store_with(rows_of(3), Placement(pin=pins))
+    assert done == [True]
+
+
 def test_the_pool_is_emptied_on_demand():
     pins = Pins()
     store, lease = store_with(rows_of(3), Placement(pin=pins))

@@ -117,7 +117,8 @@ def _region(capacity: int, placement: Placement) -> HostRegion:
     if placement.pin is not None and placement.directory is None:
         for i, region in enumerate(_POOL):
             if region.pin is placement.pin and region.capacity >= capacity:
-                return _POOL.pop(i)
+                _POOL.pop(i).wait()  # a device may still read what the dead store had
+                return region
     return HostRegion(capacity, placement.directory, placement.pin)
 
 
