@@ -18,7 +18,7 @@ from torch import fx
 
 import mom_compile.runtime.attention  # noqa: F401  registers the attention kernels
 from mom_compile.config import Options, parse_options
-from mom_compile.kv_place import kv_place, offloads
+from mom_compile.kv_place import fits_for_long, kv_place, offloads
 from mom_compile.lowering import lower
 from mom_compile.pieces import PieceCache
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
@@ -143,6 +143,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         report=report,
         scope=options.scope,
         kv_on_host=offloads(options, device),
+        fits=functools.partial(fits_for_long, options=options, static=static),
     )
 
 

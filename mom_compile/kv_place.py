@@ -14,7 +14,12 @@ from mom_compile.memory.residency import Residency
 from mom_compile.report import Report
 from mom_compile.runtime.host_storage import Placement
 from passes.graphs import compute_device
+from passes.host_ops import FETCH
+from passes.kv_values import find_kv
 from passes.sizes import count_hint
+
+#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
+HEADROOM = 2
 
 #: What a mini-sequence takes beside the full-length values, in units of its widest value.
 #: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
@@ -26,6 +31,23 @@ def offloads(options: Options, device: torch.device) -> bool:
     if options.kv_offload == "auto":
         return device.type != "cpu" or options.memory_budget is not None
     return bool(options.kv_offload)
+
+
+def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str]) -> str | None:
+    """Why "auto" leaves a graph without loops to stock Inductor, or None: all keys and values fit, and will for long.
+
+    A decode step that moves layers out when they no longer fit is cut at each of them, which costs time at every step.
+    """
+    found = find_kv(gm).found
+    if options.kv_offload != "auto" or not found or any(node.target is FETCH for node in gm.graph.nodes):
+        return None
+    kept = sum(value.bytes for value in found)
+    on_device = kept + 2 * kept // (1 + found[-1].layer)
+    needed = _static_bytes(gm, static) + HEADROOM * on_device
+    budget = options.budget_bytes or _free_bytes(compute_device(gm))
+    if needed > budget:
+        return None
+    return f"weights and {HEADROOM} times the present cache take {needed} bytes, {budget} may be used"
 
 
 def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], report: Report) -> KVPlace:

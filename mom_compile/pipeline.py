@@ -32,6 +32,14 @@ class NotWorthwhile(Exception):
     """Nothing to gain: the graph goes to stock Inductor. Its text is the reason."""
 
 
+#: Why all keys and values of a graph without loops may stay on the device, or None.
+Fits = Callable[[fx.GraphModule], str | None]
+
+
+def never_fits(gm: fx.GraphModule) -> None:
+    """What leaves, leaves, whatever room there is."""
+
+
 @dataclass
 class State:
     """What one step hands to the next."""
@@ -42,6 +50,7 @@ class State:
     report: Report
     scope: str = "layer"
     kv_on_host: bool = False
+    fits: Fits = never_fits
     offload: KVOffload | None = None
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
@@ -150,8 +159,11 @@ def residual_in_place(state: State) -> str:
 
 def keys_and_values_to_host(state: State) -> str:
     """What the cache keeps leaves for the host behind its stage, and comes back one layer ahead."""
-    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host)
+    stay = state.fits(state.gm) if state.kv_on_host and state.report.no_loops is not None else None
+    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host and stay is None)
     state.report.describe_kv(state.offload)
+    if stay is not None:
+        state.report.on_device["all"] = stay
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
 
 
@@ -177,11 +189,16 @@ def run_pipeline(
     report: Report,
     scope: str = "layer",
     kv_on_host: bool = False,
+    fits: Fits = never_fits,
     skip: Collection[str] = (),
 ) -> fx.GraphModule:
-    """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason."""
+    """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason.
+
+    Between loops copies cost nothing, but a graph without loops would be cut into pieces for them: `fits` may tell why
+    it need not be.
+    """
     report.nodes = len(gm.graph.nodes)
-    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host)
+    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, fits)
     no_loops: NotWorthwhile | None = None
     try:
         _run(TO_LOOPS, state, skip)

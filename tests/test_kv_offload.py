@@ -260,6 +260,17 @@ def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
 
 
 @pytest.mark.slow
+def test_decode_steps_are_left_whole_where_the_cache_will_fit_for_long():
+    """With "auto", a step is cut into pieces only if something is on the host or may have to leave for it."""
+    model = compiled("llama", kv_offload="auto", memory_budget="1GiB")
+    generate(model, prompt(1, 41), max_new_tokens=2)
+    prefill, decode = mom_compile.reports()
+    assert prefill.fallback is None
+    assert decode.fallback is not None
+    assert "2 times the present cache" in str(decode)
+
+
+@pytest.mark.slow
 def test_a_budget_in_between_keeps_some_layers_spread_evenly():
     inputs = prompt(1, 41)
     expected = generate(small_model("llama", torch.float64), inputs)

@@ -9,6 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import mom_compile
+from mom_compile.config import parse_options
+from mom_compile.kv_place import fits_for_long
 from mom_compile.runtime.host_tensor import on_host
 from passes.attention_form import attention_form
 from passes.errors import PassError
@@ -174,6 +176,23 @@ def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
     captured = capture(attend, x=torch.randn(2, 3, 20, 8))
     found = find_kv(attention_form(copy_graph(captured.gm))).found
     assert [value.outputs for value in found] == [(2,), (3,)]
+
+
+def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
+    gm = attention_form(copy_graph(decode_step("llama", host=False).gm))
+    weights = [node for node in gm.graph.nodes if node.op == "placeholder"][:5]
+    layer = 2 * 2 * (PAST + 1) * 2 * 16 * 8  # K and V of a batch of two, two heads, float64
+    needed = sum(node.meta["val"].nbytes for node in weights) + 2 * (3 + 2) * layer
+    for budget, fits in ((needed, True), (needed - 1, False)):
+        options = parse_options({"kv_offload": "auto", "memory_budget": budget}, None)
+        reason = fits_for_long(gm, options, {node.name for node in weights})
+        assert (reason is not None) is fits
+    assert fits_for_long(gm, parse_options({"kv_offload": True}, None), ()) is None
+
+
+def test_a_step_with_anything_on_the_host_is_never_left_whole():
+    options = parse_options({"kv_offload": "auto", "memory_budget": "1TiB"}, None)
+    assert fits_for_long(attention_form(copy_graph(llama_step().gm)), options, ()) is None
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])
