@@ -31,7 +31,7 @@ from passes.demands import VIEWS
 from passes.graphs import emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_remade import kept_in_another_form
-from passes.kv_values import KeyOrValue, find_kv
+from passes.kv_values import KeyOrValue, find_kv, source_of
 from passes.sizes import Size, same
 from passes.token_dims import matmul_work
 
@@ -75,17 +75,18 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOf
 
 
 def _bring_up(full: fx.Node) -> None:
-    """Move the views that a value is seen through to where its rows are complete: outputs are looked at last."""
-    views, root = [], full
-    while root.target in VIEWS:
-        views.append(root)
+    """Move views and copies that a value is seen through to where its rows are complete: outputs are looked at last."""
+    between, root = [], full
+    while root is not source_of(root):
+        between.append(root)
         root = root.args[0]  # type: ignore[assignment]
     place = _behind(root)
-    sizes = {size for view in views for size in view.all_input_nodes if size not in views and size is not root}
+    sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
     if all(size < place for size in sizes):
-        for view in reversed(views):
-            if place < view:
-                place.prepend(view)
+        last = place.prev
+        for node in reversed(between):
+            last.append(node)
+            last = node
 
 
 def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:

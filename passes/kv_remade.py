@@ -13,8 +13,7 @@ from collections.abc import Collection, Iterator
 
 from torch import fx
 
-from passes.demands import seen_through_views
-from passes.kv_values import COPIES, read_whole
+from passes.kv_values import read_whole, source_of
 from passes.mini_sequence import MiniSequence
 from passes.token_dims import matmul_work
 
@@ -24,19 +23,10 @@ REASON = "the cache keeps keys or values in a form of its own (quantised, say), 
 def kept_in_another_form(gm: fx.GraphModule, found: Collection[fx.Node]) -> dict[str, str]:
     """Names of outputs that are made of keys or values, with the reason why they stay. `found` leave as they are."""
     output = next(iter(reversed(gm.graph.nodes)))
-    itself = {_root(node) for node in found}
-    roots = {_root(value) for node in gm.graph.nodes for value in read_whole(gm, node)}
+    itself = {source_of(node) for node in found}
+    roots = {source_of(value) for node in gm.graph.nodes for value in read_whole(gm, node)}
     made = {result for root in roots - itself if root.op == "call_function" for result in _made_of(gm, root)}
     return {node.name: REASON for node in output.all_input_nodes if node in made}
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The value behind views and copies of it."""
-    while True:
-        node = seen_through_views(node)
-        if node.target not in COPIES:
-            return node
-        node = node.args[0]  # type: ignore[assignment]
 
 
 def _made_of(gm: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
@@ -64,7 +54,7 @@ def _made_in_its_loop(gm: fx.GraphModule, root: fx.Node) -> Iterator[fx.Node]:
     assert isinstance(loop, MiniSequence)
     rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
     assert isinstance(rows, (tuple, list))
-    made = _made_of(loop.body, _root(rows[root.args[1]]))  # type: ignore[index, arg-type]
+    made = _made_of(loop.body, source_of(rows[root.args[1]]))  # type: ignore[index, arg-type]
     for result in source.users:
         if result is not root and rows[result.args[1]] in made:  # type: ignore[index]
             yield result

@@ -139,8 +139,8 @@ def _last_rows(node: fx.Node) -> bool:
 
 
 def _attentions(gm: fx.GraphModule, full: fx.Node) -> Iterator[fx.Node]:
-    """Attentions that read all of a value, also through views of what it is a view of, and through copies."""
-    root = seen_through_views(full)
+    """Attentions that read all of a value, or of what it is a view or a copy of, also through views and copies."""
+    root = source_of(full)
     pending, seen = [root], {root}
     while pending:
         value = pending.pop()
@@ -151,6 +151,15 @@ def _attentions(gm: fx.GraphModule, full: fx.Node) -> Iterator[fx.Node]:
                     pending.append(user)
             elif value in read_whole(gm, user):
                 yield user
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
+    while True:
+        node = seen_through_views(node)
+        if node.target not in COPIES:
+            return node
+        node = node.args[0]  # type: ignore[assignment]
 
 
 def read_whole(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -172,11 +181,13 @@ def read_whole(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
 def _token_dim(gm: fx.GraphModule, full: fx.Node) -> int | None:
     if full.target is aten.cat.default:
         return int(argument(full, "dim")) % int(full.meta["val"].dim())
-    root = seen_through_views(full)
+    root = source_of(full)
     source = root.args[0] if root.target is operator.getitem else None
     if isinstance(source, fx.Node) and source.op == "call_module":
         loop = gm.get_submodule(str(source.target))
         assert isinstance(loop, MiniSequence)
+        if root is not seen_through_views(full):
+            return _only_dim_of_size(full, loop.spec.length)
         return _where_tokens_are(full, root, loop.spec.outputs[root.args[1]].dim, loop.spec.length)  # type: ignore[index]
     if any(user.target is MOM_ATTENTION or "scaled_dot_product" in str(user.target) for user in full.users):
         return 2
@@ -190,6 +201,12 @@ def _where_tokens_are(view: fx.Node, root: fx.Node, dim: Dim, length: Size) -> i
     step = hint(base.stride(dim.index)) * hint(dim.inner)
     sizes = list(zip(value.shape, value.stride(), strict=True))
     found = [i for i, (size, stride) in enumerate(sizes) if same(size, length) and hint(stride) == step]
+    return found[0] if len(found) == 1 else None
+
+
+def _only_dim_of_size(copy: fx.Node, length: Size) -> int | None:
+    """A copy has strides of its own: its token dimension is told by its size, if that is no other dimension's too."""
+    found = [i for i, size in enumerate(copy.meta["val"].shape) if same(size, length)]
     return found[0] if len(found) == 1 else None
 
 

@@ -114,7 +114,9 @@ def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize(("name", "dynamic"), [pytest.param("llama", True, marks=pytest.mark.slow), ("gpt2", None)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [pytest.param("llama", True, marks=pytest.mark.slow), ("gpt2", None), ("falcon", None)]
+)
 def test_keys_and_values_leave_before_the_next_layer_is_computed(name, dynamic):
     """Not where the graph's outputs are, which is at its end: until then they would all be on the device."""
     model = small_model(name, torch.float64)
