@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -29,6 +31,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {**_SMALL, "intermediate_size": 224}),
     "olmo2": ("Olmo2Config", _GROUPED),
 }
+
+
+def sweep(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Parameters of a test: `make test` takes the quick ones, `make sweep` the others."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -19,7 +19,7 @@ from mom_compile import HostMemoryError, HostTensor, host_memory
 from mom_compile.runtime import host_region
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
 from mom_compile.runtime.kv_steps import Append
-from tests.families import FAMILIES, prompt, small_model
+from tests.families import FAMILIES, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
 NEW = 6
@@ -52,9 +52,7 @@ def same_cache(mine, reference, atol=1e-9):
 QUICK = {"mistral"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
 def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     inputs = prompt(1, 41)
     expected = generate(small_model(name, torch.float64), inputs)

@@ -21,7 +21,7 @@ from passes.kv_values import find_kv
 from passes.verify import verify
 from tests import tiny
 from tests.captured import Captured, capture, ids
-from tests.families import FAMILIES, prompt, small_model
+from tests.families import FAMILIES, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
 PAST = 29
@@ -140,9 +140,7 @@ def test_a_cache_on_the_host_stays_there_whatever_the_option():
 QUICK = {"bloom"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
 def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
     """Two for each layer, tokens in dimension 2; a sliding window keeps the last of its rows."""
     captured = decode_step(name)

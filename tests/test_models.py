@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from mom_compile import reports
-from tests.families import FAMILIES, next_token, prompt, small_model
+from tests.families import FAMILIES, next_token, prompt, small_model, sweep
 
 OPTIONS = {"mini_seq_len": 8, "strict": True}
 BATCHES = {"one": (1, False), "two": (2, False), "padded": (2, True)}
@@ -44,9 +44,14 @@ def kept(logits, inputs):
 
 
 #: Without a cache Hugging Face builds its masks by other code, the same for all families: three are quick tests.
-QUICK_WITHOUT_CACHE = {"llama", "gemma3", "gpt2"}
-CASES = [pytest.param(name, "padded", True) for name in FAMILIES] + [
-    pytest.param(name, "one", False, marks=[] if name in QUICK_WITHOUT_CACHE else [pytest.mark.slow])
+#: With one, what is quick are those that differ in kind: windows, biases, norms, heads, a float32 softmax.
+QUICK = {
+    ("one", False): {"llama", "gemma3", "gpt2"},
+    ("padded", True): {"llama", "mistral", "gemma3", "gemma2", "gpt2", "falcon", "bloom"},
+}
+CASES = [
+    pytest.param(name, *case, marks=[] if name in quick else [pytest.mark.slow])
+    for case, quick in QUICK.items()
     for name in FAMILIES
 ]
 
@@ -75,7 +80,7 @@ def test_a_family_is_exact_in_float64(name, batch, cache):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", sweep(["llama", "gemma3"], quick={"gemma3"}))
 def test_a_static_cache_is_filled_as_eager_fills_it(name):
     """Its keys and values are graph inputs that the graph writes to: in their place, after everybody has read them."""
     model = small_model(name, torch.float64)
@@ -95,7 +100,7 @@ def test_a_static_cache_is_filled_as_eager_fills_it(name):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2"], quick={"gemma2", "gpt2"}))
 def test_a_loss_of_hugging_face_is_right_and_holds_no_logits(name):
     """With labels to ignore; the loss is computed from float32 logits, whatever the model's dtype."""
     model = small_model(name, torch.float64)
@@ -164,7 +169,7 @@ def distance(logits, reference, inputs):
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", sweep(["llama", "gemma3", "gpt2"], quick={"gemma3"}))
 def test_a_compiled_family_generates_what_eager_generates(name):
     model = small_model(name)
     inputs = prompt(2, 37, padded=True)
