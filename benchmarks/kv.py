@@ -4,7 +4,7 @@ A prompt is prefilled and tokens are decoded one by one, as `generate()` does it
 has a process of its own: `eager` and `inductor` as they are, `mom` with kv_offload=False, `mom-host` with
 kv_offload=True, `mom-disk` with files.
 
-prefill   seconds of a warm prefill, and its peak above the weights
+prefill   seconds of a warm prefill, and its peak above the weights, beside what the report lets expect
 cache     bytes that the cache takes on the device, and on the host
 step      milliseconds of a decode step (median), and its peak above weights and cache
 rows      bytes per step that leave for the host, against those of one token's keys and values
@@ -58,7 +58,7 @@ def worker(spec: Row) -> None:
         workers.step("prefill")
         row = {"backend": spec["backend"], "prefill": min(measure.seconds(prefill, device) for _ in range(2))}
         report = measure.peak_bytes(prefill, device)
-        row |= {"prefill_peak": report.peak, "cache": report.kept}
+        row |= {"prefill_peak": report.peak, "cache": report.kept, "expected_peak": expected_peak()}
         workers.row(row | decode(model, prefill()[1], spec))
 
 
@@ -67,6 +67,13 @@ def _backend(name: str, folder: str) -> Row:
         name, {"kv_offload": "disk", "kv_dir": folder}
     )
     return {"backend": "inductor"} if name == "inductor" else {"backend": "mom", "options": offload}
+
+
+def expected_peak() -> int | None:
+    """What the report of the prefill lets expect, for the backends that have one."""
+    from mom_compile import reports
+
+    return next((report.expected_peak_bytes for report in reports() if report.stages), None)
 
 
 def decode(model: Any, cache: Any, spec: Row) -> Row:
@@ -118,7 +125,8 @@ def print_rows(rows: Sequence[Row], options: argparse.Namespace) -> None:
     table = Table(title=f"KV cache, {options.layers} layers ({options.shape}), {options.dtype}, S = {options.seq}")
     table.add_column("backend")
     for heading in (
-        "prefill s", "peak MiB", "cache on device MiB", "on host MiB", "step ms", "step's peak MiB", "KiB to host",
+        "prefill s", "peak MiB", "expected", "cache on device MiB", "on host MiB", "step ms", "step's peak MiB",
+        "KiB to host",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for row in rows:
@@ -126,6 +134,7 @@ def print_rows(rows: Sequence[Row], options: argparse.Namespace) -> None:
             row["backend"],
             f"{row['prefill']:.2f}",
             f"{row['prefill_peak'] / MIB:.0f}",
+            f"{row['expected_peak'] / MIB:.0f}" if row["expected_peak"] else "",
             f"{row['cache'] / MIB:.1f}",
             f"{row['host'] / MIB:.1f}",
             f"{statistics.median(row['step']) * 1e3:.1f}",

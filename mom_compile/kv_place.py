@@ -21,10 +21,6 @@ from passes.sizes import count_hint
 #: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
 HEADROOM = 2
 
-#: What a mini-sequence takes beside the full-length values, in units of its widest value.
-#: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
-VALUES_OF_AN_ITERATION = 4
-
 
 def offloads(options: Options, device: torch.device) -> bool:
     """Whether keys and values may leave at all. A CPU's memory is the host's: "auto" needs a budget to leave it."""
@@ -57,7 +53,7 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], repo
     if options.kv_offload == "auto" and offloads(options, device):
         layers = 1 + max((value.layer for value in report.on_host), default=0)
         budget = options.budget_bytes or _free_bytes(device)
-        weights, iteration = _static_bytes(gm, static), _iteration_bytes(report)
+        weights, iteration = _static_bytes(gm, static), report.iteration_bytes
         residency = Residency(budget, weights, iteration, _bytes_per_token(report, layers), layers)
     return KVPlace(device, _placement(options, device), residency)
 
@@ -89,7 +85,3 @@ def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
     """Parameters and buffers."""
     values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
     return sum(count_hint(value.shape) * value.element_size() for value in values)
-
-
-def _iteration_bytes(report: Report) -> int:
-    return VALUES_OF_AN_ITERATION * max((stage.widest_bytes for stage in report.stages), default=0)

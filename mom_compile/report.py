@@ -11,6 +11,10 @@ from passes.live_values import LiveValue, live_values
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
 from passes.sizes import hint
 
+#: What a mini-sequence takes beside the full-length values, in units of its widest value.
+#: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
+VALUES_OF_AN_ITERATION = 4
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -98,6 +102,16 @@ class Report:
     def floor_bytes(self) -> int:
         """The least a run needs, at the captured sizes: the full-length values of the stage that has most of them."""
         return max((sum(value.bytes for value in stage.live) for stage in self.stages), default=0)
+
+    @property
+    def iteration_bytes(self) -> int:
+        """What one mini-sequence is expected to take, at the captured sizes."""
+        return VALUES_OF_AN_ITERATION * max((stage.widest_bytes for stage in self.stages), default=0)
+
+    @property
+    def expected_peak_bytes(self) -> int:
+        """What a run is expected to take above its inputs, at the captured sizes."""
+        return self.floor_bytes + self.iteration_bytes
 
     @property
     def floor_bytes_per_token(self) -> int:
