@@ -20,11 +20,11 @@ import mom_compile.runtime.attention  # noqa: F401  registers the attention kern
 from mom_compile.config import Options, parse_options
 from mom_compile.kv_place import fits_for_long, kv_place, offloads
 from mom_compile.lowering import lower
-from mom_compile.pieces import PieceCache
+from mom_compile.pieces import PieceCache, first_line
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
-from passes.graphs import compute_device
+from passes.graphs import compute_device, copy_graph
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,33 @@ def compile_graph(
             warnings.warn(f"mom_compile falls back to stock Inductor: {reason}", MomWarning, stacklevel=2)
     report.fallback = reason
     log.info("stock Inductor: %s", reason)
-    return stock(gm, example_inputs, **kwargs)
+    if options.scope == "none" or not kwargs.get("is_inference"):
+        return stock(gm, example_inputs, **kwargs)
+    return stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs))
+
+
+def stock_or_eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], report: Report, stock: Callable[..., Any]
+) -> Callable[[list[Any]], Any]:
+    """Stock Inductor. What it cannot compile runs as it was captured, like a piece of ours, with the reason.
+
+    On the CPU, Inductor of torch 2.11 writes C++ that does not compile for the decode steps of most models.
+    """
+    original = copy_graph(gm)  # Inductor rewrites what it compiles
+    try:
+        return stock(gm, example_inputs)  # type: ignore[no-any-return]
+    except Exception as error:
+        log.debug("stock Inductor could not compile a graph", exc_info=True)
+        reason = first_line(error)
+    report.eager_pieces["the graph"] = reason
+    warnings.warn(f"Inductor could not compile a graph, which runs eagerly: {reason}", MomWarning, stacklevel=2)
+
+    def run_eagerly(inputs: list[Any]) -> Any:
+        values = list(inputs)
+        inputs.clear()
+        return original(*values)
+
+    return mark_boxed(run_eagerly)
 
 
 def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:

@@ -60,6 +60,11 @@ class Variant:
     holds: Callable[..., bool] | None
 
 
+def first_line(error: Exception) -> str:
+    """What kind of error it is, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
 @dataclass
 class Piece:
     """A compiled piece. `piece(inputs)` may empty the list.
@@ -92,7 +97,7 @@ class Piece:
             run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
-            self.eager_reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            self.eager_reason = first_line(error)
             self.variants.append(Variant(self.run_eagerly, None))
             return
         self.variants.append(Variant(run, self._condition(sizes)))

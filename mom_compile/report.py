@@ -135,7 +135,7 @@ class Report:
         if self.fallback is not None:
             verdict = "failed, so it went" if self.failed else "went"
             lines = [f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"]
-            return "\n".join(lines + _kv_lines(self))
+            return "\n".join(lines + _kv_lines(self) + _eager_lines(self))
         if self.no_loops is None:
             lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
             lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
@@ -147,8 +147,7 @@ class Report:
             lines.append("on the full sequence, between loops:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
         lines += _kv_lines(self)
-        for name, reason in self.eager_pieces.items():
-            lines.append(f"{name} runs eagerly, Inductor could not compile it: {reason}")
+        lines += _eager_lines(self)
         if self.compiled_pieces or self.bodies_shared:
             lines.append(
                 f"{len(self.compiled_pieces)} pieces compiled in {self.compile_seconds:.1f} s, "
@@ -203,3 +202,7 @@ def _kv_lines(report: Report) -> list[str]:
         rows = "new rows" if all(value.has_past for value in report.on_host) else "rows"
         lines.append(f"to the host: {rows} of {len(report.on_host)} keys and values of {layers} layers, {size} B/token")
     return lines
+
+
+def _eager_lines(report: Report) -> list[str]:
+    return [f"{name} runs eagerly, Inductor could not compile it: {why}" for name, why in report.eager_pieces.items()]

@@ -226,6 +226,20 @@ def test_a_piece_that_inductor_cannot_compile_runs_eagerly_with_the_reason(monke
     assert "undeclared temporary" in str(reports()[-1])
 
 
+def test_a_graph_that_stock_inductor_cannot_compile_runs_eagerly_with_a_warning(monkeypatch):
+    def fails(gm, example_inputs, **kwargs):
+        gm.graph.erase_node(gm.graph.output_node())  # Inductor rewrites what it compiles
+        raise RuntimeError("undeclared temporary")
+
+    patched = functools.partial(backend_module.compile_graph, stock=fails)
+    monkeypatch.setattr(backend_module, "compile_graph", patched)
+    model = TinyDecoder(layers=1).eval()
+    with torch.no_grad(), pytest.warns(MomWarning, match="undeclared temporary"):
+        assert_same(compiled(model)(ids(2, 5)), model(ids(2, 5)))
+    assert reports()[-1].fallback is not None
+    assert "the graph runs eagerly" in str(reports()[-1])
+
+
 # --- options ---
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch.torch_version import TorchVersion
 
 from mom_compile import reports
 from tests.families import FAMILIES, next_token, prompt, small_model, sweep
@@ -168,6 +169,11 @@ def distance(logits, reference, inputs):
     return float((kept(logits.double(), inputs) - kept(reference, inputs)).norm())
 
 
+#: What stock Inductor 2.11 writes for a decode step on the CPU is no C++; the step then runs eagerly, with a warning.
+STEPS_RUN_EAGERLY = TorchVersion(torch.__version__) < (2, 12)
+
+
+@pytest.mark.filterwarnings(*["ignore:Inductor could not compile a graph"] * STEPS_RUN_EAGERLY)
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", sweep(["llama", "gemma3", "gpt2"], quick={"gemma3"}))
 def test_a_compiled_family_generates_what_eager_generates(name):
