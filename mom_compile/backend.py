@@ -20,7 +20,7 @@ import mom_compile.runtime.attention  # noqa: F401  registers the attention kern
 from mom_compile.config import Options, parse_options
 from mom_compile.kv_place import fits_for_long, kv_place, offloads
 from mom_compile.lowering import lower
-from mom_compile.pieces import PieceCache, first_line
+from mom_compile.pieces import PieceCache, first_line, run_eagerly
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
@@ -104,7 +104,7 @@ def stock_or_eager(
 ) -> Callable[[list[Any]], Any]:
     """Stock Inductor. What it cannot compile runs as it was captured, like a piece of ours, with the reason.
 
-    On the CPU, Inductor of torch 2.11 writes C++ that does not compile for the decode steps of most models.
+    On a CPU, Inductor 2.11 writes C++ that does not compile for the decode steps of Llama, Gemma 3 and GPT-2.
     """
     original = copy_graph(gm)  # Inductor rewrites what it compiles
     try:
@@ -115,12 +115,10 @@ def stock_or_eager(
     report.eager_pieces["the graph"] = reason
     warnings.warn(f"Inductor could not compile a graph, which runs eagerly: {reason}", MomWarning, stacklevel=2)
 
-    def run_eagerly(inputs: list[Any]) -> Any:
-        values = list(inputs)
-        inputs.clear()
-        return original(*values)
+    def run(inputs: list[Any]) -> Any:
+        return run_eagerly(original, inputs)
 
-    return mark_boxed(run_eagerly)
+    return mark_boxed(run)
 
 
 def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:

@@ -34,8 +34,10 @@ def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str])
 
     A decode step that moves layers out when they no longer fit is cut at each of them, which costs time at every step.
     """
+    if options.kv_offload != "auto" or any(node.target is FETCH for node in gm.graph.nodes):
+        return None
     found = find_kv(gm).found
-    if options.kv_offload != "auto" or not found or any(node.target is FETCH for node in gm.graph.nodes):
+    if not found:
         return None
     kept = sum(value.bytes for value in found)
     on_device = kept + 2 * kept // (1 + found[-1].layer)

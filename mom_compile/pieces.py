@@ -65,6 +65,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
+def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Node by node, as captured. Empties `inputs`, as compiled code may."""
+    values = list(inputs)
+    inputs.clear()
+    return gm(*values)
+
+
 @dataclass
 class Piece:
     """A compiled piece. `piece(inputs)` may empty the list.
@@ -103,9 +110,7 @@ class Piece:
         self.variants.append(Variant(run, self._condition(sizes)))
 
     def run_eagerly(self, inputs: list[Any]) -> Any:
-        values = list(inputs)
-        inputs.clear()
-        return self.gm(*values)
+        return run_eagerly(self.gm, inputs)
 
     def _choose(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
         facts = list(self.symbols.values())

@@ -30,15 +30,15 @@ def kept_in_another_form(gm: fx.GraphModule, found: Collection[fx.Node]) -> dict
 
 
 def _made_of(gm: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
-    made: set[fx.Node] = set()
-    pending = [root, *_made_in_its_loop(gm, root)]
+    made = set(_made_in_its_loop(gm, root))
+    pending = [root, *made]
     while pending:
         node = pending.pop()
         for user in node.users:
             if user not in made and _passes_on(user):
                 made.add(user)
                 pending.append(user)
-    return made | set(_made_in_its_loop(gm, root))
+    return made
 
 
 def _passes_on(user: fx.Node) -> bool:

@@ -12,6 +12,7 @@ Growing by appending to a tensor would copy it, and a list of blocks is not one 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -111,15 +112,14 @@ class HostRegion:
     def _commit_pinned(self, wanted: int, pin: Pin) -> int:
         """Pin so many bytes, or some more. Returns how many."""
         some_more = min(_in_blocks(self.committed // PINNED_GROWTH), self.capacity - self.committed)
-        for size in sorted({wanted, max(wanted, some_more)}, reverse=True):
-            try:
-                _check_available(size)
-                self._undo.append(pin(self.bytes.data_ptr() + self.committed, size))
-            except HostMemoryError:
-                if size == wanted:
-                    raise
-                continue
-            break
+        if some_more > wanted:
+            with contextlib.suppress(HostMemoryError):
+                return self._pin_next(some_more, pin)
+        return self._pin_next(wanted, pin)
+
+    def _pin_next(self, size: int, pin: Pin) -> int:
+        _check_available(size)
+        self._undo.append(pin(self.bytes.data_ptr() + self.committed, size))
         self.seams.append(self.committed + size)
         return size
 

@@ -9,6 +9,7 @@ two calls is not promised. So rows that lie across a seam are copied in pieces, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -35,22 +36,23 @@ def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[tor
 
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two dense tensors have their elements in the same order, so that a copy is one run of bytes."""
-    return one.shape == other.shape and _order(one) == _order(other) and _is_dense(one) and _is_dense(other)
+    return (
+        one.shape == other.shape
+        and _order(one) == _order(other)
+        and _in_order(one).is_contiguous()
+        and _in_order(other).is_contiguous()
+    )
 
 
 def _order(tensor: torch.Tensor) -> list[int]:
-    """Dimensions with more than one step, outermost first."""
-    return sorted((d for d in range(tensor.dim()) if tensor.shape[d] > 1), key=tensor.stride, reverse=True)
+    """Dimensions, outermost in storage first. The strides of those with one step mean nothing: these come before."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda d: -strides[d] if tensor.shape[d] > 1 else -math.inf)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.permute(_all_in_order(tensor)).is_contiguous()
-
-
-def _all_in_order(tensor: torch.Tensor) -> list[int]:
-    order = _order(tensor)
-    return [d for d in range(tensor.dim()) if d not in order] + order
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.permute(_order(tensor))
 
 
 def _as_bytes(dense: torch.Tensor) -> torch.Tensor:
-    return dense.permute(_all_in_order(dense)).view(-1).view(torch.uint8)
+    return _in_order(dense).view(-1).view(torch.uint8)
