@@ -24,6 +24,7 @@ from passes.sizes import hint
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
 from passes.verify import verify
+from passes.writes import read_behind_a_write
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +199,9 @@ def run_pipeline(
     it need not be.
     """
     report.nodes = len(gm.graph.nodes)
+    out_of_order = read_behind_a_write(gm)
+    if out_of_order is not None:
+        raise NotWorthwhile(out_of_order)
     state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, fits)
     no_loops: NotWorthwhile | None = None
     try:

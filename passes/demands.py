@@ -163,6 +163,12 @@ def is_mutation(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def may_be_a_view(node: fx.Node) -> bool:
+    """Whether the operator's schema says that it may return what it was given, relabelled."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
+
+
 def is_inline(node: fx.Node) -> bool:
     """A view, or a constant of one element: repeated where it is needed rather than kept."""
     if node.target in VIEWS:

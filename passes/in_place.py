@@ -23,6 +23,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from passes.demands import may_be_a_view
 from passes.mini_sequence import LoopOutput, MiniSequence, loop_nodes
 from passes.rules import Dim
 from passes.sizes import same
@@ -78,15 +79,9 @@ def _alike(before: LoopOutput, after: LoopOutput, dim: Dim) -> bool:
 
 def _relabels_an_input(piece: fx.Node) -> bool:
     """Rows that are an operand's own rows seen otherwise: writing elsewhere first would change them."""
-    while piece.op == "call_function" and (piece.target is operator.getitem or _may_be_a_view(piece)):
+    while piece.op == "call_function" and (piece.target is operator.getitem or may_be_a_view(piece)):
         piece = piece.args[0]  # type: ignore[assignment]
     return piece.op == "placeholder"
-
-
-def _may_be_a_view(node: fx.Node) -> bool:
-    """Whether the operator's schema says that it may return what it was given, relabelled."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
 
 
 def dies_in(value: fx.Node, reader: fx.Node, position: dict[fx.Node, int]) -> bool:

@@ -31,7 +31,7 @@ import torch
 from torch import fx, nn
 
 from passes.bodies import Body
-from passes.demands import PARTS, DemandGraph, Instance, Kind
+from passes.demands import PARTS, DemandGraph, Instance, Kind, is_mutation
 from passes.errors import PassError
 from passes.graphs import attribute, emit, fake_mode, fake_value, size_node
 from passes.rules import Dim
@@ -212,15 +212,32 @@ class _Rewriter:
                 self.whole[node] = self.graph.node_copy(node)
         for plan in self.stages.plans:
             for instance in plan.whole:
-                self._emit_whole(instance.node)
+                if not is_mutation(instance.node):
+                    self._emit_whole(instance.node)
             for length, stored in self._by_length(plan):
                 self._emit_loop(plan, length, stored)
         output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        self._emit_writes(output)
         new = self.graph.output(fx.map_arg(output.args[0], self._whole_value))
         new.meta = dict(output.meta)
         rewritten = fx.GraphModule(self.root, self.graph, "MiniSequences")
         rewritten.meta = dict(self.gm.meta)
         return rewritten
+
+    def _emit_writes(self, output: fx.Node) -> None:
+        """Writes to the inputs, in their order, behind all that reads the old contents: some values are emitted only
+        when they are asked for, and the outputs are asked last."""
+        writes = [node for node in self.gm.graph.nodes if node.op == "call_function" and is_mutation(node)]
+        behind = set(writes)
+        for node in self.gm.graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        for reader in (*writes, output):
+            for node in reader.all_input_nodes:
+                if node not in behind:
+                    self._whole_value(node)
+        for write in writes:
+            self._emit_whole(write)
 
     # --- whole values in the outer graph ---
 

@@ -8,6 +8,7 @@ from torch import fx
 from passes.errors import PassError
 from passes.host_ops import APPEND, COPIES, FETCH_ROOM, FILL, OFFLOAD
 from passes.mini_sequence import MiniSequence, loop_nodes
+from passes.writes import read_behind_a_write
 
 
 def verify(gm: fx.GraphModule) -> None:
@@ -16,6 +17,7 @@ def verify(gm: fx.GraphModule) -> None:
     - every node is defined before it is used, every target exists
     - every tensor operation knows its value's shape
     - nothing reads a value after a loop has written over it, and no input is written over
+    - nothing reads an input behind a write to it
     - a buffer that a past arrives in is read by what waits for it alone, and what is on the host by nothing
     - a loop's body takes `(start, count)` and what its spec says, and returns what the spec stores
     """
@@ -28,6 +30,9 @@ def verify(gm: fx.GraphModule) -> None:
             raise PassError(f"{node.name} ({node.target}) has lost its value")
         if node.target in COPIES:
             _verify_copy(node)
+    wrong = read_behind_a_write(gm)
+    if wrong is not None:
+        raise PassError(wrong)
     for node, loop in loop_nodes(gm):
         _verify_loop(str(node.target), loop)
         _verify_takeovers(node, loop)
