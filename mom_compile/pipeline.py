@@ -17,6 +17,7 @@ from passes.demanded_rows import demanded_rows
 from passes.demands import DemandGraph, Kind, build_demands
 from passes.graphs import compute_device, copy_graph
 from passes.in_place import take_over_storage
+from passes.key_vectors import SPANS
 from passes.kv_offload import KVOffload, kv_offload
 from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
 from passes.mlp_scope import mlp_only
@@ -122,7 +123,7 @@ def follow_demands(state: State) -> str:
     state.report.left_out = {
         f"{n.target} ({n.name})": why
         for n, why in state.dims.mixing.items()
-        if n in whole and n.target is not operator.getitem
+        if n in whole and n.target not in (operator.getitem, SPANS)
     }
     return f"{len(state.demands.order)} instances"
 

@@ -4,7 +4,10 @@ Terms
 -----
 affine      An integer that is `constant + sum(coefficient[k] * index[k])` at the element `index` of a tensor.
             Constants and coefficients may mention the graph's symbols (sequence lengths).
-truth       A boolean known by the constraints `affine >= 0` it obeys.
+lookup      An element of a tensor of which nothing else is known; its position is a function of the own index.
+statement   What a boolean may say: `affine >= 0`; that an element of a boolean tensor is true (`Flag`); how two
+            elements of one integer tensor compare (`Order`).
+truth       A boolean known by the statements it obeys.
 additive    A floating mask that is 0 where a truth holds and -inf (or the dtype's smallest number) elsewhere.
 
 Everything claimed here holds for every value of the symbols that their assumptions allow.
@@ -19,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+from torch import fx
 
 from passes.sizes import expr, is_one
 
@@ -30,6 +34,12 @@ def nonnegative(value: sympy.Expr) -> bool:
     """Whether `value >= 0` for all values of its symbols; False also means "cannot tell"."""
     if value.is_number:
         return bool(value >= 0)
+    extreme = next(iter(value.atoms(sympy.Max, sympy.Min)), None)
+    if extreme is not None:
+        # It is one of its arguments, whichever; and where more of it only helps, a Max is at least each of them.
+        cases = [nonnegative(sympy.expand(value.xreplace({extreme: case}))) for case in extreme.args]
+        helps = isinstance(extreme, sympy.Max) and nonnegative(sympy.expand(value.coeff(extreme)))
+        return all(cases) or (helps and _linear_in(value, extreme) and any(cases))
     symbols = sorted(value.free_symbols, key=str)
     if not value.is_polynomial(*symbols):
         return False
@@ -43,6 +53,10 @@ def nonnegative(value: sympy.Expr) -> bool:
         shifted[symbol] = counts[-1] + (1 if symbol.is_positive else 0)
     moved = sympy.Poly(value.xreplace(shifted), *counts)
     return all(bool(factor >= 0) for factor in moved.coeffs())
+
+
+def _linear_in(value: sympy.Expr, part: sympy.Expr) -> bool:
+    return not sympy.expand(value - value.coeff(part) * part).has(part)
 
 
 @dataclass(frozen=True)
@@ -94,18 +108,101 @@ class Affine:
         """`not (self >= 0)` as a constraint: integers, so `-self - 1 >= 0`."""
         return self.scaled(-1).plus(Affine.number(-1))
 
+    def moved(self, move: Reindex) -> Affine | None:
+        """The same function of the index of a view, or None if it is none."""
+        return move(self)
+
 
 Reindex = Callable[[Affine], Affine | None]
+
+#: Where an element of a tensor is: one function of the own index for each of the tensor's dimensions.
+Position = tuple[Affine, ...]
+
+
+def _moved(position: Position, move: Reindex) -> Position | None:
+    moved = [move(at) for at in position]
+    return None if None in moved else tuple(at for at in moved if at is not None)
+
+
+def _fixed(position: Position, shape: Sequence[Any]) -> Position:
+    return tuple(at.fixed(shape) for at in position)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The integer `node[position] + offset`."""
+
+    node: fx.Node
+    position: Position
+    offset: sympy.Expr = ZERO
+
+    def plus(self, number: sympy.Expr) -> Lookup:
+        return replace(self, offset=sympy.expand(self.offset + number))
+
+    def moved(self, move: Reindex) -> Lookup | None:
+        position = _moved(self.position, move)
+        return None if position is None else replace(self, position=position)
+
+    def fixed(self, shape: Sequence[Any]) -> Lookup:
+        return replace(self, position=_fixed(self.position, shape))
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`node[position]`, an element of a boolean tensor, is true; or false if `negated`."""
+
+    node: fx.Node
+    position: Position
+    negated: bool = False
+
+    def moved(self, move: Reindex) -> Flag | None:
+        position = _moved(self.position, move)
+        return None if position is None else replace(self, position=position)
+
+    def fixed(self, shape: Sequence[Any]) -> Flag:
+        return replace(self, position=_fixed(self.position, shape))
+
+    def always(self, shape: Sequence[Any]) -> bool:
+        return False
+
+    def opposite(self) -> Flag:
+        return replace(self, negated=not self.negated)
+
+
+@dataclass(frozen=True)
+class Order:
+    """`node[high] - node[low] + offset >= 0` for two elements of one integer tensor."""
+
+    node: fx.Node
+    high: Position
+    low: Position
+    offset: sympy.Expr
+
+    def moved(self, move: Reindex) -> Order | None:
+        high, low = _moved(self.high, move), _moved(self.low, move)
+        return None if high is None or low is None else replace(self, high=high, low=low)
+
+    def fixed(self, shape: Sequence[Any]) -> Order:
+        return replace(self, high=_fixed(self.high, shape), low=_fixed(self.low, shape))
+
+    def always(self, shape: Sequence[Any]) -> bool:
+        return self.high == self.low and nonnegative(self.offset)
+
+    def opposite(self) -> Order:
+        return replace(self, high=self.low, low=self.high, offset=sympy.expand(-self.offset - 1))
+
+
+Statement = Affine | Flag | Order
 
 
 @dataclass(frozen=True)
 class Truth:
     """A boolean `X`, or `not X` if `negated`; or the numbers 1 and 0 for it.
 
-    `X` implies every constraint `affine >= 0`; if `exact`, the constraints also imply `X`.
+    `X` implies every constraint; if `exact`, the constraints also imply `X`.
     """
 
-    constraints: frozenset[Affine] = frozenset()
+    constraints: frozenset[Statement] = frozenset()
     exact: bool = True
     negated: bool = False
 
@@ -150,7 +247,7 @@ class Truth:
 
     def reindexed(self, move: Reindex) -> Truth:
         """Constraints rewritten for the elements of a view; one that cannot be is dropped."""
-        moved = [move(c) for c in self.constraints]
+        moved = [c.moved(move) for c in self.constraints]
         return Truth(frozenset(m for m in moved if m is not None), self.exact and None not in moved, self.negated)
 
     def on(self, shape: Sequence[Any]) -> Truth:
@@ -187,7 +284,7 @@ class Additive:
         return replace(self, visible=self.visible.on(shape))
 
 
-Value = Affine | Truth | Additive | None
+Value = Affine | Lookup | Truth | Additive | None
 
 
 def lowest_of(values: Iterable[Value]) -> float:

@@ -9,8 +9,8 @@ repeat_kv   Models copy grouped keys and values to the query's heads before SDPA
     for node in graph:
         if node is SDPA, deterministic, and only its result is used:
             key, value = what repeat_kv was given, if both were repeated alike
-            mask, is_causal, window = what the mask is proved to be (passes.mask_structure)
-            node -> mom.attention(query, key, value, mask, 0, is_causal, scale, window)
+            mask, start, is_causal, window, keys, ... = what the mask is proved to be (passes.mask_structure)
+            node -> mom.attention(query, key, value, mask, start, is_causal, scale, window, keys, ...)
 
 An attention that does not fit is left alone: it stays correct, on the full sequence.
 """
@@ -25,6 +25,9 @@ import torch
 from torch import fx
 
 import passes.ops  # noqa: F401  defines mom::attention
+from passes.graphs import fake_value, size_node
+from passes.key_vectors import KeyVectors
+from passes.mask_form import MaskForm
 from passes.mask_structure import MaskAnalysis
 from passes.rules.arguments import argument
 from passes.sizes import is_one, same
@@ -61,12 +64,12 @@ def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
 
         result  = mom.attention(q, k, v, None, 0, True, 1 / sqrt(D))
     """
-    masks = MaskAnalysis()
+    masks, vectors = MaskAnalysis(), KeyVectors(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in SDPA:
             call = _read(node, masks)
             if call is not None:
-                _rewrite(gm.graph, node, call)
+                _rewrite(vectors, node, call)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -83,6 +86,7 @@ class _Call:
     is_causal: bool
     scale: float
     window: int | None = None
+    form: MaskForm | None = None
 
 
 def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
@@ -110,14 +114,20 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
 
 
 def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
-    """What the mask is proved to say goes into `is_causal` and `window`; if that is all, the mask goes."""
+    """What the mask is proved to say goes into the other arguments; if that is all, the mask goes."""
     assert call.mask is not None
-    form = masks.form(call.mask)
-    square = same(call.query.meta["val"].shape[2], call.key.meta["val"].shape[2])
-    if form is None or not square:
+    form, shape = masks.form(call.mask), call.mask.meta["val"].shape
+    rows, keys = call.query.meta["val"].shape[2], call.key.meta["val"].shape[2]
+    if form is None or not same(shape[-1], keys) or not (same(shape[-2], rows) or _of_keys_alone(form)):
+        return replace(call, mask=_slim(call.mask, masks))
+    if call.is_causal and form.start != 0:  # causal from two places
         return replace(call, mask=_slim(call.mask, masks))
     mask = None if form.exact else _slim(call.mask, masks)
-    return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window)
+    return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window, form=form)
+
+
+def _of_keys_alone(form: MaskForm) -> bool:
+    return not form.causal and form.segments is None and form.positions is None
 
 
 def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
@@ -153,25 +163,27 @@ def _only_result_used(node: fx.Node) -> bool:
     return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, call: _Call) -> None:
+def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
+    graph: fx.Graph = node.graph
+    start: Any = 0
+    named: dict[str, Any] = {}
+    if call.form is not None:
+        named |= vectors.arguments(call.form, call.key.meta["val"].shape[2], before=node)
     with graph.inserting_before(node):
+        if call.form is not None:
+            start = size_node(graph, call.form.start, before=node)
         key, value = _without_repeats(graph, call.key, call.value)
-        args: tuple[Any, ...] = (call.query, key, value, call.mask, 0, call.is_causal, call.scale)
+        args: tuple[Any, ...] = (call.query, key, value, call.mask, start, call.is_causal, call.scale)
         if call.window is not None:
             args = (*args, call.window)
-        new = graph.call_function(MOM_ATTENTION, args)
+        new = graph.call_function(MOM_ATTENTION, args, named)
         for result in [user for user in node.users if user.args[1] == 0]:
-            new.meta = {**result.meta, "val": _fake_result(new)}
+            new.meta = {**result.meta, "val": fake_value(new)}
             result.replace_all_uses_with(_in_layout(graph, new, result))
     # SDPA counts as random, which dead code elimination would spare.
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _fake_result(new: fx.Node) -> torch.Tensor:
-    args = fx.map_arg(new.args, lambda n: n.meta["val"])
-    return MOM_ATTENTION(*args)
 
 
 def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from passes.affine import FALSE, TRUE, UNKNOWN, Additive, Affine, Truth, Value, lowest_of
+from passes.affine import FALSE, TRUE, UNKNOWN, Additive, Affine, Lookup, Order, Truth, Value, lowest_of
 from passes.rules.arguments import argument, has_argument
 from passes.sizes import expr
 
@@ -131,11 +132,23 @@ def add(node: fx.Node, given: Given) -> Value:
         return Additive(a.visible.both(b.visible), lowest_of((a, b)))
     if not isinstance(alpha, int):
         return None
+    if isinstance(a, Lookup) or isinstance(b, Lookup):
+        return _shifted(a, b, sign * alpha)
     left, right = count(a), count(b)
     # 1 - X for a flag X kept as a number.
     if sign == -1 and alpha == 1 and left == Affine.number(1) and isinstance(b, Truth):
         return b.inverted()
     return None if left is None or right is None else left.plus(right, sign * alpha)
+
+
+def _shifted(a: Value, b: Value, factor: int) -> Value:
+    """`a + factor * b` where one is an element of a tensor and the other a number."""
+    if isinstance(b, Lookup):
+        a, b, factor = b, a, 1 if factor == 1 else 0
+    number = count(b)
+    if not isinstance(a, Lookup) or number is None or not number.is_constant or factor == 0:
+        return None
+    return a.plus(factor * number.constant)
 
 
 @rule("mul.Tensor mul.Scalar")
@@ -189,12 +202,22 @@ def compare(node: fx.Node, given: Given) -> Value:
     if isinstance(a, Truth) and len(constraints) == 2 and number in (Affine.number(0), Affine.number(1)):
         return a.inverted() if (number == Affine.number(0)) != opposite else a
     left, right = count(a), count(b)
-    if left is None or right is None:
+    if isinstance(a, Lookup) and isinstance(b, Lookup) and a.node is b.node:
+        orders = (_order(a, b, factor, offset) for factor, offset in constraints)
+        truth = Truth(frozenset(orders)).on(shape_of(node))
+    elif left is None or right is None:
         return None
-    difference = left.plus(right, -1)
-    said = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
-    truth = Truth(frozenset(said)).on(shape_of(node))
+    else:
+        difference = left.plus(right, -1)
+        said = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
+        truth = Truth(frozenset(said)).on(shape_of(node))
     return truth.inverted() if opposite else truth
+
+
+def _order(a: Lookup, b: Lookup, factor: int, offset: int) -> Order:
+    """`factor * (a - b) + offset >= 0` for elements of one tensor."""
+    high, low = (a, b) if factor == 1 else (b, a)
+    return Order(a.node, high.position, low.position, sympy.expand(high.offset - low.offset + offset))
 
 
 @rule("bitwise_and.Tensor bitwise_and.Scalar logical_and")

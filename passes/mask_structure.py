@@ -9,7 +9,7 @@ window w    Query `i` sees key `j` only if `j > i - w`.
 
     for node that the mask depends on, in graph order:
         value[node] = rule of its operator (passes.mask_operators), or unknown
-    constraints of value[mask]  ==  {i - j >= 0, j - i + w - 1 >= 0}    ->  MaskForm(causal, window w)
+    statements of value[mask]  ==  {i - j >= 0, j - i + w - 1 >= 0}    ->  MaskForm(causal, window w)
 
 For example, the mask that Hugging Face models make when they are given no cache: a check for packed
 sequences on top of the causal mask, all on positions that are themselves made in the graph::
@@ -23,7 +23,6 @@ sequences on top of the causal mask, all on positions that are themselves made i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -31,21 +30,10 @@ import torch
 from torch import fx
 
 import passes.mask_views  # noqa: F401  registers its rules
-from passes.affine import FALSE, TRUE, UNKNOWN, Additive, Affine, Truth, Value, nonnegative
+from passes.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Affine, Flag, Lookup, Truth, Value
+from passes.mask_form import MaskForm, mask_form
 from passes.mask_operators import RULES, WIDE, aten, constant
 from passes.sizes import same
-
-
-@dataclass(frozen=True)
-class MaskForm:
-    """What a mask lets query `i` see: at most keys `j <= i` if `causal`, at most the last `window` of those.
-
-    `exact`: precisely those; the mask says nothing else. Otherwise it masks more, and must be kept.
-    """
-
-    causal: bool
-    window: int | None = None
-    exact: bool = True
 
 
 class MaskAnalysis:
@@ -58,9 +46,9 @@ class MaskAnalysis:
         """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use."""
         value, meta = self.value(mask), mask.meta["val"]
         if isinstance(value, Truth) and meta.dtype == torch.bool:
-            return _form(value, meta.shape, -math.inf)
+            return mask_form(value, meta.shape, -math.inf)
         if isinstance(value, Additive) and meta.dtype.is_floating_point:
-            return _form(value.visible, meta.shape, value.lowest)
+            return mask_form(value.visible, meta.shape, value.lowest)
         return None
 
     def condition(self, mask: fx.Node) -> fx.Node | None:
@@ -108,36 +96,21 @@ class MaskAnalysis:
         rule = RULES.get(node.target)
         value = rule(node, self._given) if rule is not None else None
         if isinstance(value, Affine):
-            return value.fixed(meta.shape) if meta.dtype in WIDE else None
+            return value.fixed(meta.shape) if meta.dtype in WIDE else _itself(node, meta)
         if isinstance(value, Additive):
             return value.on(meta.shape) if meta.dtype.is_floating_point else None
-        if value is None:
-            return UNKNOWN if meta.dtype == torch.bool else None
+        if isinstance(value, Lookup):
+            return value.fixed(meta.shape)
+        if value is None or value == UNKNOWN:
+            return _itself(node, meta)
         return value.on(meta.shape)
 
 
-def _form(truth: Truth, shape: Any, lowest: float) -> MaskForm | None:
-    """Reads causality and window off the constraints on (query, key), the last two dimensions."""
-    plain = truth.on(shape).plain()
-    if plain is None or plain == FALSE or len(shape) < 2:
-        return None
-    delays: list[sympy.Expr] = []
-    windows: list[int] = []
-    others = False
-    for constraint in plain.constraints:
-        *batch, query, key = constraint.coefficients
-        by_position = all(c == 0 for c in batch)
-        if by_position and (query, key) == (1, -1):
-            delays.append(constraint.constant)
-        elif by_position and (query, key) == (-1, 1) and constraint.constant.is_Integer and constraint.constant >= 0:
-            windows.append(int(constraint.constant) + 1)
-        else:
-            others = True
-    # `i - j + delay >= 0`: with a delay of zero or less no key after the query is seen, with zero all before it are.
-    causal = any(nonnegative(-delay) for delay in delays)
-    precisely = not delays or (sympy.Integer(0) in delays and all(nonnegative(delay) for delay in delays))
-    exact = plain.exact and not others and precisely and (causal or not windows)
-    # A finite fill only hides keys in a row that sees some: exact forms show each query its own key.
-    if not exact and (not causal or lowest > -math.inf):
-        return None
-    return MaskForm(causal, min(windows, default=None) if causal else None, exact)
+def _itself(node: fx.Node, meta: torch.Tensor) -> Value:
+    """An element of the node: all that can be said of a boolean or an integer that nothing is known of."""
+    rank = meta.dim()
+    position = tuple(Affine(tuple(sympy.Integer(d == k) for d in range(rank)), ZERO) for k in range(rank))
+    position = tuple(at.fixed(meta.shape) for at in position)
+    if meta.dtype == torch.bool:
+        return Truth(frozenset({Flag(node, position)}))
+    return Lookup(node, position) if meta.dtype in WIDE else None

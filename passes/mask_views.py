@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from passes.affine import ZERO, Additive, Affine, Truth, Value, nonnegative
-from passes.mask_operators import WIDE, Given, constant, count, dtype_of, holds, rule, shape_of, size_of
+from passes.affine import ZERO, Additive, Affine, Lookup, Truth, Value, nonnegative
+from passes.mask_operators import WIDE, Given, constant, dtype_of, holds, rule, shape_of, size_of
 from passes.rules.arguments import argument
 from passes.sizes import expr, is_one, same
 
@@ -23,12 +23,14 @@ def cast(node: fx.Node, given: Given) -> Value:
         return holds(value)
     if isinstance(value, Affine) and value.is_constant and value.constant.is_number and dtype.is_floating_point:
         return constant(int(value.constant), dtype)
+    if isinstance(value, Lookup) and dtype not in (torch.int64, dtype_of(node.args[0])):  # type: ignore[arg-type]
+        return None
     return value
 
 
 def _reindexed(value: Value, move: Callable[[Affine], Affine | None]) -> Value:
-    if isinstance(value, Affine):
-        return move(value)
+    if isinstance(value, Affine | Lookup):
+        return value.moved(move)
     if isinstance(value, Truth):
         return value.reindexed(move)
     return value if value is None else Additive(value.visible.reindexed(move), value.lowest)
@@ -74,7 +76,11 @@ def reshape(node: fx.Node, given: Given) -> Value:
     if len(sizes_old) == len(sizes_new) and all(same(a, b) for a, b in zip(sizes_old, sizes_new, strict=True)):
         origin = dict(zip(kept_new, kept_old, strict=True))
         return _pick(node, given, [origin.get(d) for d in range(len(new))])
-    return _reindexed(given(node.args[0]), lambda value: Affine((), value.constant) if value.is_constant else None)
+    return _reindexed(given(node.args[0]), _constant)
+
+
+def _constant(value: Affine) -> Affine | None:
+    return Affine.number(value.constant) if value.is_constant else None
 
 
 def _from_the_front(index: Any, size: Any) -> sympy.Expr | None:
@@ -143,22 +149,30 @@ def cat(node: fx.Node, given: Given) -> Value:
 
 @rule("index.Tensor")
 def index(node: fx.Node, given: Given) -> Value:
-    """A function of positions looked up at positions: composition, if none of them counts from the end."""
+    """What is looked up at positions, if none of them counts from the end: composition of functions of the index."""
     indices, shape = argument(node, "indices"), shape_of(node.args[0])
-    source = given(node.args[0])
     if any(at is not None and dtype_of(at) not in WIDE for at in indices):
         return None
-    function = count(source)
-    if function is not None and function.is_constant:
-        return source if isinstance(source, Truth) else Affine.number(function.constant)
-    if function is None or len(indices) != len(shape) or None in indices:
+    if len(indices) != len(shape) or None in indices:
+        return _reindexed(given(node.args[0]), _constant)
+    positions = [_position(at, given) for at in indices]
+
+    def compose(function: Affine) -> Affine | None:
+        result = Affine.number(function.constant)
+        for coefficient, position in zip(function.at_rank(len(shape)).coefficients, positions, strict=True):
+            if coefficient == 0:
+                continue
+            if position is None:
+                return None
+            result = result.plus(position, coefficient)
+        return result
+
+    return _reindexed(given(node.args[0]), compose)
+
+
+def _position(at: fx.Node, given: Given) -> Affine | None:
+    value = given(at)
+    if not isinstance(value, Affine):
         return None
-    result = Affine.number(function.constant)
-    for coefficient, at in zip(function.at_rank(len(shape)).coefficients, indices, strict=True):
-        if coefficient == 0:
-            continue
-        position = given(at)
-        if not isinstance(position, Affine) or not position.fixed(shape_of(at)).always(shape_of(at)):
-            return None
-        result = result.plus(position.fixed(shape_of(at)), coefficient)
-    return result
+    fixed = value.fixed(shape_of(at))
+    return fixed if fixed.always(shape_of(at)) else None

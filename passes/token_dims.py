@@ -25,6 +25,7 @@ from torch import fx
 
 from passes.errors import CannotChunk
 from passes.rules import Claim, Dim, chunk_rule_for, claim_for, operands
+from passes.rules.registry import value_of
 from passes.sizes import Size, count_hint, hint, is_one, product, same
 
 #: Along the token dimension these take a range of rows.
@@ -98,7 +99,8 @@ class _Sweep:
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
             self.work += matmul_work(node)
-            activations = [demand for n, demand in demanded if n in self.activations]
+            # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
+            activations = [d for n, d in demanded if n in self.activations and value_of(n).is_floating_point()]
             self.barriers += any(demand is None for demand in activations)
             self.batched += len(activations) > 1 and all(demand is not None for demand in activations)
 

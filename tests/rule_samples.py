@@ -244,6 +244,14 @@ def _attentions(device: str = "cpu", dtype: torch.dtype = torch.float64) -> dict
     return {"query": heads(4, 6, 0), "key": heads(4, 9, 1), "value": heads(4, 9, 2), "grouped": heads(2, 9, 3)}
 
 
+def _of_keys() -> list[tuple[torch.Tensor | None, ...]]:
+    """What is said of each of nine keys: padding, holes, segments; for each entry or for all."""
+    padding, holes = torch.arange(9) >= torch.tensor([[4], [1]]), floats(2, 9, seed=7) > -0.5
+    segments, positions = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2]]), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+    said = [(padding, None, None), (padding[:1], None, None), (holes, None, None), (None, segments, positions)]
+    return [(*vectors, mom.spans.default(*vectors)) for vectors in said] + [(padding, None, None, None)]
+
+
 def _mom_attention() -> list[Call]:
     made = _attentions()
     query, key, value, grouped = made["query"], made["key"], made["value"], made["grouped"]
@@ -256,6 +264,8 @@ def _mom_attention() -> list[Call]:
         (query, key, value, per_row[:1], 0, False, 0.3),
         (query, key, value, broadcast, 0, False, 0.3),
         (query, key, value, floats(6, 9), 0, False, 0.3),
+        *((query, key, value, None, 3, True, 0.3, 4, *vectors) for vectors in _of_keys()),
+        *((query, grouped, grouped, None, 3, False, 0.3, None, *vectors) for vectors in _of_keys()),
     ]
     return [Call(mom.attention.default, one) for one in arguments]
 

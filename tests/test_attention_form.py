@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import fx
 
 import mom_compile.runtime.attention  # noqa: F401  registers the kernels
@@ -37,6 +38,11 @@ def attentions(gm: fx.GraphModule) -> list[fx.Node]:
 def facts(node: fx.Node) -> dict[str, Any]:
     """The arguments that the pass decides about."""
     return {name: argument(node, name) for name in ("mask", "is_causal", "window", "start")}
+
+
+def conditions(node: fx.Node) -> dict[str, fx.Node | None]:
+    """What the attention is told of its keys."""
+    return {name: argument(node, name) for name in ("keys", "segments", "positions", "spans")}
 
 
 def rewritten(captured: Captured) -> fx.GraphModule:
@@ -80,17 +86,57 @@ def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_padding_keeps_a_boolean_mask(dynamic: bool) -> None:
+def test_padding_is_said_of_the_keys(dynamic: bool) -> None:
+    """No mask is left, and what the padding looks like is looked at once for all layers."""
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[0, :6] = 0
     model = tiny("Llama")
     captured = capture(model.forward, dynamic=dynamic, input_ids=ids(19, 2), attention_mask=mask, use_cache=False)
     gm = rewritten(captured)
     for node in attentions(gm):
-        given = facts(node)
+        given, told = facts(node), conditions(node)
         assert given["is_causal"]
-        assert given["mask"].meta["val"].dtype == torch.bool
-        assert given["mask"].meta["val"].dim() == 4
+        assert given["mask"] is None
+        assert tuple(told["keys"].meta["val"].shape)[-1] == attentions(gm)[0].meta["val"].shape[2]
+    assert len({conditions(node)["keys"] for node in attentions(gm)}) == 1
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.mom.spans.default)) == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_packed_sequences_are_segments(dynamic: bool) -> None:
+    """`position_ids` that begin anew: the model's own check for them becomes numbers of segments."""
+    at = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, -1)
+    captured = capture(
+        tiny("Llama").forward, dynamic=dynamic, input_ids=ids(19, 2), position_ids=at, use_cache=False
+    )
+    for node in attentions(rewritten(captured)):
+        given, told = facts(node), conditions(node)
+        assert given["mask"] is None
+        assert told["segments"] is not None
+        assert told["positions"] is not None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("new", [1, 7])
+def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
+    """A second turn is causal from where it begins; a decode step sees all keys but padding."""
+    model, mask = tiny("Llama"), torch.ones(2, 12 + new, dtype=torch.long)
+    mask[0, :3] = 0
+    past = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids(12, 2), attention_mask=mask[:, :12], past_key_values=past)
+    captured = capture(
+        lambda past, **given: model(past_key_values=past, **given).logits,
+        dynamic=dynamic, past=past, input_ids=ids(new, 2), attention_mask=mask,
+    )  # fmt: skip
+    for node in attentions(rewritten(captured)):
+        given, told = facts(node), conditions(node)
+        assert given["mask"] is None
+        assert told["keys"] is not None
+        assert given["is_causal"] == (new > 1)
+        if new > 1:
+            start = given["start"]
+            assert (start if isinstance(start, int) else int(start.meta["val"])) == 12
 
 
 def test_no_guards_are_added() -> None:
@@ -207,9 +253,19 @@ def test_causal_with_other_lengths_is_left_alone() -> None:
     assert not attentions(gm)[0].args[5]
 
 
-def test_a_causal_mask_with_other_lengths_is_kept() -> None:
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_causal_rows_may_stand_anywhere_among_the_keys(ahead: int) -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keep = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None]
+        keep = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None] + ahead
+        return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf))
+
+    (node,) = attentions(check(function, *tensors(keys=S + 3)))
+    assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": ahead}
+
+
+def test_a_mask_of_anything_else_is_kept() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keep = torch.arange(k.shape[2])[None] != torch.arange(q.shape[2])[:, None]
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf))
 
     (node,) = attentions(check(function, *tensors(keys=S + 3)))

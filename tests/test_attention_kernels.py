@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,12 @@ from mom_compile.runtime import attention_cpu, attention_rows
 from passes.ops import attention_reference
 
 OP = torch.ops.mom.attention.default
+SPANS = torch.ops.mom.spans.default
+
+CONDITIONS = (
+    "no padding", "left padding", "right padding", "one length of padding", "nothing to see", "holes", "packed",
+    "packed in order", "packed, padded", "packed, no padding", "segments that come back", "out of order", "in order",
+)  # fmt: skip
 
 #: Error allowed, relative to values around one. Half precision keeps its weights in half precision.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -41,6 +47,9 @@ class Case:
     layout: str
     dtype: torch.dtype
     seed: int
+    #: What is said of the keys, and how it looks: see `_conditions`.
+    conditions: str = ""
+    shared: bool = False
 
     def arguments(self) -> tuple[Any, ...]:
         torch.manual_seed(self.seed)
@@ -49,7 +58,38 @@ class Case:
         key = self._tensor(self.kv_heads, self.keys, self.channels)
         value = self._tensor(self.kv_heads, self.keys, self.value_channels)
         scale = self.channels**-0.5
-        return query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window
+        plain = (query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window)
+        return plain + self._conditions() if self.conditions else plain
+
+    def _conditions(self) -> tuple[torch.Tensor | None, ...]:
+        """Vectors `[B or 1, T]`, and what is found in them; T covers the rows too, as it does in a graph."""
+        batch, tokens = 1 if self.shared else self.batch, self.keys
+        index = torch.arange(tokens).expand(batch, -1)
+        pads = torch.randint(0, tokens + 1, (batch, 1))
+        kinds: dict[str, tuple[torch.Tensor | None, ...]] = {
+            "no padding": (index >= 0, None, None),
+            "left padding": (index >= pads, None, None),
+            "right padding": (index < pads, None, None),
+            "one length of padding": (index >= pads[:1], None, None),
+            "nothing to see": (index < 0, None, None),
+            "holes": (torch.rand(batch, tokens) < 0.7, None, None),
+        }
+        if self.conditions in kinds:
+            vectors = kinds[self.conditions]
+        else:
+            cuts = torch.rand(batch, tokens) < 0.1
+            segments = cuts.cumsum(1)
+            positions = index - torch.where(cuts, index, 0).cummax(1).values
+            vectors = {
+                "packed": (None, segments, None),
+                "packed in order": (None, segments, positions),
+                "packed, padded": (index >= pads, segments, None),
+                "packed, no padding": (index >= 0, segments, None),
+                "segments that come back": (None, segments % 3, None),
+                "out of order": (None, segments, positions.flip(1)),
+                "in order": (None, None, index + 3),
+            }[self.conditions]
+        return (*vectors, SPANS(*vectors))
 
     def _tensor(self, heads: int, tokens: int, channels: int) -> torch.Tensor:
         if self.layout == "token-major":
@@ -95,6 +135,49 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, tor
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 99)),
     )
+
+
+@st.composite
+def conditioned(draw: st.DrawFn) -> Case:
+    """Cases whose rows are some of the keys' tokens, with something said of the keys and no mask."""
+    case = draw(cases())
+    rows = min(case.rows, case.keys)
+    return replace(
+        case,
+        rows=rows,
+        start=draw(st.integers(0, case.keys - rows)),
+        mask=None,
+        broadcast=(False,) * 4,
+        conditions=draw(st.sampled_from(CONDITIONS)),
+        shared=draw(st.booleans()),
+    )
+
+
+@given(conditioned())
+@settings(max_examples=300, deadline=None)
+def test_what_is_said_of_keys_is_what_a_mask_would_say(case: Case) -> None:
+    assert_matches_definition(case)
+
+
+@given(conditioned(), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_what_is_said_of_keys_in_small_blocks(case: Case, fewest: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_rows, "FEWEST_ROWS", fewest)
+        patch.setattr(attention_rows, "BLOCK_BYTES", 1)
+        assert_matches_definition(case)
+
+
+@pytest.mark.parametrize("conditions", CONDITIONS)
+def test_ranges_of_keys_take_no_mask(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding at either end and packed sequences are calls of the plain kernel; only what is no range takes a mask."""
+    masked = []
+    in_blocks = attention_cpu.in_blocks
+    monkeypatch.setattr(attention_cpu, "in_blocks", lambda *a: masked.append(a) or in_blocks(*a))
+    case = Case(3, 2, 2, 50, 200, 8, 8, 100, True, None, None, (False,) * 4, "head-major", torch.float64, 0, conditions)
+    assert_matches_definition(case)
+    ranges = {"holes", "packed, padded", "segments that come back", "out of order"}
+    assert bool(masked) == (conditions in ranges)
 
 
 def assert_matches_definition(case: Case) -> None:
@@ -175,6 +258,24 @@ def test_the_definition_does_not_hide_nan() -> None:
     """PyTorch's flash kernel may: it takes a row of NaN scores for one that sees nothing."""
     query, key = torch.full((1, 1, 2, 4), math.nan), torch.randn(1, 1, 2, 4)
     assert attention_reference(query, key, key, None, 0, True, 1.0).isnan().all()
+
+
+def test_padding_allocates_rows_only() -> None:
+    """No mask, whatever the number of keys."""
+    rows, keys, channels = 256, 8192, 64
+    query = torch.randn(2, 8, rows, channels)
+    key, value = torch.randn(2, 2, keys, channels), torch.randn(2, 2, keys, channels)
+    padded = torch.arange(keys) >= torch.tensor([[1000], [0]])
+    peak = peak_bytes(
+        (query, key, value, None, keys - rows, True, 0.125, None, padded, None, None, SPANS(padded, None, None))
+    )
+    assert peak <= 3 * query.numel() * 4 + flash_scratch(channels), peak
+
+
+def test_spans_contract() -> None:
+    keys, segments = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.int64)
+    for vectors in ((keys, None, None), (keys[:1], segments, segments), (None, None, segments)):
+        torch.library.opcheck(SPANS, vectors, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])

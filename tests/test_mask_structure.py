@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from passes.mask_structure import MaskAnalysis, MaskForm
+from passes.key_vectors import KeyVectors
+from passes.mask_form import MaskForm
+from passes.mask_structure import MaskAnalysis
+from passes.ops import KeyConditions
 from tests.captured import capture, ids, tiny
 from tests.tracing import trace
 
@@ -33,22 +38,55 @@ def form_of(program: Program, length: int = 9, symbolic: bool = False) -> MaskFo
 
 
 def allowed(form: MaskForm, rows: int, keys: int) -> torch.Tensor:
-    """The definition: what a form lets each row see."""
-    query, key = torch.arange(rows)[:, None], torch.arange(keys)[None]
+    """The definition, conditions on keys apart: what a form lets each row see."""
+    query, key = torch.arange(rows)[:, None] + int(form.start), torch.arange(keys)[None]
     seen = key <= query if form.causal else torch.ones(rows, keys, dtype=torch.bool)
-    return seen if form.window is None else seen & (key > query - form.window)
+    return seen if form.window is None or not form.causal else seen & (key > query - form.window)
 
 
-def assert_holds(form: MaskForm, mask: torch.Tensor) -> None:
+def assert_holds(form: MaskForm, mask: torch.Tensor, conditions: torch.Tensor | None = None) -> None:
+    """`conditions` is what those on keys let each query of each batch entry see."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     bound = allowed(form, *mask.shape[-2:]).expand(mask.shape)
+    seen, bound = torch.broadcast_tensors(seen, bound if conditions is None else bound & conditions)
     if form.exact:
         assert torch.equal(seen, bound)
         if mask.dtype != torch.bool:
-            assert (mask[~bound] <= SMALLEST).all()
+            assert (mask.expand_as(bound)[~bound] <= SMALLEST).all()
         return
     hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
     assert (hidden | bound).all()
+
+
+def conditions_of(form: MaskForm, mask: fx.Node, inputs: list[Any]) -> torch.Tensor:
+    """What the form's conditions on keys let each query see, by the vectors made for them in the graph."""
+    graph, rows, keys = mask.graph, *mask.meta["val"].shape[-2:]
+    output = next(iter(reversed(graph.nodes)))
+    made = KeyVectors(graph).arguments(form, keys, before=output)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    vectors = dict(zip(made, values_of(module, list(made.values()), inputs), strict=True))
+    spans = vectors.pop("spans", None)
+    window = None if form.causal else form.window
+    rows, keys = values_of(module, [mask], inputs)[0].shape[-2:]
+    seen = KeyConditions(**vectors).visible((0, rows), (0, keys), window, torch.device("cpu"))
+    if spans is not None:
+        assert_spans(spans, seen.expand(-1, -1, rows, keys), form)
+    return seen
+
+
+def assert_spans(spans: torch.Tensor, seen: torch.Tensor, form: MaskForm) -> None:
+    """What `mom.spans` gives as a range is what may be seen, up to the query where there are positions."""
+    batch, _, rows, keys = seen.shape
+    query, key = torch.arange(rows)[:, None], torch.arange(keys)[None]
+    for entry in range(batch):
+        found = spans[min(entry, len(spans) - 1)].expand(rows, 2)
+        if found[0, 0] < 0:
+            continue
+        within = (key >= found[:, :1]) & (key < found[:, 1:])
+        if form.positions is not None:
+            within &= key <= query
+            within &= key > query - (form.window or keys)
+        assert torch.equal(within, seen[entry, 0])
 
 
 def positions(x: torch.Tensor) -> torch.Tensor:
@@ -82,9 +120,34 @@ def chunked(x: torch.Tensor) -> torch.Tensor:
     return (key // 4 == query // 4) & (key <= query)
 
 
-CAUSAL = MaskForm(True)
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """Sequences that begin wherever `x > 1`."""
+    number = (x > 1).cumsum(0)
+    return number[:, None] == number[None]
 
-KNOWN: dict[str, tuple[Program, MaskForm | None]] = {
+
+def given_positions(x: torch.Tensor) -> torch.Tensor:
+    return (x * 4).to(torch.int64)
+
+
+def ordered(x: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    at = given_positions(x)
+    seen = at[None] <= at[:, None]
+    return seen if window is None else seen & (at[None] > at[:, None] - window)
+
+
+def behind_a_past(x: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Queries that stand behind five keys."""
+    query, key = positions(x)[:, None] + 5, torch.arange(x.shape[0] + 5)[None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+CAUSAL = MaskForm(True)
+FIVE = sympy.Integer(5)
+
+#: A program, and what is claimed of it: the form apart from conditions on keys, and which of those there are.
+KNOWN: dict[str, tuple[Program, MaskForm | None] | tuple[Program, MaskForm | None, str]] = {
     "causal": (causal, CAUSAL),
     "additive": (lambda x: additive(causal(x)), CAUSAL),
     "smallest instead of -inf": (lambda x: additive(causal(x), SMALLEST), CAUSAL),
@@ -98,14 +161,32 @@ KNOWN: dict[str, tuple[Program, MaskForm | None]] = {
     "two windows": (lambda x: windowed(x, 4) & windowed(x, 6), MaskForm(True, 4)),
     "shifted alike": (lambda x: (positions(x) + 5)[None] <= (positions(x) + 5)[:, None], CAUSAL),
     "all": (lambda x: pair(x)[0] >= 0 * pair(x)[1], MaskForm(False)),
-    "padding": (lambda x: causal(x) & (x > 0)[None], MaskForm(True, exact=False)),
-    "padding, additive": (lambda x: additive(causal(x) & (x > 0)[None]), MaskForm(True, exact=False)),
-    "padding and window": (lambda x: windowed(x, 3) & (x > 0)[None], MaskForm(True, 3, exact=False)),
+    "padding": (lambda x: causal(x) & (x > 0)[None], CAUSAL, "keys"),
+    "padding, additive": (lambda x: additive(causal(x) & (x > 0)[None]), CAUSAL, "keys"),
+    "padding and window": (lambda x: windowed(x, 3) & (x > 0)[None], MaskForm(True, 3), "keys"),
+    "padding looked up": (lambda x: causal(x) & (x > 0)[positions(x)][None], CAUSAL, "keys"),
+    "padding, negated": (lambda x: causal(x) & ~(x > 0)[None], CAUSAL, "keys"),
+    "two conditions": (lambda x: causal(x) & (x > 0)[None] & (x < 1)[None], CAUSAL, "keys keys"),
+    "padded queries": (lambda x: causal(x) & (x > 0)[:, None], MaskForm(True, exact=False)),
+    "packed": (lambda x: causal(x) & packed(x), CAUSAL, "segments"),
+    "packed and padded": (lambda x: causal(x) & packed(x) & (x > 0)[None], CAUSAL, "keys segments"),
+    "packed alone": (packed, MaskForm(False), "segments"),
+    "not of one segment": (lambda x: causal(x) & ~packed(x), MaskForm(True, exact=False)),
+    "in given order": (lambda x: ordered(x, None), MaskForm(False), "positions"),
+    "in a window of given positions": (lambda x: ordered(x, 3), MaskForm(False, 3), "positions"),
+    "packed in given order": (lambda x: packed(x) & ordered(x), MaskForm(False), "segments positions"),
+    "in the opposite order": (lambda x: ordered(x).T, None),
+    "window of positions alone": (lambda x: given_positions(x)[None] > given_positions(x)[:, None] - 3, None),
+    "two windows, of both kinds": (lambda x: ordered(x, 3) & windowed(x, 4), MaskForm(True, 4, exact=False)),
     "padding, smallest": (lambda x: additive(causal(x) & (x > 0)[None], SMALLEST), None),
-    "padding alone": (lambda x: (x > 0)[None].expand(x.shape[0], -1), None),
+    "padding alone": (lambda x: (x > 0)[None].expand(x.shape[0], -1), MaskForm(False), "keys"),
     "bias and -inf": (lambda x: torch.where(causal(x), x[None], -math.inf), MaskForm(True, exact=False)),
     "strict": (lambda x: pair(x)[1] < pair(x)[0], MaskForm(True, exact=False)),
-    "one ahead": (lambda x: pair(x)[1] <= pair(x)[0] + 1, None),
+    "one ahead": (lambda x: pair(x)[1] <= pair(x)[0] + 1, MaskForm(True, start=sympy.Integer(1))),
+    "one ahead, smallest": (lambda x: additive(pair(x)[1] <= pair(x)[0] + 1, SMALLEST), None),
+    "behind a past": (lambda x: behind_a_past(x, None), MaskForm(True, start=FIVE)),
+    "window behind a past": (lambda x: behind_a_past(x, 4), MaskForm(True, 4, start=FIVE)),
+    "behind a past, smallest": (lambda x: additive(behind_a_past(x), SMALLEST), MaskForm(True, start=FIVE)),
     "transposed": (lambda x: causal(x).T, None),
     "or": (lambda x: causal(x) | (x > 0)[None], None),
     "window alone": (lambda x: pair(x)[1] > pair(x)[0] - 4, None),
@@ -117,11 +198,25 @@ KNOWN: dict[str, tuple[Program, MaskForm | None]] = {
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_masks(name: str, symbolic: bool) -> None:
-    program, expected = KNOWN[name]
-    assert form_of(program, symbolic=symbolic) == expected
-    if expected is not None:
-        for length in (9, 2, 13):
-            assert_holds(expected, program(torch.randn(length)))
+    program, expected, *conditions = KNOWN[name]
+    mask = traced_mask(program, 9, symbolic)
+    form = MaskAnalysis().form(mask)
+    if expected is None:
+        assert form is None
+        return
+    assert form is not None
+    assert kinds(form) == " ".join(conditions)
+    assert replace(form, keys=(), segments=None, positions=None) == expected
+    for length in (9, 4, 13) if symbolic else (9,):
+        for x in (torch.randn(length), torch.arange(length) / 4, torch.ones(length)):
+            value = program(x)
+            assert_holds(form, value, conditions_of(form, mask, [x]).expand(1, 1, *value.shape[-2:])[0, 0])
+
+
+def kinds(form: MaskForm) -> str:
+    """The conditions on keys that a form has."""
+    found = ["keys"] * len(form.keys)
+    return " ".join(found + [name for name in ("segments", "positions") if getattr(form, name) is not None])
 
 
 class Draw:
@@ -171,6 +266,7 @@ class Draw:
         joins = [self.draw(st.sampled_from(["and", "and", "and", "or"])) for _ in statements]
         negate = self.draw(st.sampled_from([False, False, True]))
         start_causal = self.draw(st.booleans())
+        padded, in_segments = self.integer(0, 3) == 3, self.integer(0, 3) == 3
         ending = self.draw(st.sampled_from(["bool", "-inf", "smallest", "swapped", "sum", "expand", "view", "number"]))
 
         def program(x: torch.Tensor) -> torch.Tensor:
@@ -178,6 +274,8 @@ class Draw:
             for statement, join in zip(statements, joins, strict=True):
                 seen = seen & statement(x) if join == "and" else torch.logical_or(seen, statement(x))
             seen = ~seen if negate else seen
+            seen = seen & (x > 0)[None] if padded else seen
+            seen = seen & packed(x) if in_segments else seen
             return self.finished(seen, x, ending)
 
         return program
@@ -205,11 +303,13 @@ def programs(draw: st.DrawFn) -> Program:
 @given(programs(), st.integers(3, 12), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, symbolic: bool) -> None:
-    form = form_of(program, length, symbolic)
+    mask = traced_mask(program, length, symbolic)
+    form = MaskAnalysis().form(mask)
     if form is None:
         return
     for n in (3, 4, 7, 11) if symbolic else (length,):
-        assert_holds(form, program(torch.randn(n)))
+        x = torch.randn(n)
+        assert_holds(form, program(x), conditions_of(form, mask, [x]))
 
 
 @given(st.integers(2, 40), st.integers(1, 45))
@@ -266,9 +366,10 @@ def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
         assert masks
         forms = [MaskAnalysis().form(mask) for mask in masks]
         assert {form.window for form in forms} == windows
-        assert all(form.causal and form.exact != padding for form in forms)
-        for form, value in zip(forms, values_of(captured.gm, masks, captured.inputs), strict=True):
-            assert_holds(form, value)
+        assert all(form.causal and form.exact and len(form.keys) == padding for form in forms)
+        values = values_of(captured.gm, masks, captured.inputs)
+        for form, mask, value in zip(forms, masks, values, strict=True):
+            assert_holds(form, value, conditions_of(form, mask, captured.inputs))
 
 
 def test_masks_of_eager_gemma2() -> None:

@@ -8,6 +8,7 @@ further down split their keys so that nothing out of sight is computed and no ma
     window w, r < w, p >= w-1   keys [p-w+1, p-w+1+r) causal from the other end (both flipped: row i sees
                                 key i and later)   + keys between, whole   + keys [p, p + r) causal
 
+Where keys have conditions, each query mostly sees one range of them (`attention_spans`): padding, packed sequences.
 With a mask, or a window too narrow for that, blocks of rows get a bias over the keys in their sight.
 """
 
@@ -25,7 +26,8 @@ from mom_compile.runtime.attention_rows import (
     token_major,
     useful_window,
 )
-from passes.ops import output_like
+from mom_compile.runtime.attention_spans import attention_in_spans
+from passes.ops import KeyConditions, output_like
 
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -47,21 +49,31 @@ def attention_cpu(
     is_causal: bool,
     scale: float,
     window: int | None = None,
+    keys: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `passes.ops` for shapes and meaning."""
-    rows, keys = query.shape[2], key.shape[2]
-    if keys == 0 or 0 in query.shape[:3]:
+    conditions = KeyConditions(keys, segments, positions)
+    if spans is not None and mask is None:
+        ordered = is_causal or positions is not None
+        found = attention_in_spans(attention_cpu, query, key, value, start, ordered, scale, window, spans)
+        if found is not None:
+            return found
+    rows, tokens = query.shape[2], key.shape[2]
+    if tokens == 0 or 0 in query.shape[:3]:
         return output_like(query, value).zero_()
-    window = useful_window(window, start + rows)
-    sight = Sight(start, is_causal, window, mask)
+    window = window if conditions.positions is not None else useful_window(window, start + rows)
+    sight = Sight(start, is_causal, window, mask, conditions)
     if not takes_flash(query, key, value):
-        return in_blocks(math_kernel, query, key, value, sight, scale, math_bytes_per_row(query, keys))
-    if mask is not None or not is_causal:
-        return in_blocks(flash_kernel, query, key, value, sight, scale, sight.bias_bytes_per_row(query, keys))
+        return in_blocks(math_kernel, query, key, value, sight, scale, math_bytes_per_row(query, tokens))
+    if mask is not None or conditions or not is_causal:
+        return in_blocks(flash_kernel, query, key, value, sight, scale, sight.bias_bytes_per_row(query, tokens))
     if window is None:
         return token_major(causal(query, key, value, start, scale), query, value)
-    if window <= NARROW_WINDOW or start + rows > keys:
-        row_bytes = sight.bias_bytes_per_row(query, min(keys, window + NARROW_ROWS))
+    if window <= NARROW_WINDOW or start + rows > tokens:
+        row_bytes = sight.bias_bytes_per_row(query, min(tokens, window + NARROW_ROWS))
         return in_blocks(flash_kernel, query, key, value, sight, scale, row_bytes, NARROW_ROWS)
     return windowed(query, key, value, start, window, scale)
 

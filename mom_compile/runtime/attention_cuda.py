@@ -6,7 +6,8 @@ Three ways, fastest first:
     lower-right SDPA    float32 without a mask or window: `torch.nn.attention.bias.causal_lower_right`
     SDPA with a bias    everything else, in blocks of rows
 
-Keys after the last row are cut off first, so that "lower right" is where the rows stand.
+Keys after the last row are cut off first, so that "lower right" is where the rows stand. Where keys have conditions,
+each query mostly sees one range of them (`attention_spans`), and the first two ways do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from mom_compile.runtime.attention_rows import Sight, in_blocks, token_major, useful_window
-from passes.ops import output_like
+from mom_compile.runtime.attention_spans import attention_in_spans
+from passes.ops import KeyConditions, output_like
 
 FLASH = torch.ops.aten._flash_attention_forward.default
 
@@ -30,24 +32,35 @@ def attention_cuda(
     is_causal: bool,
     scale: float,
     window: int | None = None,
+    keys: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `passes.ops` for shapes and meaning."""
-    rows, keys = query.shape[2], key.shape[2]
-    if keys == 0 or 0 in query.shape[:3]:
+    conditions = KeyConditions(keys, segments, positions)
+    if spans is not None and mask is None:
+        ordered = is_causal or positions is not None
+        found = attention_in_spans(attention_cuda, query, key, value, start, ordered, scale, window, spans)
+        if found is not None:
+            return found
+    rows, tokens = query.shape[2], key.shape[2]
+    if tokens == 0 or 0 in query.shape[:3]:
         return output_like(query, value).zero_()
-    window = useful_window(window, start + rows)
-    if is_causal and start + rows <= keys:
-        key, value, keys = key[:, :, : start + rows], value[:, :, : start + rows], start + rows
-    lower_right = is_causal and keys == start + rows
-    plain = mask is None and (lower_right or not is_causal)
+    window = window if conditions.positions is not None else useful_window(window, start + rows)
+    if is_causal and start + rows <= tokens:
+        key, value, tokens = key[:, :, : start + rows], value[:, :, : start + rows], start + rows
+    lower_right = is_causal and tokens == start + rows
+    plain = mask is None and not conditions and (lower_right or not is_causal)
     if plain and takes_flash(query, key, value):
         return _flash(query, key, value, is_causal, scale, window if is_causal else None)
     if plain and is_causal and window is None:
         wide_key, wide_value = _all_heads(query, key), _all_heads(query, value)
-        bias = causal_lower_right(rows, keys)
+        bias = causal_lower_right(rows, tokens)
         return token_major(scaled_dot_product_attention(query, wide_key, wide_value, bias, scale=scale), query, value)
-    sight = Sight(start, is_causal, window, mask)
-    return in_blocks(_sdpa, query, key, value, sight, scale, sight.bias_bytes_per_row(query, keys))
+    sight = Sight(start, is_causal, window, mask, conditions)
+    wide_key, wide_value = _all_heads(query, key), _all_heads(query, value)  # once, not for each block of rows
+    return in_blocks(_sdpa, query, wide_key, wide_value, sight, scale, sight.bias_bytes_per_row(query, tokens))
 
 
 def takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -82,8 +95,10 @@ def _flash(
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """One block of rows. A row that sees nothing is zeroed: not every kernel behind SDPA does that."""
-    key, value = _all_heads(query, key), _all_heads(query, value)
+    """One block of rows; keys and values have as many heads as the query.
+
+    A row that sees nothing is zeroed: not every kernel behind SDPA does that.
+    """
     if bias is None:
         return scaled_dot_product_attention(query, key, value, scale=scale)
     if bias.dtype != query.dtype:

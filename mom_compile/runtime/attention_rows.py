@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from passes.ops import output_like, visible
+from passes.ops import KeyConditions, output_like, visible
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 
@@ -27,12 +27,14 @@ FEWEST_ROWS = 32
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys the rows of a call may see: by position if `is_causal`, the last `window` of those, and by mask."""
+    """Which keys the rows of a call may see: by position if `is_causal`, the last `window` of those, and by mask; and
+    what is said of each key by itself."""
 
     start: int
     is_causal: bool
     window: int | None = None
     mask: torch.Tensor | None = None
+    conditions: KeyConditions = field(default_factory=KeyConditions)
 
     def keys(self, first: int, rows: int, keys: int) -> tuple[int, int]:
         """The range of keys that some row of `[first, first + rows)` may see; it may be empty."""
@@ -45,23 +47,35 @@ class Sight:
     def bias(self, first: int, rows: int, low: int, high: int, query: torch.Tensor) -> torch.Tensor | None:
         """The bias of rows `[first, first + rows)` for keys `[low, high)`. A mask that fits is not copied."""
         mask = None if self.mask is None else _cut(_cut(self.mask, -2, first, first + rows), -1, low, high)
-        if self.is_causal:
-            seen = visible(rows, high - low, self.start + first - low, self.window, query.device)
-            if mask is None or mask.dtype == torch.bool:
-                mask = seen if mask is None else seen & mask
-            else:
-                return mask.to(_bias_dtype(mask, query)).masked_fill(~seen, -math.inf)
+        seen = self._seen(first, rows, low, high, query.device)
+        if seen is not None and (mask is None or mask.dtype == torch.bool):
+            mask = seen if mask is None else seen & mask
+        elif seen is not None and mask is not None:
+            return mask.to(_bias_dtype(mask, query)).masked_fill(~seen, -math.inf)
         if mask is None or mask.dtype != torch.bool:
             return mask if mask is None else mask.to(_bias_dtype(mask, query))
         return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -math.inf)
 
+    def _seen(self, first: int, rows: int, low: int, high: int, device: torch.device) -> torch.Tensor | None:
+        """What position and conditions let those rows see of those keys; None if that is everything."""
+        seen = None
+        if self.is_causal:
+            seen = visible(rows, high - low, self.start + first - low, self.window, device)
+        if self.conditions:
+            at = (self.start + first, self.start + first + rows)
+            window = None if self.is_causal else self.window
+            allowed = self.conditions.visible(at, (low, high), window, device)
+            seen = allowed if seen is None else seen & allowed
+        return seen
+
     def bias_bytes_per_row(self, query: torch.Tensor, keys: int) -> int:
         """Bytes that `bias` allocates for each row; 0 if it hands out the mask itself or one row for all."""
-        if not self.is_causal:
+        if not self.is_causal and not self.conditions:
             as_it_is = self.mask is None or self.mask.dtype == _bias_dtype(self.mask, query)
             if as_it_is or self.mask is None or self.mask.shape[-2] == 1:
                 return 0
         repeats = 1 if self.mask is None else math.prod(self.mask.shape[:-2])
+        repeats = max(repeats, query.shape[0] if self.conditions else 1)
         return repeats * keys * query.element_size()
 
 

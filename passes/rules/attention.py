@@ -6,6 +6,7 @@ several query heads share a key head.
 
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
     mom.attention(..., start)       ->  start + rows.start, since rows say where they stand
+    what is said of each key        whole along the queries; along the batch, each entry its own
     SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
 """
 
@@ -73,17 +74,30 @@ def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
     return (dim, None if without_rows else dim, *(None for _ in others))
 
 
+#: What `mom.attention` takes of each key by itself, `[B or 1, T]`, and what was found in that.
+PER_KEY = ("keys", "segments", "positions", "spans")
+
+
 @register(MOM_ATTENTION, recompute=False)
 def mom_attention(node: fx.Node, dim: Dim) -> Claim:
-    demands = attention_demands(node, dim, "mask")
+    demands = {**attention_demands(node, dim, "mask"), **_per_key_demands(node, dim)}
     if dim.index != QUERY:
         return claim(node, demands)
-    if not dim.plain and argument(node, "is_causal"):
-        raise CannotChunk(node, dim, "causal rows of a folded dimension are not one range of positions")
+    placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
+    if not dim.plain and placed:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not argument(node, "is_causal"):
+        if not placed:
             return args, kwargs
         return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), rows.start))
 
     return claim(node, demands, edit=edit)
+
+
+def _per_key_demands(node: fx.Node, dim: Dim) -> dict[str, Demand]:
+    """Of a vector for each batch entry, that entry's; of one for all, all of it."""
+    batch = output_shape(node)[BATCH]
+    found = {name: argument(node, name) for name in PER_KEY}
+    own = {name for name, operand in found.items() if operand is not None and same(shape_of(operand)[BATCH], batch)}
+    return {name: dim if dim.index == BATCH and name in own else FULL for name in PER_KEY}

@@ -1,0 +1,95 @@
+"""What a mask says of each key by itself, as vectors in the graph: `[B or 1, T]` instead of `[B, 1, R, T]`.
+
+    flag[b, j + first]                 ->  slice(flag, 1, first, first + T)
+    flag[b, 0, 0, j]                   ->  select(select(flag, 2, 0), 1, 0)
+    flag[j]                            ->  unsqueeze(flag, 0)
+
+Each is made once for all the attentions of a graph, and so is what `mom.spans` finds in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+import passes.ops  # noqa: F401  defines mom::spans
+from passes.affine import Affine
+from passes.graphs import emit, size_node
+from passes.mask_form import MaskForm, OfKeys
+from passes.sizes import Size, expr, same
+
+aten = torch.ops.aten
+SPANS = torch.ops.mom.spans.default
+
+
+@dataclass
+class KeyVectors:
+    graph: fx.Graph
+    made: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def arguments(self, form: MaskForm, tokens: Size, before: fx.Node) -> dict[str, fx.Node]:
+        """What `mom.attention` takes of a form, by name. `tokens` is the number of keys; made ahead of `before`."""
+        vectors = {
+            "keys": self._all_of(form.keys, tokens, before),
+            "segments": self._vector(form.segments, tokens, before),
+            "positions": self._vector(form.positions, tokens, before),
+        }
+        found = {name: node for name, node in vectors.items() if node is not None}
+        if found:
+            found["spans"] = self._once(tuple(vectors.values()), SPANS, tuple(vectors.values()), before)
+        return found
+
+    def _all_of(self, flags: tuple[OfKeys, ...], tokens: Size, before: fx.Node) -> fx.Node | None:
+        """One flag for several."""
+        result: fx.Node | None = None
+        for flag in sorted(flags, key=lambda flag: flag.node):
+            vector = self._vector(flag, tokens, before)
+            assert vector is not None
+            if result is not None:
+                vector = self._once((result, vector), aten.logical_and.default, (result, vector), before)
+            result = vector
+        return result
+
+    def _vector(self, of: OfKeys | None, tokens: Size, before: fx.Node) -> fx.Node | None:
+        if of is None:
+            return None
+        key = (of, str(expr(tokens)))
+        if key not in self.made:
+            with self.graph.inserting_before(before):
+                self.made[key] = self._emit(of, tokens, before)
+        return self.made[key]
+
+    def _emit(self, of: OfKeys, tokens: Size, before: fx.Node) -> fx.Node:
+        value, rank = of.node, len(of.position)
+        moving = [d for d in range(rank) if not of.position[d].is_constant]
+        for d in reversed(range(rank)):
+            if d not in moving:
+                at = size_node(self.graph, of.position[d].constant, before)
+                value = emit(self.graph, aten.select.int, (value, d, at))
+        (key,) = [i for i, d in enumerate(moving) if _follows_key(of.position[d])]
+        value = self._cut(value, key, of.position[moving[key]].constant, tokens, before)
+        if len(moving) == 1:
+            value = emit(self.graph, aten.unsqueeze.default, (value, 0))
+        elif key == 0:
+            value = emit(self.graph, aten.permute.default, (value, [1, 0]))
+        return emit(self.graph, aten.logical_not.default, (value,)) if of.negated else value
+
+    def _cut(self, value: fx.Node, dim: int, first: Any, tokens: Size, before: fx.Node) -> fx.Node:
+        if same(first, 0) and same(value.meta["val"].shape[dim], tokens):
+            return value
+        low, high = (size_node(self.graph, size, before) for size in (first, first + expr(tokens)))
+        return emit(self.graph, aten.slice.Tensor, (value, dim, low, high))
+
+    def _once(self, key: Any, target: Any, args: tuple[Any, ...], before: fx.Node) -> fx.Node:
+        key = (target, key)
+        if key not in self.made:
+            with self.graph.inserting_before(before):
+                self.made[key] = emit(self.graph, target, args)
+        return self.made[key]
+
+
+def _follows_key(at: Affine) -> bool:
+    return at.coefficients[-1] == 1
