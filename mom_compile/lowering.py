@@ -41,11 +41,13 @@ from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, 
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import keep_output_strides
 from passes.demands import RELABELS
+from passes.errors import PassError
 from passes.graphs import attribute
 from passes.host_ops import COPIES, OFFLOAD
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence
 from passes.rules import Dim
-from passes.sizes import Size, expr
+from passes.size_values import function_of
+from passes.sizes import SYMBOLIC, Size, expr, hint
 
 aten = torch.ops.aten
 
@@ -103,7 +105,7 @@ class Lowering:
             step, arguments = copy_step(node, self.kv, self._layer_bytes)
             self._call(node.name, step, arguments, [node])
             return
-        if isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (int, float, bool, *SYMBOLIC)):
             if any(n in self.straight for n in node.all_input_nodes):
                 self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
@@ -186,17 +188,20 @@ class Lowering:
         return FoldedParts(fold.operator, shape, fold.dtype, fold.device)
 
     def _size_of(self, size: Size, extra: Sequence[Any]) -> SizeOf:
-        """A size as a number, or as a function of the values of the loop's symbol arguments."""
+        """A size as a number, or as a function of the values of the loop's symbol arguments.
+
+        It is computed once here, at the captured sizes: what cannot be computed must not fail in the running program.
+        """
         expression = expr(size)
         if expression.is_Integer:
             return int(expression)
-        positions = {expr(n.meta["val"]): i for i, n in enumerate(extra) if isinstance(n, fx.Node)}
-        if expression in positions:
-            return operator.itemgetter(positions[expression])
-        names = sorted(expression.free_symbols, key=str)
-        compute = sympy.lambdify(names, expression, modules="math")
-        where = [positions[name] for name in names]
-        return lambda values: compute(*(values[i] for i in where))
+        nodes = [n if isinstance(n, fx.Node) else None for n in extra]
+        symbols = [expr(n.meta["val"]) if n is not None else LENGTH for n in nodes]
+        compute = function_of(expression, symbols)
+        found = compute([hint(n.meta["val"]) if n is not None else extra[i] for i, n in enumerate(nodes)])
+        if found != int(found):
+            raise PassError(f"the size {expression} is {found} where the captured sizes are")
+        return compute
 
     # --- pieces ---
 

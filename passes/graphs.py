@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from passes.errors import PassError
 from passes.rules.registry import Claim, Rows, is_tensor
-from passes.sizes import Size, expr, same
+from passes.size_values import interpret
+from passes.sizes import SYMBOLIC, Size, expr, same
 
 aten = torch.ops.aten
 
@@ -62,35 +62,51 @@ def call_on_rows(
 
 
 def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
-    """An int, or a node of the graph whose value is that size; one is made at the insertion point where there is none.
+    """A number, or a node of the graph whose value is that size; one is made at the insertion point where there is none.
 
     Only nodes ahead of `before` are looked at. Raises `PassError` for a size that cannot be had from their values.
     """
-    wanted = expr(size)
-    if wanted.is_Integer:
-        return int(wanted)
+    return interpret(
+        expr(size),
+        lambda part: _known_size(graph, part, before),
+        lambda value: value,
+        lambda part, target, args: _size_call(graph, part, target, args),
+    )
+
+
+def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) -> fx.Node | None:
+    """The node that has a size, or one that reads it off a tensor."""
+    if not wanted.free_symbols:
+        return None
     known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
     for node in known:
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and same(value, wanted):
+        if isinstance(value, SYMBOLIC) and same(value, wanted):
             return node
     for node in known:
         value = node.meta.get("val")
         for index, entry in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if same(entry, wanted):
+            if isinstance(entry, torch.SymInt) and same(entry, wanted):
                 return emit(graph, aten.sym_size.int, (node, index))
-    return _size_arithmetic(graph, wanted, before)
+    return None
 
 
-def _size_arithmetic(graph: fx.Graph, wanted: Any, before: fx.Node | None) -> fx.Node:
-    """A size that no value of the graph has, computed from sizes that some have."""
-    target = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}.get(wanted.func.__name__)
-    if target is None:
-        raise PassError(f"no value of the graph has the size {wanted}")
-    total, *others = [size_node(graph, part, before) for part in wanted.args]
-    for part in others:
-        total = emit(graph, target, (total, part))
-    return total
+def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any]) -> Any:
+    """A size that no value of the graph has, computed from sizes that some have. Nothing is asked of their symbols."""
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    env = next((value.node.shape_env for value in values if isinstance(value, SYMBOLIC)), None)
+    if env is None:
+        return target(*values)
+    hints = [value.node.hint if isinstance(value, SYMBOLIC) else value for value in values]
+    example = None if None in hints else target(*hints)
+    node = graph.call_function(target, tuple(args))
+    if part.is_Boolean or isinstance(example, bool):
+        node.meta["val"] = env.create_symboolnode(part)
+    elif isinstance(example, float) or (example is None and not part.is_integer):
+        node.meta["val"] = env.create_symfloatnode(part, hint=example)
+    else:
+        node.meta["val"] = env.create_symintnode(part, hint=example)
+    return node
 
 
 def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:

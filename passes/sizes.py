@@ -16,10 +16,13 @@ import torch
 
 Size = int | torch.SymInt | sympy.Expr
 
+#: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 def expr(size: Any) -> sympy.Expr:
     """The sympy expression of a size."""
-    if isinstance(size, torch.SymInt):
+    if isinstance(size, SYMBOLIC):
         return size.node.expr
     return sympy.sympify(size)
 
@@ -38,10 +41,14 @@ def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a == b:
         return True
     difference = sympy.expand(a - b)
-    # A polynomial in expanded form is zero only if it is written as zero; `simplify` is slow.
-    if difference.is_number or difference.is_polynomial():
+    # A polynomial in expanded form is zero only if it is written as zero. Functions count as unknowns of their own
+    # here (PyTorch has simplified them already): `simplify` is slow and does not know what they are.
+    if difference.is_number or difference.is_polynomial() or not difference.has(sympy.Pow):
         return bool(difference == 0)
-    return bool(sympy.simplify(difference) == 0)
+    try:
+        return bool(sympy.cancel(difference) == 0)
+    except sympy.PolynomialError:
+        return False
 
 
 def is_one(size: Any) -> bool:
