@@ -1,4 +1,4 @@
-"""The one refusal of this package: an operator that cannot be cut, by name."""
+"""The one refusal of this package, an operator that cannot be cut, by name; and what went wrong."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ class CannotChunk(Exception):
 
 class PassError(Exception):
     """A pass broke one of its own invariants; the caller falls back to the graph it had."""
+
+
+class RuleError(PassError):
+    """A chunk rule answered neither with a claim that fits its operator nor with `CannotChunk`."""
+
+    def __init__(self, node: fx.Node, dim: object, fault: str) -> None:
+        super().__init__(f"the chunk rule of {node.target} {fault} (asked for {node.name} along {dim})")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from passes.errors import CannotChunk
-from passes.rules import Dim, claim_for
+from passes.errors import CannotChunk, RuleError
+from passes.rules import ChunkRule, Claim, Dim, claim_for, register, registered
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 
@@ -81,3 +81,75 @@ def test_an_item_names_the_tuple_and_its_reason() -> None:
     item.meta["val"] = producer.meta["val"][1]
     with pytest.raises(CannotChunk, match=r"getitem.*aten.sort.default.*sorts along it"):
         claim_for(item, Dim(1))
+
+
+# --- rules that are no rules ---
+
+
+NO_OVERLOADS: list[tuple[Any, str]] = [
+    (aten.add, r"torch\.ops\.aten\.add is a packet of overloads; .* one or more of .*torch\.ops\.aten\.add\.Tensor"),
+    (torch.add, r"and <built-in method add .*> is none; pass torch\.ops\.mylib\.scale_rows\.default"),
+    (torch.relu_, "operator overloads"),
+    ("aten.add.Tensor", r"'aten\.add\.Tensor' is none"),
+    (lambda node, dim: None, "operator overloads"),  # @chunk_rule without parentheses
+]
+
+
+@pytest.mark.parametrize(("target", "message"), NO_OVERLOADS)
+def test_what_is_no_overload_is_refused_when_it_is_registered(target: Any, message: str) -> None:
+    before = registered()
+    with pytest.raises(TypeError, match=message):
+        register(aten.bernoulli.p, target)(lambda node, dim: Claim((dim,)))
+    assert registered() == before
+
+
+def test_a_custom_operator_itself_is_refused_and_told_its_overload() -> None:
+    @torch.library.custom_op("mom_tests::a_rule_is_wanted", mutates_args=())
+    def a_rule_is_wanted(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(TypeError, match=r"a_rule_is_wanted.* is none; pass torch\.ops\."):
+        register(a_rule_is_wanted)
+    with pytest.raises(TypeError, match="at least one operator overload"):
+        register()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (3, "3 cannot be called"),
+        (lambda node: Claim((None,)), r"called with a node and a dim.*takes \(node\)"),
+        (lambda: None, r"takes \(\)"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_when_it_is_registered(rule: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        register(aten.bernoulli.p)(rule)
+    assert aten.bernoulli.p not in registered()
+
+
+def forgets_to_return(node: Any, dim: Dim) -> Any:
+    return None
+
+
+def fails(node: Any, dim: Dim) -> Claim:
+    return node.args[7]
+
+
+NO_CLAIMS: list[tuple[Any, str]] = [
+    (forgets_to_return, "returned None; return a Claim, or raise CannotChunk"),
+    (lambda node, dim: (dim,), r"returned \(Dim\(.*\),\); return a Claim"),
+    (lambda node, dim: Claim((1,)), r"demands \(1,\); a tuple of Dim and FULL is wanted"),  # type: ignore[arg-type]
+    (lambda node, dim: Claim(dim), "a tuple of Dim and FULL is wanted"),
+    (lambda node, dim: Claim((dim, dim)), "has 2 demands for 1 tensor operands"),
+    (fails, "raised IndexError: tuple index out of range"),
+]
+
+
+@pytest.mark.parametrize(("rule", "fault"), NO_CLAIMS)
+def test_a_rule_that_answers_with_no_claim_is_named_when_it_is_asked(rule: Any, fault: str) -> None:
+    node = node_of(Call(aten.relu.default, (x,)))
+    with pytest.raises(RuleError, match=fault) as refusal:
+        ChunkRule(rule)(node, Dim(1))
+    assert "the chunk rule of aten.relu.default" in str(refusal.value)
+    assert f"asked for {node.name} along dim 1" in str(refusal.value)

@@ -20,6 +20,8 @@ The law every rule must keep, for any cut of the rows [0, S) into pieces:
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.errors import CannotChunk
+from passes.errors import CannotChunk, RuleError
 from passes.sizes import Size, is_one, same
 
 
@@ -111,17 +113,40 @@ class ChunkRule:
     candidates: Candidates | None = None
 
     def __call__(self, node: fx.Node, dim: Dim) -> Claim:
-        claim = self.rule(node, dim)
-        count = len(operands(node))
-        assert len(claim.demands) == count, f"{node.target}: {len(claim.demands)} demands for {count} operands"
+        """The rule's claim, checked. Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise."""
+        try:
+            claim = self.rule(node, dim)
+        except (CannotChunk, RuleError):
+            raise
+        except Exception as error:
+            raise RuleError(node, dim, f"raised {type(error).__name__}: {error}") from error
+        fault = _fault(claim, len(operands(node)))
+        if fault is not None:
+            raise RuleError(node, dim, fault)
         return claim
+
+
+def _fault(claim: Any, operand_count: int) -> str | None:
+    """What is wrong with a rule's answer, or None."""
+    if not isinstance(claim, Claim):
+        return f"returned {claim!r}; return a Claim, or raise CannotChunk"
+    demands = claim.demands
+    if not isinstance(demands, tuple) or not all(demand is FULL or isinstance(demand, Dim) for demand in demands):
+        return f"demands {demands!r}; a tuple of Dim and FULL is wanted, one for each tensor operand"
+    if len(demands) != operand_count:
+        return f"has {len(demands)} demands for {operand_count} tensor operands"
+    return None
 
 
 _RULES: dict[Any, ChunkRule] = {}
 
+_OVERLOAD = type(torch.ops.aten.add.Tensor)
+_PACKET = type(torch.ops.aten.add)
+_EXAMPLE = "pass torch.ops.mylib.scale_rows.default, say, for an operator mylib::scale_rows"
+
 
 def register(*targets: Any, recompute: bool = True, candidates: Candidates | None = None) -> Callable[[Rule], Rule]:
-    """Decorator: the chunk rule of one or more operator overloads.
+    """Decorator: the chunk rule of one or more operator overloads. Raises `TypeError` for anything else.
 
     Public, for custom operators::
 
@@ -132,12 +157,41 @@ def register(*targets: Any, recompute: bool = True, candidates: Candidates | Non
             return Claim((dim, FULL))
     """
 
+    if not targets:
+        raise TypeError(f"a chunk rule is for at least one operator overload; {_EXAMPLE}")
+    for target in targets:
+        _check_target(target)
+
     def decorate(rule: Rule) -> Rule:
+        _check_rule(rule)
         for target in targets:
             _RULES[target] = ChunkRule(rule, recompute, candidates)
         return rule
 
     return decorate
+
+
+def _check_target(target: Any) -> None:
+    if isinstance(target, _OVERLOAD) or target is operator.getitem:
+        return
+    if isinstance(target, _PACKET):
+        names = ", ".join(f"torch.ops.{target}.{name}" for name in target.overloads())
+        raise TypeError(f"torch.ops.{target} is a packet of overloads; a chunk rule is for one or more of {names}")
+    raise TypeError(f"a chunk rule is for operator overloads, and {target!r} is none; {_EXAMPLE}")
+
+
+def _check_rule(rule: Any) -> None:
+    """A rule is called with a node and a dim; what it returns can only be seen when it is asked."""
+    if not callable(rule):
+        raise TypeError(f"a chunk rule is a function of a node and a dim, and {rule!r} cannot be called")
+    try:
+        signature = inspect.signature(rule)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"a chunk rule is called with a node and a dim; {rule!r} takes {signature}") from error
 
 
 def registered() -> dict[Any, ChunkRule]:
