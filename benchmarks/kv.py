@@ -78,15 +78,18 @@ def expected_peak() -> int | None:
 
 def decode(model: Any, cache: Any, spec: Row) -> Row:
     """Steps of one token each over a cache; the last figures are those of the last step."""
+    from benchmarks.models import keeping
     from mom_compile import host_memory
     from mom_compile.runtime.copy_engine import engine_for
 
     device = torch.device(spec["device"])
     token = torch.tensor([[7]], device=device)
 
+    kept = keeping(cache, model)
+
     @torch.no_grad()
     def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
 
     workers.step("compile decode")
     for _ in range(WARM_UP):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ def tokens(model: LlamaForCausalLM, seq: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
 
 
+def keeping(cache: Any, model: Any) -> dict[str, Any]:
+    """A cache under the name that the model's `forward` has for it: before transformers 5.24 `past_key_values`."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 @torch.no_grad()
 def prefill(model: Any, ids: torch.Tensor, *, cache: bool) -> tuple[torch.Tensor, Any]:
     """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this."""
@@ -62,6 +68,7 @@ def prefill(model: Any, ids: torch.Tensor, *, cache: bool) -> tuple[torch.Tensor
 def chunked_prefill(model: Any, ids: torch.Tensor, *, chunk: int) -> tuple[torch.Tensor, Any]:
     """What `generate(prefill_chunk_size=chunk)` does: the prompt in chunks over a growing cache, in eager mode."""
     cache = DynamicCache(config=model.config)
+    kept = keeping(cache, model)
     for piece in ids.split(chunk, dim=1):
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=piece, **kept, use_cache=True, logits_to_keep=1)
     return output.logits, cache

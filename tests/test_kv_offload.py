@@ -15,6 +15,7 @@ from transformers.cache_utils import QuantizedLayer
 
 import mom_compile
 from benchmarks import measure
+from benchmarks.models import keeping
 from mom_compile import HostMemoryError, HostTensor, host_memory
 from mom_compile.runtime import host_region
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
@@ -138,7 +139,7 @@ def test_a_second_turn_continues_a_cache_that_is_on_the_host():
     for model in (small_model("llama", torch.float64), compiled("llama")):
         turn = generate(model, first)
         both = {"input_ids": torch.cat([turn.sequences, second], 1)}
-        answers.append(generate(model, both, past_key_values=turn.past_key_values))
+        answers.append(generate(model, both, **keeping(turn.past_key_values, model)))
     assert torch.equal(answers[1].sequences, answers[0].sequences)
     same_cache(answers[1].past_key_values, answers[0].past_key_values)
 
@@ -207,8 +208,8 @@ def test_a_hundred_prompts_hold_no_more_than_one():
     def run() -> DynamicCache:
         cache = DynamicCache()
         with torch.no_grad():
-            model(**prompt(1, 23), past_key_values=cache)
-            model(torch.tensor([[7]]), past_key_values=cache)
+            model(**prompt(1, 23), **keeping(cache, model))
+            model(torch.tensor([[7]]), **keeping(cache, model))
         return cache
 
     run()  # Dynamo keeps what it compiled with until it is collected
@@ -292,7 +293,7 @@ def test_a_static_cache_stays_where_it_is_with_the_reason():
     expected = generate(small_model("llama", torch.float64), inputs)
     model = compiled("llama")
     cache = StaticCache(config=model.config, max_cache_len=64)
-    result = generate(model, inputs, past_key_values=cache, disable_compile=True)
+    result = generate(model, inputs, **keeping(cache, model), disable_compile=True)
     assert torch.equal(result.sequences, expected.sequences)
     assert not any(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
     reasons = [reason for report in mom_compile.reports() for reason in report.on_device.values()]
@@ -317,7 +318,7 @@ def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new
     answers = []
     for model in (small_model("llama", torch.float64), compiled("llama", mini_seq_len=50)):
         cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
-        answers.append(generate(model, inputs, past_key_values=cache, max_new_tokens=new))
+        answers.append(generate(model, inputs, **keeping(cache, model), max_new_tokens=new))
     expected, result = answers
     assert torch.equal(result.sequences, expected.sequences)
     for mine, reference in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
@@ -374,13 +375,13 @@ def test_a_cache_goes_on_after_its_model_was_compiled_again():
     model, reference = compiled("llama"), small_model("llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=mine)
-        reference(**inputs, past_key_values=expected)
+        model(**inputs, **keeping(mine, model))
+        reference(**inputs, **keeping(expected, reference))
         torch._dynamo.reset()
         for options in (OPTIONS, {"strict": True, "kv_offload": False}, OPTIONS):
             model.compile(backend="mom", options=options)
-            got = model(step, past_key_values=mine).logits
-            torch.testing.assert_close(got, reference(step, past_key_values=expected).logits, rtol=0, atol=1e-9)
+            got = model(step, **keeping(mine, model)).logits
+            torch.testing.assert_close(got, reference(step, **keeping(expected, reference)).logits, rtol=0, atol=1e-9)
     same_cache(mine, expected)
 
 
@@ -390,11 +391,11 @@ def test_what_a_user_writes_into_a_cache_between_steps_counts():
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         for one, cache in ((model, mine), (reference, expected)):
-            one(**inputs, past_key_values=cache)
+            one(**inputs, **keeping(cache, one))
             cache.layers[1].keys[:, :, 3:9] = 0.5
             cache.layers[2].values.mul_(2)
-        got = model(step, past_key_values=mine).logits
-        torch.testing.assert_close(got, reference(step, past_key_values=expected).logits, rtol=0, atol=1e-9)
+        got = model(step, **keeping(mine, model)).logits
+        torch.testing.assert_close(got, reference(step, **keeping(expected, reference)).logits, rtol=0, atol=1e-9)
 
 
 def test_a_copy_of_a_cache_can_go_another_way():
@@ -402,12 +403,12 @@ def test_a_copy_of_a_cache_can_go_another_way():
     model, reference = compiled("llama"), small_model("llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=mine)
-        reference(**inputs, past_key_values=expected)
+        model(**inputs, **keeping(mine, model))
+        reference(**inputs, **keeping(expected, reference))
         for token in (7, 8):
             branches = copy.deepcopy(mine), copy.deepcopy(expected)
             got, want = (
-                one(torch.tensor([[token]]), past_key_values=cache).logits
+                one(torch.tensor([[token]]), **keeping(cache, one)).logits
                 for one, cache in zip((model, reference), branches, strict=True)
             )
             torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
@@ -454,14 +455,14 @@ def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
     model = compiled("llama")
     cache = DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **keeping(cache, model))
         expected = copy.deepcopy(cache)
         with monkeypatch.context() as patched:
             patched.setattr(Append, "__call__", lambda step, arguments: (_ for _ in ()).throw(HostMemoryError("full")))
             with pytest.raises(HostMemoryError, match="full"):
-                model(step, past_key_values=cache)
+                model(step, **keeping(cache, model))
         assert cache.get_seq_length() == 41
-        a, b = (model(step, past_key_values=one).logits for one in (cache, expected))
+        a, b = (model(step, **keeping(one, model)).logits for one in (cache, expected))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

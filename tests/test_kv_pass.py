@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import mom_compile
+from benchmarks.models import keeping
 from mom_compile.config import parse_options
 from mom_compile.kv_place import fits_for_long
 from mom_compile.runtime.host_tensor import on_host
@@ -31,12 +32,13 @@ def decode_step(name: str, rows: int = 1, *, host: bool = True, dynamic: bool | 
     """The graph of `rows` new tokens over a cache of `PAST`, on the host or not."""
     model = small_model(name, torch.float64)
     cache = DynamicCache(config=model.config)
+    kept = keeping(cache, model)
     with torch.no_grad():
-        model(**prompt(2, PAST), past_key_values=cache)
+        model(**prompt(2, PAST), **kept)
     for layer in cache.layers if host else ():
         layer.keys, layer.values = on_host(layer.keys, CPU), on_host(layer.values, CPU)
     return capture(
-        lambda input_ids: model(input_ids, past_key_values=cache, logits_to_keep=1).logits,
+        lambda input_ids: model(input_ids, **kept, logits_to_keep=1).logits,
         input_ids=ids(rows, 2),
         dynamic=dynamic,
     )

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from benchmarks.models import keeping
 from mom_compile import HostTensor
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
 from tests.captured import tiny
@@ -63,7 +64,7 @@ def tell(model, story: Story) -> tuple[list[torch.Tensor], DynamicCache]:
         if lost > 0:
             cache.crop(-lost)
         ids = torch.randint(3, 64, (story.batch, count), generator=generator)
-        logits.append(model(ids, past_key_values=cache, logits_to_keep=1).logits)
+        logits.append(model(ids, **keeping(cache, model), logits_to_keep=1).logits)
     return logits, cache
 
 

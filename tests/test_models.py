@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch.torch_version import TorchVersion
 
+from benchmarks.models import keeping
 from mom_compile import reports
 from tests.families import FAMILIES, next_token, prompt, small_model, sweep
 
@@ -34,7 +35,7 @@ def run(model, inputs, compiled, cache):
         out = call(**inputs, use_cache=cache)
         if not cache:
             return [out.logits]
-        step = call(**next_token(inputs), past_key_values=out.past_key_values, use_cache=True)
+        step = call(**next_token(inputs), **keeping(out.past_key_values, model), use_cache=True)
     return [out.logits, step.logits]
 
 
@@ -92,7 +93,8 @@ def test_a_static_cache_is_filled_as_eager_fills_it(name):
         for call in (model.forward, model):
             caches.append(transformers.StaticCache(config=model.config, max_cache_len=80))
             with torch.no_grad():
-                logits.append(call(**inputs, past_key_values=caches[-1], use_cache=True, logits_to_keep=1).logits)
+                kept = keeping(caches[-1], model)
+                logits.append(call(**inputs, **kept, use_cache=True, logits_to_keep=1).logits)
         torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-12)
         for ours, eager in zip(caches[1].layers, caches[0].layers, strict=True):
             torch.testing.assert_close(ours.keys, eager.keys, rtol=0, atol=1e-12)
@@ -161,7 +163,8 @@ def run_alone(exact, inputs, cache):
             padded[0][i, real] = out.logits[0]
             if cache:
                 token = next_token(inputs)["input_ids"][i : i + 1]
-                steps.append(exact(input_ids=token, past_key_values=out.past_key_values, use_cache=True).logits)
+                kept = keeping(out.past_key_values, exact)
+                steps.append(exact(input_ids=token, **kept, use_cache=True).logits)
     return padded + ([torch.cat(steps)] if cache else [])
 
 
