@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -77,9 +78,13 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _bytes_per_token(report: Report, layers: int) -> int:
-    """Full-length values that are alive at a time; where there are no loops, two layers' keys and values."""
+    """What is alive at a time and grows with the tokens; where there are no loops, two layers' keys and values.
+
+    In a loop these are the full-length values. Between loops it is all that the expected peak has above an iteration.
+    """
     if report.stages:
-        return report.floor_bytes_per_token
+        between = math.ceil((report.expected_peak_bytes - report.iteration_bytes) / report.tokens)
+        return max(report.floor_bytes_per_token, between)
     return 2 * sum(value.bytes_per_token for value in report.on_host) // layers
 
 

@@ -10,6 +10,7 @@ from passes.kv_offload import KVOffload
 from passes.live_values import LiveValue, live_values
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
 from passes.sizes import hint
+from passes.straight_runs import straight_bytes
 
 #: What a mini-sequence takes beside the full-length values, in units of its widest value.
 #: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
@@ -64,6 +65,8 @@ class Report:
     stages         the loops, in the order they run
     left_out       operator -> why it runs on the full sequence
     no_loops       why nothing runs over mini-sequences although the graph is ours, or None
+    tokens         how many tokens the longest loop had when it was captured
+    straight_bytes the most that is alive while operators between loops run (see `passes.straight_runs`)
     on_host        keys and values that leave for the host
     on_device      keys and values that stay on the device, by name, with the reason
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
@@ -78,6 +81,8 @@ class Report:
     passes: list[PassReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     no_loops: str | None = None
+    tokens: int = 0
+    straight_bytes: int = 0
     on_host: list[KVReport] = field(default_factory=list)
     on_device: dict[str, str] = field(default_factory=dict)
     eager_pieces: dict[str, str] = field(default_factory=dict)
@@ -90,6 +95,8 @@ class Report:
         self.graph = gm
         live = live_values(gm)
         self.stages = [_stage_report(name, loop, live[name]) for name, loop in loops(gm)]
+        self.tokens = max((hint(loop.spec.length) for _, loop in loops(gm)), default=0)
+        self.straight_bytes = straight_bytes(gm)
 
     def describe_kv(self, offload: KVOffload) -> None:
         self.on_device = dict(offload.left_out)
@@ -110,8 +117,11 @@ class Report:
 
     @property
     def expected_peak_bytes(self) -> int:
-        """What a run is expected to take above its inputs, at the captured sizes."""
-        return self.floor_bytes + self.iteration_bytes
+        """What a run is expected to take above its inputs, at the captured sizes: in a loop or between two.
+
+        An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
+        """
+        return max(self.floor_bytes + self.iteration_bytes, self.straight_bytes)
 
     @property
     def floor_bytes_per_token(self) -> int:
