@@ -1,5 +1,5 @@
 # Every target sets up what it needs on a fresh machine; stamps make the second run quick.
-# Wanted on the machine: Python 3.11 or 3.12 and a C++ compiler (Inductor compiles for the CPU with it).
+# Wanted on the machine: Python 3.11 or newer and a C++ compiler (Inductor compiles for the CPU with it).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -19,7 +19,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, %d.%d found; set PYTHON=" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, %d.%d found; set PYTHON=" % v)'
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@

@@ -5,8 +5,9 @@
 No import is needed for that; this package is for looking inside.
 """
 
-from mom_compile.backend import MomWarning, reports
+from mom_compile.backend import reports
 from mom_compile.explain import explain
+from mom_compile.notices import MomWarning
 from mom_compile.report import Report
 from mom_compile.runtime.host_region import HostMemoryError
 from mom_compile.runtime.host_storage import HostMemory, empty_host_pool, host_memory

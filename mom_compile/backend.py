@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,14 @@ import mom_compile.runtime.attention  # noqa: F401  registers the attention kern
 from mom_compile.config import Options, parse_options
 from mom_compile.kv_place import fits_for_long, kv_place, offloads
 from mom_compile.lowering import lower
+from mom_compile.notices import (
+    forget,
+    warn_of_device_kv,
+    warn_of_gradients,
+    warn_of_ignored_kv,
+    warn_of_versions,
+    warn_once,
+)
 from mom_compile.pieces import PieceCache, first_line, run_eagerly
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
@@ -31,13 +38,11 @@ log = logging.getLogger(__name__)
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 _PIECES = PieceCache()
 
+NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
+
 #: Reports of the graphs compiled in this process, oldest first; at most this many are kept.
 _REPORTS: list[Report] = []
 _MOST_REPORTS = 256
-
-
-class MomWarning(UserWarning):
-    """A graph of ours fell back to stock Inductor because something of ours failed."""
 
 
 def mom(
@@ -49,12 +54,14 @@ def mom(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
     parsed = parse_options(options, mode)
+    warn_of_versions()
     inner = functools.partial(compile_graph, options=parsed)
     return capture(gm, example_inputs, inner, dict(parsed.inductor))
 
 
 def _reset() -> None:
-    """Forget compiled pieces and reports; `torch._dynamo.reset()` calls it."""
+    """Forget compiled pieces, reports and what was warned of; `torch._dynamo.reset()` calls it."""
+    forget()
     _PIECES.clear()
     _REPORTS.clear()
 
@@ -79,24 +86,38 @@ def compile_graph(
     report = Report(nodes=len(gm.graph.nodes))
     _REPORTS.append(report)
     del _REPORTS[:-_MOST_REPORTS]
-    reason = why_stock(gm, options, kwargs)
-    if reason is None:
+    program = None
+    report.fallback = not_ours = why_stock(gm, options, kwargs)
+    if not_ours is None:
         try:
-            return build_program(gm, example_inputs, options, report, kwargs)
+            program = build_program(gm, example_inputs, options, report, kwargs)
         except NotWorthwhile as decision:
-            reason = str(decision)
+            report.fallback = str(decision)
         except Exception as error:
             if options.strict:
                 raise
             report.failed = True
-            reason = f"{type(error).__name__}: {error}"
+            report.fallback = f"{type(error).__name__}: {error}"
             log.debug("our passes failed", exc_info=True)
-            warnings.warn(f"mom_compile falls back to stock Inductor: {reason}", MomWarning, stacklevel=2)
-    report.fallback = reason
-    log.info("stock Inductor: %s", reason)
+    log.info("%s", report.headline)
+    warn_of(gm, options, report, not_ours)
+    if program is not None:
+        return program
     if options.scope == "none" or not kwargs.get("is_inference"):
         return stock(gm, example_inputs, **kwargs)
     return stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs))
+
+
+def warn_of(gm: fx.GraphModule, options: Options, report: Report, not_ours: str | None) -> None:
+    """Failures of ours, and requests that are not honoured. That a graph is as good as it gets is no such thing."""
+    if report.failed:
+        warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
+    if not_ours == NEEDS_GRADIENTS:
+        warn_of_gradients()
+    elif options.kv_offload in (True, "disk"):
+        warn_of_device_kv(options.kv_offload, report.on_device)
+        if not_ours is not None and any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes):
+            warn_of_ignored_kv(options.kv_offload, not_ours)
 
 
 def stock_or_eager(
@@ -113,7 +134,7 @@ def stock_or_eager(
         log.debug("stock Inductor could not compile a graph", exc_info=True)
         reason = first_line(error)
     report.eager_pieces["the graph"] = reason
-    warnings.warn(f"Inductor could not compile a graph, which runs eagerly: {reason}", MomWarning, stacklevel=2)
+    warn_once(f"eager: {reason}", f"Inductor could not compile a graph, which runs eagerly: {reason}")
 
     def run(inputs: list[Any]) -> Any:
         return run_eagerly(original, inputs)
@@ -126,7 +147,7 @@ def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -
     if options.scope == "none":
         return "scope='none' asks for stock Inductor"
     if not kwargs.get("is_inference"):
-        return "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
+        return NEEDS_GRADIENTS
     if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
         return "ahead-of-time and C++-wrapper compilation are stock Inductor's"
     for node in gm.graph.nodes:

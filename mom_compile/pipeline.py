@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from mom_compile.report import PassReport, Report
-from passes.attention_form import attention_form
+from passes.attention_form import MOM_ATTENTION, attention_form
 from passes.demanded_rows import demanded_rows
 from passes.demands import DemandGraph, Kind, build_demands
 from passes.graphs import compute_device, copy_graph
@@ -21,11 +21,13 @@ from passes.key_vectors import SPANS
 from passes.kv_offload import KVOffload, kv_offload
 from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
 from passes.mlp_scope import mlp_only
-from passes.sizes import hint
+from passes.sizes import hint, is_one
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
 from passes.verify import verify
 from passes.writes import read_behind_a_write
+
+EMBEDDING = torch.ops.aten.embedding.default
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ def canonical_attention(state: State) -> str:
 def find_tokens(state: State) -> str:
     """Which dimension of each value is the token dimension."""
     dims = _token_dims(state)
+    if dims is None and _is_decode_step(state.gm):
+        raise NotWorthwhile("decode step: one token, nothing to cut")
     if dims is None:
         raise NotWorthwhile("no input has a dimension that carries the matmul work from its rows to the outputs' rows")
     least = state.limit.rows if state.limit.bytes is None else min(state.limit.rows, FEWEST_ROWS)
@@ -91,6 +95,17 @@ def find_tokens(state: State) -> str:
 def _token_dims(state: State) -> TokenDims | None:
     static = {n for n in state.gm.graph.nodes if n.op == "placeholder" and n.name in state.static_inputs}
     return analyse_token_dims(state.gm, static_inputs=static)
+
+
+def _is_decode_step(gm: fx.GraphModule) -> bool:
+    """Whether one token of each sequence is computed: what attends says so, or what is embedded."""
+    values: dict[object, list[torch.Tensor]] = {MOM_ATTENTION: [], EMBEDDING: []}
+    for node in gm.graph.nodes:
+        if node.target in values:
+            values[node.target].append(node.args[node.target is EMBEDDING].meta["val"])
+    tokens = [query.shape[2] for query in values[MOM_ATTENTION]]
+    tokens = tokens or [indices.shape[-1] for indices in values[EMBEDDING] if indices.dim()]
+    return bool(tokens) and all(is_one(count) for count in tokens)
 
 
 def rows_on_demand(state: State) -> str:

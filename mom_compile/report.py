@@ -132,6 +132,15 @@ class Report:
         """Names of all values that live at full length, stage by stage."""
         return [output.name for stage in self.stages for output in stage.crossing]
 
+    @property
+    def headline(self) -> str:
+        """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
+        if self.fallback is not None:
+            return f"stock Inductor: {self.fallback}"
+        what = f"prefill, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
+        moved = f"{_moved_rows(self)} to the host, " if self.on_host else ""
+        return f"{what}{moved}expected peak {_mib(self.expected_peak_bytes)}"
+
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""
         if self.graph is None:
@@ -149,6 +158,7 @@ class Report:
         if self.no_loops is None:
             lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
             lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
+            lines.append(_peak_line(self))
         else:
             lines = [f"graph of {self.nodes} nodes; no loops: {self.no_loops}"]
         for stage in self.stages:
@@ -164,6 +174,11 @@ class Report:
                 f"{self.bodies_shared} shared"
             )
         return "\n".join(lines)
+
+
+def _peak_line(report: Report) -> str:
+    where = "between loops" if report.expected_peak_bytes == report.straight_bytes else "in a loop"
+    return f"expected peak of {report.tokens} tokens: {_mib(report.expected_peak_bytes)}, {where}"
 
 
 def _stage_report(name: str, loop: MiniSequence, live: tuple[LiveValue, ...]) -> StageReport:
@@ -209,9 +224,18 @@ def _kv_lines(report: Report) -> list[str]:
     if report.on_host and report.fallback is None:
         layers = len({value.layer for value in report.on_host})
         size = sum(value.bytes_per_token for value in report.on_host)
-        rows = "new rows" if all(value.has_past for value in report.on_host) else "rows"
-        lines.append(f"to the host: {rows} of {len(report.on_host)} keys and values of {layers} layers, {size} B/token")
+        lines.append(f"to the host: {_moved_rows(report)} of {layers} layers, {size} B/token")
     return lines
+
+
+def _moved_rows(report: Report) -> str:
+    rows = "new rows" if all(value.has_past for value in report.on_host) else "rows"
+    return f"{rows} of {len(report.on_host)} keys and values"
+
+
+def _mib(size: int) -> str:
+    mib = size / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
 def _eager_lines(report: Report) -> list[str]:

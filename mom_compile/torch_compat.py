@@ -1,6 +1,6 @@
 """Every private PyTorch API this project leans on, and what each stands for.
 
-A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.13.
+A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.14.
 """
 
 from __future__ import annotations

@@ -1,0 +1,151 @@
+"""What is said while a model compiles: one line per graph in the log, and a warning for what does not go as asked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import mom_compile.notices as notices
+from benchmarks.models import keeping
+from mom_compile import MomWarning, reports
+from tests.families import prompt, small_model
+from tests.tiny import TinyDecoder, ids
+
+pytestmark = pytest.mark.usefixtures("eager_pieces")
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    """The log at the level INFO; stock Inductor compiles nothing."""
+    monkeypatch.setattr("mom_compile.backend.stock_or_eager", lambda gm, inputs, report, stock: _as_captured(gm))
+    caplog.set_level(logging.INFO, logger="mom_compile")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("mom_compile")]
+
+
+def _as_captured(gm):
+    def run(inputs):
+        return gm(*inputs)
+
+    run._boxed_call = True
+    return run
+
+
+def compiled(model, **options):
+    model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True, **options})
+    return model
+
+
+def decode(model, steps=2, tokens=41, **more):
+    settings = {"max_new_tokens": 1 + steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(**prompt(1, tokens), **settings, **more)
+
+
+# --- the log ---
+
+
+def test_a_graph_is_a_line_in_the_log(lines):
+    decode(compiled(small_model("llama")))
+    prefill, *steps = lines()
+    report = reports()[0]
+    assert prefill == f"prefill, {len(report.stages)} loops, expected peak {report.expected_peak_bytes / 2**20:.1f} MiB"
+    assert steps == ["stock Inductor: decode step: one token, nothing to cut"] * 2
+
+
+def test_eager_attention_is_a_decode_step_too(lines):
+    model = small_model("llama")
+    model.set_attn_implementation("eager")
+    decode(compiled(model), steps=1)
+    assert lines()[1:] == ["stock Inductor: decode step: one token, nothing to cut"]
+
+
+def test_a_prompt_too_short_to_cut_says_so(lines):
+    with torch.no_grad():
+        compiled(TinyDecoder(layers=1).eval())(ids(1, 12))
+    assert lines() == ["stock Inductor: its 12 tokens fit in one mini-sequence of 16"]
+
+
+def test_with_a_cache_on_the_host_the_lines_say_what_leaves(lines):
+    decode(compiled(small_model("llama"), kv_offload=True), steps=1)
+    prefill, step = lines()
+    assert "loops, rows of 6 keys and values to the host, expected peak" in prefill
+    assert step.startswith("decode step: one token, nothing to cut; new rows of 6 keys and values to the host, ")
+
+
+# --- gradients ---
+
+
+def test_a_call_with_gradients_is_one_warning_that_says_what_to_do(lines):
+    def train():
+        model = compiled(TinyDecoder(layers=1))
+        for tokens in (20, 25):
+            model(ids(1, tokens)).sum().backward()
+        compiled(TinyDecoder(layers=2))(ids(1, 20))
+
+    with pytest.warns(MomWarning, match=r"is for inference.*torch\.no_grad\(\) or torch\.inference_mode\(\)") as caught:
+        train()
+    assert len(caught) == 1
+    assert set(lines()) == {
+        "stock Inductor: the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
+    }
+
+
+def test_stock_inductor_that_was_asked_for_is_no_reason_to_warn(lines):
+    compiled(TinyDecoder(layers=1), scope="none")(ids(1, 20))
+    assert lines() == ["stock Inductor: scope='none' asks for stock Inductor"]
+
+
+# --- keys and values that were to leave ---
+
+
+def static(model, *lengths):
+    for tokens in lengths or (41,):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(**prompt(1, tokens), **keeping(cache, model), use_cache=True)
+
+
+def test_a_static_cache_that_was_to_leave_is_a_warning_with_the_reason_and_only_one(lines):
+    model = compiled(small_model("llama"), kv_offload=True)
+    asked = r"kv_offload=True is not honoured for \d+ keys or values, which stay on the device: .*static cache.*\("
+    with pytest.warns(MomWarning, match=asked) as caught:
+        static(model, 41, 1)
+    assert len(caught) == 1
+    assert all(report.on_device for report in reports())
+
+
+def test_after_a_reset_it_is_said_again(lines):
+    for _ in range(2):
+        torch._dynamo.reset()
+        with pytest.warns(MomWarning, match="static cache"):
+            static(compiled(small_model("llama"), kv_offload=True))
+
+
+@pytest.mark.parametrize("option", ["auto", False])
+def test_what_was_not_asked_for_is_no_reason_to_warn(lines, option):
+    static(compiled(small_model("llama"), kv_offload=option))
+    assert reports()[0].stages
+
+
+def test_kv_offload_that_another_option_undoes_is_a_warning(lines):
+    with pytest.warns(MomWarning, match=r"kv_offload=True is not honoured: scope='none' asks for stock Inductor"):
+        decode(compiled(small_model("llama"), kv_offload=True, scope="none", strict=False), steps=0)
+
+
+def test_many_values_with_one_reason_are_counted_and_some_named():
+    with pytest.warns(MomWarning, match="kv_offload='disk' is not honoured for ") as caught:
+        notices.warn_of_device_kv("disk", {**{f"k{i}": "why" for i in range(9)}, "other": "because"})
+    assert [str(warning.message).partition(" for ")[2] for warning in caught] == [
+        "9 keys or values, which stay on the device: why (k0, k1, k2, k3, ...)",
+        "1 keys or values, which stay on the device: because (other)",
+    ]
+
+
+def test_a_warning_that_is_an_error_is_not_taken_for_said():
+    warnings.simplefilter("error", MomWarning)
+    for _ in range(2):
+        with pytest.raises(MomWarning, match="twice"):
+            notices.warn_once("twice", "twice")
