@@ -9,7 +9,7 @@ from mom_compile.backend import reports
 from mom_compile.explain import explain
 from mom_compile.notices import MomWarning
 from mom_compile.report import Report
-from mom_compile.runtime.host_region import HostMemoryError
+from mom_compile.runtime.host_limits import HostMemoryError
 from mom_compile.runtime.host_storage import HostMemory, empty_host_pool, host_memory
 from mom_compile.runtime.host_tensor import HostTensor
 from passes.errors import CannotChunk

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import re
 import resource
 import stat
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 import torch
 
 from mom_compile.runtime import host_region, host_storage
-from mom_compile.runtime.host_region import BLOCK, MARGIN, HostMemoryError, HostRegion
+from mom_compile.runtime.host_limits import HostMemoryError
+from mom_compile.runtime.host_region import BLOCK, MARGIN, SMALL_BLOCK, HostRegion
 from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, empty_host_pool, host_memory, lease_of
 from mom_compile.runtime.seams import between_seams, same_layout
 
@@ -28,6 +31,13 @@ def store_with(rows: torch.Tensor, placement: Placement | None = None) -> tuple[
     store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0], placement or Placement())
     store.rows(0, rows.shape[0]).copy_(rows)
     return store, Lease(store, 0, rows.shape[0])
+
+
+def child(code: str) -> list[str]:
+    """What a program prints that may end its process, or its files."""
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
 
 
 def rows_of(count: int, start: int = 0) -> torch.Tensor:
@@ -49,11 +59,13 @@ def test_memory_is_taken_in_blocks_as_rows_come_and_given_back_with_the_last_vie
     before = host_memory()
     store, lease = store_with(rows_of(3))
     held = host_memory()
-    assert held.memory - before.memory == BLOCK
+    assert held.memory - before.memory == SMALL_BLOCK
     assert held.rows - before.rows == 3 * ROW_BYTES
     rows = 3 * BLOCK // ROW_BYTES
     store.rows(0, rows)
     assert host_memory().memory - before.memory == 3 * BLOCK
+    store.rows(0, rows + 1)  # what is held grows by a share of itself: not every row is a system call
+    assert host_memory().memory - before.memory == 3 * BLOCK + 3 * BLOCK // 16
     view = store.rows(0, 3)
     gone = weakref.ref(store)
     del store, lease
@@ -73,19 +85,125 @@ def test_only_the_longest_state_of_a_cache_is_appended_to_in_place():
     assert store.may_append(first, 1)
 
 
-def test_a_window_that_has_moved_on_leaves_what_is_behind_it():
-    store, whole = store_with(rows_of(40))
-    del whole
-    assert store.may_append(Lease(store, 10, 15), 1)
-    assert not store.may_append(Lease(store, 11, 16), 1)
+# --- what is held is what is shown ---
+
+
+def held_bytes(store: HostStore) -> int:
+    """What the kernel holds behind a store's addresses."""
+    if store.region.backing.on_disk:
+        return os.fstat(store.region.backing.file.number).st_blocks * 512
+    address = store.region.bytes.data_ptr()
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = address <= begin and end <= address + store.region.capacity
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    return resident
+
+
+@pytest.fixture(params=["memory", "disk"])
+def placement(request, tmp_path) -> Placement:
+    return Placement(tmp_path if request.param == "disk" else None)
+
+
+def ends(store: HostStore) -> int:
+    """Bytes that may be held beside the rows: a share and two blocks at each end."""
+    return store.used_bytes // 8 + 4 * store.region.backing.block
+
+
+def test_a_window_that_moves_on_holds_little_more_than_itself_and_moves_no_row(placement):
+    length = 2 * BLOCK // ROW_BYTES if placement.directory is None else 16 * BLOCK // ROW_BYTES
+    store, lease = store_with(rows_of(length), placement)
+    address = store.region.bytes.data_ptr()
+    step = length // 97
+    for end in range(length + step, 6 * length, step):
+        assert store.may_append(lease, step)
+        following = Lease(store, end - length, end)
+        store.rows(end - step, end).copy_(rows_of(step, end - step))
+        lease = following
+        assert store.region.committed <= store.used_bytes + ends(store)
+    assert store.region.bytes.data_ptr() == address
+    torch.testing.assert_close(store.rows(lease.first, lease.end), rows_of(length, lease.first), rtol=0, atol=0)
+    assert held_bytes(store) <= store.used_bytes + ends(store) <= 1.2 * store.used_bytes + 4 * store.region.backing.block
+
+
+def test_a_cropped_cache_holds_little_more_than_itself_and_grows_again(placement):
+    rows = 8 * BLOCK // ROW_BYTES
+    store, lease = store_with(rows_of(rows), placement)
+    cropped = Lease(store, 1000, 2000)
+    before = host_memory()
+    del lease
+    after = host_memory()
+    freed = (before.memory - after.memory) + (before.disk - after.disk)
+    assert freed >= 8 * BLOCK - cropped.rows * ROW_BYTES - ends(store)
+    assert held_bytes(store) <= cropped.rows * ROW_BYTES + ends(store)
+    torch.testing.assert_close(store.rows(1000, 2000), rows_of(1000, 1000), rtol=0, atol=0)
+    grown = Lease(store, 1000, rows)
+    store.rows(2000, rows).copy_(rows_of(rows - 2000, 2000))
+    torch.testing.assert_close(store.rows(1000, rows), rows_of(rows - 1000, 1000), rtol=0, atol=0)
+    assert grown.rows == rows - 1000
+
+
+def test_rows_between_two_states_are_held_as_long_as_both_are():
+    store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
+    first, last = Lease(store, 0, 10), Lease(store, lease.end - 10, lease.end)
+    held = store.region.committed
+    del lease
+    assert store.region.committed == held
+    assert not store.may_append(last, 1) or last.first == 0  # it goes on in a store of its own
+    del last
+    assert store.region.committed < held // 4
+    torch.testing.assert_close(store.rows(0, 10), rows_of(10), rtol=0, atol=0)
+    assert first.rows == 10
+
+
+def test_a_lease_that_ends_while_its_store_is_at_work_does_not_wait():
+    store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
+    kept = Lease(store, 0, 10)
+    held = store.region.committed
+    with store._lock:
+        del lease  # as the garbage collector may
+        assert store.region.committed == held
+    del kept
+    assert store.held() == []
+
+
+# --- addresses ---
 
 
 def test_a_store_that_is_full_is_not_appended_to(monkeypatch):
-    monkeypatch.setattr(host_storage, "FEWEST_RESERVED_ROWS", 4)
+    monkeypatch.setattr(host_storage, "RESERVED_ROWS", 4)
     store, lease = store_with(rows_of(3))
     assert store.capacity == 6
     assert store.may_append(lease, 3)
     assert not store.may_append(lease, 4)
+
+
+def test_addresses_are_reserved_for_a_million_rows_but_not_for_rows_of_any_size():
+    store, _ = store_with(rows_of(3))
+    assert store.capacity == 1 << 20
+    wide = [HostStore((128, 32, 128), torch.float32, 100, Placement()) for _ in range(64)]
+    assert all(store.capacity == 8192 for store in wide)  # 16 GiB
+    assert HostStore((128, 32, 128), torch.float32, 10_000, Placement()).capacity == 20_000
+
+
+def test_fewer_addresses_are_taken_where_there_are_not_as_many_but_never_too_few():
+    ran = child("""
+        import resource, torch
+        from mom_compile.runtime.host_limits import HostMemoryError
+        from mom_compile.runtime.host_storage import HostStore, Placement
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), used + (3 << 30)))
+        store = HostStore((1024, 256), torch.float32, 500, Placement())     # a MiB each
+        print(500 <= store.capacity <= 3072)
+        try:
+            HostStore((1024, 256), torch.float32, 5000, Placement())
+        except HostMemoryError as error:
+            print("ulimit -v" in str(error))
+    """)
+    assert ran == ["True", "True"]
 
 
 @pytest.mark.parametrize(
@@ -126,10 +244,14 @@ def test_a_tensor_apart_shows_the_same_rows_and_is_no_view():
 # --- files ---
 
 
+def file_of(store: HostStore) -> int:
+    return store.region.backing.file.number
+
+
 def test_files_are_their_owners_alone_and_have_no_name(tmp_path: Path):
     _store, lease = store_with(rows_of(3), Placement(tmp_path))
     assert list(tmp_path.iterdir()) == []
-    file = lease.store.region.file
+    file = file_of(lease.store)
     assert stat.S_IMODE(os.fstat(file).st_mode) == 0o600
     assert os.fstat(file).st_nlink == 0
     assert os.fstat(file).st_blocks * 512 >= BLOCK
@@ -139,7 +261,7 @@ def test_files_are_counted_apart_and_closed_with_the_cache(tmp_path: Path):
     gc.collect()
     before = host_memory()
     store, lease = store_with(rows_of(3), Placement(tmp_path))
-    file = store.region.file
+    file = file_of(store)
     torch.testing.assert_close(store.rows(0, 3), rows_of(3))
     assert host_memory().disk - before.disk == BLOCK
     assert host_memory().memory == before.memory
@@ -163,6 +285,97 @@ def test_a_full_disk_is_an_error_before_a_row_is_written(tmp_path: Path, monkeyp
     assert lease.rows == 3
 
 
+def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
+    rng = random.Random(0)
+    stores: list[tuple[HostStore, Lease, int]] = []
+    for number in range(30):
+        store, lease = store_with(rows_of(3, number), Placement(tmp_path))
+        stores.append((store, lease, number))
+        if rng.random() < 0.4:
+            stores.pop(rng.randrange(len(stores)))
+        store, lease, number = rng.choice(stores)  # one grows
+        longer = Lease(store, lease.first, lease.end + BLOCK // ROW_BYTES)
+        store.rows(lease.end, longer.end).copy_(rows_of(BLOCK // ROW_BYTES, number + lease.end))
+        stores[[s for s, _, _ in stores].index(store)] = (store, longer, number)
+        del lease, longer
+        for store, lease, number in stores:
+            assert torch.equal(store.rows(lease.first, lease.end), rows_of(lease.rows, number))
+    assert len({file_of(store) for store, _, _ in stores}) == 1
+    file = file_of(stores[0][0])
+    taken, held = os.fstat(file).st_blocks * 512, sum(store.region.committed for store, _, _ in stores)
+    assert held <= taken < held + BLOCK  # and what the file system needs for itself
+
+
+def test_rows_on_disk_outlive_their_store_as_long_as_they_are_seen(tmp_path: Path):
+    store, lease = store_with(rows_of(3), Placement(tmp_path))
+    view = store.rows(0, 3)
+    del store, lease
+    gc.collect()
+    other, _lease = store_with(rows_of(3, 50), Placement(tmp_path))
+    torch.testing.assert_close(view, rows_of(3), rtol=0, atol=0)
+    torch.testing.assert_close(other.rows(0, 3), rows_of(3, 50), rtol=0, atol=0)
+
+
+def test_a_file_is_no_larger_than_what_is_in_it(tmp_path: Path):
+    store, _lease = store_with(rows_of(3), Placement(tmp_path))
+    assert os.fstat(file_of(store)).st_size == BLOCK
+
+
+def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_error_that_says_so(tmp_path: Path):
+    ran = child(f"""
+        import os, pathlib, resource, torch
+        from mom_compile.runtime.host_limits import HostMemoryError
+        from mom_compile.runtime.host_storage import HostStore, Lease, Placement
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        folders = [pathlib.Path({str(tmp_path)!r}, name) for name in "ab"]
+        for folder in folders:
+            folder.mkdir()
+        before = len(os.listdir("/proc/self/fd"))
+        stores = []
+        for i in range(300):
+            store = HostStore((4,), torch.float32, 3, Placement(folders[0]))
+            store.rows(0, 3).fill_(i)
+            stores.append((store, Lease(store, 0, 3)))
+        print(len(os.listdir("/proc/self/fd")) - before)
+        print(all((store.rows(0, 3) == i).all() for i, (store, _) in enumerate(stores)))
+        taken = []
+        try:
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+        stores[0][0].rows(0, 200_000)           # what has a file goes on growing
+        try:
+            HostStore((4,), torch.float32, 3, Placement(folders[1]))
+        except HostMemoryError as error:
+            print("Too many open files" in str(error) and "ulimit -n" in str(error))
+    """)
+    assert ran == ["1", "True", "True"]
+
+
+def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Path):
+    ran = child(f"""
+        import gc, os, pathlib, torch
+        from mom_compile.runtime.host_storage import HostStore, Lease, Placement
+        placement = Placement(pathlib.Path({str(tmp_path)!r}))
+        def made(value):
+            store = HostStore((4,), torch.float32, 3, placement)
+            store.rows(0, 3).fill_(value)
+            return store, Lease(store, 0, 3)
+        one, other = made(1), made(2)
+        if os.fork() == 0:
+            del one                             # its parent still has it
+            gc.collect()
+            mine = made(3)
+            other[0].rows(0, 200_000)[3:] = 4
+            os._exit(0 if (mine[0].rows(0, 3) == 3).all() else 1)
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+        more = made(5)
+        print([(store.rows(0, 3) == value).all().item() for (store, _), value in ((one, 1), (other, 2), (more, 5))])
+    """)
+    assert ran == ["0", "[True, True, True]"]
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path: Path):
     with pytest.raises(HostMemoryError, match=r"kv_dir=.*nowhere"):
         store_with(rows_of(3), Placement(tmp_path / "nowhere"))
@@ -174,7 +387,8 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path):
 def test_more_than_the_machine_has_is_refused_with_the_amount_and_the_options(monkeypatch):
     monkeypatch.setattr(host_region, "available_memory", lambda: MARGIN + 2 * BLOCK)
     store, _lease = store_with(rows_of(3))
-    with pytest.raises(HostMemoryError, match=rf"{3 * BLOCK} bytes of host memory .*kv_offload='disk'.*memory_budget"):
+    wanted = 4 * BLOCK - SMALL_BLOCK
+    with pytest.raises(HostMemoryError, match=rf"{wanted} bytes of host memory .*kv_offload='disk'.*memory_budget"):
         store.rows(0, 4 * BLOCK // ROW_BYTES)
     torch.testing.assert_close(store.rows(0, 3), rows_of(3))
 
@@ -188,7 +402,8 @@ def test_the_machine_says_what_it_has_left():
 def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
     code = """
         import resource, torch
-        from mom_compile.runtime.host_region import HostMemoryError, HostRegion
+        from mom_compile.runtime.host_limits import HostMemoryError
+        from mom_compile.runtime.host_region import HostRegion
         resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
         try:
             HostRegion(1 << 40)
@@ -275,9 +490,11 @@ def test_the_pool_is_given_back_before_memory_is_refused():
 
 
 def test_a_region_has_whole_blocks():
-    region = HostRegion(1)
-    region.commit(1)
-    assert region.capacity == region.committed == BLOCK
+    for block, pin in ((SMALL_BLOCK, None), (BLOCK, Pins())):
+        region = HostRegion(1, pin=pin)
+        region.commit(1)
+        assert region.capacity == BLOCK
+        assert region.committed == block
 
 
 def test_rows_across_seams_are_copied_in_pieces_that_each_lie_in_one_pinned_range():

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from mom_compile.runtime.copy_engine import CopyEngine, Ticket
-from mom_compile.runtime.host_region import HostMemoryError, Pin
+from mom_compile.runtime.host_limits import HostMemoryError
+from mom_compile.runtime.host_region import Pin
 from mom_compile.runtime.seams import between_seams, same_layout
 
 

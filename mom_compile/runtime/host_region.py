@@ -1,11 +1,14 @@
-"""A range of host addresses that grows in place: reserved whole at first, backed block by block as rows arrive.
+"""A range of host addresses that grows in place: reserved whole at first, backed as rows arrive, freed from both ends.
 
 Terms
 -----
 reserve   Take addresses and no memory. A 64-bit process has more of them than any machine has bytes.
-commit    Back the next blocks: with host memory, pinned where a CUDA device will copy from it, or with a file.
-block     What is committed at a time. What has been committed never moves.
+commit    Back the next bytes: with host memory, pinned where a CUDA device will copy from it, or with part of a file.
+block     What is committed at a time, at least. What has been committed never moves.
 seam      Where two pinned ranges meet: each commit pins a range of its own, and a driver may refuse a copy across.
+
+    addresses   | given back | held ............ | reserved ...              |
+                0           low                 high                     capacity
 
 Growing by appending to a tensor would copy it, and a list of blocks is not one tensor that a graph could take.
 """
@@ -14,26 +17,27 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from mom_compile.runtime.copy_engine import Ticket
+from mom_compile.runtime.host_file import NORESERVE, Extent, file_in, give_all_back, unmap
+from mom_compile.runtime.host_limits import HostMemoryError, available_memory
 
-#: Bytes committed at a time: hundreds of tokens of one layer, so that decoding seldom pays for a system call, and
-#: still small beside a long context where every layer has a block that is partly unused.
+#: Bytes pinned, or mapped from a file, at a time: each is a system call, and a range that the kernel keeps a record of.
 BLOCK = 1 << 20
 
-#: Pinned memory grows by this share of itself at least: pinning is slow, and each range is a copy of its own.
-PINNED_GROWTH = 16
+#: Other memory costs nothing until it is written: a few pages.
+SMALL_BLOCK = 4 * mmap.PAGESIZE
 
-#: Reservations of anonymous memory are not counted against what the machine has; `mmap` lacks the name in 3.11.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+#: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
+#: as much: decoding seldom pays for a system call, and no more than two such shares are held in vain.
+SHARE = 16
 
 #: Host memory that is left to everybody else.
 MARGIN = 256 << 20
@@ -41,10 +45,6 @@ MARGIN = 256 << 20
 
 #: Pins `(address, size)` and returns what undoes it.
 Pin = Callable[[int, int], Callable[[], None]]
-
-
-class HostMemoryError(MemoryError):
-    """Host memory or disk space for keys and values cannot be had. Says how much was asked for and what can be done."""
 
 
 @dataclass
@@ -58,70 +58,91 @@ class Totals:
 TOTALS = Totals()
 
 
+class Backing(Protocol):
+    """What is behind the addresses of one region."""
+
+    block: int
+    on_disk: bool
+
+    def commit(self, first: int, size: int) -> None:
+        """Back bytes `[first, first + size)`. Raises `HostMemoryError`, and then nothing has changed."""
+
+    def release(self, first: int, size: int) -> bool:
+        """Give them back, if that can be done. Nobody reads or writes there."""
+
+
 class HostRegion:
-    """`capacity` bytes of addresses, of which the first `committed` may be used.
+    """`capacity` bytes of addresses, or fewer where those cannot be had, but not fewer than `least`.
 
     `directory` puts the bytes into a file there. `pin(address, size)` is called for each new range of host memory
     and returns what undoes it. Raises `HostMemoryError`.
     """
 
     def __init__(
-        self,
-        capacity: int,
-        directory: Path | None = None,
-        pin: Pin | None = None,
+        self, capacity: int, directory: Path | None = None, pin: Pin | None = None, least: int | None = None
     ) -> None:
-        self.capacity = _in_blocks(capacity)
-        self.committed = 0
+        self.pin = pin if directory is None else None
         #: The last copy that reads or writes here. Copies are in order, so those before it are done when it is.
         self.pending: Ticket | None = None
-        self.file: int | None = None
-        if directory is None:
-            memory = _reserve(self.capacity)
-        else:
-            self.file = _unnamed_file(directory, self.capacity)
-            memory = mmap.mmap(self.file, self.capacity)
-        self.pin = None if directory is not None else pin
+        self.low = self.high = 0
+        memory = _reserve(_in(BLOCK, capacity), _in(BLOCK, capacity if least is None else least))
+        self.capacity = len(memory)
         #: All addresses as bytes. It keeps the mapping alive, and so does every view of it.
         with torch.inference_mode(False):
             self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         #: Ends of the pinned ranges, in bytes, ascending.
         self.seams: list[int] = []
         self._undo: list[Callable[[], None]] = []
-        self._account = _Account(self.file is not None)
-        self._finalizer = weakref.finalize(self, _release, self._undo, self._account, self.file)
+        self.backing: Backing
+        if directory is not None:
+            self.backing = _InFile(directory, memory, self.bytes.data_ptr())
+        elif pin is not None:
+            self.backing = _Pinned(pin, self.bytes.data_ptr(), self.seams, self._undo)
+        else:
+            self.backing = _Pageable(memory)
+        self._account = _Account(self.backing.on_disk)
+        self._finalizer = weakref.finalize(self, _release, self._undo, self._account)
 
     @property
-    def on_disk(self) -> bool:
-        return self.file is not None
+    def committed(self) -> int:
+        """Bytes that are held."""
+        return self.high - self.low
 
     def commit(self, size: int) -> None:
-        """Back the first `size` bytes. Raises `HostMemoryError`, and then nothing has changed."""
-        if size <= self.committed:
+        """Back the bytes up to `size`. Raises `HostMemoryError`, and then nothing has changed."""
+        if size <= self.high:
             return
-        wanted = min(_in_blocks(size), self.capacity) - self.committed
-        if self.file is not None:
-            self._commit_file(wanted)
-        elif self.pin is not None:
-            wanted = self._commit_pinned(wanted, self.pin)
-        else:
-            _check_available(wanted)
-        self.committed += wanted
-        self._account.add(wanted)
-
-    def _commit_pinned(self, wanted: int, pin: Pin) -> int:
-        """Pin so many bytes, or some more. Returns how many."""
-        some_more = min(_in_blocks(self.committed // PINNED_GROWTH), self.capacity - self.committed)
-        if some_more > wanted:
+        room = self.capacity - self.high
+        wanted = min(_in(self.backing.block, size) - self.high, room)
+        more = min(_in(self.backing.block, self.committed // SHARE), room) if self.committed else 0
+        if more > wanted:
             with contextlib.suppress(HostMemoryError):
-                return self._pin_next(some_more, pin)
-        return self._pin_next(wanted, pin)
+                return self._commit_next(more)
+        self._commit_next(wanted)
 
-    def _pin_next(self, size: int, pin: Pin) -> int:
-        _check_available(size)
-        self._undo.append(pin(self.bytes.data_ptr() + self.committed, size))
-        self.seams.append(self.committed + size)
-        return size
+    def _commit_next(self, size: int) -> None:
+        self.backing.commit(self.high, size)
+        self.high += size
+        self._account.add(size)
+
+    def keep(self, first: int, end: int) -> None:
+        """Give back what is held outside bytes `[first, end)`, where that is worth a system call.
+
+        Rows outside must have no readers and no writers: they are gone.
+        """
+        slack = self.slack(end - first)
+        low = min(first // self.backing.block * self.backing.block, self.high)
+        if low - self.low >= slack and self.backing.release(self.low, low - self.low):
+            self._account.add(self.low - low)
+            self.low = low
+        high = max(_in(self.backing.block, end), self.low)
+        if self.high - high >= slack and self.backing.release(high, self.high - high):
+            self._account.add(high - self.high)
+            self.high = high
+
+    def slack(self, shown: int) -> int:
+        """Bytes that may be held in vain at each end, beside so many that are shown."""
+        return max(self.backing.block, shown // SHARE)
 
     def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """Bytes `[first, end)` as runs that each lie within one pinned range."""
@@ -131,16 +152,6 @@ class HostRegion:
                 first = seam
         yield first, end
 
-    def _commit_file(self, wanted: int) -> None:
-        assert self.file is not None
-        try:
-            os.posix_fallocate(self.file, self.committed, wanted)
-        except OSError as error:
-            raise HostMemoryError(
-                f"{wanted} bytes on disk for keys and values cannot be had ({error.strerror}); "
-                "choose another kv_dir, or kv_offload=True to keep them in host memory"
-            ) from error
-
     def wait(self) -> None:
         """Until the host may read and write here itself."""
         pending, self.pending = self.pending, None
@@ -148,8 +159,93 @@ class HostRegion:
             pending.synchronize()
 
     def close(self) -> None:
-        """Give pins and disk space back. Views of the bytes must not be used afterwards."""
+        """Give pins back. Views of the bytes must not be used afterwards."""
         self._finalizer()
+
+
+class _Pageable:
+    """Host memory as it is: what is committed is only counted, and the kernel gives a page when it is written."""
+
+    block = SMALL_BLOCK
+    on_disk = False
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = weakref.ref(memory)  # the tensor holds it, and views of that may outlive the region
+
+    def commit(self, first: int, size: int) -> None:
+        _check_available(size)
+
+    def release(self, first: int, size: int) -> bool:
+        memory = self.memory()
+        if memory is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return False
+        memory.madvise(mmap.MADV_DONTNEED, first, size)
+        return True
+
+
+class _Pinned:
+    """Host memory in ranges that stay pinned until the region is closed."""
+
+    block = BLOCK
+    on_disk = False
+
+    def __init__(self, pin: Pin, address: int, seams: list[int], undo: list[Callable[[], None]]) -> None:
+        self.pin = pin
+        self.address = address
+        self.seams = seams
+        self.undo = undo
+
+    def commit(self, first: int, size: int) -> None:
+        _check_available(size)
+        self.undo.append(self.pin(self.address + first, size))
+        self.seams.append(first + size)
+
+    def release(self, first: int, size: int) -> bool:
+        return False
+
+
+class _InFile:
+    """Extents of the folder's file, mapped one behind another into the addresses."""
+
+    block = BLOCK
+    on_disk = True
+
+    def __init__(self, directory: Path, memory: mmap.mmap, address: int) -> None:
+        self.directory = directory
+        self.address = address
+        self.extents: list[Extent] = []
+        self.file = file_in(directory)
+        weakref.finalize(memory, give_all_back, self.extents).atexit = False
+
+    def commit(self, first: int, size: int) -> None:
+        self.file = file_in(self.directory)  # a fork has one of its own
+        extent = self.file.extent(first, size)
+        try:
+            extent.map(self.address)
+        except OSError as error:
+            extent.give_back()
+            raise HostMemoryError(
+                f"{size} bytes on disk for keys and values cannot be mapped ({error.strerror}); "
+                "a limit on mappings (vm.max_map_count) or on address space (ulimit -v) may forbid it: raise it, "
+                "or use kv_offload=True to keep them in host memory"
+            ) from error
+        self.extents.append(extent)
+
+    def release(self, first: int, size: int) -> bool:
+        try:
+            unmap(self.address + first, size)
+        except OSError:  # one mapping would become two, and there may be no more
+            return False
+        held, self.extents[:] = list(self.extents), []
+        for extent in held:
+            gone = extent.part(first, first + size)
+            if gone is None:
+                self.extents.append(extent)
+                continue
+            gone.give_back()
+            rest = (extent.part(0, first), extent.part(first + size, extent.first + extent.size))
+            self.extents += [part for part in rest if part is not None]
+        return True
 
 
 class _Account:
@@ -167,19 +263,10 @@ class _Account:
             TOTALS.memory += size
 
 
-def _release(undo: list[Callable[[], None]], account: _Account, file: int | None) -> None:
+def _release(undo: list[Callable[[], None]], account: _Account) -> None:
     while undo:
         undo.pop()()
     account.add(-account.bytes)
-    if file is not None:
-        os.close(file)
-
-
-def available_memory() -> int | None:
-    """Bytes of host memory that may still be taken, or None where the machine does not say (not Linux)."""
-    found = [_meminfo("MemAvailable"), *_cgroup_rooms()]
-    known = [size for size in found if size is not None]
-    return min(known) if known else None
 
 
 def _check_available(wanted: int) -> None:
@@ -192,56 +279,22 @@ def _check_available(wanted: int) -> None:
         )
 
 
-def _meminfo(name: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = (line.split() for line in lines if line.startswith(f"{name}:"))
-    return next((int(size[1]) * 1024 for size in sizes), None)
-
-
-def _cgroup_rooms() -> list[int]:
-    """What the limits of a container leave, by either version of control groups. Cached files count as free."""
-    rooms = []
-    for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+def _reserve(capacity: int, least: int) -> mmap.mmap:
+    """So many bytes of addresses that cost no memory, or half as many, and so on, down to `least`."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    while True:
         try:
-            room = int((folder / limit).read_text()) - int((folder / used).read_text())
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        rooms.append(room + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
-    return rooms
+            return mmap.mmap(-1, capacity, **flags)
+        except OSError as error:
+            if capacity > least:
+                capacity = max(least, _in(BLOCK, capacity // 2))
+                continue
+            raise HostMemoryError(
+                f"{capacity} bytes of host addresses for keys and values cannot be reserved ({error.strerror}); "
+                "a limit on address space (ulimit -v) or strict overcommit may forbid it: raise it, "
+                "or keep keys and values on the device with kv_offload=False"
+            ) from error
 
 
-def _reserve(capacity: int) -> mmap.mmap:
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, capacity)
-    try:
-        return mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    except OSError as error:
-        raise HostMemoryError(
-            f"{capacity} bytes of host addresses for keys and values cannot be reserved ({error.strerror}); "
-            "a limit on address space (ulimit -v) or strict overcommit may forbid it: raise it, "
-            "or keep keys and values on the device with kv_offload=False"
-        ) from error
-
-
-def _unnamed_file(directory: Path, capacity: int) -> int:
-    """A file that only its owner can read and that vanishes with its last user, whatever ends the process."""
-    try:
-        file, name = tempfile.mkstemp(prefix="mom-kv-", dir=directory)
-        os.unlink(name)
-        os.ftruncate(file, capacity)
-    except OSError as error:
-        raise HostMemoryError(
-            f"no file for keys and values can be made in kv_dir={str(directory)!r}: {error.strerror}"
-        ) from error
-    return file
-
-
-def _in_blocks(size: int) -> int:
-    return -(-max(size, 1) // BLOCK) * BLOCK
+def _in(block: int, size: int) -> int:
+    return -(-max(size, 1) // block) * block

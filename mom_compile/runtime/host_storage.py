@@ -4,16 +4,20 @@ Terms
 -----
 row     One token of all batch entries and heads, `[B, H, D]`, contiguous. Storage is `[tokens, B, H, D]`.
 lease   A run of rows that a host tensor shows. Rows behind every lease's end may be written over; others may not.
+        What lies outside all leases is given back when one of them ends: a window has moved on, a cache was cropped.
 fork    A store of its own for a lease that wants to append where another lease already has.
 
-    store:   | row 0 | row 1 | ... | row n-1 |  room, reserved but not backed ...
-    lease    [first,             end)
-    append                              -> [end, end + r) of the same store, or a fork
+    store:   given back | row 7 | row 8 | ... | row n-1 |  room, reserved but not backed ...
+    lease               [first,                 end)
+    append                                         -> [end, end + r) of the same store, or a fork
+
+Who copies rows holds a lease of them, also for a copy that still runs: nobody can see that rows are gone.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +25,13 @@ from pathlib import Path
 
 import torch
 
-from mom_compile.runtime.host_region import TOTALS, HostMemoryError, HostRegion, Pin
+from mom_compile.runtime.host_limits import HostMemoryError
+from mom_compile.runtime.host_region import TOTALS, HostRegion, Pin
 
-#: Rows for which addresses are reserved at once, at least; a store that outgrows them moves to one twice as large.
-FEWEST_RESERVED_ROWS = 1 << 20
-
-#: A window that has moved on by this many rows of its own length leaves them behind in a store of its own.
-STALE_WINDOWS = 2
+#: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
+#: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
+RESERVED_ROWS = 1 << 20
+MOST_RESERVED_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class HostMemory:
     """What keys and values take on the host now, in bytes.
 
     rows      what they are
-    memory    blocks of host memory that are held for them, `pooled` of which are pinned and wait for the next cache
-    disk      blocks of files
+    memory    host memory that are held for them, `pooled` of which are pinned and wait for the next cache
+    disk      likewise in files
     stores    how many tensors of keys or of values there are
     """
 
@@ -63,7 +67,10 @@ class Lease:
         self.first = first
         self.end = end
         self.root = root if root is not None else object()
-        store.leases.add(self)
+        store.begin(self)
+
+    def __del__(self) -> None:
+        self.store.end(self)
 
     @property
     def rows(self) -> int:
@@ -74,34 +81,72 @@ class Lease:
 
 
 class HostStore:
-    """Rows of shape `row` and type `dtype`, growing at the end. Raises `HostMemoryError` where it cannot."""
+    """Rows of shape `row` and type `dtype`, growing at the end. Raises `HostMemoryError` where it cannot.
+
+    `rows` are those that will be there at first.
+    """
 
     def __init__(self, row: Sequence[int], dtype: torch.dtype, rows: int, placement: Placement) -> None:
         self.row = tuple(row)
         self.dtype = dtype
         self.placement = placement
         self.row_bytes = max(1, math.prod(self.row) * dtype.itemsize)
-        self.capacity = max(FEWEST_RESERVED_ROWS, 2 * rows)
-        self.region = _region(self.capacity * self.row_bytes, placement)
+        wanted = max(min(RESERVED_ROWS, MOST_RESERVED_BYTES // self.row_bytes), 2 * rows)
+        self.region = _region(wanted * self.row_bytes, rows * self.row_bytes, placement)
+        self.capacity = min(wanted, self.region.capacity // self.row_bytes)
         weakref.finalize(self, _give_back, self.region)
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._lock = threading.Lock()
         _STORES[self.region.bytes.untyped_storage().data_ptr()] = self
 
     def rows(self, first: int, end: int) -> torch.Tensor:
-        """Rows as `[end - first, *row]`, backed by memory."""
-        _commit(self.region, end * self.row_bytes)
+        """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them."""
+        with self._lock:
+            _commit(self.region, end * self.row_bytes)
         count = math.prod(self.row)
         typed = self.region.bytes[: self.capacity * self.row_bytes].view(self.dtype)
         return typed[first * count : end * count].view(end - first, *self.row)
 
     @property
     def used_bytes(self) -> int:
-        return max((lease.end for lease in self.leases), default=0) * self.row_bytes
+        """Bytes of the rows from the first that is shown to the last."""
+        first, end = self._shown()
+        return (end - first) * self.row_bytes
+
+    def held(self) -> list[Lease]:
+        with self._lock:
+            return list(self.leases)
+
+    def _shown(self) -> tuple[int, int]:
+        held = self.held()
+        return min((lease.first for lease in held), default=0), max((lease.end for lease in held), default=0)
+
+    def begin(self, lease: Lease) -> None:
+        with self._lock:
+            self.leases.add(lease)
+
+    def end(self, lease: Lease) -> None:
+        """Give back what no lease shows any more.
+
+        This may be called anywhere, by the garbage collector too: if the store is at work, the next time will do.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self.leases.discard(lease)
+            held = list(self.leases)
+            if held:
+                first, end = min(other.first for other in held), max(other.end for other in held)
+                self.region.keep(first * self.row_bytes, end * self.row_bytes)
+        finally:
+            self._lock.release()
 
     def may_append(self, lease: Lease, rows: int) -> bool:
-        """Whether rows after a lease are nobody's and there are addresses for them."""
-        free = all(other.end <= lease.end for other in self.leases)
-        stale = lease.first > STALE_WINDOWS * max(lease.rows, 1)
+        """Whether rows after a lease are nobody's and there are addresses for them, and little is held in vain before
+        it (pinned memory cannot be given back in parts)."""
+        free = all(other.end <= lease.end for other in self.held())
+        behind = lease.first * self.row_bytes - self.region.low
+        stale = behind > 2 * self.region.slack(lease.rows * self.row_bytes)
         return free and not stale and lease.end + rows <= self.capacity
 
 
@@ -113,13 +158,20 @@ _STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictiona
 _POOL: list[HostRegion] = []
 
 
-def _region(capacity: int, placement: Placement) -> HostRegion:
+def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
+    """Addresses for so many bytes, or for fewer if they cannot be had."""
     if placement.pin is not None and placement.directory is None:
         for i, region in enumerate(_POOL):
             if region.pin is placement.pin and region.capacity >= capacity:
                 _POOL.pop(i).wait()  # a device may still read what the dead store had
                 return region
-    return HostRegion(capacity, placement.directory, placement.pin)
+    try:
+        return HostRegion(capacity, placement.directory, placement.pin, least)
+    except HostMemoryError:
+        if not _POOL:
+            raise
+        empty_host_pool()
+        return HostRegion(capacity, placement.directory, placement.pin, least)
 
 
 def _give_back(region: HostRegion) -> None:

@@ -191,7 +191,7 @@ def _write(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _check_unshared(tensor: HostTensor, func: Any) -> None:
     own = tensor.lease
-    if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.leases):
+    if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.held()):
         raise RuntimeError(
             f"{func} would change keys or values on the host that another tensor shows too: "
             "a longer or a shorter state of the same cache is still in use. Write into a clone()"

@@ -82,19 +82,21 @@ class Append:
         if old is None or not old.store.may_append(old, new.shape[self.dim]):
             # The rows that stay, in a store of their own.
             dropped = min(first, host.shape[self.dim])
-            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped))
+            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped), new.shape[self.dim])
             first -= dropped
         made = Lease(old.store, old.first + first, old.end + new.shape[self.dim])
-        _leave(made.store, old.end, new, self.dim, self.device)
+        _leave(made, old.end, new, self.dim, self.device)
         return (shown(made, self.dim, self.device),)
 
-    def _fork(self, host: torch.Tensor) -> Lease:
+    def _fork(self, host: torch.Tensor, more: int) -> Lease:
+        """The host's rows in a store that has room for more."""
         settle(host)
         rows = host.movedim(self.dim, 0)
-        store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0], self.placement)
+        store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0] + more, self.placement)
+        lease = Lease(store, 0, rows.shape[0])
         store.rows(0, rows.shape[0]).copy_(rows)
         engine_for(self.device).traffic.on_host += rows.numel() * rows.element_size()
-        return Lease(store, 0, rows.shape[0])
+        return lease
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Offload:
         row = leaving.movedim(self.dim, 0).shape[1:]
         store = HostStore(row, value.dtype, held - first, self.placement)
         lease = Lease(store, 0, held - first)
-        _leave(store, 0, leaving, self.dim, self.device)
+        _leave(lease, 0, leaving, self.dim, self.device)
         return (shown(lease, self.dim, self.device),)
 
 
@@ -134,11 +136,12 @@ class Settle:
         return ()
 
 
-def _leave(store: HostStore, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
-    """Begin to copy rows to the end of a store. Memory for them is had first: no token is lost if it cannot be."""
-    target = store.rows(first, first + rows.shape[dim]).movedim(0, dim)
-    target._store = store  # type: ignore[attr-defined]  # a store must not go before its last copy
-    store.region.pending = engine_for(device).to_host(target, rows, store.region.pending)
+def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
+    """Begin to copy rows to the end of a lease. Memory for them is had first: no token is lost if it cannot be."""
+    region = lease.store.region
+    target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
+    target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
+    region.pending = engine_for(device).to_host(target, rows, region.pending)
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
