@@ -92,8 +92,6 @@ class Lowering:
             elif node.op == "call_function":
                 self._lower_operator(node)
         self._flush()
-        if any(node.target in COPIES for node in self.gm.graph.nodes):
-            self._call("settle", Settle(self.kv.device), [], [])
         return self._assemble()
 
     # --- operators between loops ---
@@ -284,7 +282,10 @@ class Lowering:
             )
         unread = [self.slots[n] for n in self.slots if n.op == "placeholder" and n not in last and n not in kept]
         outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in returned)
-        return Program(tuple(steps), len(self.slots), tuple(unread), outputs)
+        copies = any(node.target in COPIES for node in self.gm.graph.nodes)
+        return Program(
+            tuple(steps), len(self.slots), tuple(unread), outputs, Settle(self.kv.device) if copies else None
+        )
 
 
 def _layer_bytes(gm: fx.GraphModule) -> dict[int, int]:

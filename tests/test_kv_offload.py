@@ -20,6 +20,7 @@ from mom_compile import HostMemoryError, HostTensor, host_memory
 from mom_compile.runtime import host_region
 from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
 from mom_compile.runtime.kv_steps import Append
+from mom_compile.runtime.loop import CompiledLoop
 from tests.families import FAMILIES, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
@@ -437,6 +438,43 @@ def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monke
     assert torch.equal(generate(model, inputs).sequences, expected)
     gc.collect()
     assert host_memory() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(error, monkeypatch):
+    inputs = prompt(1, 41)
+    model = compiled("llama")
+    expected = generate(model, inputs).sequences
+    engine = engine_for(CPU)
+    sources: list[weakref.ref] = []
+    calls = iter(range(1000))
+    original, copied = CompiledLoop.__call__, engine.to_host
+
+    def third_fails(self, arguments):
+        if next(calls) == 2:
+            raise error("stop")
+        return original(self, arguments)
+
+    def to_host(target, source, after):
+        sources.append(weakref.ref(source))
+        return copied(target, source, after)
+
+    gc.collect()
+    before = host_memory()
+    with monkeypatch.context() as patched:
+        patched.setattr(CompiledLoop, "__call__", third_fails)
+        patched.setattr(engine, "to_host", to_host)
+        patched.setattr(engine, "delay", lambda: 0.05)
+        with pytest.raises(error, match="stop") as caught:
+            generate(model, inputs)
+    assert len(sources) == 4  # keys and values of two layers
+    assert not engine._leaving
+    assert all(source() is None for source in sources)  # although the traceback is still there
+    assert caught.tb is not None
+    del caught
+    gc.collect()
+    assert host_memory() == before
+    assert torch.equal(generate(model, inputs).sequences, expected)
 
 
 def test_memory_that_cannot_be_had_is_an_error_and_the_model_stays_usable(monkeypatch):

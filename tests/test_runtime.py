@@ -66,6 +66,43 @@ def test_a_value_dies_at_its_last_use():
     assert seen == [["x"], ["a"], ["a", "b"], ["c"]]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_program_is_finished_in_any_case_and_an_exception_holds_no_value(fails):
+    alive: list[weakref.ref] = []
+    finished: list[bool] = []
+
+    def make(arguments):
+        made = torch.empty(3)
+        alive.append(weakref.ref(made))
+        return (made,)
+
+    def use(arguments):
+        if fails:
+            raise ValueError("stop")
+        return (arguments[0] + 1,)
+
+    program = Program(
+        steps=(
+            Step("a", make, (), (0,), ()),
+            Step("b", make, (), (1,), ()),
+            Step("c", use, (Slot(1),), (2,), (1,)),
+        ),
+        slots=3,
+        unread_inputs=(),
+        outputs=(Slot(0), Slot(2)),
+        finish=lambda: finished.append(alive[1]() is None),
+    )
+    if not fails:
+        assert len(program([])) == 2
+        assert finished == [True]
+        return
+    with pytest.raises(ValueError, match="stop") as caught:
+        program([])
+    assert caught.tb is not None
+    assert [value() for value in alive] == [None, None]
+    assert finished == [True]
+
+
 @pytest.fixture
 def doubling() -> Piece:
     """`(n, x[n, 4]) -> 2 * x`."""

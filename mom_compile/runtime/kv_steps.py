@@ -127,13 +127,12 @@ class Offload:
 
 @dataclass(frozen=True)
 class Settle:
-    """The end of a program: what still leaves may be freed by the device as soon as it has left."""
+    """The end of a program, however it ends: what still leaves may be freed by the device as soon as it has left."""
 
     device: torch.device
 
-    def __call__(self, arguments: list[Any]) -> tuple[()]:
+    def __call__(self) -> None:
         engine_for(self.device).settle()
-        return ()
 
 
 def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:

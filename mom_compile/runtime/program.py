@@ -38,27 +38,44 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """`program(inputs)` empties the list it is given and returns the graph's outputs."""
+    """`program(inputs)` empties the list it is given and returns the graph's outputs.
+
+    `finish` is called at the end in any case. After an exception no frame of it keeps a value: a traceback that
+    somebody looks at later would otherwise hold device memory.
+    """
 
     steps: tuple[Step, ...]
     slots: int
     unread_inputs: tuple[int, ...]
     outputs: tuple[Any, ...]
+    finish: Callable[[], None] | None = None
 
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
         inputs.clear()
+        try:
+            self._run(values)
+            return tuple(values[o.index] if isinstance(o, Slot) else o for o in self.outputs)
+        finally:
+            values.clear()
+            if self.finish is not None:
+                self.finish()
+
+    def _run(self, values: list[Any]) -> None:
         for index in self.unread_inputs:
             values[index] = None
         for step in self.steps:
             arguments = [values[a.index] if isinstance(a, Slot) else a for a in step.arguments]
             for index in step.dying:
                 values[index] = None
-            results = step.run(arguments)
+            try:
+                results = step.run(arguments)
+            except BaseException:
+                arguments.clear()
+                raise
             del arguments
             for index_or_none, result in zip(step.results, results, strict=True):
                 if index_or_none is not None:
                     values[index_or_none] = result
             result = None
             del results
-        return tuple(values[o.index] if isinstance(o, Slot) else o for o in self.outputs)
