@@ -150,8 +150,11 @@ no_torch_function = torch._C._disabled_torch_function_impl
 
 
 def make_wrapper(cls: type[torch.Tensor], inner: torch.Tensor, device: torch.device) -> Any:
-    """A tensor of a subclass with the sizes and strides of another and no storage of its own."""
-    return torch.Tensor._make_wrapper_subclass(
+    """A tensor of a subclass with the sizes and strides of another and no bytes of its own.
+
+    It has a storage whose address is null: like a fake tensor, it must not tell anybody.
+    """
+    made = torch.Tensor._make_wrapper_subclass(
         cls,
         inner.shape,
         strides=inner.stride(),
@@ -161,3 +164,10 @@ def make_wrapper(cls: type[torch.Tensor], inner: torch.Tensor, device: torch.dev
         device=device,
         requires_grad=False,
     )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    return made
+
+
+def being_traced() -> bool:
+    """Whether a graph is being captured (Dynamo, AOTAutograd)."""
+    return TracingContext.try_get() is not None

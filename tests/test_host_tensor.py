@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mom_compile import HostTensor, host_memory
+from mom_compile.runtime import host_storage
 from mom_compile.runtime.copy_engine import engine_for
 from mom_compile.runtime.host_storage import Placement, store_of
 from mom_compile.runtime.host_tensor import on_host
@@ -182,11 +183,20 @@ def test_two_continuations_of_one_state_do_not_touch_each_other(host):
     torch.testing.assert_close(other.fetch(), torch.cat([plain(), -plain(1)], 2), rtol=0, atol=0)
 
 
-def test_a_cropped_state_is_appended_to_in_place_once_the_longer_one_is_gone():
+@pytest.mark.parametrize(
+    "crop",
+    [
+        lambda t: t[..., :-2, :],
+        lambda t: t.narrow(2, 0, 3),
+        lambda t: t.split([3, 2], 2)[0],
+        lambda t: t.chunk(2, 2)[0],
+    ],
+)
+def test_a_cropped_state_is_appended_to_in_place_once_the_longer_one_is_gone(crop):
     host = on_host(plain(), CPU)
     before = engine_for(CPU).traffic.on_host
     address = host.host.data_ptr()
-    shorter = host[..., :-2, :]
+    shorter = crop(host)
     del host
     gc.collect()
     longer = append(shorter, plain(1))
@@ -232,6 +242,51 @@ def test_a_long_run_of_a_window_holds_only_a_few_windows():
         expected = torch.cat([expected, row], 2)[:, :, 1:]
         assert store_of(host.host).used_bytes <= 5 * 8 * 96
     torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
+
+
+def test_a_window_that_was_cropped_or_moved_on_shows_and_holds_its_own_rows_alone():
+    gc.collect()
+    before = host_memory().memory
+    length, new = 4096, 32
+    expected = torch.randn(1, 2, length, 64)
+    host = on_host(expected, CPU)
+    shown = expected.nbytes
+    for _ in range(400):
+        rows = torch.randn(1, 2, new, 64)
+        host = append(host, rows, new)
+        expected = torch.cat([expected, rows], 2)[:, :, new:]
+        assert host_memory().memory - before <= 1.2 * shown + 64 * 1024
+    torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
+    assert store_of(host.host).region.low > 0  # not moved: what was left behind was given back
+    part = host[..., 1000:1100, :]
+    del host
+    gc.collect()
+    assert host_memory().memory - before <= 1.2 * shown * 100 / length + 64 * 1024
+    torch.testing.assert_close(part.fetch(), expected[:, :, 1000:1100], rtol=0, atol=0)
+
+
+def test_many_small_caches_take_little_more_than_their_rows():
+    gc.collect()
+    before = host_memory()
+    hosts = [on_host(plain(), CPU) for _ in range(100)]
+    held = host_memory()
+    assert held.rows - before.rows == 100 * plain().nbytes
+    assert held.memory - before.memory <= 100 * 64 * 1024
+    assert len(hosts) == held.stores - before.stores
+
+
+def test_rows_that_outgrow_their_addresses_move_to_twice_as_many_and_none_is_lost(monkeypatch):
+    monkeypatch.setattr(host_storage, "RESERVED_ROWS", 4)
+    expected = plain(3)
+    host = on_host(expected, CPU)
+    capacities = [store_of(host.host).capacity]
+    for count in (1, 2, 1, 40, 1, 1, 100, 7):
+        rows = torch.randn(2, 3, count, 4)
+        host = append(host, rows)
+        expected = torch.cat([expected, rows], 2)
+        torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
+        capacities.append(store_of(host.host).capacity)
+    assert capacities == [6, 6, 6, 14, 94, 94, 94, 298, 298]
 
 
 def test_writing_where_another_state_looks_is_refused(host):

@@ -9,9 +9,11 @@ inner   The tensor in host memory, its `host`: rows of a store, or a view of suc
     a view (slice, permute, ...)      a view of the inner tensor, still on the host
     choosing or copying batch rows    done on the host: beam search never brings a cache back
     writing into it                   written on the host, if nobody else sees those rows
+    changing its shape in place       refused: whoever else has it would see another tensor
     anything else                     `mom.fetch` brings it to the device, and the operator runs there
 
-A graph that takes a `HostTensor` gets its inner tensor as the input and a `mom.fetch` in front of each reader.
+What is no operator is in `host_doors.py`. A graph that takes a `HostTensor` gets its inner tensor as the input and a
+`mom.fetch` in front of each reader.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import Any
 
 import torch
 
+from mom_compile.runtime.host_doors import Doors
 from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, lease_of, settle, store_of
+from mom_compile.runtime.host_write import mutated, refuse_new_shape, returns_view, write
 from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
 
 aten = torch.ops.aten
@@ -30,7 +34,7 @@ aten = torch.ops.aten
 _ON_HOST = frozenset({aten.index_select.default, aten.index.Tensor, aten.clone.default})
 
 
-class HostTensor(torch.Tensor):
+class HostTensor(Doors, torch.Tensor):
     """Shape, dtype and device of the tensor it stands for; the bytes are in `host`, on the host."""
 
     host: torch.Tensor
@@ -66,10 +70,14 @@ class HostTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        schema = func._schema
-        if schema.is_mutable and tree_any(_is_host, _mutated(schema, args, kwargs)):
+        schema = getattr(func, "_schema", None)
+        if schema is None:  # a higher-order operator
+            return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
+        if torch.Tag.inplace_view in func.tags:
+            return refuse_new_shape(func, args, kwargs, _is_host)
+        if schema.is_mutable and tree_any(_is_host, mutated(schema, args, kwargs)):
             return _write(func, args, kwargs)
-        if _returns_view(schema) and isinstance(args[0], HostTensor):
+        if returns_view(schema) and isinstance(args[0], HostTensor):
             return _view(func, args, kwargs)
         if func in _ON_HOST and isinstance(args[0], HostTensor) and not args[0].traced:
             return _rearranged(func, args, kwargs)
@@ -90,11 +98,16 @@ class HostTensor(torch.Tensor):
     # --- the rest of what a tensor can do ---
 
     def __getitem__(self, index: Any) -> Any:
-        """A slice that does not hold on to what it was cut from: autograd would note that as its base."""
-        part = super().__getitem__(index)
-        if isinstance(part, HostTensor) and not part.traced:
-            return _holding(part.host, part.lease, part.device)
-        return part
+        return _let_go(super().__getitem__(index))
+
+    def narrow(self, *args: Any, **kwargs: Any) -> Any:
+        return _let_go(super().narrow(*args, **kwargs))
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(_let_go(part) for part in super().split(*args, **kwargs))
+
+    def chunk(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(_let_go(part) for part in super().chunk(*args, **kwargs))
 
     def settled(self) -> torch.Tensor:
         """The inner tensor, after the copies that are on their way."""
@@ -106,13 +119,6 @@ class HostTensor(torch.Tensor):
             return f"HostTensor({self.host!r})"
         return f"HostTensor({self.settled()!r}, device='{self.device}')"
 
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor on its device, from a copy."""
-        return self.fetch().numpy(*args, **kwargs)
-
-    def tolist(self) -> Any:
-        return self.settled().tolist()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> HostTensor:
         copied = memo.get(id(self))
         if copied is None:
@@ -120,13 +126,30 @@ class HostTensor(torch.Tensor):
         assert isinstance(copied, HostTensor)
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., HostTensor], tuple[Any, ...]]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
         return _rebuild, (self.settled().clone(), self.device)
 
 
-def _rebuild(plain: torch.Tensor, device: torch.device) -> HostTensor:
-    """An unpickled host tensor, on the host again."""
-    return on_host(plain, device)
+def _rebuild(plain: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An unpickled host tensor, on the host again.
+
+    A plain tensor where it cannot be one, and where `map_location` has put it elsewhere.
+    """
+    elsewhere = plain.device.type != "cpu"
+    gone = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    # Not copied to a store: older formats fill the storage only after this.
+    return plain if elsewhere or gone else _holding(plain, None, device)
+
+
+#: So that `torch.load` takes it by default, with `weights_only=True`, once mom_compile has been imported.
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def _let_go(part: Any) -> Any:
+    """A part that does not hold on to what it was cut from: autograd would note that as its base."""
+    if isinstance(part, HostTensor) and not part.traced:
+        return _holding(part.host, part.lease, part.device)
+    return part
 
 
 def _is_host(value: Any) -> bool:
@@ -135,18 +158,6 @@ def _is_host(value: Any) -> bool:
 
 def _fetched(value: Any) -> Any:
     return value.fetch() if isinstance(value, HostTensor) else value
-
-
-def _returns_view(schema: Any) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-
-def _mutated(schema: Any, args: Any, kwargs: Any) -> list[Any]:
-    written = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(args[i] if i < len(args) else kwargs.get(argument.name))
-    return written
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
@@ -177,16 +188,16 @@ def _holding(view: torch.Tensor, lease: Lease | None, device: torch.device) -> H
 
 def _write(func: Any, args: Any, kwargs: Any) -> Any:
     """An operator that writes into host tensors: on the host, once nothing else reads or writes those rows."""
-    mutated = [value for value in _mutated(func._schema, args, kwargs) if isinstance(value, HostTensor)]
-    for tensor in mutated:
+    for tensor in mutated(func._schema, args, kwargs):
+        if not isinstance(tensor, HostTensor):
+            continue
         if tensor.traced:
             raise RuntimeError(
                 f"{func} writes into keys or values that are kept on the host, inside a compiled function; "
                 "do it outside, or compile with kv_offload=False"
             )
         _check_unshared(tensor, func)
-    func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
-    return mutated[0] if len(mutated) == 1 else tuple(mutated)
+    return write(func, args, kwargs, lambda value: value.settled() if isinstance(value, HostTensor) else None)
 
 
 def _check_unshared(tensor: HostTensor, func: Any) -> None:
@@ -216,9 +227,11 @@ def _rearranged(func: Any, args: Any, kwargs: Any) -> HostTensor:
 
 def _copied(source: HostTensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """To another device or dtype: straight from the host."""
-    target = {"device": source.device, **kwargs}
-    target = {name: value for name, value in target.items() if value is not None and name != "memory_format"}
-    return source.settled().to(**target, copy=True)
+    target = {name: value for name, value in kwargs.items() if value is not None}
+    # Not behind our back: the rows may be written over as soon as this has returned.
+    target = {"device": source.device, **target, "non_blocking": False}
+    copied: torch.Tensor = aten._to_copy.default(source.settled(), **target)
+    return copied
 
 
 def token_dim(tensor: torch.Tensor) -> int:

@@ -1,0 +1,99 @@
+"""Where no operator is dispatched a host tensor works all the same, or refuses and says what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from mom_compile import HostTensor
+from mom_compile.runtime.host_tensor import on_host
+from tests.doors import CPU, DOORS, outcome, tensor
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def walked() -> dict[str, object]:
+    """What came of each door, in one process that may end at any of them."""
+    ran = subprocess.run([sys.executable, "-m", "tests.doors"], capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    return {**dict(lines), "": (ran.returncode, ran.stderr[-2000:])}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_works_or_refuses_by_name(walked, name):
+    door = DOORS[name]
+    assert name in walked, walked[""]
+    if door.error is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert walked[name] == outcome(door, tensor())
+    else:
+        assert re.search(f"(RuntimeError|BufferError): .*{door.error}", str(walked[name])), walked[name]
+
+
+def test_the_walk_comes_to_its_end(walked):
+    assert walked[""][0] == 0, walked[""]
+
+
+def in_place_shape_operators() -> list[torch._ops.OpOverload]:
+    found = []
+    for name in dir(aten):
+        packet = getattr(aten, name)
+        for one in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
+            operator = getattr(packet, one)
+            if torch.Tag.inplace_view in operator.tags and operator is not aten.detach_.default:
+                found.append(operator)
+    return found
+
+
+def test_no_operator_that_changes_shape_or_storage_in_place_gets_to_a_host_tensor():
+    """By PyTorch's own tag, so that those to come are refused too."""
+    samples = {"Tensor": torch.zeros(2), "int": 0, "List[int]": [1], "Storage": torch.zeros(1).untyped_storage()}
+    operators = in_place_shape_operators()
+    assert len(operators) >= 12
+    for operator in operators:
+        host = on_host(tensor(), CPU)
+        others = [a for a in operator._schema.arguments[1:] if not a.has_default_value()]
+        with pytest.raises(RuntimeError, match=r"kept on the host \(HostTensor\)"):
+            operator(host, *(samples[str(a.type)] for a in others))
+        assert host.shape == host.host.shape == (2, 3, 5, 4)
+
+
+def test_libraries_that_look_for_a_faster_way_than_dlpack_find_none():
+    assert not hasattr(HostTensor, "__dlpack_c_exchange_api__")
+    assert not hasattr(on_host(tensor(), CPU), "__dlpack_c_exchange_api__")
+
+
+def test_what_was_saved_loads_with_weights_only_as_a_host_tensor(tmp_path):
+    torch.save({"keys": on_host(tensor(), CPU)}, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=True)["keys"]
+    assert isinstance(loaded, HostTensor)
+    assert torch.equal(loaded.fetch(), tensor())
+    loaded.zero_()
+    assert loaded.fetch().sum() == 0
+
+
+def test_a_foreach_operator_writes_into_the_plain_tensors_beside_it_too():
+    host, plain = on_host(tensor(), CPU), torch.ones(3)
+    torch._foreach_mul_([host, plain], 3)
+    assert torch.equal(host.fetch(), 3 * tensor())
+    assert plain.tolist() == [3.0] * 3
+
+
+def test_an_out_argument_is_returned_and_one_of_another_size_is_left_as_it_was():
+    host = on_host(tensor(), CPU)
+    assert torch.mul(tensor(), 2, out=host) is host
+    small = on_host(tensor()[:, :, :1], CPU)
+    with pytest.raises(RuntimeError, match="result of shape"):
+        torch.mul(tensor(), 2, out=small)
+    assert torch.equal(small.fetch(), tensor()[:, :, :1])
+    values, indices = torch.max(host, 2, out=(on_host(torch.zeros(2, 3, 4), CPU), torch.empty(0, dtype=torch.long)))
+    assert torch.equal(values.fetch(), (2 * tensor()).max(2).values)
+    assert torch.equal(indices, tensor().max(2).indices)
