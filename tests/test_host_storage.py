@@ -160,6 +160,15 @@ def test_rows_between_two_states_are_held_as_long_as_both_are():
     assert first.rows == 10
 
 
+def test_rows_that_were_given_back_are_not_shown_again_as_if_they_were_there():
+    store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
+    kept = Lease(store, lease.end - 10, lease.end)
+    del lease
+    with pytest.raises(RuntimeError, match="after the last tensor of them had gone"):
+        Lease(store, 0, 10)
+    assert store.held() == [kept]
+
+
 def test_a_lease_that_ends_while_its_store_is_at_work_does_not_wait():
     store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
     kept = Lease(store, 0, 10)

@@ -265,6 +265,12 @@ def test_a_window_that_was_cropped_or_moved_on_shows_and_holds_its_own_rows_alon
     torch.testing.assert_close(part.fetch(), expected[:, :, 1000:1100], rtol=0, atol=0)
 
 
+def test_a_host_tensor_that_a_graph_puts_together_again_holds_its_rows(host):
+    inner, meta = host.__tensor_flatten__()
+    again = HostTensor.__tensor_unflatten__({name: getattr(host, name) for name in inner}, meta, None, None)
+    assert again.lease is host.lease
+
+
 def test_many_small_caches_take_little_more_than_their_rows():
     gc.collect()
     before = host_memory()

@@ -123,6 +123,8 @@ class HostStore:
 
     def begin(self, lease: Lease) -> None:
         with self._lock:
+            if lease.rows > 0 and lease.first * self.row_bytes < self.region.low:
+                raise RuntimeError("keys or values on the host are shown again after the last tensor of them had gone")
             self.leases.add(lease)
 
     def end(self, lease: Lease) -> None:

@@ -56,7 +56,7 @@ class HostTensor(Doors, torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], device: str, size: Any, stride: Any) -> HostTensor:
-        return HostTensor(inner["host"], torch.device(device))
+        return HostTensor(inner["host"], torch.device(device), getattr(inner["host"], "_lease", None))
 
     def _stable_hash_for_caching(self) -> str:
         return f"HostTensor({self.device})"
