@@ -2,7 +2,8 @@
 
     Dynamo graph -> Inductor's front half -> our passes -> loops and straight pieces through Inductor -> a program
 
-Whatever we cannot or need not improve goes to stock Inductor unchanged, with the reason in the report.
+Whatever we cannot or need not improve goes to stock Inductor, with the reason in the report: as it is, or with copies
+of the rows that leave it where they would hold a larger value.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mom_compile.notices import (
     warn_once,
 )
 from mom_compile.pieces import PieceCache, first_line, run_eagerly
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
 from passes.graphs import compute_device, copy_graph
@@ -90,9 +91,11 @@ def compile_graph(
     report.fallback = not_ours = why_stock(gm, options, kwargs)
     if not_ours is None:
         try:
-            program = build_program(gm, example_inputs, options, report, kwargs)
-        except NotWorthwhile as decision:
-            report.fallback = str(decision)
+            try:
+                program = build_program(gm, example_inputs, options, report, kwargs)
+            except NotWorthwhile as decision:
+                report.fallback = str(decision)
+                gm = for_stock(gm, report=report)
         except Exception as error:
             if options.strict:
                 raise

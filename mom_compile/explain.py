@@ -12,7 +12,7 @@ from torch import fx
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
-from mom_compile.pipeline import NotWorthwhile
+from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
 from mom_compile.torch_compat import capture, mark_boxed
 
@@ -69,9 +69,11 @@ def _explain_graph(
     report.fallback = why_stock(gm, options, kwargs)
     if report.fallback is None:
         try:
-            runnable = rewrite(gm, options, report, static_input_names(gm, kwargs))
-        except NotWorthwhile as decision:
-            report.fallback = str(decision)
+            try:
+                runnable = rewrite(gm, options, report, static_input_names(gm, kwargs))
+            except NotWorthwhile as decision:
+                report.fallback = str(decision)
+                runnable = for_stock(gm, report=report)
         except Exception as error:
             report.failed, report.fallback = True, f"{type(error).__name__}: {error}"
 

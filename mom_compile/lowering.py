@@ -45,6 +45,7 @@ from passes.errors import PassError
 from passes.graphs import attribute
 from passes.host_ops import COPIES, OFFLOAD
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence
+from passes.ops import COPY_ROWS
 from passes.rules import Dim
 from passes.size_values import function_of
 from passes.sizes import SYMBOLIC, Size, expr, hint
@@ -106,6 +107,11 @@ class Lowering:
         if isinstance(value, (int, float, bool, *SYMBOLIC)):
             if any(n in self.straight for n in node.all_input_nodes):
                 self._flush()
+            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
+            return
+        if node.target is COPY_ROWS and all(n.target in RELABELS for n in self.straight):
+            # Nothing to compile: a piece for a copy alone would be one for each shape.
+            self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
         self.straight.append(node)

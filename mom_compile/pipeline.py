@@ -21,6 +21,7 @@ from passes.key_vectors import SPANS
 from passes.kv_offload import KVOffload, kv_offload
 from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
 from passes.mlp_scope import mlp_only
+from passes.own_rows import own_rows
 from passes.sizes import hint, is_one
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
@@ -167,13 +168,6 @@ def loops_over_mini_sequences(state: State) -> str:
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 
 
-def residual_in_place(state: State) -> str:
-    """What a stage stores takes over the storage of an operand that dies there: the residual stream lives once."""
-    state.gm = take_over_storage(state.gm)
-    taken = [o.name for _, loop in loops(state.gm) for o in loop.spec.outputs if o.takes_over is not None]
-    return f"{len(taken)} values in place of others"
-
-
 def keys_and_values_to_host(state: State) -> str:
     """What the cache keeps leaves for the host behind its stage, and comes back one layer ahead."""
     stay = state.fits(state.gm) if state.kv_on_host and state.report.no_loops is not None else None
@@ -182,6 +176,19 @@ def keys_and_values_to_host(state: State) -> str:
     if stay is not None:
         state.report.on_device["all"] = stay
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
+
+
+def rows_of_their_own(state: State) -> str:
+    """Parts of a value that leave, a window of a cache say, are copied, so that the rest of it can go."""
+    state.report.own_rows = list(own_rows(state.gm))
+    return f"{len(state.report.own_rows)} parts"
+
+
+def residual_in_place(state: State) -> str:
+    """What a stage stores takes over the storage of an operand that dies there: the residual stream lives once."""
+    state.gm = take_over_storage(state.gm)
+    taken = [o.name for _, loop in loops(state.gm) for o in loop.spec.outputs if o.takes_over is not None]
+    return f"{len(taken)} values in place of others"
 
 
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
@@ -193,9 +200,10 @@ TO_LOOPS: tuple[Step, ...] = (
     follow_demands,
     cut_stages,
     loops_over_mini_sequences,
-    residual_in_place,
 )
 BETWEEN_LOOPS: tuple[Step, ...] = (keys_and_values_to_host,)
+#: What decides which storage a value has, once it is known what leaves: what is copied out of a value does not hold it.
+STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place)
 
 
 def run_pipeline(
@@ -228,9 +236,20 @@ def run_pipeline(
     _run(BETWEEN_LOOPS, state, skip)
     if no_loops is not None and not state.offload:
         raise no_loops
+    _run(STORAGE, state, skip)
     report.describe_loops(state.gm)
     log.debug("rewritten graph:\n%s", state.gm.code)
     return state.gm
+
+
+def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:
+    """A graph in which nothing else is worth rewriting: itself, or a copy of it with rows of their own."""
+    if read_behind_a_write(gm) is not None:
+        return gm
+    copied = copy_graph(gm)
+    report.own_rows = list(own_rows(copied))
+    verify(copied)
+    return copied if report.own_rows else gm
 
 
 def _run(steps: Collection[Step], state: State, skip: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from torch import fx
 from passes.kv_offload import KVOffload
 from passes.live_values import LiveValue, live_values
 from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
+from passes.own_rows import OwnRows
 from passes.sizes import hint
 from passes.straight_runs import straight_bytes
 
@@ -69,6 +70,7 @@ class Report:
     straight_bytes the most that is alive while operators between loops run (see `passes.straight_runs`)
     on_host        keys and values that leave for the host
     on_device      keys and values that stay on the device, by name, with the reason
+    own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
@@ -85,6 +87,7 @@ class Report:
     straight_bytes: int = 0
     on_host: list[KVReport] = field(default_factory=list)
     on_device: dict[str, str] = field(default_factory=dict)
+    own_rows: list[OwnRows] = field(default_factory=list)
     eager_pieces: dict[str, str] = field(default_factory=dict)
     compiled_pieces: list[str] = field(default_factory=list)
     bodies_shared: int = 0
@@ -154,7 +157,7 @@ class Report:
         if self.fallback is not None:
             verdict = "failed, so it went" if self.failed else "went"
             lines = [f"graph of {self.nodes} nodes: {verdict} to stock Inductor: {self.fallback}"]
-            return "\n".join(lines + _kv_lines(self) + _eager_lines(self))
+            return "\n".join(lines + _kv_lines(self) + _own_lines(self) + _eager_lines(self))
         if self.no_loops is None:
             lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
             lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
@@ -167,6 +170,7 @@ class Report:
             lines.append("on the full sequence, between loops:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
         lines += _kv_lines(self)
+        lines += _own_lines(self)
         lines += _eager_lines(self)
         if self.compiled_pieces or self.bodies_shared:
             lines.append(
@@ -214,8 +218,11 @@ def _stage_lines(stage: StageReport) -> list[str]:
             f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token{place}"
         )
     lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
-    alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live)
+    alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live if value.bytes_per_token)
     lines.append(f"    alive meanwhile, in B/token: {alive}")
+    own = sum(value.bytes for value in stage.live if not value.bytes_per_token)
+    if own:
+        lines.append(f"    rows of their own meanwhile: {own} B")
     return lines
 
 
@@ -236,6 +243,14 @@ def _moved_rows(report: Report) -> str:
 def _mib(size: int) -> str:
     mib = size / 2**20
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
+
+
+def _own_lines(report: Report) -> list[str]:
+    if not report.own_rows:
+        return []
+    own, of = sum(rows.bytes for rows in report.own_rows), sum(rows.base_bytes for rows in report.own_rows)
+    names = ", ".join(rows.name for rows in report.own_rows)
+    return [f"rows of their own: {names}: {own} B instead of the {of} B they are part of"]
 
 
 def _eager_lines(report: Report) -> list[str]:

@@ -122,11 +122,15 @@ class SymbolicSizes:
         return [c for c in conditions if c is not sympy.true]
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[[list[Any]], Any]:
-        """Inductor's back half on one piece, without CUDA graphs: its loops write to a new place each time."""
+        """Inductor's back half on one piece, without CUDA graphs: its loops write to a new place each time.
+
+        A buffer that is kept for a later one of its size is alive in between, where an attention has temporaries that
+        Inductor knows nothing of. The allocator gives it back as fast.
+        """
         with (
             tracing(TracingContext(self.mode)),
             V.set_fake_mode(self.mode),
-            inductor_config.patch({**patches, "triton.cudagraphs": False}),
+            inductor_config.patch({"allow_buffer_reuse": False, **patches, "triton.cudagraphs": False}),
             torch.no_grad(),
         ):
             return compile_fx_inner(gm, inputs, is_inference=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -61,8 +62,16 @@ def call_on_rows(
     return claim.target or node.target, args, kwargs
 
 
+def behind(node: fx.Node) -> fx.Node:
+    """The node to insert before, so that something comes after a value and the other results of its loop."""
+    following = node.next
+    while following.target is operator.getitem:
+        following = following.next
+    return following
+
+
 def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
-    """A number, or a node of the graph whose value is that size; one is made at the insertion point where there is none.
+    """A number, or a node of the graph whose value is that size; one is made at the insertion point if there is none.
 
     Only nodes ahead of `before` are looked at. Raises `PassError` for a size that cannot be had from their values.
     """
@@ -85,7 +94,8 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
             return node
     for node in known:
         value = node.meta.get("val")
-        for index, entry in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+        sizes: Iterable[Any] = value.shape if isinstance(value, torch.Tensor) else ()
+        for index, entry in enumerate(sizes):
             if isinstance(entry, torch.SymInt) and same(entry, wanted):
                 return emit(graph, aten.sym_size.int, (node, index))
     return None

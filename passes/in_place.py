@@ -25,6 +25,7 @@ from torch import fx
 
 from passes.demands import may_be_a_view
 from passes.mini_sequence import LoopOutput, MiniSequence, loop_nodes
+from passes.ops import COPY_ROWS
 from passes.rules import Dim
 from passes.sizes import same
 
@@ -100,6 +101,6 @@ def dies_in(value: fx.Node, reader: fx.Node, position: dict[fx.Node, int]) -> bo
         seen.add(node)
         if position[node] >= position[reader]:
             return False
-        if node.op == "call_function":
+        if node.op == "call_function" and node.target is not COPY_ROWS:
             pending.extend(node.users)
     return True

@@ -20,7 +20,6 @@ After:   room2 = fetch_room(h2, 1, 2); k1 = fill(room1, new1, 2); h1' = append(h
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import torch
 from torch import fx
 
 from passes.demands import VIEWS
-from passes.graphs import emit, fake_value, size_node
+from passes.graphs import behind, emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_remade import kept_in_another_form
 from passes.kv_values import KeyOrValue, find_kv, source_of
@@ -80,7 +79,7 @@ def _bring_up(full: fx.Node) -> None:
     while root is not source_of(root):
         between.append(root)
         root = root.args[0]  # type: ignore[assignment]
-    place = _behind(root)
+    place = behind(root)
     sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
     if all(size < place for size in sizes):
         last = place.prev
@@ -107,14 +106,14 @@ class _Rewriter:
         """`complete` is where the whole layer is, unless the value has a past."""
         first = self._size(value.first)
         if value.past is None:
-            with self.graph.inserting_before(_behind(complete)):
+            with self.graph.inserting_before(behind(complete)):
                 host = emit(self.graph, OFFLOAD, (value.full, value.dim, first))
             host.meta["kv"] = value
         else:
             assert value.new is not None
             full = self._arrive(value.past, value.new, value.dim, before=value.full)
             self._replace(value.full, full)
-            with self.graph.inserting_before(_behind(full)):
+            with self.graph.inserting_before(behind(full)):
                 host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
         kept = list(self.output.args[0])  # type: ignore[arg-type]
         for position in value.outputs:
@@ -155,14 +154,6 @@ class _Rewriter:
             _relay(node)
             if not _alike(before, node.meta["val"]):
                 changed.add(node)
-
-
-def _behind(node: fx.Node) -> fx.Node:
-    """The node to insert before, so that a copy comes after a value and the other results of its loop."""
-    following = node.next
-    while following.target is operator.getitem:
-        following = following.next
-    return following
 
 
 def _relay(node: fx.Node) -> None:

@@ -7,7 +7,7 @@ storage    What a value occupies. A view shares that of its base; an output that
 alive      Made before the loop or by it, and read by it, by something later or by the graph's output.
 
 Inputs and parameters are the caller's and are not listed. Neither is what is on the host, nor what lives for one
-iteration.
+iteration. Rows that were copied to a storage of their own are listed, though they are no longer one per token.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import fx
 from passes.demands import RELABELS
 from passes.host_ops import APPEND, OFFLOAD
 from passes.mini_sequence import MiniSequence, loop_nodes
+from passes.ops import COPY_ROWS
 from passes.sizes import count_hint, hint
 
 
 @dataclass(frozen=True)
 class LiveValue:
-    """A value at full length, with the bytes it takes at the captured sizes."""
+    """A value at full length, with the bytes it takes at the captured sizes. Rows of their own have none per token."""
 
     name: str
     bytes: int
@@ -46,7 +47,8 @@ def live_values(gm: fx.GraphModule) -> dict[str, tuple[LiveValue, ...]]:
         after = position[node] + len(items)
         alive = [s for s in first if first[s] <= after and last[s] >= position[node]]
         values = [_value(s, loops, tokens) for s in alive]
-        found[str(node.target)] = tuple(value for value in values if value.bytes_per_token > 0)
+        own = {s.name for s in alive if s.target is COPY_ROWS}
+        found[str(node.target)] = tuple(v for v in values if v.bytes_per_token > 0 or v.name in own)
     return found
 
 

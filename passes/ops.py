@@ -7,6 +7,7 @@ faster kernels for its devices under the same names.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,15 @@ The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so 
 folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
 kernel on the CPU; a row whose every key is masked by the dtype's smallest number sees all of them alike.
 """
+
+
+LIBRARY.define("copy_rows(Tensor rows, int[] order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+"""Rows in a storage of their own, dense, with their dimensions in `order` from the outermost in storage.
+
+An operator of its own, since Inductor takes a `clone` whose strides are its source's for nothing and drops it.
+"""
+
+COPY_ROWS = torch.ops.mom.copy_rows.default
 
 
 def output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -122,6 +132,17 @@ def _attention_fake(query, key, value, *others, **named):  # type: ignore[no-unt
     return output_like(query, value)
 
 
+def copy_rows(rows: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    own = torch.empty_permuted(rows.shape, list(order), dtype=rows.dtype, device=rows.device)
+    return own.copy_(rows)
+
+
+@torch.library.register_fake("mom::copy_rows", lib=LIBRARY)
+def _copy_rows_fake(rows: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    return torch.empty_permuted(rows.shape, list(order), dtype=rows.dtype, device=rows.device)
+
+
+LIBRARY.impl("copy_rows", copy_rows, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")
 
 LIBRARY.define(

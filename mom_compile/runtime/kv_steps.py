@@ -20,6 +20,7 @@ from mom_compile.runtime.host_storage import HostStore, Lease, Placement, lease_
 from mom_compile.runtime.host_tensor import HostTensor, shown
 from passes.host_ops import fetch_reference, room_like
 from passes.ops import LIBRARY
+from passes.parts import MOST_WASTE
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Offload:
         held = value.shape[self.dim]
         leaving = value.narrow(self.dim, first, held - first)
         if self.stays is not None and self.stays(held, held - first, leaving.numel() * leaving.element_size()):
-            return (leaving,)
+            return (own_if_worth(leaving, value),)
         row = leaving.movedim(self.dim, 0).shape[1:]
         store = HostStore(row, value.dtype, held - first, self.placement)
         lease = Lease(store, 0, held - first)
@@ -133,6 +134,11 @@ class Settle:
 
     def __call__(self) -> None:
         engine_for(self.device).settle()
+
+
+def own_if_worth(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Some rows of a value that dies, in a storage of their own if the rest is worth it."""
+    return rows.clone() if (value.numel() - rows.numel()) * MOST_WASTE > value.numel() else rows
 
 
 def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
