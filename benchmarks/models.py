@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 SHAPES: dict[str, dict[str, int]] = {
     # Wide enough that the intermediates rule the peak, small enough for two cores.
@@ -47,7 +47,25 @@ def llama(
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
-def tokens(model: LlamaForCausalLM, seq: int, batch: int = 1) -> torch.Tensor:
+def windows(seq: int) -> Gemma3ForCausalLM:
+    """A small Gemma 3 in eval mode: of six layers five see a window of 128 tokens."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=128,
+        sliding_window=128,
+        layer_types=[*["sliding_attention"] * 5, "full_attention"],
+        vocab_size=1000,
+        max_position_embeddings=seq,
+    )
+    return Gemma3ForCausalLM(config).eval()
+
+
+def tokens(model: Any, seq: int, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
 

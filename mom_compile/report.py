@@ -249,8 +249,9 @@ def _own_lines(report: Report) -> list[str]:
     if not report.own_rows:
         return []
     own, of = sum(rows.bytes for rows in report.own_rows), sum(rows.base_bytes for rows in report.own_rows)
-    names = ", ".join(rows.name for rows in report.own_rows)
-    return [f"rows of their own: {names}: {own} B instead of the {of} B they are part of"]
+    names = [f"{rows.name} of {rows.base}" for rows in report.own_rows[:4]]
+    names += ["..."] if len(report.own_rows) > len(names) else []
+    return [f"rows of their own: {len(report.own_rows)} parts ({', '.join(names)}), {own} B of {of} B"]
 
 
 def _eager_lines(report: Report) -> list[str]:

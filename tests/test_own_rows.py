@@ -1,0 +1,452 @@
+"""Rows that leave a graph hold no more than themselves: in loops, between them and in what stock Inductor compiles."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import mom_compile
+import mom_compile.backend as backend_module
+import mom_compile.pipeline as pipeline_module
+from benchmarks.measure import MIB, peak_bytes, watch_cpu
+from mom_compile import MomWarning, reports
+from mom_compile.pipeline import for_stock
+from mom_compile.report import Report
+from mom_compile.runtime.host_storage import Placement
+from mom_compile.runtime.kv_steps import Offload
+from mom_compile.torch_compat import mark_boxed
+from passes.graphs import copy_graph
+from passes.live_values import live_values
+from passes.mini_sequence import loop_nodes
+from passes.ops import COPY_ROWS
+from passes.own_rows import own_rows
+from tests.families import next_token, prompt, small_model
+from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.test_in_place import decoder, layer, taken
+from tests.test_properties import RANDOM_PROGRAMS, parameter_names
+from tests.tiny import TinyDecoder, ids
+from tests.tracing import rewrite, trace
+
+WEIGHTS = weights_of(torch.float64)
+TOKENS = 23
+
+
+def x_of(batch=2, tokens=TOKENS):
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def behind(tensor):
+    """How many times its own bytes a tensor keeps allocated."""
+    return tensor.untyped_storage().nbytes() / max(1, tensor.numel() * tensor.element_size())
+
+
+def share(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+#: What is left of a value: its tokens are in dimension 1.
+CROPS = {
+    "head": lambda v: v[:, :5],
+    "tail": lambda v: v[:, -5:],
+    "middle": lambda v: v[:, 3:9],
+    "strided": lambda v: v[:, ::3],
+    "selected": lambda v: v[:, -1],
+    "channels": lambda v: v[..., :2],
+    "of one entry": lambda v: v[:1],
+    "viewed": lambda v: v[:, -6:].unflatten(1, (2, 3)).transpose(0, 1),
+    "twice": lambda v: v[:, :-2][:, -4:],
+    "split": lambda v: v.split(4, 1)[2],
+    "expanded": lambda v: v[:, -2:].unsqueeze(0).expand(3, -1, -1, -1),
+}
+
+#: Where the value comes from: a loop, an operator that needs all tokens at once, an operator on an input alone.
+SOURCES = {
+    "loop": lambda x, w: layer(x @ w.square, w),
+    "whole": lambda x, w: layer(x @ w.square, w).cumsum(1),
+    "cheap": lambda x, w: x * 2,
+}
+
+
+def program(source, *crops):
+    """What comes after a value, and some crops of the value."""
+
+    def run(x, *parameters):
+        w = Weights(*parameters)
+        value = SOURCES[source](x, w)
+        return (layer(layer(value, w), w), *(CROPS[crop](value) for crop in crops))
+
+    return run
+
+
+def check(function, *, loops=True, dynamic=False, batch=2):
+    """The rewritten graph's outputs, as eager's; and what was copied."""
+    x = x_of(batch)
+    gm = trace(function, x, *WEIGHTS, dynamic=dynamic)
+    assert dynamic == any(isinstance(size, torch.SymInt) for size in next(iter(gm.graph.nodes)).meta["val"].shape)
+    report = Report()
+    if loops:
+        rewritten, report = rewrite(gm, 4, parameter_names(gm))
+        assert loop_nodes(rewritten)
+    else:
+        rewritten = for_stock(gm, report=report)
+    for given_x in (x, x_of(batch, 2 * TOKENS)) if dynamic else (x,):
+        outputs = rewritten(given_x, *WEIGHTS)
+        for mine, expected in zip(outputs, gm(given_x, *WEIGHTS), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
+    return outputs, report
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+@pytest.mark.parametrize("crop", sorted(CROPS))
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_a_part_of_a_value_holds_its_rows_alone(source, crop, loops):
+    outputs, report = check(program(source, crop), loops=loops)
+    assert behind(outputs[1]) <= 1.15
+    # A loop may have been asked for those rows alone.
+    assert report.own_rows or loops
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+@pytest.mark.parametrize("crop", ["head", "tail", "selected", "channels", "viewed"])
+def test_the_same_for_lengths_that_are_not_known_yet(crop, loops):
+    outputs, report = check(program("loop", crop), loops=loops, dynamic=True)
+    assert behind(outputs[1]) <= 1.15
+    assert report.own_rows or loops
+
+
+def cropped_keys(*crops):
+    """Keys of the second of three layers, of which the user keeps crops."""
+
+    def run(x, *parameters):
+        w = Weights(*parameters)
+        first = layer(x @ w.square, w)
+        keys = first @ w.square
+        seen = F.scaled_dot_product_attention(first, keys, keys * w.scale, is_causal=True)
+        return (layer(STEPS["mlp"](seen, w), w), *(CROPS.get(crop, lambda v: v)(keys) for crop in crops))
+
+    return run
+
+
+def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
+    gm = trace(cropped_keys("tail"), x_of(), *WEIGHTS)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm), skip=("residual_in_place",))
+    (made,) = report.own_rows
+    assert (made.bytes, made.base_bytes) == (2 * 5 * HIDDEN * 8, 2 * TOKENS * HIDDEN * 8)
+    (own,) = (node for node in rewritten.graph.nodes if node.target is COPY_ROWS)
+    names = [str(node.target) for node in rewritten.graph.nodes if node.op == "call_module" and node < own]
+    live = live_values(rewritten)
+    # The loop that reads the keys has them at full length, the one after it only the rows that are kept.
+    assert made.base in [v.name for v in live[names[-1]]]
+    for after in set(live) - set(names):
+        assert made.base not in [v.name for v in live[after]]
+        assert [v.bytes for v in live[after] if v.name == own.name] == [made.bytes]
+    assert set(live) - set(names)
+
+
+def test_without_the_pass_a_crop_holds_the_whole():
+    x = x_of()
+    gm = trace(cropped_keys("tail"), x, *WEIGHTS)
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm), skip=("rows_of_their_own",))
+    assert behind(rewritten(x, *WEIGHTS)[1]) > 4
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+def test_crops_of_one_value_are_copied_one_by_one_unless_they_overlap(loops):
+    (_, head, tail), report = check(cropped_keys("head", "tail"), loops=loops)
+    assert len(report.own_rows) == 2
+    assert behind(head) == behind(tail) == 1 and not share(head, tail)
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+@pytest.mark.parametrize("crops", [("head", "middle"), ("middle", "head"), ("tail", "selected"), ("head", "head")])
+def test_who_writes_into_one_of_two_overlapping_crops_sees_it_in_the_other(crops, loops):
+    (_, one, other), report = check(cropped_keys(*crops), loops=loops)
+    assert len(report.own_rows) == 1
+    assert share(one, other) and behind(one) <= 9 / 5 + 1e-6
+    before = other.clone()
+    one.add_(1)
+    assert not torch.equal(before, other)
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+@pytest.mark.parametrize("crops", [("tail", "whole"), ("tail", "strided")])
+def test_nothing_is_copied_where_the_rest_is_kept_or_overlap_cannot_be_told(crops, loops):
+    (_, one, other), report = check(cropped_keys(*crops), loops=loops)
+    assert not report.own_rows
+    assert share(one, other)
+
+
+def test_rows_and_channels_of_one_value_are_not_told_apart():
+    (_, one, other), report = check(cropped_keys("tail", "channels"), loops=False)
+    assert not report.own_rows
+    assert share(one, other)
+
+
+def test_nothing_is_copied_for_a_few_rows_less():
+    _, report = check(lambda x, *w: (layer(x, Weights(*w)), x.cumsum(1)[:, 1:]), loops=False)
+    assert not report.own_rows
+
+
+@pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
+def test_a_view_of_an_input_stays_one(loops):
+    def run(x, *parameters):
+        return (*cropped_keys("tail")(x, *parameters), x[:, -3:])
+
+    x = x_of()
+    gm = trace(run, x, *WEIGHTS)
+    rewritten = rewrite(gm, 4, parameter_names(gm))[0] if loops else for_stock(gm, report=Report())
+    assert share(rewritten(x, *WEIGHTS)[2], x)
+    assert behind(rewritten(x, *WEIGHTS)[1]) == 1
+
+
+def test_what_an_operator_writes_into_is_left_alone():
+    def run(x, *parameters):
+        return (x.cumsum(1)[:, -2:],)
+
+    gm = trace(run, x_of(), *WEIGHTS)
+    assert own_rows(copy_graph(gm))
+    (whole,) = (node for node in gm.graph.nodes if node.target is torch.ops.aten.cumsum.default)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        gm.graph.call_function(torch.ops.aten.zero_.default, (whole,)).meta["val"] = whole.meta["val"]
+    assert not own_rows(gm)
+
+
+def test_rows_keep_the_order_in_which_they_lay():
+    """Token-major heads stay token-major, and dense."""
+
+    def run(x, *parameters):
+        return (x.cumsum(1).unflatten(-1, (2, -1)).transpose(1, 2)[:, :, -5:],)
+
+    gm = trace(run, x_of(), *WEIGHTS)
+    (rows,) = for_stock(gm, report=Report())(x_of(), *WEIGHTS)
+    assert rows.shape == (2, 2, 5, 4)
+    assert rows.stride() == (40, 4, 8, 1)
+
+
+def test_a_residual_of_which_rows_are_kept_is_still_written_over():
+    def run(x, *parameters):
+        last, first = decoder(x, *parameters, hidden_too=True)
+        return last, first[:, -2:]
+
+    x = x_of()
+    gm = trace(run, x, *WEIGHTS)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert report.own_rows and len(taken(rewritten)) == 3
+    for mine, expected in zip(rewritten(x, *WEIGHTS), gm(x, *WEIGHTS), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
+
+
+@settings(RANDOM_PROGRAMS, max_examples=40)
+@given(
+    st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(sorted(CROPS))), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_any_program_returns_the_same_rows(names, kept, batch, loops):
+    def run(x, *parameters):
+        values = [x]
+        for name in names:
+            values.append(STEPS[name](values[-1], Weights(*parameters)))
+        made = values[1:]
+        return (values[-1] @ Weights(*parameters).square, *(CROPS[crop](made[i % len(made)]) for i, crop in kept))
+
+    x = x_of(batch)
+    gm = trace(run, x, *WEIGHTS)
+    expected = gm(x, *WEIGHTS)
+    report = Report()
+    try:
+        rewritten = rewrite(gm, 4, parameter_names(gm))[0] if loops else for_stock(gm, report=report)
+    except pipeline_module.NotWorthwhile:
+        rewritten = for_stock(gm, report=report)
+    for mine, other in zip(rewritten(x, *WEIGHTS), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10 * max(1.0, float(other.abs().max())), equal_nan=True)
+
+
+# --- models ---
+
+
+def run_captured(gm, example_inputs, **kwargs):
+    """In place of stock Inductor: the graph as it is."""
+
+    def run(inputs):
+        values = list(inputs)
+        inputs.clear()
+        return gm(*values)
+
+    return mark_boxed(run)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch, eager_pieces):
+    patched = functools.partial(backend_module.compile_graph, stock=run_captured)
+    monkeypatch.setattr(backend_module, "compile_graph", patched)
+
+
+def cached(cache):
+    return [tensor for one in cache.layers for tensor in (one.keys, one.values)]
+
+
+def assert_rows_alone(cache):
+    for tensor in cached(cache):
+        assert behind(tensor) <= 1.2, (tensor.shape, tensor.untyped_storage().nbytes())
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("batch", "lengths"), [(2, [9, 20]), (1, [41, 65])], ids=["no loops", "loops, then of any length"]
+)
+def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, lengths):
+    """Windows of 16; of two lengths that are compiled the second is a symbol."""
+    model = small_model("mistral")
+    reference = small_model("mistral")
+    model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
+    for length in lengths:
+        inputs = prompt(batch, length)
+        cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        with torch.no_grad():
+            for step in range(3):
+                mine = model(**inputs, past_key_values=cache).logits
+                logits = reference(**inputs, past_key_values=expected).logits
+                torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
+                assert_rows_alone(cache)
+                inputs = next_token(inputs, seed=step)
+    prefill = [report for report in reports() if report.own_rows]
+    assert prefill and all(len(report.own_rows) == 6 for report in prefill)
+    # A step drops a row of sixteen: that is not worth a copy.
+    assert len(prefill) <= 2 < len(reports())
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
+    model = small_model("mistral")
+    options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
+    model.compile(backend="mom", dynamic=False, options=options)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for tokens in (30, 21):
+            model(**prompt(2, tokens), past_key_values=cache)
+            assert_rows_alone(cache)
+    assert [len(report.own_rows) for report in reports()] == [6, 6]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_explain_tells_which_rows_are_copied():
+    model, inputs = small_model("mistral"), prompt(1, 41)
+    text = str(mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False}))
+    assert "rows of their own: 6 parts (slice" in text
+    assert f"{6 * 15 * 2 * 16 * 4} B of {6 * 41 * 2 * 16 * 4} B" in text
+    short = mom_compile.explain(model, **inputs, options={"kv_offload": False})
+    assert short[0].fallback is not None and len(short[0].own_rows) == 6
+    assert "rows of their own" in str(short)
+
+
+def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
+    value = torch.arange(2 * 3 * 40 * 4.0).view(2, 3, 40, 4)
+    step = Offload(2, torch.device("cpu"), Placement(), stays=lambda tokens, rows, size: True)
+    (kept,) = step([value, 30])
+    assert torch.equal(kept, value[:, :, 30:]) and behind(kept) == 1
+    (kept,) = step([value, 1])
+    assert share(kept, value)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
+    def fails(gm):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(pipeline_module, "own_rows", fails)
+    model = TinyDecoder(layers=1).eval()
+    with torch.no_grad():
+        fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8})
+        with pytest.warns(MomWarning, match="a bug of ours"):
+            logits = fast(ids(1, 6))
+        torch.testing.assert_close(logits, model(ids(1, 6)), rtol=1e-5, atol=1e-5)
+        assert reports()[-1].failed
+        with pytest.raises(Exception, match="a bug of ours"):
+            torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True})(ids(1, 5))
+
+
+# --- compiled ---
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("crop", ["head", "tail"])
+def test_inductor_keeps_the_copy(crop):
+    """Rows lie in the copy as they lay before: Inductor would call a `clone` of them nothing to do, and drop it."""
+    weight = torch.randn(8, 8)
+    rows = {"head": lambda y: y[:4], "tail": lambda y: y[-4:]}[crop]
+
+    def run(x):
+        y = (x @ weight).exp()
+        return rows(y), y @ weight
+
+    x = torch.randn(40, 8)
+    with torch.no_grad():
+        kept, other = torch.compile(run, backend="mom", options={"mini_seq_len": 64, "strict": True})(x)
+    assert reports()[-1].fallback is not None
+    torch.testing.assert_close((kept, other), run(x))
+    assert behind(kept) == 1
+
+
+class Cropping(TinyDecoder):
+    """Logits of the last token, and what a cache of windows would keep: the last rows of each layer's keys."""
+
+    WINDOW = 16
+
+    def forward(self, ids):
+        x, kept = self.embed(ids), []
+        for one in self.layers:
+            normed = one.norm1(x)
+            q, k, v = (heads(rows, one.size) for rows in (one.q(normed), *one.kv(normed).chunk(2, -1)))
+            kept += [k[:, :, -self.WINDOW :], v[:, :, -self.WINDOW :]]
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + one.o(seen.transpose(1, 2).flatten(2))
+            x = x + one.down(F.silu(one.gate(one.norm2(x))) * one.up(one.norm2(x)))
+        return self.head(self.norm(x[:, -1:])), kept
+
+
+def heads(rows, size):
+    return rows.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_measured_peak_has_no_rows_that_are_not_kept():
+    watch_cpu()
+    model = Cropping(layers=5).eval()
+    fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True})
+    tokens, width = 512, 2 * 8 * 4
+    with torch.no_grad():
+        x = ids(1, tokens)
+        logits, kept = fast(x)
+        torch.testing.assert_close((logits, kept), model(x), rtol=1e-4, atol=1e-4)
+        assert all(behind(rows) == 1 for rows in kept)
+        peak = peak_bytes(functools.partial(fast, x)).peak
+    # The residual stream, keys and values of two layers at full length; of those before what is kept.
+    floor = tokens * (32 * 4 + 4 * width) + 3 * 2 * model.WINDOW * width
+    assert reports()[-1].floor_bytes == floor
+    assert floor <= peak <= floor + 96 * 1024
+    assert len(reports()[-1].own_rows) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+def test_a_gemma_like_prefill_of_4096_tokens_takes_16_mib():
+    from benchmarks import models
+
+    watch_cpu()
+    model = models.windows(4096)
+    fast = torch.compile(model, backend="mom", options={"strict": True})
+    call = functools.partial(models.prefill, fast, models.tokens(model, 4096), cache=True)
+    _, cache = call()
+    shown = sum(tensor.numel() * 4 for tensor in cached(cache))
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in cached(cache)}
+    assert sum(held.values()) <= 1.2 * shown
+    del cache
+    assert peak_bytes(call).peak <= 16 * MIB
