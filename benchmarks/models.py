@@ -76,9 +76,14 @@ def keeping(cache: Any, model: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def prefill(model: Any, ids: torch.Tensor, *, cache: bool) -> tuple[torch.Tensor, Any]:
-    """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this."""
-    output = model(input_ids=ids, use_cache=cache, logits_to_keep=1)
+def prefill(
+    model: Any, ids: torch.Tensor, *, cache: bool, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Any]:
+    """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this.
+
+    `mask` is an attention mask `[B, S]`, as `generate()` always passes one.
+    """
+    output = model(input_ids=ids, attention_mask=mask, use_cache=cache, logits_to_keep=1)
     return output.logits, output.past_key_values
 
 

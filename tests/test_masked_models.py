@@ -1,0 +1,93 @@
+"""Models with an attention mask: one compiled program is right for every mask, and makes none where it need not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import mom_compile
+from benchmarks.models import keeping
+from mom_compile.runtime import attention_cpu
+from tests.families import prompt, small_model
+
+TOKENS = 70
+
+#: What a mask of two sequences looks like, and whether what a query sees is then one range of keys.
+MASKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "all ones": (lambda index: index >= 0, True),
+    "left padding": (lambda index: index >= torch.tensor([[21], [0]]), True),
+    "left padding of both": (lambda index: index >= torch.tensor([[3], [40]]), True),
+    "right padding": (lambda index: index < torch.tensor([[TOKENS], [33]]), True),
+    "holes": (lambda index: (index * 7 + torch.tensor([[0], [3]])) % 5 > 0, False),
+    "one token": (lambda index: index == TOKENS - 1, True),
+}
+
+
+@pytest.fixture
+def masked_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Calls of the attention that had to make a mask because of what is said of the keys."""
+    calls: list[object] = []
+    in_blocks = attention_cpu.in_blocks
+
+    def watch(kernel, query, key, value, sight, *others):
+        if sight.conditions:
+            calls.append(sight)
+        return in_blocks(kernel, query, key, value, sight, *others)
+
+    monkeypatch.setattr(attention_cpu, "in_blocks", watch)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
+def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls: list[object]) -> None:
+    model = small_model(family).double()
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
+    inputs = prompt(2, TOKENS)
+    for name, (program, in_ranges) in MASKS.items():
+        masked_calls.clear()
+        inputs["attention_mask"] = program(torch.arange(TOKENS).expand(2, -1)).long()
+        with torch.no_grad():
+            expected, actual = model(**inputs).logits, compiled(**inputs).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        assert bool(masked_calls) == (not in_ranges), name
+    (report,) = mom_compile.reports()
+    assert report.stages
+    assert not report.left_out
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, masked_calls: list[object]) -> None:
+    """`position_ids` that begin anew: each sequence comes out as it does alone, and no mask is made."""
+    model = small_model(family).double()
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
+    ids = prompt(1, TOKENS)["input_ids"]
+    lengths = (9, 1, 40, 20)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        packed = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
+        alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-9)
+    assert not masked_calls
+    (report,) = mom_compile.reports()
+    assert report.stages
+
+
+def test_a_second_turn_with_padding(eager_pieces: None, masked_calls: list[object]) -> None:
+    """Rows behind a past are causal from where they stand, and the padding of the first turn stays hidden."""
+    model = small_model("llama").double()
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
+    first = prompt(2, TOKENS, padded=True)
+    more = prompt(2, 50, seed=1)["input_ids"]
+    mask = torch.cat([first["attention_mask"], torch.ones_like(more)], 1)
+    results = []
+    with torch.no_grad():
+        for each in (model, compiled):
+            cache = keeping(DynamicCache(config=model.config), model)
+            each(**first, **cache)
+            results.append(each(input_ids=more, attention_mask=mask, **cache).logits)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-9)
+    assert not masked_calls
+    assert [bool(report.stages) for report in mom_compile.reports()] == [True, True]
