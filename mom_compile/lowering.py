@@ -77,6 +77,8 @@ class Lowering:
         self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
         self.layouts: dict[fx.Node, LoopOutput] = {}
         self.straight: list[fx.Node] = []
+        #: What is taken from several returned values, lowered with the operator that returned them.
+        self.items: set[fx.Node] = set()
         self._layer_bytes = _layer_bytes(gm)
 
     def program(self) -> Program:
@@ -98,6 +100,8 @@ class Lowering:
     # --- operators between loops ---
 
     def _lower_operator(self, node: fx.Node) -> None:
+        if node in self.items:
+            return
         value = node.meta.get("val")
         if node.target in COPIES:
             self._flush()
@@ -114,7 +118,9 @@ class Lowering:
             self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
-        self.straight.append(node)
+        # What returns several values stays together with what takes them apart: a piece's inputs are tensors and sizes.
+        self.straight += [node, *_items(node)]
+        self.items.update(_items(node))
 
     def _lower_attribute(self, node: fx.Node) -> None:
         self._call(node.name, _constant(attribute(self.gm, str(node.target))), [], [node])
@@ -365,6 +371,14 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in outputs))
     return graph
+
+
+def _items(node: fx.Node) -> list[fx.Node]:
+    """What is taken from the values that an operator returns at once, and from lists among those."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return []
+    items = [user for user in node.users if user.target is operator.getitem]
+    return [each for item in items for each in (item, *_items(item))]
 
 
 def _lead_with_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
