@@ -11,6 +11,9 @@ at full length, as mom's report has it: the residual stream, keys and values of 
 
 Growth: the same with 2 layers at two lengths. What mom needs above the floor must not depend on the length.
 
+Windows: a small Gemma 3, five of six layers with a window of 128 tokens, cache kept: its peak, what its cache shows,
+and what is allocated behind that.
+
 Overhead: the time of a loop's iterations, less that of the same compiled bodies called one after another.
 
 Compile time: each figure comes from a fresh process with an empty cache folder. A trivial function is
@@ -123,6 +126,21 @@ def growth_worker(spec: Row) -> None:
     workers.row({"tokens": spec["seq"], "peak": measure.peak_bytes(call).peak, "floor": _floor()})
 
 
+def windows_worker(spec: Row) -> None:
+    from benchmarks import models
+
+    measure.watch_cpu()
+    workers.step("model")
+    model = models.windows(spec["seq"])
+    ids = models.tokens(model, spec["seq"])
+    for name in spec["backends"]:
+        call = partial(models.prefill, _compiled(model, name), ids, cache=True)
+        workers.step(f"compile {name}")
+        shown, held = measure.shown_and_held(models.cached(call()[1]))
+        workers.step(f"peak {name}")
+        workers.row({"backend": name, "peak": measure.peak_bytes(call).peak, "shown": shown, "held": held})
+
+
 def overhead_worker(spec: Row) -> None:
     """What an iteration costs besides the compiled body: the loop's own Python, per mini-sequence."""
     from benchmarks import models
@@ -219,6 +237,12 @@ def measure_growth(options: argparse.Namespace, progress: Callable[[str], None])
     return rows
 
 
+def measure_windows(options: argparse.Namespace, backends: Sequence[str], progress: Callable[[str], None]) -> list[Row]:
+    wanted = [name for name in backends if name in ("eager", "inductor", "mom")]
+    spec = {"kind": "windows", "seq": min(options.seq, 4096), "backends": wanted}
+    return workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, "windows: "))
+
+
 def measure_overhead(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
     spec = {"kind": "overhead", "seq": 4096, "repeats": 15}
     return workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, "overhead: "))
@@ -274,6 +298,12 @@ def print_growth(rows: Sequence[Row]) -> None:
         )
     first, *_, last = [row["peak"] - row["floor"] for row in rows]
     print(f"above the floor, {rows[-1]['tokens']} tokens take {last / first:.3f}x what {rows[0]['tokens']} take")
+
+
+def print_windows(rows: Sequence[Row]) -> None:
+    for row in rows:
+        cache = f"a cache of {row['shown'] / MIB:.1f} MiB in {row['held'] / MIB:.1f} MiB of storage"
+        print(f"windows, {row['backend']}: peak {row['peak'] / MIB:.1f} MiB, {cache}")
 
 
 def print_overhead(rows: Sequence[Row]) -> None:
@@ -337,7 +367,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-layers", type=int, nargs=2, default=[4, 24], metavar=("FEW", "MANY"))
     parser.add_argument("--compile-seq", type=int, default=4096)
     parser.add_argument("--growth", type=int, nargs=2, default=[4096, 32768], metavar=("SHORT", "LONG"))
-    parser.add_argument("--only", choices=("prefill", "growth", "overhead", "compile"))
+    parser.add_argument("--only", choices=("prefill", "growth", "windows", "overhead", "compile"))
     parser.add_argument("--quick", action="store_true", help="a look: S = 2048, one repeat, 2 and 6 layers")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<date>.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -352,9 +382,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.worker is not None:
         spec = json.loads(options.worker)
-        {"prefill": prefill_worker, "growth": growth_worker, "overhead": overhead_worker, "compile": compile_worker}[
-            spec["kind"]
-        ](spec)
+        kinds = {
+            "prefill": prefill_worker,
+            "growth": growth_worker,
+            "windows": windows_worker,
+            "overhead": overhead_worker,
+            "compile": compile_worker,
+        }
+        kinds[spec["kind"]](spec)
         return 0
     from rich.console import Console
 
@@ -369,6 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["prefill"] = measure_prefill(options, backends, progress)
         if options.only in (None, "growth"):
             results["growth"] = measure_growth(options, progress)
+        if options.only in (None, "windows"):
+            results["windows"] = measure_windows(options, backends, progress)
         if options.only in (None, "overhead"):
             results["overhead"] = measure_overhead(options, progress)
         if options.only in (None, "compile"):
@@ -378,6 +415,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_prefill(results["prefill"], options)
     if "growth" in results:
         print_growth(results["growth"])
+    if "windows" in results:
+        print_windows(results["windows"])
     if "overhead" in results:
         print_overhead(results["overhead"])
     if "compile" in results:

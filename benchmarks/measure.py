@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -122,6 +122,13 @@ def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> PeakReport:
     peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     del result
     return PeakReport(peak - before, after - before, str(device))
+
+
+def shown_and_held(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Bytes that tensors show, and bytes allocated behind them: a view keeps all of what it is a view of."""
+    tensors = list(tensors)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(t.numel() * t.element_size() for t in tensors), sum(storages.values())
 
 
 def seconds(fn: Callable[[], Any], device: str | torch.device = "cpu") -> float:

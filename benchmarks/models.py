@@ -75,6 +75,11 @@ def keeping(cache: Any, model: Any) -> dict[str, Any]:
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
+def cached(cache: Any) -> list[torch.Tensor]:
+    """Keys and values of all layers."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
 @torch.no_grad()
 def prefill(
     model: Any, ids: torch.Tensor, *, cache: bool, mask: torch.Tensor | None = None

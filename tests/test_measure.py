@@ -113,3 +113,8 @@ def test_the_stamp_names_versions_and_no_host() -> None:
     assert stamp["torch"] == torch.__version__
     assert platform.node() not in [str(value) for value in stamp.values()]
     assert stamp["date"] in measure.describe_machine(stamp)
+
+
+def test_a_view_shows_its_rows_and_holds_all_of_what_it_is_a_view_of() -> None:
+    whole = floats(2)
+    assert measure.shown_and_held([whole[: len(whole) // 4], whole[-8:]]) == (MIB // 2 + 32, 2 * MIB)
