@@ -19,6 +19,7 @@ from passes.graphs import compute_device, copy_graph
 from passes.in_place import take_over_storage
 from passes.key_vectors import SPANS
 from passes.kv_offload import KVOffload, kv_offload
+from passes.kv_values import KVValues, find_kv
 from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
 from passes.mlp_scope import mlp_only
 from passes.own_rows import own_rows
@@ -26,6 +27,7 @@ from passes.sizes import hint, is_one
 from passes.stages import Stages, plan_stages
 from passes.token_dims import TokenDims, analyse_token_dims
 from passes.verify import verify
+from passes.whole_slices import without_whole_slices
 from passes.writes import read_behind_a_write
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -56,6 +58,7 @@ class State:
     scope: str = "layer"
     kv_on_host: bool = False
     fits: Fits = never_fits
+    kv: KVValues | None = None
     offload: KVOffload | None = None
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
@@ -71,11 +74,22 @@ class State:
 Step = Callable[[State], str]
 
 
+def slices_of_everything(state: State) -> str:
+    """A slice that keeps everything is what it is cut from: a window's cache, as long as the prompt is shorter."""
+    return f"{without_whole_slices(state.gm)} slices"
+
+
 def canonical_attention(state: State) -> str:
     """One attention operator with grouped heads and proven masks: one rule, one kernel, K/V at their own width."""
     before = len(state.gm.graph.nodes)
     state.gm = attention_form(state.gm)
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
+
+
+def find_keys_and_values(state: State) -> str:
+    """Which outputs a cache keeps, told by what attentions read: loops will hide that."""
+    state.kv = find_kv(state.gm)
+    return f"{len(state.kv.found)} keys and values, {len(state.kv.left_out)} that stay"
 
 
 def find_tokens(state: State) -> str:
@@ -171,7 +185,7 @@ def loops_over_mini_sequences(state: State) -> str:
 def keys_and_values_to_host(state: State) -> str:
     """What the cache keeps leaves for the host behind its stage, and comes back one layer ahead."""
     stay = state.fits(state.gm) if state.kv_on_host and state.report.no_loops is not None else None
-    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host and stay is None)
+    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host and stay is None, kv=state.kv)
     state.report.describe_kv(state.offload)
     if stay is not None:
         state.report.on_device["all"] = stay
@@ -193,7 +207,9 @@ def residual_in_place(state: State) -> str:
 
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
 TO_LOOPS: tuple[Step, ...] = (
+    slices_of_everything,
     canonical_attention,
+    find_keys_and_values,
     find_tokens,
     rows_on_demand,
     mlp_alone,

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.demands import VIEWS
+from passes.attention_reads import source_of
+from passes.demands import RELABELS, VIEWS
 from passes.graphs import behind, emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
-from passes.kv_remade import kept_in_another_form
-from passes.kv_values import KeyOrValue, find_kv, source_of
+from passes.kv_values import KeyOrValue, KVValues, find_kv, located
 from passes.sizes import Size, same
 from passes.token_dims import matmul_work
 
@@ -49,14 +49,14 @@ class KVOffload:
         return bool(self.leaving) or self.arriving > 0
 
 
-def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool) -> KVOffload:
+def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVValues | None = None) -> KVOffload:
     """Insert the copies, in place. With `start`, values leave that had no past on the host; else those stay.
 
-    `device` is where the attentions run.
+    `device` is where the attentions run, `kv` what was found in the graph before loops were made of it.
     """
-    kv = find_kv(gm)
+    kv = find_kv(gm) if kv is None else located(gm, kv)
     leaving = tuple(value for value in kv.found if start or value.past is not None)
-    left_out = {**kv.left_out, **kept_in_another_form(gm, [value.full for value in kv.found])} if start else {}
+    left_out = {value.node.name: value.reason for value in kv.left_out} if start else {}
     rewriter = _Rewriter(gm, device)
     for value in leaving:
         if value.past is None:
@@ -101,6 +101,8 @@ class _Rewriter:
         self.graph = gm.graph
         self.device = device
         self.output = next(iter(reversed(gm.graph.nodes)))
+        #: Views of inputs that stand behind the inputs, ahead of every fetch of them.
+        self.ahead: set[fx.Node] = set()
 
     def keep_on_host(self, value: KeyOrValue, complete: fx.Node) -> None:
         """`complete` is where the whole layer is, unless the value has a past."""
@@ -111,6 +113,8 @@ class _Rewriter:
             host.meta["kv"] = value
         else:
             assert value.new is not None
+            ahead = self._bring_ahead(value.past)
+            assert ahead, f"{value.past.name} is no view of an input"
             full = self._arrive(value.past, value.new, value.dim, before=value.full)
             self._replace(value.full, full)
             with self.graph.inserting_before(behind(full)):
@@ -123,20 +127,45 @@ class _Rewriter:
     def let_arrive(self) -> int:
         """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
         for node in list(self.graph.nodes):
-            if node.target is FETCH and node.users:
+            if node.target is FETCH and node.users and self._bring_ahead(node.args[0]):
                 self._replace(node, self._arrive(node.args[0], None, max(0, node.meta["val"].dim() - 2), before=node))
         return sum(node.target is FETCH_ROOM for node in self.graph.nodes)
 
     def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
         rows = 0 if new is None else self._size(new.meta["val"].shape[dim])
-        with self.graph.inserting_before(_first_operator(self.graph)):
+        with self.graph.inserting_before(self._first_operator()):
             room = emit(self.graph, FETCH_ROOM, (past, rows, dim, self.device))
         with self.graph.inserting_before(before):
             return emit(self.graph, FILL, (room, new, dim))
 
+    def _bring_ahead(self, past: fx.Node) -> bool:
+        """Move the views of an input that a past is to where a fetch may begin. False for anything but such views."""
+        views: list[fx.Node] = []
+        pending = [past]
+        while pending:
+            node = pending.pop()
+            if node.op in ("placeholder", "get_attr") or node in self.ahead:
+                continue
+            if node.target not in RELABELS and not _is_size(node):
+                return False
+            views.append(node)
+            pending += node.all_input_nodes
+        for node in sorted(set(views)):
+            self._first_operator().prepend(node)
+            self.ahead.add(node)
+        return True
+
+    def _first_operator(self) -> fx.Node:
+        """Behind the inputs, the sizes read off them and the views of them that are fetched."""
+        return next(
+            node
+            for node in self.graph.nodes
+            if node.op not in ("placeholder", "get_attr") and not _is_size(node) and node not in self.ahead
+        )
+
     def _size(self, size: Size) -> int | fx.Node:
         """A size, computed behind the inputs from theirs, so that it can be had anywhere."""
-        first = _first_operator(self.graph)
+        first = self._first_operator()
         with self.graph.inserting_before(first):
             found: int | fx.Node = size_node(self.graph, size, before=first)
         return found
@@ -169,11 +198,6 @@ def _relay(node: fx.Node) -> None:
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
-
-
-def _first_operator(graph: fx.Graph) -> fx.Node:
-    """Behind the inputs and the sizes read off them."""
-    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr") and not _is_size(node))
 
 
 def _is_size(node: fx.Node) -> bool:

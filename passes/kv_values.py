@@ -2,40 +2,51 @@
 
 Terms
 -----
-full      What an attention reads whole: all of the keys, or of the values, that it may see.
+full      What an attention reads: all of the keys, or of the values, that it may see, or what these are made of.
 kept      What of it leaves the graph for the cache: all rows, or the last ones (a sliding window).
 past      The host tensor it was made from, `full = cat([fetch(past), new])`; None where there was none.
 layer     Keys and values that one attention reads first; they are numbered in the order of their attentions.
+grows     Is an input with rows added to it, `cat([input, new])`.
 
     for each output of the graph:
         full = what it is a slice of the last rows of, or the output itself
-        it is a key or value if, through views and copies, an attention reads it whole
+        it is a key or value if an attention reads it itself, or something made of it, row by row, and
+            it grows or nothing but keys and values of that attention is made of it    (latents; not hidden states)
+        it stays if its storage is its owner's: allocated with room for all tokens and written to by position
 
-An attention is `mom.attention`, a loop that holds one, or the two batched products that an attention is written as.
+What the graph with loops makes of them is found again by their places among the outputs (`located`).
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from passes.demands import VIEWS, seen_through_views
+from passes.attention_reads import Attention, Read, attention_reads, attentions, read_of
+from passes.demands import is_mutation, seen_through_views
 from passes.host_ops import FETCH
-from passes.mini_sequence import MiniSequence
-from passes.rules import Dim
+from passes.kv_remade import kept_in_another_form
 from passes.rules.arguments import argument
+from passes.rules.registry import is_tensor, operands
 from passes.sizes import Size, count_hint, expr, hint, same
 
 aten = torch.ops.aten
 
-MOM_ATTENTION = torch.ops.mom.attention.default
+#: What writes rows into a buffer, its first argument, as a function; and the name of the argument that is written.
+WRITES = {
+    aten.index_put.default: "values",
+    aten.index_copy.default: "source",
+    aten.slice_scatter.default: "src",
+    aten.select_scatter.default: "src",
+    aten.scatter.src: "src",
+    aten.copy.default: "src",
+}
 
-COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._unsafe_view.default, aten.reshape.default})
-PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
+STATIC = "the cache allocates room for all tokens ahead and writes into it by position (a static cache)"
+FOLDED = "its tokens share a dimension with something else"
+UNREAD = "it grows like a cache, and no attention of this graph reads it as keys or values"
 
 
 @dataclass(frozen=True)
@@ -66,67 +77,148 @@ class KeyOrValue:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What stays on the device, with the reason: an output by its position, or an input that is written into."""
+
+    node: fx.Node
+    output: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class KVValues:
-    """What was found, layer by layer, and what was left on the device, by name, with the reason."""
+    """What was found, layer by layer, and what was left on the device."""
 
     found: tuple[KeyOrValue, ...]
-    left_out: dict[str, str]
+    left_out: tuple[LeftOut, ...]
 
 
 def find_kv(gm: fx.GraphModule) -> KVValues:
-    """The keys and values that leave a graph. Nothing is changed."""
-    output = next(iter(reversed(gm.graph.nodes)))
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    where: dict[fx.Node, list[int]] = {}
-    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
-    for i, node in enumerate(returned):
-        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
-            where.setdefault(node, []).append(i)
-    left_out = _updated_in_place(gm)
-    found = []
-    for kept, outputs in where.items():
-        full, reader = _read_whole(gm, kept)
-        if reader is None:
-            continue
-        dim = _token_dim(gm, full)
-        if dim is None:
-            left_out[kept.name] = "which of its dimensions holds the tokens cannot be told"
-            continue
-        found.append((position[reader], position[full], full, kept, tuple(outputs), dim))
-    layers = _number(list(gm.graph.nodes), sorted({at for at, *_ in found}))
-    values = [_record(layers[at], full, kept, outputs, dim) for at, _, full, kept, outputs, dim in sorted(found)]
-    return KVValues(tuple(values), left_out)
+    """The keys and values that leave a graph without loops. Nothing is changed."""
+    return _Finder(gm).find()
 
 
-def _number(nodes: list[fx.Node], readers: list[int]) -> dict[int, int]:
-    """Layers by the positions of their readers: two products, one over keys and then one over values, are one layer."""
-    layers: dict[int, int] = {}
-    alone = False
-    for at in readers:
-        product = nodes[at].target in PRODUCTS
-        paired = product and alone
-        layers[at] = max(layers.values(), default=-1) + (not paired)
-        alone = product and not paired
-    return layers
+class _Finder:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.attentions = {attention.node: attention for attention in attentions(gm)}
+        self.reads = attention_reads(gm)
+        self.returned = returned(gm)
+
+    def find(self) -> KVValues:
+        places: dict[fx.Node, list[int]] = {}
+        for i, node in enumerate(self.returned):
+            if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
+                places.setdefault(node, []).append(i)
+        found, reasons = [], {}
+        for kept, outputs in places.items():
+            full, read = self._read(kept)
+            reason = self._why_not(kept, full, read)
+            if reason is not None:
+                reasons[kept] = reason
+            elif read is not None:
+                found.append((self.position[read.layer], self.position[full], full, kept, tuple(outputs), read.dim))
+        layers = {at: layer for layer, at in enumerate(sorted({at for at, *_ in found}))}
+        values = [_record(full, kept, outputs, dim.index, layers[at]) for at, _, full, kept, outputs, dim in sorted(found)]
+        others = kept_in_another_form(places, self.reads, [value.full for value in values])
+        reasons = {**others, **reasons}
+        for value in values:
+            reasons.pop(value.kept, None)
+        left_out = [LeftOut(node, places[node][0], reason) for node, reason in reasons.items()]
+        return KVValues(tuple(values), tuple(left_out + self._updated_in_place()))
+
+    def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
+        """The full value of an output, and how an attention reads it, if its rows are keys or values."""
+        candidates = [kept]
+        if kept.target is aten.slice.Tensor and _last_rows(kept):
+            candidates.insert(0, argument(kept, "self"))
+        for full in candidates:
+            if full.op == "placeholder" or full.meta["val"].dim() < 3:
+                continue
+            read = read_of(full, self.reads)
+            if read is not None and (read.itself or _grows(full) or self._only_keys(full, kept)):
+                return full, read
+        return kept, None
+
+    def _why_not(self, kept: fx.Node, full: fx.Node, read: Read | None) -> str | None:
+        """Why an output stays although it is a cache's, or None."""
+        buffer = _written_into(kept)
+        if buffer is not None and (read is not None or self._holds_keys(kept)):
+            return STATIC
+        if read is None:
+            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _last_rows(kept) else kept
+            return UNREAD if _grows(grown) and not _as_before(kept, grown) else None
+        return None if read.dim.plain else FOLDED
+
+    def _holds_keys(self, node: fx.Node) -> bool:
+        """Whether an attention reads a buffer, before or after something is written into it, or what is written."""
+        values = [node]
+        while node.target in WRITES:
+            values.append(argument(node, WRITES[node.target]))
+            node = argument(node, "self")
+            values.append(node)
+        reads = [read_of(value, self.reads) for value in values]
+        return any(read is not None and read.itself for read in reads)
+
+    def _only_keys(self, full: fx.Node, kept: fx.Node) -> bool:
+        """Whether all that is made of a value are the keys and values of one layer's attention."""
+        layers: set[fx.Node] = set()
+        pending, seen = [full], {full}
+        while pending:
+            value = pending.pop()
+            for user in value.users:
+                attention = self.attentions.get(user)
+                if attention is not None and _as_key_or_value(attention, value):
+                    layers.add(attention.layer)
+                elif user.op == "output":
+                    if value not in (full, kept):
+                        return False
+                elif is_mutation(user) or not (user.op == "call_function"):
+                    return False
+                elif is_tensor(user) and user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+        return len(layers) == 1
+
+    def _updated_in_place(self) -> list[LeftOut]:
+        """Caches that their owner allocates: the graph writes keys or values into an input."""
+        found = []
+        for node in self.gm.graph.nodes:
+            if node.target is aten.copy_.default and node.args[0].op == "placeholder" and self._holds_keys(node.args[1]):
+                found.append(LeftOut(node.args[0], None, STATIC))
+        return found
 
 
-def _record(layer: int, full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int) -> KeyOrValue:
+def returned(gm: fx.GraphModule) -> tuple[object, ...]:
+    """What a graph returns, in order."""
+    values = next(iter(reversed(gm.graph.nodes))).args[0]
+    return tuple(values) if isinstance(values, (tuple, list)) else ()
+
+
+def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
+    """The same keys and values in what a graph was rewritten to: it returns them in the same places."""
+    outputs = returned(gm)
+    inputs = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
+
+    def again(value: KeyOrValue) -> KeyOrValue:
+        kept = outputs[value.outputs[0]]
+        assert isinstance(kept, fx.Node)
+        if value.kept is not value.full and kept.target is aten.slice.Tensor and _last_rows(kept):
+            return _record(argument(kept, "self"), kept, value.outputs, value.dim, value.layer)
+        return _record(kept, kept, value.outputs, value.dim, value.layer)
+
+    def left(value: LeftOut) -> LeftOut:
+        node = inputs[value.node.name] if value.output is None else outputs[value.output]
+        return replace(value, node=node)
+
+    return KVValues(tuple(again(value) for value in kv.found), tuple(left(value) for value in kv.left_out))
+
+
+def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, layer: int) -> KeyOrValue:
     rows = expr(full.meta["val"].shape[dim]) - expr(kept.meta["val"].shape[dim])
     past, new = _past(full)
     return KeyOrValue(full, kept, outputs, dim, int(rows) if rows.is_Integer else rows, layer, past, new)
-
-
-def _read_whole(gm: fx.GraphModule, kept: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The full value of an output, and the first attention that reads it whole."""
-    candidates = [kept]
-    if kept.target is aten.slice.Tensor and _last_rows(kept):
-        candidates.append(kept.args[0])  # type: ignore[arg-type]
-    for full in candidates:
-        if full.op != "placeholder" and full.meta["val"].dim() >= 3:
-            reader = min(_attentions(gm, full), default=None)
-            if reader is not None:
-                return full, reader
-    return kept, None
 
 
 def _last_rows(node: fx.Node) -> bool:
@@ -138,78 +230,6 @@ def _last_rows(node: fx.Node) -> bool:
     return step == 1 and (end is None or same(end, size) or (isinstance(end, int) and end >= 1 << 62))
 
 
-def _attentions(gm: fx.GraphModule, full: fx.Node) -> Iterator[fx.Node]:
-    """Attentions that read all of a value, or of what it is a view or a copy of, also through views and copies."""
-    root = source_of(full)
-    pending, seen = [root], {root}
-    while pending:
-        value = pending.pop()
-        for user in value.users:
-            if user.target in VIEWS or user.target in COPIES:
-                if user not in seen:
-                    seen.add(user)
-                    pending.append(user)
-            elif value in read_whole(gm, user):
-                yield user
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
-    while True:
-        node = seen_through_views(node)
-        if node.target not in COPIES:
-            return node
-        node = node.args[0]  # type: ignore[assignment]
-
-
-def read_whole(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
-    """What a node reads as keys or values are read, if it may be an attention; else nothing."""
-    operands: Sequence[object] = ()
-    if node.target is MOM_ATTENTION:
-        operands = (argument(node, "key"), argument(node, "value"))
-    elif "scaled_dot_product" in str(node.target):
-        operands = node.args[1:3]
-    elif node.target in PRODUCTS:
-        operands = node.args[-1:]  # queries by keys, and what comes of it by values
-    elif node.op == "call_module":
-        loop = gm.get_submodule(str(node.target))
-        assert isinstance(loop, MiniSequence)
-        operands = node.args[len(node.args) - loop.spec.whole :]
-    return tuple(operand for operand in operands if isinstance(operand, fx.Node))
-
-
-def _token_dim(gm: fx.GraphModule, full: fx.Node) -> int | None:
-    if full.target is aten.cat.default:
-        return int(argument(full, "dim")) % int(full.meta["val"].dim())
-    root = source_of(full)
-    source = root.args[0] if root.target is operator.getitem else None
-    if isinstance(source, fx.Node) and source.op == "call_module":
-        loop = gm.get_submodule(str(source.target))
-        assert isinstance(loop, MiniSequence)
-        if root is not seen_through_views(full):
-            return _only_dim_of_size(full, loop.spec.length)
-        return _where_tokens_are(full, root, loop.spec.outputs[root.args[1]].dim, loop.spec.length)  # type: ignore[index]
-    if any(user.target is MOM_ATTENTION or "scaled_dot_product" in str(user.target) for user in full.users):
-        return 2
-    # The products that an attention is written as contract over the channels, then over the tokens.
-    return 2 if full.meta["val"].dim() == 4 else None
-
-
-def _where_tokens_are(view: fx.Node, root: fx.Node, dim: Dim, length: Size) -> int | None:
-    """The dimension of a view that has as many steps, and as long ones, as the tokens of what it is a view of."""
-    value, base = view.meta["val"], root.meta["val"]
-    step = hint(base.stride(dim.index)) * hint(dim.inner)
-    sizes = list(zip(value.shape, value.stride(), strict=True))
-    found = [i for i, (size, stride) in enumerate(sizes) if same(size, length) and hint(stride) == step]
-    return found[0] if len(found) == 1 else None
-
-
-def _only_dim_of_size(copy: fx.Node, length: Size) -> int | None:
-    """A copy has strides of its own: its token dimension is told by its size, if that is no other dimension's too."""
-    found = [i for i, size in enumerate(copy.meta["val"].shape) if same(size, length)]
-    return found[0] if len(found) == 1 else None
-
-
 def _past(full: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     if full.target is not aten.cat.default:
         return None, None
@@ -219,10 +239,30 @@ def _past(full: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     return None, None
 
 
-def _updated_in_place(gm: fx.GraphModule) -> dict[str, str]:
-    """Caches that their owner allocates: the graph writes into an input."""
-    return {
-        str(node.args[0]): "the cache is updated in place, in storage that belongs to its owner (a static cache)"
-        for node in gm.graph.nodes
-        if node.target is aten.copy_.default and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
-    }
+def _grows(full: fx.Node) -> bool:
+    if full.target is not aten.cat.default or len(argument(full, "tensors")) != 2:
+        return False
+    old = argument(full, "tensors")[0]
+    old = seen_through_views(old.args[0] if old.target is FETCH else old)
+    return old.op == "placeholder"
+
+
+def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
+    """Whether as many rows are kept as there were: the state of a convolution, say."""
+    before = argument(grown, "tensors")[0].meta["val"].shape
+    return all(same(a, b) for a, b in zip(before, kept.meta["val"].shape, strict=True))
+
+
+def _written_into(node: fx.Node) -> fx.Node | None:
+    """The buffer that a value is, with something written into it: a constant or an input. None for anything else."""
+    if node.target not in WRITES:
+        return None
+    while node.target in WRITES:
+        node = seen_through_views(node.args[0])  # type: ignore[arg-type]
+    constant = node.op == "call_function" and not any(is_tensor(operand) for operand in node.all_input_nodes)
+    return node if constant or node.op == "placeholder" else None
+
+
+def _as_key_or_value(attention: Attention, value: fx.Node) -> bool:
+    """Whether an attention reads a value as nothing but keys or values."""
+    return operands(attention.node).count(value) == sum(operand is value for operand, _ in attention.read)
