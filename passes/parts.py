@@ -99,10 +99,10 @@ def seen_from(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is operator.getitem:
         return node.args[0] if seen_from(node.args[0]) is not None else None
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target is aten._unsafe_view.default:
-        return node.args[0] if schema is not None else None
-    return node.args[0] if any(returned.alias_info is not None for returned in schema.returns) else None
+    if node.target is aten._unsafe_view.default:  # a view, whatever its schema says
+        return node.args[0]
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.args[0] if any(returned.alias_info is not None for returned in returns) else None
 
 
 def base_of(node: fx.Node) -> fx.Node:
