@@ -68,12 +68,8 @@ def attentions(gm: fx.GraphModule) -> list[Attention]:
             found.append(_fused(node, argument(node, "key"), argument(node, "value")))
         elif "scaled_dot_product" in str(node.target):
             found.append(_fused(node, *node.args[1:3]))
-        elif node.target in PRODUCTS:
-            scores = _scores_of(node)
-            if scores is not None:
-                keys, values = scores.args[-1], node.args[-1]
-                found.append(Attention(scores, ((keys, _rank(keys) - 1),), scores))
-                found.append(Attention(node, ((values, _rank(values) - 2),), scores))
+        else:
+            found += _as_products(node)
     return found
 
 
@@ -85,16 +81,54 @@ def _rank(node: fx.Node) -> int:
     return int(node.meta["val"].dim())
 
 
-def _scores_of(product: fx.Node) -> fx.Node | None:
-    """The product whose exponentials another one weighs its last operand by; None if there is no such product."""
-    pending = [(product.args[-2], False)]
+@dataclass(frozen=True)
+class _Product:
+    """Of two batches of matrices; `node` reads the second, which it sums over along `summed`."""
+
+    first: fx.Node
+    second: fx.Node
+    summed: int
+    node: fx.Node
+
+
+def _product(node: fx.Node) -> _Product | None:
+    """What a node computes as a batched product, also where Inductor has written that as a sum of products."""
+    if node.target in PRODUCTS:
+        first, second = node.args[-2:]
+        assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+        return _Product(first, second, _rank(second) - 2, node)
+    if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
+        return None
+    multiplied, dims = node.args[0], argument(node, "dim")
+    if multiplied.target is not aten.mul.Tensor or len(dims) != 1:
+        return None
+    first, second = multiplied.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and _rank(second) > 3):
+        return None
+    return _Product(first, second, axis(dims[0], _rank(second)), multiplied)
+
+
+def _as_products(values: fx.Node) -> list[Attention]:
+    """The two products of an attention, if a node is the second of them."""
+    weighted = _product(values)
+    scores = _scores_of(weighted.first) if weighted is not None else None
+    if weighted is None or scores is None:
+        return []
+    keys = Attention(scores.node, ((scores.second, _rank(scores.second) - 1),), scores.node)
+    return [keys, Attention(weighted.node, ((weighted.second, weighted.summed),), scores.node)]
+
+
+def _scores_of(weights: fx.Node) -> _Product | None:
+    """The product whose exponentials some weights are made of; None if there is no such product."""
+    pending = [(weights, False)]
     seen = set(pending)
     while pending:
         node, exponential = pending.pop()
-        if not isinstance(node, fx.Node) or node.op != "call_function":
+        if node.op != "call_function":
             continue
-        if exponential and node.target in PRODUCTS:
-            return node
+        product = _product(node) if exponential else None
+        if product is not None:
+            return product
         if matmul_work(node):
             continue
         exponential = exponential or node.target is aten.exp.default or "softmax" in str(node.target)

@@ -32,6 +32,7 @@ from passes.graphs import behind, emit, fake_value, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_values import KeyOrValue, KVValues, find_kv, located
 from passes.sizes import Size, same
+from passes.strides import viewable
 from passes.token_dims import matmul_work
 
 aten = torch.ops.aten
@@ -186,14 +187,15 @@ class _Rewriter:
 
 
 def _relay(node: fx.Node) -> None:
-    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy."""
-    try:
-        node.meta["val"] = fake_value(node)
-    except (RuntimeError, ValueError):
-        if node.target is not aten.view.default:
-            raise
-        node.target = aten.reshape.default
-        node.meta["val"] = fake_value(node)
+    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy.
+
+    Fake tensors cannot be asked: they allow every view, and copy without a word.
+    """
+    if node.target is aten.view.default:
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        if not viewable(source.shape, source.stride(), node.meta["val"].shape):
+            node.target = aten.reshape.default
+    node.meta["val"] = fake_value(node)
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,0 +1,504 @@
+"""No key or value stays on the device without a true reason: every family, every way to attend, every cache.
+
+The first half looks at captured graphs alone; the second runs them, with pieces that are not compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import mom_compile
+from mom_compile import HostTensor
+from mom_compile.runtime.host_tensor import on_host
+from passes.attention_form import attention_form
+from passes.graphs import copy_graph
+from passes.host_ops import FETCH_ROOM
+from passes.kv_offload import kv_offload
+from passes.kv_values import STATIC, UNREAD, KVValues, find_kv
+from passes.verify import verify
+from passes.whole_slices import without_whole_slices
+from tests.captured import Captured, capture
+from tests.families import FAMILIES, prompt, small_model
+
+CPU = torch.device("cpu")
+OPTIONS = {"kv_offload": True, "mini_seq_len": 16, "strict": True}
+PROMPT = 41
+
+_SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 320,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {
+    **_SMALL,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+#: Whose caches hold something else than keys and values of heads. In float32: grouped products want no more.
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("DeepseekV2Config", _LATENT),
+    "deepseek_v3": ("DeepseekV3Config", _LATENT),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **_SMALL,
+            **_EXPERTS,
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        {
+            **_SMALL,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "mamba_expand": 2,
+            "attn_layer_indices": [1],
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A family and how it is run. `settings` go to its configuration, `generation` to `generate()`."""
+
+    family: str
+    attention: str = "sdpa"
+    autocast: bool = False
+    batch: int = 1
+    rows: int = PROMPT
+    settings: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = [f"{k}={v}" for k, v in {**self.settings, **self.generation}.items()]
+        cast = ["autocast"] if self.autocast else []
+        return "-".join([self.family, self.attention, *cast, f"{self.batch}x{self.rows}", *named])
+
+    def model(self) -> Any:
+        if self.family in UNUSUAL:
+            name, settings = UNUSUAL[self.family]
+            config = getattr(transformers, name)(**{**settings, **self.settings}, pad_token_id=0, eos_token_id=2)
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        else:
+            with pytest.MonkeyPatch.context() as patched:
+                name, settings = FAMILIES[self.family]
+                patched.setitem(FAMILIES, self.family, (name, {**settings, **self.settings}))
+                # In float64, eager attention makes -inf of its masks and NaN of rows that see nothing.
+                wide = not self.autocast and self.attention != "eager"
+                model = small_model(self.family, torch.float64 if wide else torch.float32)
+        model.set_attn_implementation(self.attention)
+        return model
+
+    def casting(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+    @property
+    def tolerance(self) -> float:
+        if self.autocast:
+            return 0.02
+        return 1e-5 if self.family in UNUSUAL or self.attention == "eager" else 1e-6
+
+
+def ways(quick: list[Way], slow: list[Way]) -> list[Any]:
+    marked = [pytest.param(way, id=str(way), marks=[pytest.mark.slow]) for way in slow if way not in quick]
+    return [pytest.param(way, id=str(way)) for way in quick] + marked
+
+
+def held(cache: Any) -> list[torch.Tensor]:
+    """Everything a cache keeps that has rows of tokens; states of convolutions and recurrences have none."""
+    return [
+        tensor
+        for layer in cache.layers
+        for name in ("keys", "values")
+        if isinstance(tensor := getattr(layer, name, None), torch.Tensor) and tensor.numel()
+    ]
+
+
+# --- in the captured graph ---
+
+
+def graph_of(way: Way, *, past: int = 0, new: int | None = None) -> tuple[Captured, Any]:
+    """The graph of a prefill, or of `new` rows over a cache of `past` rows on the host; and the cache after it."""
+    model = way.model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), way.casting():
+        if past:
+            model(**prompt(way.batch, past), past_key_values=cache)
+            for layer in cache.layers:
+                if isinstance(getattr(layer, "keys", None), torch.Tensor):
+                    layer.keys, layer.values = on_host(layer.keys, CPU), on_host(layer.values, CPU)
+        rows = prompt(way.batch, new or way.rows)["input_ids"]
+        captured = capture(
+            lambda input_ids: model(input_ids, past_key_values=cache, logits_to_keep=1).logits, input_ids=rows
+        )
+    return captured, cache
+
+
+def accounted(captured: Captured, cache: Any, kv: KVValues) -> tuple[int, int]:
+    """How many of a cache's tensors leave and how many stay with a reason. All of them do one or the other."""
+    leave = {i for value in kv.found for i in value.outputs}
+    stay = {value.output for value in kv.left_out}
+    counts = [0, 0]
+    for tensor in held(cache):
+        places = {i for i, output in enumerate(captured.outputs) if _is(output, tensor)}
+        assert places, "a tensor of the cache is no output of the graph"
+        assert places & (leave | stay), f"outputs {places} leave neither nor is a reason given"
+        counts[0 if places & leave else 1] += 1
+    return counts[0], counts[1]
+
+
+def _is(output: Any, tensor: torch.Tensor) -> bool:
+    same_storage = isinstance(output, torch.Tensor) and output.data_ptr() == tensor.data_ptr()
+    return same_storage and output.shape == tensor.shape
+
+
+def found_in(captured: Captured) -> KVValues:
+    gm = copy_graph(captured.gm)
+    without_whole_slices(gm)
+    return find_kv(attention_form(gm))
+
+
+PREFILLS = ways(
+    [
+        Way("mistral", settings={"sliding_window": 64}),
+        Way("mistral", rows=16),
+        Way("llama", "eager"),
+        Way("llama", autocast=True),
+        Way("deepseek_v3"),
+    ],
+    [Way(name, attention) for name in (*FAMILIES, *UNUSUAL) for attention in ("sdpa", "eager")]
+    + [Way(name, autocast=True) for name in FAMILIES]
+    + [Way(name, rows=rows, batch=2) for name in ("mistral", "gemma3", "gemma2") for rows in (15, 16, 17)],
+)
+
+
+@pytest.mark.parametrize("way", PREFILLS)
+def test_all_that_a_prefill_keeps_leaves(way):
+    captured, cache = graph_of(way)
+    layers = 1 if way.family in ("qwen3_next", "bamba") else 3
+    assert accounted(captured, cache, found_in(captured)) == (2 * layers, 0)
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way",
+    ways(
+        [Way("mistral", "eager"), Way("deepseek_v3", "eager")],
+        [Way(name) for name in (*FAMILIES, "deepseek_v2", "deepseek_v3")]
+        + [Way(name, autocast=True) for name in ("llama", "gemma3")],
+    ),
+)
+def test_all_that_a_step_adds_to_leaves_and_only_the_new_rows_do(way, rows):
+    captured, _ = graph_of(way, past=PROMPT, new=rows)
+    gm = attention_form(copy_graph(captured.gm))
+    record = kv_offload(gm, CPU, start=True)
+    verify(gm)
+    assert len(record.leaving) == record.arriving == 6
+    assert all(value.past is not None for value in record.leaving)
+    assert record.left_out == {}
+    for mine, reference in zip(gm(*captured.inputs), captured.outputs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=way.tolerance)
+
+
+def test_latents_are_told_from_hidden_states():
+    """Latents are read by nothing but the products that make one attention's keys and values of them."""
+    captured, _ = graph_of(Way("deepseek_v3"))
+    found = found_in(captured).found
+    assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
+    assert {value.dim for value in found} == {2}
+    assert sorted({value.full.meta["val"].shape[-1] for value in found}) == [8, 16]
+
+
+def test_hidden_states_are_not_taken_for_latents():
+    """Queries are made of them too, and the next layer's states."""
+    wide, narrow = (torch.randn(8, 8) for _ in range(2))
+
+    def layer(x):
+        q, k, v = x @ wide, (x @ narrow) @ wide, x @ narrow
+        seen = torch.nn.functional.scaled_dot_product_attention(*(t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)))
+        y = x + seen.transpose(1, 2).flatten(2)
+        return x + 1, y, y @ wide
+
+    assert found_in(capture(layer, x=torch.randn(1, 20, 8))) == KVValues((), ())
+
+
+def test_products_that_inductor_writes_as_sums_are_an_attention():
+    """With `coordinate_descent_tuning` on a GPU it does so where the query is one row."""
+
+    def attend(q, past_k, past_v, x):
+        k, v = torch.cat([past_k, x + 1], 1), torch.cat([past_v, x - 1], 1)
+        weights = (q.unsqueeze(-1) * k.transpose(-1, -2).unsqueeze(1)).sum(2).softmax(-1)
+        return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2), k, v, weights
+
+    inputs = {name: torch.randn(6, rows, 8) for name, rows in (("q", 1), ("past_k", 20), ("past_v", 20), ("x", 1))}
+    kv = found_in(capture(attend, **inputs))
+    assert [(value.outputs, value.dim, value.layer) for value in kv.found] == [((1,), 1, 0), ((2,), 1, 0)]
+    assert kv.left_out == ()
+
+
+def test_what_grows_and_is_read_by_no_attention_stays_with_the_reason():
+    def index(past, x):
+        keys = torch.cat([past, x], 1)
+        return (x @ keys.transpose(-1, -2)).relu().topk(3).indices, keys
+
+    (left,) = found_in(capture(index, past=torch.randn(2, 20, 8), x=torch.randn(2, 1, 8))).left_out
+    assert (left.output, left.reason) == (1, UNREAD)
+
+
+def test_the_state_of_a_convolution_is_no_cache_of_tokens():
+    def shift(state, x):
+        state = torch.cat([state, x], 2)
+        return (state[..., -3:] * 2).sum(-1), state[..., -4:]
+
+    kv = found_in(capture(shift, state=torch.randn(2, 8, 4), x=torch.randn(2, 8, 1)))
+    assert kv == KVValues((), ())
+
+
+@pytest.mark.parametrize(
+    "way",
+    ways(
+        [Way("llama", batch=2), Way("mistral", batch=2)],
+        [Way("gemma3", batch=2), Way("qwen3_next", batch=2), Way("bamba", batch=2), Way("mistral", rows=10)],
+    ),
+)
+def test_a_cache_that_is_allocated_ahead_stays_with_the_reason(way):
+    """Made inside the prefill, its buffers are constants with rows written into them; a window's, copied into."""
+    model = way.model()
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        captured = capture(
+            lambda **inputs: model(**inputs, past_key_values=cache, logits_to_keep=1).logits,
+            **prompt(way.batch, way.rows, padded=True),
+        )
+    kv = found_in(captured)
+    leave, stay = accounted(captured, cache, kv)
+    assert leave == 0
+    assert stay == len(kv.left_out) > 0
+    assert {value.reason for value in kv.left_out} == {STATIC}
+
+
+def test_a_view_of_a_past_is_fetched_behind_the_view():
+    """Of a past that nothing is added to, an attention written as products reads `view(expand(past))`."""
+
+    def attend(q, k, v):
+        k, v = (t.expand(2, 4, 20, 8).view(8, 20, 8) for t in (k, v))
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    k, v = (on_host(torch.randn(2, 4, 20, 8), CPU) for _ in range(2))
+    captured = capture(attend, q=torch.randn(8, 1, 8), k=k, v=v)
+    gm = attention_form(copy_graph(captured.gm))
+    record = kv_offload(gm, CPU, start=True)
+    verify(gm)
+    assert record.arriving == 2
+    rooms = [node for node in gm.graph.nodes if node.target is FETCH_ROOM]
+    assert any(room.args[0].op == "call_function" for room in rooms)
+    torch.testing.assert_close(gm(*captured.inputs)[0], captured.outputs[0])
+
+
+# --- from the prompt to the last token ---
+
+
+def generated(model: Any, way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    with way.casting():
+        return model.generate(**inputs, **{**settings, **asked, **way.generation, **more})
+
+
+def both(way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
+    """What the compiled model generates, which is what the eager one does."""
+    expected = generated(way.model(), way, inputs, **more)
+    model = way.model()
+    model.compile(backend="mom", options=OPTIONS)
+    result = generated(model, way, inputs, **more)
+    assert torch.equal(result.sequences, expected.sequences)
+    for a, b in zip(result.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=way.tolerance)
+    return result
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize(
+    "way",
+    ways(
+        [Way("deepseek_v3", batch=2)],
+        [Way("mistral", "eager", settings={"sliding_window": 64}, batch=2)]
+        + [Way("gemma3", attention, settings={"sliding_window": 64}) for attention in ("sdpa", "eager")]
+        + [Way(name, autocast=True) for name in ("llama", "gpt2", "gemma3")]
+        + [Way(name, "eager", batch=2) for name in ("llama", "bloom", "gpt2", "deepseek_v2", "deepseek_v3")]
+        + [Way(name, batch=2) for name in ("qwen3_next", "bamba")]
+        + [Way(name, "eager", batch=2, generation={"num_beams": 3}) for name in ("llama", "deepseek_v3")],
+    ),
+)
+def test_generation_is_eagers_and_all_of_the_cache_is_on_the_host(way):
+    result = both(way, prompt(way.batch, way.rows, padded=way.batch > 1))
+    kept = held(result.past_key_values)
+    assert kept
+    assert all(isinstance(tensor, HostTensor) for tensor in kept)
+    assert not any(report.on_device for report in mom_compile.reports())
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize(
+    "way",
+    ways(
+        [Way("llama", batch=2)],
+        [Way(name, batch=2) for name in ("mistral", "gemma3", "qwen3_next", "bamba")]
+        + [Way("mistral", batch=2, rows=10)],
+    ),
+)
+def test_a_static_cache_in_a_padded_batch_generates_the_same_tokens(way):
+    result = both(way, prompt(2, way.rows, padded=True), cache_implementation="static")
+    assert not any(isinstance(tensor, HostTensor) for tensor in held(result.past_key_values))
+    for report in mom_compile.reports():
+        assert set(report.on_device.values()) == {STATIC}
+
+
+_TWO_LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_ENCODER_DECODER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {**_TWO_LAYERS, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
+    ),
+    "whisper": (
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {
+            **_TWO_LAYERS,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "num_mel_bins": 16,
+            "max_source_positions": 50,
+            "max_target_positions": 64,
+        },
+    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
+}
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("whisper", "eager"),
+        *(pytest.param(n, a, marks=pytest.mark.slow) for n in ("bart", "t5", "whisper") for a in ("sdpa", "eager")),
+    ],
+)
+def test_encoder_and_decoder_keep_both_caches_on_the_host(name, attention):
+    """Keys and values of the encoder are made once and then read through views; its states are an answer."""
+    eager, model = (encoder_decoder(name, attention) for _ in range(2))
+    model.compile(backend="mom", options=OPTIONS)
+    torch.manual_seed(3)
+    source = {"input_features": torch.randn(2, 16, 100)} if name == "whisper" else prompt(2, PROMPT, padded=True)
+    with torch.no_grad():
+        expected, _, _ = answers(eager, source)
+        logits, cache, states = answers(model, source)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    kept = held(cache.self_attention_cache) + held(cache.cross_attention_cache)
+    assert len(kept) == 8
+    assert all(isinstance(tensor, HostTensor) for tensor in kept)
+    assert not isinstance(states, HostTensor)
+
+
+def encoder_decoder(name: str, attention: str) -> Any:
+    config_name, model_name, settings = _ENCODER_DECODER[name]
+    tokens = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = getattr(transformers, config_name)(**tokens, d_model=64, **settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(config).eval()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
+    """Logits of a prompt of two tokens and three more, the cache, and what the encoder said."""
+    cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
+    first = model(**source, decoder_input_ids=torch.tensor([[1, 7], [1, 9]]), past_key_values=cache)
+    states, logits = first.encoder_last_hidden_state, [first.logits]
+    mask = {name: value for name, value in source.items() if name == "attention_mask"}
+    for token in (5, 6, 7):
+        step = model(
+            **mask, encoder_outputs=(states,), decoder_input_ids=torch.tensor([[token]] * 2), past_key_values=cache
+        )
+        logits.append(step.logits)
+    return logits, cache, states
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize(
+    "way", ways([Way("deepseek_v3", batch=2)], [Way("llama", "eager", batch=2), Way("bloom", batch=2)])
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda cache: cache.reorder_cache(torch.tensor([1, 0])), id="reorder"),
+        pytest.param(lambda cache: cache.crop(-3), id="crop", marks=pytest.mark.slow),
+        pytest.param(lambda cache: cache.batch_repeat_interleave(2), id="repeat", marks=pytest.mark.slow),
+        pytest.param(lambda cache: cache.batch_select_indices(torch.tensor([1])), id="select", marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_that_is_cut_or_rearranged_goes_on_as_eagers(way, change):
+    eager, model = way.model(), way.model()
+    model.compile(backend="mom", options=OPTIONS)
+    caches = [DynamicCache(config=eager.config), DynamicCache(config=eager.config)]
+    with torch.no_grad():
+        for one, cache in zip((eager, model), caches, strict=True):
+            one(**prompt(2, PROMPT), past_key_values=cache)
+            change(cache)
+        for step in range(3):
+            rows = held(caches[0])[0].shape[0]
+            token = prompt(rows, 1, seed=step)
+            want, got = (m(**token, past_key_values=c).logits for m, c in zip((eager, model), caches, strict=True))
+            torch.testing.assert_close(got, want, rtol=0, atol=way.tolerance)
+    assert all(isinstance(tensor, HostTensor) for tensor in held(caches[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize("way", ways([Way("deepseek_v3"), Way("llama", "eager"), Way("llama", autocast=True)], []))
+def test_a_second_turn_goes_on_from_the_host(way):
+    eager, model = way.model(), way.model()
+    model.compile(backend="mom", options=OPTIONS)
+    caches = [DynamicCache(config=eager.config), DynamicCache(config=eager.config)]
+    with torch.no_grad(), way.casting():
+        for turn in (prompt(1, PROMPT), prompt(1, 1, seed=1), prompt(1, 37, seed=2), prompt(1, 1, seed=3)):
+            want, got = (
+                m(**turn, past_key_values=c, logits_to_keep=1).logits
+                for m, c in zip((eager, model), caches, strict=True)
+            )
+            torch.testing.assert_close(got, want, rtol=0, atol=way.tolerance)
+            assert all(isinstance(tensor, HostTensor) for tensor in held(caches[1]))
