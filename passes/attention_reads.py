@@ -14,6 +14,7 @@ itself      An attention reads the value itself, if through views, copies and ca
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -195,7 +196,7 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
         return found if len(chain) == 1 else None
     for index in range(_rank(node)):
         dim: Dim | None = Dim(index)
-        for above, below in zip(chain, chain[1:], strict=False):
+        for above, below in itertools.pairwise(chain):
             dim = dict(rows_from(above, dim)).get(below) if dim is not None else None
         if dim == found.dim:
             return Read(Dim(index), found.layer, itself=True)

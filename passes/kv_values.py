@@ -111,22 +111,24 @@ class _Finder:
         for i, node in enumerate(self.returned):
             if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
                 places.setdefault(node, []).append(i)
-        found, reasons = [], {}
-        for kept, outputs in places.items():
+        found: list[tuple[fx.Node, fx.Node, Read]] = []
+        reasons: dict[fx.Node, str] = {}
+        for kept in places:
             full, read = self._read(kept)
             reason = self._why_not(kept, full, read)
             if reason is not None:
                 reasons[kept] = reason
             elif read is not None:
-                found.append((self.position[read.layer], self.position[full], full, kept, tuple(outputs), read.dim))
-        layers = {at: layer for layer, at in enumerate(sorted({at for at, *_ in found}))}
-        values = [_record(full, kept, outputs, dim.index, layers[at]) for at, _, full, kept, outputs, dim in sorted(found)]
-        others = kept_in_another_form(places, self.reads, [value.full for value in values])
-        reasons = {**others, **reasons}
-        for value in values:
-            reasons.pop(value.kept, None)
-        left_out = [LeftOut(node, places[node][0], reason) for node, reason in reasons.items()]
-        return KVValues(tuple(values), tuple(left_out + self._updated_in_place()))
+                found.append((full, kept, read))
+        made = kept_in_another_form(places, self.reads, [full for full, _, _ in found])
+        itself = {kept for _, kept, _ in found}
+        left_out = [LeftOut(n, places[n][0], why) for n, why in {**made, **reasons}.items() if n not in itself]
+        left_out += self._updated_in_place()
+        readers = sorted({read.layer for _, _, read in found}, key=self.position.__getitem__)
+        layers = {reader: layer for layer, reader in enumerate(readers)}
+        found.sort(key=lambda one: (layers[one[2].layer], self.position[one[0]]))
+        values = [_record(full, kept, tuple(places[kept]), r.dim.index, layers[r.layer]) for full, kept, r in found]
+        return KVValues(tuple(values), tuple(left_out))
 
     def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
         """The full value of an output, and how an attention reads it, if its rows are keys or values."""
@@ -174,7 +176,7 @@ class _Finder:
                 elif user.op == "output":
                     if value not in (full, kept):
                         return False
-                elif is_mutation(user) or not (user.op == "call_function"):
+                elif is_mutation(user) or user.op != "call_function":
                     return False
                 elif is_tensor(user) and user not in seen:
                     seen.add(user)
@@ -185,8 +187,9 @@ class _Finder:
         """Caches that their owner allocates: the graph writes keys or values into an input."""
         found = []
         for node in self.gm.graph.nodes:
-            if node.target is aten.copy_.default and node.args[0].op == "placeholder" and self._holds_keys(node.args[1]):
-                found.append(LeftOut(node.args[0], None, STATIC))
+            written = node.args[0] if node.target is aten.copy_.default else None
+            if written is not None and written.op == "placeholder" and self._holds_keys(node.args[1]):
+                found.append(LeftOut(written, None, STATIC))
         return found
 
 
@@ -210,6 +213,7 @@ def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
 
     def left(value: LeftOut) -> LeftOut:
         node = inputs[value.node.name] if value.output is None else outputs[value.output]
+        assert isinstance(node, fx.Node)
         return replace(value, node=node)
 
     return KVValues(tuple(again(value) for value in kv.found), tuple(left(value) for value in kv.left_out))

@@ -1,7 +1,7 @@
 """A slice that keeps everything is what it is cut from.
 
-A window's cache keeps `full[:, :, -window + 1:]`. As long as there are fewer rows these are all of them: left alone, the
-slice would be one more value at full length beside the one that attention reads.
+A window's cache keeps `full[:, :, -window + 1:]`. As long as there are fewer rows these are all of them: left alone,
+the slice would be one more value at full length beside the one that attention reads.
 
 Before:  kept = slice(k, 2, -4095, end); attention(q, k, v); return (..., kept)          k has 1000 rows
 After:   attention(q, k, v); return (..., k)

@@ -247,10 +247,11 @@ def test_hidden_states_are_not_taken_for_latents():
     wide, narrow = (torch.randn(8, 8) for _ in range(2))
 
     def layer(x):
-        q, k, v = x @ wide, (x @ narrow) @ wide, x @ narrow
-        seen = torch.nn.functional.scaled_dot_product_attention(*(t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)))
-        y = x + seen.transpose(1, 2).flatten(2)
-        return x + 1, y, y @ wide
+        state = x + 1
+        q, k, v = state @ wide, (state @ narrow) @ wide, state @ narrow
+        heads = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)]
+        after = state + torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return state, after, after @ wide
 
     assert found_in(capture(layer, x=torch.randn(1, 20, 8))) == KVValues((), ())
 
