@@ -32,7 +32,8 @@ from mom_compile.pieces import PieceCache, first_line, run_eagerly
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
-from passes.graphs import compute_device, copy_graph
+from passes.graphs import attribute, compute_device, copy_graph
+from passes.sizes import SYMBOLIC
 
 log = logging.getLogger(__name__)
 
@@ -153,17 +154,49 @@ def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -
         return NEEDS_GRADIENTS
     if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
         return "ahead-of-time and C++-wrapper compilation are stock Inductor's"
+    return _unsupported(gm)
+
+
+def _unsupported(gm: fx.GraphModule) -> str | None:
+    """What in a graph is not for us, by name, or None."""
+    devices: dict[torch.device, None] = {}
     for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and not value.node.has_hint():
-            return f"{node.name} ({node.target}) makes sizes depend on data"
-        if (
-            node.op == "placeholder"
-            and isinstance(value, torch.Tensor)
-            and any(type(size) is int and size == 0 for size in value.shape)
-        ):
-            return f"{node.name} is empty: there is nothing to cut"
+        if node.op == "call_module" or (node.op == "get_attr" and isinstance(_attribute(gm, node), torch.nn.Module)):
+            users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
+            return f"{users} calls a graph of its own, {node.target}"
+        if node.op == "call_function" and _only_acts(node):
+            return f"{node.name} ({node.target}) returns nothing: it is there for what it does"
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if any(not number.node.has_hint() for number in _symbolic(value)):
+                return f"{node.name} ({node.target}) makes sizes depend on data"
+            if isinstance(value, torch.Tensor):
+                devices[value.device] = None
+                if node.op == "placeholder" and any(type(size) is int and size == 0 for size in value.shape):
+                    return f"{node.name} is empty: there is nothing to cut"
+    if torch.device("meta") in devices:
+        return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
+    accelerators = sorted(str(device) for device in devices if device.type != "cpu")
+    if len(accelerators) > 1:
+        return f"the graph computes on several accelerators: {', '.join(accelerators)}"
     return None
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return attribute(gm, str(node.target))
+
+
+def _only_acts(node: fx.Node) -> bool:
+    """Whether an operator returns nothing and writes to none of its arguments: an assertion, a message."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.returns and not schema.is_mutable
+
+
+def _symbolic(value: Any) -> list[Any]:
+    """The symbolic numbers in a value: itself, or a tensor's sizes and strides."""
+    if isinstance(value, torch.Tensor):
+        return [size for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
+    return [value] if isinstance(value, SYMBOLIC) else []
 
 
 def build_program(

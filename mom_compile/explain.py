@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import fx
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
+from mom_compile.meta_model import is_on_meta, on_a_real_device
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
 from mom_compile.torch_compat import capture, mark_boxed
@@ -45,24 +47,34 @@ def explain(
     """Trace `model(*args, **kwargs)` once without gradients, and say what would be rewritten and what not, and why.
 
     The rewritten graph runs in eager mode, so nothing is compiled and the answer comes fast.
-    Raises `ValueError` for a wrong option, and whatever the model itself raises.
+    A model on the meta device needs no memory for this, nor the time to load it. Raises `ValueError` for a wrong
+    option, and whatever the model itself raises.
     """
     parsed = parse_options(options)
     found = Explanation()
-    inner = functools.partial(_explain_graph, options=parsed, found=found)
+    meta = is_on_meta(model, (args, kwargs))
+    inner = functools.partial(_explain_graph, options=parsed, found=found, as_captured=meta)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return capture(gm, example_inputs, inner, dict(parsed.inductor))
 
     function = model.forward if isinstance(model, torch.nn.Module) else model
-    with torch.no_grad():
-        torch.compile(function, backend=backend)(*args, **kwargs)
+    given = contextlib.nullcontext((args, kwargs)) if not meta else on_a_real_device(model, (args, kwargs))
+    with torch.no_grad(), given as (positional, named):
+        torch.compile(function, backend=backend)(*positional, **named)
     return found
 
 
 def _explain_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options, found: Explanation, **kwargs: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options,
+    found: Explanation,
+    as_captured: bool,
+    **kwargs: Any,
 ) -> Callable[[list[Any]], Any]:
+    """The graph as it would run; `as_captured` for stand-ins, in which loops have nothing to write to."""
     report = Report(nodes=len(gm.graph.nodes))
     found.reports.append(report)
     runnable = gm
@@ -74,6 +86,7 @@ def _explain_graph(
             except NotWorthwhile as decision:
                 report.fallback = str(decision)
                 runnable = for_stock(gm, report=report)
+            runnable = gm if as_captured else runnable
         except Exception as error:
             report.failed, report.fallback = True, f"{type(error).__name__}: {error}"
 

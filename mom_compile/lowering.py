@@ -39,7 +39,7 @@ from mom_compile.report import Report
 from mom_compile.runtime.kv_steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, StoredRows
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import keep_output_strides
+from mom_compile.torch_compat import codegen_settings, keep_output_strides
 from passes.demands import RELABELS
 from passes.errors import PassError
 from passes.graphs import attribute
@@ -70,6 +70,7 @@ class Lowering:
         self.kv = kv
         self.static_inputs = static_inputs
         self.patches = patches
+        self.settings = codegen_settings()
         self.cache = cache
         self.report = report
         self.symbols = Symbols(gm)
@@ -240,7 +241,7 @@ class Lowering:
         renamed += [substitute(t, names) for t in templates]
         _lead_with_sizes(graph, [names[s].name for s in outer])
         keep_output_strides(graph)
-        piece = self.cache.get(graph, renamed, own, self.patches, self.report, name)
+        piece = self.cache.get(graph, renamed, own, self.patches, self.settings, self.report, name)
         extra = [literal if s is LENGTH else self.symbols.sources[s] for s in outer]
         return piece, extra
 

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from mom_compile.report import Report
-from mom_compile.torch_compat import SymbolicSizes
+from mom_compile.torch_compat import CodegenSettings, SymbolicSizes, inductor_as_of
 from passes.graphs import copy_graph
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Piece:
     templates: tuple[Template, ...]
     symbols: dict[sympy.Symbol, SymbolFacts]
     patches: Mapping[str, Any]
+    settings: CodegenSettings
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
     eager_reason: str | None = None
@@ -100,8 +101,9 @@ class Piece:
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
-            # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
-            run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
+            with inductor_as_of(self.settings):
+                # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
+                run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
             self.eager_reason = first_line(error)
@@ -168,7 +170,7 @@ class PieceCache:
     """Pieces by structure, shared by all graphs of this process."""
 
     def __init__(self) -> None:
-        self._pieces: dict[str, Piece] = {}
+        self._pieces: dict[tuple[str, str], Piece] = {}
 
     def get(
         self,
@@ -176,15 +178,17 @@ class PieceCache:
         templates: Sequence[Template],
         symbols: dict[sympy.Symbol, SymbolFacts],
         patches: Mapping[str, Any],
+        settings: CodegenSettings,
         report: Report,
         name: str,
     ) -> Piece:
         """The piece of this structure, compiled now if it is new. Symbols must be numbered already."""
-        key = structural_key(graph, templates, patches, symbols)
+        key = (settings.key, structural_key(graph, templates, patches, symbols))
         piece = self._pieces.get(key)
         if piece is None:
             began = time.perf_counter()
-            piece = Piece(fx.GraphModule(torch.nn.Module(), graph), tuple(templates), symbols, dict(patches))
+            gm = fx.GraphModule(torch.nn.Module(), graph)
+            piece = Piece(gm, tuple(templates), symbols, dict(patches), settings)
             piece.compile()
             seconds = time.perf_counter() - began
             report.compiled_pieces.append(name)
@@ -210,15 +214,29 @@ def structural_key(
     lines = [repr(sorted(patches.items(), key=str)), repr([s.name for s in symbols]), repr(list(templates))]
     lines.append(repr([fact.minimum for fact in symbols.values()]))
     for node in graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+        args = fx.node.map_aggregate((node.args, node.kwargs), lambda arg: _printed(arg, numbers))
         numbers[node] = f"%{len(numbers)}"
-        target = "" if node.op in ("placeholder", "output") else node.target
+        target = "" if node.op in ("placeholder", "output") else _printed(node.target, numbers)
         lines.append(f"{node.op} {target} {args!r}")
     return "\n".join(lines)
 
 
-class _Name(str):
-    """A node's number, printed bare in a key."""
+#: What prints as nothing else does.
+_LITERALS = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _printed(arg: Any, numbers: Mapping[fx.Node, str]) -> Any:
+    """An argument or target as a key shows it: operators by identity, since two may bear the same name.
+
+    The piece holds what it was made from, so that no other object gets the same address.
+    """
+    if isinstance(arg, fx.Node):
+        return _Bare(numbers[arg])
+    return arg if isinstance(arg, _LITERALS) else _Bare(f"{arg}@{id(arg)}")
+
+
+class _Bare(str):
+    """Printed as it is in a key, where a string has quotes."""
 
     __slots__ = ()
 

@@ -5,7 +5,9 @@ A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.14
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -19,7 +21,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_any as tree_any
@@ -56,6 +58,57 @@ def capture(
 def stock_inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's back half, exactly as `backend="inductor"` would call it."""
     return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+@dataclass(frozen=True)
+class CodegenSettings:
+    """What, beside a graph, decides which code Inductor makes of it: `key` says it all, `config` is Inductor's own."""
+
+    key: str
+    config: Mapping[str, Any]
+
+
+#: Passes that a user hands to Inductor, by name: `save_config_portable` leaves them out.
+_CUSTOM_PASSES = (
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+    "_fuse_ddp_communication_passes",
+)
+#: Such passes that are in a key by their address: nothing else may get it.
+_seen_passes: dict[int, Any] = {}
+
+
+def codegen_settings() -> CodegenSettings:
+    """Of this moment. What Inductor's FxGraphCache puts into its keys, but for the graph and the machine."""
+    config: dict[str, Any] = inductor_config.save_config_portable(ignore_private_configs=False)
+    passes = {name: getattr(inductor_config, name, None) for name in _CUSTOM_PASSES}
+    _seen_passes.update({id(value): value for value in passes.values()})
+    switches = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.mkldnn.enabled,
+        # C++ code has the number of threads written into it.
+        torch.get_num_threads(),
+        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+    )
+    identities = {name: id(value) for name, value in passes.items() if value is not None}
+    return CodegenSettings(repr((sorted(config.items()), identities, switches)), config)
+
+
+@contextlib.contextmanager
+def inductor_as_of(settings: CodegenSettings) -> Iterator[None]:
+    """Inductor's configuration as it was then, for what is compiled later than the graph it belongs to."""
+    now = inductor_config.save_config_portable(ignore_private_configs=False)
+    with inductor_config.patch({name: value for name, value in settings.config.items() if now.get(name) != value}):
+        yield
 
 
 def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -94,8 +94,8 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
             return node
     for node in known:
         value = node.meta.get("val")
-        sizes: Iterable[Any] = value.shape if isinstance(value, torch.Tensor) else ()
-        for index, entry in enumerate(sizes):
+        entries: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        for index, entry in enumerate(entries):
             if isinstance(entry, torch.SymInt) and same(entry, wanted):
                 return emit(graph, aten.sym_size.int, (node, index))
     return None
@@ -103,12 +103,12 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
 
 def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any]) -> Any:
     """A size that no value of the graph has, computed from sizes that some have. Nothing is asked of their symbols."""
-    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-    env = next((value.node.shape_env for value in values if isinstance(value, SYMBOLIC)), None)
+    values: list[Any] = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    env: Any = next((value.node.shape_env for value in values if isinstance(value, SYMBOLIC)), None)
     if env is None:
         return target(*values)
-    hints = [value.node.hint if isinstance(value, SYMBOLIC) else value for value in values]
-    example = None if None in hints else target(*hints)
+    hints: list[Any] = [value.node.hint if isinstance(value, SYMBOLIC) else value for value in values]
+    example: Any = None if None in hints else target(*hints)
     node = graph.call_function(target, tuple(args))
     if part.is_Boolean or isinstance(example, bool):
         node.meta["val"] = env.create_symboolnode(part)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
-from mom_compile.pieces import Piece, Variant
+import mom_compile.backend as backend_module
+from mom_compile.pieces import Piece, Variant, run_eagerly
+from mom_compile.torch_compat import mark_boxed
+from passes.graphs import copy_graph
 
 # torch traces every symbolic decision to this logger; pytest would keep it all, at half the time of some tests.
 logging.getLogger("torch.__trace").propagate = False
@@ -39,3 +45,15 @@ def eager_pieces(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
         piece.variants.append(Variant(piece.run_eagerly, None))
 
     monkeypatch.setattr(Piece, "compile", compile_nothing)
+
+
+@pytest.fixture
+def stock_is_eager(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """Run eagerly what goes to stock Inductor."""
+
+    def stock(gm: fx.GraphModule, example_inputs: object, **_: object) -> Callable[[list[Any]], Any]:
+        captured = copy_graph(gm)
+        return mark_boxed(lambda inputs: run_eagerly(captured, inputs))
+
+    patched = functools.partial(backend_module.compile_graph, stock=stock)
+    monkeypatch.setattr(backend_module, "compile_graph", patched)
