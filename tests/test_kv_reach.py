@@ -119,7 +119,8 @@ class Way:
                 # In float64, eager attention makes -inf of its masks and NaN of rows that see nothing.
                 wide = not self.autocast and self.attention != "eager"
                 model = small_model(self.family, torch.float64 if wide else torch.float32)
-        model.set_attn_implementation(self.attention)
+        if self.attention != "sdpa":  # what is the default, where a family has it
+            model.set_attn_implementation(self.attention)
         return model
 
     def casting(self) -> Any:
