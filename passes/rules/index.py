@@ -19,7 +19,16 @@ from torch import fx
 
 from passes.errors import CannotChunk
 from passes.rules.arguments import argument, aten, axis, claim
-from passes.rules.factories import Origin, all_but, broadcast_demand, checked, follows, output_shape, shape_of
+from passes.rules.factories import (
+    Origin,
+    all_but,
+    broadcast_demand,
+    checked,
+    follows,
+    output_shape,
+    outputs_of,
+    shape_of,
+)
 from passes.rules.registry import FULL, Claim, Demand, Dim, claim_for, operands, register
 from passes.sizes import same
 
@@ -112,8 +121,11 @@ def getitem(node: fx.Node, dim: Dim) -> Claim:
     assert isinstance(producer, fx.Node)
     assert isinstance(item, int)
     checked(node, dim)
+    first = outputs_of(producer)[0]
+    if not isinstance(first, torch.Tensor):
+        raise CannotChunk(node, dim, f"{producer.target} ({producer.name}) returns no tensor first")
     refusals = []
-    for index in _nearest(dim.index, len(output_shape(producer))):
+    for index in _nearest(dim.index, first.dim()):
         demand: Demand = dim.at(index)
         try:
             outputs = claim_for(producer, dim.at(index)).outputs
