@@ -14,6 +14,7 @@ import transformers
 from torch import fx
 
 import mom_compile.runtime.attention  # noqa: F401  registers the kernels
+from benchmarks.models import keeping
 from passes.attention_form import MOM_ATTENTION, SDPA, attention_form
 from passes.rules.arguments import argument
 from passes.verify import verify
@@ -123,10 +124,11 @@ def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
     model, mask = tiny("Llama"), torch.ones(2, 12 + new, dtype=torch.long)
     mask[0, :3] = 0
     past = transformers.DynamicCache(config=model.config)
+    (name,) = kept = keeping(past, model)
     with torch.no_grad():
-        model(input_ids=ids(12, 2), attention_mask=mask[:, :12], past_key_values=past)
+        model(input_ids=ids(12, 2), attention_mask=mask[:, :12], **kept)
     captured = capture(
-        lambda past, **given: model(past_key_values=past, **given).logits,
+        lambda past, **given: model(**{name: past}, **given).logits,
         dynamic=dynamic, past=past, input_ids=ids(new, 2), attention_mask=mask,
     )  # fmt: skip
     for node in attentions(rewritten(captured)):

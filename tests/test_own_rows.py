@@ -314,8 +314,8 @@ def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, l
         cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
         with torch.no_grad():
             for step in range(3):
-                mine = model(**inputs, past_key_values=cache).logits
-                logits = reference(**inputs, past_key_values=expected).logits
+                mine = model(**inputs, **models.keeping(cache, model)).logits
+                logits = reference(**inputs, **models.keeping(expected, reference)).logits
                 torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
                 assert_rows_alone(cache)
                 inputs = next_token(inputs, seed=step)
@@ -333,7 +333,7 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for tokens in (30, 21):
-            model(**prompt(2, tokens), past_key_values=cache)
+            model(**prompt(2, tokens), **models.keeping(cache, model))
             assert_rows_alone(cache)
     assert [len(report.own_rows) for report in reports()] == [6, 6]
 
