@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mom_compile
+from tests.captured import tiny
 from tests.tiny import TinyDecoder, ids
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -88,3 +89,37 @@ def test_the_log_shows_each_pass_with_its_time_and_change(caplog):
 
 def test_torch_logs_turns_the_log_on():
     assert torch._logging._internal._is_valid_module("mom_compile")
+
+
+# --- without weights ---
+
+
+def test_a_model_on_the_meta_device_is_explained_like_a_real_one():
+    x = {"input_ids": ids(1, 37), "logits_to_keep": 1}
+    expected = mom_compile.explain(tiny("Llama"), **x, options={"mini_seq_len": 8})
+    with torch.device("meta"):
+        model = tiny("Llama")
+    tensors = [*model.parameters(), *model.buffers()]
+    for function in (model, model.forward):
+        torch._dynamo.reset()
+        on_meta = {**x, "input_ids": x["input_ids"].to("meta")}
+        found = mom_compile.explain(function, **on_meta, options={"mini_seq_len": 8})
+        assert str(found) == str(expected)
+        assert found[0].stages and not found[0].failed
+    now = [*model.parameters(), *model.buffers()]
+    assert all(one is other for one, other in zip(tensors, now, strict=True))
+
+
+def test_a_meta_model_is_left_as_it_was_by_a_call_that_fails():
+    with torch.device("meta"):
+        model = TinyDecoder(layers=1).eval()
+    before = list(model.parameters())
+    with pytest.raises(Exception, match="too many values to unpack"):
+        mom_compile.explain(model, torch.empty(1, 2, 3, 4, dtype=torch.long, device="meta"))
+    assert all(one is other and one.is_meta for one, other in zip(before, model.parameters(), strict=True))
+
+
+def test_a_function_of_meta_tensors_is_refused_by_name():
+    x, w = torch.empty(2, 40, 8, device="meta"), torch.empty(8, 16, device="meta")
+    report = mom_compile.explain(lambda x, w: torch.relu(x @ w), x, w, options={"mini_seq_len": 8})[0]
+    assert "meta device" in report.fallback and not report.failed

@@ -303,8 +303,8 @@ def test_a_later_variant_is_compiled_as_the_first_was(monkeypatch: pytest.Monkey
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output((graph.call_function(aten.relu.default, (x,)),))
-    strides = (sympy.Integer(4), sympy.Integer(1))
-    shape = (TensorTemplate((sympy.Integer(4),) * 2, strides, torch.float32, torch.device("cpu")),)
+    four, one = sympy.Integer(4), sympy.Integer(1)
+    shape = (TensorTemplate((four, four), (four, one), torch.float32, torch.device("cpu")),)
     with inductor_config.patch(emulate_precision_casts=True):
         piece = PieceCache().get(graph, shape, {}, {}, codegen_settings(), Report(), "piece")
     piece.compile()

@@ -155,7 +155,7 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "without a rest": lambda x: block(block(x)[:, x.shape[1] % 8 :]),
     "last third": lambda x: block(block(x))[:, -(x.shape[1] // 3) :],
     "window of the last layer": lambda x: block(block(x))[:, max(0, x.shape[1] - 11) :],
-    "beyond thirty-seven": lambda x: (block(block(x)), block(x)[:, max(0, x.shape[1] - 3) :]),
+    "a few beside all": lambda x: (block(block(x)), block(x)[:, max(0, x.shape[1] - 3) :]),
     "padded to eights": lambda x: block(padded(block(x)))[:, : x.shape[1]],
     "scale": lambda x: block(block(x) * x.shape[1] ** 0.5),
     "mean": lambda x: block(block(x) / x.shape[1]),
