@@ -164,8 +164,6 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
         if node.op == "call_module" or (node.op == "get_attr" and isinstance(_attribute(gm, node), torch.nn.Module)):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return f"{users} calls a graph of its own, {node.target}"
-        if node.op == "call_function" and _only_acts(node):
-            return f"{node.name} ({node.target}) returns nothing: it is there for what it does"
         values = node.meta.get("val")
         for value in values if isinstance(values, (tuple, list)) else (values,):
             if any(not number.node.has_hint() for number in _symbolic(value)):
@@ -184,12 +182,6 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
 
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
     return attribute(gm, str(node.target))
-
-
-def _only_acts(node: fx.Node) -> bool:
-    """Whether an operator returns nothing and writes to none of its arguments: an assertion, a message."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.returns and not schema.is_mutable
 
 
 def _symbolic(value: Any) -> list[Any]:
@@ -217,7 +209,7 @@ def build_program(
 def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> fx.GraphModule:
     """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
     device = compute_device(gm)
-    return run_pipeline(
+    rewritten = run_pipeline(
         gm,
         static_inputs=static,
         limit=options.limit(device.type),
@@ -226,6 +218,17 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         kv_on_host=offloads(options, device),
         fits=functools.partial(fits_for_long, options=options, static=static),
     )
+    acting = _acting(gm)
+    if len(_acting(rewritten)) < len(acting):
+        report.stages.clear()
+        raise NotWorthwhile(f"{acting[0].name} ({acting[0].target}) returns nothing, and loops have no place for it")
+    return rewritten
+
+
+def _acting(gm: fx.GraphModule) -> list[fx.Node]:
+    """Operators that return nothing and write to none of their arguments: assertions, messages."""
+    schemas = [(node, getattr(node.target, "_schema", None)) for node in gm.graph.nodes if node.op == "call_function"]
+    return [node for node, schema in schemas if schema is not None and not (schema.returns or schema.is_mutable)]
 
 
 def static_input_names(gm: fx.GraphModule, kwargs: Mapping[str, Any]) -> set[str]:
