@@ -60,6 +60,8 @@ def assert_holds(form: MaskForm, mask: torch.Tensor, conditions: torch.Tensor | 
 
 def conditions_of(form: MaskForm, mask: fx.Node, inputs: list[Any]) -> torch.Tensor:
     """What the form's conditions on keys let each query see, by the vectors made for them in the graph."""
+    if not kinds(form):
+        return torch.ones((), dtype=torch.bool)
     graph, rows, keys = mask.graph, *mask.meta["val"].shape[-2:]
     output = next(iter(reversed(graph.nodes)))
     made = KeyVectors(graph).arguments(form, keys, before=output)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mom_compile.pieces import Piece, SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import SymbolicSizes
+from mom_compile.torch_compat import SymbolicSizes, codegen_settings
 from passes.mini_sequence import split_rows
 
 
@@ -115,7 +115,8 @@ def doubling() -> Piece:
         SizeTemplate(n),
         TensorTemplate((n, sympy.Integer(4)), (sympy.Integer(4), sympy.Integer(1)), torch.float32, torch.device("cpu")),
     )
-    return Piece(torch.fx.GraphModule(torch.nn.Module(), graph), templates, {n: SymbolFacts(8, 2)}, {})
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    return Piece(gm, templates, {n: SymbolFacts(8, 2)}, {}, codegen_settings())
 
 
 def test_one_compilation_serves_every_size(doubling):

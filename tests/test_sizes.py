@@ -245,9 +245,9 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(
     ("family", "static"),
     [
-        ("Mistral", False),
         ("Gemma3", True),
-        ("Mpt", False),
+        pytest.param("Mistral", False, marks=pytest.mark.slow),
+        pytest.param("Mpt", False, marks=pytest.mark.slow),
         pytest.param("Mistral", True, marks=pytest.mark.slow),
         pytest.param("Gemma3", False, marks=pytest.mark.slow),
     ],

@@ -70,6 +70,7 @@ def mixture():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_the_expected_peak_of_a_mixture_of_experts_is_what_is_measured():
     """Its experts run on all tokens at once, sorted by expert, between two loops: there the peak is."""
