@@ -165,8 +165,12 @@ class SymbolicSizes:
             return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
 
     def propagate(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        """Give every node its fake value."""
+        """Give every node its fake value, and custom operators those of their operands."""
         FakeTensorProp(gm, mode=self.mode).propagate_dont_convert_inputs(*inputs)
+        for node in gm.graph.nodes:
+            if "eager_input_vals" in node.meta:
+                # As captured they are in the symbols of the user's graph; Inductor takes strides from them.
+                node.meta["eager_input_vals"] = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
 
     def assumptions(self) -> list[sympy.Basic]:
         """Conditions on the symbols that tracing or compiling has relied on so far (guards, specialisations)."""

@@ -241,6 +241,7 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
     ("family", "static"),
