@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -15,6 +15,7 @@ from passes.errors import PassError
 from passes.verify import verify
 from passes.writes import read_behind_a_write
 from tests.programs import ATTENTION, HEADS, HIDDEN, ROWWISE, Weights, weights_of
+from tests.test_properties import RANDOM_PROGRAMS
 from tests.tracing import rewrite, trace
 
 aten = torch.ops.aten
@@ -80,12 +81,6 @@ def run_and_compare(lines: list[str], batch: int, tokens: int, mini: int) -> tup
     return True, gm
 
 
-RANDOM_PROGRAMS = settings(
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
-)
 programs = st.lists(st.sampled_from(sorted(LINES)), min_size=2, max_size=9)
 
 

@@ -56,11 +56,10 @@ def attention_cpu(
 ) -> torch.Tensor:
     """See `passes.ops` for shapes and meaning."""
     conditions = KeyConditions(keys, segments, positions)
-    if spans is not None and mask is None:
-        ordered = is_causal or positions is not None
-        found = attention_in_spans(attention_cpu, query, key, value, start, ordered, scale, window, spans)
-        if found is not None:
-            return found
+    ordered = is_causal or positions is not None
+    found = attention_in_spans(attention_cpu, query, key, value, mask, start, ordered, scale, window, spans)
+    if found is not None:
+        return found
     rows, tokens = query.shape[2], key.shape[2]
     if tokens == 0 or 0 in query.shape[:3]:
         return output_like(query, value).zero_()

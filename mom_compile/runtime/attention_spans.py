@@ -53,13 +53,19 @@ def attention_in_spans(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    mask: torch.Tensor | None,
     start: int,
     is_causal: bool,
     scale: float,
     window: int | None,
-    found: torch.Tensor,
+    found: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """`[B, H, R, Dv]`, token-major, from what `mom.spans` has found; None where it has not found ranges."""
+    """`[B, H, R, Dv]`, token-major, from what `mom.spans` has found; None where it has not found ranges.
+
+    `is_causal` holds by index or by positions, which are then found to say the same within a range.
+    """
+    if found is None or mask is not None:
+        return None
     batch, rows = query.shape[0], query.shape[2]
     entries = [spans_of(one, start, rows) for one in found]
     if any(entry is None for entry in entries):
