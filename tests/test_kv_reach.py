@@ -15,6 +15,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import mom_compile
+from benchmarks.models import keeping
 from mom_compile import HostTensor, MomWarning
 from mom_compile.runtime.host_tensor import on_host
 from passes.attention_form import attention_form
@@ -155,16 +156,15 @@ def graph_of(way: Way, *, past: int = 0, new: int | None = None) -> tuple[Captur
     """The graph of a prefill, or of `new` rows over a cache of `past` rows on the host; and the cache after it."""
     model = way.model()
     cache = DynamicCache(config=model.config)
+    kept = keeping(cache, model)
     with torch.no_grad(), way.casting():
         if past:
-            model(**prompt(way.batch, past), past_key_values=cache)
+            model(**prompt(way.batch, past), **kept)
             for layer in cache.layers:
                 if isinstance(getattr(layer, "keys", None), torch.Tensor):
                     layer.keys, layer.values = on_host(layer.keys, CPU), on_host(layer.values, CPU)
         rows = prompt(way.batch, new or way.rows)["input_ids"]
-        captured = capture(
-            lambda input_ids: model(input_ids, past_key_values=cache, logits_to_keep=1).logits, input_ids=rows
-        )
+        captured = capture(lambda input_ids: model(input_ids, **kept, logits_to_keep=1).logits, input_ids=rows)
     return captured, cache
 
 
@@ -300,9 +300,10 @@ def test_a_cache_that_is_allocated_ahead_stays_with_the_reason(way):
     """Made inside the prefill, its buffers are constants with rows written into them; a window's, copied into."""
     model = way.model()
     cache = StaticCache(config=model.config, max_cache_len=64)
+    kept = keeping(cache, model)
     with torch.no_grad():
         captured = capture(
-            lambda **inputs: model(**inputs, past_key_values=cache, logits_to_keep=1).logits,
+            lambda **inputs: model(**inputs, **kept, logits_to_keep=1).logits,
             **prompt(way.batch, way.rows, padded=True),
         )
     kv = found_in(captured)
@@ -450,13 +451,12 @@ def encoder_decoder(name: str, attention: str) -> Any:
 def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
     """Logits of a prompt of two tokens and three more, the cache, and what the encoder said."""
     cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
-    first = model(**source, decoder_input_ids=torch.tensor([[1, 7], [1, 9]]), past_key_values=cache)
+    kept = keeping(cache, model)
+    first = model(**source, decoder_input_ids=torch.tensor([[1, 7], [1, 9]]), **kept)
     states, logits = first.encoder_last_hidden_state, [first.logits]
     mask = {name: value for name, value in source.items() if name == "attention_mask"}
     for token in (5, 6, 7):
-        step = model(
-            **mask, encoder_outputs=(states,), decoder_input_ids=torch.tensor([[token]] * 2), past_key_values=cache
-        )
+        step = model(**mask, encoder_outputs=(states,), decoder_input_ids=torch.tensor([[token]] * 2), **kept)
         logits.append(step.logits)
     return logits, cache, states
 
@@ -480,12 +480,12 @@ def test_a_cache_that_is_cut_or_rearranged_goes_on_as_eagers(way, change):
     caches = [DynamicCache(config=eager.config), DynamicCache(config=eager.config)]
     with torch.no_grad():
         for one, cache in zip((eager, model), caches, strict=True):
-            one(**prompt(2, PROMPT), past_key_values=cache)
+            one(**prompt(2, PROMPT), **keeping(cache, eager))
             change(cache)
         for step in range(3):
             rows = held(caches[0])[0].shape[0]
             token = prompt(rows, 1, seed=step)
-            want, got = (m(**token, past_key_values=c).logits for m, c in zip((eager, model), caches, strict=True))
+            want, got = (m(**token, **keeping(c, eager)).logits for m, c in zip((eager, model), caches, strict=True))
             torch.testing.assert_close(got, want, rtol=0, atol=way.tolerance)
     assert all(isinstance(tensor, HostTensor) for tensor in held(caches[1]))
 
@@ -500,7 +500,7 @@ def test_a_second_turn_goes_on_from_the_host(way):
     with torch.no_grad(), way.casting():
         for turn in (prompt(1, PROMPT), prompt(1, 1, seed=1), prompt(1, 37, seed=2), prompt(1, 1, seed=3)):
             want, got = (
-                m(**turn, past_key_values=c, logits_to_keep=1).logits
+                m(**turn, **keeping(c, eager), logits_to_keep=1).logits
                 for m, c in zip((eager, model), caches, strict=True)
             )
             torch.testing.assert_close(got, want, rtol=0, atol=way.tolerance)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from benchmarks.models import keeping
 from mom_compile import MomWarning, reports
 from passes.errors import PassError
 from passes.graphs import size_node
@@ -241,7 +242,6 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
     ("family", "static"),
@@ -264,7 +264,7 @@ def test_a_second_turn_behind_a_window_equals_eager(family: str, static: bool) -
                 if static
                 else transformers.DynamicCache(config=model.config)
             )
-            found += [forward(input_ids=ids(n), past_key_values=cache, use_cache=True).logits for n in lengths]
+            found += [forward(input_ids=ids(n), **keeping(cache, model), use_cache=True).logits for n in lengths]
         return found
 
     with torch.no_grad():
