@@ -25,6 +25,7 @@ from passes.size_values import CALLS, evaluate, function_of
 from passes.sizes import same
 from tests.captured import ids, tiny
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
+from tests.test_properties import RANDOM_PROGRAMS
 from tests.tracing import trace
 
 S, T = (sympy.Symbol(name, integer=True, positive=True) for name in "st")
@@ -76,7 +77,7 @@ def _bigger(sizes: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SIZES = st.recursive(st.sampled_from([S, T, *map(sympy.Integer, range(-3, 12))]), _bigger, max_leaves=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(RANDOM_PROGRAMS, max_examples=200)
 @given(size=SIZES, s=st.integers(1, 70), t=st.integers(1, 70))
 def test_a_size_is_what_sympy_says_it_is(size: Any, s: int, t: int) -> None:
     substituted = size.xreplace({S: sympy.Integer(s), T: sympy.Integer(t)})
@@ -85,7 +86,7 @@ def test_a_size_is_what_sympy_says_it_is(size: Any, s: int, t: int) -> None:
     assert function_of(size, [T, S])([t, s]) == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(RANDOM_PROGRAMS, max_examples=25)
 @given(size=SIZES, s=st.integers(2, 70), t=st.integers(2, 70))
 def test_a_graph_computes_any_size_from_those_it_has(size: Any, s: int, t: int) -> None:
     gm = trace(lambda x: x + 1, torch.zeros(s, t), dynamic=True)
