@@ -382,14 +382,14 @@ def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkey
 @pytest.mark.parametrize("crop", ["head", "tail"])
 def test_inductor_keeps_the_copy(crop):
     """Rows lie in the copy as they lay before: Inductor would call a `clone` of them nothing to do, and drop it."""
-    weight = torch.randn(8, 8)
+    weight = torch.randn(8, 8, dtype=torch.float64)
     rows = {"head": lambda y: y[:4], "tail": lambda y: y[-4:]}[crop]
 
     def run(x):
         y = (x @ weight).exp()
         return rows(y), y @ weight
 
-    x = torch.randn(40, 8)
+    x = torch.randn(40, 8, dtype=torch.float64)
     with torch.no_grad():
         kept, other = torch.compile(run, backend="mom", options={"mini_seq_len": 64, "strict": True})(x)
     assert reports()[-1].fallback is not None
