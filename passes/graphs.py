@@ -62,6 +62,11 @@ def call_on_rows(
     return claim.target or node.target, args, kwargs
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a size: a number that is known, or a SymInt."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
 def behind(node: fx.Node) -> fx.Node:
     """The node to insert before, so that something comes after a value and the other results of its loop."""
     following = node.next

@@ -28,7 +28,7 @@ from torch import fx
 
 from passes.attention_reads import source_of
 from passes.demands import RELABELS, VIEWS
-from passes.graphs import behind, emit, fake_value, size_node
+from passes.graphs import behind, emit, fake_value, is_size, size_node
 from passes.host_ops import APPEND, COPIES, FETCH, FETCH_ROOM, FILL, OFFLOAD
 from passes.kv_values import KeyOrValue, KVValues, find_kv, located
 from passes.sizes import Size, same
@@ -147,7 +147,7 @@ class _Rewriter:
             node = pending.pop()
             if node.op in ("placeholder", "get_attr") or node in self.ahead:
                 continue
-            if node.target not in RELABELS and not _is_size(node):
+            if node.target not in RELABELS and not is_size(node):
                 return False
             views.append(node)
             pending += node.all_input_nodes
@@ -161,7 +161,7 @@ class _Rewriter:
         return next(
             node
             for node in self.graph.nodes
-            if node.op not in ("placeholder", "get_attr") and not _is_size(node) and node not in self.ahead
+            if node.op not in ("placeholder", "get_attr") and not is_size(node) and node not in self.ahead
         )
 
     def _size(self, size: Size) -> int | fx.Node:
@@ -200,10 +200,6 @@ def _relay(node: fx.Node) -> None:
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _erase_unused(gm: fx.GraphModule) -> None:

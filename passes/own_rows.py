@@ -24,7 +24,7 @@ from torch import fx
 
 from passes.demands import is_mutation
 from passes.errors import PassError
-from passes.graphs import behind, emit, fake_value
+from passes.graphs import behind, emit, fake_value, is_size
 from passes.mini_sequence import MiniSequence
 from passes.ops import COPY_ROWS
 from passes.parts import Part, bytes_of, find_parts, seen_from, views_of
@@ -94,7 +94,7 @@ class _Rewriter:
         if node < place:
             return node
         if node not in self.moved:
-            if not _is_size(node) and seen_from(node) is None:
+            if not is_size(node) and seen_from(node) is None:
                 raise PassError(f"{node.name} is not there yet")
             made_of = {source: self._at(source, place) for source in node.all_input_nodes}
             with self.graph.inserting_before(place):
@@ -140,16 +140,12 @@ def _storage_order(value: torch.Tensor) -> list[int]:
     return sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i]))
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
-
 def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Views that outputs were seen through before, and sizes that only those read."""
     pending = dict.fromkeys(nodes)
     while pending:
         node, _ = pending.popitem()
         view = seen_from(node) is not None and not is_mutation(node)
-        if node.op == "call_function" and not node.users and (view or _is_size(node)):
+        if node.op == "call_function" and not node.users and (view or is_size(node)):
             pending.update(dict.fromkeys(node.all_input_nodes))
             graph.erase_node(node)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -38,6 +38,7 @@ from passes.rules.arguments import argument
 from passes.rules.view import TO_THE_END
 from passes.sizes import Size, count_hint, expr, product, same
 from passes.token_dims import TOKEN_SLICES
+from passes.writes import written_by
 
 aten = torch.ops.aten
 
@@ -131,13 +132,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
 
 def _is_written(base: fx.Node) -> bool:
     views = views_of(base)
-    return any(is_mutation(user) and not views.isdisjoint(_written(user)) for view in views for user in view.users)
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    for value, declared in zip(node.args, node.target._schema.arguments, strict=False):  # type: ignore[union-attr]
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
+    return any(is_mutation(user) and not views.isdisjoint(written_by(user)) for view in views for user in view.users)
 
 
 # --- cuts and how they lie to each other ---

@@ -35,7 +35,7 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
         if node.op not in ("call_function", "call_module"):
             continue
         if is_mutation(node):
-            for target in _targets(node):
+            for target in written_by(node):
                 if target not in bases:
                     return f"{node.name} ({node.target}) writes to {target.name}, which is not an input"
                 written[bases[target]] = node
@@ -53,7 +53,7 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
     return None
 
 
-def _targets(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """The operands that a write changes."""
     found: list[fx.Node] = []
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
