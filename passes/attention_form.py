@@ -168,7 +168,8 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
     start: Any = 0
     named: dict[str, Any] = {}
     if call.form is not None:
-        named |= vectors.arguments(call.form, call.key.meta["val"].shape[2], before=node)
+        batch, _, tokens, _ = call.key.meta["val"].shape
+        named |= vectors.arguments(call.form, (batch, tokens), before=node)
     with graph.inserting_before(node):
         if call.form is not None:
             start = size_node(graph, call.form.start, before=node)

@@ -94,7 +94,7 @@ class _Said:
         if isinstance(statement, Affine):
             self._take_index(statement)
         elif isinstance(statement, Flag):
-            if self._of_key(statement.node, statement.position):
+            if self._of_key(statement.position):
                 self.keys.append(OfKeys(statement.node, statement.position, statement.negated))
             else:
                 self.others = True
@@ -115,19 +115,18 @@ class _Said:
         square = same(self.shape[-2], self.shape[-1])
         for ahead, (key, query) in enumerate(((order.low, order.high), (order.high, order.low))):
             # One tensor for both, so query `i` is where key `i` is: that takes as many queries as keys.
-            if square and self._of_key(order.node, key) and query == tuple(_swapped(at) for at in key):
+            if square and self._of_key(key) and query == tuple(_swapped(at) for at in key):
                 self.orders.setdefault(OfKeys(order.node, key), ([], []))[ahead].append(order.offset)
                 return
         self.others = True
 
-    def _of_key(self, node: fx.Node, position: Position) -> bool:
+    def _of_key(self, position: Position) -> bool:
         """Whether a position follows the key in one dimension, the batch entry in one at most, and nothing else."""
         rank, one = len(self.shape), sympy.Integer(1)
         key, batch = (ZERO,) * (rank - 1) + (one,), (one,) + (ZERO,) * (rank - 1)
         followed = []
-        for at, size in zip(position, node.meta["val"].shape, strict=True):
-            entries = rank == 4 and at == Affine(batch, ZERO) and same(size, self.shape[0])
-            if at.coefficients == key or entries:
+        for at in position:
+            if at.coefficients == key or (rank == 4 and at == Affine(batch, ZERO)):
                 followed.append(at.coefficients)
             elif not at.is_constant:
                 return False

@@ -62,9 +62,9 @@ def conditions_of(form: MaskForm, mask: fx.Node, inputs: list[Any]) -> torch.Ten
     """What the form's conditions on keys let each query see, by the vectors made for them in the graph."""
     if not kinds(form):
         return torch.ones((), dtype=torch.bool)
-    graph, rows, keys = mask.graph, *mask.meta["val"].shape[-2:]
+    graph, (batch, *_, keys) = mask.graph, mask.meta["val"].shape
     output = next(iter(reversed(graph.nodes)))
-    made = KeyVectors(graph).arguments(form, keys, before=output)
+    made = KeyVectors(graph).arguments(form, (batch, keys), before=output)
     module = fx.GraphModule(torch.nn.Module(), graph)
     vectors = dict(zip(made, values_of(module, list(made.values()), inputs), strict=True))
     spans = vectors.pop("spans", None)

@@ -33,12 +33,29 @@ def masked_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     in_blocks = attention_cpu.in_blocks
 
     def watch(kernel, query, key, value, sight, *others):
-        if sight.conditions:
+        if sight.conditions or sight.mask is not None:
             calls.append(sight)
         return in_blocks(kernel, query, key, value, sight, *others)
 
     monkeypatch.setattr(attention_cpu, "in_blocks", watch)
     return calls
+
+
+def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: list[object]) -> None:
+    """Ids and mask have a batch symbol each: nothing in the graph says that they are one number."""
+    model = small_model("llama").double()
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
+    for batch in (1, 2, 5):
+        inputs = prompt(batch, TOKENS)
+        inputs["attention_mask"] = (torch.arange(TOKENS) >= 7 * torch.arange(batch)[:, None]).long()
+        with torch.no_grad():
+            expected, actual = model(**inputs).logits, compiled(**inputs).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+    assert not masked_calls
+    assert len(mom_compile.reports()) == 2
+    inputs["attention_mask"] = inputs["attention_mask"][:3]
+    with torch.no_grad(), pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
+        compiled(**inputs)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
