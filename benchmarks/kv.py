@@ -80,7 +80,7 @@ def decode(model: Any, cache: Any, spec: Row) -> Row:
     """Steps of one token each over a cache; the last figures are those of the last step."""
     from benchmarks.models import keeping
     from mom_compile import host_memory
-    from mom_compile.runtime.copy_engine import engine_for
+    from mom_compile.runtime.host.engines import engine_for
 
     device = torch.device(spec["device"])
     token = torch.tensor([[7]], device=device)

@@ -9,12 +9,12 @@ from mom_compile.backend import reports
 from mom_compile.explain import explain
 from mom_compile.notices import MomWarning
 from mom_compile.report import Report
-from mom_compile.runtime.host_limits import HostMemoryError
-from mom_compile.runtime.host_storage import HostMemory, empty_host_pool, host_memory
-from mom_compile.runtime.host_tensor import HostTensor
-from passes.errors import CannotChunk
-from passes.rules import FULL, Claim, Dim
-from passes.rules import register as chunk_rule
+from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.store import HostMemory, empty_host_pool, host_memory
+from mom_compile.runtime.host.tensor import HostTensor
+from mom_passes.errors import CannotChunk
+from mom_passes.rules import FULL, Claim, Dim
+from mom_passes.rules import register as chunk_rule
 
 __version__ = "0.1.0"
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import mom_compile.runtime.attention  # noqa: F401  registers the attention kernels
+import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
 from mom_compile.config import Options, parse_options
-from mom_compile.kv_place import fits_for_long, kv_place, offloads
-from mom_compile.lowering import lower
+from mom_compile.lowering.build import lower
+from mom_compile.lowering.pieces import PieceCache, first_line, run_eagerly
+from mom_compile.memory.policy import fits_for_long, kv_place, offloads
 from mom_compile.notices import (
     forget,
     warn_of_device_kv,
@@ -28,12 +29,11 @@ from mom_compile.notices import (
     warn_of_versions,
     warn_once,
 )
-from mom_compile.pieces import PieceCache, first_line, run_eagerly
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
-from passes.graphs import attribute, compute_device, copy_graph
-from passes.sizes import SYMBOLIC
+from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
             return f"{users} calls a graph of its own, {node.target}"
         values = node.meta.get("val")
         for value in values if isinstance(values, (tuple, list)) else (values,):
-            if any(not number.node.has_hint() for number in _symbolic(value)):
+            if any(not has_hint(number) for number in _symbolic(value)):
                 return f"{node.name} ({node.target}) makes sizes depend on data"
             if isinstance(value, torch.Tensor):
                 devices[value.device] = None
@@ -227,7 +227,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
 
 def _acting(gm: fx.GraphModule) -> list[fx.Node]:
     """Operators that return nothing and write to none of their arguments: assertions, messages."""
-    schemas = [(node, getattr(node.target, "_schema", None)) for node in gm.graph.nodes if node.op == "call_function"]
+    schemas = [(node, schema_of(node.target)) for node in gm.graph.nodes if node.op == "call_function"]
     return [node for node, schema in schemas if schema is not None and not (schema.returns or schema.is_mutable)]
 
 

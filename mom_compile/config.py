@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
-from passes.mini_sequence import RowLimit
+from mom_passes.loops.loop import RowLimit
 
 #: Tokens per mini-sequence with `mini_seq_len="auto"`, by type of device, until the memory model chooses it.
 #: CPU: at the shape of `make bench`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and 2048

@@ -12,23 +12,25 @@ import torch
 from torch import fx
 
 from mom_compile.report import PassReport, Report
-from passes.attention_form import MOM_ATTENTION, attention_form
-from passes.demanded_rows import demanded_rows
-from passes.demands import DemandGraph, Kind, build_demands
-from passes.graphs import compute_device, copy_graph
-from passes.in_place import take_over_storage
-from passes.key_vectors import SPANS
-from passes.kv_offload import KVOffload, kv_offload
-from passes.kv_values import KVValues, find_kv
-from passes.mini_sequence import FEWEST_ROWS, RowLimit, insert_loops, loops
-from passes.mlp_scope import mlp_only
-from passes.own_rows import own_rows
-from passes.sizes import hint, is_one
-from passes.stages import Stages, plan_stages
-from passes.token_dims import TokenDims, analyse_token_dims
-from passes.verify import verify
-from passes.whole_slices import without_whole_slices
-from passes.writes import read_behind_a_write
+from mom_passes.attention.form import attention_form
+from mom_passes.graph.edit import compute_device, copy_graph
+from mom_passes.graph.sizes import hint, is_one
+from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.host.kv_offload import KVOffload, kv_offload
+from mom_passes.host.kv_values import KVValues, find_kv
+from mom_passes.loops.demands import DemandGraph, Kind, build_demands
+from mom_passes.loops.insert import insert_loops
+from mom_passes.loops.loop import FEWEST_ROWS, RowLimit, loops
+from mom_passes.loops.stages import Stages, plan_stages
+from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.ops.spans import SPANS
+from mom_passes.program.in_place import take_over_storage
+from mom_passes.program.own_rows import own_rows
+from mom_passes.tokens.demanded_rows import demanded_rows
+from mom_passes.tokens.dims import TokenDims, analyse_token_dims
+from mom_passes.tokens.mlp_scope import mlp_only
+from mom_passes.verify import verify
 
 EMBEDDING = torch.ops.aten.embedding.default
 
@@ -43,7 +45,7 @@ class NotWorthwhile(Exception):
 Fits = Callable[[fx.GraphModule], str | None]
 
 
-def never_fits(gm: fx.GraphModule) -> None:
+def all_leave(gm: fx.GraphModule) -> None:
     """What leaves, leaves, whatever room there is."""
 
 
@@ -57,7 +59,7 @@ class State:
     report: Report
     scope: str = "layer"
     kv_on_host: bool = False
-    fits: Fits = never_fits
+    fits: Fits = all_leave
     kv: KVValues | None = None
     offload: KVOffload | None = None
     dims: TokenDims | None = None
@@ -230,7 +232,7 @@ def run_pipeline(
     report: Report,
     scope: str = "layer",
     kv_on_host: bool = False,
-    fits: Fits = never_fits,
+    fits: Fits = all_leave,
     skip: Collection[str] = (),
 ) -> fx.GraphModule:
     """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason.

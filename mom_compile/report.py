@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.kv_offload import KVOffload
-from passes.live_values import LiveValue, live_values
-from passes.mini_sequence import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
-from passes.own_rows import OwnRows
-from passes.sizes import hint
-from passes.straight_runs import straight_bytes
+from mom_passes.graph.sizes import hint
+from mom_passes.host.kv_offload import KVOffload
+from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
+from mom_passes.program.live_values import LiveValue, live_values
+from mom_passes.program.own_rows import OwnRows
+from mom_passes.program.straight_runs import straight_bytes
 
 #: What a mini-sequence takes beside the full-length values, in units of its widest value.
 #: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
@@ -67,7 +67,7 @@ class Report:
     left_out       operator -> why it runs on the full sequence
     no_loops       why nothing runs over mini-sequences although the graph is ours, or None
     tokens         how many tokens the longest loop had when it was captured
-    straight_bytes the most that is alive while operators between loops run (see `passes.straight_runs`)
+    straight_bytes the most that is alive while operators between loops run (see `mom_passes.program.straight_runs`)
     on_host        keys and values that leave for the host
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes

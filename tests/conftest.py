@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 import mom_compile.backend as backend_module
-from mom_compile.pieces import Piece, Variant, run_eagerly
+from mom_compile.lowering.pieces import Piece, Variant, run_eagerly
 from mom_compile.torch_compat import mark_boxed
-from passes.graphs import copy_graph
+from mom_passes.graph.edit import copy_graph
 
 # torch traces every symbolic decision to this logger; pytest would keep it all, at half the time of some tests.
 logging.getLogger("torch.__trace").propagate = False

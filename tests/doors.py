@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch.utils import dlpack
 
 from mom_compile import HostTensor
-from mom_compile.runtime.host_tensor import on_host
+from mom_compile.runtime.host.tensor import on_host
 
 CPU = torch.device("cpu")
 

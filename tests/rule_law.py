@@ -17,9 +17,10 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from passes.errors import CannotChunk
-from passes.rules.registry import Claim, Dim, Rows, claim_for, operands
-from passes.slicing import length, take
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.values import operands
+from mom_passes.rules.registry import Claim, Dim, Rows, claim_for
+from mom_passes.rules.slicing import length, take
 
 #: Operators whose result has a shape but no defined content.
 UNINITIALISED = {

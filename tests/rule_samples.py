@@ -19,9 +19,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from passes.rules import registered
-from passes.rules.attention import SDPA
-from passes.rules.pointwise import PRIMITIVES
+from mom_passes.rules import registered
+from mom_passes.rules.attention import SDPA
+from mom_passes.rules.pointwise import PRIMITIVES
 from tests.rule_law import Call
 
 aten, prims, mom = torch.ops.aten, torch.ops.prims, torch.ops.mom

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 import transformers
 from torch import fx
 
-import mom_compile.runtime.attention  # noqa: F401  registers the kernels
+import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
 from benchmarks.models import keeping
-from passes.attention_form import MOM_ATTENTION, SDPA, attention_form
-from passes.rules.arguments import argument
-from passes.verify import verify
+from mom_passes.attention.form import SDPA, attention_form
+from mom_passes.graph.arguments import argument
+from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.verify import verify
 from tests.captured import Captured, capture, ids, tiny
 from tests.tracing import trace
 

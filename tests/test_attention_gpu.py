@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import mom_compile.runtime.attention  # noqa: F401  registers the kernels
-from passes.ops import attention_reference
+import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
+from mom_passes.ops.attention import attention_reference
 from tests.test_attention_kernels import CONDITIONS, OP, TOLERANCE, Case
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import mom_compile.runtime.attention  # noqa: F401  registers the kernels
-from mom_compile.runtime import attention_cpu, attention_rows
-from passes.ops import attention_reference
+import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
+from mom_compile.runtime.attention import cpu as attention_cpu
+from mom_compile.runtime.attention import rows as attention_rows
+from mom_passes.ops.attention import attention_reference
 
 OP = torch.ops.mom.attention.default
 SPANS = torch.ops.mom.spans.default

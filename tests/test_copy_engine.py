@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from mom_compile.runtime.copy_engine import MOST_LEAVING, CopyError, ThreadedEngine, engine_for
+from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError, ThreadedEngine
+from mom_compile.runtime.host.engines import engine_for
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.attention_form import attention_form
-from passes.demanded_rows import Span, demanded_rows, hull, needed_rows
-from passes.graphs import copy_graph
-from passes.token_dims import analyse_token_dims
+from mom_passes.attention.form import attention_form
+from mom_passes.graph.edit import copy_graph
+from mom_passes.tokens.demanded_rows import Span, demanded_rows, hull, needed_rows
+from mom_passes.tokens.dims import analyse_token_dims
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mom_compile.pipeline import NotWorthwhile
-from passes.errors import CannotChunk
-from passes.rules import Dim, Rows
-from passes.rules.folds import FOLDS, combine, elements, fold_claim, total_dtype
+from mom_passes.errors import CannotChunk
+from mom_passes.rules import Dim, Rows
+from mom_passes.rules.folds import FOLDS, combine, elements, fold_claim, total_dtype
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace

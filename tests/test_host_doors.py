@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mom_compile import HostTensor
-from mom_compile.runtime.host_tensor import on_host
+from mom_compile.runtime.host.tensor import on_host
 from tests.doors import CPU, DOORS, outcome, tensor
 
 aten = torch.ops.aten

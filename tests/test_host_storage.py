@@ -17,11 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from mom_compile.runtime import host_region, host_storage
-from mom_compile.runtime.host_limits import HostMemoryError
-from mom_compile.runtime.host_region import BLOCK, MARGIN, SMALL_BLOCK, HostRegion
-from mom_compile.runtime.host_storage import HostStore, Lease, Placement, apart, empty_host_pool, host_memory, lease_of
-from mom_compile.runtime.seams import between_seams, same_layout
+from mom_compile.runtime.host import region as host_region
+from mom_compile.runtime.host import store as host_storage
+from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.region import BLOCK, MARGIN, SMALL_BLOCK, HostRegion
+from mom_compile.runtime.host.seams import between_seams, same_layout
+from mom_compile.runtime.host.store import (
+    HostStore,
+    Lease,
+    Placement,
+    empty_host_pool,
+    host_memory,
+    lease_of,
+    without_base,
+)
 
 ROW = (2, 3, 4)
 ROW_BYTES = 24 * 4
@@ -202,8 +211,8 @@ def test_addresses_are_reserved_for_a_million_rows_but_not_for_rows_of_any_size(
 def test_fewer_addresses_are_taken_where_there_are_not_as_many_but_never_too_few():
     ran = child("""
         import resource, torch
-        from mom_compile.runtime.host_limits import HostMemoryError
-        from mom_compile.runtime.host_storage import HostStore, Placement
+        from mom_compile.runtime.host.limits import HostMemoryError
+        from mom_compile.runtime.host.store import HostStore, Placement
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), used + (3 << 30)))
         store = HostStore((1024, 256), torch.float32, 500, Placement())     # a MiB each
@@ -244,7 +253,7 @@ def test_the_rows_that_a_tensor_shows_are_read_off_it(view, rows):
 def test_a_tensor_apart_shows_the_same_rows_and_is_no_view():
     store, _ = store_with(rows_of(6))
     view = store.rows(0, 6).movedim(0, 2)[:, :, 1:]
-    made = apart(view)
+    made = without_base(view)
     assert view._is_view()
     assert not made._is_view()
     assert made.data_ptr() == view.data_ptr()
@@ -334,8 +343,8 @@ def test_a_file_is_no_larger_than_what_is_in_it(tmp_path: Path):
 def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_error_that_says_so(tmp_path: Path):
     ran = child(f"""
         import os, pathlib, resource, torch
-        from mom_compile.runtime.host_limits import HostMemoryError
-        from mom_compile.runtime.host_storage import HostStore, Lease, Placement
+        from mom_compile.runtime.host.limits import HostMemoryError
+        from mom_compile.runtime.host.store import HostStore, Lease, Placement
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         folders = [pathlib.Path({str(tmp_path)!r}, name) for name in "ab"]
         for folder in folders:
@@ -366,7 +375,7 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
 def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Path):
     ran = child(f"""
         import gc, os, pathlib, torch
-        from mom_compile.runtime.host_storage import HostStore, Lease, Placement
+        from mom_compile.runtime.host.store import HostStore, Lease, Placement
         placement = Placement(pathlib.Path({str(tmp_path)!r}))
         def made(value):
             store = HostStore((4,), torch.float32, 3, placement)
@@ -412,8 +421,8 @@ def test_the_machine_says_what_it_has_left():
 def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
     code = """
         import resource, torch
-        from mom_compile.runtime.host_limits import HostMemoryError
-        from mom_compile.runtime.host_region import HostRegion
+        from mom_compile.runtime.host.limits import HostMemoryError
+        from mom_compile.runtime.host.region import HostRegion
         resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
         try:
             HostRegion(1 << 40)

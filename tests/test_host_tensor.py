@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mom_compile import HostTensor, host_memory
-from mom_compile.runtime import host_storage
-from mom_compile.runtime.copy_engine import engine_for
-from mom_compile.runtime.host_storage import Placement, store_of
-from mom_compile.runtime.host_tensor import on_host
-from mom_compile.runtime.kv_steps import Append, Offload
+from mom_compile.runtime.host import store as host_storage
+from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.steps import Append, Offload
+from mom_compile.runtime.host.store import Placement, store_of
+from mom_compile.runtime.host.tensor import on_host
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mom_compile.pipeline import NotWorthwhile
-from passes.errors import PassError
-from passes.in_place import _relabels_an_input, take_over_storage
-from passes.mini_sequence import loop_nodes
-from passes.verify import verify
+from mom_passes.errors import PassError
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.program.in_place import _relabels_an_input, take_over_storage
+from mom_passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mom_compile import HostTensor, empty_host_pool, host_memory
-from mom_compile.runtime.copy_engine import engine_for
+from mom_compile.runtime.host.engines import engine_for
 from tests.families import prompt, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]

@@ -17,9 +17,10 @@ import mom_compile
 from benchmarks import measure
 from benchmarks.models import keeping
 from mom_compile import HostMemoryError, HostTensor, MomWarning, host_memory
-from mom_compile.runtime import host_region
-from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
-from mom_compile.runtime.kv_steps import Append
+from mom_compile.runtime.host import region as host_region
+from mom_compile.runtime.host.engine import ThreadTicket
+from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.steps import Append
 from mom_compile.runtime.loop import CompiledLoop
 from tests.families import FAMILIES, prompt, small_model, sweep
 
@@ -178,16 +179,16 @@ class Rooms:
 
     def __init__(self, monkeypatch) -> None:
         self.now = self.most = 0
-        begin = mom_compile.runtime.kv_steps.FetchRoom.__call__
+        begin = mom_compile.runtime.host.steps.FetchStart.__call__
 
         def arriving(step, arguments):
             (made,) = begin(step, arguments)
-            size = made.room.numel() * made.room.element_size()
+            size = made.buffer.numel() * made.buffer.element_size()
             self.add(size)
-            weakref.finalize(made.room, self.add, -size)
+            weakref.finalize(made.buffer, self.add, -size)
             return (made,)
 
-        monkeypatch.setattr(mom_compile.runtime.kv_steps.FetchRoom, "__call__", arriving)
+        monkeypatch.setattr(mom_compile.runtime.host.steps.FetchStart, "__call__", arriving)
 
     def add(self, size: int) -> None:
         self.now += size
@@ -195,12 +196,12 @@ class Rooms:
 
 
 def test_two_layers_are_on_the_device_at_most_while_decoding(monkeypatch):
-    rooms = Rooms(monkeypatch)
+    buffers = Rooms(monkeypatch)
     generate(compiled("llama"), prompt(1, 41), max_new_tokens=9)
     layer = 2 * (41 + 8) * 2 * 16 * 8
-    assert 0 < rooms.most <= 2 * layer
+    assert 0 < buffers.most <= 2 * layer
     gc.collect()
-    assert rooms.now == 0
+    assert buffers.now == 0
 
 
 def test_a_hundred_prompts_hold_no_more_than_one():

@@ -11,15 +11,15 @@ from transformers import DynamicCache
 import mom_compile
 from benchmarks.models import keeping
 from mom_compile.config import parse_options
-from mom_compile.kv_place import fits_for_long
-from mom_compile.runtime.host_tensor import on_host
-from passes.attention_form import attention_form
-from passes.errors import PassError
-from passes.graphs import copy_graph
-from passes.host_ops import APPEND, FETCH, FETCH_ROOM, FILL, OFFLOAD
-from passes.kv_offload import kv_offload
-from passes.kv_values import find_kv
-from passes.verify import verify
+from mom_compile.memory.policy import fits_for_long
+from mom_compile.runtime.host.tensor import on_host
+from mom_passes.attention.form import attention_form
+from mom_passes.errors import PassError
+from mom_passes.graph.edit import copy_graph
+from mom_passes.host.kv_offload import kv_offload
+from mom_passes.host.kv_values import find_kv
+from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.verify import verify
 from tests import tiny
 from tests.captured import Captured, capture, ids
 from tests.families import FAMILIES, prompt, small_model, sweep
@@ -80,8 +80,8 @@ def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
 
 def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
     gm, record = offloaded(llama_step())
-    counts = {target: len(order(gm, target)) for target in (FETCH, FETCH_ROOM, FILL, APPEND, OFFLOAD)}
-    assert counts == {FETCH: 0, FETCH_ROOM: 6, FILL: 6, APPEND: 6, OFFLOAD: 0}
+    counts = {target: len(order(gm, target)) for target in (FETCH, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD)}
+    assert counts == {FETCH: 0, FETCH_START: 6, FETCH_WAIT: 6, APPEND: 6, OFFLOAD: 0}
     assert [value.layer for value in record.leaving] == [0, 0, 1, 1, 2, 2]
     output = next(iter(reversed(gm.graph.nodes)))
     assert sum(node.target is APPEND for node in output.args[0]) == 6
@@ -89,13 +89,13 @@ def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
 
 def test_a_fetch_begins_one_layer_ahead_and_no_earlier():
     gm, _ = offloaded(llama_step())
-    copies = ["begin" if node.target is FETCH_ROOM else "wait" for node in order(gm, FETCH_ROOM, FILL)]
+    copies = ["begin" if node.target is FETCH_START else "wait" for node in order(gm, FETCH_START, FETCH_WAIT)]
     assert copies == ["begin"] * 4 + ["wait"] * 2 + ["begin"] * 2 + ["wait"] * 4
 
 
 def test_one_piece_lies_between_the_copies_of_two_layers():
     gm, _ = offloaded(llama_step())
-    copies = {FETCH_ROOM, FILL, APPEND}
+    copies = {FETCH_START, FETCH_WAIT, APPEND}
     runs = 0
     for node in gm.graph.nodes:
         computes = node.op == "call_function" and node.target not in copies
@@ -200,11 +200,11 @@ def test_a_step_with_anything_on_the_host_is_never_left_whole():
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])
 def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
     gm, _ = offloaded(llama_step())
-    fill = order(gm, FILL)[0]
+    wait = order(gm, FETCH_WAIT)[0]
     if spoil == "two readers":
-        fill.next.append(gm.graph.call_function(torch.ops.aten.alias.default, (fill.args[0],)))
+        wait.next.append(gm.graph.call_function(torch.ops.aten.alias.default, (wait.args[0],)))
     else:
-        next(iter(fill.users)).replace_input_with(fill, fill.args[0])
+        next(iter(wait.users)).replace_input_with(wait, wait.args[0])
     with pytest.raises(PassError, match="before it is filled"):
         verify(gm)
 

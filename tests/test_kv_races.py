@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from benchmarks.models import keeping
 from mom_compile import HostTensor
-from mom_compile.runtime.copy_engine import ThreadTicket, engine_for
+from mom_compile.runtime.host.engine import ThreadTicket
+from mom_compile.runtime.host.engines import engine_for
 from tests.captured import tiny
 
 CPU = torch.device("cpu")

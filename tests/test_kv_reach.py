@@ -17,14 +17,14 @@ from transformers import DynamicCache, StaticCache
 import mom_compile
 from benchmarks.models import keeping
 from mom_compile import HostTensor, MomWarning
-from mom_compile.runtime.host_tensor import on_host
-from passes.attention_form import attention_form
-from passes.graphs import copy_graph
-from passes.host_ops import FETCH_ROOM
-from passes.kv_offload import kv_offload
-from passes.kv_values import STATIC, UNREAD, KVValues, find_kv
-from passes.verify import verify
-from passes.whole_slices import without_whole_slices
+from mom_compile.runtime.host.tensor import on_host
+from mom_passes.attention.form import attention_form
+from mom_passes.graph.edit import copy_graph
+from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.host.kv_offload import kv_offload
+from mom_passes.host.kv_values import STATIC, UNREAD, KVValues, find_kv
+from mom_passes.ops.transfers import FETCH_START
+from mom_passes.verify import verify
 from tests.captured import Captured, capture
 from tests.families import FAMILIES, prompt, small_model
 
@@ -326,8 +326,8 @@ def test_a_view_of_a_past_is_fetched_behind_the_view():
     record = kv_offload(gm, CPU, start=True)
     verify(gm)
     assert record.arriving == 2
-    rooms = [node for node in gm.graph.nodes if node.target is FETCH_ROOM]
-    assert any(room.args[0].op == "call_function" for room in rooms)
+    buffers = [node for node in gm.graph.nodes if node.target is FETCH_START]
+    assert any(buffer.args[0].op == "call_function" for buffer in buffers)
     torch.testing.assert_close(gm(*captured.inputs)[0], captured.outputs[0])
 
 

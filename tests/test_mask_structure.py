@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from passes.key_vectors import KeyVectors
-from passes.mask_form import MaskForm
-from passes.mask_structure import MaskAnalysis
-from passes.ops import KeyConditions
+from mom_passes.attention.key_vectors import KeyVectors
+from mom_passes.attention.mask_form import MaskForm
+from mom_passes.attention.mask_structure import MaskAnalysis
+from mom_passes.ops.attention import KeyConditions
 from tests.captured import capture, ids, tiny
 from tests.tracing import trace
 

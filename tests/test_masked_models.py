@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import mom_compile
 from benchmarks.models import keeping
-from mom_compile.runtime import attention_cpu
+from mom_compile.runtime.attention import cpu as attention_cpu
 from tests.families import prompt, small_model
 
 TOKENS = 70

@@ -19,14 +19,14 @@ from benchmarks.measure import MIB, peak_bytes, shown_and_held, watch_cpu
 from mom_compile import MomWarning, reports
 from mom_compile.pipeline import for_stock
 from mom_compile.report import Report
-from mom_compile.runtime.host_storage import Placement
-from mom_compile.runtime.kv_steps import Offload
+from mom_compile.runtime.host.steps import Offload
+from mom_compile.runtime.host.store import Placement
 from mom_compile.torch_compat import mark_boxed
-from passes.graphs import copy_graph
-from passes.live_values import live_values
-from passes.mini_sequence import loop_nodes
-from passes.ops import COPY_ROWS
-from passes.own_rows import own_rows
+from mom_passes.graph.edit import copy_graph
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.program.live_values import live_values
+from mom_passes.program.own_rows import own_rows
 from tests.families import next_token, prompt, small_model
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_in_place import decoder, layer, taken

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mom_compile import reports
 from mom_compile.backend import why_stock
 from mom_compile.config import parse_options
-from mom_compile.pieces import PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
+from mom_compile.lowering.pieces import PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
 from mom_compile.report import Report
 from mom_compile.torch_compat import codegen_settings
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mom_compile.config import parse_bytes, parse_options
-from mom_compile.kv_lowering import Stays
-from mom_compile.memory.residency import Residency
+from mom_compile.memory.residency import Residency, Stays
 
 numbers = st.integers(0, 1 << 40)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import fx
 
-from passes.errors import CannotChunk
-from passes.rules import Claim, Dim, claim_for, registered
-from passes.rules.factories import output_shape, pointwise_claim
-from passes.rules.view import view_candidates
-from passes.slicing import take
+from mom_passes.errors import CannotChunk
+from mom_passes.rules import Claim, Dim, claim_for, registered
+from mom_passes.rules.factories import output_shape, pointwise_claim
+from mom_passes.rules.slicing import take
+from mom_passes.rules.view import view_candidates
 from tests.rule_law import Call, accepts, check_call, check_rows, node_of, run_rows
 from tests.rule_samples import CUDA_ONLY, all_samples, floats, integers, sdpa_for_cuda
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from passes.errors import CannotChunk, RuleError
-from passes.rules import ChunkRule, Claim, Dim, claim_for, register, registered
+from mom_passes.errors import CannotChunk, RuleError
+from mom_passes.rules import ChunkRule, Claim, Dim, claim_for, register, registered
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 

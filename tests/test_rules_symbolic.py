@@ -13,10 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from passes.rules import Dim, Rows, claim_for
-from passes.rules.arithmetic import add, mul
-from passes.rules.view import view_candidates
-from passes.sizes import expr, product, quotient, same
+from mom_passes.graph.sizes import expr, product, quotient, same
+from mom_passes.rules import Dim, Rows, claim_for
+from mom_passes.rules.arithmetic import add, mul
+from mom_passes.rules.view import view_candidates
 
 aten = torch.ops.aten
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mom_compile.pieces import Piece, SizeTemplate, SymbolFacts, TensorTemplate
+from mom_compile.lowering.pieces import Piece, SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import SymbolicSizes, codegen_settings
-from passes.mini_sequence import split_rows
+from mom_passes.loops.loop import split_rows
 
 
 @given(st.integers(1, 5000), st.integers(2, 600))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mom_compile
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
-from passes.mini_sequence import RowLimit, loops
+from mom_passes.loops.loop import RowLimit, loops
 from tests.families import prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names

@@ -19,10 +19,10 @@ from torch import fx
 
 from benchmarks.models import keeping
 from mom_compile import MomWarning, reports
-from passes.errors import PassError
-from passes.graphs import size_node
-from passes.size_values import CALLS, evaluate, function_of
-from passes.sizes import same
+from mom_passes.errors import PassError
+from mom_passes.graph.edit import size_node
+from mom_passes.graph.size_values import CALLS, evaluate, function_of
+from mom_passes.graph.sizes import same
 from tests.captured import ids, tiny
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 from tests.test_properties import RANDOM_PROGRAMS
@@ -199,7 +199,7 @@ def test_a_size_that_cannot_be_computed_falls_back_while_compiling(monkeypatch: 
     def cannot(*_: Any) -> Any:
         raise PassError("no value of the graph has the size x")
 
-    monkeypatch.setattr("mom_compile.lowering.function_of", cannot)
+    monkeypatch.setattr("mom_compile.lowering.build.function_of", cannot)
     program = PROGRAMS["every other"]
     fast = torch.compile(program, backend="mom", dynamic=True, options={"mini_seq_len": 8})
     with torch.no_grad(), pytest.warns(MomWarning, match="no value of the graph has the size x"):

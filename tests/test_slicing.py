@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.rules import Dim
-from passes.slicing import length, put, take
+from mom_passes.rules import Dim
+from mom_passes.rules.slicing import length, put, take
 
 
 @pytest.mark.parametrize("dim", [Dim(0), Dim(1), Dim(2), Dim(1, outer=2), Dim(1, inner=3), Dim(1, outer=2, inner=3)])

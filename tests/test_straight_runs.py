@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import explain, reports
-from passes.straight_runs import straight_bytes
+from mom_passes.program.straight_runs import straight_bytes
 from tests.captured import tiny
 from tests.tracing import trace
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.strides import viewable
+from mom_passes.graph.strides import viewable
 
 
 @st.composite

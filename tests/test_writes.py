@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
-from passes.errors import PassError
-from passes.verify import verify
-from passes.writes import read_behind_a_write
+from mom_passes.errors import PassError
+from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.verify import verify
 from tests.programs import ATTENTION, HEADS, HIDDEN, ROWWISE, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS
 from tests.tracing import rewrite, trace

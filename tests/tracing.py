@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
-from passes.mini_sequence import RowLimit
+from mom_passes.loops.loop import RowLimit
 
 
 def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:

@@ -32,3 +32,18 @@ class Residency:
         """Whether a layer is among those. They are spread evenly: each fetch has resident layers to hide behind."""
         resident = self.resident_layers(tokens, layer_bytes, batch)
         return (layer + 1) * resident // self.layers > layer * resident // self.layers
+
+
+@dataclass(frozen=True)
+class Stays:
+    """Whether a value stays, from what a run has of it. The layer's and its own bytes per token are those captured."""
+
+    residency: Residency
+    layer: int
+    layer_bytes: int
+    own_bytes: int
+
+    def __call__(self, tokens: int, rows: int, size: int) -> bool:
+        """`tokens` it was computed for, of which it keeps so many `rows` that take `size` bytes."""
+        batch = size / max(1, rows * self.own_bytes)
+        return self.residency.stays(self.layer, tokens, int(batch * rows * self.layer_bytes), batch)

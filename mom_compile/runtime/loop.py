@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from passes.mini_sequence import split_rows
-from passes.rules.folds import combine
+from mom_passes.loops.loop import split_rows
+from mom_passes.rules.folds import combine
 
 #: A size that may depend on the graph's symbols: a constant, or a function of their values in order.
 SizeOf = int | Callable[[tuple[int, ...]], int]

@@ -1,0 +1,150 @@
+"""What a loop's body assumes of its inputs: sizes and strides as symbols.
+
+Terms
+-----
+start, count   The row a mini-sequence begins at and how many it has: they change with every iteration.
+length         The number of tokens, where the graph has it as a literal. As a symbol it keeps a body good for all.
+place          A view of a stored value's rows, which the body fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import fx
+
+from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template, TensorTemplate
+from mom_compile.torch_compat import least_value
+from mom_passes.errors import PassError
+from mom_passes.graph.sizes import Size, expr, hint, product
+from mom_passes.loops.loop import LoopFold, LoopOutput
+from mom_passes.rules import Dim
+
+START, COUNT, LENGTH = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count", "length"))
+
+
+class Symbols:
+    """The graph's symbols, each with the placeholder that has its value, and facts about them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.sources: dict[sympy.Symbol, fx.Node] = {}
+        self.facts: dict[sympy.Symbol, SymbolFacts] = {}
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, torch.SymInt) and expr(value).is_Symbol:
+                self.sources[expr(value)] = node
+                self.facts[expr(value)] = SymbolFacts(hint(value), least_value(value))
+
+    def check(self, expression: sympy.Expr) -> sympy.Expr:
+        unknown = expression.free_symbols - set(self.sources)
+        if unknown:
+            raise PassError(f"size {expression} depends on {unknown}, which no input of the graph gives")
+        return expression
+
+
+class TemplateSource(Protocol):
+    """What a layout asks of the lowering it belongs to."""
+
+    symbols: Symbols
+    static_inputs: Collection[str]
+    layouts: dict[fx.Node, LoopOutput]
+
+    def template(self, node: fx.Node) -> Template: ...
+
+
+class LoopLayout:
+    """Templates of a body's inputs. Where the graph's length is a number, it becomes the symbol `length` here."""
+
+    def __init__(self, lowering: TemplateSource, length: Size) -> None:
+        self.lowering = lowering
+        self.length = length
+        self.literal = length if isinstance(length, int) else None
+
+    def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
+        """Hints for the symbols of a loop: a first and a usual mini-sequence."""
+        length = hint(self.length)
+        return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(max(2, length // 2), 2)}
+
+    def size(self, size: Size) -> sympy.Expr:
+        if self.literal is not None and isinstance(size, int) and size == self.literal:
+            return LENGTH
+        return self.lowering.symbols.check(expr(size))
+
+    def whole(self, node: fx.Node) -> Template:
+        template = self.lowering.template(node)
+        if isinstance(template, SizeTemplate) or node.name in self.lowering.static_inputs or self.literal is None:
+            return template
+        return self._general(node, template)
+
+    def _general(self, node: fx.Node, template: TensorTemplate) -> TensorTemplate:
+        """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
+        value = node.meta["val"]
+        lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
+        order = self.lowering.layouts[node].order if node in self.lowering.layouts else _order_if_dense(value)
+        if not lengths or order is None:
+            return template
+        shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
+        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
+
+    def rows(self, node: fx.Node, dim: Dim) -> Template:
+        full = self.whole(node)
+        assert isinstance(full, TensorTemplate)
+        count = expr(product([dim.outer, COUNT, dim.inner]))
+        shape = tuple(count if i == dim.index else size for i, size in enumerate(full.shape))
+        stride = full.stride if dim.plain else dense_strides(shape, tuple(range(len(shape))))
+        return TensorTemplate(shape, stride, full.dtype, full.device)
+
+    def place(self, output: LoopOutput) -> TensorTemplate:
+        """Rows of a stored value as the body sees them: a composite dimension is unfolded."""
+        dim, shape = output.dim, [self.lowering.symbols.check(expr(s)) for s in output.shape]
+        if self.literal is not None and dim.plain:
+            shape[dim.index] = LENGTH
+        strides = list(dense_strides(shape, output.order))
+        shape[dim.index] = COUNT
+        if not dim.plain:
+            inner, step = expr(dim.inner), strides[dim.index]
+            shape[dim.index : dim.index + 1] = [expr(dim.outer), COUNT, inner]
+            per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
+            strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
+        return TensorTemplate(tuple(shape), tuple(strides), output.dtype, output.device)
+
+    def part(self, fold: LoopFold) -> TensorTemplate:
+        """A part of a reduction as the body sees it."""
+        shape = tuple(self.lowering.symbols.check(expr(s)) for s in fold.shape)
+        return TensorTemplate(shape, dense_strides(shape, range(len(shape))), fold.dtype, fold.device)
+
+
+def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:
+    """Strides of a dense tensor whose dimensions lie in `order` from the outermost in storage to the innermost."""
+    strides: list[sympy.Expr] = [sympy.Integer(1)] * len(shape)
+    step: sympy.Expr = sympy.Integer(1)
+    for index in reversed(order):
+        strides[index] = step
+        step = sympy.expand(step * expr(shape[index]))
+    return tuple(strides)
+
+
+def _order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
+    order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
+    expected = dense_strides([hint(size) for size in value.shape], order)
+    dense = all(
+        hint(n) == 1 or int(e) == hint(s) for n, s, e in zip(value.shape, value.stride(), expected, strict=True)
+    )
+    return order if dense else None
+
+
+def expressions(template: Template) -> Sequence[sympy.Expr]:
+    if isinstance(template, SizeTemplate):
+        return [template.value]
+    return [*template.shape, *template.stride]
+
+
+def substitute(template: Template, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Template:
+    if isinstance(template, SizeTemplate):
+        return SizeTemplate(template.value.xreplace(names))
+    shape = tuple(s.xreplace(names) for s in template.shape)
+    stride = tuple(s.xreplace(names) for s in template.stride)
+    return TensorTemplate(shape, stride, template.dtype, template.device)

@@ -1,0 +1,244 @@
+"""One graph to compile once and use in many places: a loop body, or a straight run of operators.
+
+Terms
+-----
+piece      A graph over its inputs alone, with sizes as symbols of its own.
+template   What a piece assumes of one input: a size, or a tensor's dtype, device, sizes and strides.
+variant    One compilation of a piece, with the conditions on sizes it relies on (mostly none).
+
+Layers of a decoder are the same graph with other weights, so pieces are shared by structure:
+the key is the graph, with names and symbols numbered in order of appearance, and its templates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mom_compile.report import Report
+from mom_compile.torch_compat import CodegenSettings, SymbolicSizes, inductor_as_of
+from mom_passes.graph.edit import copy_graph
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SizeTemplate:
+    value: sympy.Expr
+
+
+@dataclass(frozen=True)
+class TensorTemplate:
+    shape: tuple[sympy.Expr, ...]
+    stride: tuple[sympy.Expr, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Template = SizeTemplate | TensorTemplate
+
+
+@dataclass(frozen=True)
+class SymbolFacts:
+    """What is known of a symbol: its example value and the least it can be."""
+
+    hint: int
+    minimum: int
+
+
+@dataclass
+class Variant:
+    run: Callable[[list[Any]], Any]
+    #: None: holds for all sizes.
+    holds: Callable[..., bool] | None
+
+
+def first_line(error: Exception) -> str:
+    """What kind of error it is, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Node by node, as captured. Empties `inputs`, as compiled code may."""
+    values = list(inputs)
+    inputs.clear()
+    return gm(*values)
+
+
+@dataclass
+class Piece:
+    """A compiled piece. `piece(inputs)` may empty the list.
+
+    The first `len(symbols)` inputs are the values of its symbols, in order.
+    """
+
+    gm: fx.GraphModule
+    templates: tuple[Template, ...]
+    symbols: dict[sympy.Symbol, SymbolFacts]
+    patches: Mapping[str, Any]
+    settings: CodegenSettings
+    variants: list[Variant] = field(default_factory=list)
+    chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
+    eager_reason: str | None = None
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        values = tuple(inputs[: len(self.symbols)])
+        run = self.chosen.get(values)
+        if run is None:
+            run = self._choose(values)
+        return run(inputs)
+
+    def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
+        """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason."""
+        sizes = SymbolicSizes()
+        try:
+            inputs = self._fake_inputs(sizes, hints or {})
+            sizes.propagate(self.gm, inputs)
+            with inductor_as_of(self.settings):
+                # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
+                run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
+        except Exception as error:
+            log.debug("Inductor could not compile a piece", exc_info=True)
+            self.eager_reason = first_line(error)
+            self.variants.append(Variant(self.run_eagerly, None))
+            return
+        self.variants.append(Variant(run, self._condition(sizes)))
+
+    def run_eagerly(self, inputs: list[Any]) -> Any:
+        return run_eagerly(self.gm, inputs)
+
+    def _choose(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
+        facts = list(self.symbols.values())
+        if any(value < fact.minimum for value, fact in zip(values, facts, strict=True)):
+            # Compiled code assumes sizes of two and more (it would have specialised on one).
+            return self._remember(values, self.run_eagerly)
+        for variant in self.variants:
+            if variant.holds is None or variant.holds(*values):
+                return self._remember(values, variant.run)
+        log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
+        self.compile(dict(zip(self.symbols, values, strict=True)))
+        return self._remember(values, self.variants[-1].run)
+
+    def _remember(self, values: tuple[int, ...], run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        if len(self.chosen) >= 4096:
+            self.chosen.clear()
+        self.chosen[values] = run
+        return run
+
+    def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
+        own: dict[sympy.Symbol, sympy.Symbol] = {}
+        for symbol, facts in self.symbols.items():
+            sizes.size(symbol.name, hints.get(symbol, facts.hint), facts.minimum)
+            own[symbol] = sizes.symbols[symbol.name]
+        example = {own[s]: hints.get(s, f.hint) for s, f in self.symbols.items()}
+
+        def size(value: sympy.Expr) -> Any:
+            mine = value.xreplace(own)
+            return sizes.expression(mine, int(mine.xreplace(example)))
+
+        made: list[Any] = []
+        for template in self.templates:
+            if isinstance(template, SizeTemplate):
+                made.append(size(template.value))
+            else:
+                shape, stride = [size(s) for s in template.shape], [size(s) for s in template.stride]
+                made.append(sizes.tensor(shape, stride, template.dtype, template.device))
+        return made
+
+    def _condition(self, sizes: SymbolicSizes) -> Callable[..., bool] | None:
+        assumed = sizes.assumptions()
+        if not assumed:
+            return None
+        log.debug("a compiled piece relies on %s", assumed)
+        symbols = [sizes.symbols[s.name] for s in self.symbols]
+
+        def holds(*values: int) -> bool:
+            known = dict(zip(symbols, values, strict=True))
+            return all(condition.xreplace(known) == sympy.true for condition in assumed)
+
+        return holds
+
+
+class PieceCache:
+    """Pieces by structure, shared by all graphs of this process."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[tuple[str, str], Piece] = {}
+
+    def get(
+        self,
+        graph: fx.Graph,
+        templates: Sequence[Template],
+        symbols: dict[sympy.Symbol, SymbolFacts],
+        patches: Mapping[str, Any],
+        settings: CodegenSettings,
+        report: Report,
+        name: str,
+    ) -> Piece:
+        """The piece of this structure, compiled now if it is new. Symbols must be numbered already."""
+        key = (settings.key, structural_key(graph, templates, patches, symbols))
+        piece = self._pieces.get(key)
+        if piece is None:
+            began = time.perf_counter()
+            gm = fx.GraphModule(torch.nn.Module(), graph)
+            piece = Piece(gm, tuple(templates), symbols, dict(patches), settings)
+            piece.compile()
+            seconds = time.perf_counter() - began
+            report.compiled_pieces.append(name)
+            report.compile_seconds += seconds
+            log.debug("compiled %s in %.1f s", name, seconds)
+            self._pieces[key] = piece
+        else:
+            report.bodies_shared += 1
+            log.debug("%s shares a compiled piece", name)
+        if piece.eager_reason is not None:
+            report.eager_pieces[name] = piece.eager_reason
+        return piece
+
+    def clear(self) -> None:
+        self._pieces.clear()
+
+
+def structural_key(
+    graph: fx.Graph, templates: Sequence[Template], patches: Mapping[str, Any], symbols: Mapping[sympy.Symbol, Any]
+) -> str:
+    """Equal for graphs that compute the same from inputs of the same kind, whatever their nodes are called."""
+    numbers: dict[fx.Node, str] = {}
+    lines = [repr(sorted(patches.items(), key=str)), repr([s.name for s in symbols]), repr(list(templates))]
+    lines.append(repr([fact.minimum for fact in symbols.values()]))
+    for node in graph.nodes:
+        args = fx.node.map_aggregate((node.args, node.kwargs), lambda arg: _printed(arg, numbers))
+        numbers[node] = f"%{len(numbers)}"
+        target = "" if node.op in ("placeholder", "output") else _printed(node.target, numbers)
+        lines.append(f"{node.op} {target} {args!r}")
+    return "\n".join(lines)
+
+
+#: What prints as nothing else does.
+_LITERALS = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _printed(arg: Any, numbers: Mapping[fx.Node, str]) -> Any:
+    """An argument or target as a key shows it: operators by identity, since two may bear the same name.
+
+    The piece holds what it was made from, so that no other object gets the same address.
+    """
+    if isinstance(arg, fx.Node):
+        return _Bare(numbers[arg])
+    return arg if isinstance(arg, _LITERALS) else _Bare(f"{arg}@{id(arg)}")
+
+
+class _Bare(str):
+    """Printed as it is in a key, where a string has quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

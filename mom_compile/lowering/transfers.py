@@ -1,0 +1,35 @@
+"""What the copy operators between compiled pieces become: steps of the running program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from mom_compile.memory.place import KVPlace
+from mom_compile.memory.residency import Stays
+from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload
+from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
+
+
+def copy_step(node: fx.Node, place: KVPlace, layer_bytes: dict[int, int]) -> tuple[Callable[..., Any], list[Any]]:
+    """The step of a copy operator and the arguments it takes. `layer_bytes` has each layer's bytes per token."""
+    if node.target is FETCH_START:
+        host, rows, dim, device = node.args
+        return FetchStart(dim, device), [host, rows]  # type: ignore[arg-type]
+    if node.target is FETCH_WAIT:
+        buffer, new, dim = node.args
+        return FetchWait(dim), [buffer, new]  # type: ignore[arg-type]
+    if node.target is APPEND:
+        host, new, dim, first = node.args
+        return Append(dim, place.device, place.placement), [host, new, first]  # type: ignore[arg-type]
+    assert node.target is OFFLOAD
+    value, dim, first = node.args
+    kv = node.meta["kv"]
+    stays = None
+    if place.residency is not None:
+        stays = Stays(place.residency, kv.layer, layer_bytes[kv.layer], kv.bytes_per_token)
+    return Offload(dim, place.device, place.placement, stays), [value, first]  # type: ignore[arg-type]
+
+

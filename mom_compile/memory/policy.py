@@ -1,0 +1,93 @@
+"""From the options to a place for keys and values: host memory or files, and how many layers stay on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from mom_compile.config import Options
+from mom_compile.memory.place import KVPlace
+from mom_compile.memory.residency import Residency
+from mom_compile.report import Report
+from mom_compile.runtime.host.engine_cuda import pin_for
+from mom_compile.runtime.host.store import Placement
+from mom_passes.graph.edit import compute_device
+from mom_passes.graph.sizes import count_hint
+from mom_passes.host.kv_values import find_kv
+from mom_passes.ops.transfers import FETCH
+
+#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
+HEADROOM = 2
+
+
+def offloads(options: Options, device: torch.device) -> bool:
+    """Whether keys and values may leave at all. A CPU's memory is the host's: "auto" needs a budget to leave it."""
+    if options.kv_offload == "auto":
+        return device.type != "cpu" or options.memory_budget is not None
+    return bool(options.kv_offload)
+
+
+def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str]) -> str | None:
+    """Why "auto" leaves a graph without loops to stock Inductor, or None: all keys and values fit, and will for long.
+
+    A decode step that moves layers out when they no longer fit is cut at each of them, which costs time at every step.
+    """
+    if options.kv_offload != "auto" or any(node.target is FETCH for node in gm.graph.nodes):
+        return None
+    found = find_kv(gm).found
+    if not found:
+        return None
+    kept = sum(value.bytes for value in found)
+    on_device = kept + 2 * kept // (1 + found[-1].layer)
+    needed = _static_bytes(gm, static) + HEADROOM * on_device
+    budget = options.budget_bytes or _free_bytes(compute_device(gm))
+    if needed > budget:
+        return None
+    return f"weights and {HEADROOM} times the present cache take {needed} bytes, {budget} may be used"
+
+
+def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], report: Report) -> KVPlace:
+    """Where the keys and values of a rewritten graph go."""
+    device = compute_device(gm)
+    residency = None
+    if options.kv_offload == "auto" and offloads(options, device):
+        layers = 1 + max((value.layer for value in report.on_host), default=0)
+        budget = options.budget_bytes or _free_bytes(device)
+        weights, iteration = _static_bytes(gm, static), report.iteration_bytes
+        residency = Residency(budget, weights, iteration, _bytes_per_token(report, layers), layers)
+    return KVPlace(device, _placement(options, device), residency)
+
+
+def _placement(options: Options, device: torch.device) -> Placement:
+    if options.kv_offload == "disk":
+        return Placement(directory=Path(str(options.kv_dir)))
+    if device.type == "cuda":
+        return Placement(pin=pin_for(device))
+    return Placement()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What this process may use of a device: what is free, and what PyTorch has reserved already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device))
+
+
+def _bytes_per_token(report: Report, layers: int) -> int:
+    """What is alive at a time and grows with the tokens; where there are no loops, two layers' keys and values.
+
+    In a loop these are the full-length values. Between loops it is all that the expected peak has above an iteration.
+    """
+    if report.stages:
+        between = math.ceil((report.expected_peak_bytes - report.iteration_bytes) / report.tokens)
+        return max(report.floor_bytes_per_token, between)
+    return 2 * sum(value.bytes_per_token for value in report.on_host) // layers
+
+
+def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
+    """Parameters and buffers."""
+    values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
+    return sum(count_hint(value.shape) * value.element_size() for value in values)

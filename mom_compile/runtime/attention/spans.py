@@ -1,0 +1,96 @@
+"""Attention where each query sees one range of keys: padding at either end, packed sequences. No mask is made.
+
+    mom.spans has found               what is called
+    every key                         the plain kernel
+    one range for all the batch       the plain kernel on those keys
+    a range for each entry            the plain kernel for each entry, on its own keys
+    ranges by segment                 the plain kernel for each entry and segment that the rows reach into
+    no range (-1)                     None: the caller makes masks
+
+A kernel here is `(query, key, value, mask, start, is_causal, scale, window)`, as `mom::attention` without conditions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mom_passes.ops.attention import output_like
+
+Plain = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows `[first, first + count)` of a call see keys `[low, high)`, causality apart."""
+
+    first: int
+    count: int
+    low: int
+    high: int
+
+
+def spans_of(found: torch.Tensor, start: int, rows: int) -> list[Span] | None:
+    """Of one batch entry, `[N, 2]`, for rows that stand at `start`; None where what they see is no range."""
+    if found.shape[0] > 1:
+        ranges, counts = torch.unique_consecutive(found[start : start + rows], dim=0, return_counts=True)
+    else:
+        ranges, counts = found, torch.tensor([rows])
+    spans, first = [], 0
+    for (low, high), count in zip(ranges.tolist(), counts.tolist(), strict=True):
+        if low < 0:
+            return None
+        spans.append(Span(first, count, low, high))
+        first += count
+    return spans if first == rows else None
+
+
+def attention_in_spans(
+    kernel: Plain,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: int,
+    is_causal: bool,
+    scale: float,
+    window: int | None,
+    found: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """`[B, H, R, Dv]`, token-major, from what `mom.spans` has found; None where it has not found ranges.
+
+    `is_causal` holds by index or by positions, which are then found to say the same within a range.
+    """
+    if found is None or mask is not None:
+        return None
+    batch, rows = query.shape[0], query.shape[2]
+    entries = [spans_of(one, start, rows) for one in found]
+    if any(entry is None for entry in entries):
+        return None
+    size = batch if all(entry == entries[0] for entry in entries) else 1
+    result: torch.Tensor | None = None
+    for first, spans in zip(range(0, batch, size), entries, strict=False):
+        own = slice(first, first + size)
+        for part in itertools.chain.from_iterable(_in_sight(span, start, is_causal) for span in spans or ()):
+            at = start + part.first - part.low if is_causal else 0
+            q = query[own, :, part.first : part.first + part.count]
+            k, v = (t[own, :, part.low : part.high] for t in (key, value))
+            made = kernel(q, k, v, None, at, is_causal, scale, window)
+            if made.shape[:3] == query.shape[:3]:
+                return made
+            if result is None:
+                result = output_like(query, value)
+            result[own, :, part.first : part.first + part.count] = made
+    return result
+
+
+def _in_sight(span: Span, start: int, is_causal: bool) -> Iterator[Span]:
+    """A span without the rows that stand before all of its keys: those see nothing."""
+    blind = min(span.count, max(0, span.low - start - span.first)) if is_causal else 0
+    if blind:
+        yield Span(span.first, blind, 0, 0)  # a kernel's result for no keys is zero
+    if blind < span.count:
+        yield Span(span.first + blind, span.count - blind, span.low, span.high)

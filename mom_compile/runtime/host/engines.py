@@ -1,0 +1,28 @@
+"""One copy engine for each device, made when it is first asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from mom_compile.runtime.host.engine import CopyEngine, ThreadedEngine
+from mom_compile.runtime.host.engine_cuda import CudaEngine
+
+_ENGINES: dict[torch.device, CopyEngine] = {}
+
+
+def engine_for(device: torch.device) -> CopyEngine:
+    """The engine of a device, made when first asked for. Raises `NotImplementedError` for a type without one."""
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    engine = _ENGINES.get(device)
+    if engine is None:
+        engine = _ENGINES[device] = _make(device)
+    return engine
+
+
+def _make(device: torch.device) -> CopyEngine:
+    if device.type == "cpu":
+        return ThreadedEngine()
+    if device.type == "cuda":
+        return CudaEngine(device)
+    raise NotImplementedError(f"keys and values cannot be kept on the host for a device of type {device.type!r}")

@@ -1,0 +1,158 @@
+"""The steps of a program that move keys and values: what the `mom::` copy operators become.
+
+FetchStart   begins a copy to the device and goes on
+FetchWait        waits for it and writes the new rows behind the old ones, where they are
+Append      new rows to the host, behind those that are there; returns what the cache holds
+Offload     a whole value to the host; returns what the cache holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import mom_passes.ops  # noqa: F401  defines mom::fetch
+from mom_compile.runtime.host.engine import Ticket
+from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.store import HostStore, Lease, Placement, lease_of, settle, store_of
+from mom_compile.runtime.host.tensor import HostTensor, host_tensor
+from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.transfers import buffer_like, fetch_reference
+from mom_passes.program.parts import MOST_WASTE
+
+
+@dataclass
+class Arriving:
+    """A device buffer whose first rows are on their way."""
+
+    buffer: torch.Tensor
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class FetchStart:
+    """`[host, rows]` to a device buffer that has the host's rows, soon, and room for more."""
+
+    dim: int
+    device: torch.device
+
+    def __call__(self, arguments: list[Any]) -> tuple[Arriving]:
+        host, rows = arguments
+        arguments.clear()
+        held = host.shape[self.dim]
+        buffer = buffer_like(host, rows, self.dim, self.device)
+        store = store_of(host)
+        after = store.region.pending if store is not None else None
+        ticket = engine_for(self.device).to_device(buffer.narrow(self.dim, 0, held), host, after)
+        if store is not None:
+            # Whoever writes over these rows waits until they have been read.
+            store.region.pending = ticket
+        return (Arriving(buffer, ticket),)
+
+
+@dataclass(frozen=True)
+class FetchWait:
+    """`[arriving, new or None]` to the complete device buffer."""
+
+    dim: int
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        arriving, new = arguments
+        arguments.clear()
+        arriving.ticket.wait()
+        buffer: torch.Tensor = arriving.buffer
+        if new is not None:
+            buffer.narrow(self.dim, buffer.shape[self.dim] - new.shape[self.dim], new.shape[self.dim]).copy_(new)
+        return (buffer,)
+
+
+@dataclass(frozen=True)
+class Append:
+    """`[host, new, first]` to rows `[first:]` of both, on the host. Old rows stay where they are."""
+
+    dim: int
+    device: torch.device
+    placement: Placement
+
+    def __call__(self, arguments: list[Any]) -> tuple[HostTensor]:
+        host, new, first = arguments
+        arguments.clear()
+        old = lease_of(host, self.dim)
+        if old is None or not old.store.may_append(old, new.shape[self.dim]):
+            # The rows that stay, in a store of their own.
+            dropped = min(first, host.shape[self.dim])
+            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped), new.shape[self.dim])
+            first -= dropped
+        made = Lease(old.store, old.first + first, old.end + new.shape[self.dim])
+        _leave(made, old.end, new, self.dim, self.device)
+        return (host_tensor(made, self.dim, self.device),)
+
+    def _fork(self, host: torch.Tensor, more: int) -> Lease:
+        """The host's rows in a store that has room for more."""
+        settle(host)
+        rows = host.movedim(self.dim, 0)
+        store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0] + more, self.placement)
+        lease = Lease(store, 0, rows.shape[0])
+        store.rows(0, rows.shape[0]).copy_(rows)
+        engine_for(self.device).traffic.on_host += rows.numel() * rows.element_size()
+        return lease
+
+
+@dataclass(frozen=True)
+class Offload:
+    """`[value, first]` to rows `[first:]` of a device value, on the host.
+
+    `stays(tokens, rows, bytes)` says whether those rows of a value for so many tokens stay on the device after all.
+    """
+
+    dim: int
+    device: torch.device
+    placement: Placement
+    stays: Callable[[int, int, int], bool] | None = None
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        value, first = arguments
+        arguments.clear()
+        held = value.shape[self.dim]
+        leaving = value.narrow(self.dim, first, held - first)
+        if self.stays is not None and self.stays(held, held - first, leaving.numel() * leaving.element_size()):
+            return (own_if_worth(leaving, value),)
+        row = leaving.movedim(self.dim, 0).shape[1:]
+        store = HostStore(row, value.dtype, held - first, self.placement)
+        lease = Lease(store, 0, held - first)
+        _leave(lease, 0, leaving, self.dim, self.device)
+        return (host_tensor(lease, self.dim, self.device),)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The end of a program, however it ends: what still leaves may be freed by the device as soon as it has left."""
+
+    device: torch.device
+
+    def __call__(self) -> None:
+        engine_for(self.device).settle()
+
+
+def own_if_worth(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Some rows of a value that dies, in a storage of their own if the rest is worth it."""
+    return rows.clone() if (value.numel() - rows.numel()) * MOST_WASTE > value.numel() else rows
+
+
+def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
+    """Begin to copy rows to the end of a lease. Memory for them is had first: no token is lost if it cannot be."""
+    region = lease.store.region
+    target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
+    target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
+    region.pending = engine_for(device).to_host(target, rows, region.pending)
+
+
+def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    settle(host)
+    return fetch_reference(host, device)
+
+
+LIBRARY.impl("fetch", _fetch, "CPU")

@@ -1,0 +1,240 @@
+"""Keys or values of one layer in host memory: rows of tokens that are appended and never moved.
+
+Terms
+-----
+row     One token of all batch entries and heads, `[B, H, D]`, contiguous. Storage is `[tokens, B, H, D]`.
+lease   A run of rows that a host tensor shows. Rows behind every lease's end may be written over; others may not.
+        What lies outside all leases is given back when one of them ends: a window has moved on, a cache was cropped.
+fork    A store of its own for a lease that wants to append where another lease already has.
+
+    store:   given back | row 7 | row 8 | ... | row n-1 |  room, reserved but not backed ...
+    lease               [first,                 end)
+    append                                         -> [end, end + r) of the same store, or a fork
+
+Who copies rows holds a lease of them, also for a copy that still runs: nobody can see that rows are gone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.region import TOTALS, HostRegion, Pin
+
+#: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
+#: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
+RESERVED_ROWS = 1 << 20
+MOST_RESERVED_BYTES = 16 << 30
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What keys and values take on the host now, in bytes.
+
+    rows      what they are
+    memory    host memory that are held for them, `pooled` of which are pinned and wait for the next cache
+    disk      likewise in files
+    stores    how many tensors of keys or of values there are
+    """
+
+    rows: int
+    memory: int
+    disk: int
+    pooled: int
+    stores: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where new stores go: host memory, pinned for a device's sake if `pin` is given, or files in a directory."""
+
+    directory: Path | None = None
+    pin: Pin | None = None
+
+
+class Lease:
+    """Rows `[first, end)` of a store, as long as somebody can see them. Views of one tensor have one `root`."""
+
+    def __init__(self, store: HostStore, first: int, end: int, root: object | None = None) -> None:
+        self.store = store
+        self.first = first
+        self.end = end
+        self.root = root if root is not None else object()
+        store.begin(self)
+
+    def __del__(self) -> None:
+        self.store.end(self)
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.first
+
+    def overlaps(self, other: Lease) -> bool:
+        return other.first < self.end and self.first < other.end
+
+
+class HostStore:
+    """Rows of shape `row` and type `dtype`, growing at the end. Raises `HostMemoryError` where it cannot.
+
+    `rows` are those that will be there at first.
+    """
+
+    def __init__(self, row: Sequence[int], dtype: torch.dtype, rows: int, placement: Placement) -> None:
+        self.row = tuple(row)
+        self.dtype = dtype
+        self.placement = placement
+        self.row_bytes = max(1, math.prod(self.row) * dtype.itemsize)
+        wanted = max(min(RESERVED_ROWS, MOST_RESERVED_BYTES // self.row_bytes), 2 * rows)
+        self.region = _region(wanted * self.row_bytes, rows * self.row_bytes, placement)
+        self.capacity = min(wanted, self.region.capacity // self.row_bytes)
+        weakref.finalize(self, _give_back, self.region)
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        _STORES[self.region.bytes.untyped_storage().data_ptr()] = self
+
+    def rows(self, first: int, end: int) -> torch.Tensor:
+        """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them."""
+        with self._lock:
+            _commit(self.region, end * self.row_bytes)
+        count = math.prod(self.row)
+        typed = self.region.bytes[: self.capacity * self.row_bytes].view(self.dtype)
+        return typed[first * count : end * count].view(end - first, *self.row)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the rows from the first that is shown to the last."""
+        first, end = self._shown()
+        return (end - first) * self.row_bytes
+
+    def held(self) -> list[Lease]:
+        with self._lock:
+            return list(self.leases)
+
+    def _shown(self) -> tuple[int, int]:
+        held = self.held()
+        return min((lease.first for lease in held), default=0), max((lease.end for lease in held), default=0)
+
+    def begin(self, lease: Lease) -> None:
+        with self._lock:
+            if lease.rows > 0 and lease.first * self.row_bytes < self.region.low:
+                raise RuntimeError("keys or values on the host are shown again after the last tensor of them had gone")
+            self.leases.add(lease)
+
+    def end(self, lease: Lease) -> None:
+        """Give back what no lease shows any more.
+
+        This may be called anywhere, by the garbage collector too: if the store is at work, the next time will do.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self.leases.discard(lease)
+            held = list(self.leases)
+            if held:
+                first, end = min(other.first for other in held), max(other.end for other in held)
+                self.region.keep(first * self.row_bytes, end * self.row_bytes)
+        finally:
+            self._lock.release()
+
+    def may_append(self, lease: Lease, rows: int) -> bool:
+        """Whether rows after a lease are nobody's and there are addresses for them, and little is held in vain before
+        it (pinned memory cannot be given back in parts)."""
+        free = all(other.end <= lease.end for other in self.held())
+        behind = lease.first * self.row_bytes - self.region.low
+        stale = behind > 2 * self.region.slack(lease.rows * self.row_bytes)
+        return free and not stale and lease.end + rows <= self.capacity
+
+
+#: Stores by the address of their storage, as long as they live.
+_STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictionary()
+
+
+#: Pinned regions of dead stores. Pinning is slow, and the next prompt needs as much as the last one did.
+_POOL: list[HostRegion] = []
+
+
+def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
+    """Addresses for so many bytes, or for fewer if they cannot be had."""
+    if placement.pin is not None and placement.directory is None:
+        for i, region in enumerate(_POOL):
+            if region.pin is placement.pin and region.capacity >= capacity:
+                _POOL.pop(i).wait()  # a device may still read what the dead store had
+                return region
+    try:
+        return HostRegion(capacity, placement.directory, placement.pin, least)
+    except HostMemoryError:
+        if not _POOL:
+            raise
+        empty_host_pool()
+        return HostRegion(capacity, placement.directory, placement.pin, least)
+
+
+def _give_back(region: HostRegion) -> None:
+    """What is not pinned is freed with its last view."""
+    if region.pin is not None:
+        _POOL.append(region)
+
+
+def _commit(region: HostRegion, size: int) -> None:
+    try:
+        region.commit(size)
+    except HostMemoryError:
+        if not _POOL:
+            raise
+        empty_host_pool()
+        region.commit(size)
+
+
+def empty_host_pool() -> None:
+    """Give pinned host memory back that no cache uses."""
+    while _POOL:
+        region = _POOL.pop()
+        region.wait()
+        region.close()
+
+
+def store_of(tensor: torch.Tensor) -> HostStore | None:
+    """The store whose rows a tensor shows, or None for any other tensor."""
+    if tensor.device.type != "cpu":
+        return None
+    return _STORES.get(tensor.untyped_storage().data_ptr())
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Until the host may read and write a tensor's rows itself."""
+    store = store_of(tensor)
+    if store is not None:
+        store.region.wait()
+
+
+def without_base(view: torch.Tensor) -> torch.Tensor:
+    """The same rows as a tensor that is no view: for a view, Dynamo would trace the whole region it is a view of."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = torch.empty(0, dtype=view.dtype)
+        return made.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+
+
+def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Lease | None:
+    """A new lease of the rows a tensor shows, if it shows whole rows of a store in order along `dim`; else None."""
+    store = store_of(tensor)
+    if store is None or tensor.dtype != store.dtype:
+        return None
+    rows = tensor.movedim(dim, 0)
+    if rows.shape[1:] != store.row or not rows.is_contiguous():
+        return None
+    first, within = divmod(int(tensor.storage_offset()) * tensor.element_size(), store.row_bytes)
+    return None if within else Lease(store, first, first + tensor.shape[dim], root)
+
+
+def host_memory() -> HostMemory:
+    """What keys and values take on the host now."""
+    stores = list(_STORES.values())
+    pooled = sum(region.committed for region in _POOL)
+    return HostMemory(sum(s.used_bytes for s in stores), TOTALS.memory, TOTALS.disk, pooled, len(stores))

@@ -1,0 +1,120 @@
+"""Operators that write into host tensors, done in host memory.
+
+    operator                        what happens
+    --------                        ------------
+    h.mul_(x)                       on h's rows
+    torch.add(x, y, out=h)          computed apart, then copied to h's rows: `out` might be resized, rows may not
+    torch._foreach_zero_([h, x])    on h's rows and a copy of x, which is copied back
+    h.unsqueeze_(0), h.resize_(3)   refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mom_compile.runtime.host.doors import refusal
+from mom_compile.runtime.host.store import without_base
+from mom_compile.torch_compat import tree_map
+from mom_passes.torch_compat import packet_of, schema_of
+
+aten = torch.ops.aten
+
+#: A value's rows in host memory, ready to be read and written; None for what is no host tensor.
+RowsOf = Callable[[Any], torch.Tensor | None]
+
+
+def returns_view(schema: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def mutated(schema: Any, args: Any, kwargs: Any) -> list[Any]:
+    """What an operator writes into, lists of tensors taken apart."""
+    written: list[Any] = []
+    for i, argument in enumerate(schema.arguments):
+        if _is_written(argument):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            written += value if isinstance(value, (list, tuple)) else [value]
+    return written
+
+
+def refuse_new_shape(func: Any, args: Any, kwargs: Any, is_host: Callable[[Any], bool]) -> Any:
+    """Operators that change sizes, strides or storage of what they are called on, and no bytes."""
+    target = args[0]
+    if func is aten.detach_.default:
+        return target
+    name = packet_of(func).__name__
+    if is_host(target):
+        alike = getattr(aten, name.rstrip("_"), None)
+        views = alike is not None and any(returns_view(schema_of(getattr(alike, one))) for one in alike.overloads())
+        raise refusal(f"{name}()", f"Use tensor.{name.rstrip('_')}(), a tensor of its own" if views else _COPY)
+    if packet_of(func) is aten.set_:
+        raise refusal("set_() to the same memory", _COPY)
+    # Only the size of a host tensor is asked for, as by resize_as_.
+    return func(*tree_map(lambda v: torch.empty_like(v) if is_host(v) else v, args), **kwargs)
+
+
+_COPY = "Use tensor.fetch(), a copy on its device"
+
+
+def write(func: Any, args: Any, kwargs: Any, rows_of: RowsOf) -> Any:
+    """Run an operator whose written arguments are in host memory. Returns what it would return."""
+    schema = schema_of(func)
+    used: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def instead(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in used:
+            rows = rows_of(value)
+            used[id(value)] = (value, value.cpu() if rows is None else without_base(rows))
+        return used[id(value)][1]
+
+    outs = {a.name: kwargs.get(a.name) for a in schema.arguments if _is_written(a) and a.kwarg_only}
+    # Where `out` arguments' results go at first: those may also be read, and be of another size.
+    made = {name: torch.empty(0, dtype=out.dtype) for name, out in outs.items() if isinstance(out, torch.Tensor)}
+    results = func(*tree_map(instead, args), **{**tree_map(instead, kwargs), **made})
+    for written in mutated(schema, args, {name: value for name, value in kwargs.items() if name not in made}):
+        if isinstance(written, torch.Tensor):
+            _copy_back(func, written, used[id(written)][1], rows_of)
+    for name, result in made.items():
+        _copy_back(func, kwargs[name], result, rows_of)
+    return _returns(schema, results, args, kwargs)
+
+
+def _copy_back(func: Any, original: torch.Tensor, result: torch.Tensor, rows_of: RowsOf) -> None:
+    rows = rows_of(original)
+    if rows is None:
+        if original is not result:
+            original.resize_(result.shape).copy_(result)
+    elif rows.shape != result.shape:
+        raise refusal(f"{func}: a result of shape {list(result.shape)} in place of {list(rows.shape)}", _COPY)
+    elif not rows.is_set_to(result):
+        rows.copy_(result)
+
+
+def _returns(schema: Any, results: Any, args: Any, kwargs: Any) -> Any:
+    if len(schema.returns) == 0:
+        return None
+    several = isinstance(results, tuple)
+    given = tuple(
+        _returned(schema, declared, result, args, kwargs)
+        for declared, result in zip(schema.returns, results if several else (results,), strict=True)
+    )
+    return given if several else given[0]
+
+
+def _returned(schema: Any, declared: Any, result: Any, args: Any, kwargs: Any) -> Any:
+    """The argument itself where the operator returns what it has written into; else the result, on the device."""
+    if declared.alias_info is not None and declared.alias_info.is_write:
+        for i, argument in enumerate(schema.arguments):
+            if _is_written(argument) and argument.alias_info.before_set == declared.alias_info.before_set:
+                return args[i] if i < len(args) else kwargs[argument.name]
+    device = next(value.device for value in mutated(schema, args, kwargs) if isinstance(value, torch.Tensor))
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, result)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write

@@ -1,0 +1,304 @@
+"""Every attention in one form: `mom.attention` with grouped heads, proven masks and a place to say where rows stand.
+
+Terms
+-----
+SDPA        PyTorch's own attention operators: one for each kernel, with different arguments and outputs.
+grouped     Keys and values with fewer heads than the query; query head `h` of H uses key head `h // (H / G)`.
+repeat_kv   Models copy grouped keys and values to the query's heads before SDPA: n times the memory.
+
+    for node in graph:
+        if node is SDPA, deterministic, and only its result is used:
+            key, value = what repeat_kv was given, if both were repeated alike
+            mask, start, is_causal, window, keys, ... = what the mask is proved to be (`mask_structure`)
+            node -> mom.attention(query, key, value, mask, start, is_causal, scale, window, keys, ...)
+
+An attention that does not fit is left alone: it stays correct, on the full sequence.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+import mom_passes.ops  # noqa: F401  defines mom::attention
+from mom_passes.attention.key_vectors import KeyVectors
+from mom_passes.attention.mask_form import MaskForm
+from mom_passes.attention.mask_structure import MaskAnalysis
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.edit import fake_value, size_node
+from mom_passes.graph.sizes import is_one, same
+from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.torch_compat import schema_of
+
+aten = torch.ops.aten
+
+#: SDPA operator -> the name of its mask argument (None: it takes no mask).
+_MASK_NAMES: dict[str, str | None] = {
+    "_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
+    "_scaled_dot_product_flash_attention": None,
+    "_scaled_dot_product_efficient_attention": "attn_bias",
+    "_scaled_dot_product_cudnn_attention": "attn_bias",
+    "_scaled_dot_product_fused_attention_overrideable": "attn_bias",
+    "_scaled_dot_product_attention_math": "attn_mask",
+}
+SDPA = {getattr(aten, name).default: mask for name, mask in _MASK_NAMES.items() if hasattr(aten, name)}
+
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite SDPA operators to `mom.attention`, in place.
+
+    Before::
+
+        keys    = view(clone(expand(unsqueeze(k, 2), [B, G, n, S, D])), [B, G * n, S, D])
+        values  = view(clone(expand(unsqueeze(v, 2), [B, G, n, S, D])), [B, G * n, S, D])
+        sdpa    = _scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, True)
+        result  = sdpa[0]
+
+    After::
+
+        result  = mom.attention(q, k, v, None, 0, True, 1 / sqrt(D))
+    """
+    masks, vectors = MaskAnalysis(), KeyVectors(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in SDPA:
+            call = _read(node, masks)
+            if call is not None:
+                _rewrite(vectors, node, call)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an SDPA node computes, whichever operator it calls."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    is_causal: bool
+    scale: float
+    window: int | None = None
+    form: MaskForm | None = None
+
+
+def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
+    """The call, or None where `mom.attention` would not be the same."""
+    given = _arguments(node)
+    random = given["dropout_p"] != 0 or given.get("dropout_mask") is not None
+    if random or given.get("return_debug_mask") or not _only_result_used(node):
+        return None
+    query, key, value = given["query"], given["key"], given["value"]
+    shape = query.meta["val"].shape
+    channels = shape[-1]
+    if len(shape) != 4 or (given["scale"] is None and not isinstance(channels, int)):
+        return None
+    # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
+    if given["is_causal"] and not same(shape[2], key.meta["val"].shape[2]):
+        return None
+    name = SDPA[node.target]
+    mask = given[name] if name is not None else None
+    # The math operator adds a boolean mask as numbers.
+    if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
+        return None
+    scale = given["scale"] if given["scale"] is not None else channels**-0.5
+    call = _Call(query, key, value, mask, bool(given["is_causal"]), float(scale))
+    return call if mask is None else _with_proven_mask(call, masks)
+
+
+def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
+    """What the mask is proved to say goes into the other arguments; if that is all, the mask goes."""
+    assert call.mask is not None
+    form, shape = masks.form(call.mask), call.mask.meta["val"].shape
+    rows, keys = call.query.meta["val"].shape[2], call.key.meta["val"].shape[2]
+    if form is None or not same(shape[-1], keys) or not (same(shape[-2], rows) or _of_keys_alone(form)):
+        return replace(call, mask=_slim(call.mask, masks))
+    if call.is_causal and form.start != 0:  # causal from two places
+        return replace(call, mask=_slim(call.mask, masks))
+    mask = None if form.exact else _slim(call.mask, masks)
+    return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window, form=form)
+
+
+def _of_keys_alone(form: MaskForm) -> bool:
+    return not form.causal and form.segments is None and form.positions is None
+
+
+def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
+    """The same mask with fewer bytes: boolean instead of 0 and -inf, not repeated over what broadcasts anyway."""
+    while True:
+        source: Any = masks.condition(mask) or _unpadded(mask)
+        if source is None and mask.target is aten.expand.default:
+            source = mask.args[0]
+        if source is None or source.meta["val"].dim() != 4:
+            return mask
+        mask = source
+
+
+def _unpadded(mask: fx.Node) -> fx.Node | None:
+    """What was padded at the end of its last dimension, for alignment, and cut back to its size."""
+    if mask.target is not aten.slice.Tensor or argument(mask, "start") not in (0, None) or argument(mask, "step") != 1:
+        return None
+    padded = mask.args[0]
+    if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
+        return None
+    source, pad = argument(padded, "self"), argument(padded, "pad")
+    alike = _all_same(source.meta["val"].shape, mask.meta["val"].shape)
+    return source if alike and len(pad) == 2 and pad[0] == 0 else None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    return {a.name: argument(node, a.name) for a in schema_of(node.target).arguments}
+
+
+def _only_result_used(node: fx.Node) -> bool:
+    """Whether nothing reads the log-sum-exp, random state and the like."""
+    return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
+
+
+def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
+    graph: fx.Graph = node.graph
+    start: Any = 0
+    named: dict[str, Any] = {}
+    if call.form is not None:
+        batch, _, tokens, _ = call.key.meta["val"].shape
+        named |= vectors.arguments(call.form, (batch, tokens), before=node)
+    with graph.inserting_before(node):
+        if call.form is not None:
+            start = size_node(graph, call.form.start, before=node)
+        key, value = _without_repeats(graph, call.key, call.value)
+        args: tuple[Any, ...] = (call.query, key, value, call.mask, start, call.is_causal, call.scale)
+        if call.window is not None:
+            args = (*args, call.window)
+        new = graph.call_function(MOM_ATTENTION, args, named)
+        for result in [user for user in node.users if user.args[1] == 0]:
+            new.meta = {**result.meta, "val": fake_value(new)}
+            result.replace_all_uses_with(_in_layout(graph, new, result))
+    # SDPA counts as random, which dead code elimination would spare.
+    for user in list(node.users):
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
+    """The new result with the strides of the old one, on which views further down may rely."""
+    strides = zip(old.meta["val"].stride(), new.meta["val"].stride(), old.meta["val"].shape, strict=True)
+    if all(same(a, b) or is_one(size) for a, b, size in strides) or _relaid(new, old):
+        return new
+    copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+    copy.meta = dict(old.meta)
+    return copy
+
+
+def _relaid(new: fx.Node, old: fx.Node) -> bool:
+    """Whether all that happens to the old result is a copy to the layout that the new one has: spares that copy."""
+    for user in old.users:
+        copies = all(_makes_contiguous(u) for u in user.users)
+        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
+            return False
+    for user in old.users:
+        user.meta["val"] = new.meta["val"].permute(0, 2, 1, 3)
+        for copy in list(user.users):
+            copy.replace_all_uses_with(user)
+    return True
+
+
+def _makes_contiguous(node: fx.Node) -> bool:
+    return node.target is aten.clone.default and argument(node, "memory_format") == torch.contiguous_format
+
+
+def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before repeat_kv, if both went through the same one."""
+    key_source, value_source = _ungrouped(key, 1), _ungrouped(value, 1)
+    if key_source is None or value_source is None or not same(key_source.heads, value_source.heads):
+        return key, value
+    return key_source.emit(graph), value_source.emit(graph)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A value before its heads were repeated, and the permutations to apply to it still."""
+
+    source: fx.Node
+    heads: Any
+    permutations: tuple[tuple[int, ...], ...] = ()
+    squeeze: int | None = None
+
+    def emit(self, graph: fx.Graph) -> fx.Node:
+        node = self.source
+        if self.squeeze is not None:
+            node = _call(graph, aten.squeeze.dim, node, self.squeeze)
+        for order in self.permutations:
+            node = _call(graph, aten.permute.default, node, list(order))
+        return node
+
+
+def _call(graph: fx.Graph, target: Any, source: fx.Node, argument: Any) -> fx.Node:
+    node = graph.call_function(target, (source, argument))
+    node.meta["val"] = target(source.meta["val"], argument)
+    return node
+
+
+def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
+    """Follows a value whose dimension `heads` may be a repetition back to what was repeated."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if node.target in _COPIES:
+        return _ungrouped(source, heads)
+    if node.target is aten.permute.default:
+        rank = len(node.meta["val"].shape)
+        order = tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr, arg-type]
+        found = _ungrouped(source, order[heads])
+        if found is None:
+            return None
+        return _Grouped(found.source, found.heads, (*found.permutations, order), found.squeeze)
+    if node.target is aten.expand.default:
+        return _expanded(node, source, heads)
+    if node.target in _VIEWS:
+        return _merged(node, source, heads)
+    return None
+
+
+def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
+    """One key head for all: `[B, 1, S, D] -> [B, H, S, D]`."""
+    wide, narrow = node.meta["val"].shape, source.meta["val"].shape
+    if len(wide) != len(narrow) or not is_one(narrow[heads]) or not _same_but(wide, narrow, heads):
+        return None
+    return _Grouped(source, 1)
+
+
+def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
+    """`[.., G, 1, ..] -> expand [.., G, n, ..] -> view [.., G * n, ..]`."""
+    merged, split = node.meta["val"].shape, source.meta["val"].shape
+    outside = (*split[:heads], *split[heads + 2 :])
+    if len(split) != len(merged) + 1 or not _all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
+        return None
+    while source.target in _COPIES:
+        source = source.args[0]  # type: ignore[assignment]
+    if source.target is not aten.expand.default:
+        return None
+    before = source.args[0]
+    assert isinstance(before, fx.Node)
+    narrow = before.meta["val"].shape
+    if len(narrow) != len(split) or not is_one(narrow[heads + 1]) or not _same_but(split, narrow, heads + 1):
+        return None
+    if before.target is aten.unsqueeze.default and before.args[1] % len(narrow) == heads + 1:  # type: ignore[operator]
+        return _Grouped(before.args[0], split[heads])  # type: ignore[arg-type]
+    return _Grouped(before, split[heads], squeeze=heads + 1)
+
+
+def _same_but(a: Any, b: Any, dim: int) -> bool:
+    return _all_same((*a[:dim], *a[dim + 1 :]), (*b[:dim], *b[dim + 1 :]))
+
+
+def _all_same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,116 @@
+"""What an attention mask is, proved from the arithmetic that makes it.
+
+Terms
+-----
+value       What is known of a node: a function of the element's index, a boolean by its constraints, or a
+            floating mask over such a boolean (`mom_passes.attention.affine`).
+causal      Query `i` sees key `j` only if `j <= i`.
+window w    Query `i` sees key `j` only if `j > i - w`.
+
+    for node that the mask depends on, in graph order:
+        value[node] = rule of its operator (mom_passes.attention.mask_operators), or unknown
+    statements of value[mask]  ==  {i - j >= 0, j - i + w - 1 >= 0}    ->  MaskForm(causal, window w)
+
+For example, the mask that Hugging Face models make when they are given no cache: a check for packed
+sequences on top of the causal mask, all on positions that are themselves made in the graph::
+
+    position  = iota(S)                                             index
+    jumps     = position - [-1, position[:-1]] != 1                 false everywhere
+    packed    = cumsum(jumps)[i] == cumsum(jumps)[j]                true everywhere
+    mask      = packed & (position[j] <= position[i])               i - j >= 0
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+import mom_passes.attention.mask_views  # noqa: F401  registers its rules
+from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Affine, Flag, Lookup, Truth, Value
+from mom_passes.attention.mask_form import MaskForm, mask_form
+from mom_passes.attention.mask_operators import RULES, WIDE, aten, constant
+from mom_passes.graph.sizes import same
+
+
+class MaskAnalysis:
+    """Values of a graph's nodes, computed as they are asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[fx.Node, Value] = {}
+
+    def form(self, mask: fx.Node) -> MaskForm | None:
+        """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use."""
+        value, meta = self.value(mask), mask.meta["val"]
+        if isinstance(value, Truth) and meta.dtype == torch.bool:
+            return mask_form(value, meta.shape, -math.inf)
+        if isinstance(value, Additive) and meta.dtype.is_floating_point:
+            return mask_form(value.visible, meta.shape, value.lowest)
+        return None
+
+    def condition(self, mask: fx.Node) -> fx.Node | None:
+        """The boolean of an additive `where(condition, 0, -inf)`, if it has the mask's shape."""
+        if mask.target is not aten.where.self:
+            return None
+        condition, *fills = mask.args
+        assert isinstance(condition, fx.Node)
+        if [self._given(fill) for fill in fills] != [Additive(TRUE), Additive(FALSE)]:
+            return None
+        before, after = condition.meta["val"].shape, mask.meta["val"].shape
+        alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
+        return condition if alike else None
+
+    def value(self, node: fx.Node) -> Value:
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            missing = [n for n in current.all_input_nodes if n not in self._known] if current.target in RULES else []
+            if missing:
+                pending.extend(missing)
+                continue
+            pending.pop()
+            if current not in self._known:
+                self._known[current] = self._interpret(current)
+        return self._known[node]
+
+    def _given(self, argument: Any) -> Value:
+        if isinstance(argument, fx.Node):
+            return self.value(argument)
+        if isinstance(argument, bool):
+            return Truth.constant(argument)
+        if isinstance(argument, int):
+            return Affine.number(argument)
+        if not isinstance(argument, float):
+            return None
+        return Affine.number(1) if argument == 1.0 else constant(argument, torch.float64)
+
+    def _interpret(self, node: fx.Node) -> Value:
+        meta = node.meta.get("val")
+        if isinstance(meta, (int, torch.SymInt)) and not isinstance(meta, bool):
+            return Affine.number(meta)
+        if not isinstance(meta, torch.Tensor):
+            return None
+        rule = RULES.get(node.target)
+        value = rule(node, self._given) if rule is not None else None
+        if isinstance(value, Affine):
+            return value.fixed(meta.shape) if meta.dtype in WIDE else _itself(node, meta)
+        if isinstance(value, Additive):
+            return value.on(meta.shape) if meta.dtype.is_floating_point else None
+        if isinstance(value, Lookup):
+            return value.fixed(meta.shape)
+        if value is None or value == UNKNOWN:
+            return _itself(node, meta)
+        return value.on(meta.shape)
+
+
+def _itself(node: fx.Node, meta: torch.Tensor) -> Value:
+    """An element of the node: all that can be said of a boolean or an integer that nothing is known of."""
+    rank = meta.dim()
+    position = tuple(Affine(tuple(sympy.Integer(d == k) for d in range(rank)), ZERO) for k in range(rank))
+    position = tuple(at.fixed(meta.shape) for at in position)
+    if meta.dtype == torch.bool:
+        return Truth(frozenset({Flag(node, position)}))
+    return Lookup(node, position) if meta.dtype in WIDE else None

@@ -1,0 +1,210 @@
+"""Whose rows do attentions read as keys and values? An analysis of the graph as it was captured, before loops.
+
+Terms
+-----
+attention   `mom.attention`, one of PyTorch's, or the two batched products that one is written as: queries by keys,
+            and the exponentials of what comes of it by values.
+itself      An attention reads the value itself, if through views, copies and casts; else what is made of its rows,
+            row by row (latents, which a product expands to keys and values).
+
+    for each attention, in order:
+        from its keys and its values, along their tokens, back through the claims of the chunk rules:
+            whatever rows these are computed from is noted, with its token dimension and the attention
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.aliasing import VIEWS
+from mom_passes.graph.arguments import argument, axis
+from mom_passes.ops.transfers import FETCH
+from mom_passes.rules import Dim, claim_for, operands
+from mom_passes.rules.work import matmul_work
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+MOM_ATTENTION = torch.ops.mom.attention.default
+
+COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._unsafe_view.default, aten.reshape.default})
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
+
+#: What passes rows on as they are.
+_SAME_ROWS = VIEWS | COPIES | CASTS
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`read` are its keys and values with their token dimensions; `layer` is the first node of its layer."""
+
+    node: fx.Node
+    read: tuple[tuple[fx.Node, int], ...]
+    layer: fx.Node
+
+
+@dataclass(frozen=True)
+class Read:
+    """Where the tokens of a value are whose rows an attention reads, and in which layer first."""
+
+    dim: Dim
+    layer: fx.Node
+    itself: bool
+
+
+def attentions(gm: fx.GraphModule) -> list[Attention]:
+    """All attentions of a graph, in order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is MOM_ATTENTION:
+            found.append(_fused(node, argument(node, "key"), argument(node, "value")))
+        elif "scaled_dot_product" in str(node.target):
+            found.append(_fused(node, *node.args[1:3]))
+        else:
+            found += _as_products(node)
+    return found
+
+
+def _fused(node: fx.Node, key: fx.Node, value: fx.Node) -> Attention:
+    return Attention(node, ((key, _rank(key) - 2), (value, _rank(value) - 2)), node)
+
+
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Of two batches of matrices; `node` reads the second, which it sums over along `summed`."""
+
+    first: fx.Node
+    second: fx.Node
+    summed: int
+    node: fx.Node
+
+
+def _product(node: fx.Node) -> _Product | None:
+    """What a node computes as a batched product, also where Inductor has written that as a sum of products."""
+    if node.target in PRODUCTS:
+        first, second = node.args[-2:]
+        assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+        return _Product(first, second, _rank(second) - 2, node)
+    if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
+        return None
+    multiplied, dims = node.args[0], argument(node, "dim")
+    if multiplied.target is not aten.mul.Tensor or len(dims) != 1:
+        return None
+    first, second = multiplied.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and _rank(second) > 3):
+        return None
+    return _Product(first, second, axis(dims[0], _rank(second)), multiplied)
+
+
+def _as_products(values: fx.Node) -> list[Attention]:
+    """The two products of an attention, if a node is the second of them."""
+    weighted = _product(values)
+    scores = _scores_of(weighted.first) if weighted is not None else None
+    if weighted is None or scores is None:
+        return []
+    keys = Attention(scores.node, ((scores.second, _rank(scores.second) - 1),), scores.node)
+    return [keys, Attention(weighted.node, ((weighted.second, weighted.summed),), scores.node)]
+
+
+def _scores_of(weights: fx.Node) -> _Product | None:
+    """The product whose exponentials some weights are made of; None if there is no such product."""
+    pending = [(weights, False)]
+    seen = set(pending)
+    while pending:
+        node, exponential = pending.pop()
+        if node.op != "call_function":
+            continue
+        product = _product(node) if exponential else None
+        if product is not None:
+            return product
+        if matmul_work(node):
+            continue
+        exponential = exponential or node.target is aten.exp.default or "softmax" in str(node.target)
+        following = {(operand, exponential) for operand in node.all_input_nodes} - seen
+        seen |= following
+        pending += following
+    return None
+
+
+def attention_reads(gm: fx.GraphModule) -> dict[fx.Node, Read]:
+    """Every value whose rows an attention reads as keys or values, itself or what is made of them."""
+    reads: dict[fx.Node, Read] = {}
+    for attention in attentions(gm):
+        for operand, index in attention.read:
+            _follow(operand, Read(Dim(index), attention.layer, itself=True), reads)
+    return reads
+
+
+def _follow(operand: fx.Node, read: Read, reads: dict[fx.Node, Read]) -> None:
+    pending = [(operand, read)]
+    while pending:
+        node, found = pending.pop()
+        known = reads.get(node)
+        if known is not None and (known.itself or not found.itself):
+            continue
+        reads[node] = found
+        itself = found.itself and (node.target in _SAME_ROWS or _takes_rows(node, found.dim))
+        pending += [(source, Read(dim, found.layer, itself)) for source, dim in rows_from(node, found.dim)]
+
+
+def _takes_rows(node: fx.Node, dim: Dim) -> bool:
+    """Whether a node is a slice along the tokens."""
+    if node.target is not aten.slice.Tensor or not dim.plain:
+        return False
+    return axis(argument(node, "dim"), _rank(node)) == dim.index
+
+
+def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
+    """What the rows of a value are computed from, row by row, and along which dimension."""
+    if node.op != "call_function" or node.target is FETCH:
+        return
+    if _takes_rows(node, dim):
+        yield argument(node, "self"), dim
+        return
+    try:
+        claim = claim_for(node, dim)
+    except CannotChunk:
+        return
+    for operand, demand in zip(operands(node), claim.demands, strict=True):
+        if demand is not None:
+            yield operand, demand
+
+
+def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
+    """How a value is read, or what it is a view, a copy or some of the rows of."""
+    chain = [node]
+    while chain[-1] not in reads:
+        target, last = chain[-1].target, chain[-1]
+        if target not in _SAME_ROWS and target is not aten.slice.Tensor:
+            return None
+        chain.append(last.args[0])  # type: ignore[arg-type]
+    found = reads[chain[-1]]
+    if len(chain) == 1 or not found.itself:
+        return found if len(chain) == 1 else None
+    for index in range(_rank(node)):
+        dim: Dim | None = Dim(index)
+        for above, below in itertools.pairwise(chain):
+            dim = dict(rows_from(above, dim)).get(below) if dim is not None else None
+        if dim == found.dim:
+            return Read(Dim(index), found.layer, itself=True)
+    return None
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
+    while node.target in VIEWS or node.target in COPIES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

@@ -1,0 +1,132 @@
+"""What several passes do to graphs: copy one, look an attribute up, emit sizes, values and calls on rows."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.graph.size_values import interpret
+from mom_passes.graph.sizes import Size, expr, same
+from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
+
+aten = torch.ops.aten
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes keep their metadata; parameters and fake values are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    new_output = graph.output(output)
+    new_output.meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def compute_device(gm: fx.GraphModule) -> torch.device:
+    """Where a graph computes: the first accelerator among its inputs' devices, else the CPU."""
+    values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
+    devices = [value.device for value in values if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def attribute(gm: fx.GraphModule, name: str) -> Any:
+    """The value of a `get_attr` target such as `"layers.0.table"`."""
+    owner: Any = gm
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+
+
+
+
+def behind(node: fx.Node) -> fx.Node:
+    """The node to insert before, so that something comes after a value and the other results of its loop."""
+    following = node.next
+    while following.target is operator.getitem:
+        following = following.next
+    return following
+
+
+def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
+    """A number, or a node of the graph whose value is that size; one is made at the insertion point if there is none.
+
+    Only nodes ahead of `before` are looked at. Raises `PassError` for a size that cannot be had from their values.
+    """
+    return interpret(
+        expr(size),
+        lambda part: _known_size(graph, part, before),
+        lambda value: value,
+        lambda part, target, args: _size_call(graph, part, target, args),
+    )
+
+
+def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) -> fx.Node | None:
+    """The node that has a size, or one that reads it off a tensor."""
+    if not wanted.free_symbols:
+        return None
+    known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
+    for node in known:
+        value = node.meta.get("val")
+        if isinstance(value, SYMBOLIC) and same(value, wanted):
+            return node
+    for node in known:
+        value = node.meta.get("val")
+        entries: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        for index, entry in enumerate(entries):
+            if isinstance(entry, torch.SymInt) and same(entry, wanted):
+                return emit(graph, aten.sym_size.int, (node, index))
+    return None
+
+
+def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any]) -> Any:
+    """A size that no value of the graph has, computed from sizes that some have. Nothing is asked of their symbols."""
+    values: list[Any] = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    env: Any = next((shape_env_of(value) for value in values if isinstance(value, SYMBOLIC)), None)
+    if env is None:
+        return target(*values)
+    hints: list[Any] = [hint_of(value) if isinstance(value, SYMBOLIC) else value for value in values]
+    example: Any = None if None in hints else target(*hints)
+    node = graph.call_function(target, tuple(args))
+    if part.is_Boolean or isinstance(example, bool):
+        kind: type = bool
+    else:
+        kind = float if isinstance(example, float) or (example is None and not part.is_integer) else int
+    node.meta["val"] = new_number(env, part, kind, example)
+    return node
+
+
+def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """Append a call and compute its fake value from those of its arguments."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = fake_value(node)
+    return node
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What a call returns, on fake tensors. Nothing is assumed of the graph's symbols that it did not assume before."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    assert callable(node.target)
+    with fake_mode(node.graph), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fake_mode(graph: fx.Graph) -> Iterator[None]:
+    """The mode of the graph's fake tensors: what makes a tensor out of sizes alone needs it. Adds no guards."""
+    modes = (fake_mode_of(node.meta.get("val")) for node in graph.nodes)
+    mode = next((mode for mode in modes if mode is not None), None)
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            stack.enter_context(without_guards(mode))
+        yield

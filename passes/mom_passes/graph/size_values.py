@@ -1,0 +1,178 @@
+"""What a size expression computes: one reading of sympy, for numbers, for functions of symbols and for graphs.
+
+    Max(0, s - 11)   -> 29                                   evaluate(size, {s: 40})
+                     -> lambda values: ...                   function_of(size, [s])
+                     -> sym_max(0, add(s, -11))              mom_passes.graph.edit.size_node
+
+It is total: what the table below does not name, sympy itself computes, whatever functions a PyTorch release adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import sympy
+import torch
+
+from mom_passes.errors import PassError
+from mom_passes.graph.sizes import Size, expr
+
+Value = TypeVar("Value")
+
+
+def modular_index(base: Any, divisor: Any, modulus: Any) -> Any:
+    """An index along one dimension, from an index into all of them."""
+    return base // divisor % modulus
+
+
+#: Sympy's and PyTorch's functions as calls on numbers and on SymInts. Of those with more arguments than two, pairs.
+CALLS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Pow": operator.pow,
+    "PowByNatural": operator.pow,
+    "FloatPow": operator.pow,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
+    "ModularIndexing": modular_index,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+    "floor": math.floor,
+    "FloorToInt": math.floor,
+    "ceiling": math.ceil,
+    "CeilToInt": math.ceil,
+    "TruncToInt": math.trunc,
+    "RoundToInt": round,
+    "ToFloat": torch.sym_float,
+    "Abs": abs,
+    "OpaqueUnaryFn_sqrt": torch.sym_sqrt,
+    "Where": torch.sym_ite,
+    "Equality": operator.eq,
+    "Unequality": operator.ne,
+    "StrictLessThan": operator.lt,
+    "StrictGreaterThan": operator.gt,
+    "LessThan": operator.le,
+    "GreaterThan": operator.ge,
+    "Not": torch.sym_not,
+    "And": operator.and_,
+    "Or": operator.or_,
+}
+
+#: These join any number of arguments, two at a time.
+JOINING = ("Add", "Mul", "Max", "Min", "And", "Or")
+
+
+class SympyCall:
+    """A function that only sympy knows, as a call on numbers."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.__name__ = str(function.__name__)
+        self.__module__ = __name__
+
+    def __call__(self, *args: Any) -> Any:
+        return number(self.function(*(sympy.sympify(arg) for arg in args)))
+
+
+@functools.cache
+def _sympy_call(function: Any) -> SympyCall:
+    return SympyCall(function)
+
+
+def number(value: Any) -> int | float | bool:
+    """The Python number of a constant expression. Raises `PassError` where there is none."""
+    if isinstance(value, (int, float)):
+        return value
+    if value in (sympy.true, sympy.false):
+        return bool(value)
+    if not value.is_number or not value.is_extended_real:
+        raise PassError(f"the size {value} is not a number")
+    return int(value) if value.is_Integer else float(value)
+
+
+def interpret(
+    size: sympy.Basic,
+    known: Callable[[sympy.Basic], Value | None],
+    constant: Callable[[Any], Value],
+    apply: Callable[[sympy.Basic, Any, list[Value]], Value],
+) -> Value:
+    """A size in terms of what is `known`, of constants and of calls.
+
+    `known(part)` may answer for any part of the expression and must for symbols; `apply(part, target, arguments)`
+    makes a call that gives that part. Raises `PassError` for a symbol that is not known.
+    """
+    found = known(size)
+    if found is not None:
+        return found
+    if size.is_Symbol:
+        raise PassError(f"no value of the graph has the size {size}")
+    if not size.args:
+        return constant(number(size))
+    target, parts = _call(size)
+    if target is None:
+        return interpret(parts[0], known, constant, apply)
+    return apply(size, target, [interpret(part, known, constant, apply) for part in parts])
+
+
+def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
+    """The call that an expression stands for, and its arguments. No call for what only wraps its first argument."""
+    name, args = type(size).__name__, size.args
+    if name == "Identity":
+        return None, args
+    if name == "Piecewise":
+        return _choice(args)
+    if name in ("Add", "Mul", "Pow"):
+        numerator, denominator = sympy.fraction(sympy.together(size))
+        if denominator != 1:
+            # A size is a whole number: what is written as a fraction divides without a rest.
+            whole = numerator.is_integer and denominator.is_integer
+            return (operator.floordiv if whole else operator.truediv), (numerator, denominator)
+        if name == "Pow" and args[1] == sympy.S.Half:
+            return torch.sym_sqrt, args[:1]
+    if name in JOINING and len(args) > 2:
+        return CALLS[name], (size.func(*args[:-1]), args[-1])
+    return CALLS.get(name) or _sympy_call(size.func), args
+
+
+def _choice(pairs: Sequence[Any]) -> tuple[Any, Sequence[sympy.Basic]]:
+    """`Piecewise((a, p), (b, q), ...)`: a if p, else what the others say."""
+    value, condition = pairs[0].args
+    if condition == sympy.true or len(pairs) == 1:
+        return None, (value,)
+    return torch.sym_ite, (condition, value, sympy.Piecewise(*pairs[1:]))
+
+
+def evaluate(size: Size | sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> int | float | bool:
+    """The number a size is where its symbols have these values. Raises `PassError` for a symbol without one."""
+    return interpret(_expression(size), values.get, lambda value: value, lambda _, target, args: target(*args))
+
+
+def function_of(size: Size | sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Callable[[Sequence[Any]], Any]:
+    """A size as a function of the values of `symbols`, in their order. Raises `PassError` for any other symbol."""
+    position = {symbol: i for i, symbol in enumerate(symbols)}
+
+    def known(part: sympy.Basic) -> Callable[[Sequence[Any]], Any] | None:
+        return operator.itemgetter(position[part]) if part in position else None
+
+    def constant(value: Any) -> Callable[[Sequence[Any]], Any]:
+        return lambda _: value
+
+    def apply(_: sympy.Basic, target: Any, args: list[Any]) -> Callable[[Sequence[Any]], Any]:
+        if len(args) == 2:
+            left, right = args
+            return lambda values: target(left(values), right(values))
+        return lambda values: target(*(arg(values) for arg in args))
+
+    return interpret(_expression(size), known, constant, apply)
+
+
+def _expression(size: Any) -> sympy.Basic:
+    return size if isinstance(size, sympy.Basic) else expr(size)

@@ -1,0 +1,101 @@
+"""Sizes that may be symbolic: comparing and dividing them without adding guards.
+
+A size is an `int`, a `torch.SymInt` or a sympy expression. Asking `a == b` of two SymInts
+would specialise the user's graph; everything here answers from what is statically known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+from mom_passes.torch_compat import SYMBOLIC, expression_of, hint_of
+
+Size = int | torch.SymInt | sympy.Expr
+
+
+def expr(size: Any) -> sympy.Expr:
+    """The sympy expression of a size."""
+    if isinstance(size, SYMBOLIC):
+        return expression_of(size)
+    return sympy.sympify(size)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, for every value of their symbols."""
+    if a is b:
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return _same(expr(a), expr(b))
+
+
+@lru_cache(maxsize=65536)
+def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
+    if a == b:
+        return True
+    difference = sympy.expand(a - b)
+    # A polynomial in expanded form is zero only if it is written as zero. Functions count as unknowns of their own
+    # here (PyTorch has simplified them already): `simplify` is slow and does not know what they are.
+    if difference.is_number or difference.is_polynomial() or not difference.has(sympy.Pow):
+        return bool(difference == 0)
+    try:
+        return bool(sympy.cancel(difference) == 0)
+    except sympy.PolynomialError:
+        return False
+
+
+def is_one(size: Any) -> bool:
+    return same(size, 1)
+
+
+def product(sizes: Iterable[Any]) -> sympy.Expr | int:
+    sizes = list(sizes)
+    if all(isinstance(size, int) for size in sizes):
+        return math.prod(sizes)
+    return _product(tuple(expr(size) for size in sizes))
+
+
+@lru_cache(maxsize=65536)
+def _product(sizes: tuple[sympy.Expr, ...]) -> sympy.Expr:
+    return sympy.expand(sympy.prod(sizes))
+
+
+def quotient(a: Any, b: Any) -> sympy.Expr | int | None:
+    """`a / b` where it is known to be a whole number (a polynomial), else `None`."""
+    if isinstance(b, int):
+        if b == 1:
+            return a
+        if isinstance(a, int):
+            return a // b if b and a % b == 0 else None
+    return _quotient(expr(a), expr(b))
+
+
+@lru_cache(maxsize=65536)
+def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | int | None:
+    if b == 0:
+        return None
+    result = sympy.cancel(a / b)
+    if sympy.fraction(sympy.together(result))[1] != 1:
+        return None
+    return int(result) if result.is_Integer else result
+
+
+def hint(size: Any) -> int:
+    """The value a size had when the graph was captured (2 for a symbol without one)."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        value = hint_of(size)
+        return int(value) if value is not None else 2
+    return int(size) if size.is_Integer else 2
+
+
+def count_hint(shape: Iterable[Any]) -> int:
+    """Elements of a shape at the captured sizes."""
+    return math.prod(hint(size) for size in shape)

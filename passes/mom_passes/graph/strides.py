@@ -1,0 +1,40 @@
+"""Whether a tensor of given strides can be seen in another shape without a copy.
+
+    the dimensions are grouped from the last: those of a group lie in one another without gaps
+    the shape can be viewed if every group is a product of consecutive sizes of the new shape
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mom_passes.graph.sizes import Size, hint
+
+
+def viewable(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]) -> bool:
+    """What `tensor.view(new_shape)` asks, at the captured sizes."""
+    sizes, steps, wanted = ([hint(one) for one in ones] for ones in (shape, strides, new_shape))
+    if 0 in sizes:
+        return True
+    for group in _groups(sizes, steps):
+        made = 1
+        while wanted and (made < group or wanted[-1] == 1):
+            made *= wanted.pop()
+        if made != group:
+            return False
+    return all(size == 1 for size in wanted)
+
+
+def _groups(sizes: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Elements of each run of dimensions without gaps, the last run first."""
+    groups: list[int] = []
+    expected = None
+    for size, step in reversed(list(zip(sizes, steps, strict=True))):
+        if size == 1:
+            continue
+        if step == expected:
+            groups[-1] *= size
+        else:
+            groups.append(size)
+        expected = step * size
+    return groups or [1]

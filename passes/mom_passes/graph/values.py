@@ -1,0 +1,45 @@
+"""What a node of a graph stands for: a tensor, several, or a size; and which tensors it reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.graph.sizes import count_hint
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node in order of appearance in args, then kwargs, duplicates included."""
+    found: list[fx.Node] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        if is_tensor(arg):
+            found.append(arg)
+        return arg
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor or a tuple of tensors (not a size or a number)."""
+    value = node.meta.get("val")
+    return isinstance(value, (torch.Tensor, tuple, list))
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """The fake tensor a node stands for."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor), f"{node.name} is not a single tensor"
+    return value
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a size: a number that is known, or a SymInt."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Of a value, at the captured sizes."""
+    value = node.meta["val"]
+    return count_hint(value.shape) * int(value.element_size())

@@ -1,0 +1,37 @@
+"""A slice that keeps everything is what it is cut from.
+
+A window's cache keeps `full[:, :, -window + 1:]`. As long as there are fewer rows these are all of them: left alone,
+the slice would be one more value at full length beside the one that attention reads.
+
+Before:  kept = slice(k, 2, -4095, end); attention(q, k, v); return (..., kept)          k has 1000 rows
+After:   attention(q, k, v); return (..., k)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.sizes import same
+
+aten = torch.ops.aten
+
+
+def without_whole_slices(gm: fx.GraphModule) -> int:
+    """Remove them, in place; how many there were. A slice of an input stays: an output must not become the input."""
+    removed = 0
+    for node in list(gm.graph.nodes):
+        if node.target is aten.slice.Tensor and _keeps_everything(node):
+            node.replace_all_uses_with(argument(node, "self"))
+            gm.graph.erase_node(node)
+            removed += 1
+    if removed:
+        gm.recompile()
+    return removed
+
+
+def _keeps_everything(node: fx.Node) -> bool:
+    source = argument(node, "self")
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return source.op != "placeholder" and all(same(a, b) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,64 @@
+"""Writes to the inputs of a graph: where they stand, and what must not be moved behind them. An analysis.
+
+Terms
+-----
+write     An operator that changes what it is given: `copy_(state, new)`, by which a graph updates a caller's buffer.
+          Autograd's functional form has them at the end, behind whatever reads the old contents.
+read      An operator that looks at the bytes of a value. A view of an input does not; what is made of the view does.
+
+The law: nothing behind a write reads the input that was written, or a view of it. A graph that is captured with such a
+read is left as it is (`read_behind_a_write`); one that is rewritten must not have gained any (`mom_passes.verify`).
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from mom_passes.graph.aliasing import is_mutation, may_be_a_view
+from mom_passes.torch_compat import schema_of
+
+aten = torch.ops.aten
+
+#: A view where the layout allows one, else a copy: both at once, as far as reading is concerned.
+_VIEW_OR_COPY = frozenset({aten.reshape.default, aten.contiguous.default, torch.ops.prims.reshape.default})
+
+
+def read_behind_a_write(gm: fx.GraphModule) -> str | None:
+    """What reads an input, or a view of it, after something has written to it; or writes to what is no input."""
+    bases: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            bases[node] = node
+        if node.op not in ("call_function", "call_module"):
+            continue
+        if is_mutation(node):
+            for target in written_by(node):
+                if target not in bases:
+                    return f"{node.name} ({node.target}) writes to {target.name}, which is not an input"
+                written[bases[target]] = node
+                bases[node] = bases[target]
+            continue
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source in bases and (node.target is operator.getitem or may_be_a_view(node)):
+            bases[node] = bases[source]
+            if node.target not in _VIEW_OR_COPY:
+                continue
+        for operand in node.all_input_nodes:
+            write = written.get(bases.get(operand, operand))
+            if write is not None:
+                return f"{node.name} ({node.target}) reads {operand.name} behind {write.name}, which writes to it"
+    return None
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The operands that a write changes."""
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema_of(node.target).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
+    return found

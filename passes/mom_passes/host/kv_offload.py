@@ -1,0 +1,262 @@
+"""Keys and values leave for the host as soon as they are complete, and come back one layer ahead of their attention.
+
+Terms
+-----
+leave     What the cache keeps is on the host: all of a value where there was no past, else only the new rows.
+arrive    A past is copied to a device buffer that has room for the new rows; the copy begins one layer early.
+
+    for each key and value that leaves the graph:
+        made from a past on the host:  cat([fetch(past), new])  ->  buffer = fetch_start(past, rows of new)
+                                                                    full   = fetch_wait(buffer, new)
+                                                                    keeps = append(past, new)
+        else                                                    ->  keeps = offload(full)
+    fetch_start of a layer goes before the waits of the layer before it: two layers are on the device at most
+    whatever else is fetched from the host arrives in the same way
+
+Before:  k1 = cat([fetch(h1), new1], 2); ...; attention(q1, k1, v1); ...; return (..., k1)
+After:   buffer2 = fetch_start(h2, 1, 2); k1 = fetch_wait(buffer1, new1, 2); h1' = append(h1, new1, 2, 0)
+         attention(q1, k1, v1); ...; return (..., h1')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mom_passes.attention.reads import source_of
+from mom_passes.graph.aliasing import RELABELS, VIEWS
+from mom_passes.graph.edit import behind, emit, fake_value, size_node
+from mom_passes.graph.sizes import Size, same
+from mom_passes.graph.strides import viewable
+from mom_passes.graph.values import is_size
+from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
+from mom_passes.ops.transfers import APPEND, COPIES, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.rules.work import matmul_work
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class KVOffload:
+    """What was moved to the host and what was not: names with the reason. `arriving` are the pasts that come back."""
+
+    leaving: tuple[KeyOrValue, ...]
+    left_out: dict[str, str]
+    arriving: int
+
+    def __bool__(self) -> bool:
+        return bool(self.leaving) or self.arriving > 0
+
+
+def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVValues | None = None) -> KVOffload:
+    """Insert the copies, in place. With `start`, values leave that had no past on the host; else those stay.
+
+    `device` is where the attentions run, `kv` what was found in the graph before loops were made of it.
+    """
+    kv = find_kv(gm) if kv is None else located(gm, kv)
+    leaving = tuple(value for value in kv.found if start or value.past is not None)
+    left_out = {value.node.name: value.reason for value in kv.left_out} if start else {}
+    rewriter = _Rewriter(gm, device)
+    for value in leaving:
+        if value.past is None:
+            _bring_up(value.full)
+    complete = _complete(leaving)
+    for value in leaving:
+        rewriter.keep_on_host(value, complete[value.layer])
+    if leaving:
+        _erase_unused(gm)
+    arriving = rewriter.let_arrive()
+    if leaving or arriving:
+        _one_layer_ahead(gm)
+        gm.recompile()
+    return KVOffload(leaving, left_out, arriving)
+
+
+def _bring_up(full: fx.Node) -> None:
+    """Move views and copies that a value is seen through to where its rows are complete: outputs are looked at last."""
+    between, root = [], full
+    while root is not source_of(root):
+        between.append(root)
+        root = root.args[0]  # type: ignore[assignment]
+    place = behind(root)
+    sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
+    if all(size < place for size in sizes):
+        last = place.prev
+        for node in reversed(between):
+            last.append(node)
+            last = node
+
+
+def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:
+    """Of each layer, the value that is complete last: its copies go there, side by side."""
+    last: dict[int, fx.Node] = {}
+    for value in leaving:
+        last[value.layer] = max(last.get(value.layer, value.full), value.full)
+    return last
+
+
+class _Rewriter:
+    def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
+        self.graph = gm.graph
+        self.device = device
+        self.output = next(iter(reversed(gm.graph.nodes)))
+        #: Views of inputs that stand behind the inputs, ahead of every fetch of them.
+        self.ahead: set[fx.Node] = set()
+
+    def keep_on_host(self, value: KeyOrValue, complete: fx.Node) -> None:
+        """`complete` is where the whole layer is, unless the value has a past."""
+        first = self._size(value.first)
+        if value.past is None:
+            with self.graph.inserting_before(behind(complete)):
+                host = emit(self.graph, OFFLOAD, (value.full, value.dim, first))
+            host.meta["kv"] = value
+        else:
+            assert value.new is not None
+            ahead = self._bring_ahead(value.past)
+            assert ahead, f"{value.past.name} is no view of an input"
+            full = self._arrive(value.past, value.new, value.dim, before=value.full)
+            self._replace(value.full, full)
+            with self.graph.inserting_before(behind(full)):
+                host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
+        kept = list(self.output.args[0])  # type: ignore[arg-type]
+        for position in value.outputs:
+            kept[position] = host
+        self.output.args = (type(self.output.args[0])(kept),)  # type: ignore[operator, misc]
+
+    def let_arrive(self) -> int:
+        """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
+        for node in list(self.graph.nodes):
+            if node.target is FETCH and node.users and self._bring_ahead(node.args[0]):
+                self._replace(node, self._arrive(node.args[0], None, max(0, node.meta["val"].dim() - 2), before=node))
+        return sum(node.target is FETCH_START for node in self.graph.nodes)
+
+    def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
+        rows = 0 if new is None else self._size(new.meta["val"].shape[dim])
+        with self.graph.inserting_before(self._first_operator()):
+            buffer = emit(self.graph, FETCH_START, (past, rows, dim, self.device))
+        with self.graph.inserting_before(before):
+            return emit(self.graph, FETCH_WAIT, (buffer, new, dim))
+
+    def _bring_ahead(self, past: fx.Node) -> bool:
+        """Move the views of an input that a past is to where a fetch may begin. False for anything but such views."""
+        views: list[fx.Node] = []
+        pending = [past]
+        while pending:
+            node = pending.pop()
+            if node.op in ("placeholder", "get_attr") or node in self.ahead:
+                continue
+            if node.target not in RELABELS and not is_size(node):
+                return False
+            views.append(node)
+            pending += node.all_input_nodes
+        for node in sorted(set(views)):
+            self._first_operator().prepend(node)
+            self.ahead.add(node)
+        return True
+
+    def _first_operator(self) -> fx.Node:
+        """Behind the inputs, the sizes read off them and the views of them that are fetched."""
+        return next(
+            node
+            for node in self.graph.nodes
+            if node.op not in ("placeholder", "get_attr") and not is_size(node) and node not in self.ahead
+        )
+
+    def _size(self, size: Size) -> int | fx.Node:
+        """A size, computed behind the inputs from theirs, so that it can be had anywhere."""
+        first = self._first_operator()
+        with self.graph.inserting_before(first):
+            found: int | fx.Node = size_node(self.graph, size, before=first)
+        return found
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        """The new node has another layout: what is made of it gets the strides it will really have."""
+        old.replace_all_uses_with(new)
+        changed = {new}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+                continue
+            before = node.meta.get("val")
+            if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
+                continue  # products lay their result out by themselves
+            _relay(node)
+            if not _alike(before, node.meta["val"]):
+                changed.add(node)
+
+
+def _relay(node: fx.Node) -> None:
+    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy.
+
+    Fake tensors cannot be asked: they allow every view, and copy without a word.
+    """
+    if node.target is aten.view.default:
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        if not viewable(source.shape, source.stride(), node.meta["val"].shape):
+            node.target = aten.reshape.default
+    node.meta["val"] = fake_value(node)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
+
+
+def _erase_unused(gm: fx.GraphModule) -> None:
+    """What only the old form read: the fetches and joins. Operators with effects and loops stay."""
+    for node in reversed(list(gm.graph.nodes)):
+        cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or node.target in VIEWS
+        if node.op == "call_function" and cheap and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _one_layer_ahead(gm: fx.GraphModule) -> None:
+    """Copies of a layer side by side, so that one piece lies between two layers, and each fetch one layer early."""
+    layers = _waits_by_layer(gm.graph)
+    for waits in layers:
+        _side_by_side(gm.graph, waits)
+    for before, waits in zip([None, *layers], layers, strict=False):
+        anchor = before[0] if before is not None else _first_copy(gm.graph)
+        for wait in waits:
+            buffer = wait.args[0]
+            assert isinstance(buffer, fx.Node)
+            if buffer is not anchor:
+                anchor.prepend(buffer)
+
+
+def _first_copy(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.target is FETCH_START)
+
+
+def _waits_by_layer(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Fills in order; those with no use of one between them are one layer's."""
+    layers: list[list[fx.Node]] = []
+    used: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is FETCH_WAIT:
+            if not layers or not used.isdisjoint(layers[-1]):
+                layers.append([])
+            layers[-1].append(node)
+        elif node.target is not APPEND:
+            used.update(node.all_input_nodes)
+    return layers
+
+
+def _side_by_side(graph: fx.Graph, waits: Iterable[fx.Node]) -> None:
+    """Move the waits and appends of a layer to where the last of them is."""
+    *others, last = waits
+    copies = [copy for wait in others for copy in (wait, *_appends_of(wait))]
+    for copy in copies:
+        last.prepend(copy)
+
+
+def _appends_of(wait: fx.Node) -> list[fx.Node]:
+    """The append of the same new rows."""
+    new = wait.args[1]
+    users = new.users if isinstance(new, fx.Node) else ()
+    return [user for user in users if user.target is APPEND and user < _next_reader(wait)]
+
+
+def _next_reader(wait: fx.Node) -> fx.Node:
+    return min(wait.users, default=next(iter(reversed(wait.graph.nodes))))

@@ -1,0 +1,40 @@
+"""Which keys and values a cache keeps in another form, as integers with a scale, say. An analysis: it explains.
+
+    for each value that an attention reads itself and that does not leave the graph itself:
+        whatever of the graph's outputs is made of it, by anything but an attention or a product, is its other form
+
+Such a form is the cache's own business: it stays where the cache put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import fx
+
+from mom_passes.attention.reads import Read, source_of
+from mom_passes.rules.work import matmul_work
+
+REASON = "the cache keeps keys or values in a form of its own (quantised, say), which is left where it is"
+
+
+def kept_in_another_form(
+    outputs: Collection[fx.Node], reads: Mapping[fx.Node, Read], found: Collection[fx.Node]
+) -> dict[fx.Node, str]:
+    """Outputs that are made of keys or values, with the reason why they stay. `found` leave as they are."""
+    itself = {source_of(node) for node in found}
+    roots = {source_of(value) for value, read in reads.items() if read.itself}
+    made = {result for root in roots - itself if root.op == "call_function" for result in _made_of(root)}
+    return {node: REASON for node in outputs if node in made}
+
+
+def _made_of(root: fx.Node) -> set[fx.Node]:
+    made: set[fx.Node] = set()
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user not in made and user.op == "call_function" and not matmul_work(user):
+                made.add(user)
+                pending.append(user)
+    return made

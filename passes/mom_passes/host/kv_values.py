@@ -1,0 +1,272 @@
+"""Which values of a graph are keys and values that a cache keeps. An analysis: by structure, never by name.
+
+Terms
+-----
+full      What an attention reads: all of the keys, or of the values, that it may see, or what these are made of.
+kept      What of it leaves the graph for the cache: all rows, or the last ones (a sliding window).
+past      The host tensor it was made from, `full = cat([fetch(past), new])`; None where there was none.
+layer     Keys and values that one attention reads first; they are numbered in the order of their attentions.
+grows     Is an input with rows added to it, `cat([input, new])`.
+
+    for each output of the graph:
+        full = what it is a slice of the last rows of, or the output itself
+        it is a key or value if an attention reads it itself, or something made of it, row by row, and
+            it grows or nothing but keys and values of that attention is made of it    (latents; not hidden states)
+        it stays if its storage is its owner's: allocated with room for all tokens and written to by position
+
+What the graph with loops makes of them is found again by their places among the outputs (`located`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from mom_passes.attention.reads import Attention, Read, attention_reads, attentions, read_of
+from mom_passes.graph.aliasing import is_mutation, seen_through_views
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
+from mom_passes.graph.values import is_tensor, operands
+from mom_passes.host.kv_remade import kept_in_another_form
+from mom_passes.ops.transfers import FETCH
+
+aten = torch.ops.aten
+
+#: What writes rows into a buffer, its first argument, as a function; and the name of the argument that is written.
+WRITES = {
+    aten.index_put.default: "values",
+    aten.index_copy.default: "source",
+    aten.slice_scatter.default: "src",
+    aten.select_scatter.default: "src",
+    aten.scatter.src: "src",
+    aten.copy.default: "src",
+}
+
+STATIC = "the cache allocates room for all tokens ahead and writes into it by position (a static cache)"
+FOLDED = "its tokens share a dimension with something else"
+UNREAD = "it grows like a cache, and no attention of this graph reads it as keys or values"
+
+
+@dataclass(frozen=True)
+class KeyOrValue:
+    """One of them. `dim` is the dimension of its tokens, `first` the number of its first row that is kept.
+
+    `outputs` are the positions of what is kept among the graph's outputs; `new` the rows a past is extended by.
+    """
+
+    full: fx.Node
+    kept: fx.Node
+    outputs: tuple[int, ...]
+    dim: int
+    first: Size
+    layer: int
+    past: fx.Node | None = None
+    new: fx.Node | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept, at the captured sizes."""
+        value = self.kept.meta["val"]
+        return count_hint(value.shape) * value.element_size()
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.bytes // max(1, hint(self.kept.meta["val"].shape[self.dim]))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What stays on the device, with the reason: an output by its position, or an input that is written into."""
+
+    node: fx.Node
+    output: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class KVValues:
+    """What was found, layer by layer, and what was left on the device."""
+
+    found: tuple[KeyOrValue, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def find_kv(gm: fx.GraphModule) -> KVValues:
+    """The keys and values that leave a graph without loops. Nothing is changed."""
+    return _Finder(gm).find()
+
+
+class _Finder:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.attentions = {attention.node: attention for attention in attentions(gm)}
+        self.reads = attention_reads(gm)
+        self.returned = returned(gm)
+
+    def find(self) -> KVValues:
+        places: dict[fx.Node, list[int]] = {}
+        for i, node in enumerate(self.returned):
+            if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
+                places.setdefault(node, []).append(i)
+        found: list[tuple[fx.Node, fx.Node, Read]] = []
+        reasons: dict[fx.Node, str] = {}
+        for kept in places:
+            full, read = self._read(kept)
+            reason = self._why_not(kept, full, read)
+            if reason is not None:
+                reasons[kept] = reason
+            elif read is not None:
+                found.append((full, kept, read))
+        made = kept_in_another_form(places, self.reads, [full for full, _, _ in found])
+        itself = {kept for _, kept, _ in found}
+        left_out = [LeftOut(n, places[n][0], why) for n, why in {**made, **reasons}.items() if n not in itself]
+        left_out += self._updated_in_place()
+        readers = sorted({read.layer for _, _, read in found}, key=self.position.__getitem__)
+        layers = {reader: layer for layer, reader in enumerate(readers)}
+        found.sort(key=lambda one: (layers[one[2].layer], self.position[one[0]]))
+        values = [_record(full, kept, tuple(places[kept]), r.dim.index, layers[r.layer]) for full, kept, r in found]
+        return KVValues(tuple(values), tuple(left_out))
+
+    def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
+        """The full value of an output, and how an attention reads it, if its rows are keys or values."""
+        candidates = [kept]
+        if kept.target is aten.slice.Tensor and _last_rows(kept):
+            candidates.insert(0, argument(kept, "self"))
+        for full in candidates:
+            if full.op == "placeholder" or full.meta["val"].dim() < 3:
+                continue
+            read = read_of(full, self.reads)
+            if read is not None and (read.itself or _grows(full) or self._only_keys(full, kept)):
+                return full, read
+        return kept, None
+
+    def _why_not(self, kept: fx.Node, full: fx.Node, read: Read | None) -> str | None:
+        """Why an output stays although it is a cache's, or None."""
+        buffer = _written_into(kept)
+        if buffer is not None and (read is not None or self._holds_keys(kept)):
+            return STATIC
+        if read is None:
+            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _last_rows(kept) else kept
+            return UNREAD if _grows(grown) and not _as_before(kept, grown) else None
+        return None if read.dim.plain else FOLDED
+
+    def _holds_keys(self, node: fx.Node) -> bool:
+        """Whether an attention reads a buffer, before or after something is written into it, or what is written."""
+        values = [node]
+        while node.target in WRITES:
+            values.append(argument(node, WRITES[node.target]))
+            node = argument(node, "self")
+            values.append(node)
+        reads = [read_of(value, self.reads) for value in values]
+        return any(read is not None and read.itself for read in reads)
+
+    def _only_keys(self, full: fx.Node, kept: fx.Node) -> bool:
+        """Whether all that is made of a value are the keys and values of one layer's attention."""
+        layers: set[fx.Node] = set()
+        pending, seen = [full], {full}
+        while pending:
+            value = pending.pop()
+            for user in value.users:
+                attention = self.attentions.get(user)
+                if attention is not None and _as_key_or_value(attention, value):
+                    layers.add(attention.layer)
+                elif user.op == "output":
+                    if value not in (full, kept):
+                        return False
+                elif is_mutation(user) or user.op != "call_function":
+                    return False
+                elif is_tensor(user) and user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+        return len(layers) == 1
+
+    def _updated_in_place(self) -> list[LeftOut]:
+        """Caches that their owner allocates: the graph writes keys or values into an input."""
+        found = []
+        for node in self.gm.graph.nodes:
+            written = node.args[0] if node.target is aten.copy_.default else None
+            if written is not None and written.op == "placeholder" and self._holds_keys(node.args[1]):
+                found.append(LeftOut(written, None, STATIC))
+        return found
+
+
+def returned(gm: fx.GraphModule) -> tuple[object, ...]:
+    """What a graph returns, in order."""
+    values = next(iter(reversed(gm.graph.nodes))).args[0]
+    return tuple(values) if isinstance(values, (tuple, list)) else ()
+
+
+def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
+    """The same keys and values in what a graph was rewritten to: it returns them in the same places."""
+    outputs = returned(gm)
+    inputs = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
+
+    def again(value: KeyOrValue) -> KeyOrValue:
+        kept = outputs[value.outputs[0]]
+        assert isinstance(kept, fx.Node)
+        if value.kept is not value.full and kept.target is aten.slice.Tensor and _last_rows(kept):
+            return _record(argument(kept, "self"), kept, value.outputs, value.dim, value.layer)
+        return _record(kept, kept, value.outputs, value.dim, value.layer)
+
+    def left(value: LeftOut) -> LeftOut:
+        node = inputs[value.node.name] if value.output is None else outputs[value.output]
+        assert isinstance(node, fx.Node)
+        return replace(value, node=node)
+
+    return KVValues(tuple(again(value) for value in kv.found), tuple(left(value) for value in kv.left_out))
+
+
+def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, layer: int) -> KeyOrValue:
+    rows = expr(full.meta["val"].shape[dim]) - expr(kept.meta["val"].shape[dim])
+    past, new = _past(full)
+    return KeyOrValue(full, kept, outputs, dim, int(rows) if rows.is_Integer else rows, layer, past, new)
+
+
+def _last_rows(node: fx.Node) -> bool:
+    """Whether a slice ends where its operand ends, without gaps."""
+    source, dim = argument(node, "self").meta["val"], argument(node, "dim")
+    end, step = argument(node, "end"), argument(node, "step")
+    end = end.meta["val"] if isinstance(end, fx.Node) else end
+    size = source.shape[dim]
+    return step == 1 and (end is None or same(end, size) or (isinstance(end, int) and end >= 1 << 62))
+
+
+def _past(full: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    if full.target is not aten.cat.default:
+        return None, None
+    parts = argument(full, "tensors")
+    if len(parts) == 2 and parts[0].target is FETCH:
+        return parts[0].args[0], parts[1]
+    return None, None
+
+
+def _grows(full: fx.Node) -> bool:
+    if full.target is not aten.cat.default or len(argument(full, "tensors")) != 2:
+        return False
+    old = argument(full, "tensors")[0]
+    old = seen_through_views(old.args[0] if old.target is FETCH else old)
+    return old.op == "placeholder"
+
+
+def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
+    """Whether as many rows are kept as there were: the state of a convolution, say."""
+    before = argument(grown, "tensors")[0].meta["val"].shape
+    return all(same(a, b) for a, b in zip(before, kept.meta["val"].shape, strict=True))
+
+
+def _written_into(node: fx.Node) -> fx.Node | None:
+    """The buffer that a value is, with something written into it: a constant or an input. None for anything else."""
+    if node.target not in WRITES:
+        return None
+    while node.target in WRITES:
+        node = seen_through_views(node.args[0])  # type: ignore[arg-type]
+    constant = node.op == "call_function" and not any(is_tensor(operand) for operand in node.all_input_nodes)
+    return node if constant or node.op == "placeholder" else None
+
+
+def _as_key_or_value(attention: Attention, value: fx.Node) -> bool:
+    """Whether an attention reads a value as nothing but keys or values."""
+    return operands(attention.node).count(value) == sum(operand is value for operand, _ in attention.read)

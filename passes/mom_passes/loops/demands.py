@@ -1,0 +1,240 @@
+"""Who needs which rows of what: the demand graph, from the outputs of a graph back to its inputs.
+
+Terms
+-----
+instance   A value as somebody demands it: `(node, dim)` is some rows of it, `(node, None)` all of it.
+barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
+
+Kinds of instances
+------------------
+SOURCE     a placeholder or constant, whole or sliced: always at hand
+ROWS       rows computed from rows (and whole values) by the node's own claim
+ENTRY      rows cut from a whole value, because the operator cannot be run on rows
+BARRIER    the complete value that a loop wrote, row by row or as the parts of a reduction over the tokens
+WHOLE      an operator run once on the full sequence, between loops
+INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed; and a
+           copy n times as large as its source (repeat_kv): made for one iteration at a time rather than kept
+SIZE       a SymInt: arithmetic on sizes, done outside
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.aliasing import TOKEN_SLICES, VIEWS, is_mutation
+from mom_passes.graph.sizes import Size, count_hint, product, quotient
+from mom_passes.graph.values import is_tensor
+from mom_passes.rules import Claim, Demand, Dim, chunk_rule_for, claim_for, operands
+from mom_passes.rules.folds import fold_claim
+from mom_passes.tokens.dims import TokenDims
+
+aten = torch.ops.aten
+
+
+
+#: In place of a token dim: the parts of a reduction over the tokens, one for each mini-sequence.
+PARTS = Dim(-1)
+
+
+
+class Kind(enum.Enum):
+    SOURCE = "source"
+    ROWS = "rows"
+    ENTRY = "entry"
+    BARRIER = "barrier"
+    WHOLE = "whole"
+    INLINE = "inline"
+    SIZE = "size"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A node, and the token dim along which only rows of it are demanded (None: all of it)."""
+
+    node: fx.Node
+    dim: Demand
+
+    def __str__(self) -> str:
+        if self.dim is None:
+            return self.node.name
+        return f"{self.node.name}[{'parts' if self.dim is PARTS else f'rows of {self.dim}'}]"
+
+
+@dataclass
+class DemandGraph:
+    """Instances in topological order, with their kinds, operands and readers."""
+
+    kinds: dict[Instance, Kind] = field(default_factory=dict)
+    inputs: dict[Instance, tuple[Instance, ...]] = field(default_factory=dict)
+    claims: dict[Instance, Claim] = field(default_factory=dict)
+    readers: dict[Instance, list[Instance]] = field(default_factory=dict)
+    outputs: tuple[Instance, ...] = ()
+    order: list[Instance] = field(default_factory=list)
+    position: dict[Instance, int] = field(default_factory=dict)
+
+    def length(self, instance: Instance) -> Size:
+        """How many tokens a sliced instance has, or the operand of a reduction over tokens."""
+        return instance_length(self.inputs[instance][0] if instance.dim is PARTS else instance)
+
+    def recomputable(self, instance: Instance) -> bool:
+        if instance.node.target is operator.getitem:
+            return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
+        rule = chunk_rule_for(instance.node.target)
+        return self.kinds[instance] is Kind.ROWS and rule is not None and rule.recompute
+
+
+def instance_length(instance: Instance) -> Size:
+    """How many tokens a sliced instance has."""
+    dim = instance.dim
+    assert dim is not None
+    value = instance.node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    length = quotient(first.shape[dim.index], product([dim.outer, dim.inner]))
+    assert length is not None, f"{instance}: rows do not divide the dimension"
+    return length
+
+
+def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
+    """Walk demands from the outputs (and from operators with side effects) to the inputs."""
+    graph = DemandGraph()
+    roots = _roots(gm)
+    graph.outputs = tuple(roots)
+    pending = list(roots)
+    while pending:
+        instance = pending.pop()
+        if instance in graph.kinds:
+            continue
+        kind, inputs, claim = _classify(instance, dims)
+        graph.kinds[instance] = kind
+        graph.inputs[instance] = inputs
+        if claim is not None:
+            graph.claims[instance] = claim
+        for operand in inputs:
+            graph.readers.setdefault(operand, []).append(instance)
+            pending.append(operand)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    graph.order = sorted(graph.kinds, key=lambda i: (position[i.node], _whole_last(i, graph)))
+    graph.position = {instance: i for i, instance in enumerate(graph.order)}
+    return graph
+
+
+def _whole_last(instance: Instance, graph: DemandGraph) -> int:
+    """Of one node's instances: rows, then the whole value made of them, then rows cut from that."""
+    if graph.kinds[instance] is Kind.ENTRY:
+        return 2
+    return 1 if instance.dim is None else 0
+
+
+def _roots(gm: fx.GraphModule) -> list[Instance]:
+    roots: dict[Instance, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                roots[Instance(value, None)] = None
+        elif node.op == "call_function" and is_mutation(node):
+            roots[Instance(node, None)] = None
+    return list(roots)
+
+
+
+
+
+
+def is_inline(node: fx.Node) -> bool:
+    """A view, or a constant of one element: repeated where it is needed rather than kept."""
+    if node.target in VIEWS:
+        return True
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or node.all_input_nodes:
+        return False
+    return node.op == "call_function" and count_hint(value.shape) == 1 and chunk_rule_for(node.target) is not None
+
+
+
+
+def repeats(node: fx.Node) -> bool:
+    """Whether a copy is larger than what it copies: keys repeated for all query heads, say."""
+    if node.target is not aten.clone.default:
+        return False
+    (source,) = operands(node)
+    while source.target in VIEWS:
+        (before,) = operands(source)
+        if count_hint(source.meta["val"].shape) > count_hint(before.meta["val"].shape):
+            return True
+        source = before
+    return False
+
+
+def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+    node = instance.node
+    if node.op in ("placeholder", "get_attr"):
+        return Kind.SOURCE, (), None
+    if not is_tensor(node):
+        if _is_size_of(node):
+            return Kind.SIZE, (), None
+        whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+        return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
+    if instance.dim is None:
+        return _classify_whole(node, dims)
+    if instance.dim is PARTS:
+        (source,) = operands(node)
+        claim = fold_claim(node, dims.carriers[source].dim)
+        return Kind.ROWS, (Instance(source, dims.carriers[source].dim), *_sizes_read(node)), claim
+    own = dims.carriers.get(node)
+    try:
+        if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
+            raise CannotChunk(node, instance.dim, "its rows are not computed along it")
+        claim = claim_for(node, instance.dim)
+    except CannotChunk:
+        return Kind.ENTRY, (Instance(node, None),), None
+    inputs = [Instance(n, d) for n, d in zip(operands(node), claim.demands, strict=True)]
+    return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
+
+
+def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+    whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+    if is_mutation(node):
+        return Kind.WHOLE, whole, None
+    carrier = dims.carriers.get(node)
+    slices_tokens = node in dims.mixing and node.target in TOKEN_SLICES
+    free = is_inline(node) or slices_tokens or repeats(node)
+    if free and all(_plain(n, dims) for n in operands(node)):
+        return Kind.INLINE, whole, None
+    # What is as cheap as an input needs no loop of its own.
+    if carrier is not None and node in dims.rowwise and node in dims.worked:
+        return Kind.BARRIER, (Instance(node, carrier.dim),), None
+    if _folds(node, dims):
+        return Kind.BARRIER, (Instance(node, PARTS),), None
+    return Kind.WHOLE, whole, None
+
+
+def _folds(node: fx.Node, dims: TokenDims) -> bool:
+    """Whether a node reduces over the tokens of rows that a loop computes."""
+    inputs = operands(node)
+    if node not in dims.mixing or len(inputs) != 1 or inputs[0] not in dims.rowwise & dims.worked:
+        return False
+    try:
+        fold_claim(node, dims.carriers[inputs[0]].dim)
+    except CannotChunk:
+        return False
+    return True
+
+
+def _plain(node: fx.Node, dims: TokenDims) -> bool:
+    carrier = dims.carriers.get(node)
+    return carrier is None or carrier.dim.plain
+
+
+def _sizes_read(node: fx.Node) -> list[Instance]:
+    return [Instance(n, None) for n in node.all_input_nodes if not is_tensor(n)]
+
+
+def _is_size_of(node: fx.Node) -> bool:
+    """`sym_size(tensor, i)` reads metadata, not data: it does not need the tensor."""
+    return "sym_" in str(node.target)

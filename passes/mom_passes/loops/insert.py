@@ -1,0 +1,219 @@
+"""Turn every stage into loops over mini-sequences.
+
+    for stage in stages:
+        emit its whole operators into the new graph
+        for length in lengths of its stored values:            # nearly always one
+            body   = the stored rows, computed from what is at hand, by the claims of the rules
+            loop   = MiniSequence(body)
+            stored = loop(length, *sizes, *sliced, *whole)
+
+Before:  k = mm(norm(x), wk); ...; y = add(x, mm(silu(mm(n, wg)), wd))
+After:   k, v, x1 = stage_1(length, x0, k0, v0, wq, wo, wg, wd, wk, wv)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from mom_passes.errors import PassError
+from mom_passes.graph.aliasing import is_mutation
+from mom_passes.graph.edit import attribute, emit, fake_mode, fake_value, size_node
+from mom_passes.graph.sizes import Size, hint, is_one, same
+from mom_passes.graph.values import is_tensor, value_of
+from mom_passes.loops.bodies import Body
+from mom_passes.loops.demands import PARTS, DemandGraph, Instance, Kind
+from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence, RowLimit
+from mom_passes.loops.stages import StagePlan, Stages
+from mom_passes.rules.folds import FOLDS, elements, total_dtype
+
+
+def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
+    """A new graph module with the same placeholders and outputs, in which every stage's rows are computed by loops."""
+    return _Rewriter(gm, stages, limit).run()
+
+
+class _Rewriter:
+    def __init__(self, gm: fx.GraphModule, stages: Stages, limit: RowLimit) -> None:
+        self.gm = gm
+        self.stages = stages
+        self.demands: DemandGraph = stages.demands
+        self.limit = limit
+        self.graph = fx.Graph()
+        self.whole: dict[fx.Node, fx.Node] = {}
+        self.stored: dict[Instance, fx.Node] = {}
+        #: Values whose strides are not those of the original graph: loops store densely what was a slice, say.
+        self.relaid: set[fx.Node] = set()
+        self.root = nn.Module()
+
+    def run(self) -> fx.GraphModule:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self.whole[node] = self.graph.node_copy(node)
+        for plan in self.stages.plans:
+            for instance in plan.whole:
+                if not is_mutation(instance.node):
+                    self._emit_whole(instance.node)
+            for length, stored in self._by_length(plan):
+                self._emit_loop(plan, length, stored)
+        output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        self._emit_writes(output)
+        new = self.graph.output(fx.map_arg(output.args[0], self._whole_value))
+        new.meta = dict(output.meta)
+        rewritten = fx.GraphModule(self.root, self.graph, "MiniSequences")
+        rewritten.meta = dict(self.gm.meta)
+        return rewritten
+
+    def _emit_writes(self, output: fx.Node) -> None:
+        """Writes to the inputs, in their order, behind all that reads the old contents: some values are emitted only
+        when they are asked for, and the outputs are asked last."""
+        writes = [node for node in self.gm.graph.nodes if node.op == "call_function" and is_mutation(node)]
+        behind = set(writes)
+        for node in self.gm.graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        for reader in (*writes, output):
+            for node in reader.all_input_nodes:
+                if node not in behind:
+                    self._whole_value(node)
+        for write in writes:
+            self._emit_whole(write)
+
+    # --- whole values in the outer graph ---
+
+    def _whole_value(self, node: fx.Node) -> fx.Node:
+        """The outer graph's node for all of a value; views and sizes are emitted when first asked for."""
+        if node not in self.whole:
+            if node.op == "get_attr":
+                self._copy_attribute(node)
+            else:
+                kind = self.demands.kinds.get(Instance(node, None))
+                if kind is Kind.SIZE and not self.demands.inputs[Instance(node, None)]:
+                    self.whole[node] = size_node(self.graph, node.meta["val"])
+                    return self.whole[node]
+                if kind not in (Kind.INLINE, Kind.SIZE):
+                    raise PassError(f"{node.name} is read before the stage that computes it ({kind})")
+            self._emit_whole(node)
+        return self.whole[node]
+
+    def _emit_whole(self, node: fx.Node) -> None:
+        if node in self.whole:
+            return
+        new = self.whole[node] = self.graph.node_copy(node, self._whole_value)
+        if any(n in self.relaid for n in new.all_input_nodes) and is_tensor(node):
+            new.meta["val"] = fake_value(new)
+            self.relaid.add(new)
+
+    def _copy_attribute(self, node: fx.Node) -> None:
+        assert isinstance(node.target, str)
+        owner = attribute(self.gm, node.target)
+        name = node.target.replace(".", "_")
+        if not hasattr(self.root, name):
+            setattr(self.root, name, owner)
+        self.whole[node] = self.graph.get_attr(name)
+        self.whole[node].meta = dict(node.meta)
+
+    def _by_length(self, plan: StagePlan) -> Iterator[tuple[Size, list[Instance]]]:
+        groups: list[tuple[Size, list[Instance]]] = []
+        for instance in plan.stored:
+            length = self.demands.length(instance)
+            for known, members in groups:
+                if same(known, length):
+                    members.append(instance)
+                    break
+            else:
+                groups.append((length, [instance]))
+        yield from groups
+
+    # --- loops ---
+
+    def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
+        stored = [i for i in members if i.dim is not PARTS]
+        folded = [i for i in members if i.dim is PARTS]
+        length_node = size_node(self.graph, length)
+        if isinstance(length_node, fx.Node):
+            length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
+        body = Body(self.demands, plan, length, stored + folded)
+        spec = LoopSpec(
+            plan.index,
+            length,
+            self.limit.rows_of(body.widest),
+            body.size_values(),
+            tuple(i.dim for i in body.sliced if i.dim is not None),
+            len(body.whole),
+            tuple(self._output(instance) for instance in stored),
+            tuple(self._fold(instance.node) for instance in folded),
+            body.widest,
+        )
+        name = f"stage_{plan.index}"
+        if hasattr(self.root, name):
+            name = f"{name}_{len(self.graph.nodes)}"
+        self.root.add_module(name, MiniSequence(body.module, spec))
+        arguments = (
+            length_node,
+            *(length_node if size is None else self._whole_value(size) for size in body.sizes),
+            *(self._rows_source(instance) for instance in body.sliced),
+            *(self._whole_value(node) for node in body.whole),
+        )
+        loop = self.graph.call_module(name, arguments)
+        loop.meta["val"] = tuple(i.node.meta["val"] for i in stored + folded)
+        items = [self._item(loop, index, i.node) for index, i in enumerate(stored + folded)]
+        for instance, item, output in zip(stored, items, spec.outputs, strict=False):
+            self._lay_out(item, output)
+            self.stored[instance] = item
+            if self.demands.kinds.get(Instance(instance.node, None)) is Kind.BARRIER:
+                self.whole[instance.node] = item
+        for instance, item in zip(folded, items[len(stored) :], strict=True):
+            self.whole[instance.node] = self._finished(instance.node, item)
+
+    def _item(self, loop: fx.Node, index: int, of: fx.Node) -> fx.Node:
+        item = self.graph.call_function(operator.getitem, (loop, index))
+        item.meta = dict(of.meta)
+        return item
+
+    def _lay_out(self, item: fx.Node, output: LoopOutput) -> None:
+        """The strides a stored value really has."""
+        value = item.meta["val"]
+        with fake_mode(self.graph):
+            dense = torch.empty_permuted(value.shape, output.order, dtype=value.dtype, device=value.device)
+        strides = zip(dense.stride(), value.stride(), value.shape, strict=True)
+        if not all(same(a, b) or is_one(size) for a, b, size in strides):
+            item.meta["val"] = dense
+            self.relaid.add(item)
+
+    def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
+        """From the combined parts to the reduction's value: a mean is divided, a wide total rounded."""
+        value = value_of(node)
+        total.meta["val"] = value.to(total_dtype(node))
+        if FOLDS[node.target].mean:
+            total = emit(self.graph, torch.ops.aten.div.Tensor, (total, size_node(self.graph, elements(node))))
+        if total_dtype(node) != value.dtype:
+            total = emit(self.graph, torch.ops.prims.convert_element_type.default, (total, value.dtype))
+        return total
+
+    def _rows_source(self, instance: Instance) -> fx.Node:
+        return self.stored[instance] if instance in self.stored else self._whole_value(instance.node)
+
+    @staticmethod
+    def _fold(node: fx.Node) -> LoopFold:
+        value = value_of(node)
+        return LoopFold(node.name, node.target, tuple(value.shape), total_dtype(node), value.device)
+
+    @staticmethod
+    def _output(instance: Instance) -> LoopOutput:
+        value = instance.node.meta["val"]
+        strides = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
+        # Dimensions of size one have no order of their own: they stay where they are written.
+        order = _storage_order(strides, value.dim())
+        assert instance.dim is not None
+        return LoopOutput(instance.node.name, instance.dim, tuple(value.shape), order, value.dtype, value.device)
+
+
+def _storage_order(strides: list[int], ndim: int) -> tuple[int, ...]:
+    """Dimensions from the outermost in storage to the innermost."""
+    moving = sorted((i for i in range(ndim) if strides[i] > 0), key=lambda i: -strides[i])
+    fixed = [i for i in range(ndim) if strides[i] == 0]
+    return tuple(fixed + moving)

@@ -1,0 +1,227 @@
+"""Cut a graph at its barriers into stages, and choose what crosses between them. An analysis.
+
+Terms
+-----
+barrier    A whole operand that a loop produces (keys and values of an attention): it must be complete first.
+stage      Everything between two barriers: operators run once on the full sequence, then loops over rows.
+earliest   The first stage in which a value can be had: one more than its operands' where a barrier lies between.
+latest     The last stage in which it may be computed: its readers' (one less across a barrier).
+late       At boundary `k`: certainly computed after stage `k`.
+crossing   A value kept at full length from the stage that makes it to a later one that reads it.
+
+    number the stages by barriers crossed
+    compute matmuls and attention as late as their readers allow, once
+    at each boundary: min-cut between what is computed before and what is needed after
+        capacity of a value = its bytes per token; nothing where it is kept anyway (a barrier, an output)
+        cheap work (norms, rope, masks) may be repeated below the cut
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from mom_passes.graph.aliasing import is_mutation
+from mom_passes.graph.min_cut import cheapest_cut
+from mom_passes.graph.sizes import count_hint, hint
+from mom_passes.loops.demands import DemandGraph, Instance, Kind
+
+#: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
+FINE = 1 << 20
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What runs in one stage: `whole` operators first, then loops that store `stored` rows.
+
+    `available` are the row instances that earlier stages stored and this one may read.
+    """
+
+    index: int
+    whole: tuple[Instance, ...]
+    stored: tuple[Instance, ...]
+    available: frozenset[Instance]
+
+
+@dataclass(frozen=True)
+class Stages:
+    demands: DemandGraph
+    plans: tuple[StagePlan, ...]
+
+
+def plan_stages(demands: DemandGraph) -> Stages:
+    """Assign every instance to a stage and choose the crossings."""
+    planner = _Planner(demands)
+    return Stages(demands, planner.plans())
+
+
+class _Planner:
+    def __init__(self, demands: DemandGraph) -> None:
+        self.demands = demands
+        self.barriers = {demands.inputs[i][0] for i in demands.order if demands.kinds[i] is Kind.BARRIER}
+        self.earliest = self._earliest()
+        self.last = max(self.earliest.values(), default=0)
+        self.latest = self._latest()
+        self.ready = self._ready()
+
+    def _earliest(self) -> dict[Instance, int]:
+        earliest: dict[Instance, int] = {}
+        for instance in self.demands.order:
+            below = max((earliest[i] for i in self.demands.inputs[instance]), default=0)
+            earliest[instance] = below + (self.demands.kinds[instance] is Kind.BARRIER)
+        return earliest
+
+    def _latest(self) -> dict[Instance, int]:
+        latest: dict[Instance, int] = {}
+        outputs = set(self.demands.outputs)
+        for instance in reversed(self.demands.order):
+            # An output is kept from the moment it exists, so it may as well be made at once.
+            limit = self.earliest[instance] if instance in outputs and not is_mutation(instance.node) else self.last
+            for reader in self.demands.readers.get(instance, ()):
+                limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
+            latest[instance] = limit
+        for instance in self.demands.order:
+            # What one operator returns at once is made at once: its tuple cannot be kept, the items can.
+            if instance.node.target is operator.getitem and self.demands.kinds[instance] is Kind.ROWS:
+                latest[instance] = latest[self.demands.inputs[instance][0]]
+        return latest
+
+    def _ready(self) -> dict[Instance, int]:
+        """The first stage that may read a whole value, given where it is computed."""
+        ready: dict[Instance, int] = {}
+        for instance in self.demands.order:
+            kind = self.demands.kinds[instance]
+            if kind in (Kind.WHOLE, Kind.BARRIER):
+                ready[instance] = self.latest[instance]
+            elif kind in (Kind.INLINE, Kind.ENTRY):
+                ready[instance] = max((ready.get(i, 0) for i in self.demands.inputs[instance]), default=0)
+        return ready
+
+    def fixed(self, instance: Instance) -> bool:
+        """Computed exactly once, in its latest stage: matmuls, attention, and what a barrier waits for."""
+        return not self.demands.recomputable(instance) or instance in self.barriers
+
+    def late(self, k: int) -> set[Instance]:
+        """Row instances that cannot be had, or may not be computed, before the end of stage `k`."""
+        late: set[Instance] = set()
+        for instance in self.demands.order:
+            if self.demands.kinds[instance] is Kind.ENTRY:
+                after = self.ready[instance] > k
+            elif self.demands.kinds[instance] is Kind.ROWS:
+                inputs = self.demands.inputs[instance]
+                after = self.earliest[instance] > k or (self.fixed(instance) and self.latest[instance] > k)
+                after = after or any(i in late or self.ready.get(i, 0) > k for i in inputs)
+            else:
+                continue
+            if after:
+                late.add(instance)
+        return late
+
+    def crossing(self, k: int) -> set[Instance]:
+        """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
+        late = self.late(k)
+        needed = {i for reader in late for i in self.demands.inputs[reader] if i.dim is not None and i not in late}
+        return cheapest_cut(self._computed(needed), lambda instance, _: self._cost(instance, k), self._made_from)
+
+    def _made_from(self, instance: Instance) -> list[Instance] | None:
+        return self._computed(self.demands.inputs[instance]) if self.demands.recomputable(instance) else None
+
+    def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
+        """Of some instances, those of rows that are not an input's."""
+        return [i for i in instances if i.dim is not None and self.demands.kinds[i] is not Kind.SOURCE]
+
+    def _cost(self, instance: Instance, k: int) -> int | None:
+        """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
+        value = instance.node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return None
+        if self.kept(instance, k):
+            return 0
+        assert instance.dim is not None
+        # Ties: a plain layout before a merged one, and the value nearest to its readers.
+        awkward = 0 if instance.dim.plain else FINE // 2
+        depth = len(self.demands.order) - self.demands.position[instance]
+        return bytes_per_token(instance) * FINE + awkward + depth
+
+    def kept(self, instance: Instance, k: int) -> bool:
+        """Whether the value is at full length after stage `k` whatever the cut says."""
+        whole = Instance(instance.node, None)
+        kind = self.demands.kinds.get(whole)
+        if kind is Kind.SOURCE:
+            return True
+        if kind is None or self.latest[whole] - (kind is Kind.BARRIER) > k:
+            return False
+        readers = self.demands.readers.get(whole, ())
+        return whole in self.demands.outputs or any(self._reaches(reader, k) for reader in readers)
+
+    def _reaches(self, reader: Instance, k: int) -> bool:
+        if self.demands.kinds[reader] is Kind.INLINE:
+            return any(self._reaches(r, k) for r in self.demands.readers.get(reader, ()))
+        if self.demands.kinds[reader] is Kind.ENTRY:
+            return False
+        return self.latest[reader] > k
+
+    def plans(self) -> tuple[StagePlan, ...]:
+        crossing = [self.crossing(k) for k in range(self.last)]
+        stored: list[set[Instance]] = []
+        available: list[set[Instance]] = []
+        kept_so_far: set[Instance] = set()
+        for k in range(self.last + 1):
+            here = {i for i in kept_so_far if i in crossing[k - 1] or self.kept(i, k - 1)} if k else set()
+            due = {i for i in self.barriers if self.latest[i] == k}
+            crosses = crossing[k] if k < self.last else set()
+            available.append(here)
+            stored.append((due | {i for i in crosses if self.demands.kinds[i] is Kind.ROWS}) - here)
+            kept_so_far |= stored[k]
+        self._complete(stored, available)
+        whole = [[i for i in self._wholes() if self.latest[i] == k] for k in range(self.last + 1)]
+        return tuple(
+            StagePlan(k, tuple(whole[k]), self._ordered(stored[k]), frozenset(available[k]))
+            for k in range(self.last + 1)
+        )
+
+    def _complete(self, stored: list[set[Instance]], available: list[set[Instance]]) -> None:
+        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all."""
+        for k in reversed(range(len(stored))):
+            for instance in body_instances(self.demands, stored[k], available[k]):
+                home = self.latest[instance]
+                if self.demands.kinds[instance] is Kind.ROWS and self.fixed(instance) and home < k:
+                    stored[home].add(instance)
+                    for later in range(home + 1, k + 1):
+                        available[later].add(instance)
+
+    def _wholes(self) -> list[Instance]:
+        return [i for i in self.demands.order if self.demands.kinds[i] is Kind.WHOLE]
+
+    def _ordered(self, instances: Iterable[Instance]) -> tuple[Instance, ...]:
+        return tuple(sorted(instances, key=self.demands.position.__getitem__))
+
+
+def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: Iterable[Instance]) -> list[Instance]:
+    """Every instance that a loop storing `stored` computes or reads, in graph order.
+
+    The walk ends at what is `available`, at whole values and at rows cut from them.
+    """
+    at_hand = set(available)
+    found: set[Instance] = set()
+    pending = list(stored)
+    while pending:
+        instance = pending.pop()
+        if instance in found:
+            continue
+        found.add(instance)
+        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.INLINE):
+            pending.extend(demands.inputs[instance])
+    return sorted(found, key=demands.position.__getitem__)
+
+
+def bytes_per_token(instance: Instance) -> int:
+    """Bytes that one token of a row instance takes at full length (at the captured sizes)."""
+    value = instance.node.meta["val"]
+    assert isinstance(value, torch.Tensor) and instance.dim is not None
+    dim = instance.dim
+    length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
+    return max(1, count_hint(value.shape) * value.element_size() // max(1, length))

@@ -1,0 +1,133 @@
+"""`mom::` operators that move keys and values between the device and host memory, with a reference each.
+
+Terms
+-----
+host         A tensor in host memory, seen as the device's `[B, H, T, D]` but stored token-major: rows of tokens
+             outermost, so that appending a row never moves another.
+buffer       A device buffer with the host's rows and space for the rows to come.
+
+    prefill   host = offload(k, 2, 0)                      rows leave as soon as they are complete
+    decode    buffer = fetch_start(host, 1, 2, device)      begins the copy; one layer ahead
+              k      = fetch_wait(buffer, new, 2)           waits for it; `buffer` is now complete
+              host = append(host, new, 2, 0)               only the new rows leave
+
+The references copy at once and change none of their arguments, so a rewritten graph is executable anywhere.
+A runtime makes the copies asynchronous, fills a buffer where it is and appends to the host's own storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mom_passes.ops.library import LIBRARY
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+LIBRARY.define("fetch(Tensor host, Device device) -> Tensor", tags=_TAGS)
+"""All of a host tensor on the device, in the host's layout."""
+
+LIBRARY.define("fetch_start(Tensor host, SymInt rows, int dim, Device device) -> Tensor", tags=_TAGS)
+"""A token-major device buffer with the host's rows and `rows` more, unset, along `dim`."""
+
+LIBRARY.define("fetch_wait(Tensor buffer, Tensor? new, int dim) -> Tensor", tags=_TAGS)
+"""The buffer with its last rows set to `new`; with None, just what has arrived."""
+
+LIBRARY.define("append(Tensor host, Tensor new, int dim, SymInt first) -> Tensor", tags=_TAGS)
+"""Rows `[first:]` of the host's and the new rows, on the host."""
+
+LIBRARY.define("offload(Tensor value, int dim, SymInt first) -> Tensor", tags=_TAGS)
+"""Rows `[first:]` of a device value, on the host."""
+
+FETCH = torch.ops.mom.fetch.default
+FETCH_START = torch.ops.mom.fetch_start.default
+FETCH_WAIT = torch.ops.mom.fetch_wait.default
+APPEND = torch.ops.mom.append.default
+OFFLOAD = torch.ops.mom.offload.default
+
+#: What a runtime runs between compiled pieces, never inside one.
+COPIES = frozenset({FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
+
+HOST = torch.device("cpu")
+
+
+def token_major(shape: Sequence[Any], dim: int, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor of that shape whose rows along `dim` are outermost in storage."""
+    order = [dim, *(i for i in range(len(shape)) if i != dim)]
+    return torch.empty_permuted(list(shape), order, dtype=like.dtype, device=device)
+
+
+def buffer_like(host: torch.Tensor, rows: Any, dim: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised device buffer for the host's rows and `rows` more."""
+    return token_major(_with_rows(host, dim, host.shape[dim] + rows), dim, host, device)
+
+
+def _with_rows(value: torch.Tensor, dim: int, rows: Any) -> list[Any]:
+    shape = list(value.shape)
+    shape[dim] = rows
+    return shape
+
+
+def fetch_reference(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(host, device=device).copy_(host)
+
+
+def fetch_start_reference(host: torch.Tensor, rows: int, dim: int, device: torch.device) -> torch.Tensor:
+    buffer = buffer_like(host, rows, dim, device)
+    buffer.narrow(dim, 0, host.shape[dim]).copy_(host)
+    return buffer
+
+
+def fetch_wait_reference(buffer: torch.Tensor, new: torch.Tensor | None, dim: int) -> torch.Tensor:
+    filled = buffer.clone()
+    if new is not None:
+        filled.narrow(dim, buffer.shape[dim] - new.shape[dim], new.shape[dim]).copy_(new)
+    return filled
+
+
+def append_reference(host: torch.Tensor, new: torch.Tensor, dim: int, first: int) -> torch.Tensor:
+    return offload_reference(torch.cat([host, new.to(HOST)], dim), dim, first)
+
+
+def offload_reference(value: torch.Tensor, dim: int, first: int) -> torch.Tensor:
+    rows = value.shape[dim] - first
+    host = token_major(_with_rows(value, dim, rows), dim, value, HOST)
+    return host.copy_(value.narrow(dim, first, rows))
+
+
+@torch.library.register_fake("mom::fetch", lib=LIBRARY)
+def _fetch_fake(host, device):  # type: ignore[no-untyped-def]
+    return torch.empty_like(host, device=device)
+
+
+@torch.library.register_fake("mom::fetch_start", lib=LIBRARY)
+def _fetch_start_fake(host, rows, dim, device):  # type: ignore[no-untyped-def]
+    return buffer_like(host, rows, dim, device)
+
+
+@torch.library.register_fake("mom::fetch_wait", lib=LIBRARY)
+def _fetch_wait_fake(buffer, new, dim):  # type: ignore[no-untyped-def]
+    return torch.empty_like(buffer)
+
+
+@torch.library.register_fake("mom::append", lib=LIBRARY)
+def _append_fake(host, new, dim, first):  # type: ignore[no-untyped-def]
+    rows = host.shape[dim] + new.shape[dim] - first
+    return token_major(_with_rows(host, dim, rows), dim, host, HOST)
+
+
+@torch.library.register_fake("mom::offload", lib=LIBRARY)
+def _offload_fake(value, dim, first):  # type: ignore[no-untyped-def]
+    return token_major(_with_rows(value, dim, value.shape[dim] - first), dim, value, HOST)
+
+
+for _name, _reference in (
+    ("fetch", fetch_reference),
+    ("fetch_start", fetch_start_reference),
+    ("fetch_wait", fetch_wait_reference),
+    ("append", append_reference),
+    ("offload", offload_reference),
+):
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")

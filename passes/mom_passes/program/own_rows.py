@@ -1,0 +1,152 @@
+"""Rows that leave the graph get a storage of their own, and the rest of their value dies after its last reader.
+
+Terms
+-----
+base, cut, part, cover   See `parts`: outputs that show some rows of a storage of which nobody keeps the rest.
+
+    for each part that is worth it:
+        own = copy_rows(cover), as soon as that costs nothing:
+            behind the loop that reads the base last, if it reads all of it (while it runs the base is there anyway)
+            else behind the base: a loop that reads its rows may then write over them
+        the outputs are seen through `own` as they were through the cover
+
+Before:  x1, k1 = stage_1(...); x2, k2 = stage_2(..., x1, k1); ...; return (..., k1[:, :, -w:])
+After:   x1, k1 = stage_1(...); x2, k2 = stage_2(..., x1, k1); own = copy_rows(k1[:, :, -w:]); ...; return (..., own)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mom_passes.errors import PassError
+from mom_passes.graph.aliasing import is_mutation, seen_from, views_of
+from mom_passes.graph.edit import behind, emit, fake_value
+from mom_passes.graph.sizes import hint
+from mom_passes.graph.values import bytes_of, is_size
+from mom_passes.loops.loop import MiniSequence
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.program.parts import Part, find_parts
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A copy that was made: of what, and the bytes that it has and that its base had, at the captured sizes."""
+
+    name: str
+    base: str
+    bytes: int
+    base_bytes: int
+
+
+def own_rows(gm: fx.GraphModule) -> tuple[OwnRows, ...]:
+    """Insert the copies, in place, and say which."""
+    found = find_parts(gm)
+    made = tuple(_Rewriter(gm, part).run() for part in found)
+    if made:
+        gm.recompile()
+    return made
+
+
+class _Rewriter:
+    """One part's copy, and its outputs seen through it."""
+
+    def __init__(self, gm: fx.GraphModule, part: Part) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.part = part
+        self.output = next(iter(reversed(gm.graph.nodes)))
+        self.moved: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> OwnRows:
+        cover = self._cover()
+        with self.graph.inserting_before(cover.next):
+            own = emit(self.graph, COPY_ROWS, (cover, _storage_order(cover.meta["val"])))
+        seen: dict[fx.Node, fx.Node] = {}
+        with self.graph.inserting_before(self.output):
+            for cut, rows in self.part.cuts.items():
+                seen[cut] = own if rows is None else self._within(own, cut, rows)
+            replaced = {output: self._through(output, seen) for output in self.part.outputs}
+        returned = [replaced.get(value, value) for value in self.output.args[0]]  # type: ignore[union-attr]
+        self.output.args = (type(self.output.args[0])(returned),)  # type: ignore[operator, misc]
+        _erase_unread(self.graph, self.part.outputs)
+        return OwnRows(cover.name, self.part.base.name, bytes_of(own), bytes_of(self.part.base))
+
+    def _cover(self) -> fx.Node:
+        """The cover's node at the place for its copy; where it is, if its sizes are not to be had any earlier."""
+        part = self.part
+        place = _place(self.gm, part.base)
+        try:
+            cover = self._at(part.cover, place)
+        except PassError:
+            cover = part.cover
+        if part.rows is None:
+            return cover
+        with self.graph.inserting_before(max(place, cover.next)):
+            return emit(self.graph, aten.slice.Tensor, (cover, part.dim, *part.rows))
+
+    def _at(self, node: fx.Node, place: fx.Node) -> fx.Node:
+        """A view or a size as it is, or once more before `place`, with what it is made of."""
+        if node < place:
+            return node
+        if node not in self.moved:
+            if not is_size(node) and seen_from(node) is None:
+                raise PassError(f"{node.name} is not there yet")
+            made_of = {source: self._at(source, place) for source in node.all_input_nodes}
+            with self.graph.inserting_before(place):
+                self.moved[node] = self.graph.node_copy(node, made_of.__getitem__)
+        return self.moved[node]
+
+    def _within(self, own: fx.Node, cut: fx.Node, rows: tuple[int, int]) -> fx.Node:
+        """What a cut takes, taken of the copy."""
+        if cut.target is aten.select.int:
+            return emit(self.graph, aten.select.int, (own, self.part.dim, rows[0]))
+        return emit(self.graph, aten.slice.Tensor, (own, self.part.dim, *rows))
+
+    def _through(self, node: fx.Node, seen: dict[fx.Node, fx.Node]) -> fx.Node:
+        """A view of a cut as the same view of its copy, which is dense."""
+        if node not in seen:
+            source = self._through(node.args[0], seen)  # type: ignore[arg-type]
+            seen[node] = self.graph.node_copy(node, lambda n: source if n is node.args[0] else n)
+            try:
+                seen[node].meta["val"] = fake_value(seen[node])
+            except (RuntimeError, ValueError):
+                seen[node].target = aten.reshape.default
+                seen[node].meta["val"] = fake_value(seen[node])
+        return seen[node]
+
+
+def _place(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
+    """The node before which a base's part is copied."""
+    views = views_of(base)
+    readers = {user for view in views for user in view.users if user not in views and user.op != "output"}
+    last = max(readers, default=None)
+    if last is None or last.op != "call_module":
+        return behind(base)
+    loop = gm.get_submodule(str(last.target))
+    if not isinstance(loop, MiniSequence) or not views.isdisjoint(loop.spec.sliced_of(last)):
+        return behind(base)
+    return behind(last)
+
+
+def _storage_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the outermost in storage to the innermost, as they lie in a view."""
+    sizes = list(zip(value.shape, value.stride(), strict=True))
+    steps = [hint(stride) if hint(size) > 1 else 0 for size, stride in sizes]
+    return sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i]))
+
+
+def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Views that outputs were seen through before, and sizes that only those read."""
+    pending = dict.fromkeys(nodes)
+    while pending:
+        node, _ = pending.popitem()
+        view = seen_from(node) is not None and not is_mutation(node)
+        if node.op == "call_function" and not node.users and (view or is_size(node)):
+            pending.update(dict.fromkeys(node.all_input_nodes))
+            graph.erase_node(node)

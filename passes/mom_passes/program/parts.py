@@ -1,0 +1,225 @@
+"""Which outputs of a graph are parts of larger storages that nothing else keeps. An analysis.
+
+Terms
+-----
+base      What owns a storage: the value of an operator or a loop that is no view.
+cut       The last narrowing view between a base and an output: a slice, a select, one piece of a split.
+part      The rows of a base that one or more outputs show. Outputs whose rows overlap are one part: who writes into
+          one of them sees it in the other, as before.
+cover     The rows of a part, once: its cut, or the smallest slice around several.
+
+    for each base whose outputs are all narrower than it:
+        no part if it is an input's storage, or if an operator writes into it
+        parts   = its cuts, those that overlap together
+        they are worth a copy if they leave an eighth of the base or more to nobody
+
+A decode step that drops one row of a window's does not copy the window: `cat([past, new])[-w:]` stays a view. Sizes are
+compared without guards: where the rest has no bound, as behind a window over a prompt of any length, it is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.graph.aliasing import TOKEN_SLICES, base_of, is_mutation, view_chain, views_of
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.sizes import Size, count_hint, expr, product, same
+from mom_passes.graph.values import bytes_of
+from mom_passes.graph.writes import written_by
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.ops.transfers import APPEND, OFFLOAD
+from mom_passes.rules import Dim, operands
+from mom_passes.rules.view import TO_THE_END
+from mom_passes.tokens.demanded_rows import Span, hull, span_of
+
+aten = torch.ops.aten
+
+#: One part in so many of a base may stay allocated for nobody: a copy costs time, too.
+MOST_WASTE = 8
+
+#: What returns rows that are no part of a storage of the device, or that have their own already.
+NO_BASE = frozenset({OFFLOAD, APPEND, COPY_ROWS})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a base that `outputs` show, each through a cut of its own or a shared one.
+
+    The cover is `cover`, or rows `[start, end)` of that along `dim`. `cuts` says where in the cover a cut's rows lie
+    along `dim`: `[first, end)`, or None for all of it.
+    """
+
+    base: fx.Node
+    cover: fx.Node
+    dim: int
+    rows: tuple[int, int] | None
+    cuts: dict[fx.Node, tuple[int, int] | None]
+    outputs: dict[fx.Node, fx.Node]
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        shape = list(self.cover.meta["val"].shape)
+        if self.rows is not None:
+            shape[self.dim] = self.rows[1] - self.rows[0]
+        return tuple(shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of the cover, at the captured sizes."""
+        return count_hint(self.shape) * int(self.cover.meta["val"].element_size())
+
+
+def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
+    """The parts that are worth a storage of their own, by base in graph order. Nothing is changed."""
+    output = next(iter(reversed(gm.graph.nodes)))
+    outputs_of: dict[fx.Node, list[fx.Node]] = {}
+    for node in output.all_input_nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            outputs_of.setdefault(base_of(node), []).append(node)
+    found: list[Part] = []
+    for base, outputs in sorted(outputs_of.items(), key=lambda item: item[0]):
+        if base.op != "call_function" or base.target in NO_BASE or _is_written(base):
+            continue
+        parts = _parts_of(base, outputs)
+        if parts and _worth_copying(base, parts):
+            found += parts
+    return tuple(found)
+
+
+
+
+
+
+
+
+
+
+def _is_written(base: fx.Node) -> bool:
+    views = views_of(base)
+    return any(is_mutation(user) and not views.isdisjoint(written_by(user)) for view in views for user in view.users)
+
+
+# --- cuts and how they lie to each other ---
+
+
+def _parts_of(base: fx.Node, outputs: Sequence[fx.Node]) -> list[Part]:
+    """Nothing where an output shows all of the base, or where it cannot be told whether outputs overlap."""
+    chains = {output: view_chain(output) for output in outputs}
+    cuts = {output: _last_cut(chain) for output, chain in chains.items()}
+    known = set(cuts.values())
+    # A cut of a cut is a view of what the other copies.
+    outermost = {output: [node for node in chain if node in known][-1:] for output, chain in chains.items()}
+    cut_of = {output: found[0] for output, found in outermost.items() if found}
+    if len(cut_of) < len(outputs) or any(by_storage(cut) and cut not in cut_of.values() for cut in known):
+        return []
+    distinct = sorted(set(cut_of.values()))
+    return [
+        Part(base, cover, dim, rows, inner, {output: cut for output, cut in cut_of.items() if cut in inner})
+        for cover, dim, rows, inner in _covers(distinct)
+    ]
+
+
+def _last_cut(chain: Sequence[fx.Node]) -> fx.Node | None:
+    """The narrowing view of a chain that is nearest to the output."""
+    for node, source in itertools.pairwise(chain):
+        if node.target is operator.getitem or by_storage(node):
+            return node
+        if bytes_of(node) < bytes_of(source):
+            return node
+    return None
+
+
+def by_storage(node: fx.Node | None) -> bool:
+    """Whether a view counts from the beginning of its storage: it cannot be taken of a copy."""
+    return node is not None and node.target is aten.as_strided.default
+
+
+#: A cover as `Part` has it: cover, dim, rows of that, and where each cut's rows lie in it.
+Cover = tuple[fx.Node, int, tuple[int, int] | None, dict[fx.Node, tuple[int, int] | None]]
+
+
+def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
+    """One for each of several cuts if no two overlap, else one around them all; none if it cannot be told."""
+    if len(cuts) == 1:
+        return [(cuts[0], 0, None, {cuts[0]: None})]
+    source, dim = cuts[0].args[0], _dim_of(cuts[0])
+    assert isinstance(source, fx.Node)
+    if dim is None or any(cut.args[0] is not source or _dim_of(cut) != dim for cut in cuts):
+        return []
+    spans = {cut: span_of(cut, Dim(dim), source.meta["val"].shape[dim]) for cut in cuts}
+    known = {cut: span for cut, span in spans.items() if span is not None}
+    if len(known) < len(spans):
+        return []
+    if all(_disjoint(a, b) for a, b in itertools.combinations(known.values(), 2)):
+        return [(cut, 0, None, {cut: None}) for cut in cuts]
+    around = functools.reduce(lambda a, b: a and hull(a, b), known.values())  # type: ignore[arg-type, return-value]
+    inner = {cut: _within(span, around) for cut, span in known.items()} if around is not None else {}
+    if around is None or None in inner.values():
+        return []
+    widest = next((cut for cut, span in known.items() if span == around and cut.target is aten.slice.Tensor), None)
+    if widest is not None:
+        return [(widest, dim, None, {**inner, widest: None})]
+    if not (around.start.is_Integer and around.count.is_Integer):
+        return []
+    return [(source, dim, (int(around.start), int(around.end)), inner)]
+
+
+def _dim_of(cut: fx.Node) -> int | None:
+    """The dimension of a slice or select."""
+    if cut.target not in TOKEN_SLICES:
+        return None
+    return int(argument(cut, "dim")) % int(operands(cut)[0].meta["val"].dim())
+
+
+def _disjoint(a: Span, b: Span) -> bool:
+    """Whether two spans are known to have no row in common."""
+    return any((gap := sympy.expand(y.start - x.end)).is_Integer and gap >= 0 for x, y in ((a, b), (b, a)))
+
+
+def _within(span: Span, around: Span) -> tuple[int, int] | None:
+    """Where a span's rows lie in those of a larger one, if that is the same for all sizes."""
+    first = sympy.expand(span.start - around.start)
+    if not first.is_Integer:
+        return None
+    if same(span.end, around.end):
+        return int(first), TO_THE_END
+    return (int(first), int(first + span.count)) if span.count.is_Integer else None
+
+
+# --- whether it is worth a copy ---
+
+
+def _worth_copying(base: fx.Node, parts: Sequence[Part]) -> bool:
+    """Whether more than an eighth of a base would stay allocated for nobody, or may for other sizes."""
+    if bytes_of(base) == 0:
+        return False
+    size = base.meta["val"].element_size()
+    kept = sum(expr(product(part.shape)) * part.cover.meta["val"].element_size() for part in parts)
+    waste = sympy.cancel(1 - kept / (expr(product(base.meta["val"].shape)) * size))
+    numerator, _ = sympy.fraction(sympy.together(waste))
+    hinted = bytes_of(base) - sum(part.bytes for part in parts)
+    bounded = not numerator.free_symbols or _grows_by_a_few_rows(base)
+    return hinted * MOST_WASTE > bytes_of(base) if bounded else hinted > 0
+
+
+def _grows_by_a_few_rows(base: fx.Node) -> bool:
+    """Whether a value is a past with a fixed number of new rows: what a window drops of it is what has come.
+
+    The past's length is a symbol of its own in a graph; a cache has cropped it to its window already.
+    """
+    if base.target is not aten.cat.default:
+        return False
+    tensors = argument(base, "tensors")
+    dim = int(argument(base, "dim")) % int(base.meta["val"].dim())
+    new = [n for n in tensors if base_of(n).op != "placeholder"]
+    return len(new) < len(tensors) and all(isinstance(n.meta["val"].shape[dim], int) for n in new)
+
+

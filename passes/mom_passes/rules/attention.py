@@ -1,0 +1,104 @@
+"""Chunk rules of attention operators.
+
+A query row needs its own row of the mask, and all keys and values: those two `FULL` demands are what
+makes attention a barrier between stages. Batch entries are independent, and so are heads unless
+several query heads share a key head.
+
+    attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
+    mom.attention(..., start)       ->  start + rows.start, since rows say where they stand
+    what is said of each key        whole along the queries; along the batch, each entry its own
+    SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import mom_passes.ops  # noqa: F401  defines mom::attention
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, given, replace
+from mom_passes.graph.sizes import same
+from mom_passes.rules.arithmetic import add
+from mom_passes.rules.calls import claim
+from mom_passes.rules.factories import broadcast_demand, checked, output_shape, outputs_of, shape_of
+from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
+
+BATCH, HEADS, QUERY, CHANNELS = range(4)
+
+#: Raw SDPA operator -> the name of its mask argument (None: it takes no mask).
+SDPA: dict[Any, str | None] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
+    aten._scaled_dot_product_flash_attention.default: None,
+    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
+    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
+}
+
+#: Its log-sum-exp is padded to whole tiles of queries, so rows of it are not rows of the whole.
+PADDED = aten._scaled_dot_product_efficient_attention.default
+
+MOM_ATTENTION = torch.ops.mom.attention.default
+
+
+def attention_demands(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Demand]:
+    """What rows of the attention's result need of query, key, value and mask."""
+    if checked(node, dim).index == CHANNELS:
+        raise CannotChunk(node, dim, "a fused attention needs all channels of a head")
+    query, key = argument(node, "query"), argument(node, "key")
+    if dim.index == HEADS and not same(shape_of(query)[HEADS], shape_of(key)[HEADS]):
+        raise CannotChunk(node, dim, "several query heads share a key head")
+    others = FULL if dim.index == QUERY else dim
+    demands: dict[str, Demand] = {"query": dim, "key": others, "value": others}
+    mask = argument(node, mask_name) if mask_name is not None else None
+    if mask is not None:
+        # The mask's last dimension counts keys, not channels, but no rule cuts either.
+        demands[mask_name or ""] = broadcast_demand(node, mask, output_shape(node), dim)
+    return demands
+
+
+@register(*SDPA, recompute=False)
+def sdpa(node: fx.Node, dim: Dim) -> Claim:
+    demands = attention_demands(node, dim, SDPA[node.target])
+    if argument(node, "dropout_p") != 0:
+        raise CannotChunk(node, dim, "dropout draws other random numbers for rows than for the whole")
+    if dim.index == QUERY and argument(node, "is_causal"):
+        raise CannotChunk(node, dim, "causal rows need an offset, which this operator does not take")
+    return claim(node, demands, _sdpa_outputs(node, dim))
+
+
+def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
+    """The result and the log-sum-exp `[B, H, S]` carry rows; seeds and sequence offsets do not."""
+    _, log_sum_exp, *others = outputs_of(node)
+    without_rows = log_sum_exp is None or (dim.index == QUERY and node.target is PADDED)
+    return (dim, None if without_rows else dim, *(None for _ in others))
+
+
+#: What `mom.attention` takes of each key by itself, `[B or 1, T]`, and what was found in that.
+PER_KEY = ("keys", "segments", "positions", "spans")
+
+
+@register(MOM_ATTENTION, recompute=False)
+def mom_attention(node: fx.Node, dim: Dim) -> Claim:
+    demands = {**attention_demands(node, dim, "mask"), **_per_key_demands(node, dim)}
+    if dim.index != QUERY:
+        return claim(node, demands)
+    placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
+    if not dim.plain and placed:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not placed:
+            return args, kwargs
+        return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), rows.start))
+
+    return claim(node, demands, edit=edit)
+
+
+def _per_key_demands(node: fx.Node, dim: Dim) -> dict[str, Demand]:
+    """Of a vector for each batch entry, that entry's; of one for all, all of it."""
+    batch = output_shape(node)[BATCH]
+    found = {name: argument(node, name) for name in PER_KEY}
+    own = {name for name, operand in found.items() if operand is not None and same(shape_of(operand)[BATCH], batch)}
+    return {name: dim if dim.index == BATCH and name in own else FULL for name in PER_KEY}

@@ -1,0 +1,63 @@
+"""Between claims and calls: a claim from demands by argument name, and a call on rows from a claim.
+
+claim(node, {"self": dim})                       demands by argument name, in the order of `operands(node)`
+call_on_rows(node, claim, rows, operands, ..)    the operator's target and arguments, for rows only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import fx
+
+from mom_passes.graph.arguments import arguments_of
+from mom_passes.graph.values import is_tensor, operands
+from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Edit, Rows
+
+
+def call_on_rows(
+    node: fx.Node, claim: Claim, rows: Rows, operands: Iterable[fx.Node], other: Callable[[fx.Node], Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target and arguments of an operator that computes rows only.
+
+    `operands` are what the claim demands, in its order; `other` gives the new graph's node for anything else
+    (sizes), also where a rule takes one from the node it was asked about.
+    """
+    values = iter(operands)
+    # A claim's demands follow the tensor operands in order of appearance, and so does this visit.
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else other(arg))
+    if claim.edit is not None:
+        args, kwargs = claim.edit(args, kwargs, rows)
+        args, kwargs = fx.map_arg((args, kwargs), lambda arg: other(arg) if arg.graph is node.graph else arg)
+    return claim.target or node.target, args, kwargs
+
+
+def claim(
+    node: fx.Node,
+    demands: Mapping[str, Demand],
+    outputs: tuple[Dim | None, ...] | None = None,
+    edit: Edit | None = None,
+    target: Any = None,
+) -> Claim:
+    """A claim from demands by argument name; an operand that is not named is needed whole."""
+    names = {position: name for name, (position, _) in arguments_of(node.target).items()}
+    ordered: list[Demand] = []
+    for position, value in enumerate(node.args):
+        ordered += [demands.get(names[position], FULL)] * len(_tensors(node, value))
+    for name, value in node.kwargs.items():
+        ordered += [demands.get(name, FULL)] * len(_tensors(node, value))
+    return Claim(tuple(ordered), outputs, edit, target)
+
+
+def _tensors(node: fx.Node, value: Any) -> list[fx.Node]:
+    known = set(operands(node))
+    found: list[fx.Node] = []
+
+    def visit(leaf: fx.Node) -> fx.Node:
+        if leaf in known:
+            found.append(leaf)
+        return leaf
+
+    fx.map_arg(value, visit)
+    return found

@@ -1,0 +1,43 @@
+"""Chunk rules of matrix products, each from its einsum string.
+
+Terms
+-----
+label    A letter of the einsum string. An output label can be cut: operands that have it are sliced
+         there, the others are needed whole. `"mk,kn->mn"`: rows m slice the first operand, columns n
+         the second; k is summed and appears in no output dimension.
+bias     An extra operand that broadcasts against the output.
+
+    baddbmm = contract("bmk,bkn->bmn", bias=True):  args (bias, batch1, batch2)
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mom_passes.graph.arguments import aten
+from mom_passes.graph.values import operands
+from mom_passes.rules.factories import broadcast_demand, checked, output_shape
+from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rule, register
+
+
+def contract(equation: str, bias: bool = False) -> Rule:
+    """The rule of a product; with `bias`, the first operand is added to the result."""
+    inputs, output = equation.split("->")
+    terms = inputs.split(",")
+
+    def rule(node: fx.Node, dim: Dim) -> Claim:
+        label = output[checked(node, dim).index]
+        demands: list[Demand] = [dim.at(term.index(label)) if label in term else FULL for term in terms]
+        if bias:
+            demands.insert(0, broadcast_demand(node, operands(node)[0], output_shape(node), dim))
+        return Claim(tuple(demands))
+
+    return rule
+
+
+register(aten.mm.default, aten._int_mm.default, recompute=False)(contract("mk,kn->mn"))
+register(aten.bmm.default, recompute=False)(contract("bmk,bkn->bmn"))
+register(aten.mv.default, recompute=False)(contract("mk,k->m"))
+register(aten.addmm.default, recompute=False)(contract("mk,kn->mn", bias=True))
+register(aten.baddbmm.default, recompute=False)(contract("bmk,bkn->bmn", bias=True))
+register(aten.addmv.default, recompute=False)(contract("mk,k->m", bias=True))

@@ -1,0 +1,76 @@
+"""Chunk rules of operators that run over some dimensions: reductions, softmax, norms, scans, sorts.
+
+Rows along any dimension they do not run over are independent. All but a few are one line of origins
+(see `mom_passes.rules.factories`); what differs is how the dimensions are named.
+
+Terms
+-----
+over     The dimensions an operator runs over. A reduction drops them or keeps them with size 1; none
+         of the two can be cut.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, axes, has_argument, overloads
+from mom_passes.graph.values import operands
+from mom_passes.rules.calls import claim
+from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
+from mom_passes.rules.registry import FULL, Claim, Dim, register
+
+REDUCTIONS = """
+    all.dim all.dims amax amin any.dim any.dims argmax argmin count_nonzero.dim_IntList linalg_vector_norm
+    logsumexp max.dim mean.dim min.dim nansum norm.ScalarOpt_dim prod.dim_int std.correction std.dim
+    std_mean.correction sum.dim_IntList var.correction var.dim var_mean.correction var_mean.dim
+"""
+
+SOFTMAXES = "_log_softmax _softmax log_softmax.int softmax.int"
+SCANS = "cummax cummin cumprod cumsum logcumsumexp"
+
+
+@follows(*overloads(aten, REDUCTIONS))
+def reduction(node: fx.Node) -> list[Origin]:
+    rank = len(shape_of(operands(node)[0]))
+    over = reduced(node, rank)
+    if has_argument(node, "keepdim") and argument(node, "keepdim"):
+        return all_but(rank, over, "reduces over it")
+    return [index for index in range(rank) if index not in over]
+
+
+def reduced(node: fx.Node, rank: int) -> list[int]:
+    """The dimensions a reduction runs over; none named means all of them."""
+    dims = argument(node, "dim")
+    return axes(dims, rank) if dims is not None and dims != [] else list(range(rank))
+
+
+@follows(*overloads(aten, SOFTMAXES))
+def softmax(node: fx.Node) -> list[Origin]:
+    return _along(node, "normalises over it")
+
+
+@follows(*overloads(aten, SCANS), recompute=False)
+def scan(node: fx.Node) -> list[Origin]:
+    return _along(node, "accumulates along it")
+
+
+@follows(aten.sort.default, aten.sort.stable, aten.topk.default, recompute=False)
+def sort(node: fx.Node) -> list[Origin]:
+    return _along(node, "sorts along it")
+
+
+def _along(node: fx.Node, reason: str) -> list[Origin]:
+    rank = len(shape_of(operands(node)[0]))
+    return all_but(rank, axes(argument(node, "dim"), rank), reason)
+
+
+@register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
+def norm(node: fx.Node, dim: Dim) -> Claim:
+    """Rows of the input; the weights, and the statistics with their trailing ones, follow."""
+    operand = argument(node, "input")
+    count = len(shape_of(operand)) - len(argument(node, "normalized_shape"))
+    if checked(node, dim).index >= count:
+        raise CannotChunk(node, dim, "normalises over it")
+    outputs = (dim,) * len(node.meta["val"])
+    return claim(node, {"input": dim, "weight": FULL, "bias": FULL}, outputs)

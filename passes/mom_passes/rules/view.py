@@ -1,0 +1,262 @@
+"""Chunk rules of operators that only move elements: views, joins, pads.
+
+Most are described by the origin of each output dimension (see `mom_passes.rules.factories`). The exceptions
+are those whose arguments name sizes: inside a body these must not carry the sequence length.
+
+Terms
+-----
+prefix, suffix   Of a dim in a shape: how many tokens-sized groups lie before it, and how many elements
+                 after each token, counted in row-major order over the whole tensor. A reshape changes
+                 neither, so they say where the tokens are in the other shape:
+
+                     [B, S, H], dim 1                 prefix B, suffix H
+                     [B*S, H],  dim 0, outer B        prefix B, suffix H
+                     [B*S*H],   dim 0, outer B, inner H
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, axes, axis, overloads, prims, replace
+from mom_passes.graph.sizes import is_one, product, quotient, same
+from mom_passes.graph.values import operands
+from mom_passes.rules.factories import (
+    Origin,
+    all_but,
+    checked,
+    follows,
+    origin_claim,
+    output_shape,
+    outputs_of,
+    shape_of,
+)
+from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
+from mom_passes.rules.source import require_static_layout, tokens
+
+#: An end beyond any size: "to the last row", whatever the number of rows.
+TO_THE_END = 2**63 - 1
+
+
+# Reordering dimensions, adding and removing them
+
+
+@follows(aten.permute.default)
+def permute(node: fx.Node) -> list[Origin]:
+    dims = argument(node, "dims")
+    return list(axes(dims, len(dims)))
+
+
+@follows(aten.transpose.int)
+def transpose(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    first, second = axis(argument(node, "dim0"), rank), axis(argument(node, "dim1"), rank)
+    return [{first: second, second: first}.get(index, index) for index in range(rank)]
+
+
+@follows(aten.t.default)
+def t(node: fx.Node) -> list[Origin]:
+    return list(reversed(range(len(output_shape(node)))))
+
+
+@follows(aten.unsqueeze.default)
+def unsqueeze(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return _inserted(rank, axis(argument(node, "dim"), rank), "a new dimension of size 1 has no rows")
+
+
+@follows(aten.stack.default)
+def stack(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return _inserted(rank, axis(argument(node, "dim"), rank), "stacks along it")
+
+
+def _inserted(rank: int, at: int, reason: str) -> list[Origin]:
+    return [reason if index == at else index - (index > at) for index in range(rank)]
+
+
+@follows(aten.select.int, aten.unbind.int)
+def select(node: fx.Node) -> list[Origin]:
+    """The dimension that is selected from is no longer there to be cut."""
+    rank = len(shape_of(operands(node)[0]))
+    gone = axis(argument(node, "dim"), rank)
+    return [index for index in range(rank) if index != gone]
+
+
+@register(*overloads(aten, "squeeze squeeze.dim squeeze.dims"))
+def squeeze(node: fx.Node, dim: Dim) -> Claim:
+    """Names what it removes: a body may hold a single row, and that dimension must stay."""
+    shape = shape_of(operands(node)[0])
+    named = range(len(shape)) if node.target is aten.squeeze.default else axes(argument(node, "dim"), len(shape))
+    removed = [index for index in named if index < len(shape) and is_one(shape[index])]
+    kept: list[Origin] = [index for index in range(len(shape)) if index not in removed]
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0], removed), {}
+
+    return Claim(origin_claim(node, dim, kept).demands, edit=edit, target=aten.squeeze.dims)
+
+
+# Taking parts, joining, moving within a dimension
+
+
+@register(aten.slice.Tensor)
+def slice_(node: fx.Node, dim: Dim) -> Claim:
+    operand = operands(node)[0]
+    at = axis(argument(node, "dim"), len(shape_of(operand)))
+    if checked(node, dim).index != at:
+        return Claim((dim,))
+    if not same(output_shape(node)[at], shape_of(operand)[at]):
+        raise CannotChunk(node, dim, "slices along it")
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0], at, 0, TO_THE_END), {}
+
+    return Claim((dim,), edit=edit)
+
+
+@follows(*overloads(aten, "split.Tensor split_with_sizes"))
+def split(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return all_but(rank, axes(argument(node, "dim"), rank), "splits it")
+
+
+@register(aten.cat.default)
+def cat(node: fx.Node, dim: Dim) -> Claim:
+    rank = len(output_shape(node))
+    if checked(node, dim).index == axis(argument(node, "dim"), rank):
+        raise CannotChunk(node, dim, "concatenates along it")
+    # PyTorch lets an empty vector be concatenated with anything; it has no rows to slice.
+    return Claim(tuple(dim if len(shape_of(operand)) == rank else FULL for operand in operands(node)))
+
+
+@follows(aten.constant_pad_nd.default)
+def constant_pad_nd(node: fx.Node) -> list[Origin]:
+    rank, pad = len(output_shape(node)), argument(node, "pad")
+    sides = [pad[position : position + 2] for position in range(0, len(pad), 2)]
+    padded = [rank - 1 - position for position, side in enumerate(sides) if not _is_zero(side)]
+    return all_but(rank, padded, "pads it")
+
+
+def _is_zero(side: Sequence[Any]) -> bool:
+    return all(isinstance(amount, int) and amount == 0 for amount in side)
+
+
+@follows(aten.flip.default, prims.rev.default)
+def flip(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return all_but(rank, axes(argument(node, "dims"), rank), "reverses it")
+
+
+@follows(aten.roll.default)
+def roll(node: fx.Node) -> list[Origin]:
+    rank, dims = len(output_shape(node)), argument(node, "dims")
+    return all_but(rank, axes(dims, rank) if dims else range(rank), "rotates it")
+
+
+# Operators that name sizes
+
+
+@register(aten.expand.default)
+def expand(node: fx.Node, dim: Dim) -> Claim:
+    return _repeating(node, dim, "size", unchanged=-1)
+
+
+@register(aten.repeat.default)
+def repeat(node: fx.Node, dim: Dim) -> Claim:
+    times = list(argument(node, "repeats"))[checked(node, dim).index]
+    operand = operands(node)[0]
+    if _repeated_demand(node, operand, dim) is not FULL and not _is_number(times, 1):
+        raise CannotChunk(node, dim, "repeats it")
+    return _repeating(node, dim, "repeats", unchanged=1)
+
+
+def _is_number(value: Any, number: int) -> bool:
+    return isinstance(value, int) and value == number
+
+
+def _repeated_demand(node: fx.Node, operand: fx.Node, dim: Dim) -> Demand:
+    """What rows of the output need of an operand that is repeated up to them."""
+    shape = shape_of(operand)
+    index = dim.index - (len(output_shape(node)) - len(shape))
+    return FULL if index < 0 or (is_one(shape[index]) and not is_one(output_shape(node)[dim.index])) else dim.at(index)
+
+
+def _repeating(node: fx.Node, dim: Dim, name: str, unchanged: int) -> Claim:
+    """Either the operand has the rows, or it is one row, repeated as often as the body has rows."""
+    demand = _repeated_demand(node, operands(node)[0], checked(node, dim))
+    if demand is FULL:
+        require_static_layout(node, dim)
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        sizes = list(argument(node, name))
+        sizes[dim.index] = tokens(node, dim, rows) if demand is FULL else unchanged
+        return replace(node.target, args, kwargs, **{name: sizes})
+
+    return Claim((demand,), edit=edit)
+
+
+# Reshaping
+
+
+def locate(dim: Dim, here: Sequence[Any], there: Sequence[Any]) -> Dim | None:
+    """Where the tokens of `dim`, a dim of shape `here`, are in the shape `there` of the same elements."""
+    prefix = product([*here[: dim.index], dim.outer])
+    suffix = product([dim.inner, *here[dim.index + 1 :]])
+    if prefix == 0 or suffix == 0:
+        return None  # no elements, so nothing says where the tokens are
+    for index in range(len(there)):
+        outer = quotient(prefix, product(there[:index]))
+        inner = quotient(suffix, product(there[index + 1 :]))
+        if outer is None or inner is None:
+            continue
+        if same(product([there[index], dim.outer, dim.inner]), product([here[dim.index], outer, inner])):
+            return Dim(index, outer, inner)
+    return None
+
+
+def view_candidates(node: fx.Node, demands: tuple[Demand, ...]) -> list[Dim]:
+    """The dim of the output that holds the rows of the operand."""
+    (demand,) = demands
+    if demand is None:
+        return []
+    found = locate(demand, shape_of(operands(node)[0]), output_shape(node))
+    return [] if found is None else [found]
+
+
+@register(*overloads(aten, "view _unsafe_view reshape"), prims.reshape.default, candidates=view_candidates)
+def view(node: fx.Node, dim: Dim) -> Claim:
+    """A `reshape` in a body: rows of a tensor are not always viewable, even where the whole is."""
+    operand = shape_of(operands(node)[0])
+    demand = locate(checked(node, dim), output_shape(node), operand)
+    if demand is None:
+        shapes = f"{list(operand)} -> {list(output_shape(node))}"
+        raise CannotChunk(node, dim, f"the reshape {shapes} mixes rows with other dimensions")
+    sizes, inferred = _sizes_without_tokens(node, dim)
+    if not inferred:
+        require_static_layout(node, dim)
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        shape = list(sizes)
+        shape[dim.index] = -1 if inferred else tokens(node, dim, rows)
+        return (args[0], shape), {}
+
+    return Claim((demand,), edit=edit, target=aten.reshape.default)
+
+
+def _sizes_without_tokens(node: fx.Node, dim: Dim) -> tuple[list[Any], bool]:
+    """The shape argument with static sizes written out, and whether the token dimension can be left as -1.
+
+    It cannot where another size is a -1 that is only known symbolically, nor where one is zero:
+    then any number of rows would fit.
+    """
+    sizes = list(node.args[1])  # type: ignore[arg-type]
+    for index, size in enumerate(outputs_of(node)[0].shape):
+        if index != dim.index and isinstance(size, int):
+            sizes[index] = size
+    others = [size for index, size in enumerate(sizes) if index != dim.index]
+    return sizes, not any(_is_number(size, -1) or _is_number(size, 0) for size in others)

@@ -1,0 +1,315 @@
+"""Compute only the rows that somebody needs: slices along the tokens move up to where rows are cheapest to cut.
+
+Terms
+-----
+token slice   `x[:, -1:]`, `x[:, :-1]`, `x[:, -k:]`, `x[:, i]` along the token dimension of `x`.
+span          A range of rows `[start, start + count)`; sizes may be symbolic.
+needed        Of each value, the span all of its readers lie in; None if somebody needs every row.
+narrowed      A value that is needed in a span only: its operator is run on that span, by its chunk rule.
+cut           Where a narrowed operator reads a value of which others need every row: the value is sliced, or, where
+              it is cheap, made once more from something narrower. By min-cut: bytes per token of what is sliced.
+
+    needed, from the outputs back:    slice -> its span;  rows -> what the reader needs;  all of it -> every row
+    for node in graph:
+        needed in a span   ->  its operator on the rows of that span
+        a token slice      ->  of the narrowed value, or gone
+        else               ->  as it was
+
+Before:  q = mm(n, wq); a = attention(q, k, v); y = mlp(x + a); logits = mm(norm(y), w)[:, -1:]
+After:   r = x[:, -1:]; q = mm(norm(r), wq); a = attention(q, k, v, start=S - 1); y = mlp(r + a); logits = ...
+
+Keys and values stay complete: an attention needs all of them for a single row of queries.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk, PassError
+from mom_passes.graph.aliasing import TOKEN_SLICES, is_mutation
+from mom_passes.graph.arguments import argument, axis
+from mom_passes.graph.edit import emit, fake_value, size_node
+from mom_passes.graph.min_cut import cheapest_cut
+from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
+from mom_passes.graph.values import is_tensor
+from mom_passes.rules import Dim, Rows, chunk_rule_for, claim_for, operands
+from mom_passes.rules.calls import call_on_rows
+from mom_passes.rules.view import TO_THE_END
+from mom_passes.tokens.dims import TokenDims
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows `[start, start + count)`; sympy expressions, so that equal spans are equal."""
+
+    start: sympy.Expr
+    count: sympy.Expr
+
+    @property
+    def end(self) -> sympy.Expr:
+        return sympy.expand(self.start + self.count)
+
+
+#: A demand for rows of a value along one of its dimensions.
+Piece = tuple[fx.Node, Dim, Span]
+
+#: Somebody needs every row.
+EVERY_ROW: None = None
+
+
+def span_of(node: fx.Node, dim: Dim, length: Size) -> Span | None:
+    """The rows a slice or select takes from an operand with tokens in `dim`; None if it is no token slice."""
+    if node.target not in TOKEN_SLICES or not dim.plain:
+        return None
+    rank = operands(node)[0].meta["val"].dim()
+    if axis(argument(node, "dim"), rank) != dim.index:
+        return None
+    if node.target is aten.select.int:
+        return _selected(argument(node, "index"), length)
+    return _sliced(node, dim, length)
+
+
+def _selected(index: Any, length: Size) -> Span | None:
+    if not isinstance(index, int):
+        return None
+    start = expr(length) + index if index < 0 else expr(index)
+    return Span(sympy.expand(start), sympy.Integer(1))
+
+
+def _sliced(node: fx.Node, dim: Dim, length: Size) -> Span | None:
+    count = expr(node.meta["val"].shape[dim.index])
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    if step != 1 or same(count, 0) or same(count, length):
+        return None
+    if end is None or (isinstance(end, int) and end >= TO_THE_END):
+        return Span(sympy.expand(expr(length) - count), count)
+    if start is None or (isinstance(start, int) and start >= 0):
+        return Span(expr(start or 0), count)
+    if isinstance(start, int) and isinstance(length, int):
+        return Span(expr(max(0, length + start)), count)
+    return None  # counted from the end of an unknown length: it may begin before the first row
+
+
+def hull(a: Span, b: Span) -> Span | None:
+    """The smallest span around two; None where it cannot be told for symbolic sizes."""
+    start, end = b.start - a.start, b.end - a.end
+    if not (start.is_Integer and end.is_Integer):
+        return None
+    low = b.start if start < 0 else a.start
+    high = b.end if end > 0 else a.end
+    return Span(low, sympy.expand(high - low))
+
+
+@dataclass
+class Needs:
+    """Which rows of each token-carrying value its readers need. Values nobody reads are absent."""
+
+    dims: TokenDims
+    spans: dict[fx.Node, Span | None]
+
+    def narrowed(self, node: fx.Node) -> Span | None:
+        return self.spans.get(node) if node in self.dims.rowwise else None
+
+    def add(self, node: fx.Node, span: Span | None) -> None:
+        known = self.spans.get(node, span)
+        both = None if known is None or span is None else hull(known, span)
+        if both is not None and same(both.count, self.dims.carriers[node].length):
+            both = EVERY_ROW
+        self.spans[node] = both
+
+
+def needed_rows(gm: fx.GraphModule, dims: TokenDims) -> Needs:
+    """The spans of all values, from the outputs of the graph back."""
+    needs = Needs(dims, {})
+    for reader in reversed(gm.graph.nodes):
+        for operand, span in _demands_of(reader, needs):
+            if operand in dims.carriers:
+                needs.add(operand, span)
+    for node in dims.rowwise:
+        # What one operator returns at once is made at once.
+        if node.target is operator.getitem and node in needs.spans:
+            needs.spans[node] = needs.spans[node.all_input_nodes[0]]
+    return needs
+
+
+def _demands_of(reader: fx.Node, needs: Needs) -> list[tuple[fx.Node, Span | None]]:
+    """What a reader, itself needed in part or whole, needs of each operand."""
+    if _dead(reader):
+        return []
+    inputs = [n for n in reader.all_input_nodes if is_tensor(n)]
+    if reader.op != "call_function":
+        return [(n, EVERY_ROW) for n in inputs]
+    carrier = needs.dims.carriers.get(inputs[0]) if inputs else None
+    if carrier is not None:
+        span = span_of(reader, carrier.dim, carrier.length)
+        if span is not None:
+            return [(inputs[0], span)]
+    span = needs.narrowed(reader)
+    if span is None:
+        return [(n, EVERY_ROW) for n in inputs]
+    claim = claim_for(reader, needs.dims.carriers[reader].dim)
+    pairs = zip(operands(reader), claim.demands, strict=True)
+    return [(n, EVERY_ROW if d is None else span) for n, d in pairs]
+
+
+def _dead(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.users and not is_mutation(node)
+
+
+def demanded_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
+    """A new graph in which slices along the tokens have moved up; the same graph where there are none."""
+    needs = needed_rows(gm, dims)
+    if not any(needs.narrowed(node) is not None for node in needs.spans):
+        return gm
+    return _Narrower(gm, needs).run()
+
+
+class _Narrower:
+    def __init__(self, gm: fx.GraphModule, needs: Needs) -> None:
+        self.gm = gm
+        self.needs = needs
+        self.sliced = _where_to_slice(gm, needs)
+        self.graph = fx.Graph()
+        self.whole: dict[fx.Node, fx.Node] = {}
+        self.pieces: dict[Piece, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                output = self.graph.output(fx.map_arg(node.args[0], self._whole))
+                output.meta = dict(node.meta)
+            elif _dead(node) or self.needs.narrowed(node) is not None:
+                continue  # what is narrowed is emitted where it is read
+            elif not self._emit_slice(node):
+                self.whole[node] = self.graph.node_copy(node, self._whole)
+        self.graph.eliminate_dead_code()
+        narrowed = fx.GraphModule(self.gm, self.graph)
+        narrowed.meta = dict(self.gm.meta)
+        return narrowed
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        if node not in self.whole:
+            raise PassError(f"{node.name} is needed whole after all")
+        return self.whole[node]
+
+    def _emit_slice(self, node: fx.Node) -> bool:
+        """A token slice of a narrowed value: what is left to cut off."""
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if source is None or self.needs.narrowed(source) is None:
+            return False
+        carrier = self.needs.dims.carriers[source]
+        span = span_of(node, carrier.dim, carrier.length)
+        assert span is not None
+        rows = self.rows((source, carrier.dim, span))
+        if node.target is aten.select.int:
+            rows = emit(self.graph, aten.select.int, (rows, carrier.dim.index, 0))
+        self.whole[node] = rows
+        return True
+
+    def rows(self, piece: Piece) -> fx.Node:
+        """The new graph's node for some rows of an old value."""
+        if piece not in self.pieces:
+            self.pieces[piece] = self._emit_rows(piece)
+        return self.pieces[piece]
+
+    def _emit_rows(self, piece: Piece) -> fx.Node:
+        node, dim, span = piece
+        own = self.needs.narrowed(node)
+        if own is not None and own != span:
+            inner = Span(sympy.expand(span.start - own.start), span.count)
+            return self._slice(self.rows((node, dim, own)), dim, inner, own.count)
+        if own is None and piece in self.sliced:
+            return self._slice(self._whole(node), dim, span, None)
+        claim = claim_for(node, dim)
+        values = [
+            self._whole(n) if d is None else self.rows((n, d, span))
+            for n, d in zip(operands(node), claim.demands, strict=True)
+        ]
+        at = Rows(size_node(self.graph, span.start), size_node(self.graph, span.count))
+        target, args, kwargs = call_on_rows(node, claim, at, values, self._whole)
+        new = self.graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_rows")
+        new.meta = {**node.meta, "val": fake_value(new)}
+        return new
+
+    def _slice(self, value: fx.Node, dim: Dim, span: Span, length: Size | None) -> fx.Node:
+        """Rows of a value. Tokens folded with other dimensions are unfolded first."""
+        shape = list(value.meta["val"].shape)
+        at = dim.index
+        if not dim.plain:
+            length = length if length is not None else _folded_length(shape[at], dim)
+            unfolded = [*shape[:at], dim.outer, length, dim.inner, *shape[at + 1 :]]
+            value, at = self._reshape(value, unfolded), at + 1
+        start, end = size_node(self.graph, span.start), size_node(self.graph, span.end)
+        rows = emit(self.graph, aten.slice.Tensor, (value, at, start, end))
+        if not dim.plain:
+            folded = expr(dim.outer) * span.count * expr(dim.inner)
+            rows = self._reshape(rows, [*shape[: dim.index], folded, *shape[dim.index + 1 :]])
+        return rows
+
+    def _reshape(self, value: fx.Node, shape: list[Size]) -> fx.Node:
+        return emit(self.graph, aten.reshape.default, (value, [size_node(self.graph, size) for size in shape]))
+
+
+def _folded_length(size: Size, dim: Dim) -> Size:
+    return sympy.cancel(expr(size) / (expr(dim.outer) * expr(dim.inner)))
+
+
+def _where_to_slice(gm: fx.GraphModule, needs: Needs) -> set[Piece]:
+    """Of the rows that narrowed operators read of values needed whole: which values are sliced.
+
+    The others are made once more, on those rows alone, from what is sliced further up.
+    """
+    return cheapest_cut(_borders(gm, needs), _cost, lambda piece: _made_again_from(piece, needs))
+
+
+def _borders(gm: fx.GraphModule, needs: Needs) -> list[Piece]:
+    """Rows that narrowed operators read of values that are not narrowed."""
+    found: dict[Piece, None] = {}
+    for node in gm.graph.nodes:
+        span = needs.narrowed(node)
+        if span is None:
+            continue
+        claim = claim_for(node, needs.dims.carriers[node].dim)
+        for operand, dim in zip(operands(node), claim.demands, strict=True):
+            if dim is not None and needs.narrowed(operand) is None:
+                found[(operand, dim, span)] = None
+    return list(found)
+
+
+def _made_again_from(piece: Piece, needs: Needs) -> list[Piece] | None:
+    """The operands' rows from which a cheap operator makes these rows once more; None if it is not cheap."""
+    node, dim, span = piece
+    rule = chunk_rule_for(node.target)
+    if needs.narrowed(node) is not None:
+        return None
+    if node.op != "call_function" or rule is None or not rule.recompute:
+        return None
+    try:
+        claim = claim_for(node, dim)
+    except CannotChunk:
+        return None
+    return [(n, d, span) for n, d in zip(operands(node), claim.demands, strict=True) if d is not None]
+
+
+def _cost(piece: Piece, order: int) -> int | None:
+    """Bytes per token of keeping a value for a slice of it, in thousandths; ties go to the readers' side.
+
+    Inputs are there anyway. None for a tuple: its items can be sliced.
+    """
+    node, dim, _ = piece
+    value = node.meta["val"]
+    tie = max(0, 999 - order)
+    if not isinstance(value, torch.Tensor):
+        return None
+    if node.op in ("placeholder", "get_attr"):
+        return tie
+    per_token = count_hint(value.shape) * value.element_size() // max(1, hint(value.shape[dim.index]))
+    return (1 if dim.plain else 2) * 1000 * max(1, per_token) + tie

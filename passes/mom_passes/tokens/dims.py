@@ -1,0 +1,243 @@
+"""Which dimension of each value is the token dimension? An analysis; it changes nothing.
+
+Terms
+-----
+seed       A dimension of a graph input that is not a parameter: a candidate for the tokens.
+carries    A value carries tokens along a `Dim` if its rows can be computed from rows of other carriers.
+mixes      An operator without a claim that keeps rows apart (a cumsum over tokens, a roll). Its result may
+           still have one row per token; the sweep goes on from there, and the planner runs it on the whole sequence.
+
+    for seed in every dimension of every input that is no parameter:
+        for node in graph order:
+            dims[node] = the dim whose claim asks carriers for their own rows, or for all of them
+    keep the seed that carries most matmul work and meets barriers: products that take rows of one activation and
+        all of another (attention's keys). Along the batch there are none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.sizes import Size, hint, is_one, product, same
+from mom_passes.graph.values import value_of
+from mom_passes.rules import Claim, Dim, chunk_rule_for, claim_for, operands
+from mom_passes.rules.work import matmul_work
+
+#: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
+MAX_SEED_INPUTS = 4
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A value's token dimension and how many tokens it holds (after `hidden[:, 1:]`, one fewer)."""
+
+    dim: Dim
+    length: Size
+
+
+@dataclass(frozen=True)
+class TokenDims:
+    """The sweep's result for the chosen seed.
+
+    `carriers` has every value with a token dimension; `rowwise` those whose operator can also be
+    run on rows alone, `worked` those of them that took a product, an attention or a look-up: what did not is as cheap
+    as an input. `mixing` says of each operator that must see the whole sequence why. `work` is in multiply-adds;
+    `barriers` counts the products that need all of an activation.
+    """
+
+    seed: fx.Node
+    seed_dim: Dim
+    length: Size
+    carriers: dict[fx.Node, Carrier]
+    rowwise: frozenset[fx.Node]
+    worked: frozenset[fx.Node]
+    mixing: dict[fx.Node, str]
+    work: int
+    barriers: int
+
+
+@dataclass
+class _Sweep:
+    length: Size
+    activations: set[fx.Node]
+    carriers: dict[fx.Node, Carrier] = field(default_factory=dict)
+    rowwise: set[fx.Node] = field(default_factory=set)
+    worked: set[fx.Node] = field(default_factory=set)
+    mixing: dict[fx.Node, str] = field(default_factory=dict)
+    barriers: int = 0
+    batched: int = 0
+    work: int = 0
+
+    def visit(self, node: fx.Node) -> None:
+        inputs = operands(node)
+        carried = [self.carriers.get(operand) for operand in inputs]
+        if not any(carried):
+            return
+        if node.target is operator.getitem:
+            self._visit_getitem(node)
+            return
+        found = _best_claim(node, carried)
+        if isinstance(found, str):
+            self.mixing[node] = found
+            self._restart_after(node, carried)
+            return
+        dim, claim, length = found
+        self.carriers[node] = Carrier(dim, length)
+        self.rowwise.add(node)
+        demanded = list(zip(inputs, claim.demands, strict=True))
+        rule = chunk_rule_for(node.target)
+        if (rule is not None and not rule.recompute) or any(n in self.worked for n in inputs):
+            self.worked.add(node)
+        # A product whose rows are those of a weight says nothing: that is how features look.
+        if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
+            self.work += matmul_work(node)
+            # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
+            activations = [d for n, d in demanded if n in self.activations and value_of(n).is_floating_point()]
+            self.barriers += any(demand is None for demand in activations)
+            self.batched += len(activations) > 1 and all(demand is not None for demand in activations)
+
+    def _visit_getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        assert isinstance(source, fx.Node) and isinstance(index, int)
+        if source not in self.rowwise:
+            return
+        dim, length = self.carriers[source].dim, self.carriers[source].length
+        outputs = claim_for(source, dim).outputs
+        found = outputs[index] if outputs is not None else dim
+        if found is not None:
+            self.carriers[node] = Carrier(found, length)
+            self.rowwise.add(node)
+            self.worked |= {node} if source in self.worked else set()
+
+    def _restart_after(self, node: fx.Node, carried: list[Carrier | None]) -> None:
+        """The result of a mixing operator may still have one row per token: carry on from there."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return
+        if any(n in self.worked for n in operands(node)):
+            self.worked.add(node)
+        for carrier in filter(None, carried):
+            index = carrier.dim.index
+            if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain:
+                # `hidden[:, 1:]` is still the sequence.
+                if hint(value.shape[index]) > 1:
+                    self.carriers[node] = Carrier(carrier.dim, value.shape[index])
+                return
+            sizes = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]
+            if sizes:
+                self.carriers[node] = Carrier(Dim(index if index in sizes else sizes[0]), carrier.length)
+                return
+
+
+def _best_claim(node: fx.Node, carried: list[Carrier | None]) -> tuple[Dim, Claim, Size] | str:
+    """The claim that asks most carriers for their own rows; or why there is none."""
+    rule = chunk_rule_for(node.target)
+    if rule is None:
+        return "no chunk rule is registered for this operator"
+    best: tuple[int, Dim, Claim, Size] | None = None
+    reason = "its rows need other rows of its operands"
+    for dim, length in _candidates(node, carried):
+        try:
+            claim = rule(node, dim)
+        except CannotChunk as refusal:
+            reason = refusal.reason
+            continue
+        pairs = [(c, d) for c, d in zip(carried, claim.demands, strict=True) if c is not None]
+        if any(d is not None and d != c.dim for c, d in pairs):
+            continue
+        matches = sum(d is not None for _, d in pairs)
+        if best is None or matches > best[0]:
+            best = (matches, dim, claim, length)
+    return reason if best is None else best[1:]
+
+
+def _candidates(node: fx.Node, carried: list[Carrier | None]) -> list[tuple[Dim, Size]]:
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    if not isinstance(first, torch.Tensor):
+        return []
+    rule = chunk_rule_for(node.target)
+    found: list[tuple[Dim, Size]] = []
+    for carrier in filter(None, carried):
+        if rule is not None and rule.candidates is not None:
+            demands = tuple(c.dim if c else None for c in carried)
+            dims = rule.candidates(node, demands)
+        else:
+            size = product([carrier.dim.outer, carrier.length, carrier.dim.inner])
+            dims = [carrier.dim.at(i) for i, s in enumerate(first.shape) if same(s, size)]
+        found += [(dim, carrier.length) for dim in dims if (dim, carrier.length) not in found]
+    return found
+
+
+
+
+def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node] = ()) -> TokenDims | None:
+    """The token dimension of every value, or None where no input dimension carries the matmul work.
+
+    `static_inputs` are the placeholders that hold parameters and buffers.
+    """
+    total = sum(matmul_work(node) for node in gm.graph.nodes)
+    activations = _activations(gm, set(static_inputs))
+    best: TokenDims | None = None
+    for seed in _seed_inputs(gm, set(static_inputs)):
+        for index, size in enumerate(seed.meta["val"].shape):
+            if is_one(size) or hint(size) < 2:
+                continue
+            found = _sweep(gm, seed, Dim(index), size, activations)
+            if found is not None and (best is None or _score(found) > _score(best)):
+                best = found
+    if best is None or total == 0 or best.work * 2 < total:
+        return None
+    return best
+
+
+def _score(found: TokenDims) -> tuple[bool, int, int]:
+    return (found.barriers > 0, found.work, hint(found.length))
+
+
+def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
+    """Values that depend on an input other than a parameter."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if node not in static and isinstance(node.meta.get("val"), torch.Tensor):
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims | None:
+    """What follows from one dimension of an input; None if it is the batch's.
+
+    Products of activations then stay within its rows, an attention's too; with tokens, some needs all rows of another.
+    """
+    sweep = _Sweep(length, activations, {seed: Carrier(dim, length)})
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node is not seed:
+            sweep.visit(node)
+    if sweep.batched and not sweep.barriers:
+        return None
+    rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
+    return TokenDims(seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers)
+
+
+def _seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
+    """User inputs by the matmul work they reach, most first: an old layer's cache reaches less than the ids."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static]
+    inputs = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim() > 0]
+    reach: dict[fx.Node, int] = {}
+    for candidate in inputs[:64]:
+        reached = {candidate}
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and any(n in reached for n in node.all_input_nodes):
+                reached.add(node)
+                reach[candidate] = reach.get(candidate, 0) + matmul_work(node)
+    ranked = sorted(reach, key=lambda n: -reach[n])
+    return ranked[:MAX_SEED_INPUTS]

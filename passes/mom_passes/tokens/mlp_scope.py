@@ -1,0 +1,76 @@
+"""Only MLPs and the LM head in loops, attention on the whole sequence: what mini-sequence inference did before.
+
+Terms
+-----
+linear     A product of rows of one activation with a weight.
+widening   A linear whose rows are wider than those it reads, and whose result reaches linears or outputs only, never
+           an attention: gate and up projections, the LM head.
+
+    keep row-wise: what lies between a widening linear and the linears it feeds, both included
+    everything else runs on the full sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from torch import fx
+
+from mom_passes.graph.sizes import count_hint
+from mom_passes.graph.values import is_tensor
+from mom_passes.rules import claim_for, operands
+from mom_passes.rules.work import matmul_work
+from mom_passes.tokens.dims import TokenDims
+
+
+def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
+    """The same token dimensions with fewer values row-wise. An analysis; it changes nothing."""
+    kept: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if is_linear(node, dims) and _widens(node):
+            kept |= _until_the_next_product(node, dims)
+    return replace(dims, rowwise=dims.rowwise & kept)
+
+
+def is_linear(node: fx.Node, dims: TokenDims) -> bool:
+    """Whether a product takes rows of one activation, and no activation whole."""
+    if node not in dims.rowwise or not matmul_work(node):
+        return False
+    demanded = zip(operands(node), claim_for(node, dims.carriers[node].dim).demands, strict=True)
+    rows = [operand in dims.carriers for operand, demand in demanded if demand is not None]
+    return sum(rows) == 1 and not any(n in dims.carriers for n in _whole(node, dims))
+
+
+def _whole(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
+    claim = claim_for(node, dims.carriers[node].dim)
+    return [operand for operand, demand in zip(operands(node), claim.demands, strict=True) if demand is None]
+
+
+def _widens(node: fx.Node) -> bool:
+    sizes = [count_hint(n.meta["val"].shape) for n in operands(node)]
+    activation = sizes[-2]
+    return count_hint(node.meta["val"].shape) > activation
+
+
+def _until_the_next_product(node: fx.Node, dims: TokenDims) -> set[fx.Node]:
+    """The node, the linears it feeds and what lies between; nothing if it feeds an attention or leaves the rows."""
+    reached = _closure([node], lambda n: [] if n is not node and matmul_work(n) else list(n.users))
+    products = [n for n in reached if n is not node and matmul_work(n)]
+    if not all(is_linear(product, dims) for product in products):
+        return set()
+    rows = reached & dims.rowwise
+    ends = products or [n for n in rows if any(user not in rows for user in n.users)]
+    feeding = _closure(ends, lambda n: list(n.all_input_nodes))
+    return {n for n in reached & feeding if n in dims.rowwise} | {node}
+
+
+def _closure(roots: Iterable[fx.Node], following: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in found and node.op == "call_function" and is_tensor(node):
+            found.add(node)
+            pending.extend(following(node))
+    return found

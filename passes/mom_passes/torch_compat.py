@@ -1,0 +1,66 @@
+"""Every part of PyTorch that is not public and that graphs, sizes or operators are read with, in one place.
+
+schema          What an operator's signature says: names, defaults, what it writes to, what it may return as a view.
+symbolic number A `SymInt`, `SymFloat` or `SymBool`: an expression, and its value when the graph was captured, the hint.
+shape env       What knows the symbols of a captured graph. Asking it whether sizes are equal adds guards.
+
+What Dynamo, AOTAutograd and Inductor are asked for stands in `mom_compile.torch_compat`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import sympy
+import torch
+
+#: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an operator overload (`arguments`, `returns`, `is_mutable`); None for any other callable."""
+    return getattr(target, "_schema", None)
+
+
+def packet_of(target: Any) -> Any:
+    """The operator that an overload is one of, `aten.add` for `aten.add.Tensor`; None for any other callable."""
+    return getattr(target, "overloadpacket", None)
+
+
+def expression_of(number: Any) -> sympy.Expr:
+    """The expression of a symbolic number."""
+    return number.node.expr
+
+
+def hint_of(number: Any) -> Any:
+    """The value a symbolic number had when the graph was captured; None for one that depends on data."""
+    return number.node.hint
+
+
+def has_hint(number: Any) -> bool:
+    return bool(number.node.has_hint())
+
+
+def shape_env_of(number: Any) -> Any:
+    return number.node.shape_env
+
+
+def new_number(env: Any, value: sympy.Basic, kind: type, hint: Any) -> Any:
+    """A symbolic number of `kind` (`bool`, `float` or `int`) for an expression in known symbols."""
+    if kind is bool:
+        return env.create_symboolnode(value)
+    make = env.create_symfloatnode if kind is float else env.create_symintnode
+    return make(value, hint=hint)
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The mode of a fake tensor, None for anything else."""
+    return getattr(value, "fake_mode", None)
+
+
+def without_guards(mode: Any) -> AbstractContextManager[Any]:
+    """While a fake mode is in use, nothing that is asked of its symbols becomes a guard."""
+    return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
