@@ -82,7 +82,8 @@ def private_torch_uses(module: str) -> set[str]:
         private = node.attr.startswith("_") and not node.attr.startswith("__")
         if private and under(owner, "torch") and not under(owner, "torch.ops"):
             uses.add(f"{owner}.{node.attr}")
-        if node.attr in PRIVATE_ATTRIBUTES or node.attr == "_schema" or owner.endswith(".node"):
+        number = node.attr in ("expr", "hint") and owner.endswith(".node")
+        if number or node.attr in PRIVATE_ATTRIBUTES or node.attr == "_schema":
             uses.add(f"{owner}.{node.attr}")
     return uses
 
