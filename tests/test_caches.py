@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(backend: str, cache: Path) -> dict[str, float]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "passes")])
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": path}
     command = [sys.executable, "-m", "tests.cache_child", backend]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
