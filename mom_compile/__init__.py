@@ -13,12 +13,12 @@ from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.store import HostMemory, empty_host_pool, host_memory
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_passes.errors import CannotChunk
-from mom_passes.rules import FULL, Claim, Dim
+from mom_passes.rules import All, Claim, Dim, Past, Rows
 from mom_passes.rules import register as chunk_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FULL", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "MomWarning", "Report",
-    "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports",
+    "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "MomWarning", "Past", "Report",
+    "Rows", "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.values import operands
-from mom_passes.rules.registry import Claim, Dim, Rows, claim_for
+from mom_passes.rules import All, Claim, Dim, Need, Past, Window, claim_for
 from mom_passes.rules.slicing import length, take
 
 #: Operators whose result has a shape but no defined content.
@@ -65,15 +65,32 @@ def outputs(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
+def first_row(need: Need, start: int) -> int:
+    """Where an operand begins that is given for rows from `start` on."""
+    if isinstance(need, All):
+        return 0
+    return max(0, start - need.rows) if isinstance(need, Past) else start
+
+
+def needed(operand: torch.Tensor, need: Need, start: int, count: int) -> torch.Tensor:
+    assert not isinstance(need, All)
+    first = first_row(need, start)
+    return take(operand, need.dim, first, start + count - first)
+
+
+def window(claim: Claim, start: int, count: int) -> Window:
+    return Window(start, count, tuple(first_row(need, start) for need in claim.needs))
+
+
 def run_rows(node: fx.Node, claim: Claim, start: int, count: int) -> Any:
     """What a loop body computes for rows `[start, start + count)`."""
     sliced = iter(
-        operand.meta["val"] if demand is None else take(operand.meta["val"], demand, start, count)
-        for operand, demand in zip(operands(node), claim.demands, strict=True)
+        operand.meta["val"] if isinstance(need, All) else needed(operand.meta["val"], need, start, count)
+        for operand, need in zip(operands(node), claim.needs, strict=True)
     )
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(sliced))
     if claim.edit is not None:
-        args, kwargs = claim.edit(args, kwargs, Rows(start, count))
+        args, kwargs = claim.edit(args, kwargs, window(claim, start, count))
     target: Any = claim.target or node.target
     return target(*args, **kwargs)
 
@@ -101,8 +118,8 @@ def check_rows(node: fx.Node, dim: Dim, claim: Claim) -> None:
     assert len(output_dims) == len(whole), "one dim (or None) per output"
     assert output_dims[0] == dim, "the dim asked for is that of output 0"
     rows = length(whole[0], dim)
-    for operand, demand in zip(operands(node), claim.demands, strict=True):
-        assert demand is None or length(operand.meta["val"], demand) == rows, f"operand {operand}: other rows"
+    for operand, need in zip(operands(node), claim.needs, strict=True):
+        assert isinstance(need, All) or length(operand.meta["val"], need.dim) == rows, f"operand {operand}: other rows"
     for way in cuts(rows):
         start = 0
         for count in way:
@@ -142,6 +159,6 @@ def check_call(call: Call) -> int:
         try:
             check_rows(node, dim, claim)
         except Exception as error:
-            raise AssertionError(f"{call} along {dim}, claim {claim.demands}: {error}") from error
+            raise AssertionError(f"{call} along {dim}, claim {claim.needs}: {error}") from error
         accepted += 1
     return accepted

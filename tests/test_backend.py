@@ -16,7 +16,7 @@ from torch import nn
 import mom_compile.backend as backend_module
 import mom_compile.pipeline as pipeline_module
 from benchmarks.measure import peak_bytes, watch_cpu
-from mom_compile import FULL, CannotChunk, Claim, MomWarning, chunk_rule, reports
+from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, reports
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.torch_compat import SymbolicSizes
 from tests.tiny import TinyDecoder, ids
@@ -159,7 +159,7 @@ def test_an_operator_with_a_rule_of_the_users_own_runs_inside_the_loops():
     def rule(node, dim):
         if dim.index == 2:
             raise CannotChunk(node, dim, "the scale runs along it")
-        return Claim((dim, FULL))
+        return Claim((Rows(dim), All()))
 
     inner = TinyDecoder(layers=1).eval()
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mom_compile.pipeline import NotWorthwhile
 from mom_passes.errors import CannotChunk
-from mom_passes.rules import Dim, Rows
+from mom_passes.rules import Dim, Window
 from mom_passes.rules.folds import FOLDS, combine, elements, fold_claim, total_dtype
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
@@ -56,7 +56,7 @@ def test_the_law_of_folds(target, arguments, dtype):
     claim = fold_claim(node, Dim(1))
     parts = []
     for start, count in ((0, 4), (4, 5), (9, 2)):
-        args, kwargs = claim.edit((x.narrow(1, start, count), *arguments), {}, Rows(start, count))
+        args, kwargs = claim.edit((x.narrow(1, start, count), *arguments), {}, Window(start, count, (start,)))
         parts.append((claim.target or target)(*args, **kwargs))
     total = combine(target, torch.stack(parts))
     assert total.dtype == total_dtype(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
-from mom_passes.rules import Claim, Dim, claim_for, registered
+from mom_passes.rules import All, Claim, Dim, Past, Rows, Window, claim_for, registered
 from mom_passes.rules.factories import output_shape, pointwise_claim
 from mom_passes.rules.slicing import take
 from mom_passes.rules.view import view_candidates
@@ -80,13 +81,32 @@ def test_the_law_catches_a_wrong_claim() -> None:
     """A guard for the guard: claims that are wrong in one point each must not pass."""
     node = node_of(Call(aten.softmax.int, (floats(4, 6), 1)))
     with pytest.raises(AssertionError, match="not close"):
-        check_rows(node, Dim(1), Claim((Dim(1),)))
+        check_rows(node, Dim(1), Claim((Rows(Dim(1)),)))
     node = node_of(Call(aten.add.Tensor, (floats(4, 6), floats(4, 6))))
     with pytest.raises(AssertionError, match="shape"):
-        check_rows(node, Dim(0), Claim((Dim(0), None)))
+        check_rows(node, Dim(0), Claim((Rows(Dim(0)), All())))
     node = node_of(Call(aten.triu.default, (floats(4, 6),)))
     with pytest.raises(AssertionError, match="not close"):
-        check_rows(node, Dim(0), Claim((Dim(0),)))
+        check_rows(node, Dim(0), Claim((Rows(Dim(0)),)))
+
+
+def of_three(x: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    """Each row with the two before it, `[B, S, H]`; the first `skip` rows are only read."""
+    before = torch.nn.functional.pad(x, (0, 0, 2, 0))
+    return (before[:, :-2] + before[:, 1:-1] + x)[:, skip:]
+
+
+@pytest.mark.parametrize(("rows", "enough"), [(1, False), (2, True), (5, True)])
+def test_the_law_of_a_bounded_past(rows: int, enough: bool) -> None:
+    """The window says where the operand begins: fewer rows before at the beginning of the sequence."""
+    node = node_of(Call(of_three, (floats(2, 7, 3),)))
+
+    def edit(args: Any, kwargs: Any, window: Window) -> Any:
+        return (args[0], window.start - window.first[0]), kwargs
+
+    claim = Claim((Past(Dim(1), rows),), edit=edit)
+    with contextlib.nullcontext() if enough else pytest.raises(AssertionError, match="not close"):
+        check_rows(node, Dim(1), claim)
 
 
 # Items of tuples
@@ -113,11 +133,11 @@ def test_items_of_tuples() -> None:
             for index in range(value.dim() if value.numel() else 0):
                 dim = Dim(index)
                 try:
-                    (demand,) = claim_for(node, dim).demands
+                    (need,) = claim_for(node, dim).needs
                 except CannotChunk:
                     continue
-                assert demand is not None
-                rows = run_rows(producer, claim_for(producer, demand), 0, 1)[item]
+                assert isinstance(need, Rows)
+                rows = run_rows(producer, claim_for(producer, need.dim), 0, 1)[item]
                 torch.testing.assert_close(rows, take(value, dim, 0, 1), equal_nan=True)
                 seen.add(call.target)
     assert {aten.split.Tensor, aten.sort.default, aten.var_mean.correction, aten.native_layer_norm.default} <= seen
@@ -147,7 +167,7 @@ def test_views_fold_and_unfold_tokens(shape: list[int], dim: Dim, view: list[int
     node = node_of(Call(aten.view.default, (floats(*shape), view)))
     assert view_candidates(node, (dim,)) == [expected]
     claim = claim_for(node, expected)
-    assert claim.demands == (dim,)
+    assert claim.needs == (Rows(dim),)
     check_rows(node, expected, claim)
 
 
@@ -157,11 +177,11 @@ def test_views_that_mix_rows_are_refused(shape: list[int], view: list[int], dim:
         claim_for(node_of(Call(aten.view.default, (floats(*shape), view))), dim)
 
 
-def test_an_operand_that_appears_twice_has_two_demands() -> None:
+def test_an_operand_that_appears_twice_has_two_needs() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["val"] = floats(4, 4)
     node = graph.call_function(aten.mm.default, (x, x))
     node.meta["val"] = floats(4, 4) @ floats(4, 4)
-    assert claim_for(node, Dim(0)).demands == (Dim(0), None)
-    assert claim_for(node, Dim(1)).demands == (None, Dim(1))
+    assert claim_for(node, Dim(0)).needs == (Rows(Dim(0)), All())
+    assert claim_for(node, Dim(1)).needs == (All(), Rows(Dim(1)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mom_passes.errors import CannotChunk, RuleError
-from mom_passes.rules import ChunkRule, Claim, Dim, claim_for, register, registered
+from mom_passes.rules import All, Claim, Dim, OperatorFacts, Past, Rows, claim_for, register, registered
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 
@@ -99,7 +99,7 @@ NO_OVERLOADS: list[tuple[Any, str]] = [
 def test_what_is_no_overload_is_refused_when_it_is_registered(target: Any, message: str) -> None:
     before = registered()
     with pytest.raises(TypeError, match=message):
-        register(aten.bernoulli.p, target)(lambda node, dim: Claim((dim,)))
+        register(aten.bernoulli.p, target)(lambda node, dim: Claim((Rows(dim),)))
     assert registered() == before
 
 
@@ -118,7 +118,7 @@ def test_a_custom_operator_itself_is_refused_and_told_its_overload() -> None:
     ("rule", "message"),
     [
         (3, "3 cannot be called"),
-        (lambda node: Claim((None,)), r"called with a node and a dim.*takes \(node\)"),
+        (lambda node: Claim((All(),)), r"called with a node and a dim.*takes \(node\)"),
         (lambda: None, r"takes \(\)"),
     ],
 )
@@ -139,9 +139,12 @@ def fails(node: Any, dim: Dim) -> Claim:
 NO_CLAIMS: list[tuple[Any, str]] = [
     (forgets_to_return, "returned None; return a Claim, or raise CannotChunk"),
     (lambda node, dim: (dim,), r"returned \(Dim\(.*\),\); return a Claim"),
-    (lambda node, dim: Claim((1,)), r"demands \(1,\); a tuple of Dim and FULL is wanted"),  # type: ignore[arg-type]
-    (lambda node, dim: Claim(dim), "a tuple of Dim and FULL is wanted"),
-    (lambda node, dim: Claim((dim, dim)), "has 2 demands for 1 tensor operands"),
+    (lambda node, dim: Claim((1,)), r"needs \(1,\); a tuple of Rows\(dim\), Past\(dim, rows\) and All\(\) is wanted"),
+    (lambda node, dim: Claim((dim,)), r"a tuple of Rows\(dim\)"),
+    (lambda node, dim: Claim(Rows(dim)), r"a tuple of Rows\(dim\)"),
+    (lambda node, dim: Claim((Rows(dim), Rows(dim))), "has 2 needs for 1 tensor operands"),
+    (lambda node, dim: Claim((Past(dim, 0),)), "a past is of at least one row"),
+    (lambda node, dim: Claim((Past(Dim(0, 2), 3),)), "along a dimension that holds tokens alone"),
     (fails, "raised IndexError: tuple index out of range"),
 ]
 
@@ -150,6 +153,6 @@ NO_CLAIMS: list[tuple[Any, str]] = [
 def test_a_rule_that_answers_with_no_claim_is_named_when_it_is_asked(rule: Any, fault: str) -> None:
     node = node_of(Call(aten.relu.default, (x,)))
     with pytest.raises(RuleError, match=fault) as refusal:
-        ChunkRule(rule)(node, Dim(1))
+        OperatorFacts(rule).claim(node, Dim(1))
     assert "the chunk rule of aten.relu.default" in str(refusal.value)
     assert f"asked for {node.name} along dim 1" in str(refusal.value)

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from mom_passes.graph.sizes import expr, product, quotient, same
-from mom_passes.rules import Dim, Rows, claim_for
+from mom_passes.rules import Dim, Rows, Window, claim_for
 from mom_passes.rules.arithmetic import add, mul
 from mom_passes.rules.view import view_candidates
 
@@ -51,9 +51,9 @@ def test_views_with_symbolic_batch_and_length() -> None:
     (dim,) = view_candidates(node, (Dim(1),))
     assert dim == Dim(0, outer=batch)
     claim = claim_for(node, dim)
-    assert claim.demands == (Dim(1),)
+    assert claim.needs == (Rows(Dim(1)),)
     assert claim.edit is not None
-    (_, shape), _ = claim.edit(node.args, {}, Rows(0, 3))
+    (_, shape), _ = claim.edit(node.args, {}, Window(0, 3, (0,)))
     assert shape == [-1, 4, 3]
     assert claim.target is aten.reshape.default
     assert guards(node) == before
@@ -64,9 +64,9 @@ def test_unfolding_writes_the_batch_as_it_was() -> None:
     *_, node = graph.graph.find_nodes(op="call_function", target=aten.view.default)
     batch = next(iter(graph.graph.nodes)).meta["val"].shape[0]
     claim = claim_for(node, Dim(1))
-    assert claim.demands == (Dim(0, outer=batch),)
+    assert claim.needs == (Rows(Dim(0, outer=batch)),)
     assert claim.edit is not None
-    (_, shape), _ = claim.edit(node.args, {}, Rows(0, 3))
+    (_, shape), _ = claim.edit(node.args, {}, Window(0, 3, (0,)))
     assert isinstance(shape[0], fx.Node)
     assert shape[1:] == [-1, 12]
 
@@ -86,7 +86,7 @@ def test_no_body_argument_carries_the_length(
     before = guards(node)
     edit = claim_for(node, dim).edit
     assert edit is not None
-    args, _ = edit(node.args, dict(node.kwargs), Rows(2, 3))
+    args, _ = edit(node.args, dict(node.kwargs), Window(2, 3, (2,)))
     sizes = args[0] if target is aten.full.default else args[1]
     assert [size for size in sizes if not isinstance(size, fx.Node)] == [
         size for size, old in zip(expected, sizes, strict=True) if not isinstance(old, fx.Node)

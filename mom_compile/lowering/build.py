@@ -42,7 +42,6 @@ from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, 
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import codegen_settings, keep_output_strides
 from mom_passes.errors import PassError
-from mom_passes.graph.aliasing import RELABELS
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
@@ -50,6 +49,7 @@ from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES, OFFLOAD
 from mom_passes.rules import Dim
+from mom_passes.rules.views import relabels
 from mom_passes.torch_compat import SYMBOLIC
 
 aten = torch.ops.aten
@@ -116,7 +116,7 @@ class Lowering:
                 self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
-        if node.target is COPY_ROWS and all(n.target in RELABELS for n in self.straight):
+        if node.target is COPY_ROWS and all(relabels(n) for n in self.straight):
             # Nothing to compile: a piece for a copy alone would be one for each shape.
             self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
@@ -131,7 +131,7 @@ class Lowering:
     def _flush(self) -> None:
         """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
         nodes, self.straight = self.straight, []
-        if all(node.target in RELABELS for node in nodes):
+        if all(relabels(node) for node in nodes):
             for node in nodes:
                 self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return

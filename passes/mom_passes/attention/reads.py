@@ -22,10 +22,10 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.aliasing import VIEWS
 from mom_passes.graph.arguments import argument, axis
+from mom_passes.graph.values import operands
 from mom_passes.ops.transfers import FETCH
-from mom_passes.rules import Dim, claim_for, operands
+from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
 from mom_passes.rules.work import matmul_work
 
 aten = torch.ops.aten
@@ -33,12 +33,11 @@ prims = torch.ops.prims
 
 MOM_ATTENTION = torch.ops.mom.attention.default
 
-COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._unsafe_view.default, aten.reshape.default})
-CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
 
-#: What passes rows on as they are.
-_SAME_ROWS = VIEWS | COPIES | CASTS
+#: What passes elements on as they are, and what passes rows on.
+_SAME_ELEMENTS = (Alias.VIEW, Alias.COPY)
+_SAME_ROWS = (*_SAME_ELEMENTS, Alias.CAST)
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _follow(operand: fx.Node, read: Read, reads: dict[fx.Node, Read]) -> None:
         if known is not None and (known.itself or not found.itself):
             continue
         reads[node] = found
-        itself = found.itself and (node.target in _SAME_ROWS or _takes_rows(node, found.dim))
+        itself = found.itself and (facts(node).alias in _SAME_ROWS or _takes_rows(node, found.dim))
         pending += [(source, Read(dim, found.layer, itself)) for source, dim in rows_from(node, found.dim)]
 
 
@@ -178,17 +177,17 @@ def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
         claim = claim_for(node, dim)
     except CannotChunk:
         return
-    for operand, demand in zip(operands(node), claim.demands, strict=True):
-        if demand is not None:
-            yield operand, demand
+    for operand, need in zip(operands(node), claim.needs, strict=True):
+        if isinstance(need, Rows):
+            yield operand, need.dim
 
 
 def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
     """How a value is read, or what it is a view, a copy or some of the rows of."""
     chain = [node]
     while chain[-1] not in reads:
-        target, last = chain[-1].target, chain[-1]
-        if target not in _SAME_ROWS and target is not aten.slice.Tensor:
+        last = chain[-1]
+        if facts(last).alias not in _SAME_ROWS and last.target is not aten.slice.Tensor:
             return None
         chain.append(last.args[0])  # type: ignore[arg-type]
     found = reads[chain[-1]]
@@ -205,6 +204,6 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
 
 def source_of(node: fx.Node) -> fx.Node:
     """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
-    while node.target in VIEWS or node.target in COPIES:
+    while facts(node).alias in _SAME_ELEMENTS:
         node = node.args[0]  # type: ignore[assignment]
     return node

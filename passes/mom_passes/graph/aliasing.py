@@ -11,29 +11,6 @@ from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
 
-#: Operators that only relabel storage: repeating one costs nothing.
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.expand.default,
-        aten.alias.default,
-        aten.detach.default,
-    }
-)
-
-#: These take a range of rows, along the token dimension or another.
-TOKEN_SLICES = frozenset({aten.slice.Tensor, aten.select.int})
-
-#: Whatever these return may share the storage of what they were given.
-RELABELS = VIEWS | TOKEN_SLICES
-
-
 def is_mutation(node: fx.Node) -> bool:
     """Whether the operator writes to what it was given."""
     schema = schema_of(node.target)
@@ -44,13 +21,6 @@ def may_be_a_view(node: fx.Node) -> bool:
     """Whether the operator's schema says that it may return what it was given, relabelled."""
     schema = schema_of(node.target)
     return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
-
-
-def seen_through_views(node: fx.Node) -> fx.Node:
-    """What a node is a view of, of a view of, ...; the node itself if it is none."""
-    while node.target in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def seen_from(node: fx.Node) -> fx.Node | None:

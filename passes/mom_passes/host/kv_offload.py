@@ -27,13 +27,13 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.aliasing import RELABELS, VIEWS
 from mom_passes.graph.edit import behind, emit, fake_value, size_node
 from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.strides import viewable
 from mom_passes.graph.values import is_size
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
 from mom_passes.ops.transfers import APPEND, COPIES, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.rules.views import is_view, relabels
 from mom_passes.rules.work import matmul_work
 
 aten = torch.ops.aten
@@ -148,7 +148,7 @@ class _Rewriter:
             node = pending.pop()
             if node.op in ("placeholder", "get_attr") or node in self.ahead:
                 continue
-            if node.target not in RELABELS and not is_size(node):
+            if not relabels(node) and not is_size(node):
                 return False
             views.append(node)
             pending += node.all_input_nodes
@@ -206,7 +206,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _erase_unused(gm: fx.GraphModule) -> None:
     """What only the old form read: the fetches and joins. Operators with effects and loops stay."""
     for node in reversed(list(gm.graph.nodes)):
-        cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or node.target in VIEWS
+        cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or is_view(node)
         if node.op == "call_function" and cheap and not node.users:
             gm.graph.erase_node(node)
 

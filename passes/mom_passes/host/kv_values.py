@@ -25,12 +25,13 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import Attention, Read, attention_reads, attentions, read_of
-from mom_passes.graph.aliasing import is_mutation, seen_through_views
+from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
 from mom_passes.host.kv_remade import kept_in_another_form
 from mom_passes.ops.transfers import FETCH
+from mom_passes.rules.views import seen_through_views
 
 aten = torch.ops.aten
 

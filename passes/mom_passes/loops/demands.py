@@ -2,7 +2,7 @@
 
 Terms
 -----
-instance   A value as somebody demands it: `(node, dim)` is some rows of it, `(node, None)` all of it.
+instance   A value as somebody needs it: `(node, Rows(dim))` is rows of it, `(node, All())` all of it.
 barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
 
 Kinds of instances
@@ -27,19 +27,24 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.aliasing import TOKEN_SLICES, VIEWS, is_mutation
+from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
-from mom_passes.graph.values import is_tensor
-from mom_passes.rules import Claim, Demand, Dim, chunk_rule_for, claim_for, operands
+from mom_passes.graph.values import is_tensor, operands
+from mom_passes.rules import All, Claim, Dim, Rows, claim_for, facts
 from mom_passes.rules.folds import fold_claim
+from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
 
 aten = torch.ops.aten
 
 
 
-#: In place of a token dim: the parts of a reduction over the tokens, one for each mini-sequence.
-PARTS = Dim(-1)
+@dataclass(frozen=True)
+class Parts:
+    """Of a reduction over the tokens: what each mini-sequence gives for it."""
+
+    def __str__(self) -> str:
+        return "parts"
 
 
 
@@ -55,15 +60,19 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Instance:
-    """A node, and the token dim along which only rows of it are demanded (None: all of it)."""
+    """A node, and what is needed of it."""
 
     node: fx.Node
-    dim: Demand
+    need: All | Rows | Parts
+
+    @property
+    def dim(self) -> Dim:
+        """Where an instance of rows has its tokens."""
+        assert isinstance(self.need, Rows), f"{self} is not of rows"
+        return self.need.dim
 
     def __str__(self) -> str:
-        if self.dim is None:
-            return self.node.name
-        return f"{self.node.name}[{'parts' if self.dim is PARTS else f'rows of {self.dim}'}]"
+        return self.node.name if self.need == All() else f"{self.node.name}[{self.need}]"
 
 
 @dataclass
@@ -80,19 +89,17 @@ class DemandGraph:
 
     def length(self, instance: Instance) -> Size:
         """How many tokens a sliced instance has, or the operand of a reduction over tokens."""
-        return instance_length(self.inputs[instance][0] if instance.dim is PARTS else instance)
+        return instance_length(self.inputs[instance][0] if isinstance(instance.need, Parts) else instance)
 
     def recomputable(self, instance: Instance) -> bool:
         if instance.node.target is operator.getitem:
             return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
-        rule = chunk_rule_for(instance.node.target)
-        return self.kinds[instance] is Kind.ROWS and rule is not None and rule.recompute
+        return self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
 
 
 def instance_length(instance: Instance) -> Size:
     """How many tokens a sliced instance has."""
     dim = instance.dim
-    assert dim is not None
     value = instance.node.meta["val"]
     first = value[0] if isinstance(value, (tuple, list)) else value
     length = quotient(first.shape[dim.index], product([dim.outer, dim.inner]))
@@ -128,7 +135,7 @@ def _whole_last(instance: Instance, graph: DemandGraph) -> int:
     """Of one node's instances: rows, then the whole value made of them, then rows cut from that."""
     if graph.kinds[instance] is Kind.ENTRY:
         return 2
-    return 1 if instance.dim is None else 0
+    return 1 if instance.need == All() else 0
 
 
 def _roots(gm: fx.GraphModule) -> list[Instance]:
@@ -136,9 +143,9 @@ def _roots(gm: fx.GraphModule) -> list[Instance]:
     for node in gm.graph.nodes:
         if node.op == "output":
             for value in node.all_input_nodes:
-                roots[Instance(value, None)] = None
+                roots[Instance(value, All())] = None
         elif node.op == "call_function" and is_mutation(node):
-            roots[Instance(node, None)] = None
+            roots[Instance(node, All())] = None
     return list(roots)
 
 
@@ -148,12 +155,12 @@ def _roots(gm: fx.GraphModule) -> list[Instance]:
 
 def is_inline(node: fx.Node) -> bool:
     """A view, or a constant of one element: repeated where it is needed rather than kept."""
-    if node.target in VIEWS:
+    if is_view(node):
         return True
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or node.all_input_nodes:
         return False
-    return node.op == "call_function" and count_hint(value.shape) == 1 and chunk_rule_for(node.target) is not None
+    return node.op == "call_function" and count_hint(value.shape) == 1 and facts(node).rule is not None
 
 
 
@@ -163,7 +170,7 @@ def repeats(node: fx.Node) -> bool:
     if node.target is not aten.clone.default:
         return False
     (source,) = operands(node)
-    while source.target in VIEWS:
+    while is_view(source):
         (before,) = operands(source)
         if count_hint(source.meta["val"].shape) > count_hint(before.meta["val"].shape):
             return True
@@ -178,39 +185,42 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
     if not is_tensor(node):
         if _is_size_of(node):
             return Kind.SIZE, (), None
-        whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+        whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
-    if instance.dim is None:
+    if instance.need == All():
         return _classify_whole(node, dims)
-    if instance.dim is PARTS:
+    if isinstance(instance.need, Parts):
         (source,) = operands(node)
         claim = fold_claim(node, dims.carriers[source].dim)
-        return Kind.ROWS, (Instance(source, dims.carriers[source].dim), *_sizes_read(node)), claim
+        return Kind.ROWS, (Instance(source, Rows(dims.carriers[source].dim)), *_sizes_read(node)), claim
     own = dims.carriers.get(node)
     try:
         if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
             raise CannotChunk(node, instance.dim, "its rows are not computed along it")
         claim = claim_for(node, instance.dim)
     except CannotChunk:
-        return Kind.ENTRY, (Instance(node, None),), None
-    inputs = [Instance(n, d) for n, d in zip(operands(node), claim.demands, strict=True)]
+        return Kind.ENTRY, (Instance(node, All()),), None
+    inputs = [
+        Instance(n, need if isinstance(need, Rows) else All())
+        for n, need in zip(operands(node), claim.needs, strict=True)
+    ]
     return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
 
 
 def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
-    whole = tuple(Instance(n, None) for n in node.all_input_nodes)
+    whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
     if is_mutation(node):
         return Kind.WHOLE, whole, None
     carrier = dims.carriers.get(node)
-    slices_tokens = node in dims.mixing and node.target in TOKEN_SLICES
+    slices_tokens = node in dims.mixing and is_cut(node)
     free = is_inline(node) or slices_tokens or repeats(node)
     if free and all(_plain(n, dims) for n in operands(node)):
         return Kind.INLINE, whole, None
     # What is as cheap as an input needs no loop of its own.
     if carrier is not None and node in dims.rowwise and node in dims.worked:
-        return Kind.BARRIER, (Instance(node, carrier.dim),), None
+        return Kind.BARRIER, (Instance(node, Rows(carrier.dim)),), None
     if _folds(node, dims):
-        return Kind.BARRIER, (Instance(node, PARTS),), None
+        return Kind.BARRIER, (Instance(node, Parts()),), None
     return Kind.WHOLE, whole, None
 
 
@@ -232,7 +242,7 @@ def _plain(node: fx.Node, dims: TokenDims) -> bool:
 
 
 def _sizes_read(node: fx.Node) -> list[Instance]:
-    return [Instance(n, None) for n in node.all_input_nodes if not is_tensor(n)]
+    return [Instance(n, All()) for n in node.all_input_nodes if not is_tensor(n)]
 
 
 def _is_size_of(node: fx.Node) -> bool:

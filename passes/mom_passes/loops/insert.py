@@ -25,9 +25,10 @@ from mom_passes.graph.edit import attribute, emit, fake_mode, fake_value, size_n
 from mom_passes.graph.sizes import Size, hint, is_one, same
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.bodies import Body
-from mom_passes.loops.demands import PARTS, DemandGraph, Instance, Kind
+from mom_passes.loops.demands import DemandGraph, Instance, Kind, Parts
 from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence, RowLimit
 from mom_passes.loops.stages import StagePlan, Stages
+from mom_passes.rules import All
 from mom_passes.rules.folds import FOLDS, elements, total_dtype
 
 
@@ -90,8 +91,8 @@ class _Rewriter:
             if node.op == "get_attr":
                 self._copy_attribute(node)
             else:
-                kind = self.demands.kinds.get(Instance(node, None))
-                if kind is Kind.SIZE and not self.demands.inputs[Instance(node, None)]:
+                kind = self.demands.kinds.get(Instance(node, All()))
+                if kind is Kind.SIZE and not self.demands.inputs[Instance(node, All())]:
                     self.whole[node] = size_node(self.graph, node.meta["val"])
                     return self.whole[node]
                 if kind not in (Kind.INLINE, Kind.SIZE):
@@ -131,8 +132,8 @@ class _Rewriter:
     # --- loops ---
 
     def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
-        stored = [i for i in members if i.dim is not PARTS]
-        folded = [i for i in members if i.dim is PARTS]
+        stored = [i for i in members if not isinstance(i.need, Parts)]
+        folded = [i for i in members if isinstance(i.need, Parts)]
         length_node = size_node(self.graph, length)
         if isinstance(length_node, fx.Node):
             length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
@@ -142,7 +143,7 @@ class _Rewriter:
             length,
             self.limit.rows_of(body.widest),
             body.size_values(),
-            tuple(i.dim for i in body.sliced if i.dim is not None),
+            tuple(i.dim for i in body.sliced),
             len(body.whole),
             tuple(self._output(instance) for instance in stored),
             tuple(self._fold(instance.node) for instance in folded),
@@ -164,7 +165,7 @@ class _Rewriter:
         for instance, item, output in zip(stored, items, spec.outputs, strict=False):
             self._lay_out(item, output)
             self.stored[instance] = item
-            if self.demands.kinds.get(Instance(instance.node, None)) is Kind.BARRIER:
+            if self.demands.kinds.get(Instance(instance.node, All())) is Kind.BARRIER:
                 self.whole[instance.node] = item
         for instance, item in zip(folded, items[len(stored) :], strict=True):
             self.whole[instance.node] = self._finished(instance.node, item)
@@ -208,7 +209,6 @@ class _Rewriter:
         strides = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
         # Dimensions of size one have no order of their own: they stay where they are written.
         order = _storage_order(strides, value.dim())
-        assert instance.dim is not None
         return LoopOutput(instance.node.name, instance.dim, tuple(value.shape), order, value.dtype, value.device)
 
 

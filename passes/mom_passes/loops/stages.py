@@ -28,6 +28,7 @@ from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.loops.demands import DemandGraph, Instance, Kind
+from mom_passes.rules import All
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
 FINE = 1 << 20
@@ -123,7 +124,7 @@ class _Planner:
     def crossing(self, k: int) -> set[Instance]:
         """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
         late = self.late(k)
-        needed = {i for reader in late for i in self.demands.inputs[reader] if i.dim is not None and i not in late}
+        needed = {i for reader in late for i in self.demands.inputs[reader] if i.need != All() and i not in late}
         return cheapest_cut(self._computed(needed), lambda instance, _: self._cost(instance, k), self._made_from)
 
     def _made_from(self, instance: Instance) -> list[Instance] | None:
@@ -131,7 +132,7 @@ class _Planner:
 
     def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
         """Of some instances, those of rows that are not an input's."""
-        return [i for i in instances if i.dim is not None and self.demands.kinds[i] is not Kind.SOURCE]
+        return [i for i in instances if i.need != All() and self.demands.kinds[i] is not Kind.SOURCE]
 
     def _cost(self, instance: Instance, k: int) -> int | None:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
@@ -140,7 +141,6 @@ class _Planner:
             return None
         if self.kept(instance, k):
             return 0
-        assert instance.dim is not None
         # Ties: a plain layout before a merged one, and the value nearest to its readers.
         awkward = 0 if instance.dim.plain else FINE // 2
         depth = len(self.demands.order) - self.demands.position[instance]
@@ -148,7 +148,7 @@ class _Planner:
 
     def kept(self, instance: Instance, k: int) -> bool:
         """Whether the value is at full length after stage `k` whatever the cut says."""
-        whole = Instance(instance.node, None)
+        whole = Instance(instance.node, All())
         kind = self.demands.kinds.get(whole)
         if kind is Kind.SOURCE:
             return True
@@ -221,7 +221,7 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
 def bytes_per_token(instance: Instance) -> int:
     """Bytes that one token of a row instance takes at full length (at the captured sizes)."""
     value = instance.node.meta["val"]
-    assert isinstance(value, torch.Tensor) and instance.dim is not None
+    assert isinstance(value, torch.Tensor)
     dim = instance.dim
     length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
     return max(1, count_hint(value.shape) * value.element_size() // max(1, length))

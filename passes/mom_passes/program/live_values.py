@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import RELABELS
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.loops.loop import MiniSequence, loop_nodes
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import APPEND, OFFLOAD
+from mom_passes.rules.views import relabels
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx
         source = node.args[0] if node.args else None
         if node.target is operator.getitem and source in loops:
             base[node] = _taken_over(node, source, loops[source], base)
-        elif node.target in RELABELS and isinstance(source, fx.Node):
+        elif relabels(node) and isinstance(source, fx.Node):
             if source in base:
                 base[node] = base[source]
         else:

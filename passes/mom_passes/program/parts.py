@@ -29,15 +29,16 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import TOKEN_SLICES, base_of, is_mutation, view_chain, views_of
+from mom_passes.graph.aliasing import base_of, is_mutation, view_chain, views_of
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
-from mom_passes.graph.values import bytes_of
+from mom_passes.graph.values import bytes_of, operands
 from mom_passes.graph.writes import written_by
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import APPEND, OFFLOAD
-from mom_passes.rules import Dim, operands
+from mom_passes.rules import Dim
 from mom_passes.rules.view import TO_THE_END
+from mom_passes.rules.views import is_cut
 from mom_passes.tokens.demanded_rows import Span, hull, span_of
 
 aten = torch.ops.aten
@@ -174,7 +175,7 @@ def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
 
 def _dim_of(cut: fx.Node) -> int | None:
     """The dimension of a slice or select."""
-    if cut.target not in TOKEN_SLICES:
+    if not is_cut(cut):
         return None
     return int(argument(cut, "dim")) % int(operands(cut)[0].meta["val"].dim())
 

@@ -1,21 +1,20 @@
-"""The table of chunk rules. Importing this package fills it."""
+"""The table of operator facts. Importing this package fills it."""
 
-from mom_passes.graph.values import operands
 from mom_passes.rules import attention, index, matmul, pointwise, reduction, source, view
+from mom_passes.rules.needs import All, Dim, Need, Past, Rows, Window, dim_of
 from mom_passes.rules.registry import (
-    FULL,
-    ChunkRule,
+    Alias,
     Claim,
-    Demand,
-    Dim,
-    Rows,
-    chunk_rule_for,
+    OperatorFacts,
     claim_for,
+    facts,
+    facts_of,
     register,
     registered,
 )
 
 __all__ = [
-    "FULL", "ChunkRule", "Claim", "Demand", "Dim", "Rows", "attention", "chunk_rule_for", "claim_for", "index",
-    "matmul", "operands", "pointwise", "reduction", "register", "registered", "source", "view",
+    "Alias", "All", "Claim", "Dim", "Need", "OperatorFacts", "Past", "Rows", "Window", "attention", "claim_for",
+    "dim_of", "facts", "facts_of", "index", "matmul", "pointwise", "reduction", "register", "registered", "source",
+    "view",
 ]  # fmt: skip

@@ -1,11 +1,11 @@
 """Chunk rules of attention operators.
 
-A query row needs its own row of the mask, and all keys and values: those two `FULL` demands are what
+A query row needs its own row of the mask, and all keys and values: those two `All` needs are what
 makes attention a barrier between stages. Batch entries are independent, and so are heads unless
 several query heads share a key head.
 
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
-    mom.attention(..., start)       ->  start + rows.start, since rows say where they stand
+    mom.attention(..., start)       ->  start + window.start, since rows say where they stand
     what is said of each key        whole along the queries; along the batch, each entry its own
     SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
 """
@@ -20,13 +20,21 @@ from torch import fx
 import mom_passes.ops  # noqa: F401  defines mom::attention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, given, replace
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import count_hint, hint, same
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import claim
-from mom_passes.rules.factories import broadcast_demand, checked, output_shape, outputs_of, shape_of
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
+from mom_passes.rules.factories import broadcast_need, checked, output_shape, outputs_of, shape_of
+from mom_passes.rules.needs import All, Dim, Need, Rows, Window
+from mom_passes.rules.registry import Claim, register
 
 BATCH, HEADS, QUERY, CHANNELS = range(4)
+
+
+def attention_work(node: fx.Node) -> int:
+    """Products of all queries with all keys, and of their weights with all values."""
+    query, key = argument(node, "query").meta["val"], argument(node, "key").meta["val"]
+    return count_hint(query.shape) * hint(key.shape[-2]) * 2
+
 
 #: Raw SDPA operator -> the name of its mask argument (None: it takes no mask).
 SDPA: dict[Any, str | None] = {
@@ -42,30 +50,30 @@ PADDED = aten._scaled_dot_product_efficient_attention.default
 MOM_ATTENTION = torch.ops.mom.attention.default
 
 
-def attention_demands(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Demand]:
+def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Need]:
     """What rows of the attention's result need of query, key, value and mask."""
     if checked(node, dim).index == CHANNELS:
         raise CannotChunk(node, dim, "a fused attention needs all channels of a head")
     query, key = argument(node, "query"), argument(node, "key")
     if dim.index == HEADS and not same(shape_of(query)[HEADS], shape_of(key)[HEADS]):
         raise CannotChunk(node, dim, "several query heads share a key head")
-    others = FULL if dim.index == QUERY else dim
-    demands: dict[str, Demand] = {"query": dim, "key": others, "value": others}
+    others = All() if dim.index == QUERY else Rows(dim)
+    needs: dict[str, Need] = {"query": Rows(dim), "key": others, "value": others}
     mask = argument(node, mask_name) if mask_name is not None else None
     if mask is not None:
         # The mask's last dimension counts keys, not channels, but no rule cuts either.
-        demands[mask_name or ""] = broadcast_demand(node, mask, output_shape(node), dim)
-    return demands
+        needs[mask_name or ""] = broadcast_need(node, mask, output_shape(node), dim)
+    return needs
 
 
-@register(*SDPA, recompute=False)
+@register(*SDPA, recompute=False, work=attention_work)
 def sdpa(node: fx.Node, dim: Dim) -> Claim:
-    demands = attention_demands(node, dim, SDPA[node.target])
+    needs = attention_needs(node, dim, SDPA[node.target])
     if argument(node, "dropout_p") != 0:
         raise CannotChunk(node, dim, "dropout draws other random numbers for rows than for the whole")
     if dim.index == QUERY and argument(node, "is_causal"):
         raise CannotChunk(node, dim, "causal rows need an offset, which this operator does not take")
-    return claim(node, demands, _sdpa_outputs(node, dim))
+    return claim(node, needs, _sdpa_outputs(node, dim))
 
 
 def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
@@ -79,26 +87,26 @@ def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
 PER_KEY = ("keys", "segments", "positions", "spans")
 
 
-@register(MOM_ATTENTION, recompute=False)
+@register(MOM_ATTENTION, recompute=False, work=attention_work)
 def mom_attention(node: fx.Node, dim: Dim) -> Claim:
-    demands = {**attention_demands(node, dim, "mask"), **_per_key_demands(node, dim)}
+    needs = {**attention_needs(node, dim, "mask"), **_per_key_needs(node, dim)}
     if dim.index != QUERY:
-        return claim(node, demands)
+        return claim(node, needs)
     placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
     if not dim.plain and placed:
         raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not placed:
             return args, kwargs
-        return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), rows.start))
+        return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), window.start))
 
-    return claim(node, demands, edit=edit)
+    return claim(node, needs, edit=edit)
 
 
-def _per_key_demands(node: fx.Node, dim: Dim) -> dict[str, Demand]:
+def _per_key_needs(node: fx.Node, dim: Dim) -> dict[str, Need]:
     """Of a vector for each batch entry, that entry's; of one for all, all of it."""
     batch = output_shape(node)[BATCH]
     found = {name: argument(node, name) for name in PER_KEY}
     own = {name for name, operand in found.items() if operand is not None and same(shape_of(operand)[BATCH], batch)}
-    return {name: dim if dim.index == BATCH and name in own else FULL for name in PER_KEY}
+    return {name: Rows(dim) if dim.index == BATCH and name in own else All() for name in PER_KEY}

@@ -1,6 +1,6 @@
-"""Between claims and calls: a claim from demands by argument name, and a call on rows from a claim.
+"""Between claims and calls: a claim from needs by argument name, and a call on rows from a claim.
 
-claim(node, {"self": dim})                       demands by argument name, in the order of `operands(node)`
+claim(node, {"self": Rows(dim)})                 needs by argument name, in the order of `operands(node)`
 call_on_rows(node, claim, rows, operands, ..)    the operator's target and arguments, for rows only
 """
 
@@ -13,40 +13,41 @@ from torch import fx
 
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.values import is_tensor, operands
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Edit, Rows
+from mom_passes.rules.needs import All, Dim, Need, Window
+from mom_passes.rules.registry import Claim, Edit
 
 
 def call_on_rows(
-    node: fx.Node, claim: Claim, rows: Rows, operands: Iterable[fx.Node], other: Callable[[fx.Node], Any]
+    node: fx.Node, claim: Claim, window: Window, operands: Iterable[fx.Node], other: Callable[[fx.Node], Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Target and arguments of an operator that computes rows only.
 
-    `operands` are what the claim demands, in its order; `other` gives the new graph's node for anything else
+    `operands` are what the claim needs, in its order; `other` gives the new graph's node for anything else
     (sizes), also where a rule takes one from the node it was asked about.
     """
     values = iter(operands)
-    # A claim's demands follow the tensor operands in order of appearance, and so does this visit.
+    # A claim's needs follow the tensor operands in order of appearance, and so does this visit.
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else other(arg))
     if claim.edit is not None:
-        args, kwargs = claim.edit(args, kwargs, rows)
+        args, kwargs = claim.edit(args, kwargs, window)
         args, kwargs = fx.map_arg((args, kwargs), lambda arg: other(arg) if arg.graph is node.graph else arg)
     return claim.target or node.target, args, kwargs
 
 
 def claim(
     node: fx.Node,
-    demands: Mapping[str, Demand],
+    needs: Mapping[str, Need],
     outputs: tuple[Dim | None, ...] | None = None,
     edit: Edit | None = None,
     target: Any = None,
 ) -> Claim:
-    """A claim from demands by argument name; an operand that is not named is needed whole."""
+    """A claim from needs by argument name; an operand that is not named is needed whole."""
     names = {position: name for name, (position, _) in arguments_of(node.target).items()}
-    ordered: list[Demand] = []
+    ordered: list[Need] = []
     for position, value in enumerate(node.args):
-        ordered += [demands.get(names[position], FULL)] * len(_tensors(node, value))
+        ordered += [needs.get(names[position], All())] * len(_tensors(node, value))
     for name, value in node.kwargs.items():
-        ordered += [demands.get(name, FULL)] * len(_tensors(node, value))
+        ordered += [needs.get(name, All())] * len(_tensors(node, value))
     return Claim(tuple(ordered), outputs, edit, target)
 
 

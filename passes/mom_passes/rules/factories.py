@@ -12,7 +12,7 @@ origin      Where an output dimension comes from: the number of the operand's di
                 softmax(x, dim=-1)       [0, 1, "normalises over it"]
 
     rule(node, dim):  origin = origins(node)[dim.index]
-                      refuse if it is text, else demand the operand's dimension `origin` in the same layout
+                      refuse if it is text, else need rows of the operand's dimension `origin` in the same layout
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.graph.values import operands, value_of
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rule, register
+from mom_passes.rules.needs import All, Dim, Need, Rows
+from mom_passes.rules.registry import Claim, Rule, register
 
 Origin = int | str
 Origins = Callable[[fx.Node], Sequence[Origin]]
@@ -55,16 +56,16 @@ def checked(node: fx.Node, dim: Dim) -> Dim:
     return dim
 
 
-def broadcast_demand(node: fx.Node, operand: fx.Node, shape: Sequence[Any], dim: Dim) -> Demand:
+def broadcast_need(node: fx.Node, operand: fx.Node, shape: Sequence[Any], dim: Dim) -> Need:
     """What a broadcasting operator needs of one operand for rows of an output of the given shape."""
     sizes = shape_of(operand)
     index = dim.index - (len(shape) - len(sizes))
     if index < 0:
-        return FULL
+        return All()
     if same(sizes[index], shape[dim.index]):
-        return dim.at(index)
+        return Rows(dim.at(index))
     if is_one(sizes[index]):
-        return FULL
+        return All()
     raise CannotChunk(node, dim, f"operand {operand.name} {list(sizes)} does not broadcast to {list(shape)}")
 
 
@@ -74,7 +75,7 @@ def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
     shape = output_shape(node)
     count = len(outputs_of(node))
     outputs = (dim,) * count if isinstance(node.meta["val"], (tuple, list)) else None
-    return Claim(tuple(broadcast_demand(node, operand, shape, dim) for operand in operands(node)), outputs)
+    return Claim(tuple(broadcast_need(node, operand, shape, dim) for operand in operands(node)), outputs)
 
 
 def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
@@ -84,7 +85,7 @@ def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
     if isinstance(origin, str):
         raise CannotChunk(node, dim, origin)
     outputs = (dim,) * len(outputs_of(node)) if isinstance(node.meta["val"], (tuple, list)) else None
-    return Claim((dim.at(origin),) * len(operands(node)), outputs)
+    return Claim((Rows(dim.at(origin)),) * len(operands(node)), outputs)
 
 
 def rule_from(origins: Origins) -> Rule:
@@ -96,11 +97,12 @@ def rule_from(origins: Origins) -> Rule:
     return rule
 
 
-def follows(*targets: Any, recompute: bool = True) -> Callable[[Origins], Origins]:
-    """Decorator: registers a function that gives the origins of an operator's output dimensions."""
+def follows(*targets: Any, **others: Any) -> Callable[[Origins], Origins]:
+    """Decorator: registers a function that gives the origins of an operator's output dimensions; `others` as in
+    `register`."""
 
     def decorate(origins: Origins) -> Origins:
-        register(*targets, recompute=recompute)(rule_from(origins))
+        register(*targets, **others)(rule_from(origins))
         return origins
 
     return decorate

@@ -25,8 +25,9 @@ from mom_passes.graph.arguments import aten, has_argument
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.factories import shape_of
+from mom_passes.rules.needs import Dim, Rows, Window
 from mom_passes.rules.reduction import reduced
-from mom_passes.rules.registry import Claim, Dim, Rows
+from mom_passes.rules.registry import Claim
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -70,10 +71,10 @@ def fold_claim(node: fx.Node, dim: Dim) -> Claim:
     if dim.index not in folded_dims(node):
         raise CannotChunk(node, dim, "it does not reduce over it")
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "dtype": total_dtype(node)} if fold.accumulates else kwargs
 
-    return Claim((dim,), edit=edit, target=fold.part)
+    return Claim((Rows(dim),), edit=edit, target=fold.part)
 
 
 def folded_dims(node: fx.Node) -> list[int]:

@@ -25,14 +25,15 @@ from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import (
     Origin,
     all_but,
-    broadcast_demand,
+    broadcast_need,
     checked,
     follows,
     output_shape,
     outputs_of,
     shape_of,
 )
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, claim_for, register
+from mom_passes.rules.needs import All, Dim, Rows
+from mom_passes.rules.registry import Claim, claim_for, register
 
 
 # Cheap, but repeating the gather below the first barrier would make the first layer's loop a graph of its own,
@@ -41,26 +42,26 @@ from mom_passes.rules.registry import FULL, Claim, Demand, Dim, claim_for, regis
 def embedding(node: fx.Node, dim: Dim) -> Claim:
     rank = len(shape_of(argument(node, "indices")))
     if checked(node, dim).index < rank:
-        return claim(node, {"indices": dim, "weight": FULL})
-    return claim(node, {"indices": FULL, "weight": dim.at(1)})
+        return claim(node, {"indices": Rows(dim), "weight": All()})
+    return claim(node, {"indices": All(), "weight": Rows(dim.at(1))})
 
 
 @register(aten.gather.default)
 def gather(node: fx.Node, dim: Dim) -> Claim:
     source, index = argument(node, "self"), argument(node, "index")
     if checked(node, dim).index == axis(argument(node, "dim"), len(shape_of(index))):
-        return claim(node, {"self": FULL, "index": dim})
+        return claim(node, {"self": All(), "index": Rows(dim)})
     if not same(shape_of(source)[dim.index], shape_of(index)[dim.index]):
         raise CannotChunk(node, dim, "source and index have different lengths along it")
-    return claim(node, {"self": dim, "index": dim})
+    return claim(node, {"self": Rows(dim), "index": Rows(dim)})
 
 
 @register(aten.index_select.default)
 def index_select(node: fx.Node, dim: Dim) -> Claim:
     rank = len(shape_of(argument(node, "self")))
     if checked(node, dim).index == axis(argument(node, "dim"), rank):
-        return claim(node, {"self": FULL, "index": dim.at(0)})
-    return claim(node, {"self": dim, "index": FULL})
+        return claim(node, {"self": All(), "index": Rows(dim.at(0))})
+    return claim(node, {"self": Rows(dim), "index": All()})
 
 
 @register(aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -78,17 +79,17 @@ def index(node: fx.Node, dim: Dim) -> Claim:
     if first <= dim.index < first + rank:
         shape = output_shape(node)[first : first + rank]
         within = dim.at(dim.index - first)
-        return Claim((FULL, *(broadcast_demand(node, one, shape, within) for one in tensors)))
+        return Claim((All(), *(broadcast_need(node, one, shape, within) for one in tensors)))
     kept = [position for position in range(len(shape_of(source))) if position not in indexed]
     origin = kept[dim.index if dim.index < first else dim.index - rank]
-    return Claim((dim.at(origin), *(FULL for _ in tensors)))
+    return Claim((Rows(dim.at(origin)), *(All() for _ in tensors)))
 
 
 @register(aten.isin.Tensor_Tensor, aten.bucketize.Tensor)
 def among(node: fx.Node, dim: Dim) -> Claim:
     """Each element is compared with all of the other operand."""
     checked(node, dim)
-    return Claim((dim, FULL))
+    return Claim((Rows(dim), All()))
 
 
 @register(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
@@ -99,7 +100,7 @@ def scatter(node: fx.Node, dim: Dim) -> Claim:
         raise CannotChunk(node, dim, "writes anywhere along it")
     if any(not same(shape_of(one)[dim.index], output_shape(node)[dim.index]) for one in operands(node)):
         raise CannotChunk(node, dim, f"the index {list(shape_of(index))} does not cover it")
-    return Claim((dim,) * len(operands(node)))
+    return Claim((Rows(dim),) * len(operands(node)))
 
 
 @follows(aten.slice_scatter.default)
@@ -113,7 +114,7 @@ def select_scatter(node: fx.Node, dim: Dim) -> Claim:
     at = axis(argument(node, "dim"), len(output_shape(node)))
     if checked(node, dim).index == at:
         raise CannotChunk(node, dim, "writes one position of it")
-    return claim(node, {"self": dim, "src": dim.at(dim.index - (dim.index > at))})
+    return claim(node, {"self": Rows(dim), "src": Rows(dim.at(dim.index - (dim.index > at)))})
 
 
 @register(operator.getitem)
@@ -128,14 +129,13 @@ def getitem(node: fx.Node, dim: Dim) -> Claim:
         raise CannotChunk(node, dim, f"{producer.target} ({producer.name}) returns no tensor first")
     refusals = []
     for index in _nearest(dim.index, first.dim()):
-        demand: Demand = dim.at(index)
         try:
             outputs = claim_for(producer, dim.at(index)).outputs
         except CannotChunk as refusal:
             refusals.append(refusal.reason)
             continue
         if outputs is not None and outputs[item] == dim:
-            return Claim((demand,))
+            return Claim((Rows(dim.at(index)),))
     reasons = "; ".join(dict.fromkeys(refusals)) or "its rows do not appear in this output"
     raise CannotChunk(node, dim, f"{producer.target} ({producer.name}): {reasons}")
 

@@ -16,8 +16,9 @@ from torch import fx
 
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.values import operands
-from mom_passes.rules.factories import broadcast_demand, checked, output_shape
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rule, register
+from mom_passes.rules.factories import broadcast_need, checked, output_shape
+from mom_passes.rules.needs import All, Dim, Need, Rows
+from mom_passes.rules.registry import Claim, Rule, register
 
 
 def contract(equation: str, bias: bool = False) -> Rule:
@@ -27,10 +28,10 @@ def contract(equation: str, bias: bool = False) -> Rule:
 
     def rule(node: fx.Node, dim: Dim) -> Claim:
         label = output[checked(node, dim).index]
-        demands: list[Demand] = [dim.at(term.index(label)) if label in term else FULL for term in terms]
+        needs: list[Need] = [Rows(dim.at(term.index(label))) if label in term else All() for term in terms]
         if bias:
-            demands.insert(0, broadcast_demand(node, operands(node)[0], output_shape(node), dim))
-        return Claim(tuple(demands))
+            needs.insert(0, broadcast_need(node, operands(node)[0], output_shape(node), dim))
+        return Claim(tuple(needs))
 
     return rule
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, overloads, prims
 from mom_passes.rules.factories import Origin, all_but, follows, pointwise_claim, shape_of
-from mom_passes.rules.registry import register
+from mom_passes.rules.registry import Alias, register
 
 UNARY = """
     abs acos acosh angle asin asinh atan atanh bitwise_not ceil conj_physical cos cosh deg2rad digamma erf erfc
@@ -55,17 +55,22 @@ SEVERAL = """
     lerp.Scalar lerp.Tensor masked_fill.Scalar masked_fill.Tensor where.self
 """
 
-COPIES = "_to_copy alias clone copy detach fill.Scalar fill.Tensor lift_fresh_copy"
+FILLS = "copy fill.Scalar fill.Tensor"
+COPIES = "clone lift_fresh_copy"
+VIEWS = "alias detach"
 
 #: The element-wise primitives; they take operands of one shape, which is a special case of broadcasting.
 PRIMITIVES = """
     abs acos acosh add asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor ceil clone
-    convert_element_type cos cosh device_put div eq erf erfc exp exp2 expm1 floor fmax fmin fmod ge gt hypot
+    cos cosh device_put div eq erf erfc exp exp2 expm1 floor fmax fmin fmod ge gt hypot
     isfinite le lgamma log log10 log1p log2 lt maximum minimum mul ne neg pow reciprocal remainder round rsqrt
     sign signbit sin sinh sqrt sub tan tanh trunc where
 """
 
-register(*overloads(aten, UNARY + ACTIVATIONS + BINARY + LOGICAL + SEVERAL + COPIES))(pointwise_claim)
+register(*overloads(aten, UNARY + ACTIVATIONS + BINARY + LOGICAL + SEVERAL + FILLS))(pointwise_claim)
+register(aten._to_copy.default, prims.convert_element_type.default, alias=Alias.CAST)(pointwise_claim)
+register(*overloads(aten, COPIES), alias=Alias.COPY)(pointwise_claim)
+register(*overloads(aten, VIEWS), alias=Alias.VIEW)(pointwise_claim)
 register(*overloads(prims, PRIMITIVES))(pointwise_claim)
 
 

@@ -18,7 +18,8 @@ from mom_passes.graph.arguments import argument, aten, axes, has_argument, overl
 from mom_passes.graph.values import operands
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
-from mom_passes.rules.registry import FULL, Claim, Dim, register
+from mom_passes.rules.needs import All, Dim, Rows
+from mom_passes.rules.registry import Claim, register
 
 REDUCTIONS = """
     all.dim all.dims amax amin any.dim any.dims argmax argmin count_nonzero.dim_IntList linalg_vector_norm
@@ -73,4 +74,4 @@ def norm(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index >= count:
         raise CannotChunk(node, dim, "normalises over it")
     outputs = (dim,) * len(node.meta["val"])
-    return claim(node, {"input": dim, "weight": FULL, "bias": FULL}, outputs)
+    return claim(node, {"input": Rows(dim), "weight": All(), "bias": All()}, outputs)

@@ -1,25 +1,24 @@
-"""Chunk rules: what an operator needs to compute only some rows of its output.
+"""What is known of each operator, in one record: its chunk rule, and what planning asks beside it.
 
 Terms
 -----
-dim         A dimension that carries tokens, `Dim(index, outer, inner)`. Mostly just an index.
-            A `view` may merge it with its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens
-            in dimension 0 with `outer=B`; `[S, K] -> [S*K]` leaves them with `inner=K`.
-demand      What is asked of one operand: some rows along one of its dims, or all of it (`FULL`).
-claim       A rule's answer for (node, dim): one demand per tensor operand, which dim of every
-            output carries the rows, and how the operator's own arguments change in a body.
-edit        `(args, kwargs, rows) -> (args, kwargs)`: arguments inside a loop body. Arguments that
+claim       A rule's answer for (node, dim): one need per tensor operand, which dim of every output carries the
+            rows, and how the operator's own arguments change in a body.
+edit        `(args, kwargs, window) -> (args, kwargs)`: arguments inside a loop body. Arguments that
             mention the sequence length must not survive into a body.
+facts       An operator's rule, whether its work may be repeated, whether it only relabels storage, how much it
+            computes, and which of its arguments are sizes.
 
 The law every rule must keep, for any cut of the rows [0, S) into pieces:
 
     cat([op(edit(slice(operands)))  for piece], dim)  ==  op(operands)
 
-    claim = chunk_rule_for(node.target)(node, Dim(1))      # or raises CannotChunk
+    claim = claim_for(node, Dim(1))      # or raises CannotChunk
 """
 
 from __future__ import annotations
 
+import enum
 import inspect
 import operator
 from collections.abc import Callable
@@ -30,65 +29,17 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
-from mom_passes.graph.sizes import Size, is_one, same
 from mom_passes.graph.values import operands
+from mom_passes.rules.needs import All, Dim, Need, Past, Rows, Window
 
-
-@dataclass(frozen=True)
-class Dim:
-    """Dimension `index` of a value, laid out as `outer x tokens x inner`."""
-
-    index: int
-    outer: Size = 1
-    inner: Size = 1
-
-    def at(self, index: int) -> Dim:
-        """The same layout in another dimension."""
-        return Dim(index, self.outer, self.inner)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the dimension holds tokens alone, so that rows are a simple slice."""
-        return is_one(self.outer) and is_one(self.inner)
-
-    def __str__(self) -> str:
-        return f"dim {self.index}" if self.plain else f"dim {self.index} ({self.outer} x tokens x {self.inner})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Dim):
-            return NotImplemented
-        return self.index == other.index and same(self.outer, other.outer) and same(self.inner, other.inner)
-
-    def __hash__(self) -> int:
-        # Layouts that differ mostly differ in the index too, and hashing a sympy expression is slow.
-        return self.index
-
-
-#: Demand for a whole operand.
-FULL: None = None
-Demand = Dim | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where a body stands in the sequence: values that its arguments may be built from.
-
-    `start` is the index of its first row and `count` the number of its rows; both are
-    graph nodes (SymInts) inside a body, or plain integers in a test.
-    """
-
-    start: Any
-    count: Any
-
-
-Edit = Callable[[tuple[Any, ...], dict[str, Any], Rows], tuple[tuple[Any, ...], dict[str, Any]]]
+Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A rule's answer. `demands` follows `operands(node)`, duplicates included."""
+    """A rule's answer. `needs` follows `operands(node)`, duplicates included."""
 
-    demands: tuple[Demand, ...]
+    needs: tuple[Need, ...]
     #: For an operator with several outputs: the dim of each (None: that output carries no rows and must not be used).
     outputs: tuple[Dim | None, ...] | None = None
     edit: Edit | None = None
@@ -97,24 +48,54 @@ class Claim:
 
 
 Rule = Callable[[fx.Node, Dim], Claim]
-#: Guesses for the token dim of the output, given those of the operands. Only `view` needs its own.
-Candidates = Callable[[fx.Node, tuple[Demand, ...]], list[Dim]]
+#: Guesses for the token dim of the output, given those of the operands (None: it carries none). Only `view` needs its
+#: own.
+Candidates = Callable[[fx.Node, tuple[Dim | None, ...]], list[Dim]]
+#: Multiply-adds of a call at the captured sizes.
+Work = Callable[[fx.Node], int]
+
+
+class Alias(enum.Enum):
+    """How an operator's result lies to its first operand's storage.
+
+    NONE   it has its own
+    VIEW   all of it, relabelled: repeating one costs nothing
+    CUT    a range of rows of it
+    COPY   the same elements, mostly in a storage of their own
+    CAST   likewise, in another dtype
+    """
+
+    NONE = enum.auto()
+    VIEW = enum.auto()
+    CUT = enum.auto()
+    COPY = enum.auto()
+    CAST = enum.auto()
 
 
 @dataclass(frozen=True)
-class ChunkRule:
-    """One operator's facts: its rule, and whether the planner may run it twice.
+class OperatorFacts:
+    """What is known of one operator.
 
-    `recompute`: cheap enough to run again in another loop instead of keeping its result
-    at full length (pointwise work, norms, rope, masks; never a matmul, an attention, a sort).
+    rule             what rows of its result need, or None
+    recompute        cheap enough to run again in another loop instead of keeping its result at full length (pointwise
+                     work, norms, rope, masks; never a matmul, an attention, a sort)
+    candidates       where its result may carry tokens, if not where the sizes say so
+    alias            how its result lies to its operand's storage
+    work             multiply-adds, for what is not `recompute`; None: those of a matrix product
+    size_arguments   names of arguments that are sizes: there, and only there, a literal equal to a length means it
     """
 
-    rule: Rule
+    rule: Rule | None = None
     recompute: bool = True
     candidates: Candidates | None = None
+    alias: Alias = Alias.NONE
+    work: Work | None = None
+    size_arguments: tuple[str, ...] = ()
 
-    def __call__(self, node: fx.Node, dim: Dim) -> Claim:
+    def claim(self, node: fx.Node, dim: Dim) -> Claim:
         """The rule's claim, checked. Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise."""
+        if self.rule is None:
+            raise CannotChunk(node, dim, NO_RULE)
         try:
             claim = self.rule(node, dim)
         except (CannotChunk, RuleError):
@@ -127,35 +108,48 @@ class ChunkRule:
         return claim
 
 
+NO_RULE = "no chunk rule is registered for this operator"
+
+
 def _fault(claim: Any, operand_count: int) -> str | None:
     """What is wrong with a rule's answer, or None."""
     if not isinstance(claim, Claim):
         return f"returned {claim!r}; return a Claim, or raise CannotChunk"
-    demands = claim.demands
-    if not isinstance(demands, tuple) or not all(demand is FULL or isinstance(demand, Dim) for demand in demands):
-        return f"demands {demands!r}; a tuple of Dim and FULL is wanted, one for each tensor operand"
-    if len(demands) != operand_count:
-        return f"has {len(demands)} demands for {operand_count} tensor operands"
+    needs = claim.needs
+    if not isinstance(needs, tuple) or not all(isinstance(need, All | Rows | Past) for need in needs):
+        return f"needs {needs!r}; a tuple of Rows(dim), Past(dim, rows) and All() is wanted, one per tensor operand"
+    if len(needs) != operand_count:
+        return f"has {len(needs)} needs for {operand_count} tensor operands"
+    if any(isinstance(need, Past) and not (need.dim.plain and need.rows > 0) for need in needs):
+        return f"needs {needs!r}; a past is of at least one row, along a dimension that holds tokens alone"
     return None
 
 
-_RULES: dict[Any, ChunkRule] = {}
+_FACTS: dict[Any, OperatorFacts] = {}
+_UNKNOWN = OperatorFacts(recompute=False, work=lambda node: 0)
 
 _OVERLOAD = type(torch.ops.aten.add.Tensor)
 _PACKET = type(torch.ops.aten.add)
 _EXAMPLE = "pass torch.ops.mylib.scale_rows.default, say, for an operator mylib::scale_rows"
 
 
-def register(*targets: Any, recompute: bool = True, candidates: Candidates | None = None) -> Callable[[Rule], Rule]:
-    """Decorator: the chunk rule of one or more operator overloads. Raises `TypeError` for anything else.
+def register(
+    *targets: Any,
+    recompute: bool = True,
+    candidates: Candidates | None = None,
+    alias: Alias = Alias.NONE,
+    work: Work | None = None,
+    size_arguments: tuple[str, ...] = (),
+) -> Callable[[Rule], Rule]:
+    """Decorator: the chunk rule and the other facts of one or more operator overloads (see `OperatorFacts`).
 
-    Public, for custom operators::
+    Raises `TypeError` for anything else. Public, for custom operators::
 
         @register(torch.ops.mylib.scale_rows.default)
         def scale_rows(node, dim):
             if dim.index != 0:
                 raise CannotChunk(node, dim, "only rows are independent")
-            return Claim((dim, FULL))
+            return Claim((Rows(dim), All()))
     """
 
     if not targets:
@@ -166,7 +160,7 @@ def register(*targets: Any, recompute: bool = True, candidates: Candidates | Non
     def decorate(rule: Rule) -> Rule:
         _check_rule(rule)
         for target in targets:
-            _RULES[target] = ChunkRule(rule, recompute, candidates)
+            _FACTS[target] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
         return rule
 
     return decorate
@@ -195,24 +189,21 @@ def _check_rule(rule: Any) -> None:
         raise TypeError(f"a chunk rule is called with a node and a dim; {rule!r} takes {signature}") from error
 
 
-def registered() -> dict[Any, ChunkRule]:
-    """A copy of the table: operator overload -> rule."""
-    return dict(_RULES)
+def registered() -> dict[Any, OperatorFacts]:
+    """A copy of the table: operator overload -> facts."""
+    return dict(_FACTS)
 
 
-def chunk_rule_for(target: Any) -> ChunkRule | None:
-    return _RULES.get(target)
+def facts_of(target: Any) -> OperatorFacts:
+    """What is known of an operator; of one that nobody registered, nothing."""
+    return _FACTS.get(target, _UNKNOWN)
+
+
+def facts(node: fx.Node) -> OperatorFacts:
+    """What is known of the operator that a node calls."""
+    return facts_of(node.target) if node.op == "call_function" else _UNKNOWN
 
 
 def claim_for(node: fx.Node, dim: Dim) -> Claim:
     """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one."""
-    rule = chunk_rule_for(node.target)
-    if rule is None:
-        raise CannotChunk(node, dim, "no chunk rule is registered for this operator")
-    return rule(node, dim)
-
-
-
-
-
-
+    return facts(node).claim(node, dim)

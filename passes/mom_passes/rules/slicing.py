@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from mom_passes.rules.registry import Dim
+from mom_passes.rules.needs import Dim
 
 
 def take(tensor: torch.Tensor, dim: Dim, start: int, count: int) -> torch.Tensor:

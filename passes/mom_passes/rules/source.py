@@ -3,9 +3,9 @@
 They read nothing row by row; a body makes just its own rows. The length along the tokens becomes
 the number of rows, and a value that depends on its position starts where the body stands:
 
-    full([B, S], 0)              ->  full([B, rows.count], 0)
-    iota(S, start=a, step=k)     ->  iota(rows.count, start=a + rows.start * k, step=k)
-    tril(x, d)  along its rows   ->  tril(x[rows], d + rows.start)
+    full([B, S], 0)              ->  full([B, window.count], 0)
+    iota(S, start=a, step=k)     ->  iota(window.count, start=a + window.start * k, step=k)
+    tril(x, d)  along its rows   ->  tril(x[rows], d + window.start)
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mom_passes.graph.sizes import expr
 from mom_passes.graph.values import operands
 from mom_passes.rules.arithmetic import add, mul
 from mom_passes.rules.factories import checked, output_shape, pointwise_claim
-from mom_passes.rules.registry import FULL, Claim, Dim, Rows, register
+from mom_passes.rules.needs import All, Dim, Rows, Window
+from mom_passes.rules.registry import Claim, register
 
 
-def tokens(node: fx.Node, dim: Dim, rows: Rows) -> Any:
+def tokens(node: fx.Node, dim: Dim, window: Window) -> Any:
     """The size of a token dimension inside a body."""
-    return mul(mul(_integer(node, dim, dim.outer), rows.count), _integer(node, dim, dim.inner))
+    return mul(mul(_integer(node, dim, dim.outer), window.count), _integer(node, dim, dim.inner))
 
 
 def require_static_layout(node: fx.Node, dim: Dim) -> None:
@@ -41,18 +42,21 @@ def _integer(node: fx.Node, dim: Dim, size: Any) -> int:
     return int(known)
 
 
-@register(*overloads(aten, "full zeros ones empty.memory_format new_full new_zeros new_ones new_empty"))
+@register(
+    *overloads(aten, "full zeros ones empty.memory_format new_full new_zeros new_ones new_empty"),
+    size_arguments=("size",),
+)
 def sized(node: fx.Node, dim: Dim) -> Claim:
     """Every row alike: only the length changes. An operand of `new_full` lends its dtype, never its rows."""
     checked(node, dim)
     require_static_layout(node, dim)
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         size = list(argument(node, "size"))
-        size[dim.index] = tokens(node, dim, rows)
+        size[dim.index] = tokens(node, dim, window)
         return replace(node.target, args, kwargs, size=size)
 
-    return Claim((FULL,) * len(operands(node)), edit=edit)
+    return Claim((All(),) * len(operands(node)), edit=edit)
 
 
 register(*overloads(aten, "full_like zeros_like ones_like empty_like"))(pointwise_claim)
@@ -63,14 +67,14 @@ def require_plain(node: fx.Node, dim: Dim) -> None:
         raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
 
 
-@register(prims.iota.default)
+@register(prims.iota.default, size_arguments=("length",))
 def iota(node: fx.Node, dim: Dim) -> Claim:
     require_plain(node, checked(node, dim))
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         first, step = (given(node.target, args, kwargs, name) for name in ("start", "step"))
-        start = add(first, mul(rows.start, step))
-        return replace(node.target, args, kwargs, length=rows.count, start=start)
+        start = add(first, mul(window.start, step))
+        return replace(node.target, args, kwargs, length=window.count, start=start)
 
     return Claim((), edit=edit)
 
@@ -82,11 +86,11 @@ def arange(node: fx.Node, dim: Dim) -> Claim:
     if any(isinstance(argument(node, name), float) for name in names):
         raise CannotChunk(node, dim, "a range of floating-point numbers may round to another length")
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         first = given(node.target, args, kwargs, "start") if "start" in names else 0
         step = given(node.target, args, kwargs, "step") if "step" in names else 1
-        start = add(first, mul(rows.start, step))
-        return (start, add(start, mul(rows.count, step)), step), kwargs
+        start = add(first, mul(window.start, step))
+        return (start, add(start, mul(window.count, step)), step), kwargs
 
     return Claim((), edit=edit, target=aten.arange.start_step)
 
@@ -97,12 +101,12 @@ def triangle(node: fx.Node, dim: Dim) -> Claim:
     rank = len(output_shape(node))
     checked(node, dim)
     if dim.index < rank - 2:
-        return Claim((dim,))
+        return Claim((Rows(dim),))
     require_plain(node, dim)
     sign = 1 if dim.index == axis(-2, rank) else -1
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        diagonal = add(given(node.target, args, kwargs, "diagonal"), mul(rows.start, sign))
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        diagonal = add(given(node.target, args, kwargs, "diagonal"), mul(window.start, sign))
         return replace(node.target, args, kwargs, diagonal=diagonal)
 
-    return Claim((dim,), edit=edit)
+    return Claim((Rows(dim),), edit=edit)

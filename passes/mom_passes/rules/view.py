@@ -35,7 +35,8 @@ from mom_passes.rules.factories import (
     outputs_of,
     shape_of,
 )
-from mom_passes.rules.registry import FULL, Claim, Demand, Dim, Rows, register
+from mom_passes.rules.needs import All, Dim, Need, Rows, Window
+from mom_passes.rules.registry import Alias, Claim, register
 from mom_passes.rules.source import require_static_layout, tokens
 
 #: An end beyond any size: "to the last row", whatever the number of rows.
@@ -45,25 +46,25 @@ TO_THE_END = 2**63 - 1
 # Reordering dimensions, adding and removing them
 
 
-@follows(aten.permute.default)
+@follows(aten.permute.default, alias=Alias.VIEW)
 def permute(node: fx.Node) -> list[Origin]:
     dims = argument(node, "dims")
     return list(axes(dims, len(dims)))
 
 
-@follows(aten.transpose.int)
+@follows(aten.transpose.int, alias=Alias.VIEW)
 def transpose(node: fx.Node) -> list[Origin]:
     rank = len(output_shape(node))
     first, second = axis(argument(node, "dim0"), rank), axis(argument(node, "dim1"), rank)
     return [{first: second, second: first}.get(index, index) for index in range(rank)]
 
 
-@follows(aten.t.default)
+@follows(aten.t.default, alias=Alias.VIEW)
 def t(node: fx.Node) -> list[Origin]:
     return list(reversed(range(len(output_shape(node)))))
 
 
-@follows(aten.unsqueeze.default)
+@follows(aten.unsqueeze.default, alias=Alias.VIEW)
 def unsqueeze(node: fx.Node) -> list[Origin]:
     rank = len(output_shape(node))
     return _inserted(rank, axis(argument(node, "dim"), rank), "a new dimension of size 1 has no rows")
@@ -79,7 +80,8 @@ def _inserted(rank: int, at: int, reason: str) -> list[Origin]:
     return [reason if index == at else index - (index > at) for index in range(rank)]
 
 
-@follows(aten.select.int, aten.unbind.int)
+@follows(aten.unbind.int)
+@follows(aten.select.int, alias=Alias.CUT)
 def select(node: fx.Node) -> list[Origin]:
     """The dimension that is selected from is no longer there to be cut."""
     rank = len(shape_of(operands(node)[0]))
@@ -87,7 +89,7 @@ def select(node: fx.Node) -> list[Origin]:
     return [index for index in range(rank) if index != gone]
 
 
-@register(*overloads(aten, "squeeze squeeze.dim squeeze.dims"))
+@register(*overloads(aten, "squeeze squeeze.dim squeeze.dims"), alias=Alias.VIEW)
 def squeeze(node: fx.Node, dim: Dim) -> Claim:
     """Names what it removes: a body may hold a single row, and that dimension must stay."""
     shape = shape_of(operands(node)[0])
@@ -95,28 +97,28 @@ def squeeze(node: fx.Node, dim: Dim) -> Claim:
     removed = [index for index in named if index < len(shape) and is_one(shape[index])]
     kept: list[Origin] = [index for index in range(len(shape)) if index not in removed]
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (args[0], removed), {}
 
-    return Claim(origin_claim(node, dim, kept).demands, edit=edit, target=aten.squeeze.dims)
+    return Claim(origin_claim(node, dim, kept).needs, edit=edit, target=aten.squeeze.dims)
 
 
 # Taking parts, joining, moving within a dimension
 
 
-@register(aten.slice.Tensor)
+@register(aten.slice.Tensor, alias=Alias.CUT, size_arguments=("start", "end"))
 def slice_(node: fx.Node, dim: Dim) -> Claim:
     operand = operands(node)[0]
     at = axis(argument(node, "dim"), len(shape_of(operand)))
     if checked(node, dim).index != at:
-        return Claim((dim,))
+        return Claim((Rows(dim),))
     if not same(output_shape(node)[at], shape_of(operand)[at]):
         raise CannotChunk(node, dim, "slices along it")
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (args[0], at, 0, TO_THE_END), {}
 
-    return Claim((dim,), edit=edit)
+    return Claim((Rows(dim),), edit=edit)
 
 
 @follows(*overloads(aten, "split.Tensor split_with_sizes"))
@@ -131,7 +133,7 @@ def cat(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == axis(argument(node, "dim"), rank):
         raise CannotChunk(node, dim, "concatenates along it")
     # PyTorch lets an empty vector be concatenated with anything; it has no rows to slice.
-    return Claim(tuple(dim if len(shape_of(operand)) == rank else FULL for operand in operands(node)))
+    return Claim(tuple(Rows(dim) if len(shape_of(operand)) == rank else All() for operand in operands(node)))
 
 
 @follows(aten.constant_pad_nd.default)
@@ -161,7 +163,7 @@ def roll(node: fx.Node) -> list[Origin]:
 # Operators that name sizes
 
 
-@register(aten.expand.default)
+@register(aten.expand.default, alias=Alias.VIEW, size_arguments=("size",))
 def expand(node: fx.Node, dim: Dim) -> Claim:
     return _repeating(node, dim, "size", unchanged=-1)
 
@@ -170,7 +172,7 @@ def expand(node: fx.Node, dim: Dim) -> Claim:
 def repeat(node: fx.Node, dim: Dim) -> Claim:
     times = list(argument(node, "repeats"))[checked(node, dim).index]
     operand = operands(node)[0]
-    if _repeated_demand(node, operand, dim) is not FULL and not _is_number(times, 1):
+    if _repeated_need(node, operand, dim) != All() and not _is_number(times, 1):
         raise CannotChunk(node, dim, "repeats it")
     return _repeating(node, dim, "repeats", unchanged=1)
 
@@ -179,25 +181,26 @@ def _is_number(value: Any, number: int) -> bool:
     return isinstance(value, int) and value == number
 
 
-def _repeated_demand(node: fx.Node, operand: fx.Node, dim: Dim) -> Demand:
+def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> Need:
     """What rows of the output need of an operand that is repeated up to them."""
     shape = shape_of(operand)
     index = dim.index - (len(output_shape(node)) - len(shape))
-    return FULL if index < 0 or (is_one(shape[index]) and not is_one(output_shape(node)[dim.index])) else dim.at(index)
+    repeated = index < 0 or (is_one(shape[index]) and not is_one(output_shape(node)[dim.index]))
+    return All() if repeated else Rows(dim.at(index))
 
 
 def _repeating(node: fx.Node, dim: Dim, name: str, unchanged: int) -> Claim:
     """Either the operand has the rows, or it is one row, repeated as often as the body has rows."""
-    demand = _repeated_demand(node, operands(node)[0], checked(node, dim))
-    if demand is FULL:
+    need = _repeated_need(node, operands(node)[0], checked(node, dim))
+    if need == All():
         require_static_layout(node, dim)
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = list(argument(node, name))
-        sizes[dim.index] = tokens(node, dim, rows) if demand is FULL else unchanged
+        sizes[dim.index] = tokens(node, dim, window) if need == All() else unchanged
         return replace(node.target, args, kwargs, **{name: sizes})
 
-    return Claim((demand,), edit=edit)
+    return Claim((need,), edit=edit)
 
 
 # Reshaping
@@ -219,33 +222,36 @@ def locate(dim: Dim, here: Sequence[Any], there: Sequence[Any]) -> Dim | None:
     return None
 
 
-def view_candidates(node: fx.Node, demands: tuple[Demand, ...]) -> list[Dim]:
+def view_candidates(node: fx.Node, dims: tuple[Dim | None, ...]) -> list[Dim]:
     """The dim of the output that holds the rows of the operand."""
-    (demand,) = demands
-    if demand is None:
+    (dim,) = dims
+    if dim is None:
         return []
-    found = locate(demand, shape_of(operands(node)[0]), output_shape(node))
+    found = locate(dim, shape_of(operands(node)[0]), output_shape(node))
     return [] if found is None else [found]
 
 
-@register(*overloads(aten, "view _unsafe_view reshape"), prims.reshape.default, candidates=view_candidates)
+@register(aten.view.default, candidates=view_candidates, alias=Alias.VIEW, size_arguments=("size",))
+@register(aten._unsafe_view.default, candidates=view_candidates, alias=Alias.COPY, size_arguments=("size",))
+@register(aten.reshape.default, candidates=view_candidates, alias=Alias.COPY, size_arguments=("shape",))
+@register(prims.reshape.default, candidates=view_candidates, alias=Alias.COPY, size_arguments=("shape",))
 def view(node: fx.Node, dim: Dim) -> Claim:
     """A `reshape` in a body: rows of a tensor are not always viewable, even where the whole is."""
     operand = shape_of(operands(node)[0])
-    demand = locate(checked(node, dim), output_shape(node), operand)
-    if demand is None:
+    origin = locate(checked(node, dim), output_shape(node), operand)
+    if origin is None:
         shapes = f"{list(operand)} -> {list(output_shape(node))}"
         raise CannotChunk(node, dim, f"the reshape {shapes} mixes rows with other dimensions")
     sizes, inferred = _sizes_without_tokens(node, dim)
     if not inferred:
         require_static_layout(node, dim)
 
-    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         shape = list(sizes)
-        shape[dim.index] = -1 if inferred else tokens(node, dim, rows)
+        shape[dim.index] = -1 if inferred else tokens(node, dim, window)
         return (args[0], shape), {}
 
-    return Claim((demand,), edit=edit, target=aten.reshape.default)
+    return Claim((Rows(origin),), edit=edit, target=aten.reshape.default)
 
 
 def _sizes_without_tokens(node: fx.Node, dim: Dim) -> tuple[list[Any], bool]:

@@ -32,15 +32,16 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, PassError
-from mom_passes.graph.aliasing import TOKEN_SLICES, is_mutation
+from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
-from mom_passes.graph.values import is_tensor
-from mom_passes.rules import Dim, Rows, chunk_rule_for, claim_for, operands
+from mom_passes.graph.values import is_tensor, operands
+from mom_passes.rules import Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
+from mom_passes.rules.views import is_cut
 from mom_passes.tokens.dims import TokenDims
 
 aten = torch.ops.aten
@@ -67,7 +68,7 @@ EVERY_ROW: None = None
 
 def span_of(node: fx.Node, dim: Dim, length: Size) -> Span | None:
     """The rows a slice or select takes from an operand with tokens in `dim`; None if it is no token slice."""
-    if node.target not in TOKEN_SLICES or not dim.plain:
+    if not is_cut(node) or not dim.plain:
         return None
     rank = operands(node)[0].meta["val"].dim()
     if axis(argument(node, "dim"), rank) != dim.index:
@@ -156,8 +157,8 @@ def _demands_of(reader: fx.Node, needs: Needs) -> list[tuple[fx.Node, Span | Non
     if span is None:
         return [(n, EVERY_ROW) for n in inputs]
     claim = claim_for(reader, needs.dims.carriers[reader].dim)
-    pairs = zip(operands(reader), claim.demands, strict=True)
-    return [(n, EVERY_ROW if d is None else span) for n, d in pairs]
+    pairs = zip(operands(reader), claim.needs, strict=True)
+    return [(n, span if isinstance(need, Rows) else EVERY_ROW) for n, need in pairs]
 
 
 def _dead(node: fx.Node) -> bool:
@@ -230,10 +231,12 @@ class _Narrower:
             return self._slice(self._whole(node), dim, span, None)
         claim = claim_for(node, dim)
         values = [
-            self._whole(n) if d is None else self.rows((n, d, span))
-            for n, d in zip(operands(node), claim.demands, strict=True)
+            self.rows((n, need.dim, span)) if isinstance(need, Rows) else self._whole(n)
+            for n, need in zip(operands(node), claim.needs, strict=True)
         ]
-        at = Rows(size_node(self.graph, span.start), size_node(self.graph, span.count))
+        start, count = size_node(self.graph, span.start), size_node(self.graph, span.count)
+        first = tuple(start if isinstance(need, Rows) else 0 for need in claim.needs)
+        at = Window(start, count, first)
         target, args, kwargs = call_on_rows(node, claim, at, values, self._whole)
         new = self.graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_rows")
         new.meta = {**node.meta, "val": fake_value(new)}
@@ -278,25 +281,24 @@ def _borders(gm: fx.GraphModule, needs: Needs) -> list[Piece]:
         if span is None:
             continue
         claim = claim_for(node, needs.dims.carriers[node].dim)
-        for operand, dim in zip(operands(node), claim.demands, strict=True):
-            if dim is not None and needs.narrowed(operand) is None:
-                found[(operand, dim, span)] = None
+        for operand, need in zip(operands(node), claim.needs, strict=True):
+            if isinstance(need, Rows) and needs.narrowed(operand) is None:
+                found[(operand, need.dim, span)] = None
     return list(found)
 
 
 def _made_again_from(piece: Piece, needs: Needs) -> list[Piece] | None:
     """The operands' rows from which a cheap operator makes these rows once more; None if it is not cheap."""
     node, dim, span = piece
-    rule = chunk_rule_for(node.target)
     if needs.narrowed(node) is not None:
         return None
-    if node.op != "call_function" or rule is None or not rule.recompute:
+    if not facts(node).recompute:
         return None
     try:
         claim = claim_for(node, dim)
     except CannotChunk:
         return None
-    return [(n, d, span) for n, d in zip(operands(node), claim.demands, strict=True) if d is not None]
+    return [(n, need.dim, span) for n, need in zip(operands(node), claim.needs, strict=True) if isinstance(need, Rows)]
 
 
 def _cost(piece: Piece, order: int) -> int | None:

@@ -11,7 +11,7 @@ mixes      An operator without a claim that keeps rows apart (a cumsum over toke
         for node in graph order:
             dims[node] = the dim whose claim asks carriers for their own rows, or for all of them
     keep the seed that carries most matmul work and meets barriers: products that take rows of one activation and
-        all of another (attention's keys). Along the batch there are none.
+        all of another, or rows before these (attention's keys). Along the batch there are none.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.sizes import Size, hint, is_one, product, same
-from mom_passes.graph.values import value_of
-from mom_passes.rules import Claim, Dim, chunk_rule_for, claim_for, operands
+from mom_passes.graph.values import operands, value_of
+from mom_passes.rules import All, Claim, Dim, Rows, claim_for, dim_of, facts
+from mom_passes.rules.registry import NO_RULE
 from mom_passes.rules.work import matmul_work
 
 #: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
@@ -90,17 +91,16 @@ class _Sweep:
         dim, claim, length = found
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
-        demanded = list(zip(inputs, claim.demands, strict=True))
-        rule = chunk_rule_for(node.target)
-        if (rule is not None and not rule.recompute) or any(n in self.worked for n in inputs):
+        needed = list(zip(inputs, claim.needs, strict=True))
+        if not facts(node).recompute or any(n in self.worked for n in inputs):
             self.worked.add(node)
         # A product whose rows are those of a weight says nothing: that is how features look.
-        if matmul_work(node) and any(n in self.carriers and demand is not None for n, demand in demanded):
+        if matmul_work(node) and any(n in self.carriers and need != All() for n, need in needed):
             self.work += matmul_work(node)
             # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
-            activations = [d for n, d in demanded if n in self.activations and value_of(n).is_floating_point()]
-            self.barriers += any(demand is None for demand in activations)
-            self.batched += len(activations) > 1 and all(demand is not None for demand in activations)
+            activations = [need for n, need in needed if n in self.activations and value_of(n).is_floating_point()]
+            self.barriers += any(not isinstance(need, Rows) for need in activations)
+            self.batched += len(activations) > 1 and all(isinstance(need, Rows) for need in activations)
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -137,18 +137,15 @@ class _Sweep:
 
 def _best_claim(node: fx.Node, carried: list[Carrier | None]) -> tuple[Dim, Claim, Size] | str:
     """The claim that asks most carriers for their own rows; or why there is none."""
-    rule = chunk_rule_for(node.target)
-    if rule is None:
-        return "no chunk rule is registered for this operator"
     best: tuple[int, Dim, Claim, Size] | None = None
-    reason = "its rows need other rows of its operands"
+    reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
     for dim, length in _candidates(node, carried):
         try:
-            claim = rule(node, dim)
+            claim = claim_for(node, dim)
         except CannotChunk as refusal:
             reason = refusal.reason
             continue
-        pairs = [(c, d) for c, d in zip(carried, claim.demands, strict=True) if c is not None]
+        pairs = [(c, dim_of(need)) for c, need in zip(carried, claim.needs, strict=True) if c is not None]
         if any(d is not None and d != c.dim for c, d in pairs):
             continue
         matches = sum(d is not None for _, d in pairs)
@@ -162,12 +159,11 @@ def _candidates(node: fx.Node, carried: list[Carrier | None]) -> list[tuple[Dim,
     first = value[0] if isinstance(value, (tuple, list)) else value
     if not isinstance(first, torch.Tensor):
         return []
-    rule = chunk_rule_for(node.target)
+    candidates = facts(node).candidates
     found: list[tuple[Dim, Size]] = []
     for carrier in filter(None, carried):
-        if rule is not None and rule.candidates is not None:
-            demands = tuple(c.dim if c else None for c in carried)
-            dims = rule.candidates(node, demands)
+        if candidates is not None:
+            dims = candidates(node, tuple(c.dim if c else None for c in carried))
         else:
             size = product([carrier.dim.outer, carrier.length, carrier.dim.inner])
             dims = [carrier.dim.at(i) for i, s in enumerate(first.shape) if same(s, size)]

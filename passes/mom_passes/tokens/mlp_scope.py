@@ -18,8 +18,8 @@ from dataclasses import replace
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint
-from mom_passes.graph.values import is_tensor
-from mom_passes.rules import claim_for, operands
+from mom_passes.graph.values import is_tensor, operands
+from mom_passes.rules import All, claim_for
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.dims import TokenDims
 
@@ -37,14 +37,14 @@ def is_linear(node: fx.Node, dims: TokenDims) -> bool:
     """Whether a product takes rows of one activation, and no activation whole."""
     if node not in dims.rowwise or not matmul_work(node):
         return False
-    demanded = zip(operands(node), claim_for(node, dims.carriers[node].dim).demands, strict=True)
-    rows = [operand in dims.carriers for operand, demand in demanded if demand is not None]
+    needed = zip(operands(node), claim_for(node, dims.carriers[node].dim).needs, strict=True)
+    rows = [operand in dims.carriers for operand, need in needed if need != All()]
     return sum(rows) == 1 and not any(n in dims.carriers for n in _whole(node, dims))
 
 
 def _whole(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
     claim = claim_for(node, dims.carriers[node].dim)
-    return [operand for operand, demand in zip(operands(node), claim.demands, strict=True) if demand is None]
+    return [operand for operand, need in zip(operands(node), claim.needs, strict=True) if need == All()]
 
 
 def _widens(node: fx.Node) -> bool:
