@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -30,7 +30,7 @@ from mom_passes.program.own_rows import own_rows
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.mlp_scope import mlp_only
-from mom_passes.verify import verify
+from mom_passes.verify import Contract, verify
 
 EMBEDDING = torch.ops.aten.embedding.default
 
@@ -65,7 +65,7 @@ class State:
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
     stages: Stages | None = None
-    dumps: dict[str, str] = field(default_factory=dict)
+    contract: Contract | None = None
 
     @property
     def device(self) -> torch.device:
@@ -175,10 +175,10 @@ def loops_over_mini_sequences(state: State) -> str:
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
     looped = insert_loops(state.gm, state.stages, limit=state.limit)
-    specs = [loop.spec for _, loop in loops(looped)]
-    if all(isinstance(spec.length, int) and spec.length <= spec.mini_seq_len for spec in specs):
+    made = [loop for _, loop in loops(looped)]
+    if all(isinstance(loop.length, int) and loop.length <= loop.rows for loop in made):
         raise NotWorthwhile(
-            f"its {max(s.length for s in specs)} tokens fit in one mini-sequence of {specs[0].mini_seq_len}"
+            f"its {max(loop.length for loop in made)} tokens fit in one mini-sequence of {made[0].rows}"
         )
     state.gm = looped
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
@@ -203,7 +203,7 @@ def rows_of_their_own(state: State) -> str:
 def residual_in_place(state: State) -> str:
     """What a stage stores takes over the storage of an operand that dies there: the residual stream lives once."""
     state.gm = take_over_storage(state.gm)
-    taken = [o.name for _, loop in loops(state.gm) for o in loop.spec.outputs if o.takes_over is not None]
+    taken = [o.name for _, loop in loops(state.gm) for o in loop.stored if o.over is not None]
     return f"{len(taken)} values in place of others"
 
 
@@ -244,7 +244,7 @@ def run_pipeline(
     out_of_order = read_behind_a_write(gm)
     if out_of_order is not None:
         raise NotWorthwhile(out_of_order)
-    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, fits)
+    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, fits, contract=Contract.of(gm))
     no_loops: NotWorthwhile | None = None
     try:
         _run(TO_LOOPS, state, skip)
@@ -266,7 +266,7 @@ def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:
         return gm
     copied = copy_graph(gm)
     report.own_rows = list(own_rows(copied))
-    verify(copied)
+    verify(copied, Contract.of(gm))
     return copied if report.own_rows else gm
 
 
@@ -276,7 +276,7 @@ def _run(steps: Collection[Step], state: State, skip: Collection[str]) -> None:
             continue
         began = time.perf_counter()
         change = step(state)
-        verify(state.gm)
+        verify(state.gm, state.contract)
         seconds = time.perf_counter() - began
         state.report.passes.append(PassReport(step.__name__, seconds, change))
         log.debug("%s: %.0f ms: %s", step.__name__, seconds * 1e3, change)

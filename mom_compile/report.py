@@ -8,7 +8,8 @@ from torch import fx
 
 from mom_passes.graph.sizes import hint
 from mom_passes.host.kv_offload import KVOffload
-from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence, full_bytes, loops
+from mom_passes.loops.loop import Loop, loops
+from mom_passes.loops.ports import Final, Stored
 from mom_passes.program.live_values import LiveValue, live_values
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.straight_runs import straight_bytes
@@ -29,10 +30,10 @@ class StageReport:
     name: str
     length: str
     mini_seq_len: int
-    crossing: tuple[LoopOutput, ...]
+    crossing: tuple[Stored, ...]
     bytes_per_token: tuple[int, ...]
     operators: dict[str, int]
-    folds: tuple[LoopFold, ...]
+    folds: tuple[Final, ...]
     live: tuple[LiveValue, ...]
     widest_bytes: int
 
@@ -98,7 +99,7 @@ class Report:
         self.graph = gm
         live = live_values(gm)
         self.stages = [_stage_report(name, loop, live[name]) for name, loop in loops(gm)]
-        self.tokens = max((hint(loop.spec.length) for _, loop in loops(gm)), default=0)
+        self.tokens = max((hint(loop.length) for _, loop in loops(gm)), default=0)
         self.straight_bytes = straight_bytes(gm)
 
     def describe_kv(self, offload: KVOffload) -> None:
@@ -185,25 +186,24 @@ def _peak_line(report: Report) -> str:
     return f"expected peak of {report.tokens} tokens: {_mib(report.expected_peak_bytes)}, {where}"
 
 
-def _stage_report(name: str, loop: MiniSequence, live: tuple[LiveValue, ...]) -> StageReport:
-    spec: LoopSpec = loop.spec
+def _stage_report(name: str, loop: Loop, live: tuple[LiveValue, ...]) -> StageReport:
     operators: dict[str, int] = {}
     for node in loop.body.graph.nodes:
         if node.op == "call_function":
             operator_name = str(node.target).removesuffix(".default")
             operators[operator_name] = operators.get(operator_name, 0) + 1
-    per_token = tuple(full_bytes(o) // max(1, hint(spec.length)) for o in spec.outputs)
-    rows = min(spec.mini_seq_len, hint(spec.length))
+    per_token = tuple(o.type.bytes // max(1, hint(loop.length)) for o in loop.stored)
+    rows = min(loop.rows, hint(loop.length))
     return StageReport(
         name,
-        str(spec.length),
-        spec.mini_seq_len,
-        spec.outputs,
+        str(loop.length),
+        loop.rows,
+        loop.stored,
         per_token,
         operators,
-        spec.folds,
+        loop.finals,
         live,
-        rows * spec.widest,
+        rows * loop.widest,
     )
 
 
@@ -212,10 +212,11 @@ def _stage_lines(stage: StageReport) -> list[str]:
     shown = ", ".join(f"{name} x{count}" for name, count in most[:6])
     lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
     for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
-        shape = ", ".join(str(s) for s in output.shape)
-        place = "" if output.takes_over is None else ", written over an operand"
+        shape = ", ".join(str(s) for s in output.type.shape)
+        place = "" if output.over is None else ", written over an operand"
         lines.append(
-            f"    at full length: {output.name} [{shape}] {output.dtype}, tokens in {output.dim}: {size} B/token{place}"
+            f"    at full length: {output.name} [{shape}] {output.type.dtype}, "
+            f"tokens in {output.dim}: {size} B/token{place}"
         )
     lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
     alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live if value.bytes_per_token)

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import RowLimit
+from mom_passes.verify import Contract, verify
 
 
 def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
@@ -26,6 +27,12 @@ def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = F
 def rewrite(
     gm: fx.GraphModule, mini_seq_len: int, static_inputs: tuple[str, ...] = (), **options: Any
 ) -> tuple[fx.GraphModule, Report]:
-    """The graph with loops, and what was done. Raises `NotWorthwhile` with the reason."""
+    """The graph with loops, and what was done; every law holds of it, also those that are too slow for every run.
+
+    Raises `NotWorthwhile` with the reason.
+    """
     report = Report()
-    return run_pipeline(gm, static_inputs=static_inputs, limit=RowLimit(mini_seq_len), report=report, **options), report
+    limit = RowLimit(mini_seq_len)
+    rewritten = run_pipeline(gm, static_inputs=static_inputs, limit=limit, report=report, **options)
+    verify(rewritten, Contract.of(gm), level=2)
+    return rewritten, report

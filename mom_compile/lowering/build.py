@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -38,14 +39,15 @@ from mom_compile.lowering.transfers import copy_step
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.host.steps import Settle
-from mom_compile.runtime.loop import CompiledLoop, FoldedParts, RowsOf, SizeOf, StoredRows
+from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import codegen_settings, keep_output_strides
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
-from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence
+from mom_passes.loops.loop import Loop, MiniSequence
+from mom_passes.loops.ports import RowsIn, SizeIn, Stored
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES, OFFLOAD
 from mom_passes.rules import Dim
@@ -78,7 +80,7 @@ class Lowering:
         self.symbols = Symbols(gm)
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
-        self.layouts: dict[fx.Node, LoopOutput] = {}
+        self.layouts: dict[fx.Node, Stored] = {}
         self.straight: list[fx.Node] = []
         #: What is taken from several returned values, lowered with the operator that returned them.
         self.items: set[fx.Node] = set()
@@ -116,6 +118,10 @@ class Lowering:
                 self._flush()
             self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
             return
+        if node.target is aten.full.default and all(user.op == "call_module" for user in node.users):
+            # What a carry begins with: nothing to compile.
+            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
+            return
         if node.target is COPY_ROWS and all(relabels(n) for n in self.straight):
             # Nothing to compile: a piece for a copy alone would be one for each shape.
             self._flush()
@@ -148,72 +154,42 @@ class Lowering:
     # --- loops ---
 
     def _lower_loop(self, node: fx.Node) -> None:
-        loop = self.gm.get_submodule(str(node.target))
-        assert isinstance(loop, MiniSequence)
-        spec = loop.spec
-        sizes = list(node.args[1 : 1 + len(spec.sizes)])
-        tensors: list[Any] = list(node.args[1 + len(spec.sizes) :])
-        sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
-        layout = LoopLayout(self, spec.length)
+        module = self.gm.get_submodule(str(node.target))
+        assert isinstance(module, MiniSequence)
+        loop = module.loop
+        layout = LoopLayout(self, loop.length)
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
-        templates += [SizeTemplate(layout.size(size)) for size in spec.sizes]
-        templates += [layout.rows(n, dim) for n, dim in zip(sliced, spec.sliced, strict=True)]
-        templates += [layout.whole(n) for n in whole]
-        templates += [layout.place(output) for output in spec.outputs if output.takes_over is None]
-        templates += [layout.part(fold) for fold in spec.folds]
+        templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
+        templates += [layout.place(output) for output in loop.stored if output.over is None]
         run, extra = self._compile(_writing_body(loop), templates, str(node.target), layout.literal, layout.facts())
-        values = extra + [n for n in self._symbols_of(spec) if n not in extra]
-        compiled = CompiledLoop(
-            run,
-            spec.mini_seq_len,
-            len(values),
-            len(extra),
-            len(sizes),
-            tuple(self._rows_of(dim, values) for dim in spec.sliced),
-            tuple(self._stored(output, values) for output in spec.outputs),
-            tuple(self._folded(fold, values) for fold in spec.folds),
-        )
-        items = {user.args[1]: user for user in node.users}
-        results = [items.get(i) for i in range(len(spec.outputs) + len(spec.folds))]
-        for item, output in zip(results, spec.outputs, strict=False):
-            if item is not None:
+        sizes = _sizes_in_a_run(loop)
+        values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
+        functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
+        inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in (loop.inputs, loop.outputs))
+        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions))
+        items = loop.results(node)
+        results = [items.get(i) for i in range(len(loop.outputs))]
+        for item, output in zip(results, loop.outputs, strict=True):
+            if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
-        self._call(str(node.target), compiled, [*values, node.args[0], *sizes, *tensors], results)
+        self._call(str(node.target), compiled, [*values, *node.args], results)
 
-    def _symbols_of(self, spec: LoopSpec) -> list[fx.Node]:
-        """Sources of the symbols in which the stored values' shapes and the dims' layouts are written."""
-        sizes = [size for output in spec.outputs for size in output.shape]
-        sizes += [size for fold in spec.folds for size in fold.shape]
-        sizes += [size for dim in (*spec.sliced, *(o.dim for o in spec.outputs)) for size in (dim.outer, dim.inner)]
-        symbols = {symbol for size in sizes for symbol in self.symbols.check(expr(size)).free_symbols}
+    def _symbols_of(self, sizes: Collection[sympy.Expr]) -> list[fx.Node]:
+        """Sources of the symbols of some sizes."""
+        symbols = {symbol for size in sizes for symbol in self.symbols.check(size).free_symbols}
         return [self.symbols.sources[symbol] for symbol in sorted(symbols, key=str)]
 
-    def _rows_of(self, dim: Dim, extra: Sequence[Any]) -> RowsOf:
-        return RowsOf(dim.index, self._size_of(dim.outer, extra), self._size_of(dim.inner, extra), dim.plain)
-
-    def _stored(self, output: LoopOutput, extra: Sequence[Any]) -> StoredRows:
-        shape = tuple(self._size_of(size, extra) for size in output.shape)
-        rows = self._rows_of(output.dim, extra)
-        return StoredRows(rows, shape, output.order, output.dtype, output.device, output.takes_over)
-
-    def _folded(self, fold: LoopFold, extra: Sequence[Any]) -> FoldedParts:
-        shape = tuple(self._size_of(size, extra) for size in fold.shape)
-        return FoldedParts(fold.operator, shape, fold.dtype, fold.device)
-
-    def _size_of(self, size: Size, extra: Sequence[Any]) -> SizeOf:
-        """A size as a number, or as a function of the values of the loop's symbol arguments.
+    def _function(self, size: sympy.Expr, extra: Sequence[Any]) -> Callable[[Sequence[int]], int]:
+        """A size as a function of the values of the loop's symbol arguments.
 
         It is computed once here, at the captured sizes: what cannot be computed must not fail in the running program.
         """
-        expression = expr(size)
-        if expression.is_Integer:
-            return int(expression)
         nodes = [n if isinstance(n, fx.Node) else None for n in extra]
         symbols = [expr(n.meta["val"]) if n is not None else LENGTH for n in nodes]
-        compute = function_of(expression, symbols)
+        compute = function_of(size, symbols)
         found = compute([hint(n.meta["val"]) if n is not None else extra[i] for i, n in enumerate(nodes)])
         if found != int(found):
-            raise PassError(f"the size {expression} is {found} where the captured sizes are")
+            raise PassError(f"the size {size} is {found} where the captured sizes are")
         return compute
 
     # --- pieces ---
@@ -258,7 +234,7 @@ class Lowering:
     def strides(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         value = node.meta["val"]
         if node in self.layouts:
-            return dense_strides(value.shape, self.layouts[node].order)
+            return dense_strides(value.shape, self.layouts[node].type.dense)
         return tuple(self.symbols.check(expr(s)) for s in value.stride())
 
     # --- steps ---
@@ -313,13 +289,38 @@ def _layer_bytes(gm: fx.GraphModule) -> dict[int, int]:
     return found
 
 
-def _writing_body(loop: MiniSequence) -> fx.Graph:
-    """The loop's body with one more argument per stored value, a place that it fills instead of returning rows.
+def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:
+    """Those that a run asks for: the shapes of what is stored, and how tokens are laid out."""
+    new = [output for output in loop.stored if output.over is None]
+    dims = [port.dim for port in loop.inputs if isinstance(port, RowsIn)] + [output.dim for output in new]
+    sizes = [size for output in new for size in output.type.shape]
+    return list(dict.fromkeys(expr(size) for size in (*sizes, *(s for dim in dims for s in (dim.outer, dim.inner)))))
 
-    An output that takes over an operand is written to that operand's rows, the same argument, so that
-    Inductor knows to read them first.
 
-    Before:  def body(start, count, x_rows, w): ...; return (k, y)              y takes over x
+def _in_expressions(port: Any) -> Any:
+    """A port whose sizes are numbers and expressions: a running program keeps nothing of the graph's symbols alive."""
+
+    def plain(size: Size) -> Size:
+        known = expr(size)
+        return int(known) if known.is_Integer else known
+
+    changed: dict[str, Any] = {}
+    if isinstance(port, SizeIn):
+        changed["value"] = plain(port.value)
+    else:
+        changed["type"] = replace(port.type, shape=tuple(map(plain, port.type.shape)))
+    if isinstance(port, RowsIn | Stored):
+        changed["dim"] = Dim(port.dim.index, plain(port.dim.outer), plain(port.dim.inner))
+    return replace(port, **changed)
+
+
+def _writing_body(loop: Loop) -> fx.Graph:
+    """The loop's body with one more argument per new value, a place that it fills instead of returning rows.
+
+    What is written over an operand goes to that operand's rows, and what a carry hands on to the carry, the same
+    arguments, so that Inductor knows to read them first.
+
+    Before:  def body(start, count, x_rows, w): ...; return (k, y)              y goes over x
     After:   def body(start, count, x_rows, w, k_place): ...; k_place.copy_(k); x_rows.copy_(y); return ()
     """
     graph = fx.Graph()
@@ -327,42 +328,33 @@ def _writing_body(loop: MiniSequence) -> fx.Graph:
     for node in loop.body.graph.nodes:
         if node.op == "placeholder":
             values[node] = graph.node_copy(node)
-    places = _places(graph, loop, list(values.values()))
+    inputs = list(values.values())[2:]
+    places = [graph.placeholder(f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
+    places += [inputs[i] for i in loop.carries]
     for node in loop.body.graph.nodes:
         if node.op == "output":
-            written = [values[rows] for rows in node.args[0]]
-            _write(graph, loop, places, written)
+            _write(graph, loop, places, [values[rows] for rows in node.args[0]])
             graph.output(())
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
     return graph
 
 
-def _places(graph: fx.Graph, loop: MiniSequence, arguments: Sequence[fx.Node]) -> list[fx.Node]:
-    """Where each value goes: a new argument, or the operand it takes over."""
-    spec = loop.spec
-    sliced = arguments[2 + len(spec.sizes) :]
-    places = [
-        graph.placeholder(f"{o.name}_place") if o.takes_over is None else sliced[o.takes_over] for o in spec.outputs
-    ]
-    return places + [graph.placeholder(f"{fold.name}_part") for fold in spec.folds]
-
-
-def _write(graph: fx.Graph, loop: MiniSequence, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
-    """What is written over an operand goes last: another value may be a view of that operand."""
-    taking = [output.takes_over is not None for output in loop.spec.outputs] + [False] * len(loop.spec.folds)
-    folded_rows = [not output.dim.plain for output in loop.spec.outputs] + [False] * len(loop.spec.folds)
-    for i in sorted(range(len(places)), key=taking.__getitem__):
+def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
+    """What is written over an input goes last: another value may be a view of it."""
+    stored = loop.stored
+    over = [i >= len(stored) or stored[i].over is not None for i in range(len(places))]
+    for i in sorted(range(len(places)), key=over.__getitem__):
         value = values[i]
-        if folded_rows[i]:
-            shape = _unfolded_shape(graph, loop.spec.outputs[i], places[i])
+        if i < len(stored) and not stored[i].dim.plain:
+            shape = _unfolded_shape(graph, stored[i], places[i])
             value = graph.call_function(aten.reshape.default, (value, shape))
         graph.call_function(aten.copy_.default, (places[i], value))
 
 
-def _unfolded_shape(graph: fx.Graph, output: LoopOutput, place: fx.Node) -> list[Any]:
+def _unfolded_shape(graph: fx.Graph, output: Stored, place: fx.Node) -> list[Any]:
     """The place's own sizes."""
-    return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.shape) + 2)]
+    return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.type.shape) + 2)]
 
 
 def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:

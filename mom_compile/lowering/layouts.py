@@ -20,10 +20,10 @@ from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template, Ten
 from mom_compile.torch_compat import least_value
 from mom_passes.errors import PassError
 from mom_passes.graph.sizes import Size, expr, hint, product
-from mom_passes.loops.loop import LoopFold, LoopOutput
+from mom_passes.loops.ports import COUNT, START, CarryIn, In, RowsIn, SizeIn, Stored
 from mom_passes.rules import Dim
 
-START, COUNT, LENGTH = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count", "length"))
+LENGTH = sympy.Symbol("length", integer=True, nonnegative=True)
 
 
 class Symbols:
@@ -50,7 +50,7 @@ class TemplateSource(Protocol):
 
     symbols: Symbols
     static_inputs: Collection[str]
-    layouts: dict[fx.Node, LoopOutput]
+    layouts: dict[fx.Node, Stored]
 
     def template(self, node: fx.Node) -> Template: ...
 
@@ -83,7 +83,7 @@ class LoopLayout:
         """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
         value = node.meta["val"]
         lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
-        order = self.lowering.layouts[node].order if node in self.lowering.layouts else _order_if_dense(value)
+        order = self.lowering.layouts[node].type.dense if node in self.lowering.layouts else _order_if_dense(value)
         if not lengths or order is None:
             return template
         shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
@@ -97,24 +97,33 @@ class LoopLayout:
         stride = full.stride if dim.plain else dense_strides(shape, tuple(range(len(shape))))
         return TensorTemplate(shape, stride, full.dtype, full.device)
 
-    def place(self, output: LoopOutput) -> TensorTemplate:
+    def input(self, port: In, operand: Any) -> Template:
+        """What the body assumes of an input, given the operand that the loop binds to it."""
+        if isinstance(port, SizeIn):
+            return SizeTemplate(self.size(port.value))
+        if isinstance(port, RowsIn):
+            return self.rows(operand, port.dim)
+        return self.carry(port) if isinstance(port, CarryIn) else self.whole(operand)
+
+    def carry(self, port: CarryIn) -> TensorTemplate:
+        type = port.type
+        shape = tuple(self.lowering.symbols.check(expr(s)) for s in type.shape)
+        return TensorTemplate(shape, dense_strides(shape, type.dense), type.dtype, type.device)
+
+    def place(self, output: Stored) -> TensorTemplate:
         """Rows of a stored value as the body sees them: a composite dimension is unfolded."""
-        dim, shape = output.dim, [self.lowering.symbols.check(expr(s)) for s in output.shape]
+        dim, type = output.dim, output.type
+        shape = [self.lowering.symbols.check(expr(s)) for s in type.shape]
         if self.literal is not None and dim.plain:
             shape[dim.index] = LENGTH
-        strides = list(dense_strides(shape, output.order))
+        strides = list(dense_strides(shape, type.dense))
         shape[dim.index] = COUNT
         if not dim.plain:
             inner, step = expr(dim.inner), strides[dim.index]
             shape[dim.index : dim.index + 1] = [expr(dim.outer), COUNT, inner]
             per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
             strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
-        return TensorTemplate(tuple(shape), tuple(strides), output.dtype, output.device)
-
-    def part(self, fold: LoopFold) -> TensorTemplate:
-        """A part of a reduction as the body sees it."""
-        shape = tuple(self.lowering.symbols.check(expr(s)) for s in fold.shape)
-        return TensorTemplate(shape, dense_strides(shape, range(len(shape))), fold.dtype, fold.device)
+        return TensorTemplate(tuple(shape), tuple(strides), type.dtype, type.device)
 
 
 def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:

@@ -2,123 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
+from mom_passes.graph.sizes import Size
 from mom_passes.loops.loop import split_rows
-from mom_passes.rules.folds import combine
-
-#: A size that may depend on the graph's symbols: a constant, or a function of their values in order.
-SizeOf = int | Callable[[tuple[int, ...]], int]
-
-
-def evaluate(size: SizeOf, symbols: tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else int(size(symbols))
+from mom_passes.loops.ports import CarryIn, In, Out, RowsIn, Stored, TensorType
+from mom_passes.rules import Dim
 
 
 @dataclass(frozen=True)
-class RowsOf:
-    """Rows of a tensor whose dimension `index` is `outer x tokens x inner`."""
+class Sizes:
+    """What sizes are in a run: numbers, or functions of the values of the loop's symbols in order."""
 
-    index: int
-    outer: SizeOf = 1
-    inner: SizeOf = 1
-    plain: bool = True
+    functions: Mapping[sympy.Expr, Callable[[tuple[int, ...]], int]]
 
-    def unfolded(self, tensor: torch.Tensor, symbols: tuple[int, ...]) -> torch.Tensor:
-        return tensor.unflatten(self.index, (evaluate(self.outer, symbols), -1, evaluate(self.inner, symbols)))
+    def value(self, size: Size, symbols: tuple[int, ...]) -> int:
+        return size if isinstance(size, int) else int(self.functions[size](symbols))
 
-
-@dataclass(frozen=True)
-class StoredRows:
-    """A value the loop stores: its full shape, and its dimensions from the outermost in storage to the innermost.
-
-    With `takes_over`, it is written to the storage of that sliced operand instead of to its own.
-    """
-
-    rows: RowsOf
-    shape: tuple[SizeOf, ...]
-    order: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    takes_over: int | None = None
-
-    def allocate(self, symbols: tuple[int, ...]) -> torch.Tensor:
-        shape = [evaluate(size, symbols) for size in self.shape]
-        return torch.empty_permuted(shape, self.order, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True)
-class FoldedParts:
-    """A reduction over the tokens: the shape of one mini-sequence's part, and the reduction that combines them."""
-
-    operator: Any
-    shape: tuple[SizeOf, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def allocate(self, pieces: int, symbols: tuple[int, ...]) -> torch.Tensor:
-        shape = [evaluate(size, symbols) for size in self.shape]
-        return torch.empty([pieces, *shape], dtype=self.dtype, device=self.device)
+    def shape(self, type: TensorType, symbols: tuple[int, ...]) -> list[int]:
+        return [self.value(size, symbols) for size in type.shape]
 
 
 @dataclass(frozen=True)
 class CompiledLoop:
-    """`loop([*symbols, length, *sizes, *sliced, *whole])` returns the stored values at full length, then the folded.
+    """`loop([*symbols, length, *operands])` returns one tensor for each output.
 
-    `body` takes `[*symbols, start, count, *sizes, *rows of sliced, *whole, *rows of stored, *parts]` and fills the
-    last two, except for what takes over an operand: this it writes to the operand's rows;
-    of the loop's symbols it is passed the first `body_symbols` (the others only give shapes).
+    `body` takes `[*symbols, start, count, *inputs, *rows of what is stored]` and fills the last, except for what is
+    written over an operand: this it writes to the operand's rows. What a carry hands on it writes to the carry.
+    Of the loop's symbols it is passed the first `body_symbols` (the others only give shapes).
     """
 
     body: Callable[[list[Any]], Any]
-    mini_seq_len: int
+    rows: int
     symbols: int
     body_symbols: int
-    sizes: int
-    sliced: tuple[RowsOf, ...]
-    stored: tuple[StoredRows, ...]
-    folded: tuple[FoldedParts, ...]
+    inputs: tuple[In, ...]
+    outputs: tuple[Out, ...]
+    sizes: Sizes
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor, ...]:
         symbols = tuple(arguments[: self.symbols])
-        length = arguments[self.symbols]
-        sizes_end = self.symbols + 1 + self.sizes
-        sizes = arguments[self.symbols + 1 : sizes_end]
-        sliced = arguments[sizes_end : sizes_end + len(self.sliced)]
-        whole = arguments[sizes_end + len(self.sliced) :]
+        length, *operands = arguments[self.symbols :]
         arguments.clear()
-        known = symbols[: self.body_symbols]
-        stored = [
-            value.allocate(symbols) if value.takes_over is None else sliced[value.takes_over] for value in self.stored
+        for i, port in enumerate(self.inputs):
+            if isinstance(port, CarryIn):
+                operands[i] = _own(operands[i], port.type)
+        results = [
+            self._place(output, operands, symbols) if isinstance(output, Stored) else operands[output.carry]
+            for output in self.outputs
         ]
-        sources = [self._source(rows, tensor, symbols) for rows, tensor in zip(self.sliced, sliced, strict=True)]
-        del sliced
-        targets = [
-            (tensor, value.rows.index) if value.rows.plain
-            else (value.rows.unfolded(tensor, symbols), value.rows.index + 1)
-            for tensor, value in zip(stored, self.stored, strict=True)
-            if value.takes_over is None
-        ]  # fmt: skip
-        pieces = split_rows(length, self.mini_seq_len)
-        parts = [fold.allocate(len(pieces), symbols) for fold in self.folded]
-        for i, (start, count) in enumerate(pieces):
-            rows = [
-                tensor.narrow(index, start, count) if plain else _folded(tensor, index, start, count)
-                for tensor, index, plain in sources
-            ]
-            places = [tensor.narrow(index, start, count) for tensor, index in targets]
-            self.body([*known, start, count, *sizes, *rows, *whole, *places, *(part[i] for part in parts)])
-        return (*stored, *(combine(f.operator, part) for f, part in zip(self.folded, parts, strict=True)))
+        template = [*symbols[: self.body_symbols], 0, 0, *operands]
+        first = len(template) - len(operands)
+        rows = [
+            (first + i, *self._along(port.dim, operands[i], symbols))
+            for i, port in enumerate(self.inputs)
+            if isinstance(port, RowsIn)
+        ]
+        del operands
+        new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
+        places = [self._along(output.dim, result, symbols)[:2] for output, result in new]  # type: ignore[union-attr]
+        for start, count in split_rows(length, self.rows):
+            given = list(template)
+            given[first - 2], given[first - 1] = start, count
+            for at, tensor, index, plain in rows:
+                given[at] = tensor.narrow(index, start, count) if plain else _folded(tensor, index, start, count)
+            given += [tensor.narrow(index, start, count) for tensor, index in places]
+            self.body(given)
+        return tuple(results)
 
-    @staticmethod
-    def _source(rows: RowsOf, tensor: torch.Tensor, symbols: tuple[int, ...]) -> tuple[torch.Tensor, int, bool]:
-        if rows.plain:
-            return tensor, rows.index, True
-        return rows.unfolded(tensor, symbols), rows.index + 1, False
+    def _place(self, output: Stored, operands: Sequence[Any], symbols: tuple[int, ...]) -> torch.Tensor:
+        if output.over is not None:
+            return operands[output.over]  # type: ignore[no-any-return]
+        type = output.type
+        return torch.empty_permuted(self.sizes.shape(type, symbols), type.dense, dtype=type.dtype, device=type.device)
+
+    def _along(self, dim: Dim, tensor: torch.Tensor, symbols: tuple[int, ...]) -> tuple[torch.Tensor, int, bool]:
+        """A tensor with its tokens in a dimension of their own, which dimension, and whether they had one."""
+        if dim.plain:
+            return tensor, dim.index, True
+        outer, inner = (self.sizes.value(size, symbols) for size in (dim.outer, dim.inner))
+        return tensor.unflatten(dim.index, (outer, -1, inner)), dim.index + 1, False
+
+
+def _is_new(output: Out) -> bool:
+    return isinstance(output, Stored) and output.over is None
+
+
+def _own(first: torch.Tensor, type: TensorType) -> torch.Tensor:
+    """A carry's storage, which begins as the operand: this stays as it is."""
+    return torch.empty_permuted(first.shape, type.dense, dtype=first.dtype, device=first.device).copy_(first)
 
 
 def _folded(unfolded: torch.Tensor, index: int, start: int, count: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 #: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -59,6 +60,11 @@ def new_number(env: Any, value: sympy.Basic, kind: type, hint: Any) -> Any:
 def fake_mode_of(value: Any) -> Any:
     """The mode of a fake tensor, None for anything else."""
     return getattr(value, "fake_mode", None)
+
+
+def new_fake_mode() -> Any:
+    """A mode in which operators compute shapes and dtypes alone."""
+    return FakeTensorMode()
 
 
 def without_guards(mode: Any) -> AbstractContextManager[Any]:

@@ -1,79 +1,128 @@
-"""What must hold after every pass. A violation is a bug of ours; the caller falls back."""
+"""What must hold after every pass, as a table of laws. A violation is a bug of ours; the caller falls back.
+
+    level 1   always: reads the graph and its types
+    level 2   in tests: also runs loop bodies on fake tensors
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from mom_passes.errors import PassError
+from mom_passes.graph.values import returns_a_tensor
 from mom_passes.graph.writes import read_behind_a_write
-from mom_passes.loops.loop import MiniSequence, loop_nodes
-from mom_passes.ops.transfers import APPEND, COPIES, FETCH_START, FETCH_WAIT, OFFLOAD
-from mom_passes.torch_compat import schema_of
+from mom_passes.loops import laws
+from mom_passes.loops.loop import Loop, loop_nodes
+from mom_passes.loops.ports import TensorType
+from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
 
 
-def verify(gm: fx.GraphModule) -> None:
-    """Raises `PassError` where the graph is not well formed.
+@dataclass(frozen=True)
+class Contract:
+    """What a graph takes and returns: names of inputs, types of outputs (of what is no tensor, its Python type)."""
 
-    - every node is defined before it is used, every target exists
-    - every tensor operation knows its value's shape
-    - nothing reads a value after a loop has written over it, and no input is written over
-    - nothing reads an input behind a write to it
-    - a buffer that a past arrives in is read by what waits for it alone, and what is on the host by nothing
-    - a loop's body takes `(start, count)` and what its spec says, and returns what the spec stores
-    """
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorType | type, ...]
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> Contract:
+        inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
+        return Contract(inputs, tuple(map(_type_of, _output_of(gm))))
+
+
+def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
+    returned = next(iter(reversed(gm.graph.nodes))).args[0]
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _type_of(output: Any) -> TensorType | type:
+    value = output.meta.get("val") if isinstance(output, fx.Node) else output
+    return TensorType.of(value) if isinstance(value, torch.Tensor) else type(value)
+
+
+# --- laws of graphs ---
+
+
+def is_well_formed(gm: fx.GraphModule) -> str | None:
+    """Every node is defined before it is used, every target exists."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
-        raise PassError(f"malformed graph: {error}") from error
+        return f"malformed graph: {error}"
+    return None
+
+
+def is_typed(gm: fx.GraphModule) -> str | None:
+    """Every operator that returns tensors knows their shapes."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta and _returns_tensor(node):
-            raise PassError(f"{node.name} ({node.target}) has lost its value")
-        if node.target in COPIES:
-            _verify_copy(node)
-    wrong = read_behind_a_write(gm)
+        if node.op == "call_function" and "val" not in node.meta and returns_a_tensor(node):
+            return f"{node.name} ({node.target}) has lost its value"
+    return None
+
+
+def host_values_are_moved_only(gm: fx.GraphModule) -> str | None:
+    """What is on the host is read by transfers and returned, and every copy to the device is waited for, once."""
+    for node in gm.graph.nodes:
+        if node.target is FETCH_START and [user.target for user in node.users] != [FETCH_WAIT]:
+            return f"{node.name} is read before it is filled, or never waited for"
+        if node.target in (APPEND, OFFLOAD) and any(user.op != "output" for user in node.users):
+            return f"{node.name} is on the host and is read on the device"
+    return None
+
+
+def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
+    """The same inputs, and outputs of the same number and types; what left for the host is on another device."""
+    inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
+    if inputs != contract.inputs:
+        return f"the graph takes {list(inputs)} in place of {list(contract.inputs)}"
+    outputs = _output_of(gm)
+    if len(outputs) != len(contract.outputs):
+        return f"the graph returns {len(outputs)} values in place of {len(contract.outputs)}"
+    for i, (output, wanted) in enumerate(zip(outputs, contract.outputs, strict=True)):
+        found = _type_of(output)
+        if not (isinstance(found, TensorType) and isinstance(wanted, TensorType)):
+            wrong = None if found == wanted else f"is {found} in place of {wanted}"
+        else:
+            left = isinstance(output, fx.Node) and output.target in (APPEND, OFFLOAD)
+            wrong = wanted.other_than(TensorType(found.shape, found.dtype, wanted.device) if left else found)
+        if wrong is not None:
+            return f"output {i} ({output}) {wrong}"
+    return None
+
+
+GraphLaw = Callable[[fx.GraphModule], str | None]
+LoopLaw = Callable[[fx.Node, Loop], str | None]
+
+OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_behind_a_write)
+#: Each may rely on those before it.
+OF_LOOPS: tuple[LoopLaw, ...] = (
+    laws.body_takes_its_inputs,
+    laws.operands_fit_their_ports,
+    laws.results_fit_their_ports,
+    laws.body_is_typed,
+    laws.body_is_good_for_all_lengths,
+    laws.overwrites_what_is_dead,
+)
+OF_LOOPS_IN_TESTS: tuple[LoopLaw, ...] = (laws.body_computes_its_types,)
+
+
+def verify(gm: fx.GraphModule, contract: Contract | None = None, *, level: int = 1) -> None:
+    """Raises `PassError` where a law does not hold. `contract` is what the captured graph took and returned."""
+    for graph_law in OF_GRAPHS:
+        _raise(graph_law(gm))
+    if contract is not None:
+        _raise(keeps(contract, gm))
+    for node, module in loop_nodes(gm):
+        for loop_law in OF_LOOPS + (OF_LOOPS_IN_TESTS if level > 1 else ()):
+            wrong = loop_law(node, module.loop)
+            _raise(None if wrong is None else f"{node.target}: {wrong}")
+
+
+def _raise(wrong: str | None) -> None:
     if wrong is not None:
         raise PassError(wrong)
-    for node, loop in loop_nodes(gm):
-        _verify_loop(str(node.target), loop)
-        _verify_takeovers(node, loop)
-
-
-def _verify_copy(node: fx.Node) -> None:
-    if node.target is FETCH_START and any(user.target is not FETCH_WAIT for user in node.users):
-        raise PassError(f"{node.name} is read before it is filled")
-    if node.target in (APPEND, OFFLOAD) and any(user.op != "output" for user in node.users):
-        raise PassError(f"{node.name} is on the host and is read on the device")
-
-
-def _verify_loop(name: str, loop: MiniSequence) -> None:
-    loop.body.graph.lint()
-    placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
-    spec = loop.spec
-    expected = 2 + len(spec.sizes) + len(spec.sliced) + spec.whole
-    if len(placeholders) != expected:
-        raise PassError(f"{name}: the body takes {len(placeholders)} values, the loop passes {expected}")
-    returned = next(n for n in loop.body.graph.nodes if n.op == "output").args[0]
-    if len(returned) != len(spec.outputs) + len(spec.folds):
-        stores = f"{len(spec.outputs)} and folds {len(spec.folds)}"
-        raise PassError(f"{name}: the body returns {len(returned)} values, the loop stores {stores}")
-
-
-def _verify_takeovers(node: fx.Node, loop: MiniSequence) -> None:
-    operands = loop.spec.sliced_of(node)
-    for output in loop.spec.outputs:
-        if output.takes_over is None:
-            continue
-        operand = operands[output.takes_over]
-        value = operand.meta["val"]
-        if operand.op != "call_function" or list(node.args).count(operand) != 1:
-            raise PassError(f"{node.target} would write over {operand.name}, which is not its own")
-        if any(user is not node and not user < node for user in operand.users):
-            raise PassError(f"{node.target} would write over {operand.name}, which is read later")
-        if value.dtype != output.dtype or loop.spec.sliced[output.takes_over] != output.dim:
-            raise PassError(f"{node.target}: {output.name} does not fit where {operand.name} was")
-
-
-def _returns_tensor(node: fx.Node) -> bool:
-    schema = schema_of(node.target)
-    return schema is not None and any(isinstance(r.type, torch.TensorType) for r in schema.returns)

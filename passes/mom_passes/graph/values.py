@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint
+from mom_passes.torch_compat import schema_of
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -43,3 +44,9 @@ def bytes_of(node: fx.Node) -> int:
     """Of a value, at the captured sizes."""
     value = node.meta["val"]
     return count_hint(value.shape) * int(value.element_size())
+
+
+def returns_a_tensor(node: fx.Node) -> bool:
+    """Whether an operator returns one tensor, or several at once, by its schema."""
+    schema = schema_of(node.target)
+    return schema is not None and any(isinstance(returned.type, torch.TensorType) for returned in schema.returns)

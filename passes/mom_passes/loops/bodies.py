@@ -1,18 +1,23 @@
-"""The body of a loop: one iteration as a graph of its own.
+"""The body of a loop: one iteration as a graph of its own, with ports.
 
 Terms
 -----
 members   The instances a loop computes or reads, from what it stores back to what is at hand.
 sizes     SymInt arguments. In a graph of fixed sizes the length is a literal; it becomes an argument here too.
+operand   What the loop's node has to give to a port: an instance of the graph around it, the length, or the first
+          value of a carry.
 
-    def body(start, count, *sizes, *sliced, *whole):
+    def body(start, count, *sizes, *rows, *whole, *carries):
         for instance in members:                       # in graph order
-            run its operator on what its claim demands, with the arguments its rule's edit gives
-        return the stored rows
+            rows       its operator on what its claim needs, with the arguments its rule's edit gives
+            past       rows behind those that were handed over; the last of them are handed on
+            total      a part of the reduction, added to the total that was handed over
+        return (*stored rows, *what each carry hands on)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,88 +25,167 @@ from torch import fx, nn
 
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.sizes import Size
-from mom_passes.graph.values import is_tensor
-from mom_passes.loops.demands import DemandGraph, Instance, Kind
+from mom_passes.graph.values import is_tensor, value_of
+from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
+from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type, storage_order
 from mom_passes.loops.stages import StagePlan, body_instances, bytes_per_token
-from mom_passes.rules import All, Claim, Rows, Window, facts_of
+from mom_passes.rules import All, Past, Rows, Window, facts_of
+from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
+from mom_passes.rules.folds import FOLDS, identity, total_dtype
+from mom_passes.rules.view import TO_THE_END
 
 aten = torch.ops.aten
 
 
-class Body:
-    """Builds one iteration: `module`, and which outer values it takes.
+@dataclass(frozen=True)
+class TheLength:
+    """The number of tokens."""
 
-    `sizes` holds outer SymInt nodes, or None for a length that was a literal; `sliced` row instances;
-    `whole` nodes of which it takes all. `widest` is the most bytes that one token of a value made here takes.
+
+@dataclass(frozen=True)
+class First:
+    """What a carry begins with: a tensor of a type, filled with a number."""
+
+    type: TensorType
+    fill: int | float | bool
+
+
+Operand = Instance | TheLength | First
+
+
+class Body:
+    """Builds one iteration: `module`, the ports `inputs` and the operand that each wants.
+
+    `widest` is the most bytes that one token of a value made here takes.
     """
 
-    def __init__(self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance]) -> None:
+    def __init__(
+        self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance], totals: list[Instance]
+    ) -> None:
         self.demands = demands
         self.length = length
         self.graph = fx.Graph()
         self.env: dict[Instance, Any] = {}
         self.literal: fx.Node | None = None
-        members = body_instances(demands, stored, plan.available)
-        self.sliced = [i for i in members if i.need != All() and not self._computed(i, plan)]
-        self.whole = self._whole_nodes(members)
-        made = [i for i in members if self._computed(i, plan) and isinstance(i.need, Rows)]
-        self.widest = max((bytes_per_token(i) for i in made if isinstance(i.node.meta["val"], torch.Tensor)), default=1)
-        self.sizes: list[fx.Node | None] = [i.node for i in members if demands.kinds[i] is Kind.SIZE]
-        numbers = [i.node for i in members if i.need == All() and not is_tensor(i.node)]
-        self.sizes += [node for node in numbers if node not in self.sizes]
+        members = body_instances(demands, [*stored, *totals], plan.available)
+        computed = {i for i in members if demands.kinds[i] is Kind.ROWS and i not in plan.available}
+        self.rows = [i for i in members if isinstance(i.need, Rows) and i not in computed]
+        kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
+        self.whole = [i for i in members if i.need == All() and demands.kinds[i] in kinds and is_tensor(i.node)]
+        self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
+        numbers = [i for i in members if i.need == All() and not is_tensor(i.node)]
+        self.sizes += [i for i in numbers if i not in self.sizes]
+        self.carries = [*totals, *(i for i in members if isinstance(i.need, Past))]
+        made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
+        self.widest = max(map(bytes_per_token, made), default=1)
         self._placeholders()
         for instance in members:
             if instance not in self.env:
                 self.env[instance] = self._emit(instance)
-        self.graph.output(tuple(self.env[i] for i in stored))
+        self.graph.output((*(self.env[i] for i in stored), *(self.handed_on[i] for i in self.carries)))
         self._drop_unused_sizes()
-        self._bind_literal()
+        self.inputs, self.operands = self._ports(len(stored))
         self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
 
-    def _computed(self, instance: Instance, plan: StagePlan) -> bool:
-        return self.demands.kinds[instance] is Kind.ROWS and instance not in plan.available
-
-    def _whole_nodes(self, members: list[Instance]) -> list[fx.Node]:
-        kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
-        return [i.node for i in members if i.need == All() and self.demands.kinds[i] in kinds and is_tensor(i.node)]
+    # --- ports ---
 
     def _placeholders(self) -> None:
         self.start = self.graph.placeholder("start")
         self.count = self.graph.placeholder("count")
-        for node in self.sizes:
-            assert node is not None
-            self.env[Instance(node, All())] = self.graph.placeholder(node.name)
-        self._length_point = self.count if not self.sizes else self.env[Instance(self.sizes[-1], All())]  # type: ignore[arg-type]
-        for instance in self.sliced:
-            self.env[instance] = self.graph.placeholder(f"{instance.node.name}_rows")
-        for node in self.whole:
-            self.env[Instance(node, All())] = self.graph.placeholder(node.name)
+        self._length_point = self.count
+        for instance in self.sizes:
+            self._length_point = self.env[instance] = self.graph.placeholder(instance.node.name)
+        for instance in (*self.rows, *self.whole):
+            own = isinstance(instance.need, Rows)
+            placeholder = self.graph.placeholder(f"{instance.node.name}_rows" if own else instance.node.name)
+            self.env[instance] = self._typed(placeholder, instance)
+        #: What the mini-sequence before has handed over, and what this one hands on.
+        self.handed_over = {i: self._carried(i) for i in self.carries}
+        self.handed_on: dict[Instance, fx.Node] = {}
 
-    def size_values(self) -> tuple[Size, ...]:
-        return tuple(self.length if node is None else node.meta["val"] for node in self.sizes)
+    def _carried(self, instance: Instance) -> fx.Node:
+        name = "past" if isinstance(instance.need, Past) else "total"
+        placeholder = self.graph.placeholder(f"{instance.node.name}_{name}")
+        placeholder.meta["type"] = _first(instance).type
+        return placeholder
+
+    def _ports(self, stored: int) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
+        """In the order of the placeholders behind `start` and `count`."""
+        ports: list[tuple[In, Operand]] = [(SizeIn(i.node.meta["val"]), i) for i in self.sizes]
+        if self.literal is not None:
+            ports.append((SizeIn(self.length), TheLength()))
+        ports += [(RowsIn(TensorType.of(value_of(i.node)), i.dim), i) for i in self.rows]
+        ports += [(WholeIn(TensorType.of(value_of(i.node))), i) for i in self.whole]
+        for out, instance in enumerate(self.carries, start=stored):
+            first = _first(instance)
+            ports.append((CarryIn(first.type, out), first))
+        return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
+
+    # --- nodes ---
 
     def _emit(self, instance: Instance) -> fx.Node:
+        if isinstance(instance.need, Past):
+            return self._with_past(instance)
         node, claim = instance.node, self.demands.claims.get(instance)
         if claim is None:
             target: Any = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._own)
         else:
-            operands = [self.env[i] for i in self.demands.inputs[instance] if is_tensor(i.node)]
-            target, args, kwargs = call_on_rows(node, claim, self._window(claim), operands, self._own)
+            given = [i for i in self.demands.inputs[instance] if is_tensor(i.node)]
+            window = Window(self.start, self.count, tuple(self._first_row(i) for i in given))
+            target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._own)
         if isinstance(self.length, int):
             args, kwargs = self._without_literals(target, args, kwargs)
         emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         emitted.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        return emitted
+        if isinstance(instance.need, Total):
+            return self._add_to_total(instance, emitted)
+        return self._typed(emitted, instance)
+
+    def _first_row(self, instance: Instance) -> Any:
+        """At which row of the sequence an operand begins; a past, in the first mini-sequences, before there are any."""
+        if isinstance(instance.need, Past):
+            return add(self.start, -instance.need.rows)
+        return self.start if isinstance(instance.need, Rows) else 0
+
+    def _with_past(self, instance: Instance) -> fx.Node:
+        """Rows behind those that were handed over. The last of them are handed on."""
+        assert isinstance(instance.need, Past)
+        dim, rows = instance.dim.index, self.env[self.demands.inputs[instance][0]]
+        joined = self.graph.call_function(aten.cat.default, ([self.handed_over[instance], rows], dim))
+        last = self.graph.call_function(aten.slice.Tensor, (joined, dim, -instance.need.rows, TO_THE_END))
+        last.meta["type"] = self.handed_over[instance].meta["type"]
+        self.handed_on[instance] = last
+        return self._typed(joined, instance)
+
+    def _add_to_total(self, instance: Instance, part: fx.Node) -> fx.Node:
+        before = self.handed_over[instance]
+        total = self.graph.call_function(FOLDS[instance.node.target].combine, (before, part))
+        part.meta["type"] = total.meta["type"] = before.meta["type"]
+        self.handed_on[instance] = total
+        return total
 
     def _own(self, arg: fx.Node) -> fx.Node:
         """The body's value for all of an outer one."""
         return self.env[Instance(arg, All())]
 
-    def _window(self, claim: Claim) -> Window:
-        first = tuple(self.start if isinstance(need, Rows) else 0 for need in claim.needs)
-        return Window(self.start, self.count, first)
+    def _typed(self, node: fx.Node, instance: Instance) -> fx.Node:
+        """Rows are as the value at full length, with as many tokens as the mini-sequence has. Of several values that
+        an operator returns at once, one without rows (a seed, say) has no type."""
+        value, need, claim = instance.node.meta.get("val"), instance.need, self.demands.claims.get(instance)
+        if isinstance(value, torch.Tensor):
+            full = TensorType.of(value)
+            node.meta["type"] = rows_type(full, need) if isinstance(need, Rows | Past) else full
+        elif isinstance(value, (tuple, list)):
+            dims = claim.outputs if claim is not None else None
+            node.meta["type"] = tuple(
+                rows_type(TensorType.of(one), Rows(dim)) if isinstance(one, torch.Tensor) and dim is not None else None
+                for one, dim in zip(value, dims or [None] * len(value), strict=True)
+            )
+        return node
+
+    # --- sizes ---
 
     def _without_literals(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,11 +211,16 @@ class Body:
 
     def _drop_unused_sizes(self) -> None:
         """Sizes that only stood for the rows: without them the body is the same for fixed and for dynamic lengths."""
-        unused = [n for n in self.sizes if n is not None and not self.env[Instance(n, All())].users]
-        for node in unused:
-            self.graph.erase_node(self.env[Instance(node, All())])
-        self.sizes = [n for n in self.sizes if n not in unused]
+        for instance in [i for i in self.sizes if not self.env[i].users]:
+            self.graph.erase_node(self.env[instance])
+            self.sizes.remove(instance)
 
-    def _bind_literal(self) -> None:
-        if self.literal is not None:
-            self.sizes.append(None)
+
+def _first(instance: Instance) -> First:
+    """What a carry begins with: nothing but zeros before the first row, the total of no rows."""
+    node, need, value = instance.node, instance.need, value_of(instance.node)
+    if isinstance(need, Past):
+        shape = tuple(need.rows if d == need.dim.index else size for d, size in enumerate(value.shape))
+        return First(TensorType(shape, value.dtype, value.device, storage_order(value)), 0)
+    total = TensorType(tuple(value.shape), total_dtype(node), value.device, tuple(range(value.dim())))
+    return First(total, identity(node))

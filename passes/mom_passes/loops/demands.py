@@ -2,7 +2,8 @@
 
 Terms
 -----
-instance   A value as somebody needs it: `(node, Rows(dim))` is rows of it, `(node, All())` all of it.
+instance   A value as somebody needs it: `(node, Rows(dim))` is rows of it, `(node, All())` all of it,
+           `(node, Past(dim, n))` rows and at most n before them.
 barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
 
 Kinds of instances
@@ -10,7 +11,8 @@ Kinds of instances
 SOURCE     a placeholder or constant, whole or sliced: always at hand
 ROWS       rows computed from rows (and whole values) by the node's own claim
 ENTRY      rows cut from a whole value, because the operator cannot be run on rows
-BARRIER    the complete value that a loop wrote, row by row or as the parts of a reduction over the tokens
+PAST       rows and a bounded number before them, which each mini-sequence hands to the next
+BARRIER    the complete value that a loop wrote, row by row or as the total of a reduction over the tokens
 WHOLE      an operator run once on the full sequence, between loops
 INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed; and a
            copy n times as large as its source (repeat_kv): made for one iteration at a time rather than kept
@@ -30,7 +32,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands
-from mom_passes.rules import All, Claim, Dim, Rows, claim_for, facts
+from mom_passes.rules import All, Claim, Dim, Past, Rows, claim_for, facts
 from mom_passes.rules.folds import fold_claim
 from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
@@ -40,17 +42,18 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Of a reduction over the tokens: what each mini-sequence gives for it."""
+class Total:
+    """Of a reduction over the tokens: the total so far, which each mini-sequence adds to."""
 
     def __str__(self) -> str:
-        return "parts"
+        return "total"
 
 
 
 class Kind(enum.Enum):
     SOURCE = "source"
     ROWS = "rows"
+    PAST = "past"
     ENTRY = "entry"
     BARRIER = "barrier"
     WHOLE = "whole"
@@ -63,12 +66,12 @@ class Instance:
     """A node, and what is needed of it."""
 
     node: fx.Node
-    need: All | Rows | Parts
+    need: All | Rows | Past | Total
 
     @property
     def dim(self) -> Dim:
         """Where an instance of rows has its tokens."""
-        assert isinstance(self.need, Rows), f"{self} is not of rows"
+        assert isinstance(self.need, Rows | Past), f"{self} is not of rows"
         return self.need.dim
 
     def __str__(self) -> str:
@@ -89,12 +92,14 @@ class DemandGraph:
 
     def length(self, instance: Instance) -> Size:
         """How many tokens a sliced instance has, or the operand of a reduction over tokens."""
-        return instance_length(self.inputs[instance][0] if isinstance(instance.need, Parts) else instance)
+        return instance_length(self.inputs[instance][0] if isinstance(instance.need, Total) else instance)
 
     def recomputable(self, instance: Instance) -> bool:
         if instance.node.target is operator.getitem:
             return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
-        return self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
+        return self.kinds[instance] is Kind.PAST or (
+            self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
+        )
 
 
 def instance_length(instance: Instance) -> Size:
@@ -132,9 +137,9 @@ def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
 
 
 def _whole_last(instance: Instance, graph: DemandGraph) -> int:
-    """Of one node's instances: rows, then the whole value made of them, then rows cut from that."""
-    if graph.kinds[instance] is Kind.ENTRY:
-        return 2
+    """Of one node's instances: rows, the whole value made of them, rows cut from that, and rows with a past."""
+    if graph.kinds[instance] in (Kind.ENTRY, Kind.PAST):
+        return 2 + (graph.kinds[instance] is Kind.PAST)
     return 1 if instance.need == All() else 0
 
 
@@ -180,6 +185,8 @@ def repeats(node: fx.Node) -> bool:
 
 def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     node = instance.node
+    if isinstance(instance.need, Past):
+        return Kind.PAST, (Instance(node, Rows(instance.dim)),), None
     if node.op in ("placeholder", "get_attr"):
         return Kind.SOURCE, (), None
     if not is_tensor(node):
@@ -189,7 +196,7 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if instance.need == All():
         return _classify_whole(node, dims)
-    if isinstance(instance.need, Parts):
+    if isinstance(instance.need, Total):
         (source,) = operands(node)
         claim = fold_claim(node, dims.carriers[source].dim)
         return Kind.ROWS, (Instance(source, Rows(dims.carriers[source].dim)), *_sizes_read(node)), claim
@@ -200,10 +207,7 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         claim = claim_for(node, instance.dim)
     except CannotChunk:
         return Kind.ENTRY, (Instance(node, All()),), None
-    inputs = [
-        Instance(n, need if isinstance(need, Rows) else All())
-        for n, need in zip(operands(node), claim.needs, strict=True)
-    ]
+    inputs = [Instance(n, need) for n, need in zip(operands(node), claim.needs, strict=True)]
     return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
 
 
@@ -220,7 +224,7 @@ def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instanc
     if carrier is not None and node in dims.rowwise and node in dims.worked:
         return Kind.BARRIER, (Instance(node, Rows(carrier.dim)),), None
     if _folds(node, dims):
-        return Kind.BARRIER, (Instance(node, Parts()),), None
+        return Kind.BARRIER, (Instance(node, Total()),), None
     return Kind.WHOLE, whole, None
 
 

@@ -4,8 +4,8 @@
         emit its whole operators into the new graph
         for length in lengths of its stored values:            # nearly always one
             body   = the stored rows, computed from what is at hand, by the claims of the rules
-            loop   = MiniSequence(body)
-            stored = loop(length, *sizes, *sliced, *whole)
+            loop   = body and ports
+            stored = loop(length, *operands)
 
 Before:  k = mm(norm(x), wk); ...; y = add(x, mm(silu(mm(n, wg)), wd))
 After:   k, v, x1 = stage_1(length, x0, k0, v0, wq, wo, wg, wd, wk, wv)
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,11 +23,12 @@ from torch import fx, nn
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, emit, fake_mode, fake_value, size_node
-from mom_passes.graph.sizes import Size, hint, is_one, same
+from mom_passes.graph.sizes import Size, is_one, same
 from mom_passes.graph.values import is_tensor, value_of
-from mom_passes.loops.bodies import Body
-from mom_passes.loops.demands import DemandGraph, Instance, Kind, Parts
-from mom_passes.loops.loop import LoopFold, LoopOutput, LoopSpec, MiniSequence, RowLimit
+from mom_passes.loops.bodies import Body, First, Operand, TheLength
+from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
+from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
+from mom_passes.loops.ports import CarryIn, Final, Out, Stored, TensorType, storage_order
 from mom_passes.loops.stages import StagePlan, Stages
 from mom_passes.rules import All
 from mom_passes.rules.folds import FOLDS, elements, total_dtype
@@ -132,61 +134,59 @@ class _Rewriter:
     # --- loops ---
 
     def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
-        stored = [i for i in members if not isinstance(i.need, Parts)]
-        folded = [i for i in members if isinstance(i.need, Parts)]
+        stored = [i for i in members if not isinstance(i.need, Total)]
+        totals = [i for i in members if isinstance(i.need, Total)]
         length_node = size_node(self.graph, length)
         if isinstance(length_node, fx.Node):
             length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
-        body = Body(self.demands, plan, length, stored + folded)
-        spec = LoopSpec(
-            plan.index,
-            length,
-            self.limit.rows_of(body.widest),
-            body.size_values(),
-            tuple(i.dim for i in body.sliced),
-            len(body.whole),
-            tuple(self._output(instance) for instance in stored),
-            tuple(self._fold(instance.node) for instance in folded),
-            body.widest,
-        )
+        body = Body(self.demands, plan, length, stored, totals)
+        carries = [i for i, port in enumerate(body.inputs) if isinstance(port, CarryIn)]
+        finals = [_final(i, at) for i, at in zip(totals, carries, strict=False)]
+        outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
+        rows = self.limit.rows_of(body.widest)
+        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest)
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):
             name = f"{name}_{len(self.graph.nodes)}"
-        self.root.add_module(name, MiniSequence(body.module, spec))
-        arguments = (
-            length_node,
-            *(length_node if size is None else self._whole_value(size) for size in body.sizes),
-            *(self._rows_source(instance) for instance in body.sliced),
-            *(self._whole_value(node) for node in body.whole),
-        )
-        loop = self.graph.call_module(name, arguments)
-        loop.meta["val"] = tuple(i.node.meta["val"] for i in stored + folded)
-        items = [self._item(loop, index, i.node) for index, i in enumerate(stored + folded)]
-        for instance, item, output in zip(stored, items, spec.outputs, strict=False):
-            self._lay_out(item, output)
+        self.root.add_module(name, MiniSequence(loop))
+        operands = [self._operand(operand, length_node) for operand in body.operands]
+        node = self.graph.call_module(name, (length_node, *operands))
+        items = [self._item(node, index, i.node) for index, i in enumerate(stored + totals)]
+        for instance, item in zip(stored, items, strict=False):
+            self._lay_out(item, _stored(instance))
             self.stored[instance] = item
             if self.demands.kinds.get(Instance(instance.node, All())) is Kind.BARRIER:
                 self.whole[instance.node] = item
-        for instance, item in zip(folded, items[len(stored) :], strict=True):
+        for instance, item in zip(totals, items[len(stored) :], strict=True):
             self.whole[instance.node] = self._finished(instance.node, item)
+        node.meta["val"] = tuple(item.meta["val"] for item in items)
+
+    def _operand(self, operand: Operand, length: Any) -> Any:
+        if isinstance(operand, TheLength):
+            return length
+        if isinstance(operand, First):
+            shape = [size_node(self.graph, size) for size in operand.type.shape]
+            options = {"dtype": operand.type.dtype, "device": operand.type.device, "pin_memory": False}
+            return emit(self.graph, torch.ops.aten.full.default, (shape, operand.fill), options)
+        return self.stored[operand] if operand in self.stored else self._whole_value(operand.node)
 
     def _item(self, loop: fx.Node, index: int, of: fx.Node) -> fx.Node:
         item = self.graph.call_function(operator.getitem, (loop, index))
         item.meta = dict(of.meta)
         return item
 
-    def _lay_out(self, item: fx.Node, output: LoopOutput) -> None:
+    def _lay_out(self, item: fx.Node, output: Stored) -> None:
         """The strides a stored value really has."""
         value = item.meta["val"]
         with fake_mode(self.graph):
-            dense = torch.empty_permuted(value.shape, output.order, dtype=value.dtype, device=value.device)
+            dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
         strides = zip(dense.stride(), value.stride(), value.shape, strict=True)
         if not all(same(a, b) or is_one(size) for a, b, size in strides):
             item.meta["val"] = dense
             self.relaid.add(item)
 
     def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
-        """From the combined parts to the reduction's value: a mean is divided, a wide total rounded."""
+        """From the total to the reduction's value: a mean is divided, a wide total rounded."""
         value = value_of(node)
         total.meta["val"] = value.to(total_dtype(node))
         if FOLDS[node.target].mean:
@@ -195,25 +195,13 @@ class _Rewriter:
             total = emit(self.graph, torch.ops.prims.convert_element_type.default, (total, value.dtype))
         return total
 
-    def _rows_source(self, instance: Instance) -> fx.Node:
-        return self.stored[instance] if instance in self.stored else self._whole_value(instance.node)
 
-    @staticmethod
-    def _fold(node: fx.Node) -> LoopFold:
-        value = value_of(node)
-        return LoopFold(node.name, node.target, tuple(value.shape), total_dtype(node), value.device)
-
-    @staticmethod
-    def _output(instance: Instance) -> LoopOutput:
-        value = instance.node.meta["val"]
-        strides = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
-        # Dimensions of size one have no order of their own: they stay where they are written.
-        order = _storage_order(strides, value.dim())
-        return LoopOutput(instance.node.name, instance.dim, tuple(value.shape), order, value.dtype, value.device)
+def _stored(instance: Instance) -> Stored:
+    value = value_of(instance.node)
+    return Stored(instance.node.name, TensorType.of(value, storage_order(value)), instance.dim)
 
 
-def _storage_order(strides: list[int], ndim: int) -> tuple[int, ...]:
-    """Dimensions from the outermost in storage to the innermost."""
-    moving = sorted((i for i in range(ndim) if strides[i] > 0), key=lambda i: -strides[i])
-    fixed = [i for i in range(ndim) if strides[i] == 0]
-    return tuple(fixed + moving)
+def _final(instance: Instance, carry: int) -> Final:
+    value = value_of(instance.node)
+    total = TensorType(tuple(value.shape), total_dtype(instance.node), value.device)
+    return Final(instance.node.name, total, carry, instance.node.target)

@@ -1,17 +1,18 @@
-"""What a loop over mini-sequences is: how it calls its body, what it stores, and a way to run it as it stands.
+"""A loop over mini-sequences as a value, and a module that runs it as it stands.
 
 Terms
 -----
 mini-sequence   A run of consecutive tokens that one iteration works on. The last ones may be one row shorter,
                 and none is a single row (compiled code specialises on size one).
-body            One iteration as a graph: `(start, count, *sizes, *sliced, *whole) -> rows of each stored value`
-                and parts of each reduction over the tokens.
-sliced, whole   Operands a body sees its own rows of, and operands it sees all of (weights, keys, values).
+body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *carries)` (see `ports`).
+
+    stored, total = loop(length, *operands)         one operand for each input
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mom_passes.graph.sizes import Size, count_hint
+from mom_passes.graph.sizes import Size
+from mom_passes.loops.ports import CarryIn, Final, In, Out, RowsIn, Stored
 from mom_passes.rules import Dim
-from mom_passes.rules.folds import combine
 from mom_passes.rules.slicing import put, take
-
-aten = torch.ops.aten
-
 
 #: Fewer rows than this starve the matrix products; a loop never has fewer because its values are wide.
 FEWEST_ROWS = 128
@@ -62,104 +60,102 @@ def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in itertools.pairwise(cuts)]
 
 
-@dataclass(frozen=True)
-class LoopOutput:
-    """A value a loop stores: full shape, storage order of its dimensions (outermost first), where its tokens are.
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """One loop: `length` tokens in mini-sequences of at most `rows`.
 
-    `takes_over` is the number of the sliced operand whose storage it is written to (see `mom_passes.program.in_place`).
-    """
-
-    name: str
-    dim: Dim
-    shape: tuple[Size, ...]
-    order: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    takes_over: int | None = None
-
-
-@dataclass(frozen=True)
-class LoopFold:
-    """A reduction over the tokens that leaves the loop as the combination of its parts (see `mom_passes.rules.folds`).
-
-    `operator` is the reduction, `shape` and `dtype` those of a part.
-    """
-
-    name: str
-    operator: Any
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class LoopSpec:
-    """How a loop calls its body. Counts and dims follow the order of the body's placeholders.
-
-    The body returns rows of `outputs`, then parts of `folds`, and so does the loop with the values they make.
+    `inputs` follow the body's placeholders behind `start` and `count`, `outputs` are what the loop returns.
     `widest` is the most bytes per token that one value of the body takes.
     """
 
     stage: int
     length: Size
-    mini_seq_len: int
-    sizes: tuple[Size, ...]
-    sliced: tuple[Dim, ...]
-    whole: int
-    outputs: tuple[LoopOutput, ...]
-    folds: tuple[LoopFold, ...]
+    rows: int
+    inputs: tuple[In, ...]
+    outputs: tuple[Out, ...]
+    body: fx.GraphModule
     widest: int
 
-    def sliced_of(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The sliced operands of the loop's node."""
-        first = 1 + len(self.sizes)
-        return node.args[first : first + len(self.sliced)]  # type: ignore[return-value]
+    @property
+    def carries(self) -> dict[int, CarryIn]:
+        """The carries among the inputs, by number."""
+        return {i: port for i, port in enumerate(self.inputs) if isinstance(port, CarryIn)}
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return tuple(output for output in self.outputs if isinstance(output, Stored))
+
+    @property
+    def finals(self) -> tuple[Final, ...]:
+        return tuple(output for output in self.outputs if isinstance(output, Final))
+
+    def bind(self, node: fx.Node) -> tuple[Any, ...]:
+        """What the loop's node gives each input: a node, or a number for a size. A carry is given its first value."""
+        return tuple(node.args[1:])
+
+    def rows_of(self, node: fx.Node) -> dict[int, fx.Node]:
+        """The operands of which each mini-sequence is given its own rows, by the input's number."""
+        operands = enumerate(self.bind(node))
+        return {i: operand for i, operand in operands if isinstance(self.inputs[i], RowsIn)}
+
+    def results(self, node: fx.Node) -> dict[int, fx.Node]:
+        """The nodes that stand for what the loop returns, by the output's number. What nobody reads has none."""
+        return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
+
+    def overwritten_by(self, result: fx.Node) -> fx.Node | None:
+        """The operand in whose storage a result stands, or None if it has its own."""
+        node, index = result.args
+        assert isinstance(node, fx.Node) and isinstance(index, int)
+        output = self.outputs[index]
+        over = output.over if isinstance(output, Stored) else None
+        return None if over is None else self.bind(node)[over]
 
 
 class MiniSequence(nn.Module):
-    """A loop over mini-sequences that runs as it stands; a runtime replaces it by a faster one.
+    """A loop that runs as it stands; a runtime replaces it by a faster one.
 
-    `forward(length, *sizes, *sliced, *whole)` returns one full tensor per stored value, then the folded ones.
+    `forward(length, *operands)` returns one tensor for each of the loop's outputs.
     """
 
-    def __init__(self, body: fx.GraphModule, spec: LoopSpec) -> None:
+    def __init__(self, loop: Loop) -> None:
         super().__init__()
-        self.body = body
-        self.spec = spec
+        self.loop = loop
+        self.body = loop.body
 
     def forward(self, length: int, *operands: Any) -> tuple[torch.Tensor, ...]:
-        spec = self.spec
-        sizes, tensors = operands[: len(spec.sizes)], operands[len(spec.sizes) :]
-        sliced, whole = tensors[: len(spec.sliced)], tensors[len(spec.sliced) :]
+        loop = self.loop
+        values = list(operands)
         full: list[torch.Tensor] = []
-        parts: list[Sequence[torch.Tensor]] = []
-        for start, count in split_rows(length, spec.mini_seq_len):
-            rows = [take(t, _numeric(dim, t, length), start, count) for t, dim in zip(sliced, spec.sliced, strict=True)]
-            made = self.body(start, count, *sizes, *rows, *whole)
-            pieces = made[: len(spec.outputs)]
-            parts.append(made[len(spec.outputs) :])
-            if not full:
-                full = [
-                    self._allocate(p, o, length, count) if o.takes_over is None else sliced[o.takes_over]
-                    for p, o in zip(pieces, spec.outputs, strict=True)
-                ]
-            pieces = self._detached(pieces, sliced)
-            for tensor, output, piece in zip(full, spec.outputs, pieces, strict=True):
+        for start, count in split_rows(length, loop.rows):
+            given = [_given(port, value, length, start, count) for port, value in zip(loop.inputs, values, strict=True)]
+            made = self.body(start, count, *given)
+            for i, carry in loop.carries.items():
+                values[i] = made[carry.out]
+            pieces = self._detached(made[: len(loop.stored)], operands)
+            full = full or [
+                _allocate(piece, output, length, count) if output.over is None else operands[output.over]
+                for piece, output in zip(pieces, loop.stored, strict=True)
+            ]
+            for tensor, output, piece in zip(full, loop.stored, pieces, strict=True):
                 put(tensor, _numeric(output.dim, tensor, length), start, piece)
-        stacked = [torch.stack(one) for one in zip(*parts, strict=True)]
-        return (*full, *(combine(f.operator, p) for f, p in zip(spec.folds, stacked, strict=True)))
+        stored = iter(full)
+        return tuple(next(stored) if isinstance(output, Stored) else values[output.carry] for output in loop.outputs)
 
-    def _detached(self, pieces: Sequence[torch.Tensor], sliced: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _detached(self, pieces: Sequence[torch.Tensor], operands: Sequence[Any]) -> list[torch.Tensor]:
         """Copies of pieces that are views of an operand which is about to be overwritten."""
-        taken = [sliced[o.takes_over].untyped_storage() for o in self.spec.outputs if o.takes_over is not None]
-        own = {storage.data_ptr() for storage in taken}
-        return [p.clone() if p.untyped_storage().data_ptr() in own else p for p in pieces]
+        over = {operands[o.over].untyped_storage().data_ptr() for o in self.loop.stored if o.over is not None}
+        return [p.clone() if p.untyped_storage().data_ptr() in over else p for p in pieces]
 
-    @staticmethod
-    def _allocate(piece: torch.Tensor, output: LoopOutput, length: int, count: int) -> torch.Tensor:
-        shape = list(piece.shape)
-        shape[output.dim.index] = shape[output.dim.index] // count * length
-        return torch.empty_permuted(shape, output.order, dtype=piece.dtype, device=piece.device)
+
+def _given(port: In, value: Any, length: int, start: int, count: int) -> Any:
+    """What one mini-sequence is given of an operand."""
+    return take(value, _numeric(port.dim, value, length), start, count) if isinstance(port, RowsIn) else value
+
+
+def _allocate(piece: torch.Tensor, output: Stored, length: int, count: int) -> torch.Tensor:
+    shape = list(piece.shape)
+    shape[output.dim.index] = shape[output.dim.index] // count * length
+    return torch.empty_permuted(shape, output.type.dense, dtype=piece.dtype, device=piece.device)
 
 
 def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
@@ -169,12 +165,6 @@ def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
     around = tensor.shape[dim.index] // length
     inner = dim.inner if isinstance(dim.inner, int) else around // dim.outer  # type: ignore[operator]
     return Dim(dim.index, around // inner, inner)
-
-
-
-
-
-
 
 
 def loop_nodes(gm: fx.GraphModule) -> list[tuple[fx.Node, MiniSequence]]:
@@ -188,11 +178,6 @@ def loop_nodes(gm: fx.GraphModule) -> list[tuple[fx.Node, MiniSequence]]:
     return found
 
 
-def loops(gm: fx.GraphModule) -> list[tuple[str, MiniSequence]]:
+def loops(gm: fx.GraphModule) -> list[tuple[str, Loop]]:
     """The loops of a rewritten graph in the order they run, by name."""
-    return [(str(node.target), module) for node, module in loop_nodes(gm)]
-
-
-def full_bytes(output: LoopOutput) -> int:
-    """Bytes of a stored value at the captured sizes."""
-    return count_hint(output.shape) * output.dtype.itemsize
+    return [(str(node.target), module.loop) for node, module in loop_nodes(gm)]

@@ -111,7 +111,7 @@ class _Planner:
         for instance in self.demands.order:
             if self.demands.kinds[instance] is Kind.ENTRY:
                 after = self.ready[instance] > k
-            elif self.demands.kinds[instance] is Kind.ROWS:
+            elif self.demands.kinds[instance] in (Kind.ROWS, Kind.PAST):
                 inputs = self.demands.inputs[instance]
                 after = self.earliest[instance] > k or (self.fixed(instance) and self.latest[instance] > k)
                 after = after or any(i in late or self.ready.get(i, 0) > k for i in inputs)
@@ -137,7 +137,8 @@ class _Planner:
     def _cost(self, instance: Instance, k: int) -> int | None:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
         value = instance.node.meta["val"]
-        if not isinstance(value, torch.Tensor):
+        # A past is made from its rows, else one storage would be priced twice.
+        if not isinstance(value, torch.Tensor) or self.demands.kinds[instance] is Kind.PAST:
             return None
         if self.kept(instance, k):
             return 0
@@ -213,7 +214,7 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
         if instance in found:
             continue
         found.add(instance)
-        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.INLINE):
+        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.PAST, Kind.INLINE):
             pending.extend(demands.inputs[instance])
     return sorted(found, key=demands.position.__getitem__)
 

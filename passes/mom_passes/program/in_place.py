@@ -6,18 +6,19 @@ take over   The loop writes rows `[a, b)` of an output where rows `[a, b)` of an
 
     for loop in loops:
         for output in its outputs:
-            take over the first sliced operand that
+            take over the first operand it has rows of that
                 an earlier loop stored           (storage of our own: never an input, never a view)
                 nobody reads after this loop     (nor anything made from it that may share its storage)
                 has the same shape, dtype, layout and token dimension
                 is not taken by another output
 
 Before:  k1, v1, x1 = stage_1(S, x0, k0, v0, ...)        x0 and x1 both at full length
-After:   the same, x1 in the storage of x0               LoopOutput(x1).takes_over == 0
+After:   the same, x1 in the storage of x0               Stored(x1).over == 0
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import replace
 
@@ -25,56 +26,54 @@ from torch import fx
 
 from mom_passes.graph.aliasing import may_be_a_view
 from mom_passes.graph.sizes import same
-from mom_passes.loops.loop import LoopOutput, MiniSequence, loop_nodes
+from mom_passes.loops.loop import Loop, loop_nodes
+from mom_passes.loops.ports import Out, RowsIn, Stored
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.rules import Dim
 
 
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
-    """Decide it for every loop of a rewritten graph and note it in the loops' specs, in place."""
+    """Decide it for every loop of a rewritten graph and note it in the loops' outputs, in place."""
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    stored: dict[fx.Node, LoopOutput] = {}
-    for node, loop in loop_nodes(gm):
-        _decide(node, loop, stored, position)
-        stored.update(stored_values(node, loop))
+    known: dict[fx.Node, Stored] = {}
+    for node, module in loop_nodes(gm):
+        module.loop = _decide(node, module.loop, known, position)
+        known.update(stored_values(node, module.loop))
     return gm
 
 
-def stored_values(node: fx.Node, loop: MiniSequence) -> dict[fx.Node, LoopOutput]:
+def stored_values(node: fx.Node, loop: Loop) -> dict[fx.Node, Stored]:
     """The nodes that stand for what a loop stores."""
-    items = [user for user in node.users if user.target is operator.getitem]
-    outputs = dict(enumerate(loop.spec.outputs))
-    return {user: outputs[user.args[1]] for user in items if user.args[1] in outputs}  # type: ignore[index]
+    items = {item: loop.outputs[index] for index, item in loop.results(node).items()}
+    return {item: output for item, output in items.items() if isinstance(output, Stored)}
 
 
-def _decide(node: fx.Node, loop: MiniSequence, stored: dict[fx.Node, LoopOutput], position: dict[fx.Node, int]) -> None:
-    spec = loop.spec
-    operands = spec.sliced_of(node)
+def _decide(node: fx.Node, loop: Loop, known: dict[fx.Node, Stored], position: dict[fx.Node, int]) -> Loop:
     pieces = next(iter(reversed(loop.body.graph.nodes))).args[0]
     taken: set[int] = set()
-    outputs = []
-    for output, piece in zip(spec.outputs, pieces, strict=False):  # type: ignore[arg-type]
-        for i, (operand, dim) in enumerate(zip(operands, spec.sliced, strict=True)):
-            before = stored.get(operand)
+    outputs: list[Out] = []
+    for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):  # type: ignore[index]
+        for i, operand in loop.rows_of(node).items() if piece is not None else ():
+            before, port = known.get(operand), loop.inputs[i]
             if i in taken or before is None or _relabels_an_input(piece):
                 continue
-            if _alike(before, output, dim) and dies_in(operand, node, position):
-                output = replace(output, takes_over=i)
+            assert isinstance(port, RowsIn) and isinstance(output, Stored)
+            if _alike(before, output, port.dim) and dies_in(operand, node, position):
+                output = replace(output, over=i)
                 taken.add(i)
                 break
         outputs.append(output)
-    loop.spec = replace(spec, outputs=tuple(outputs))
+    return replace(loop, outputs=tuple(outputs))
 
 
-def _alike(before: LoopOutput, after: LoopOutput, dim: Dim) -> bool:
+def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
+    one, other = before.type, after.type
     return (
         dim.plain
         and before.dim == after.dim == dim
-        and before.dtype == after.dtype
-        and before.device == after.device
-        and before.order == after.order
-        and len(before.shape) == len(after.shape)
-        and all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
+        and (one.dtype, one.device, one.order) == (other.dtype, other.device, other.order)
+        and len(one.shape) == len(other.shape)
+        and all(same(a, b) for a, b in zip(one.shape, other.shape, strict=True))
     )
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.loops.loop import MiniSequence, loop_nodes
+from mom_passes.loops.loop import Loop, loop_nodes
+from mom_passes.loops.ports import Stored
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules.views import relabels
@@ -36,13 +37,13 @@ class LiveValue:
 
 def live_values(gm: fx.GraphModule) -> dict[str, tuple[LiveValue, ...]]:
     """For each loop, by name, the values of its length that are alive while it runs."""
-    loops = dict(loop_nodes(gm))
+    loops = {node: module.loop for node, module in loop_nodes(gm)}
     storages = _storages(gm, loops)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     first, last = _lives(storages, position)
     found = {}
     for node, loop in loops.items():
-        tokens = max(1, hint(loop.spec.length))
+        tokens = max(1, hint(loop.length))
         items = {user for user in node.users if user.target is operator.getitem}
         after = position[node] + len(items)
         alive = [s for s in first if first[s] <= after and last[s] >= position[node]]
@@ -52,20 +53,20 @@ def live_values(gm: fx.GraphModule) -> dict[str, tuple[LiveValue, ...]]:
     return found
 
 
-def _value(storage: fx.Node, loops: dict[fx.Node, MiniSequence], tokens: int) -> LiveValue:
+def _value(storage: fx.Node, loops: dict[fx.Node, Loop], tokens: int) -> LiveValue:
     """With bytes per token of its own: `hidden[:, :-1]` has one fewer than a loop over all; 0 if it has no tokens."""
     value = storage.meta["val"]
     size = count_hint(value.shape) * value.element_size()
     source = storage.args[0] if storage.target is operator.getitem else None
     if isinstance(source, fx.Node) and source in loops:
-        spec, index = loops[source].spec, storage.args[1]
-        own = hint(spec.length) if index < len(spec.outputs) else 0  # type: ignore[operator]
+        loop, index = loops[source], storage.args[1]
+        own = hint(loop.length) if isinstance(loop.outputs[index], Stored) else 0  # type: ignore[index]
     else:
         own = tokens if tokens in [hint(n) for n in value.shape] else 0
     return LiveValue(storage.name, size, size // own if own else 0)
 
 
-def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx.Node, fx.Node]:
+def _storages(gm: fx.GraphModule, loops: dict[fx.Node, Loop]) -> dict[fx.Node, fx.Node]:
     """Tensor -> the value whose storage it shares (itself, mostly)."""
     base: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -75,21 +76,14 @@ def _storages(gm: fx.GraphModule, loops: dict[fx.Node, MiniSequence]) -> dict[fx
             continue
         source = node.args[0] if node.args else None
         if node.target is operator.getitem and source in loops:
-            base[node] = _taken_over(node, source, loops[source], base)
+            over = loops[source].overwritten_by(node)
+            base[node] = node if over is None else base[over]
         elif relabels(node) and isinstance(source, fx.Node):
             if source in base:
                 base[node] = base[source]
         else:
             base[node] = node
     return base
-
-
-def _taken_over(item: fx.Node, loop: fx.Node, module: MiniSequence, base: dict[fx.Node, fx.Node]) -> fx.Node:
-    index = item.args[1]
-    assert isinstance(index, int)
-    outputs = module.spec.outputs
-    takes = outputs[index].takes_over if index < len(outputs) else None
-    return item if takes is None else base[module.spec.sliced_of(loop)[takes]]
 
 
 def _lives(

@@ -129,7 +129,7 @@ def _place(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
     if last is None or last.op != "call_module":
         return behind(base)
     loop = gm.get_submodule(str(last.target))
-    if not isinstance(loop, MiniSequence) or not views.isdisjoint(loop.spec.sliced_of(last)):
+    if not isinstance(loop, MiniSequence) or not views.isdisjoint(loop.loop.rows_of(last).values()):
         return behind(base)
     return behind(last)
 

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint
-from mom_passes.loops.loop import MiniSequence, loop_nodes
+from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.ops.transfers import APPEND, COPIES, FETCH_WAIT, OFFLOAD
 from mom_passes.torch_compat import packet_of
 
@@ -117,7 +117,7 @@ class _Held:
 
 def _storages(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """Value -> the one whose storage it shares, itself mostly. What is the caller's or on the host has none here."""
-    loops = dict(loop_nodes(gm))
+    loops = {node: module.loop for node, module in loop_nodes(gm)}
     found: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target in (APPEND, OFFLOAD) or not _tensors(node):
@@ -130,13 +130,11 @@ def _storages(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def _shares(node: fx.Node, loops: dict[fx.Node, MiniSequence]) -> Any:
+def _shares(node: fx.Node, loops: dict[fx.Node, Loop]) -> Any:
     """The value whose storage a node's result is in."""
     source: Any = node.args[0] if node.args else None
     if source in loops:
-        outputs, index = loops[source].spec.outputs, node.args[1]
-        takes = outputs[index].takes_over if index < len(outputs) else None  # type: ignore[operator, index]
-        return node if takes is None else loops[source].spec.sliced_of(source)[takes]
+        return loops[source].overwritten_by(node) or node
     shared = _is_view(node) or node.target in (operator.getitem, FETCH_WAIT, aten.copy_.default)
     return source if shared else node
 

@@ -1,15 +1,15 @@
-"""Reductions over the tokens in parts: each mini-sequence reduces its own rows, and the parts are reduced once more.
+"""Reductions over the tokens: each mini-sequence reduces its own rows and adds them to a total that it is handed.
 
 Terms
 -----
 part       What a reduction gives for the rows of one mini-sequence; it has the shape of the result.
-combine    The reduction that makes the result of the stacked parts, over their new first dimension.
-total      The parts' dtype: sums and products of half precision are carried in float32 and rounded once, as PyTorch
+combine    The operator that adds a part to the total so far; `identity` is the total of no rows.
+total      In its own dtype: sums and products of half precision are carried in float32 and rounded once, as PyTorch
            does inside its own kernels.
 
-    sum(x)   = sum(parts)                  part = sum(x[rows])
-    mean(x)  = sum(parts) / elements       part = sum(x[rows])
-    amax(x)  = amax(parts)                 part = amax(x[rows])
+    sum(x)   total = total + sum(x[rows])                     from 0
+    mean(x)  total = total + sum(x[rows]), / elements at last from 0
+    amax(x)  total = maximum(total, amax(x[rows]))            from -inf
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Fold:
-    """How a reduction is folded: the operator for a part, the one that combines parts, whether to divide at the end."""
+    """How a reduction is folded: the operator that adds a part to the total, the one for a part (None: the reduction
+    itself), and whether to divide at the end."""
 
-    part: Any
     combine: Any
+    part: Any = None
     mean: bool = False
 
     @property
     def accumulates(self) -> bool:
-        """Whether parts are carried in a wider dtype."""
-        return self.combine in (aten.sum.dim_IntList, aten.prod.dim_int)
+        """Whether the total is carried in a wider dtype."""
+        return self.combine in (aten.add.Tensor, aten.mul.Tensor)
 
 
-def _same(names: str, combine: Any) -> dict[Any, Fold]:
-    return {getattr(getattr(aten, n.split(".")[0]), n.split(".")[1]): Fold(None, combine) for n in names.split()}
+def _all(names: str, combine: Any) -> dict[Any, Fold]:
+    return {getattr(getattr(aten, n.split(".")[0]), n.split(".")[1]): Fold(combine) for n in names.split()}
 
 
-#: Reduction -> how it is folded (`part` None: the operator itself).
 FOLDS: dict[Any, Fold] = {
-    **_same("sum.default sum.dim_IntList", aten.sum.dim_IntList),
-    **_same("prod.default prod.dim_int", aten.prod.dim_int),
-    **_same("amax.default max.default", aten.amax.default),
-    **_same("amin.default min.default", aten.amin.default),
-    **_same("any.default any.dim any.dims", aten.any.dim),
-    **_same("all.default all.dim all.dims", aten.all.dim),
-    aten.mean.default: Fold(aten.sum.default, aten.sum.dim_IntList, mean=True),
-    aten.mean.dim: Fold(aten.sum.dim_IntList, aten.sum.dim_IntList, mean=True),
+    **_all("sum.default sum.dim_IntList", aten.add.Tensor),
+    **_all("prod.default prod.dim_int", aten.mul.Tensor),
+    **_all("amax.default max.default", aten.maximum.default),
+    **_all("amin.default min.default", aten.minimum.default),
+    **_all("any.default any.dim any.dims", aten.logical_or.default),
+    **_all("all.default all.dim all.dims", aten.logical_and.default),
+    aten.mean.default: Fold(aten.add.Tensor, aten.sum.default, mean=True),
+    aten.mean.dim: Fold(aten.add.Tensor, aten.sum.dim_IntList, mean=True),
 }
 
 
@@ -95,9 +95,14 @@ def elements(node: fx.Node) -> Size:
     return product([shape[index] for index in folded_dims(node)])
 
 
-def combine(node_target: Any, parts: torch.Tensor) -> torch.Tensor:
-    """The result of stacked parts `[pieces, ...]`, in the parts' dtype."""
-    operator = FOLDS[node_target].combine
-    dims: Any = [0] if operator in (aten.sum.dim_IntList, aten.amax.default, aten.amin.default) else 0
-    result: torch.Tensor = operator(parts, dims)
-    return result
+def identity(node: fx.Node) -> int | float | bool:
+    """The total of no rows, which any part replaces."""
+    combine, dtype = FOLDS[node.target].combine, total_dtype(node)
+    if combine in (aten.add.Tensor, aten.mul.Tensor):
+        return int(combine is aten.mul.Tensor)
+    if combine in (aten.logical_or.default, aten.logical_and.default) or dtype == torch.bool:
+        return combine in (aten.logical_and.default, aten.minimum.default)
+    least = combine is aten.maximum.default
+    if dtype.is_floating_point:
+        return -torch.inf if least else torch.inf
+    return torch.iinfo(dtype).min if least else torch.iinfo(dtype).max
