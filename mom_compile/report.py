@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import fx
 
+from mom_compile.timeline import draw_timeline
 from mom_passes.graph.sizes import hint
+from mom_passes.graph.values import tensors_of
 from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import Loop, loops
 from mom_passes.loops.ports import Final, Stored
-from mom_passes.program.live_values import LiveValue, live_values
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.program.memory import Memory, Moment, memory
 from mom_passes.program.own_rows import OwnRows
-from mom_passes.program.straight_runs import straight_bytes
+from mom_passes.program.program import Call, Compute, LoopStep, Storage, Transfer
+from mom_passes.program.schedule import schedule
 
-#: What a mini-sequence takes beside the full-length values, in units of its widest value.
-#: A gated MLP holds gate, up and their product at a time, and what comes in and goes out.
-VALUES_OF_AN_ITERATION = 4
+
+@dataclass(frozen=True)
+class LiveValue:
+    """A value at full length, with the bytes it takes at the captured sizes. Rows of their own have none per token."""
+
+    name: str
+    bytes: int
+    bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class StageReport:
     """One loop: where its tokens are, what it stores at full length, and what it runs.
 
     `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it,
-    `widest_bytes` what the widest value of one mini-sequence takes.
+    `iteration_bytes` what one mini-sequence holds beside them.
     """
 
     name: str
@@ -35,7 +46,7 @@ class StageReport:
     operators: dict[str, int]
     folds: tuple[Final, ...]
     live: tuple[LiveValue, ...]
-    widest_bytes: int
+    iteration_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Report:
     left_out       operator -> why it runs on the full sequence
     no_loops       why nothing runs over mini-sequences although the graph is ours, or None
     tokens         how many tokens the longest loop had when it was captured
-    straight_bytes the most that is alive while operators between loops run (see `mom_passes.program.straight_runs`)
+    memory         what the program needs, step by step, as expressions in the sizes of the graph
     on_host        keys and values that leave for the host
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
@@ -85,7 +96,7 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     no_loops: str | None = None
     tokens: int = 0
-    straight_bytes: int = 0
+    memory: Memory | None = None
     on_host: list[KVReport] = field(default_factory=list)
     on_device: dict[str, str] = field(default_factory=dict)
     own_rows: list[OwnRows] = field(default_factory=list)
@@ -97,10 +108,9 @@ class Report:
 
     def describe_loops(self, gm: fx.GraphModule) -> None:
         self.graph = gm
-        live = live_values(gm)
-        self.stages = [_stage_report(name, loop, live[name]) for name, loop in loops(gm)]
+        self.memory = found = memory(schedule(gm))
+        self.stages = [_stage_report(moment, found) for moment in found.moments if isinstance(moment.step, LoopStep)]
         self.tokens = max((hint(loop.length) for _, loop in loops(gm)), default=0)
-        self.straight_bytes = straight_bytes(gm)
 
     def describe_kv(self, offload: KVOffload) -> None:
         self.on_device = dict(offload.left_out)
@@ -116,8 +126,13 @@ class Report:
 
     @property
     def iteration_bytes(self) -> int:
-        """What one mini-sequence is expected to take, at the captured sizes."""
-        return VALUES_OF_AN_ITERATION * max((stage.widest_bytes for stage in self.stages), default=0)
+        """What one mini-sequence is expected to hold beside full-length values, at the captured sizes."""
+        return max((stage.iteration_bytes for stage in self.stages), default=0)
+
+    @property
+    def straight_bytes(self) -> int:
+        """The most that is alive between loops, at the captured sizes."""
+        return self.memory.most(Compute, Call, Transfer) if self.memory is not None else 0
 
     @property
     def expected_peak_bytes(self) -> int:
@@ -125,7 +140,7 @@ class Report:
 
         An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
         """
-        return max(self.floor_bytes + self.iteration_bytes, self.straight_bytes)
+        return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
 
     @property
     def floor_bytes_per_token(self) -> int:
@@ -144,6 +159,15 @@ class Report:
         what = f"prefill, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
         moved = f"{_moved_rows(self)} to the host, " if self.on_host else ""
         return f"{what}{moved}expected peak {_mib(self.expected_peak_bytes)}"
+
+    def plot(self, path: str | Path) -> None:
+        """Draw what the program is expected to take, step by step, to an image file. Needs matplotlib.
+
+        Raises `ValueError` for a graph that went to stock Inductor: there is no program of ours.
+        """
+        if self.memory is None or not self.memory.moments:
+            raise ValueError(f"nothing to draw: {self.fallback or 'the graph has no program'}")
+        draw_timeline(self.memory, Path(path))
 
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""
@@ -186,25 +210,44 @@ def _peak_line(report: Report) -> str:
     return f"expected peak of {report.tokens} tokens: {_mib(report.expected_peak_bytes)}, {where}"
 
 
-def _stage_report(name: str, loop: Loop, live: tuple[LiveValue, ...]) -> StageReport:
+def _stage_report(moment: Moment, found: Memory) -> StageReport:
+    assert isinstance(moment.step, LoopStep)
+    loop = moment.step.loop
     operators: dict[str, int] = {}
     for node in loop.body.graph.nodes:
         if node.op == "call_function":
             operator_name = str(node.target).removesuffix(".default")
             operators[operator_name] = operators.get(operator_name, 0) + 1
-    per_token = tuple(o.type.bytes // max(1, hint(loop.length)) for o in loop.stored)
-    rows = min(loop.rows, hint(loop.length))
+    live = [_live_value(storage, loop, found) for storage in moment.alive]
     return StageReport(
-        name,
+        moment.step.name,
         str(loop.length),
         loop.rows,
         loop.stored,
-        per_token,
+        tuple(o.type.bytes // max(1, hint(loop.length)) for o in loop.stored),
         operators,
         loop.finals,
-        live,
-        rows * loop.widest,
+        tuple(value for value in live if value is not None),
+        found.number(moment.bytes) - sum(found.number(storage.bytes) for storage in moment.alive),
     )
+
+
+def _live_value(storage: Storage, loop: Loop, found: Memory) -> LiveValue | None:
+    """What is alive while a loop runs and has tokens, or rows of its own; None for anything else.
+
+    With bytes per token of its own: `hidden[:, :-1]` has one fewer than a loop over all.
+    """
+    size, tokens, node = found.number(storage.bytes), max(1, hint(loop.length)), storage.node
+    source = node.args[0] if node.target is operator.getitem else None
+    made_by = next((m.step.loop for m in found.moments if isinstance(m.step, LoopStep) and m.step.node is source), None)
+    if made_by is not None:
+        output = made_by.outputs[node.args[1]]  # type: ignore[index]
+        own = hint(made_by.length) if isinstance(output, Stored) else 0
+    else:
+        own = tokens if any(tokens in [hint(n) for n in value.shape] for value in tensors_of(node)) else 0
+    if not own and node.target is not COPY_ROWS:
+        return None
+    return LiveValue(node.name, size, size // own if own else 0)
 
 
 def _stage_lines(stage: StageReport) -> list[str]:

@@ -18,6 +18,7 @@ import mom_compile.pipeline as pipeline_module
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, reports
 from mom_compile.runtime.loop import CompiledLoop
+from mom_compile.runtime.program import observing
 from mom_compile.torch_compat import SymbolicSizes
 from tests.tiny import TinyDecoder, ids
 
@@ -360,20 +361,17 @@ def test_the_measured_peak_is_what_the_report_says_lives_at_full_length():
             assert floor <= peak <= floor + 96 * 1024
 
 
-def test_every_full_length_value_that_is_alive_when_a_loop_ends_is_one_the_report_lists(monkeypatch):
+def test_every_full_length_value_that_is_alive_when_a_loop_ends_is_one_the_report_lists():
     stored: list[weakref.ref] = []
     alive: list[list[int]] = []
-    original = CompiledLoop.__call__
 
-    def watched(self, arguments):
-        results = original(self, arguments)
-        stored.extend(weakref.ref(result.untyped_storage()) for result in results)
-        storages = {s.data_ptr(): s.nbytes() for s in (ref() for ref in stored) if s is not None}
-        alive.append(sorted(storages.values()))
-        return results
+    def watch(step, results):
+        if isinstance(step.run, CompiledLoop):
+            stored.extend(weakref.ref(result.untyped_storage()) for result in results)
+            storages = {s.data_ptr(): s.nbytes() for s in (ref() for ref in stored) if s is not None}
+            alive.append(sorted(storages.values()))
 
-    monkeypatch.setattr(CompiledLoop, "__call__", watched)
-    with torch.no_grad():
+    with torch.no_grad(), observing(watch):
         compiled(TinyDecoder(layers=4).eval())(ids(1, 64), 1)
     first, *others = [sorted(value.bytes for value in stage.live) for stage in reports()[-1].stages]
     residual, keys = 64 * 32 * 4, 64 * 2 * 8 * 4

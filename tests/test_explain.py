@@ -123,3 +123,11 @@ def test_a_function_of_meta_tensors_is_refused_by_name():
     x, w = torch.empty(2, 40, 8, device="meta"), torch.empty(8, 16, device="meta")
     report = mom_compile.explain(lambda x, w: torch.relu(x @ w), x, w, options={"mini_seq_len": 8})[0]
     assert "meta device" in report.fallback and not report.failed
+
+
+def test_a_memory_timeline_is_drawn(tmp_path):
+    report = explained()[0]
+    report.plot(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"nothing to draw: .* tokens fit in one mini-sequence"):
+        explained(mini_seq_len=64)[0].plot(tmp_path / "other.png")

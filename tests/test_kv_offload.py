@@ -279,7 +279,7 @@ def test_a_budget_in_between_keeps_some_layers_spread_evenly():
     generate(model, inputs, max_new_tokens=1)
     prefill, layer = mom_compile.reports()[0], 2 * 41 * 2 * 16 * 8
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    needed = weights + 41 * prefill.floor_bytes_per_token + 4 * max(stage.widest_bytes for stage in prefill.stages)
+    needed = weights + 41 * prefill.floor_bytes_per_token + prefill.iteration_bytes
     torch._dynamo.reset()
     result = generate(compiled("llama", kv_offload="auto", memory_budget=int(needed + 1.5 * layer)), inputs)
     assert torch.equal(result.sequences, expected.sequences)

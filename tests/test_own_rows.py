@@ -25,8 +25,10 @@ from mom_compile.torch_compat import mark_boxed
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.ops.rows import COPY_ROWS
-from mom_passes.program.live_values import live_values
+from mom_passes.program.memory import memory
 from mom_passes.program.own_rows import own_rows
+from mom_passes.program.program import LoopStep
+from mom_passes.program.schedule import schedule
 from tests.families import next_token, prompt, small_model
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_in_place import decoder, layer, taken
@@ -141,12 +143,13 @@ def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
     assert (made.bytes, made.base_bytes) == (2 * 5 * HIDDEN * 8, 2 * TOKENS * HIDDEN * 8)
     (own,) = (node for node in rewritten.graph.nodes if node.target is COPY_ROWS)
     names = [str(node.target) for node in rewritten.graph.nodes if node.op == "call_module" and node < own]
-    live = live_values(rewritten)
+    found = memory(schedule(rewritten))
+    live = {moment.step.name: moment.alive for moment in found.moments if isinstance(moment.step, LoopStep)}
     # The loop that reads the keys has them at full length, the one after it only the rows that are kept.
     assert made.base in [v.name for v in live[names[-1]]]
     for after in set(live) - set(names):
         assert made.base not in [v.name for v in live[after]]
-        assert [v.bytes for v in live[after] if v.name == own.name] == [made.bytes]
+        assert [found.number(v.bytes) for v in live[after] if v.name == own.name] == [made.bytes]
     assert set(live) - set(names)
 
 

@@ -175,12 +175,12 @@ def test_a_view_behind_a_write_reads_nothing():
 
 def test_a_state_returned_as_it_was(eager_pieces):
     """A copy larger than its source is made where it is asked for, and a graph's output is asked for last."""
-    weight = torch.randn(HIDDEN, HIDDEN)
+    weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     @torch.compile(backend="mom", options={"strict": True, "mini_seq_len": 16})
     def step(x, state):
         before = state.expand(8, -1).clone()
-        y = ATTENTION["causal"](x @ weight, Weights(*weights_of(torch.float32))) @ weight
+        y = ATTENTION["causal"](x @ weight, weights) @ weight
         state.add_(1)
         return y, before
 
@@ -192,11 +192,11 @@ def test_a_state_returned_as_it_was(eager_pieces):
 
 
 def test_two_inputs_that_share_storage(eager_pieces):
-    weight = torch.randn(HIDDEN, HIDDEN)
+    weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     def step(x, state, view):
         before = view.expand(3, -1).clone()
-        y = ATTENTION["causal"](x @ weight + state, Weights(*weights_of(torch.float32))) @ weight
+        y = ATTENTION["causal"](x @ weight + state, weights) @ weight
         state.mul_(2)
         return y, before, view + 0
 

@@ -6,16 +6,16 @@ straight piece   A run of operators between two loops, compiled as one graph.
 own symbols      A piece's sizes, numbered in order of appearance (`n0`, `n1`, ...), so that layers and graphs share it.
 place            A view of a stored value's rows, which the body fills: nothing is copied there afterwards.
 
-    for node in graph:
-        loop           -> a body that writes its rows in place, compiled; a CompiledLoop step
-        operators      -> gathered up to the next loop; one compiled piece, or steps where they are only views
-        size           -> a step
+    for step in schedule(graph):
+        loop           -> a body that writes its rows in place, compiled
+        piece          -> compiled
+        transfer       -> what the copy engine does for it
+        call           -> the operator itself
     every step names the slots that die with it
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,13 +46,15 @@ from mom_passes.errors import PassError
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
-from mom_passes.loops.loop import Loop, MiniSequence
+from mom_passes.graph.values import tensors_of
+from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import RowsIn, SizeIn, Stored
-from mom_passes.ops.rows import COPY_ROWS
-from mom_passes.ops.transfers import COPIES, OFFLOAD
+from mom_passes.ops.transfers import OFFLOAD
+from mom_passes.program import program as plans
+from mom_passes.program.lives import lives
+from mom_passes.program.program import Compute, LoopStep, Transfer
+from mom_passes.program.schedule import schedule
 from mom_passes.rules import Dim
-from mom_passes.rules.views import relabels
-from mom_passes.torch_compat import SYMBOLIC
 
 aten = torch.ops.aten
 
@@ -79,100 +81,53 @@ class Lowering:
         self.report = report
         self.symbols = Symbols(gm)
         self.slots: dict[fx.Node, int] = {}
-        self.steps: list[tuple[str, Callable[[list[Any]], Any], list[Any], list[fx.Node | None]]] = []
+        self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
-        self.straight: list[fx.Node] = []
-        #: What is taken from several returned values, lowered with the operator that returned them.
-        self.items: set[fx.Node] = set()
         self._layer_bytes = _layer_bytes(gm)
 
     def program(self) -> Program:
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                self._slot(node)
-            elif node.op == "call_module":
-                self._flush()
-                self._lower_loop(node)
-            elif node.op == "get_attr":
-                self._lower_attribute(node)
-            elif node.op == "call_function" and node.target is operator.getitem and node.args[0].op == "call_module":
-                continue
-            elif node.op == "call_function":
-                self._lower_operator(node)
-        self._flush()
-        return self._assemble()
+        plan = schedule(self.gm)
+        for node in plan.inputs:
+            self._slot(node)
+        for step in plan.steps:
+            if isinstance(step, LoopStep):
+                self._lower_loop(step)
+            elif isinstance(step, Compute):
+                self._lower_piece(step)
+            elif isinstance(step, Transfer):
+                run, arguments = copy_step(step.node, self.kv, self._layer_bytes)
+                self._call(step, run, arguments)
+            else:
+                constant = step.node.op == "get_attr"
+                run = _constant(attribute(self.gm, str(step.node.target))) if constant else _caller(step.node)
+                self._call(step, run, list(step.ins))
+        return self._assemble(plan)
 
     # --- operators between loops ---
 
-    def _lower_operator(self, node: fx.Node) -> None:
-        if node in self.items:
-            return
-        value = node.meta.get("val")
-        if node.target in COPIES:
-            self._flush()
-            step, arguments = copy_step(node, self.kv, self._layer_bytes)
-            self._call(node.name, step, arguments, [node])
-            return
-        if isinstance(value, (int, float, bool, *SYMBOLIC)):
-            if any(n in self.straight for n in node.all_input_nodes):
-                self._flush()
-            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
-            return
-        if node.target is aten.full.default and all(user.op == "call_module" for user in node.users):
-            # What a carry begins with: nothing to compile.
-            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
-            return
-        if node.target is COPY_ROWS and all(relabels(n) for n in self.straight):
-            # Nothing to compile: a piece for a copy alone would be one for each shape.
-            self._flush()
-            self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
-            return
-        # What returns several values stays together with what takes them apart: a piece's inputs are tensors and sizes.
-        self.straight += [node, *_items(node)]
-        self.items.update(_items(node))
-
-    def _lower_attribute(self, node: fx.Node) -> None:
-        self._call(node.name, _constant(attribute(self.gm, str(node.target))), [], [node])
-
-    def _flush(self) -> None:
-        """Emit the operators gathered so far: as they are where they only relabel storage, else as one piece."""
-        nodes, self.straight = self.straight, []
-        if all(relabels(node) for node in nodes):
-            for node in nodes:
-                self._call(node.name, _caller(node), list(node.all_input_nodes), [node])
-            return
-        inside = set(nodes)
-        read = [n for node in nodes for n in node.all_input_nodes if n not in inside]
-        inputs = list(dict.fromkeys(read))
-        outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-        name = f"piece_{nodes[0].name}"
-        graph = _subgraph(nodes, inputs, outputs)
-        templates = [self.template(node) for node in inputs]
-        run, extra = self._compile(graph, templates, name)
-        self._call(name, run, [*extra, *inputs], list(outputs))
+    def _lower_piece(self, step: Compute) -> None:
+        graph = _subgraph(step.nodes, step.ins, step.outs)
+        run, extra = self._compile(graph, [self.template(node) for node in step.ins], step.name)
+        self._call(step, run, [*extra, *step.ins])
 
     # --- loops ---
 
-    def _lower_loop(self, node: fx.Node) -> None:
-        module = self.gm.get_submodule(str(node.target))
-        assert isinstance(module, MiniSequence)
-        loop = module.loop
+    def _lower_loop(self, step: LoopStep) -> None:
+        node, loop = step.node, step.loop
         layout = LoopLayout(self, loop.length)
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
-        run, extra = self._compile(_writing_body(loop), templates, str(node.target), layout.literal, layout.facts())
+        run, extra = self._compile(_writing_body(loop), templates, step.name, layout.literal, layout.facts())
         sizes = _sizes_in_a_run(loop)
         values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
         functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
         inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in (loop.inputs, loop.outputs))
         compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions))
-        items = loop.results(node)
-        results = [items.get(i) for i in range(len(loop.outputs))]
-        for item, output in zip(results, loop.outputs, strict=True):
+        for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
-        self._call(str(node.target), compiled, [*values, *node.args], results)
+        self._call(step, compiled, [*values, *node.args])
 
     def _symbols_of(self, sizes: Collection[sympy.Expr]) -> list[fx.Node]:
         """Sources of the symbols of some sizes."""
@@ -242,38 +197,30 @@ class Lowering:
     def _slot(self, node: fx.Node) -> int:
         return self.slots.setdefault(node, len(self.slots))
 
-    def _call(
-        self, name: str, run: Callable[[list[Any]], Any], arguments: list[Any], results: list[fx.Node | None]
-    ) -> None:
-        for result in results:
+    def _call(self, step: plans.Step, run: Callable[[list[Any]], Any], arguments: list[Any]) -> None:
+        for result in step.outs:
             if result is not None:
                 self._slot(result)
-        self.steps.append((name, run, arguments, results))
+        self.steps.append((run, arguments))
 
-    def _assemble(self) -> Program:
-        output = next(n for n in self.gm.graph.nodes if n.op == "output")
-        returned = list(output.args[0])
-        last: dict[fx.Node, int] = {}
-        for i, (_, _, arguments, results) in enumerate(self.steps):
-            for node in [*arguments, *results]:
-                if isinstance(node, fx.Node):
-                    last[node] = i
-        kept = {n for n in returned if isinstance(n, fx.Node)}
+    def _assemble(self, plan: plans.Program) -> Program:
+        """The steps with slots in place of values. A tensor's is emptied when the last step that reads it begins."""
+        last = lives(plan).last
         steps = []
-        for i, (name, run, arguments, results) in enumerate(self.steps):
-            dying = {self.slots[n] for n in arguments if isinstance(n, fx.Node) and last[n] == i and n not in kept}
+        for i, (step, (run, arguments)) in enumerate(zip(plan.steps, self.steps, strict=True)):
+            dying = {self.slots[n] for n in step.ins if last[n] == i and tensors_of(n)}
             steps.append(
                 Step(
-                    name,
+                    step.name,
                     run,
                     tuple(Slot(self.slots[a]) if isinstance(a, fx.Node) else a for a in arguments),
-                    tuple(self.slots[r] if r is not None and (r in kept or last[r] > i) else None for r in results),
+                    tuple(self.slots[r] if r is not None and last[r] > i else None for r in step.outs),
                     tuple(sorted(dying)),
                 )
             )
-        unread = [self.slots[n] for n in self.slots if n.op == "placeholder" and n not in last and n not in kept]
-        outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in returned)
-        copies = any(node.target in COPIES for node in self.gm.graph.nodes)
+        unread = [self.slots[n] for n in plan.inputs if n not in last and tensors_of(n)]
+        outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in plan.outputs)
+        copies = any(isinstance(step, Transfer) for step in plan.steps)
         return Program(
             tuple(steps), len(self.slots), tuple(unread), outputs, Settle(self.kv.device) if copies else None
         )
@@ -366,14 +313,6 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in outputs))
     return graph
-
-
-def _items(node: fx.Node) -> list[fx.Node]:
-    """What is taken from the values that an operator returns at once, and from lists among those."""
-    if not isinstance(node.meta.get("val"), (tuple, list)):
-        return []
-    items = [user for user in node.users if user.target is operator.getitem]
-    return [each for item in items for each in (item, *_items(item))]
 
 
 def _lead_with_sizes(graph: fx.Graph, names: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ step    One call: a compiled piece, a compiled loop, a view, or arithmetic on si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,21 @@ class Step:
     arguments: tuple[Any, ...]
     results: tuple[int | None, ...]
     dying: tuple[int, ...]
+
+
+#: Called after each step of any program with the step and what it returned, which must not be kept.
+Observer = Callable[[Step, Sequence[Any]], None]
+_OBSERVERS: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """While this lasts, every step of every program is shown to `observer` as soon as it has run."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class Program:
                 arguments.clear()
                 raise
             del arguments
+            for observe in _OBSERVERS:
+                observe(step, results)
             for index_or_none, result in zip(step.results, results, strict=True):
                 if index_or_none is not None:
                     values[index_or_none] = result

@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
 from mom_passes.torch_compat import SYMBOLIC, expression_of, hint_of
 
@@ -99,3 +100,14 @@ def hint(size: Any) -> int:
 def count_hint(shape: Iterable[Any]) -> int:
     """Elements of a shape at the captured sizes."""
     return math.prod(hint(size) for size in shape)
+
+
+def symbol_hints(inputs: Iterable[fx.Node]) -> dict[sympy.Symbol, sympy.Integer]:
+    """The symbols of a graph's inputs, with what they were when it was captured."""
+    found: dict[sympy.Symbol, sympy.Integer] = {}
+    for node in inputs:
+        value = node.meta.get("val")
+        for size in (value,) if isinstance(value, SYMBOLIC) else getattr(value, "shape", ()):
+            if isinstance(size, torch.SymInt) and expr(size).is_Symbol:
+                found[expr(size)] = sympy.Integer(hint(size))
+    return found

@@ -50,3 +50,10 @@ def returns_a_tensor(node: fx.Node) -> bool:
     """Whether an operator returns one tensor, or several at once, by its schema."""
     schema = schema_of(node.target)
     return schema is not None and any(isinstance(returned.type, torch.TensorType) for returned in schema.returns)
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors a node stands for: one, several, or none."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [one for one in values if isinstance(one, torch.Tensor)]

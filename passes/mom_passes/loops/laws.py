@@ -11,13 +11,13 @@ from torch import fx
 
 from mom_passes.graph.aliasing import base_of, views_of
 from mom_passes.graph.arguments import arguments_of
-from mom_passes.graph.sizes import expr, hint, product, quotient, same
+from mom_passes.graph.sizes import expr, hint, product, quotient, same, symbol_hints
 from mom_passes.graph.values import returns_a_tensor
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START, In, RowsIn, SizeIn, Stored, TensorType, rows_type
 from mom_passes.rules import Dim, Rows, facts_of
 from mom_passes.rules.slicing import take
-from mom_passes.torch_compat import SYMBOLIC, new_fake_mode
+from mom_passes.torch_compat import new_fake_mode
 
 
 def body_takes_its_inputs(node: fx.Node, loop: Loop) -> str | None:
@@ -126,7 +126,7 @@ def overwrites_what_is_dead(node: fx.Node, loop: Loop) -> str | None:
 
 def body_computes_its_types(node: fx.Node, loop: Loop) -> str | None:
     """The body, run on fake tensors at the captured sizes, gives every value its type. Slow: for tests."""
-    known = _hints(node)
+    known: dict[Any, Any] = {**symbol_hints(n for n in node.graph.nodes if n.op == "placeholder")}
     count = min(3, hint(loop.length))
     known |= {START: sympy.Integer(0), COUNT: sympy.Integer(count)}
     with new_fake_mode(), torch.no_grad():
@@ -170,18 +170,6 @@ class _Checked(fx.Interpreter):
 
 def _number(size: Any, known: Mapping[Any, Any]) -> int:
     return int(expr(size).xreplace(known))
-
-
-def _hints(node: fx.Node) -> dict[Any, Any]:
-    """The symbols of a graph, with what they were when it was captured."""
-    found: dict[Any, Any] = {}
-    for placeholder in node.graph.find_nodes(op="placeholder"):
-        value = placeholder.meta.get("val")
-        sizes = [value] if isinstance(value, SYMBOLIC) else list(value.shape) if isinstance(value, torch.Tensor) else []
-        for size in sizes:
-            if isinstance(size, torch.SymInt) and expr(size).is_Symbol:
-                found[expr(size)] = sympy.Integer(hint(size))
-    return found
 
 
 def _returned(loop: Loop) -> tuple[fx.Node, ...]:

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import explain, reports
-from mom_passes.program.straight_runs import straight_bytes
+from mom_passes.program.memory import memory
+from mom_passes.program.program import Compute
+from mom_passes.program.schedule import schedule
 from tests.captured import tiny
 from tests.tracing import trace
 
@@ -18,7 +20,7 @@ PRODUCT = 64 * 16 * 4
 
 
 def held(function, *inputs):
-    return straight_bytes(trace(function, torch.randn(64, 16), torch.randn(16, 16), *inputs))
+    return memory(schedule(trace(function, torch.randn(64, 16), torch.randn(16, 16), *inputs))).most(Compute)
 
 
 def test_a_product_a_sort_and_its_indices_are_held():
@@ -89,5 +91,5 @@ def test_the_expected_peak_of_a_mixture_of_experts_is_what_is_measured():
 def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
     model = tiny("Llama", num_hidden_layers=3)
     report = explain(model, input_ids=torch.randint(3, 64, (1, 500)), logits_to_keep=1, options={"mini_seq_len": 64})[0]
-    assert 0 < report.straight_bytes < report.floor_bytes + report.iteration_bytes
-    assert report.expected_peak_bytes == report.floor_bytes + report.iteration_bytes
+    assert 0 < report.straight_bytes < report.expected_peak_bytes
+    assert report.floor_bytes < report.expected_peak_bytes <= report.floor_bytes + report.iteration_bytes

@@ -1,0 +1,146 @@
+"""What operators that are compiled together hold at a time, by how compilers fuse them.
+
+Terms
+-----
+held    Has storage of its own. Views have none. Neither has what a compiler computes where it is read, pointwise
+        work, gathers and constants, unless a product, a sort or a reader outside reads it.
+alive   From where a value is made to its last reader. Who reads what is computed where it is read, reads what that
+        is made of.
+
+    bytes = most, over the operators, of the bytes of all held values that are alive there
+
+What a kernel needs for itself is not counted. A compiler may reorder operators and so need less.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.ops.transfers import FETCH_WAIT
+from mom_passes.torch_compat import packet_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+#: Computed where they are read, like all that PyTorch calls pointwise: each element from anywhere in an operand.
+_GATHERS = frozenset(
+    {
+        aten.arange, aten.constant_pad_nd, aten.embedding, aten.empty, aten.flip, aten.full, aten.gather, aten.index,
+        aten.repeat, aten.scalar_tensor, aten.select_scatter, aten.slice_scatter, aten.tril, aten.triu, prims.iota,
+    }
+)  # fmt: skip
+
+#: Held, but they compute what they read.
+_COMPUTING = frozenset(
+    {aten.amax, aten.amin, aten.any, aten.argmax, aten.argmin, aten.cat, aten.mean, aten.prod, aten.sum, aten.var}
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a value: its bytes in the graph's sizes, and what they are at the captured sizes, to compare by."""
+
+    bytes: Callable[[fx.Node], sympy.Expr]
+    number: Callable[[sympy.Expr], int]
+
+
+def most_held(
+    nodes: Collection[fx.Node], given: Iterable[fx.Node], kept: Callable[[fx.Node], bool], costs: Costs
+) -> sympy.Expr:
+    """The most that `nodes` hold at a time, with those of the values they are `given` that die among them.
+
+    `kept` says of a value whether it is read behind them, and so lives to the end.
+    """
+    held = _Held(nodes, given, kept, costs)
+    totals = [held.bytes_at(node) for node in nodes]
+    return max(totals, key=costs.number, default=sympy.Integer(0))
+
+
+class _Held:
+    """The held values, and the positions between which each is alive."""
+
+    def __init__(
+        self, nodes: Collection[fx.Node], given: Iterable[fx.Node], kept: Callable[[fx.Node], bool], costs: Costs
+    ) -> None:
+        self.costs = costs
+        self.position = {node: i for i, node in enumerate(nodes)}
+        self.storage = self._storages(nodes, given)
+        self.kept = {self.storage[node] for node in nodes if kept(node) and node in self.storage}
+        self.computed = self._computed_where_read()
+        self.reads: dict[fx.Node, set[fx.Node]] = {}
+        self.first: dict[fx.Node, int] = {}
+        self.last: dict[fx.Node, int] = {}
+        for node, at in self.position.items():
+            self._visit(node, at)
+        self.last |= dict.fromkeys(self.kept & self.first.keys(), len(self.position))
+
+    def _visit(self, node: fx.Node, at: int) -> None:
+        self.reads[node] = self._reads(node)
+        storage = self.storage.get(node)
+        if storage is not None and storage in self.computed:
+            return
+        if storage is not None:
+            self.first.setdefault(storage, at if storage in self.position else 0)
+            self.last[storage] = at
+        for read in self.reads[node]:
+            self.first.setdefault(read, 0)
+            self.last[read] = at
+
+    def bytes_at(self, node: fx.Node) -> sympy.Expr:
+        at = self.position[node]
+        alive = (storage for storage, first in self.first.items() if first <= at <= self.last[storage])
+        total = sum((self.costs.bytes(storage) for storage in alive), sympy.Integer(0))
+        return sympy.expand(total - self._written_over(node))
+
+    def _written_over(self, node: fx.Node) -> sympy.Expr:
+        """Bytes of a result that goes where an operand, made among the same and as large, dies."""
+        if node in self.first and _is_fused(node):
+            for storage in self.reads[node]:
+                dies = self.last[storage] == self.position[node] and storage in self.position
+                if dies and sympy.expand(self.costs.bytes(storage) - self.costs.bytes(node)) == 0:
+                    return self.costs.bytes(node)
+        return sympy.Integer(0)
+
+    def _computed_where_read(self) -> set[fx.Node]:
+        found = {s for s in self.storage.values() if s in self.position and _is_fused(s) and s not in self.kept}
+        for value, storage in self.storage.items():
+            for user in value.users:
+                takes_it_in = _is_view(user) or _is_fused(user) or packet_of(user.target) in _COMPUTING
+                if user in self.position and not takes_it_in:
+                    found.discard(storage)
+        return found
+
+    def _reads(self, node: fx.Node) -> set[fx.Node]:
+        """The held values among a node's operands, and those that its other operands are computed from."""
+        found: set[fx.Node] = set()
+        for storage in filter(None, map(self.storage.get, node.all_input_nodes)):
+            found |= self.reads[storage] if storage in self.computed else {storage}
+        return found
+
+    @staticmethod
+    def _storages(nodes: Iterable[fx.Node], given: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Value -> the one whose storage it shares, itself mostly. What is the caller's has none here."""
+        found: dict[fx.Node, fx.Node] = {node: node for node in given}
+        for node in nodes:
+            source: Any = node.args[0] if node.args else None
+            shared = _is_view(node) or node.target in (FETCH_WAIT, aten.copy_.default)
+            if not shared:
+                found[node] = node
+            elif source in found:
+                found[node] = found[source]
+        return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) or node.target is operator.getitem
+
+
+def _is_fused(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS

@@ -1,0 +1,142 @@
+"""What a program needs of the device's memory, step by step, as expressions in the sizes of its graph.
+
+Terms
+-----
+moment    One step, with the storages that exist while it runs and what it needs beside them, its scratch.
+scratch   Of a piece: what its operators hold between each other (see `held`). Of a loop: what one mini-sequence holds,
+          in `count`, its rows. What kernels need for themselves is not counted.
+
+    peak = most, over the steps, of bytes of all storages of the device that are alive + scratch
+
+Inputs and parameters are the caller's and do not count; neither does what is on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import fx
+
+from mom_passes.graph.sizes import expr, product, symbol_hints
+from mom_passes.graph.values import tensors_of
+from mom_passes.loops.loop import Loop
+from mom_passes.loops.ports import COUNT, TensorType
+from mom_passes.ops.transfers import APPEND, FETCH_START, OFFLOAD
+from mom_passes.program.held import Costs, most_held
+from mom_passes.program.lives import Lives, lives
+from mom_passes.program.program import Compute, LoopStep, Place, Program, Step, Storage, Transfer
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """`alive` are the device's storages that exist throughout the step, `scratch` is in `count` for a loop, whose
+    mini-sequences have at most `rows` tokens of `length`."""
+
+    step: Step
+    alive: tuple[Storage, ...]
+    scratch: sympy.Expr
+    rows: int = 0
+    length: sympy.Expr = sympy.S.Zero
+
+    @property
+    def bytes(self) -> sympy.Expr:
+        count = sympy.Min(self.rows, self.length)
+        return sum((s.bytes for s in self.alive), sympy.Integer(0)) + self.scratch.xreplace({COUNT: count})
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """The moments of a program, in order. `hints` are the sizes it was captured with."""
+
+    moments: tuple[Moment, ...]
+    hints: Mapping[sympy.Symbol, int]
+
+    @property
+    def peak(self) -> sympy.Expr:
+        """Bytes above the inputs, for any sizes."""
+        return sympy.Max(*dict.fromkeys(moment.bytes for moment in self.moments), evaluate=False)
+
+    def number(self, size: Any, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
+        """An expression at other sizes than the captured ones, or at those."""
+        return int(expr(size).xreplace({**self.hints, **(sizes or {})}).doit())
+
+    def most(self, *kinds: type, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
+        """The peak of the steps of some kinds, in bytes."""
+        chosen = (moment for moment in self.moments if isinstance(moment.step, kinds))
+        return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
+
+
+def memory(program: Program) -> Memory:
+    """What a program needs, step by step."""
+    found, hints = lives(program), symbol_hints(program.inputs)
+    # The captured sizes stand for themselves where they are numbers; a mini-sequence is compared at a usual length.
+    known = {**hints, COUNT: sympy.Integer(128)}
+
+    def number(size: sympy.Expr) -> int:
+        return int(size.xreplace(known).doit())
+
+    moments = [_moment(program, found, i, number) for i in range(len(program.steps))]
+    return Memory(tuple(moments), hints)
+
+
+def _moment(program: Program, found: Lives, i: int, number: Any) -> Moment:
+    step = program.steps[i]
+    alive = tuple(storage for storage in found.alive(i) if storage.place is Place.DEVICE)
+    if isinstance(step, LoopStep):
+        loop = step.loop
+        return Moment(step, alive, _iteration(loop, number), loop.rows, expr(loop.length))
+    if not isinstance(step, Compute):
+        return Moment(step, alive, sympy.Integer(0))
+    # What the piece makes, and what dies in it, is counted operator by operator.
+    made = {storage for storage in alive if found.first_of[storage] == i}
+    dying = {storage: node for node in step.ins if (storage := program.storages.get(node)) in alive}
+    dying = {storage: node for storage, node in dying.items() if found.last_of[storage] == i}
+    kept = set(step.outs)
+    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(_bytes_of, number))
+    return Moment(step, tuple(storage for storage in alive if storage not in made and storage not in dying), held)
+
+
+def _bytes_of(node: fx.Node) -> sympy.Expr:
+    return sum((expr(product(v.shape)) * v.element_size() for v in tensors_of(node)), sympy.Integer(0))
+
+
+def _iteration(loop: Loop, number: Any) -> sympy.Expr:
+    """What one mini-sequence holds, in `count`. Rows that are stored are written where they belong as they are made."""
+    nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
+    return most_held(nodes, (), lambda node: False, Costs(_typed_bytes, number))
+
+
+def _typed_bytes(node: fx.Node) -> sympy.Expr:
+    type = node.meta.get("type")
+    types = type if isinstance(type, tuple) else (type,)
+    sizes = (expr(product(t.shape)) * t.dtype.itemsize for t in types if isinstance(t, TensorType))
+    return sum(sizes, sympy.Integer(0))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a run of a program moves, as expressions in its sizes."""
+
+    to_host: sympy.Expr
+    to_device: sympy.Expr
+
+
+def traffic(program: Program) -> Traffic:
+    """What leaves for the host and what arrives: of an append only the new rows, of a fetch only the old ones."""
+    to_host: Any = sympy.Integer(0)
+    to_device: Any = sympy.Integer(0)
+    for step in program.steps:
+        if not isinstance(step, Transfer):
+            continue
+        node = step.node
+        if node.target is FETCH_START:
+            to_device += _bytes_of(node.args[0])  # type: ignore[arg-type]
+        elif node.target is OFFLOAD:
+            to_host += _bytes_of(node)
+        elif node.target is APPEND:
+            to_host += _bytes_of(node.args[1])  # type: ignore[arg-type]
+    return Traffic(sympy.expand(to_host), sympy.expand(to_device))
+
