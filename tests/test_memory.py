@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 
 import pytest
+import sympy
 import torch
+import transformers
 
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import explain, reports
@@ -93,3 +95,42 @@ def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
     report = explain(model, input_ids=torch.randint(3, 64, (1, 500)), logits_to_keep=1, options={"mini_seq_len": 64})[0]
     assert 0 < report.straight_bytes < report.expected_peak_bytes
     assert report.floor_bytes < report.expected_peak_bytes <= report.floor_bytes + report.iteration_bytes
+
+
+WIDE = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "max_position_embeddings": 2048}
+GROUPED = {**WIDE, "num_key_value_heads": 2, "intermediate_size": 1024}
+SHAPES = {
+    "Llama": GROUPED,
+    "Qwen3": {**GROUPED, "head_dim": 32},
+    "GPTNeoX": {**WIDE, "intermediate_size": 1024},
+    "GPT2": {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 2048},
+    "Gemma3Text": {**GROUPED, "head_dim": 32, "sliding_window": 128, "sliding_window_pattern": 3},
+    "Phi": {**WIDE, "intermediate_size": 1024},
+    "OPT": {**WIDE, "ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "Qwen3Moe": {
+        **GROUPED, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [f if f == "Llama" else pytest.param(f, marks=pytest.mark.slow) for f in SHAPES])
+@pytest.mark.parametrize("kv_offload", [False, True])
+@pytest.mark.usefixtures("fresh")
+def test_the_expected_peak_is_what_is_measured(family, kv_offload):
+    """At two lengths, and at the second by the expression that was found at the first."""
+    watch_cpu()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPES[family], vocab_size=1000, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fast = torch.compile(model, backend="mom", dynamic=True, options={"kv_offload": kv_offload, "strict": True})
+    for tokens in (800, 1400):
+        call = functools.partial(fast, input_ids=torch.randint(3, 1000, (1, tokens)), use_cache=True, logits_to_keep=1)
+        with torch.no_grad():
+            call()
+            measured = peak_bytes(call).peak
+        memory = reports()[0].memory
+        lengths = [s for s in memory.peak.free_symbols if memory.hints.get(s) == 800]
+        expected = memory.number(memory.peak, dict.fromkeys(lengths, sympy.Integer(tokens)))
+        assert 0.95 * measured <= expected <= 1.05 * measured
+    assert len(reports()) == 1
+

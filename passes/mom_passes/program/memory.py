@@ -43,8 +43,13 @@ class Moment:
 
     @property
     def bytes(self) -> sympy.Expr:
-        count = sympy.Min(self.rows, self.length)
-        return sum((s.bytes for s in self.alive), sympy.Integer(0)) + self.scratch.xreplace({COUNT: count})
+        alive = sum((storage.bytes for storage in self.alive), sympy.Integer(0))
+        return alive + self.scratch.xreplace({COUNT: self.count}) if self.scratch != 0 else alive
+
+    @property
+    def count(self) -> sympy.Expr:
+        """The rows of the longest mini-sequence: as many as there must be, nearly alike (see `split_rows`)."""
+        return sympy.ceiling(self.length / sympy.ceiling(self.length / self.rows)) if self.rows else sympy.S.Zero
 
 
 @dataclass(frozen=True, eq=False)
