@@ -33,6 +33,7 @@ from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.program.schedule import schedule
 from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
 
 log = logging.getLogger(__name__)
@@ -197,8 +198,11 @@ def build_program(
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs)
     rewritten = rewrite(gm, options, report, static)
-    kv = kv_place(rewritten, options, static, report)
-    program = lower(rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv)
+    plan = schedule(rewritten)
+    kv = kv_place(rewritten, options, static, plan)
+    program = lower(
+        rewritten, plan, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv
+    )
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
         return program(inputs)

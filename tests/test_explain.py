@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import mom_compile
 from tests.captured import tiny
 from tests.tiny import TinyDecoder, ids
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
@@ -131,3 +136,29 @@ def test_a_memory_timeline_is_drawn(tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"nothing to draw: .* tokens fit in one mini-sequence"):
         explained(mini_seq_len=64)[0].plot(tmp_path / "other.png")
+
+
+PLAN = """
+import torch
+import mom_compile
+from mom_passes.program.schedule import schedule
+from tests.families import prompt, small_model
+
+with torch.no_grad():
+    options = {"mini_seq_len": 16, "kv_offload": True}
+    report = mom_compile.explain(small_model("gemma3"), **prompt(2, 90), options=options)[0]
+print(report, report.code(), schedule(report.graph), report.memory.peak, sep="\\n")
+"""
+
+
+def test_the_same_graph_gives_the_same_program_whatever_the_hash_seed():
+    plans = []
+    for seed in ("1", "2"):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "passes")])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        command = [sys.executable, "-c", PLAN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        plans.append(done.stdout)
+    assert "loopstep stage_1" in plans[0]
+    assert plans[0] == plans[1]

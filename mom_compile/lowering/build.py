@@ -53,7 +53,6 @@ from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.program import Compute, LoopStep, Transfer
-from mom_passes.program.schedule import schedule
 from mom_passes.rules import Dim
 
 aten = torch.ops.aten
@@ -65,6 +64,7 @@ class Lowering:
     def __init__(
         self,
         gm: fx.GraphModule,
+        plan: plans.Program,
         *,
         static_inputs: Collection[str],
         patches: Mapping[str, Any],
@@ -73,6 +73,7 @@ class Lowering:
         kv: KVPlace,
     ) -> None:
         self.gm = gm
+        self.plan = plan
         self.kv = kv
         self.static_inputs = static_inputs
         self.patches = patches
@@ -86,10 +87,9 @@ class Lowering:
         self._layer_bytes = _layer_bytes(gm)
 
     def program(self) -> Program:
-        plan = schedule(self.gm)
-        for node in plan.inputs:
+        for node in self.plan.inputs:
             self._slot(node)
-        for step in plan.steps:
+        for step in self.plan.steps:
             if isinstance(step, LoopStep):
                 self._lower_loop(step)
             elif isinstance(step, Compute):
@@ -101,7 +101,7 @@ class Lowering:
                 constant = step.node.op == "get_attr"
                 run = _constant(attribute(self.gm, str(step.node.target))) if constant else _caller(step.node)
                 self._call(step, run, list(step.ins))
-        return self._assemble(plan)
+        return self._assemble()
 
     # --- operators between loops ---
 
@@ -203,9 +203,9 @@ class Lowering:
                 self._slot(result)
         self.steps.append((run, arguments))
 
-    def _assemble(self, plan: plans.Program) -> Program:
+    def _assemble(self) -> Program:
         """The steps with slots in place of values. A tensor's is emptied when the last step that reads it begins."""
-        last = lives(plan).last
+        plan, last = self.plan, lives(self.plan).last
         steps = []
         for i, (step, (run, arguments)) in enumerate(zip(plan.steps, self.steps, strict=True)):
             dying = {self.slots[n] for n in step.ins if last[n] == i and tensors_of(n)}
@@ -340,6 +340,7 @@ def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
 
 def lower(
     gm: fx.GraphModule,
+    plan: plans.Program,
     *,
     static_inputs: Collection[str],
     patches: Mapping[str, Any],
@@ -347,5 +348,6 @@ def lower(
     report: Report,
     kv: KVPlace,
 ) -> Program:
-    """The rewritten graph as a program of compiled steps."""
-    return Lowering(gm, static_inputs=static_inputs, patches=patches, cache=cache, report=report, kv=kv).program()
+    """The steps of a rewritten graph's plan, compiled."""
+    lowering = Lowering(gm, plan, static_inputs=static_inputs, patches=patches, cache=cache, report=report, kv=kv)
+    return lowering.program()

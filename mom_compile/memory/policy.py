@@ -12,13 +12,14 @@ from torch import fx
 from mom_compile.config import Options
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Residency
-from mom_compile.report import Report
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.store import Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
 from mom_passes.host.kv_values import find_kv
-from mom_passes.ops.transfers import FETCH
+from mom_passes.ops.transfers import FETCH, OFFLOAD
+from mom_passes.program.memory import Memory, memory
+from mom_passes.program.program import Program
 
 #: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
 HEADROOM = 2
@@ -50,15 +51,18 @@ def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str])
     return f"weights and {HEADROOM} times the present cache take {needed} bytes, {budget} may be used"
 
 
-def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], report: Report) -> KVPlace:
-    """Where the keys and values of a rewritten graph go."""
+def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], plan: Program) -> KVPlace:
+    """Where the keys and values of a rewritten graph go, by what its program needs of the device."""
     device = compute_device(gm)
     residency = None
     if options.kv_offload == "auto" and offloads(options, device):
-        layers = 1 + max((value.layer for value in report.on_host), default=0)
+        found = memory(plan)
+        leaving = [node.meta["kv"] for node in gm.graph.nodes if node.target is OFFLOAD]
+        layers = 1 + max((value.layer for value in leaving), default=0)
         budget = options.budget_bytes or _free_bytes(device)
-        weights, iteration = _static_bytes(gm, static), report.iteration_bytes
-        residency = Residency(budget, weights, iteration, _bytes_per_token(report, layers), layers)
+        between = 2 * sum(value.bytes_per_token for value in leaving) // layers
+        per_token = _bytes_per_token(found) if found.tokens else between
+        residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
     return KVPlace(device, _placement(options, device), residency)
 
 
@@ -76,15 +80,9 @@ def _free_bytes(device: torch.device) -> int:
     return int(free + torch.cuda.memory_reserved(device))
 
 
-def _bytes_per_token(report: Report, layers: int) -> int:
-    """What is alive at a time and grows with the tokens; where there are no loops, two layers' keys and values.
-
-    In a loop these are the full-length values. Between loops it is all that the expected peak has above an iteration.
-    """
-    if report.stages:
-        between = math.ceil((report.expected_peak_bytes - report.iteration_bytes) / report.tokens)
-        return max(report.floor_bytes_per_token, between)
-    return 2 * sum(value.bytes_per_token for value in report.on_host) // layers
+def _bytes_per_token(found: Memory) -> int:
+    """What is alive at a time and grows with the tokens: all that the peak has above one mini-sequence."""
+    return math.ceil((found.number(found.peak) - found.iteration) / found.tokens)
 
 
 def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:

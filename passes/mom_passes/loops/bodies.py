@@ -72,9 +72,9 @@ class Body:
         computed = {i for i in members if demands.kinds[i] is Kind.ROWS and i not in plan.available}
         self.rows = [i for i in members if isinstance(i.need, Rows) and i not in computed]
         kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
-        self.whole = [i for i in members if i.need == All() and demands.kinds[i] in kinds and is_tensor(i.node)]
+        self.whole = [i for i in members if isinstance(i.need, All) and demands.kinds[i] in kinds and is_tensor(i.node)]
         self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
-        numbers = [i for i in members if i.need == All() and not is_tensor(i.node)]
+        numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
         self.sizes += [i for i in numbers if i not in self.sizes]
         self.carries = [*totals, *(i for i in members if isinstance(i.need, Past))]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]

@@ -68,6 +68,10 @@ class Instance:
     node: fx.Node
     need: All | Rows | Past | Total
 
+    def __hash__(self) -> int:
+        # Of one node few instances differ, and hashing what is needed of it costs more than to compare it.
+        return hash(self.node)
+
     @property
     def dim(self) -> Dim:
         """Where an instance of rows has its tokens."""
@@ -75,7 +79,7 @@ class Instance:
         return self.need.dim
 
     def __str__(self) -> str:
-        return self.node.name if self.need == All() else f"{self.node.name}[{self.need}]"
+        return self.node.name if isinstance(self.need, All) else f"{self.node.name}[{self.need}]"
 
 
 @dataclass
@@ -140,7 +144,7 @@ def _whole_last(instance: Instance, graph: DemandGraph) -> int:
     """Of one node's instances: rows, the whole value made of them, rows cut from that, and rows with a past."""
     if graph.kinds[instance] in (Kind.ENTRY, Kind.PAST):
         return 2 + (graph.kinds[instance] is Kind.PAST)
-    return 1 if instance.need == All() else 0
+    return 1 if isinstance(instance.need, All) else 0
 
 
 def _roots(gm: fx.GraphModule) -> list[Instance]:
@@ -194,7 +198,7 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
             return Kind.SIZE, (), None
         whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
-    if instance.need == All():
+    if isinstance(instance.need, All):
         return _classify_whole(node, dims)
     if isinstance(instance.need, Total):
         (source,) = operands(node)

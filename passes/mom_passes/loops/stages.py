@@ -124,7 +124,8 @@ class _Planner:
     def crossing(self, k: int) -> set[Instance]:
         """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
         late = self.late(k)
-        needed = {i for reader in late for i in self.demands.inputs[reader] if i.need != All() and i not in late}
+        read = {i for reader in late for i in self.demands.inputs[reader]}
+        needed = {i for i in read if not isinstance(i.need, All) and i not in late}
         return cheapest_cut(self._computed(needed), lambda instance, _: self._cost(instance, k), self._made_from)
 
     def _made_from(self, instance: Instance) -> list[Instance] | None:
@@ -132,7 +133,7 @@ class _Planner:
 
     def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
         """Of some instances, those of rows that are not an input's."""
-        return [i for i in instances if i.need != All() and self.demands.kinds[i] is not Kind.SOURCE]
+        return [i for i in instances if not isinstance(i.need, All) and self.demands.kinds[i] is not Kind.SOURCE]
 
     def _cost(self, instance: Instance, k: int) -> int | None:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""

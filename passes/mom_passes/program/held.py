@@ -14,6 +14,7 @@ What a kernel needs for itself is not counted. A compiler may reorder operators 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ def most_held(
     `kept` says of a value whether it is read behind them, and so lives to the end.
     """
     held = _Held(nodes, given, kept, costs)
-    totals = [held.bytes_at(node) for node in nodes]
-    return max(totals, key=costs.number, default=sympy.Integer(0))
+    totals = held.numbers()
+    return held.bytes_at(max(totals, key=totals.__getitem__)) if totals else sympy.S.Zero
 
 
 class _Held:
@@ -92,20 +93,29 @@ class _Held:
             self.first.setdefault(read, 0)
             self.last[read] = at
 
+    def numbers(self) -> dict[fx.Node, int]:
+        """Bytes that are held at each operator, at the captured sizes."""
+        size = {storage: self.costs.number(self.costs.bytes(storage)) for storage in self.first}
+        change = [0] * (len(self.position) + 2)
+        for storage, first in self.first.items():
+            change[first] += size[storage]
+            change[self.last[storage] + 1] -= size[storage]
+        totals = dict(zip(self.position, itertools.accumulate(change), strict=False))
+        return {node: total - (size[node] if self._written_over(node) else 0) for node, total in totals.items()}
+
     def bytes_at(self, node: fx.Node) -> sympy.Expr:
         at = self.position[node]
-        alive = (storage for storage, first in self.first.items() if first <= at <= self.last[storage])
-        total = sum((self.costs.bytes(storage) for storage in alive), sympy.Integer(0))
-        return sympy.expand(total - self._written_over(node))
+        alive = [storage for storage, first in self.first.items() if first <= at <= self.last[storage]]
+        if self._written_over(node):
+            alive.remove(node)
+        return sympy.expand(sum((self.costs.bytes(storage) for storage in alive), sympy.S.Zero))
 
-    def _written_over(self, node: fx.Node) -> sympy.Expr:
-        """Bytes of a result that goes where an operand, made among the same and as large, dies."""
-        if node in self.first and _is_fused(node):
-            for storage in self.reads[node]:
-                dies = self.last[storage] == self.position[node] and storage in self.position
-                if dies and sympy.expand(self.costs.bytes(storage) - self.costs.bytes(node)) == 0:
-                    return self.costs.bytes(node)
-        return sympy.Integer(0)
+    def _written_over(self, node: fx.Node) -> bool:
+        """Whether a result goes where an operand, made among the same and as large, dies."""
+        if node not in self.first or not _is_fused(node):
+            return False
+        dying = [s for s in self.reads[node] if self.last[s] == self.position[node] and s in self.position]
+        return any(sympy.expand(self.costs.bytes(s) - self.costs.bytes(node)) == 0 for s in dying)
 
     def _computed_where_read(self) -> set[fx.Node]:
         found = {s for s in self.storage.values() if s in self.position and _is_fused(s) and s not in self.kept}

@@ -64,6 +64,17 @@ class Memory:
         """Bytes above the inputs, for any sizes."""
         return sympy.Max(*dict.fromkeys(moment.bytes for moment in self.moments), evaluate=False)
 
+    @property
+    def iteration(self) -> int:
+        """The most that one mini-sequence holds beside full-length values, in bytes at the captured sizes."""
+        loops = (m for m in self.moments if isinstance(m.step, LoopStep))
+        return max((self.number(m.bytes) - self.number(sum(s.bytes for s in m.alive)) for m in loops), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the longest loop had when it was captured; 0 without loops."""
+        return max((self.number(moment.length) for moment in self.moments), default=0)
+
     def number(self, size: Any, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
         """An expression at other sizes than the captured ones, or at those."""
         return int(expr(size).xreplace({**self.hints, **(sizes or {})}).doit())

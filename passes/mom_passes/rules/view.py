@@ -192,12 +192,12 @@ def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> Need:
 def _repeating(node: fx.Node, dim: Dim, name: str, unchanged: int) -> Claim:
     """Either the operand has the rows, or it is one row, repeated as often as the body has rows."""
     need = _repeated_need(node, operands(node)[0], checked(node, dim))
-    if need == All():
+    if isinstance(need, All):
         require_static_layout(node, dim)
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = list(argument(node, name))
-        sizes[dim.index] = tokens(node, dim, window) if need == All() else unchanged
+        sizes[dim.index] = tokens(node, dim, window) if isinstance(need, All) else unchanged
         return replace(node.target, args, kwargs, **{name: sizes})
 
     return Claim((need,), edit=edit)

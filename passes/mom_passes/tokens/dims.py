@@ -95,7 +95,7 @@ class _Sweep:
         if not facts(node).recompute or any(n in self.worked for n in inputs):
             self.worked.add(node)
         # A product whose rows are those of a weight says nothing: that is how features look.
-        if matmul_work(node) and any(n in self.carriers and need != All() for n, need in needed):
+        if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
             self.work += matmul_work(node)
             # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
             activations = [need for n, need in needed if n in self.activations and value_of(n).is_floating_point()]

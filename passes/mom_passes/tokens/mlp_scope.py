@@ -38,13 +38,13 @@ def is_linear(node: fx.Node, dims: TokenDims) -> bool:
     if node not in dims.rowwise or not matmul_work(node):
         return False
     needed = zip(operands(node), claim_for(node, dims.carriers[node].dim).needs, strict=True)
-    rows = [operand in dims.carriers for operand, need in needed if need != All()]
+    rows = [operand in dims.carriers for operand, need in needed if not isinstance(need, All)]
     return sum(rows) == 1 and not any(n in dims.carriers for n in _whole(node, dims))
 
 
 def _whole(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
     claim = claim_for(node, dims.carriers[node].dim)
-    return [operand for operand, need in zip(operands(node), claim.needs, strict=True) if need == All()]
+    return [operand for operand, need in zip(operands(node), claim.needs, strict=True) if isinstance(need, All)]
 
 
 def _widens(node: fx.Node) -> bool:
