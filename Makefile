@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 
-.PHONY: demo test bench bench-kv lint sweep clean
+.PHONY: demo quick test bench bench-kv lint sweep clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
@@ -48,8 +48,15 @@ lint: $(VENV)/.extra-test
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-test sweep: export OMP_NUM_THREADS := 1
-test sweep: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test quick sweep: export OMP_NUM_THREADS := 1
+test quick sweep: export TORCHINDUCTOR_COMPILE_THREADS := 1
+
+# The inner loop: rule laws, passes and runtime, without whole models.
+QUICK := $(wildcard tests/test_rules_*.py) $(addprefix tests/test_, attention_kernels.py copy_engine.py \
+	demanded_rows.py folds.py layers.py past.py properties.py residency.py runtime.py slicing.py strides.py verify.py)
+
+quick: $(VENV)/.extra-test
+	@$(PYTEST) -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(QUICK) $(ARGS)
 
 test: lint
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)

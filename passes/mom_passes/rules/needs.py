@@ -54,6 +54,9 @@ class Dim:
 class All:
     """All of an operand, whichever rows are computed."""
 
+    def __str__(self) -> str:
+        return "all of it"
+
 
 @dataclass(frozen=True)
 class Rows:
