@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import sympy
 from torch import fx
 
 from mom_compile.timeline import draw_timeline
@@ -186,7 +187,7 @@ class Report:
         if self.no_loops is None:
             lines = [f"graph of {self.nodes} nodes; tokens: {self.token_dimension}; {len(self.stages)} loops"]
             lines.append(f"full-length values take at most {self.floor_bytes_per_token} B/token at a time")
-            lines.append(_peak_line(self))
+            lines += _peak_lines(self)
         else:
             lines = [f"graph of {self.nodes} nodes; no loops: {self.no_loops}"]
         for stage in self.stages:
@@ -205,9 +206,15 @@ class Report:
         return "\n".join(lines)
 
 
-def _peak_line(report: Report) -> str:
-    where = "between loops" if report.expected_peak_bytes == report.straight_bytes else "in a loop"
-    return f"expected peak of {report.tokens} tokens: {_mib(report.expected_peak_bytes)}, {where}"
+def _peak_lines(report: Report) -> list[str]:
+    """At the captured sizes and, where some are symbols, as an expression in them."""
+    if report.memory is None:
+        return []
+    moment = report.memory.highest
+    where = f"in {moment.step.name}" if isinstance(moment.step, LoopStep) else f"between loops, in {moment.step.name}"
+    lines = [f"expected peak of {report.tokens} tokens: {_mib(report.expected_peak_bytes)}, {where}"]
+    formula = sympy.expand(moment.bytes)
+    return [*lines, f"  in bytes: {formula}"] if formula.free_symbols else lines
 
 
 def _stage_report(moment: Moment, found: Memory) -> StageReport:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 
 import mom_compile
@@ -128,6 +129,22 @@ def test_a_function_of_meta_tensors_is_refused_by_name():
     x, w = torch.empty(2, 40, 8, device="meta"), torch.empty(8, 16, device="meta")
     report = mom_compile.explain(lambda x, w: torch.relu(x @ w), x, w, options={"mini_seq_len": 8})[0]
     assert "meta device" in report.fallback and not report.failed
+
+
+def test_the_peak_is_an_expression_in_the_sizes_that_are_symbols():
+    """Of the graph for any length; evaluated at the captured one it is the number above it."""
+    model = TinyDecoder(layers=2).eval()
+    x = ids(1, 37)
+    torch._dynamo.mark_dynamic(x, 1)
+    report = mom_compile.explain(model, x, options={"mini_seq_len": 8})[0]
+    line = next(line for line in str(report).splitlines() if "in bytes:" in line)
+    (symbol,) = report.memory.peak.free_symbols
+    assert str(symbol) in line
+    formula = sympy.sympify(line.partition(": ")[2], {str(symbol): symbol})
+    assert report.memory.number(formula) == report.expected_peak_bytes
+    assert report.memory.number(formula, {symbol: sympy.Integer(370)}) > 9 * report.floor_bytes
+    torch._dynamo.reset()
+    assert "in bytes:" not in str(explained()[0])
 
 
 def test_a_memory_timeline_is_drawn(tmp_path):

@@ -79,6 +79,11 @@ class Memory:
         """An expression at other sizes than the captured ones, or at those."""
         return int(expr(size).xreplace({**self.hints, **(sizes or {})}).doit())
 
+    @property
+    def highest(self) -> Moment:
+        """The moment of the peak, at the captured sizes."""
+        return max(self.moments, key=lambda moment: self.number(moment.bytes))
+
     def most(self, *kinds: type, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
         """The peak of the steps of some kinds, in bytes."""
         chosen = (moment for moment in self.moments if isinstance(moment.step, kinds))
