@@ -26,6 +26,7 @@ from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.spans import SPANS
 from mom_passes.program.in_place import take_over_storage
+from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -187,13 +188,18 @@ def loops_over_mini_sequences(state: State) -> str:
 
 
 def keys_and_values_to_host(state: State) -> str:
-    """What the cache keeps leaves for the host behind its stage, and comes back one layer ahead."""
+    """What the cache keeps leaves for the host behind its stage, and comes back for its attention."""
     stay = state.fits(state.gm) if state.kv_on_host and state.report.no_loops is not None else None
     state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host and stay is None, kv=state.kv)
     state.report.describe_kv(state.offload)
     if stay is not None:
         state.report.on_device["all"] = stay
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
+
+
+def copies_one_layer_ahead(state: State) -> str:
+    """What comes back begins to do so while the layer before computes."""
+    return f"{overlap(state.gm)} layers arrive"
 
 
 def rows_of_their_own(state: State) -> str:
@@ -223,7 +229,7 @@ TO_LOOPS: tuple[Step, ...] = (
 )
 #: What only looks at the graph: there is nothing to verify behind it.
 ANALYSES: frozenset[Step] = frozenset({find_keys_and_values, find_tokens, mlp_alone, follow_demands, cut_stages})
-BETWEEN_LOOPS: tuple[Step, ...] = (keys_and_values_to_host,)
+BETWEEN_LOOPS: tuple[Step, ...] = (keys_and_values_to_host, copies_one_layer_ahead)
 #: What decides which storage a value has, once it is known what leaves: what is copied out of a value does not hold it.
 STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place)
 

@@ -19,6 +19,7 @@ from mom_passes.graph.edit import copy_graph
 from mom_passes.host.kv_offload import kv_offload
 from mom_passes.host.kv_values import find_kv
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.program.overlap import overlap
 from mom_passes.verify import verify
 from tests import tiny
 from tests.captured import Captured, capture, ids
@@ -52,6 +53,8 @@ def llama_step() -> Captured:
 def offloaded(captured: Captured, *, start: bool = True):
     gm = attention_form(copy_graph(captured.gm))
     record = kv_offload(gm, CPU, start=start)
+    verify(gm)
+    overlap(gm)
     verify(gm)
     return gm, record
 

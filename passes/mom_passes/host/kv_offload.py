@@ -1,20 +1,20 @@
-"""Keys and values leave for the host as soon as they are complete, and come back one layer ahead of their attention.
+"""Keys and values leave for the host as soon as they are complete, and come back for their attention.
 
 Terms
 -----
 leave     What the cache keeps is on the host: all of a value where there was no past, else only the new rows.
-arrive    A past is copied to a device buffer that has room for the new rows; the copy begins one layer early.
+arrive    A past is copied to a device buffer that has room for the new rows. The copy begins behind the inputs here;
+          `mom_passes.program.overlap` says when it does at last.
 
     for each key and value that leaves the graph:
         made from a past on the host:  cat([fetch(past), new])  ->  buffer = fetch_start(past, rows of new)
                                                                     full   = fetch_wait(buffer, new)
                                                                     keeps = append(past, new)
         else                                                    ->  keeps = offload(full)
-    fetch_start of a layer goes before the waits of the layer before it: two layers are on the device at most
     whatever else is fetched from the host arrives in the same way
 
 Before:  k1 = cat([fetch(h1), new1], 2); ...; attention(q1, k1, v1); ...; return (..., k1)
-After:   buffer2 = fetch_start(h2, 1, 2); k1 = fetch_wait(buffer1, new1, 2); h1' = append(h1, new1, 2, 0)
+After:   buffer1 = fetch_start(h1, 1, 2); ...; k1 = fetch_wait(buffer1, new1, 2); h1' = append(h1, new1, 2, 0)
          attention(q1, k1, v1); ...; return (..., h1')
 """
 
@@ -70,7 +70,6 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVV
         _erase_unused(gm)
     arriving = rewriter.let_arrive()
     if leaving or arriving:
-        _one_layer_ahead(gm)
         gm.recompile()
     return KVOffload(leaving, left_out, arriving)
 
@@ -209,54 +208,3 @@ def _erase_unused(gm: fx.GraphModule) -> None:
         cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or is_view(node)
         if node.op == "call_function" and cheap and not node.users:
             gm.graph.erase_node(node)
-
-
-def _one_layer_ahead(gm: fx.GraphModule) -> None:
-    """Copies of a layer side by side, so that one piece lies between two layers, and each fetch one layer early."""
-    layers = _waits_by_layer(gm.graph)
-    for waits in layers:
-        _side_by_side(gm.graph, waits)
-    for before, waits in zip([None, *layers], layers, strict=False):
-        anchor = before[0] if before is not None else _first_copy(gm.graph)
-        for wait in waits:
-            buffer = wait.args[0]
-            assert isinstance(buffer, fx.Node)
-            if buffer is not anchor:
-                anchor.prepend(buffer)
-
-
-def _first_copy(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.target is FETCH_START)
-
-
-def _waits_by_layer(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Fills in order; those with no use of one between them are one layer's."""
-    layers: list[list[fx.Node]] = []
-    used: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target is FETCH_WAIT:
-            if not layers or not used.isdisjoint(layers[-1]):
-                layers.append([])
-            layers[-1].append(node)
-        elif node.target is not APPEND:
-            used.update(node.all_input_nodes)
-    return layers
-
-
-def _side_by_side(graph: fx.Graph, waits: Iterable[fx.Node]) -> None:
-    """Move the waits and appends of a layer to where the last of them is."""
-    *others, last = waits
-    copies = [copy for wait in others for copy in (wait, *_appends_of(wait))]
-    for copy in copies:
-        last.prepend(copy)
-
-
-def _appends_of(wait: fx.Node) -> list[fx.Node]:
-    """The append of the same new rows."""
-    new = wait.args[1]
-    users = new.users if isinstance(new, fx.Node) else ()
-    return [user for user in users if user.target is APPEND and user < _next_reader(wait)]
-
-
-def _next_reader(wait: fx.Node) -> fx.Node:
-    return min(wait.users, default=next(iter(reversed(wait.graph.nodes))))
