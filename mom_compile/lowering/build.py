@@ -49,9 +49,9 @@ from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import RowsIn, SizeIn, Stored
-from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
+from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
 from mom_passes.rules import Dim
 
@@ -84,7 +84,7 @@ class Lowering:
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
-        self._layer_bytes = _layer_bytes(gm)
+        self._leaving = leaving(plan)
 
     def program(self) -> Program:
         for node in self.plan.inputs:
@@ -95,7 +95,7 @@ class Lowering:
             elif isinstance(step, Compute):
                 self._lower_piece(step)
             elif isinstance(step, Transfer):
-                run, arguments = copy_step(step.node, self.kv, self._layer_bytes)
+                run, arguments = copy_step(step.node, self.kv, self._leaving)
                 self._call(step, run, arguments)
             else:
                 constant = step.node.op == "get_attr"
@@ -224,16 +224,6 @@ class Lowering:
         return Program(
             tuple(steps), len(self.slots), tuple(unread), outputs, Settle(self.kv.device) if copies else None
         )
-
-
-def _layer_bytes(gm: fx.GraphModule) -> dict[int, int]:
-    """Bytes per token of what each layer's cache keeps."""
-    found: dict[int, int] = {}
-    for node in gm.graph.nodes:
-        kv = node.meta.get("kv") if node.target is OFFLOAD else None
-        if kv is not None:
-            found[kv.layer] = found.get(kv.layer, 0) + kv.bytes_per_token
-    return found
 
 
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:

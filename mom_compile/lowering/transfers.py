@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -11,10 +11,13 @@ from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Stays
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload
 from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.program.memory import Leaving
 
 
-def copy_step(node: fx.Node, place: KVPlace, layer_bytes: dict[int, int]) -> tuple[Callable[..., Any], list[Any]]:
-    """The step of a copy operator and the arguments it takes. `layer_bytes` has each layer's bytes per token."""
+def copy_step(
+    node: fx.Node, place: KVPlace, values: Mapping[fx.Node, Leaving]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """The step of a copy operator and the arguments it takes. `values` are those that leave whole."""
     if node.target is FETCH_START:
         host, rows, dim, device = node.args
         return FetchStart(dim, device), [host, rows]  # type: ignore[arg-type]
@@ -25,11 +28,12 @@ def copy_step(node: fx.Node, place: KVPlace, layer_bytes: dict[int, int]) -> tup
         host, new, dim, first = node.args
         return Append(dim, place.device, place.placement), [host, new, first]  # type: ignore[arg-type]
     assert node.target is OFFLOAD
-    value, dim, first = node.args
-    kv = node.meta["kv"]
+    value, dim, first, layer = node.args
     stays = None
     if place.residency is not None:
-        stays = Stays(place.residency, kv.layer, layer_bytes[kv.layer], kv.bytes_per_token)
+        own = values[node].bytes_per_token
+        of_layer = sum(other.bytes_per_token for other in values.values() if other.layer == layer)
+        stays = Stays(place.residency, values[node].layer, of_layer, own)
     return Offload(dim, place.device, place.placement, stays), [value, first]  # type: ignore[arg-type]
 
 

@@ -17,8 +17,8 @@ from mom_compile.runtime.host.store import Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
 from mom_passes.host.kv_values import find_kv
-from mom_passes.ops.transfers import FETCH, OFFLOAD
-from mom_passes.program.memory import Memory, memory
+from mom_passes.ops.transfers import FETCH
+from mom_passes.program.memory import Memory, leaving, memory
 from mom_passes.program.program import Program
 
 #: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
@@ -57,10 +57,10 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], plan
     residency = None
     if options.kv_offload == "auto" and offloads(options, device):
         found = memory(plan)
-        leaving = [node.meta["kv"] for node in gm.graph.nodes if node.target is OFFLOAD]
-        layers = 1 + max((value.layer for value in leaving), default=0)
+        values = leaving(plan).values()
+        layers = 1 + max((value.layer for value in values), default=0)
         budget = options.budget_bytes or _free_bytes(device)
-        between = 2 * sum(value.bytes_per_token for value in leaving) // layers
+        between = 2 * sum(value.bytes_per_token for value in values) // layers
         per_token = _bytes_per_token(found) if found.tokens else between
         residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
     return KVPlace(device, _placement(options, device), residency)

@@ -110,8 +110,7 @@ class _Rewriter:
         first = self._size(value.first)
         if value.past is None:
             with self.graph.inserting_before(behind(complete)):
-                host = emit(self.graph, OFFLOAD, (value.full, value.dim, first))
-            host.meta["kv"] = value
+                host = emit(self.graph, OFFLOAD, (value.full, value.dim, first, value.layer))
         else:
             assert value.new is not None
             ahead = self._bring_ahead(value.past)

@@ -6,7 +6,7 @@ host         A tensor in host memory, seen as the device's `[B, H, T, D]` but st
              outermost, so that appending a row never moves another.
 buffer       A device buffer with the host's rows and space for the rows to come.
 
-    prefill   host = offload(k, 2, 0)                      rows leave as soon as they are complete
+    prefill   host = offload(k, 2, 0, layer)               rows leave as soon as they are complete
     decode    buffer = fetch_start(host, 1, 2, device)      begins the copy; one layer ahead
               k      = fetch_wait(buffer, new, 2)           waits for it; `buffer` is now complete
               host = append(host, new, 2, 0)               only the new rows leave
@@ -38,8 +38,8 @@ LIBRARY.define("fetch_wait(Tensor buffer, Tensor? new, int dim) -> Tensor", tags
 LIBRARY.define("append(Tensor host, Tensor new, int dim, SymInt first) -> Tensor", tags=_TAGS)
 """Rows `[first:]` of the host's and the new rows, on the host."""
 
-LIBRARY.define("offload(Tensor value, int dim, SymInt first) -> Tensor", tags=_TAGS)
-"""Rows `[first:]` of a device value, on the host."""
+LIBRARY.define("offload(Tensor value, int dim, SymInt first, int layer=0) -> Tensor", tags=_TAGS)
+"""Rows `[first:]` of a device value, on the host. `layer` is whose attention reads it: what stays is told by layers."""
 
 FETCH = torch.ops.mom.fetch.default
 FETCH_START = torch.ops.mom.fetch_start.default
@@ -91,7 +91,7 @@ def append_reference(host: torch.Tensor, new: torch.Tensor, dim: int, first: int
     return offload_reference(torch.cat([host, new.to(HOST)], dim), dim, first)
 
 
-def offload_reference(value: torch.Tensor, dim: int, first: int) -> torch.Tensor:
+def offload_reference(value: torch.Tensor, dim: int, first: int, layer: int = 0) -> torch.Tensor:
     rows = value.shape[dim] - first
     host = token_major(_with_rows(value, dim, rows), dim, value, HOST)
     return host.copy_(value.narrow(dim, first, rows))
@@ -119,7 +119,7 @@ def _append_fake(host, new, dim, first):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("mom::offload", lib=LIBRARY)
-def _offload_fake(value, dim, first):  # type: ignore[no-untyped-def]
+def _offload_fake(value, dim, first, layer=0):  # type: ignore[no-untyped-def]
     return token_major(_with_rows(value, dim, value.shape[dim] - first), dim, value, HOST)
 
 

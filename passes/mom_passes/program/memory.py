@@ -20,7 +20,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from mom_passes.graph.sizes import expr, product, symbol_hints
+from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
@@ -135,6 +135,29 @@ def _typed_bytes(node: fx.Node) -> sympy.Expr:
     types = type if isinstance(type, tuple) else (type,)
     sizes = (expr(product(t.shape)) * t.dtype.itemsize for t in types if isinstance(t, TensorType))
     return sum(sizes, sympy.Integer(0))
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A value that leaves whole, for which it may be decided anew in each run whether it does.
+
+    `layer` is the one whose attention reads it, `bytes_per_token` what each of its tokens takes, as captured.
+    """
+
+    layer: int
+    bytes_per_token: int
+
+
+def leaving(program: Program) -> dict[fx.Node, Leaving]:
+    """The values that leave whole, by the node that stands for them on the host."""
+    found = {}
+    for step in program.steps:
+        if isinstance(step, Transfer) and step.node.target is OFFLOAD:
+            _, dim, _, layer = step.node.args
+            value = step.node.meta["val"]
+            size = count_hint(value.shape) * value.element_size()
+            found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
+    return found
 
 
 @dataclass(frozen=True)
