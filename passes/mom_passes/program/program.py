@@ -61,60 +61,50 @@ class Why(enum.Enum):
     COPY = "a piece for a copy alone would be one for each shape"
 
 
+class _OfANode:
+    """A step that stands for one node of the graph."""
+
+    node: fx.Node
+
+    @property
+    def name(self) -> str:
+        return self.node.name if self.node.op == "call_function" else str(self.node.target)
+
+    @property
+    def ins(self) -> tuple[fx.Node, ...]:
+        return tuple(self.node.all_input_nodes)
+
+
+class _OfAValue(_OfANode):
+    """A step that makes the value of one node."""
+
+    @property
+    def outs(self) -> tuple[fx.Node, ...]:
+        return (self.node,)
+
+
 @dataclass(frozen=True, eq=False)
-class Call:
+class Call(_OfAValue):
     """One operator, called as it is."""
 
     node: fx.Node
     why: Why
 
-    @property
-    def name(self) -> str:
-        return self.node.name
 
-    @property
-    def ins(self) -> tuple[fx.Node, ...]:
-        return tuple(self.node.all_input_nodes)
+@dataclass(frozen=True, eq=False)
+class Transfer(_OfAValue):
+    """A copy between device and host, or the beginning or end of one (see `mom_passes.ops.transfers`)."""
 
-    @property
-    def outs(self) -> tuple[fx.Node, ...]:
-        return (self.node,)
+    node: fx.Node
 
 
 @dataclass(frozen=True, eq=False)
-class LoopStep:
+class LoopStep(_OfANode):
     """A loop over mini-sequences. `outs` has None for what nobody reads."""
 
     node: fx.Node
     loop: Loop
     outs: tuple[fx.Node | None, ...]
-
-    @property
-    def name(self) -> str:
-        return str(self.node.target)
-
-    @property
-    def ins(self) -> tuple[fx.Node, ...]:
-        return tuple(self.node.all_input_nodes)
-
-
-@dataclass(frozen=True, eq=False)
-class Transfer:
-    """A copy between device and host, or the beginning or end of one (see `mom_passes.ops.transfers`)."""
-
-    node: fx.Node
-
-    @property
-    def name(self) -> str:
-        return self.node.name
-
-    @property
-    def ins(self) -> tuple[fx.Node, ...]:
-        return tuple(self.node.all_input_nodes)
-
-    @property
-    def outs(self) -> tuple[fx.Node, ...]:
-        return (self.node,)
 
 
 Step = Compute | Call | LoopStep | Transfer
