@@ -7,9 +7,8 @@ why the stations are what they are.
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +163,7 @@ class Follower:
             ],
         )
 
-    def kernel(self, gm: fx.GraphModule, static: Mapping[str, Any] | set[str]) -> None:
+    def kernel(self, gm: fx.GraphModule, static: set[str]) -> None:
         cache = PieceCache()
         place = KVPlace(torch.device("cpu"), Placement())
         program = lower(gm, schedule(gm), static_inputs=static, patches={}, cache=cache, report=Report(), kv=place)
@@ -220,10 +219,10 @@ def _shown(node: fx.Node) -> str:
 def follow(say: Callable[[str, Iterable[str]], None]) -> None:
     """Tell each station by name, with its lines."""
     model, ids = small_llama(), torch.randint(3, 320, (1, TOKENS))
-    inner = functools.partial(Follower(say).graph)
+    follower = Follower(say)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return capture(gm, example_inputs, inner, {})
+        return capture(gm, example_inputs, follower.graph, {})
 
     with torch.no_grad():
         torch.compile(model.forward, backend=backend)(input_ids=ids, use_cache=False)
