@@ -125,10 +125,12 @@ def test_a_past_of_an_input() -> None:
 class Convolving(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList(list(weights_of(torch.float32)))
+        for name, value in weights_of(torch.float32)._asdict().items():
+            self.register_parameter(name, torch.nn.Parameter(value))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return program(["mlp", "conv", "causal", "conv", "mlp"])(x, *self.weights)  # type: ignore[no-any-return]
+        weights = (self.square, self.bias, self.up, self.down, self.scale, self.table)
+        return program(["mlp", "conv", "causal", "conv", "mlp"])(x, *weights)  # type: ignore[no-any-return]
 
 
 def test_what_reads_rows_before_its_own_is_not_narrowed() -> None:
