@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mom_compile import pipeline
 from mom_compile.backend import static_input_names
 from mom_compile.config import parse_options
-from mom_compile.lowering.build import lower
+from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
@@ -166,7 +166,9 @@ class Follower:
     def kernel(self, gm: fx.GraphModule, static: set[str]) -> None:
         cache = PieceCache()
         place = KVPlace(torch.device("cpu"), Placement())
-        program = lower(gm, schedule(gm), static_inputs=static, patches={}, cache=cache, report=Report(), kv=place)
+        program = Lowering(
+            gm, schedule(gm), static_inputs=static, patches={}, cache=cache, report=Report(), kv=place
+        ).program()
         name = str(_loop_of(gm)[0].target)
         loop = next(step.run for step in program.steps if step.name == name)
         piece = loop.body  # type: ignore[attr-defined]

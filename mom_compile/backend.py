@@ -18,7 +18,7 @@ from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
 from mom_compile.config import Options, parse_options
-from mom_compile.lowering.build import lower
+from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import PieceCache, first_line, run_eagerly
 from mom_compile.memory.policy import fits_for_long, kv_place, offloads
 from mom_compile.notices import (
@@ -200,9 +200,9 @@ def build_program(
     rewritten = rewrite(gm, options, report, static)
     plan = schedule(rewritten)
     kv = kv_place(rewritten, options, static, plan)
-    program = lower(
+    program = Lowering(
         rewritten, plan, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv
-    )
+    ).program()
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
         return program(inputs)

@@ -235,7 +235,7 @@ def _stage_report(moment: Moment, found: Memory) -> StageReport:
         operators,
         loop.finals,
         tuple(value for value in live if value is not None),
-        found.number(moment.bytes) - sum(found.number(storage.bytes) for storage in moment.alive),
+        found.number(moment.own),
     )
 
 

@@ -326,18 +326,3 @@ def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
         return (node.target(*args, **kwargs),)  # type: ignore[operator]
 
     return call
-
-
-def lower(
-    gm: fx.GraphModule,
-    plan: plans.Program,
-    *,
-    static_inputs: Collection[str],
-    patches: Mapping[str, Any],
-    cache: PieceCache,
-    report: Report,
-    kv: KVPlace,
-) -> Program:
-    """The steps of a rewritten graph's plan, compiled."""
-    lowering = Lowering(gm, plan, static_inputs=static_inputs, patches=patches, cache=cache, report=report, kv=kv)
-    return lowering.program()

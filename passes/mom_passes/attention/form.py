@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import fx
 
-import mom_passes.ops  # noqa: F401  defines mom::attention
 from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
@@ -32,20 +31,10 @@ from mom_passes.graph.arguments import argument
 from mom_passes.graph.edit import fake_value, size_node
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.rules.attention import SDPA
 from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
-
-#: SDPA operator -> the name of its mask argument (None: it takes no mask).
-_MASK_NAMES: dict[str, str | None] = {
-    "_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
-    "_scaled_dot_product_flash_attention": None,
-    "_scaled_dot_product_efficient_attention": "attn_bias",
-    "_scaled_dot_product_cudnn_attention": "attn_bias",
-    "_scaled_dot_product_fused_attention_overrideable": "attn_bias",
-    "_scaled_dot_product_attention_math": "attn_mask",
-}
-SDPA = {getattr(aten, name).default: mask for name, mask in _MASK_NAMES.items() if hasattr(aten, name)}
 
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)

@@ -24,14 +24,13 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.values import operands
+from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
 from mom_passes.rules.work import matmul_work
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-MOM_ATTENTION = torch.ops.mom.attention.default
 
 PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
 

@@ -141,7 +141,10 @@ class _Rewriter:
             length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
         body = Body(self.demands, plan, length, stored, totals)
         carries = [i for i, port in enumerate(body.inputs) if isinstance(port, CarryIn)]
-        finals = [_final(i, at) for i, at in zip(totals, carries, strict=False)]
+        finals = [
+            Final(i.node.name, body.inputs[at].type, at, i.node.target)  # type: ignore[union-attr]
+            for i, at in zip(totals, carries, strict=False)
+        ]
         outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
         rows = self.limit.rows_of(body.widest)
         loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest)
@@ -199,9 +202,3 @@ class _Rewriter:
 def _stored(instance: Instance) -> Stored:
     value = value_of(instance.node)
     return Stored(instance.node.name, TensorType.of(value, storage_order(value)), instance.dim)
-
-
-def _final(instance: Instance, carry: int) -> Final:
-    value = value_of(instance.node)
-    total = TensorType(tuple(value.shape), total_dtype(instance.node), value.device)
-    return Final(instance.node.name, total, carry, instance.node.target)

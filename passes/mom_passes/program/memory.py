@@ -43,8 +43,12 @@ class Moment:
 
     @property
     def bytes(self) -> sympy.Expr:
-        alive = sum((storage.bytes for storage in self.alive), sympy.Integer(0))
-        return alive + self.scratch.xreplace({COUNT: self.count}) if self.scratch != 0 else alive
+        return sum((storage.bytes for storage in self.alive), self.own)
+
+    @property
+    def own(self) -> sympy.Expr:
+        """The scratch, with the rows that a mini-sequence has."""
+        return self.scratch.xreplace({COUNT: self.count}) if self.scratch != 0 else self.scratch
 
     @property
     def count(self) -> sympy.Expr:
@@ -67,8 +71,7 @@ class Memory:
     @property
     def iteration(self) -> int:
         """The most that one mini-sequence holds beside full-length values, in bytes at the captured sizes."""
-        loops = (m for m in self.moments if isinstance(m.step, LoopStep))
-        return max((self.number(m.bytes) - self.number(sum(s.bytes for s in m.alive)) for m in loops), default=0)
+        return max((self.number(m.own) for m in self.moments if isinstance(m.step, LoopStep)), default=0)
 
     @property
     def tokens(self) -> int:
@@ -85,7 +88,7 @@ class Memory:
         return max(self.moments, key=lambda moment: self.number(moment.bytes))
 
     def most(self, *kinds: type, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
-        """The peak of the steps of some kinds, in bytes."""
+        """The peak of the steps of some kinds, in bytes; 0 where there are none."""
         chosen = (moment for moment in self.moments if isinstance(moment.step, kinds))
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 

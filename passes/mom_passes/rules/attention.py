@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
-import mom_passes.ops  # noqa: F401  defines mom::attention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, given, replace
 from mom_passes.graph.sizes import count_hint, hint, same
+from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import broadcast_need, checked, output_shape, outputs_of, shape_of
@@ -36,18 +35,29 @@ def attention_work(node: fx.Node) -> int:
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
 
+_MASK_NAMES: dict[str, str | None] = {
+    "_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
+    "_scaled_dot_product_flash_attention": None,
+    "_scaled_dot_product_efficient_attention": "attn_bias",
+    "_scaled_dot_product_cudnn_attention": "attn_bias",
+    "_scaled_dot_product_fused_attention_overrideable": "attn_bias",
+    "_scaled_dot_product_attention_math": "attn_mask",
+}
 #: Raw SDPA operator -> the name of its mask argument (None: it takes no mask).
 SDPA: dict[Any, str | None] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
-    aten._scaled_dot_product_flash_attention.default: None,
-    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
-    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
+    getattr(aten, name).default: mask for name, mask in _MASK_NAMES.items() if hasattr(aten, name)
 }
+
+#: Those of them that have a rule, for graphs in which they are left as they are.
+WITH_RULE = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 
 #: Its log-sum-exp is padded to whole tiles of queries, so rows of it are not rows of the whole.
 PADDED = aten._scaled_dot_product_efficient_attention.default
-
-MOM_ATTENTION = torch.ops.mom.attention.default
 
 
 def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Need]:
@@ -66,7 +76,7 @@ def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str,
     return needs
 
 
-@register(*SDPA, recompute=False, work=attention_work)
+@register(*WITH_RULE, recompute=False, work=attention_work)
 def sdpa(node: fx.Node, dim: Dim) -> Claim:
     needs = attention_needs(node, dim, SDPA[node.target])
     if argument(node, "dropout_p") != 0:
