@@ -24,16 +24,18 @@ import torch
 from torch import fx, nn
 
 from mom_passes.graph.arguments import arguments_of
-from mom_passes.graph.sizes import Size
+from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type, storage_order
-from mom_passes.loops.stages import StagePlan, body_instances, bytes_per_token
-from mom_passes.rules import All, Past, Rows, Window, facts_of
+from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
+from mom_passes.rules import All, Dim, Past, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.folds import FOLDS, identity, total_dtype
+from mom_passes.rules.source import tokens
 from mom_passes.rules.view import TO_THE_END
+from mom_passes.tokens.region import Region
 
 aten = torch.ops.aten
 
@@ -78,7 +80,7 @@ class Body:
         self.sizes += [i for i in numbers if i not in self.sizes]
         self.carries = [*totals, *(i for i in members if isinstance(i.need, Past))]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
-        self.widest = max(map(bytes_per_token, made), default=1)
+        self.widest = max(map(widest_per_token, made), default=1)
         self._placeholders()
         for instance in members:
             if instance not in self.env:
@@ -135,6 +137,8 @@ class Body:
             given = [i for i in self.demands.inputs[instance] if is_tensor(i.node)]
             window = Window(self.start, self.count, tuple(self._first_row(i) for i in given))
             target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._own)
+        if isinstance(target, Region):
+            return self._inlined(instance, target, args)
         if isinstance(self.length, int):
             args, kwargs = self._without_literals(target, args, kwargs)
         emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
@@ -142,6 +146,22 @@ class Body:
         if isinstance(instance.need, Total):
             return self._add_to_total(instance, emitted)
         return self._typed(emitted, instance)
+
+    def _inlined(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
+        """A region's operators, for the rows that the mini-sequence has."""
+        dim = region.dim_of_rows(instance.dim)
+        rows = tokens(instance.node, dim, Window(self.start, self.count, ()))
+
+        def describe(new: fx.Node, inner: fx.Node) -> None:
+            of_rows = inner.meta["per_row"]
+            values = inner.meta["val"]
+            types = [TensorType.of(value) for value in (values if isinstance(values, (tuple, list)) else [values])]
+            if of_rows is not None:
+                need = Rows(Dim(0, dim.outer, product([dim.inner, of_rows])))
+                types = [rows_type(type, need) for type in types]
+            new.meta["type"] = tuple(types) if isinstance(values, (tuple, list)) else types[0]
+
+        return region.inline(self.graph, rows, operands, describe)
 
     def _first_row(self, instance: Instance) -> Any:
         """At which row of the sequence an operand begins; a past, in the first mini-sequences, before there are any."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,12 @@ class OperatorFacts:
         return claim
 
 
+class Described:
+    """A call's target that says itself what is known of it: part of a graph that was outlined (`tokens.region`)."""
+
+    facts: OperatorFacts
+
+
 NO_RULE = "no chunk rule is registered for this operator"
 
 
@@ -143,7 +150,8 @@ def register(
 ) -> Callable[[Rule], Rule]:
     """Decorator: the chunk rule and the other facts of one or more operator overloads (see `OperatorFacts`).
 
-    Raises `TypeError` for anything else. Public, for custom operators::
+    An operator of a package that need not be there is named by text, `"mylib::scale_rows"` or
+    `"mylib::scale_rows.out"`. Raises `TypeError` for anything else. Public, for custom operators::
 
         @register(torch.ops.mylib.scale_rows.default)
         def scale_rows(node, dim):
@@ -160,14 +168,23 @@ def register(
     def decorate(rule: Rule) -> Rule:
         _check_rule(rule)
         for target in targets:
-            _FACTS[target] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
+            _FACTS[_key(target)] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
         return rule
 
     return decorate
 
 
+def _key(target: Any) -> Any:
+    """What an operator's facts stand under: itself, or for one that may be defined later the name it will print."""
+    if not isinstance(target, str):
+        return target
+    name = target.replace("::", ".")
+    return name if name.count(".") == 2 else f"{name}.default"
+
+
 def _check_target(target: Any) -> None:
-    if isinstance(target, _OVERLOAD) or target is operator.getitem:
+    named = isinstance(target, str) and re.fullmatch(r"\w+::\w+(\.\w+)?", target)
+    if isinstance(target, _OVERLOAD) or target is operator.getitem or named:
         return
     if isinstance(target, _PACKET):
         names = ", ".join(f"torch.ops.{target}.{name}" for name in target.overloads())
@@ -190,13 +207,26 @@ def _check_rule(rule: Any) -> None:
 
 
 def registered() -> dict[Any, OperatorFacts]:
-    """A copy of the table: operator overload -> facts."""
-    return dict(_FACTS)
+    """A copy of the table: operator overload -> facts. What is registered by name counts once it is defined."""
+    known = ((_defined(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
+    return {target: facts for target, facts in known if target is not None}
+
+
+def _defined(name: str) -> Any:
+    """The operator overload that prints as `name`, or None."""
+    namespace, operator_name, overload = name.split(".")
+    packet = getattr(getattr(torch.ops, namespace), operator_name, None)
+    return getattr(packet, overload, None)
 
 
 def facts_of(target: Any) -> OperatorFacts:
     """What is known of an operator; of one that nobody registered, nothing."""
-    return _FACTS.get(target, _UNKNOWN)
+    if isinstance(target, Described):
+        return target.facts
+    found = _FACTS.get(target)
+    if found is None and isinstance(target, _OVERLOAD):
+        found = _FACTS.get(str(target))
+    return found or _UNKNOWN
 
 
 def facts(node: fx.Node) -> OperatorFacts:
