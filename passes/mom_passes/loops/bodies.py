@@ -33,7 +33,6 @@ from mom_passes.rules import All, Dim, Past, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.folds import FOLDS, identity, total_dtype
-from mom_passes.rules.source import tokens
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.tokens.region import Region
 
@@ -150,7 +149,6 @@ class Body:
     def _inlined(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
         """A region's operators, for the rows that the mini-sequence has."""
         dim = region.dim_of_rows(instance.dim)
-        rows = tokens(instance.node, dim, Window(self.start, self.count, ()))
 
         def describe(new: fx.Node, inner: fx.Node) -> None:
             of_rows = inner.meta["per_row"]
@@ -161,7 +159,7 @@ class Body:
                 types = [rows_type(type, need) for type in types]
             new.meta["type"] = tuple(types) if isinstance(values, (tuple, list)) else types[0]
 
-        return region.inline(self.graph, rows, operands, describe)
+        return region.inline(self.graph, operands, describe)
 
     def _first_row(self, instance: Instance) -> Any:
         """At which row of the sequence an operand begins; a past, in the first mini-sequences, before there are any."""

@@ -15,7 +15,7 @@ from mom_passes.rules.registry import (
 )
 
 __all__ = [
-    "Alias", "All", "Claim", "Described", "Dim", "Need", "OperatorFacts", "Past", "Rows", "Window", "attention", "claim_for",
-    "dim_of", "facts", "facts_of", "index", "matmul", "pointwise", "reduction", "register", "registered", "source",
-    "view",
+    "Alias", "All", "Claim", "Described", "Dim", "Need", "OperatorFacts", "Past", "Rows", "Window", "attention",
+    "claim_for", "dim_of", "facts", "facts_of", "index", "matmul", "pointwise", "reduction", "register", "registered",
+    "source", "view",
 ]  # fmt: skip

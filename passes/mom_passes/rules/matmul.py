@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import operands
 from mom_passes.rules.factories import broadcast_need, checked, output_shape
 from mom_passes.rules.needs import All, Dim, Need, Rows
-from mom_passes.rules.registry import Claim, Rule, facts, register
+from mom_passes.rules.registry import Claim, Rule, facts, register, register_work
 
 
 def contract(equation: str, bias: bool = False) -> Rule:
@@ -43,18 +42,16 @@ def contract(equation: str, bias: bool = False) -> Rule:
 GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
-def is_grouped_product(node: fx.Node) -> bool:
-    return facts(node).rule is grouped
-
-
 def grouped_work(node: fx.Node) -> int:
     return count_hint(node.meta["val"].shape) * hint(operands(node)[0].meta["val"].shape[-1])
 
 
-@register(*GROUPED, recompute=False, work=grouped_work)
-def grouped(node: fx.Node, dim: Dim) -> Claim:
-    """By itself it has no rows to be cut along; among what sorts rows and puts them back it has (`tokens.experts`)."""
-    raise CannotChunk(node, dim, "which matrix a row is multiplied with follows from where it stands")
+# By itself it has no rows that can be cut. Among what sorts rows and puts them back it has: `tokens.experts`.
+register_work(*GROUPED, work=grouped_work)
+
+
+def is_grouped_product(node: fx.Node) -> bool:
+    return facts(node).work is grouped_work
 
 
 register(aten.mm.default, aten._int_mm.default, recompute=False)(contract("mk,kn->mn"))

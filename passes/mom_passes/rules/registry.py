@@ -174,6 +174,13 @@ def register(
     return decorate
 
 
+def register_work(*targets: Any, work: Work) -> None:
+    """How much operators compute that have no chunk rule. Named as in `register`; raises `TypeError` likewise."""
+    for target in targets:
+        _check_target(target)
+        _FACTS[_key(target)] = OperatorFacts(recompute=False, work=work)
+
+
 def _key(target: Any) -> Any:
     """What an operator's facts stand under: itself, or for one that may be defined later the name it will print."""
     if not isinstance(target, str):

@@ -24,13 +24,14 @@ import torch
 from torch import fx, nn
 
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.edit import fake_value, size_node
+from mom_passes.graph.edit import fake_value
 from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Described, Dim, OperatorFacts, Rows
-from mom_passes.rules.arithmetic import mul
 from mom_passes.rules.factories import checked
 from mom_passes.rules.work import matmul_work
+
+aten = torch.ops.aten
 
 
 class Region(Described):
@@ -91,32 +92,32 @@ class Region(Described):
         return self.work * hint(self.rows_of(operands(node))) // self.rows
 
     def inline(
-        self, graph: fx.Graph, rows: Any, given: Sequence[fx.Node], describe: Callable[[fx.Node, fx.Node], None]
+        self, graph: fx.Graph, given: Sequence[fx.Node], describe: Callable[[fx.Node, fx.Node], None]
     ) -> fx.Node:
-        """Its operators at the end of `graph`, for so many rows; returns the result's node.
+        """Its operators at the end of `graph`, for the rows that the operands have; returns the result's node.
 
-        `describe(new, node)` is called for each, to give a new node its metadata.
+        `describe(new, node)` gives each new tensor its metadata.
         """
-        placeholders = [node for node in self.template.nodes if node.op == "placeholder"]
-        env: dict[fx.Node, Any] = dict(zip(placeholders, (rows, *given), strict=True))
+        rows, *placeholders = (node for node in self.template.nodes if node.op == "placeholder")
+        env: dict[fx.Node, Any] = dict(zip(placeholders, given, strict=True))
+        env[rows] = self._rows_read(graph, given) if rows.users else None
         for node in self.template.nodes:
             if node.op == "output":
                 result: fx.Node = env[node.args[0]]
             elif node.op == "call_function":
-                env[node] = _copied(graph, node, env, describe)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = new = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+                new.meta = {k: v for k, v in node.meta.items() if k not in ("val", "per_row")}
+                if "per_row" in node.meta:
+                    describe(new, node)
         return result
 
-
-def _copied(
-    graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any], describe: Callable[[fx.Node, fx.Node], None]
-) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-    if node.target is operator.mul:
-        return mul(*args)  # a number of rows
-    new = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-    new.meta = {k: v for k, v in node.meta.items() if k not in ("val", "per_row")}
-    describe(new, node)
-    return new
+    def _rows_read(self, graph: fx.Graph, given: Sequence[fx.Node]) -> fx.Node:
+        """Read off an operand, so that nobody need say how many there are."""
+        of_rows = [(operand, n) for operand, n in zip(given, self.per_row, strict=True) if n]
+        operand, per_row = min(of_rows, key=lambda pair: pair[1])
+        rows = graph.call_function(aten.sym_size.int, (operand, 0))
+        return rows if per_row == 1 else graph.call_function(operator.floordiv, (rows, per_row))
 
 
 def regions(graph: fx.Graph) -> Iterator[tuple[fx.Node, Region]]:
@@ -129,12 +130,10 @@ def regions(graph: fx.Graph) -> Iterator[tuple[fx.Node, Region]]:
 def inline_regions(gm: fx.GraphModule) -> None:
     """Put what was outlined back where no loop took it, in place."""
     for node, region in list(regions(gm.graph)):
+        new = node.prev
         with gm.graph.inserting_before(node):
-            rows = size_node(gm.graph, region.rows_of(operands(node)), before=node)
-            result = region.inline(gm.graph, rows, operands(node), _with_fake_value)
+            result = region.inline(gm.graph, operands(node), lambda new, _: None)
+        while (new := new.next) is not node:
+            new.meta["val"] = fake_value(new)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
-
-
-def _with_fake_value(new: fx.Node, node: fx.Node) -> None:
-    new.meta["val"] = fake_value(new)
