@@ -31,7 +31,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
 from mom_passes.graph.values import operands
-from mom_passes.rules.needs import All, Dim, Need, Past, Rows, Window
+from mom_passes.rules.needs import All, Dim, Need, Past, Rows, State, Window
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -46,6 +46,8 @@ class Claim:
     edit: Edit | None = None
     #: Another operator to call in the body, e.g. one that takes a row offset.
     target: Any = None
+    #: What is handed from rows to those behind them, so that they are computed in order.
+    state: State | None = None
 
 
 Rule = Callable[[fx.Node, Dim], Claim]
@@ -93,8 +95,11 @@ class OperatorFacts:
     work: Work | None = None
     size_arguments: tuple[str, ...] = ()
 
-    def claim(self, node: fx.Node, dim: Dim) -> Claim:
-        """The rule's claim, checked. Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise."""
+    def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
+        """The rule's claim, checked; `in_order` takes one that has a state.
+
+        Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
+        """
         if self.rule is None:
             raise CannotChunk(node, dim, NO_RULE)
         try:
@@ -106,6 +111,8 @@ class OperatorFacts:
         fault = _fault(claim, len(operands(node)))
         if fault is not None:
             raise RuleError(node, dim, fault)
+        if claim.state is not None and not in_order:
+            raise CannotChunk(node, dim, "accumulates along it")
         return claim
 
 
@@ -241,6 +248,7 @@ def facts(node: fx.Node) -> OperatorFacts:
     return facts_of(node.target) if node.op == "call_function" else _UNKNOWN
 
 
-def claim_for(node: fx.Node, dim: Dim) -> Claim:
-    """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one."""
-    return facts(node).claim(node, dim)
+def claim_for(node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
+    """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one, and for a scan along its
+    rows unless they are computed `in_order`: who asks of some rows alone has nothing to hand to them."""
+    return facts(node).claim(node, dim, in_order=in_order)

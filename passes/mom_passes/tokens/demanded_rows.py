@@ -121,8 +121,9 @@ class Needs:
         span = self.spans.get(node) if node in self.dims.rowwise else None
         if span is None or node.target is operator.getitem:
             return span
-        claim = claim_for(node, self.dims.carriers[node].dim)
-        return None if any(isinstance(need, Past) for need in claim.needs) else span
+        claim = claim_for(node, self.dims.carriers[node].dim, in_order=True)
+        reads_before = claim.state is not None or any(isinstance(need, Past) for need in claim.needs)
+        return None if reads_before else span
 
     def add(self, node: fx.Node, span: Span | None) -> None:
         known = self.spans.get(node, span)
