@@ -349,3 +349,15 @@ def test_only_the_rows_that_are_needed() -> None:
     given = (example(2, 17), *weights(routing))
     torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
     assert not any(node.target is operator.getitem and not node.users for node in rewritten.graph.nodes)
+
+
+def test_scope_mlp_has_experts_in_its_loops() -> None:
+    """They are what a mixture has for an MLP. What a loop stores is a token's row, not one for each of its slots."""
+    routing = Routing()
+    gm = traced(lambda x, w: mixture(x, w, routing), routing)
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm), scope="mlp")
+    assert (in_loops(rewritten), outside(rewritten)) == (4, 0)
+    made = [module.loop for _, module in loop_nodes(rewritten) if any(map(is_grouped_product, module.body.graph.nodes))]
+    assert [output.type.shape[0] * output.type.shape[1] for loop in made for output in loop.stored] == [34 * HIDDEN] * 2
+    given = (example(2, 17), *weights(routing))
+    torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)

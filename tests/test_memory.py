@@ -76,8 +76,9 @@ def mixture():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
-def test_the_expected_peak_of_a_mixture_of_experts_is_what_is_measured():
-    """Its experts run on all tokens at once, sorted by expert, between two loops: there the peak is."""
+def test_the_expected_peak_between_loops_is_what_is_measured(monkeypatch):
+    """Experts that could not be shown to be row-wise run on all tokens at once, sorted, between two loops."""
+    monkeypatch.setattr("mom_compile.pipeline.outline_experts", lambda gm: {})
     watch_cpu()
     model, ids = mixture(), torch.randint(3, 64, (1, 1000))
     model.compile(backend="mom", options={"mini_seq_len": 64, "strict": True})

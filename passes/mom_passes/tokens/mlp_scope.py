@@ -7,6 +7,7 @@ widening   A linear whose rows are wider than those it reads, and whose result r
            an attention: gate and up projections, the LM head.
 
     keep row-wise: what lies between a widening linear and the linears it feeds, both included
+                   experts, and what makes one row for each token of theirs
     everything else runs on the full sequence
 """
 
@@ -18,10 +19,11 @@ from dataclasses import replace
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint
-from mom_passes.graph.values import is_tensor, operands
+from mom_passes.graph.values import bytes_of, is_tensor, operands
 from mom_passes.rules import All, claim_for
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.region import Region
 
 
 def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
@@ -30,6 +32,8 @@ def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
     for node in gm.graph.nodes:
         if is_linear(node, dims) and _widens(node):
             kept |= _until_the_next_product(node, dims)
+        elif isinstance(node.target, Region) and node in dims.rowwise:
+            kept |= _until_as_narrow_as(node, max(map(bytes_of, _activations(node, dims))), dims)
     return replace(dims, rowwise=dims.rowwise & kept)
 
 
@@ -63,6 +67,17 @@ def _until_the_next_product(node: fx.Node, dims: TokenDims) -> set[fx.Node]:
     ends = products or [n for n in rows if any(user not in rows for user in n.users)]
     feeding = _closure(ends, lambda n: list(n.all_input_nodes))
     return {n for n in reached & feeding if n in dims.rowwise} | {node}
+
+
+def _activations(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
+    needs = claim_for(node, dims.carriers[node].dim).needs
+    return [n for n, need in zip(operands(node), needs, strict=True) if not isinstance(need, All)]
+
+
+def _until_as_narrow_as(node: fx.Node, size: int, dims: TokenDims) -> set[fx.Node]:
+    """A value and what is made of it row by row, as long as that is larger."""
+    larger = _closure([node], lambda n: [u for u in n.users if u in dims.rowwise] if bytes_of(n) > size else [])
+    return {n for n in larger if n in dims.rowwise and not (matmul_work(n) and n is not node)}
 
 
 def _closure(roots: Iterable[fx.Node], following: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
