@@ -35,6 +35,7 @@ class LiveValue:
 class StageReport:
     """One loop: where its tokens are, what it stores at full length, and what it runs.
 
+    `spread` is how many of its tokens give each expert a row, 1 without experts.
     `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it,
     `iteration_bytes` what one mini-sequence holds beside them.
     """
@@ -48,6 +49,7 @@ class StageReport:
     folds: tuple[Final, ...]
     live: tuple[LiveValue, ...]
     iteration_bytes: int
+    spread: float = 1
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def _stage_report(moment: Moment, found: Memory) -> StageReport:
         loop.finals,
         tuple(value for value in live if value is not None),
         found.number(moment.own),
+        loop.spread,
     )
 
 
@@ -261,6 +264,9 @@ def _stage_lines(stage: StageReport) -> list[str]:
     most = sorted(stage.operators.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} x{count}" for name, count in most[:6])
     lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
+    if stage.spread > 1:
+        rows = stage.mini_seq_len / stage.spread
+        lines.append(f"    experts: {rows:.0f} rows to a product, a row for every {stage.spread:g} tokens")
     for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
         shape = ", ".join(str(s) for s in output.type.shape)
         place = "" if output.over is None else ", written over an operand"

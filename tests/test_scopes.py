@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mom_compile
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
-from mom_passes.loops.loop import RowLimit, loops
+from mom_passes.loops.loop import ExpertRows, RowLimit, loops
 from tests.families import prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
@@ -82,6 +82,26 @@ def test_a_wide_value_makes_mini_sequences_shorter_and_never_starves_the_product
     assert [limit.rows_of(width) for width in (1, 1024, 2048, 4096, 1 << 20)] == [1024, 1024, 512, 256, 128]
     assert RowLimit(64, 1 << 20).rows_of(1 << 30) == 64
     assert RowLimit(1024).rows_of(1 << 40) == 1024
+
+
+H100 = RowLimit(1024, 128 << 20, ExpertRows(300, 512 << 20))
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "inner", "hidden", "rows"),
+    [
+        (8, 2, 14336, 4096, 1200),  # Mixtral 8x7B: 300 rows to each of 8 products
+        (128, 8, 768, 2048, 4800),  # Qwen3 30B-A3B
+        (32, 4, 2880, 2880, 2400),  # GPT-OSS 20B
+        (256, 8, 2048, 7168, 4681),  # DeepSeek V3: bytes end it, 146 rows to a product
+    ],
+)
+def test_a_loop_with_experts_has_rows_for_each_of_their_products(experts, chosen, inner, hidden, rows):
+    """In bf16. The widest value is a token's gate and up projections, or its hidden states, for every expert chosen."""
+    widest = 2 * chosen * max(2 * inner, hidden)
+    assert H100.rows_of(widest, spread=experts / chosen, length=100_000) == rows
+    assert H100.rows_of(widest, spread=experts / chosen, length=2048) == 1024  # a quarter of the tokens, or as without
+    assert RowLimit(64).rows_of(widest, spread=experts / chosen, length=100_000) == 64  # the user has said so
 
 
 def test_the_loop_that_ends_in_logits_has_the_shorter_mini_sequences():

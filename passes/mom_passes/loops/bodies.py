@@ -59,7 +59,8 @@ Operand = Instance | TheLength | First
 class Body:
     """Builds one iteration: `module`, the ports `inputs` and the operand that each wants.
 
-    `widest` is the most bytes that one token of a value made here takes.
+    `widest` is the most bytes that one token of a value made here takes, `spread` how many tokens give each of its
+    experts a row.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Body:
         self.carries = [*totals, *pasts, *scans]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
         self.widest = max(map(widest_per_token, made), default=1)
+        self.spread = max((i.node.target.spread for i in made if isinstance(i.node.target, Region)), default=1)
         self._placeholders()
         for instance in members:
             if instance not in self.env:

@@ -23,7 +23,7 @@ from torch import fx, nn
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, emit, fake_mode, fake_value, size_node
-from mom_passes.graph.sizes import Size, is_one, same
+from mom_passes.graph.sizes import Size, hint, is_one, same
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
@@ -146,8 +146,8 @@ class _Rewriter:
             for i, at in zip(totals, carries, strict=False)
         ]
         outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
-        rows = self.limit.rows_of(body.widest)
-        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest)
+        rows = self.limit.rows_of(body.widest, spread=body.spread, length=hint(length))
+        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread)
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):
             name = f"{name}_{len(self.graph.nodes)}"

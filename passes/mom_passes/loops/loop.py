@@ -12,6 +12,7 @@ body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *c
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,21 +30,43 @@ from mom_passes.rules.slicing import put, take
 FEWEST_ROWS = 128
 
 
+#: A loop whose experts ask for longer mini-sequences has at least so many.
+FEWEST_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What a product with one expert's matrix should have: `rows` of its own, for which a value may take `bytes`."""
+
+    rows: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class RowLimit:
     """How long a mini-sequence may be: `rows` at most, and fewer where one of its values would take more than `bytes`.
 
-    A loop that ends in the logits of a large vocabulary so gets shorter mini-sequences than one that ends in keys.
+    A loop that ends in the logits of a large vocabulary so gets shorter mini-sequences than one that ends in keys. One
+    that holds experts gets longer ones: each product has the rows of the tokens that chose its expert, and every
+    expert's matrices are read once for each mini-sequence.
     """
 
     rows: int
     bytes: int | None = None
+    experts: ExpertRows | None = None
 
-    def rows_of(self, widest: int) -> int:
-        """Rows for a loop whose widest value takes `widest` bytes per token."""
+    def rows_of(self, widest: int, *, spread: float = 1, length: int = 0) -> int:
+        """Rows for a loop over `length` tokens whose widest value takes `widest` bytes per token.
+
+        `spread` is how many tokens it takes, on average, to give every expert a row: experts over experts chosen.
+        """
         if self.bytes is None:
             return self.rows
-        return max(min(self.rows, FEWEST_ROWS), min(self.rows, self.bytes // max(1, widest)))
+        rows, most = self.rows, self.bytes
+        if self.experts is not None and spread > 1:
+            rows = max(rows, min(math.ceil(self.experts.rows * spread), length // FEWEST_ITERATIONS))
+            most = max(most, self.experts.bytes)
+        return max(min(self.rows, FEWEST_ROWS), min(rows, most // max(1, widest)))
 
 
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
@@ -65,7 +88,8 @@ class Loop:
     """One loop: `length` tokens in mini-sequences of at most `rows`.
 
     `inputs` follow the body's placeholders behind `start` and `count`, `outputs` are what the loop returns.
-    `widest` is the most bytes per token that one value of the body takes.
+    `widest` is the most bytes per token that one value of the body takes, `spread` how many tokens give each of its
+    experts a row (1: it has none).
     """
 
     stage: int
@@ -75,6 +99,7 @@ class Loop:
     outputs: tuple[Out, ...]
     body: fx.GraphModule
     widest: int
+    spread: float = 1
 
     @property
     def carries(self) -> dict[int, CarryIn]:

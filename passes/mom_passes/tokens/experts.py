@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from mom_passes.graph.arguments import argument, prims, replace
-from mom_passes.graph.sizes import quotient
+from mom_passes.graph.sizes import hint, quotient
 from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.rules import Window, claim_for, facts
 from mom_passes.rules.arithmetic import mul
@@ -87,7 +87,9 @@ class _Template:
         self.graph.output(env[self.result, None])
         # What is summed over a token's slots has one row for it.
         out = 1 if Use.OF_TOKENS in self.found.members[self.result].uses else self.per_token
-        region = Region("experts", self.graph, tuple(per_row[use] for _, use in wanted), out)
+        groups = [hint(value_of(operands(n)[1]).shape[0]) for n in self.members if is_grouped_product(n)]
+        spread = max(groups) / self.per_token
+        region = Region("experts", self.graph, tuple(per_row[use] for _, use in wanted), out, spread)
         return region, [operand for operand, _ in wanted]
 
     def _emit(self, node: fx.Node, env: dict[tuple[fx.Node, Use | None], fx.Node]) -> fx.Node:

@@ -35,18 +35,22 @@ aten = torch.ops.aten
 
 
 class Region(Described):
-    """`template` as an operator with one result, `out` rows of it for each of the region's.
+    """`template` as an operator with one result, `out` rows of it for each of the region's. It takes `spread` rows, on
+    average, for each of its products to have one.
 
     The template's nodes have their captured values as `meta["val"]`, and those that hold rows how many for each of the
     region's as `meta["per_row"]`. Called, it runs on the rows that its operands have.
     """
 
-    def __init__(self, name: str, template: fx.Graph, per_row: tuple[int | None, ...], out: int) -> None:
+    def __init__(
+        self, name: str, template: fx.Graph, per_row: tuple[int | None, ...], out: int, spread: float = 1
+    ) -> None:
         assert any(per_row), "a region has rows of some operand"
         self.__name__ = self.__qualname__ = self.name = name  # FX names a call by these
         self.template = template
         self.per_row = per_row
         self.out = out
+        self.spread = spread
         self.facts = OperatorFacts(self._claim, recompute=False, work=self._work)
         self._run = fx.GraphModule(nn.Module(), template, name)
         #: Rows when the graph was captured.
