@@ -63,10 +63,11 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], plan
         between = 2 * sum(value.bytes_per_token for value in values) // layers
         per_token = _bytes_per_token(found) if found.tokens else between
         residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
-    return KVPlace(device, _placement(options, device), residency)
+    return KVPlace(device, placement_of(options, device), residency)
 
 
-def _placement(options: Options, device: torch.device) -> Placement:
+def placement_of(options: Options, device: torch.device) -> Placement:
+    """Where new stores of a device's keys and values go."""
     tier = str(options.kv_offload) if options.kv_offload in TIERS else MEMORY
     folder = None if options.kv_dir is None else Path(options.kv_dir)
     return Placement(tier, folder, pin_for(device) if device.type == "cuda" else None)

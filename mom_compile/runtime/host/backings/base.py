@@ -56,8 +56,7 @@ class Backing:
         Raises `HostMemoryError`.
         """
         self.memory = reserve_addresses(capacity, least)
-        with torch.inference_mode(False):
-            addresses = torch.frombuffer(self.memory, dtype=torch.uint8)
+        addresses = as_bytes(self.memory)
         self.address = addresses.data_ptr()
         return addresses
 
@@ -76,6 +75,12 @@ class Backing:
 def whole_blocks(block: int, size: int) -> int:
     """The bytes of the blocks that `size` bytes take: one, at least."""
     return -(-max(size, 1) // block) * block
+
+
+def as_bytes(memory: mmap.mmap) -> torch.Tensor:
+    """A mapping as a tensor that keeps it. Also in inference mode it is one that may be written to afterwards."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def reserve_addresses(capacity: int, least: int) -> mmap.mmap:
