@@ -190,6 +190,8 @@ def _views() -> list[Call]:
         Call(aten.expand.default, (floats(2, 1, 5), [3, 2, 6, -1])),
         Call(aten.repeat.default, (floats(1, 5), [2, 6, 1])),
         Call(aten.cat.default, ([floats(0), x, x], 2)),
+        Call(aten.view_as_complex.default, (floats(2, 6, 5, 2),)),
+        Call(aten.view_as_real.default, (torch.complex(x, -x),)),
     ]
 
 

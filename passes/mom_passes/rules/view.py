@@ -76,6 +76,18 @@ def stack(node: fx.Node) -> list[Origin]:
     return _inserted(rank, axis(argument(node, "dim"), rank), "stacks along it")
 
 
+@follows(aten.view_as_complex.default, alias=Alias.VIEW)
+def view_as_complex(node: fx.Node) -> list[Origin]:
+    """Pairs `[..., 2]` as complex numbers, as rotary embeddings do that are written as one product."""
+    return list(range(len(output_shape(node))))
+
+
+@follows(aten.view_as_real.default, alias=Alias.VIEW)
+def view_as_real(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return all_but(rank, [rank - 1], "real and imaginary part are of one element")
+
+
 def _inserted(rank: int, at: int, reason: str) -> list[Origin]:
     return [reason if index == at else index - (index > at) for index in range(rank)]
 
