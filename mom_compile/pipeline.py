@@ -30,7 +30,9 @@ from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
+from mom_passes.tokens.experts import outline_experts
 from mom_passes.tokens.mlp_scope import mlp_only
+from mom_passes.tokens.region import inline_regions, regions
 from mom_passes.verify import Contract, verify
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -66,6 +68,8 @@ class State:
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
     stages: Stages | None = None
+    #: Why rows that were sorted cannot be cut, by their sort's name.
+    together: dict[str, str] = field(default_factory=dict)
     contract: Contract | None = None
     #: Loop bodies that hold to the laws: no pass changes one.
     sound: set[fx.GraphModule] = field(default_factory=set)
@@ -89,6 +93,12 @@ def canonical_attention(state: State) -> str:
     before = len(state.gm.graph.nodes)
     state.gm = attention_form(state.gm)
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
+
+
+def experts_as_regions(state: State) -> str:
+    """Mixtures of experts as one operator each, of which every token's rows are its own."""
+    state.together = outline_experts(state.gm)
+    return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
 
 
 def find_keys_and_values(state: State) -> str:
@@ -156,7 +166,7 @@ def follow_demands(state: State) -> str:
     state.demands = build_demands(state.gm, state.dims)
     whole = {i.node for i, kind in state.demands.kinds.items() if kind is Kind.WHOLE}
     state.report.left_out = {
-        f"{n.target} ({n.name})": why
+        f"{n.target} ({n.name})": state.together.get(n.name, why)
         for n, why in state.dims.mixing.items()
         if n in whole and n.target not in (operator.getitem, SPANS)
     }
@@ -219,6 +229,7 @@ def residual_in_place(state: State) -> str:
 TO_LOOPS: tuple[Step, ...] = (
     slices_of_everything,
     canonical_attention,
+    experts_as_regions,
     find_keys_and_values,
     find_tokens,
     rows_on_demand,
@@ -261,6 +272,7 @@ def run_pipeline(
     except NotWorthwhile as decision:
         no_loops = decision
         report.no_loops = str(decision)
+    inline_regions(state.gm)
     _run(BETWEEN_LOOPS, state, skip)
     if no_loops is not None and not state.offload:
         raise no_loops

@@ -189,9 +189,10 @@ def _views() -> list[Call]:
         Call(aten.constant_pad_nd.default, (x, [0, 0, 1, 2], 0.5)),
         Call(aten.expand.default, (floats(2, 1, 5), [3, 2, 6, -1])),
         Call(aten.repeat.default, (floats(1, 5), [2, 6, 1])),
+        Call(aten.repeat.default, (floats(6, 5), [3, 1])),
+        Call(aten.view_as_complex.default, (floats(2, 6, 2),)),
+        Call(aten.view_as_real.default, (torch.view_as_complex(floats(2, 6, 2)),)),
         Call(aten.cat.default, ([floats(0), x, x], 2)),
-        Call(aten.view_as_complex.default, (floats(2, 6, 5, 2),)),
-        Call(aten.view_as_real.default, (torch.complex(x, -x),)),
     ]
 
 

@@ -10,6 +10,7 @@ operand   What the loop's node has to give to a port: an instance of the graph a
     def body(start, count, *sizes, *rows, *whole, *carries):
         for instance in members:                       # in graph order
             rows       its operator on what its claim needs, with the arguments its rule's edit gives
+            scan       likewise, joined with its last row so far
             past       rows behind those that were handed over; the last of them are handed on
             total      a part of the reduction, added to the total that was handed over
         return (*stored rows, *what each carry hands on)
@@ -24,16 +25,17 @@ import torch
 from torch import fx, nn
 
 from mom_passes.graph.arguments import arguments_of
-from mom_passes.graph.sizes import Size
+from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type, storage_order
-from mom_passes.loops.stages import StagePlan, body_instances, bytes_per_token
-from mom_passes.rules import All, Past, Rows, Window, facts_of
+from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
+from mom_passes.rules import All, Dim, Past, Rows, State, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.folds import FOLDS, identity, total_dtype
 from mom_passes.rules.view import TO_THE_END
+from mom_passes.tokens.region import Region
 
 aten = torch.ops.aten
 
@@ -76,9 +78,11 @@ class Body:
         self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
         numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
         self.sizes += [i for i in numbers if i not in self.sizes]
-        self.carries = [*totals, *(i for i in members if isinstance(i.need, Past))]
+        pasts = (i for i in members if isinstance(i.need, Past))
+        scans = (i for i in members if i in computed and demands.claims[i].state is not None)
+        self.carries = [*totals, *pasts, *scans]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
-        self.widest = max(map(bytes_per_token, made), default=1)
+        self.widest = max(map(widest_per_token, made), default=1)
         self._placeholders()
         for instance in members:
             if instance not in self.env:
@@ -105,9 +109,9 @@ class Body:
         self.handed_on: dict[Instance, fx.Node] = {}
 
     def _carried(self, instance: Instance) -> fx.Node:
-        name = "past" if isinstance(instance.need, Past) else "total"
+        name = {Past: "past", Total: "total"}.get(type(instance.need), "state")
         placeholder = self.graph.placeholder(f"{instance.node.name}_{name}")
-        placeholder.meta["type"] = _first(instance).type
+        placeholder.meta["type"] = self._first(instance).type
         return placeholder
 
     def _ports(self, stored: int) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
@@ -118,9 +122,13 @@ class Body:
         ports += [(RowsIn(TensorType.of(value_of(i.node)), i.dim), i) for i in self.rows]
         ports += [(WholeIn(TensorType.of(value_of(i.node))), i) for i in self.whole]
         for out, instance in enumerate(self.carries, start=stored):
-            first = _first(instance)
+            first = self._first(instance)
             ports.append((CarryIn(first.type, out), first))
         return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
+
+    def _first(self, instance: Instance) -> First:
+        claim = self.demands.claims.get(instance)
+        return _first(instance, None if claim is None else claim.state)
 
     # --- nodes ---
 
@@ -135,13 +143,31 @@ class Body:
             given = [i for i in self.demands.inputs[instance] if is_tensor(i.node)]
             window = Window(self.start, self.count, tuple(self._first_row(i) for i in given))
             target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._own)
+        if isinstance(target, Region):
+            return self._inlined(instance, target, args)
         if isinstance(self.length, int):
             args, kwargs = self._without_literals(target, args, kwargs)
         emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         emitted.meta = {k: v for k, v in node.meta.items() if k != "val"}
         if isinstance(instance.need, Total):
             return self._add_to_total(instance, emitted)
-        return self._typed(emitted, instance)
+        self._typed(emitted, instance)
+        return self._scanned(instance, emitted) if claim is not None and claim.state is not None else emitted
+
+    def _inlined(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
+        """A region's operators, for the rows that the mini-sequence has."""
+        dim = region.dim_of_rows(instance.dim)
+
+        def describe(new: fx.Node, inner: fx.Node) -> None:
+            of_rows = inner.meta["per_row"]
+            values = inner.meta["val"]
+            types = [TensorType.of(value) for value in (values if isinstance(values, (tuple, list)) else [values])]
+            if of_rows is not None:
+                need = Rows(Dim(0, dim.outer, product([dim.inner, of_rows])))
+                types = [rows_type(type, need) for type in types]
+            new.meta["type"] = tuple(types) if isinstance(values, (tuple, list)) else types[0]
+
+        return region.inline(self.graph, operands, describe)
 
     def _first_row(self, instance: Instance) -> Any:
         """At which row of the sequence an operand begins; a past, in the first mini-sequences, before there are any."""
@@ -165,6 +191,17 @@ class Body:
         part.meta["type"] = total.meta["type"] = before.meta["type"]
         self.handed_on[instance] = total
         return total
+
+    def _scanned(self, instance: Instance, own: fx.Node) -> fx.Node:
+        """The scan of all rows so far, for the rows here; the last of them is handed on."""
+        state = self.demands.claims[instance].state
+        assert state is not None
+        before = self.handed_over[instance]
+        rows = self.graph.call_function(state.combine, (own, before))
+        last = self.graph.call_function(aten.slice.Tensor, (rows, instance.dim.index, -1, TO_THE_END))
+        rows.meta["type"], last.meta["type"] = own.meta["type"], before.meta["type"]
+        self.handed_on[instance] = last
+        return rows
 
     def _own(self, arg: fx.Node) -> fx.Node:
         """The body's value for all of an outer one."""
@@ -216,11 +253,12 @@ class Body:
             self.sizes.remove(instance)
 
 
-def _first(instance: Instance) -> First:
-    """What a carry begins with: nothing but zeros before the first row, the total of no rows."""
+def _first(instance: Instance, state: State | None) -> First:
+    """What a carry begins with: zeros before the first row, or what a scan gives for no rows, or their total."""
     node, need, value = instance.node, instance.need, value_of(instance.node)
-    if isinstance(need, Past):
-        shape = tuple(need.rows if d == need.dim.index else size for d, size in enumerate(value.shape))
-        return First(TensorType(shape, value.dtype, value.device, storage_order(value)), 0)
+    if isinstance(need, Rows | Past):
+        count, fill = (need.rows, 0) if isinstance(need, Past) else (1, state.fill)  # type: ignore[union-attr]
+        shape = tuple(count if d == need.dim.index else size for d, size in enumerate(value.shape))
+        return First(TensorType(shape, value.dtype, value.device, storage_order(value)), fill)
     total = TensorType(tuple(value.shape), total_dtype(node), value.device, tuple(range(value.dim())))
     return First(total, identity(node))

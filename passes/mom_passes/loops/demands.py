@@ -208,7 +208,7 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
     try:
         if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
             raise CannotChunk(node, instance.dim, "its rows are not computed along it")
-        claim = claim_for(node, instance.dim)
+        claim = claim_for(node, instance.dim, in_order=node in dims.worked)
     except CannotChunk:
         return Kind.ENTRY, (Instance(node, All()),), None
     inputs = [Instance(n, need) for n, need in zip(operands(node), claim.needs, strict=True)]

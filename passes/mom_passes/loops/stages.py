@@ -21,6 +21,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.loops.demands import DemandGraph, Instance, Kind
 from mom_passes.rules import All
+from mom_passes.tokens.region import Region
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
 FINE = 1 << 20
@@ -227,3 +229,13 @@ def bytes_per_token(instance: Instance) -> int:
     dim = instance.dim
     length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
     return max(1, count_hint(value.shape) * value.element_size() // max(1, length))
+
+
+def widest_per_token(instance: Instance) -> int:
+    """The same of the widest value that is made for it: a region makes more than its result."""
+    target: Any = instance.node.target
+    own = bytes_per_token(instance)
+    if not isinstance(target, Region):
+        return own
+    dim = target.dim_of_rows(instance.dim)
+    return max(own, target.widest * hint(dim.outer) * hint(dim.inner))

@@ -26,10 +26,8 @@ from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.factories import shape_of
 from mom_passes.rules.needs import Dim, Rows, Window
-from mom_passes.rules.reduction import reduced
+from mom_passes.rules.reduction import HALF, reduced
 from mom_passes.rules.registry import Claim
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from __future__ import annotations
 from torch import fx
 
 from mom_passes.graph.arguments import aten
+from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import operands
 from mom_passes.rules.factories import broadcast_need, checked, output_shape
 from mom_passes.rules.needs import All, Dim, Need, Rows
-from mom_passes.rules.registry import Claim, Rule, register
+from mom_passes.rules.registry import Claim, Rule, facts, register, register_work
 
 
 def contract(equation: str, bias: bool = False) -> Rule:
@@ -34,6 +35,23 @@ def contract(equation: str, bias: bool = False) -> Rule:
         return Claim(tuple(needs))
 
     return rule
+
+
+#: Products of rows with one of several matrices each. Which one follows from where the row stands: rows `[ends[g-1],
+#: ends[g])` with matrix `g`. `(rows [N, K], matrices [G, K, M], ends [G]) -> [N, M]`
+GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+
+
+def grouped_work(node: fx.Node) -> int:
+    return count_hint(node.meta["val"].shape) * hint(operands(node)[0].meta["val"].shape[-1])
+
+
+# By itself it has no rows that can be cut. Among what sorts rows and puts them back it has: `tokens.experts`.
+register_work(*GROUPED, work=grouped_work)
+
+
+def is_grouped_product(node: fx.Node) -> bool:
+    return facts(node).work is grouped_work
 
 
 register(aten.mm.default, aten._int_mm.default, recompute=False)(contract("mk,kn->mn"))

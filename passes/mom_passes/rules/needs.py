@@ -6,10 +6,12 @@ dim     A dimension that carries tokens, `Dim(index, outer, inner)`. Mostly just
         A `view` may merge it with its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens
         in dimension 0 with `outer=B`; `[S, K] -> [S*K]` leaves them with `inner=K`.
 need    Of one operand: all of it, the same rows along one of its dims, or these and a bounded number before them.
+state   What a scan needs beside its operands: what it gave for the row before.
 window  Where the rows that are computed stand in the sequence, and where each operand begins.
 
     attention    query Rows(2), key All(), value All()
     short conv   input Past(1, 3), weight All()             a causal convolution over four tokens
+    cumsum       input Rows(1), with a State                the sum so far
 """
 
 from __future__ import annotations
@@ -95,6 +97,20 @@ def fault_of(need: Need) -> str | None:
 def dim_of(need: Need) -> Dim | None:
     """The dim along which a need is for rows; None where it is for all."""
     return None if isinstance(need, All) else need.dim
+
+
+@dataclass(frozen=True)
+class State:
+    """What a scan hands from each mini-sequence to the next: its result for the last row; `fill` before the first.
+
+    `combine(scan of own rows, state)` is what the scan of all rows gives for these.
+    """
+
+    fill: int | float
+    combine: Any
+
+    def __str__(self) -> str:
+        return "its last row"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ over     The dimensions an operator runs over. A reduction drops them or keeps t
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.arguments import argument, aten, axes, has_argument, overloads
-from mom_passes.graph.values import operands
+from mom_passes.graph.arguments import argument, aten, axes, axis, has_argument, overloads
+from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
-from mom_passes.rules.needs import All, Dim, Rows
+from mom_passes.rules.needs import All, Dim, Rows, State
 from mom_passes.rules.registry import Claim, register
 
 REDUCTIONS = """
@@ -27,8 +30,14 @@ REDUCTIONS = """
     std_mean.correction sum.dim_IntList var.correction var.dim var_mean.correction var_mean.dim
 """
 
+HALF = (torch.float16, torch.bfloat16)
+
 SOFTMAXES = "_log_softmax _softmax log_softmax.int softmax.int"
-SCANS = "cummax cummin cumprod cumsum logcumsumexp"
+#: Scan -> what joins it with what was there before, and what that is before the first row.
+STATES: dict[Any, State] = {
+    aten.cumsum.default: State(0, aten.add.Tensor),
+    aten.cumprod.default: State(1, aten.mul.Tensor),
+}
 
 
 @follows(*overloads(aten, REDUCTIONS))
@@ -51,8 +60,20 @@ def softmax(node: fx.Node) -> list[Origin]:
     return _along(node, "normalises over it")
 
 
-@follows(*overloads(aten, SCANS), recompute=False)
-def scan(node: fx.Node) -> list[Origin]:
+@register(*STATES, recompute=False)
+def scan(node: fx.Node, dim: Dim) -> Claim:
+    along = axis(argument(node, "dim"), len(shape_of(operands(node)[0])))
+    if checked(node, dim).index != along:
+        return Claim((Rows(dim),))
+    if not dim.plain:
+        raise CannotChunk(node, dim, "accumulates along a dimension that holds more than tokens")
+    if value_of(node).dtype in HALF:
+        raise CannotChunk(node, dim, "what is accumulated would be rounded for every mini-sequence")
+    return Claim((Rows(dim),), state=STATES[node.target])
+
+
+@follows(*overloads(aten, "cummax cummin logcumsumexp"), recompute=False)
+def running(node: fx.Node) -> list[Origin]:
     return _along(node, "accumulates along it")
 
 

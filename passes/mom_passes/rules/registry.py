@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
 from mom_passes.graph.values import operands
-from mom_passes.rules.needs import Dim, Need, Window, fault_of
+from mom_passes.rules.needs import Dim, Need, State, Window, fault_of
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -45,6 +46,8 @@ class Claim:
     edit: Edit | None = None
     #: Another operator to call in the body, e.g. one that takes a row offset.
     target: Any = None
+    #: What is handed from rows to those behind them, so that they are computed in order.
+    state: State | None = None
 
 
 Rule = Callable[[fx.Node, Dim], Claim]
@@ -92,8 +95,11 @@ class OperatorFacts:
     work: Work | None = None
     size_arguments: tuple[str, ...] = ()
 
-    def claim(self, node: fx.Node, dim: Dim) -> Claim:
-        """The rule's claim, checked. Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise."""
+    def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
+        """The rule's claim, checked; `in_order` takes one that has a state.
+
+        Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
+        """
         if self.rule is None:
             raise CannotChunk(node, dim, NO_RULE)
         try:
@@ -105,7 +111,15 @@ class OperatorFacts:
         fault = _fault(claim, len(operands(node)))
         if fault is not None:
             raise RuleError(node, dim, fault)
+        if claim.state is not None and not in_order:
+            raise CannotChunk(node, dim, "accumulates along it")
         return claim
+
+
+class Described:
+    """A call's target that says itself what is known of it: part of a graph that was outlined (`tokens.region`)."""
+
+    facts: OperatorFacts
 
 
 NO_RULE = "no chunk rule is registered for this operator"
@@ -142,7 +156,8 @@ def register(
 ) -> Callable[[Rule], Rule]:
     """Decorator: the chunk rule and the other facts of one or more operator overloads (see `OperatorFacts`).
 
-    Raises `TypeError` for anything else. Public, for custom operators::
+    An operator of a package that need not be there is named by text, `"mylib::scale_rows"` or
+    `"mylib::scale_rows.out"`. Raises `TypeError` for anything else. Public, for custom operators::
 
         @register(torch.ops.mylib.scale_rows.default)
         def scale_rows(node, dim):
@@ -159,14 +174,30 @@ def register(
     def decorate(rule: Rule) -> Rule:
         _check_rule(rule)
         for target in targets:
-            _FACTS[target] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
+            _FACTS[_key(target)] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
         return rule
 
     return decorate
 
 
+def register_work(*targets: Any, work: Work) -> None:
+    """How much operators compute that have no chunk rule. Named as in `register`; raises `TypeError` likewise."""
+    for target in targets:
+        _check_target(target)
+        _FACTS[_key(target)] = OperatorFacts(recompute=False, work=work)
+
+
+def _key(target: Any) -> Any:
+    """What an operator's facts stand under: itself, or for one that may be defined later the name it will print."""
+    if not isinstance(target, str):
+        return target
+    name = target.replace("::", ".")
+    return name if name.count(".") == 2 else f"{name}.default"
+
+
 def _check_target(target: Any) -> None:
-    if isinstance(target, _OVERLOAD) or target is operator.getitem:
+    named = isinstance(target, str) and re.fullmatch(r"\w+::\w+(\.\w+)?", target)
+    if isinstance(target, _OVERLOAD) or target is operator.getitem or named:
         return
     if isinstance(target, _PACKET):
         names = ", ".join(f"torch.ops.{target}.{name}" for name in target.overloads())
@@ -189,13 +220,26 @@ def _check_rule(rule: Any) -> None:
 
 
 def registered() -> dict[Any, OperatorFacts]:
-    """A copy of the table: operator overload -> facts."""
-    return dict(_FACTS)
+    """A copy of the table: operator overload -> facts. What is registered by name counts once it is defined."""
+    known = ((_defined(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
+    return {target: facts for target, facts in known if target is not None}
+
+
+def _defined(name: str) -> Any:
+    """The operator overload that prints as `name`, or None."""
+    namespace, operator_name, overload = name.split(".")
+    packet = getattr(getattr(torch.ops, namespace), operator_name, None)
+    return getattr(packet, overload, None)
 
 
 def facts_of(target: Any) -> OperatorFacts:
     """What is known of an operator; of one that nobody registered, nothing."""
-    return _FACTS.get(target, _UNKNOWN)
+    if isinstance(target, Described):
+        return target.facts
+    found = _FACTS.get(target)
+    if found is None and isinstance(target, _OVERLOAD):
+        found = _FACTS.get(str(target))
+    return found or _UNKNOWN
 
 
 def facts(node: fx.Node) -> OperatorFacts:
@@ -203,6 +247,7 @@ def facts(node: fx.Node) -> OperatorFacts:
     return facts_of(node.target) if node.op == "call_function" else _UNKNOWN
 
 
-def claim_for(node: fx.Node, dim: Dim) -> Claim:
-    """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one."""
-    return facts(node).claim(node, dim)
+def claim_for(node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
+    """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one, and for a scan along its
+    rows unless they are computed `in_order`: who asks of some rows alone has nothing to hand to them."""
+    return facts(node).claim(node, dim, in_order=in_order)

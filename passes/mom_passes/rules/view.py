@@ -35,7 +35,7 @@ from mom_passes.rules.factories import (
     outputs_of,
     shape_of,
 )
-from mom_passes.rules.needs import All, Dim, Need, Rows, Window
+from mom_passes.rules.needs import All, Dim, Rows, Window
 from mom_passes.rules.registry import Alias, Claim, register
 from mom_passes.rules.source import require_static_layout, tokens
 
@@ -76,18 +76,6 @@ def stack(node: fx.Node) -> list[Origin]:
     return _inserted(rank, axis(argument(node, "dim"), rank), "stacks along it")
 
 
-@follows(aten.view_as_complex.default, alias=Alias.VIEW)
-def view_as_complex(node: fx.Node) -> list[Origin]:
-    """Pairs `[..., 2]` as complex numbers, as rotary embeddings do that are written as one product."""
-    return list(range(len(output_shape(node))))
-
-
-@follows(aten.view_as_real.default, alias=Alias.VIEW)
-def view_as_real(node: fx.Node) -> list[Origin]:
-    rank = len(output_shape(node))
-    return all_but(rank, [rank - 1], "real and imaginary part are of one element")
-
-
 def _inserted(rank: int, at: int, reason: str) -> list[Origin]:
     return [reason if index == at else index - (index > at) for index in range(rank)]
 
@@ -113,6 +101,17 @@ def squeeze(node: fx.Node, dim: Dim) -> Claim:
         return (args[0], removed), {}
 
     return Claim(origin_claim(node, dim, kept).needs, edit=edit, target=aten.squeeze.dims)
+
+
+@follows(aten.view_as_complex.default, alias=Alias.VIEW)
+def view_as_complex(node: fx.Node) -> list[Origin]:
+    return list(range(len(output_shape(node))))
+
+
+@follows(aten.view_as_real.default, alias=Alias.VIEW)
+def view_as_real(node: fx.Node) -> list[Origin]:
+    rank = len(output_shape(node))
+    return all_but(rank, [rank - 1], "they are the two parts of one number")
 
 
 # Taking parts, joining, moving within a dimension
@@ -180,20 +179,27 @@ def expand(node: fx.Node, dim: Dim) -> Claim:
     return _repeating(node, dim, "size", unchanged=-1)
 
 
-@register(aten.repeat.default)
+def repeat_candidates(node: fx.Node, carriers: tuple[Dim | None, ...]) -> list[Dim]:
+    """Tokens that are repeated n times lie in n groups, one behind the other."""
+    (dim,) = carriers
+    assert dim is not None
+    index = dim.index + len(output_shape(node)) - len(shape_of(operands(node)[0]))
+    return [Dim(index, product([argument(node, "repeats")[index], dim.outer]), dim.inner)]
+
+
+@register(aten.repeat.default, candidates=repeat_candidates)
 def repeat(node: fx.Node, dim: Dim) -> Claim:
-    times = list(argument(node, "repeats"))[checked(node, dim).index]
-    operand = operands(node)[0]
-    if _repeated_need(node, operand, dim) != All() and not _is_number(times, 1):
-        raise CannotChunk(node, dim, "repeats it")
-    return _repeating(node, dim, "repeats", unchanged=1)
+    times = argument(node, "repeats")[checked(node, dim).index]
+    need = _repeated_need(node, operands(node)[0], dim)
+    if isinstance(need, All):
+        return _repeating(node, dim, "repeats", unchanged=1)
+    outer = quotient(dim.outer, times) if isinstance(times, int) else None
+    if outer is None:
+        raise CannotChunk(node, dim, "repeats it, and these are rows of one repetition")
+    return Claim((Rows(Dim(need.dim.index, outer, dim.inner)),))
 
 
-def _is_number(value: Any, number: int) -> bool:
-    return isinstance(value, int) and value == number
-
-
-def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> Need:
+def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> All | Rows:
     """What rows of the output need of an operand that is repeated up to them."""
     shape = shape_of(operand)
     index = dim.index - (len(output_shape(node)) - len(shape))
@@ -277,4 +283,4 @@ def _sizes_without_tokens(node: fx.Node, dim: Dim) -> tuple[list[Any], bool]:
         if index != dim.index and isinstance(size, int):
             sizes[index] = size
     others = [size for index, size in enumerate(sizes) if index != dim.index]
-    return sizes, not any(_is_number(size, -1) or _is_number(size, 0) for size in others)
+    return sizes, not any(isinstance(size, int) and size in (-1, 0) for size in others)

@@ -15,10 +15,12 @@ def matmul_work(node: fx.Node) -> int:
     known, inputs = facts(node), operands(node)
     if known.recompute or not inputs:
         return 0
+    if known.work is not None:
+        return known.work(node)
     values = [n.meta["val"] for n in inputs[:2]]
     if not all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values):
         return 0
-    return known.work(node) if known.work is not None else _product_work(node)
+    return _product_work(node)
 
 
 def _product_work(node: fx.Node) -> int:

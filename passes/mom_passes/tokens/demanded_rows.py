@@ -121,8 +121,9 @@ class Needs:
         span = self.spans.get(node) if node in self.dims.rowwise else None
         if span is None or node.target is operator.getitem:
             return span
-        claim = claim_for(node, self.dims.carriers[node].dim)
-        return span if all(isinstance(need, All | Rows) for need in claim.needs) else None
+        claim = claim_for(node, self.dims.carriers[node].dim, in_order=True)
+        own = claim.state is None and all(isinstance(need, All | Rows) for need in claim.needs)
+        return span if own else None
 
     def add(self, node: fx.Node, span: Span | None) -> None:
         known = self.spans.get(node, span)

@@ -92,7 +92,9 @@ class _Sweep:
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
         needed = list(zip(inputs, claim.needs, strict=True))
-        if not facts(node).recompute or any(n in self.worked for n in inputs):
+        # A scan of what is as cheap as an input (padding, say) is so, too.
+        heavy = not facts(node).recompute and claim.state is None
+        if heavy or any(n in self.worked for n in inputs):
             self.worked.add(node)
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
@@ -141,7 +143,7 @@ def _best_claim(node: fx.Node, carried: list[Carrier | None]) -> tuple[Dim, Clai
     reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
     for dim, length in _candidates(node, carried):
         try:
-            claim = claim_for(node, dim)
+            claim = claim_for(node, dim, in_order=True)
         except CannotChunk as refusal:
             reason = refusal.reason
             continue

@@ -1,0 +1,133 @@
+"""Outline mixtures of experts as regions.
+
+    for every sort of keys by which rows are multiplied in groups:
+        members  = what its result is made of, if that is proved to be row-wise (`tokens.sorted_rows`)
+        template = the members, with the number of rows as an argument
+        result   = region(template)(rows of tokens and slots, matrices)
+
+Before:  keys, slots = sort(expert of each slot); rows = x[slots // k]; ...; y = grouped(...)[places]
+After:   y = experts(expert of each slot, x, matrices)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from mom_passes.graph.arguments import argument, prims, replace
+from mom_passes.graph.sizes import quotient
+from mom_passes.graph.values import is_tensor, operands, value_of
+from mom_passes.rules import Window, claim_for, facts
+from mom_passes.rules.arithmetic import mul
+from mom_passes.rules.calls import call_on_rows
+from mom_passes.rules.matmul import is_grouped_product
+from mom_passes.rules.source import sized
+from mom_passes.tokens.region import Region
+from mom_passes.tokens.sorted_rows import PLACE, SORTS, NotSeparable, Role, Sorting, Use, sorts_keys
+
+
+def outline_experts(gm: fx.GraphModule) -> dict[str, str]:
+    """Replace every region that is proved by one call, in place. Returns why others were left, by their sort's name."""
+    refused: dict[str, str] = {}
+    gone: set[fx.Node] = set()
+    for node in list(gm.graph.nodes):
+        if node in gone or node.target not in SORTS or not sorts_keys(node):
+            continue
+        found = Sorting(node)
+        found.read()
+        try:
+            gone |= _outline(gm, found) if found.multiplies else set()
+        except NotSeparable as reason:
+            refused[node.name] = str(reason)
+    return refused
+
+
+def _outline(gm: fx.GraphModule, found: Sorting) -> set[fx.Node]:
+    """Put one call in place of a region's result. Returns its members, of which those go that nobody else reads."""
+    result = found.result()
+    members = found.behind(result)
+    if not any(map(is_grouped_product, members)):
+        raise NotSeparable("what is put back is no product")
+    region, given = _Template(found, members, result).build()
+    with gm.graph.inserting_before(result):
+        call = gm.graph.create_node("call_function", region, tuple(given), name=region.name)
+        call.meta = dict(result.meta)
+    result.replace_all_uses_with(call)
+    constants = [n for node in members for n, use in found.outside(node) if use is Use.CONSTANT]
+    for node in (*reversed(members), *dict.fromkeys(constants)):
+        if not node.users:
+            gm.graph.erase_node(node)
+    return set(members)
+
+
+class _Template:
+    """Builds a region's graph."""
+
+    def __init__(self, found: Sorting, members: list[fx.Node], result: fx.Node) -> None:
+        self.found, self.members, self.result = found, members, result
+        self.graph = fx.Graph()
+        self.per_token = found.per_token
+        self.rows = self.graph.placeholder("rows")
+        self.rows.meta["val"] = quotient(found.slots, self.per_token)
+
+    def build(self) -> tuple[Region, list[fx.Node]]:
+        wanted = dict.fromkeys(
+            (operand, use) for node in self.members for operand, use in self.found.outside(node)
+            if use is not Use.CONSTANT
+        )  # fmt: skip
+        env: dict[tuple[fx.Node, Use | None], fx.Node] = {}
+        per_row = {Use.ALL: None, Use.OF_SLOTS: self.per_token, Use.OF_TOKENS: 1}
+        for operand, use in wanted:
+            env[operand, use] = self.graph.placeholder(operand.name)
+            env[operand, use].meta["val"] = operand.meta["val"]
+        for node in self.members:
+            env[node, None] = self._emit(node, env)
+        self.graph.output(env[self.result, None])
+        # What is summed over a token's slots has one row for it.
+        out = 1 if Use.OF_TOKENS in self.found.members[self.result].uses else self.per_token
+        region = Region("experts", self.graph, tuple(per_row[use] for _, use in wanted), out)
+        return region, [operand for operand, _ in wanted]
+
+    def _emit(self, node: fx.Node, env: dict[tuple[fx.Node, Use | None], fx.Node]) -> fx.Node:
+        member = self.found.members[node]
+        pairs = zip(operands(node), member.uses, strict=True)
+        given = [self._constant(n) if use is Use.CONSTANT else env[n, use] for n, use in pairs]
+        if member.role is Role.PLACED and not self._is_special(node):
+            window = Window(0, mul(self.rows, self.per_token), (0,) * len(given))
+            claim = claim_for(node, PLACE)
+            target, args, kwargs = call_on_rows(node, claim, window, given, _no_size)
+        else:
+            values: Iterator[fx.Node] = iter(given)
+            target = node.target
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else _no_size(arg)
+            )
+        new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        new.meta = dict(node.meta)
+        summed = node is self.result and Use.OF_TOKENS in member.uses
+        new.meta["per_row"] = 1 if summed else None if member.role in (Role.COUNTS, Role.ENDS) else self.per_token
+        return new
+
+    def _is_special(self, node: fx.Node) -> bool:
+        uses = self.found.members[node].uses
+        return is_grouped_product(node) or Use.OF_SLOTS in uses or Use.OF_TOKENS in uses
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        """As many elements as there are slots."""
+        slots = mul(self.rows, self.per_token)
+        if facts(node).rule is sized:
+            size = [slots, *argument(node, "size")[1:]]
+            args, kwargs = replace(node.target, node.args, node.kwargs, size=size)
+            target: Any = node.target
+        else:
+            options = {"start": 0, "step": 1, "dtype": value_of(node).dtype, "device": value_of(node).device}
+            target, args, kwargs = prims.iota.default, (slots,), {**options, "requires_grad": False}
+        new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        new.meta = {**node.meta, "per_row": self.per_token}
+        return new
+
+
+def _no_size(node: fx.Node) -> Any:
+    raise NotSeparable(f"an argument of the region depends on {node.name}, a size")

@@ -1,0 +1,351 @@
+"""Mixtures of experts: tokens sorted by expert, multiplied in groups and put back are row-wise, if that is proved."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers.integrations.moe  # noqa: F401  defines the grouped product that models are traced with
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from mom_passes.graph.edit import copy_graph
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.rules.matmul import is_grouped_product
+from mom_passes.tokens.experts import outline_experts
+from mom_passes.tokens.region import inline_regions, regions
+from tests.programs import HIDDEN
+from tests.test_properties import RANDOM_PROGRAMS, parameter_names
+from tests.tracing import rewrite, trace
+
+INNER = 6
+grouped = torch.ops.transformers.grouped_mm_fallback
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a mixture chooses experts, and how it is written."""
+
+    experts: int = 4
+    k: int = 2
+    #: What the router's scores are made into before the best are taken: `ties` makes many alike, `one` prefers one.
+    scores: str = "plain"
+    back: str = "index_put"
+    biased: bool = False
+
+
+def weights(routing: Routing) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / 3
+
+    experts = routing.experts
+    of_experts = made(experts, HIDDEN, INNER), made(experts, INNER, HIDDEN), made(experts, INNER)
+    return made(HIDDEN, experts), *of_experts, made(HIDDEN, 64)
+
+
+def scores_of(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
+    if routing.scores == "ties":
+        return (logits > 0).to(logits.dtype)
+    if routing.scores == "one":
+        return logits + torch.arange(routing.experts, dtype=logits.dtype) * 100
+    return logits
+
+
+def ends_of(keys: torch.Tensor, experts: int) -> torch.Tensor:
+    return torch.histc(keys.float(), bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
+
+
+def put_back(rows: torch.Tensor, slots: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "rows":
+        return torch.zeros_like(rows).index_put((slots,), rows)
+    if how == "sort":
+        return rows[slots.sort().indices]
+    places = torch.empty(slots.shape[0], dtype=slots.dtype)
+    order = torch.arange(slots.shape[0])
+    places = places.scatter(0, slots, order) if how == "scatter" else places.index_put((slots,), order)
+    return rows[places]
+
+
+def mixture(x: torch.Tensor, w: tuple[torch.Tensor, ...], routing: Routing) -> torch.Tensor:
+    """`[B, S, H]`, as models write it."""
+    router, up, down, bias, _ = w
+    hidden = x.reshape(-1, HIDDEN)
+    chosen, indices = scores_of(routing, hidden @ router).topk(routing.k)
+    keys, slots = indices.reshape(-1).sort()
+    rows = hidden[slots // routing.k]
+    ends = ends_of(keys, routing.experts)
+    inner = grouped(rows, up, ends)
+    if routing.biased:
+        inner = inner + bias[keys]
+    out = grouped(torch.nn.functional.silu(inner), down, ends) * chosen.softmax(-1).reshape(-1)[slots].unsqueeze(-1)
+    if routing.back == "sum":
+        return torch.zeros_like(hidden).index_add(0, slots // routing.k, out).view(x.shape)
+    home = put_back(out, slots, routing.back)
+    return home.view(-1, routing.k, HIDDEN).sum(1).view(x.shape)
+
+
+Mixing = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor]
+
+
+def model(mixing: Mixing) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """An attention, so that there are tokens, a mixture before and behind it, and a dense product."""
+
+    def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor]:
+        x = x + mixing(x, w)
+        x = x + torch.softmax(x @ x.mT, -1) @ x
+        x = x + torch.relu(x @ w[-1]) @ w[-1].mT
+        return (x + mixing(x, w),)
+
+    return run
+
+
+def example(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+
+
+def traced(mixing: Mixing, routing: Routing, batch: int = 2, tokens: int = 17, dynamic: bool = False) -> fx.GraphModule:
+    return trace(model(mixing), example(batch, tokens), *weights(routing), dynamic=dynamic)
+
+
+def in_loops(gm: fx.GraphModule) -> int:
+    """Grouped products in loop bodies."""
+    return sum(is_grouped_product(node) for _, module in loop_nodes(gm) for node in module.body.graph.nodes)
+
+
+def outside(gm: fx.GraphModule) -> int:
+    return sum(is_grouped_product(node) for node in gm.graph.nodes)
+
+
+def routings() -> st.SearchStrategy[Routing]:
+    made = st.builds(
+        Routing,
+        st.integers(2, 6),
+        st.integers(1, 3),
+        st.sampled_from(["plain", "ties", "one"]),
+        st.sampled_from(["index_put", "scatter", "sort", "rows", "sum"]),
+        st.booleans(),
+    )
+    return made.filter(lambda routing: routing.k <= routing.experts)
+
+
+@settings(RANDOM_PROGRAMS, max_examples=60)
+@given(routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans())
+def test_any_routing_keeps_its_meaning(routing: Routing, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
+    """Ties, one expert that gets every token, experts that get none; each product is in a loop, none outside."""
+
+    def mixing(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return mixture(x, w, routing)
+
+    gm = traced(mixing, routing, batch, tokens, dynamic)
+    rewritten, report = rewrite(gm, mini, parameter_names(gm))
+    assert (in_loops(rewritten), outside(rewritten)) == (4, 0), report.left_out
+    given = (example(batch, tokens), *weights(routing))
+    torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
+
+
+# What is not row-wise, or cannot be shown to be
+
+
+def by_number(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Keys that are computed, not looked up: nothing says that they are numbers of experts."""
+    routing = Routing()
+    hidden = x.reshape(-1, HIDDEN)
+    indices = (hidden[:, :2] * 10).long() % 4
+    keys, slots = indices.reshape(-1).sort()
+    out = grouped(hidden[slots // 2], w[1], ends_of(keys, 4)) @ w[2][0]
+    return put_back(out, slots, routing.back).view(-1, 2, HIDDEN).sum(1).view(x.shape)
+
+
+def to_more_experts(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Indices of eight features, counted as those of four experts: the higher ones are dropped from the end."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = hidden.topk(2).indices.reshape(-1).sort()
+    out = grouped(hidden[slots // 2], w[1], ends_of(keys, 4)) @ w[2][0]
+    return put_back(out, slots, "index_put").view(-1, 2, HIDDEN).sum(1).view(x.shape)
+
+
+def in_sorted_order(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Never put back: row i of the result is of another token."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+    return (grouped(hidden[slots], w[1], ends_of(keys, 4)) @ w[2][0]).view(x.shape)
+
+
+def with_places(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What is added follows from where a row has been sorted to, so from all other tokens."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+    rows = hidden[slots] + torch.arange(slots.shape[0], dtype=x.dtype)[:, None] / 10
+    out = grouped(rows, w[1], ends_of(keys, 4)) @ w[2][0]
+    return put_back(out, slots, "index_put").view(x.shape)
+
+
+def by_other_keys(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Sorted by one choice, multiplied in the groups of another."""
+    hidden = x.reshape(-1, HIDDEN)
+    slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort().indices
+    others = (-(hidden @ w[0])).topk(1).indices.reshape(-1)
+    out = grouped(hidden[slots], w[1], ends_of(others, 4)) @ w[2][0]
+    return put_back(out, slots, "index_put").view(x.shape)
+
+
+def with_a_capacity(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """An expert takes its first five tokens; later ones are dropped."""
+    hidden = x.reshape(-1, HIDDEN)
+    indices = (hidden @ w[0]).topk(1).indices
+    before = torch.nn.functional.one_hot(indices[:, 0], 4).cumsum(0)
+    taken = before.gather(1, indices) <= 5
+    keys, slots = indices.reshape(-1).sort()
+    out = grouped(hidden[slots], w[1], ends_of(keys, 4)) @ w[2][0]
+    return (put_back(out, slots, "index_put") * taken).view(x.shape)
+
+
+def mixed_along_places(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Rows that stand side by side once they are sorted are added up."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+    out = grouped(hidden[slots].cumsum(0), w[1], ends_of(keys, 4)) @ w[2][0]
+    return put_back(out, slots, "index_put").view(x.shape)
+
+
+def paired_places(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Two neighbours are added up before they are put back, as if they were of one token."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = (hidden @ w[0]).topk(2).indices.reshape(-1).sort()
+    out = grouped(hidden[slots // 2], w[1], ends_of(keys, 4)) @ w[2][0]
+    out = (out.view(-1, 2, HIDDEN).sum(1, keepdim=True) + out.view(-1, 2, HIDDEN)).view(-1, HIDDEN)
+    return put_back(out, slots, "index_put").view(-1, 2, HIDDEN).sum(1).view(x.shape)
+
+
+def put_elsewhere(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Put back by another permutation: a reversal of all tokens."""
+    hidden = x.reshape(-1, HIDDEN)
+    keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+    out = grouped(hidden[slots], w[1], ends_of(keys, 4)) @ w[2][0]
+    order = torch.arange(slots.shape[0] - 1, -1, -1)
+    return out[torch.empty_like(slots).index_put((slots,), order)].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "reason"),
+    [
+        (by_number, "outside of the groups"),
+        (to_more_experts, "below 8, but there are 4 groups"),
+        (in_sorted_order, "otherwise than place by place"),
+        (with_places, "reads .* otherwise than place by place"),
+        (by_other_keys, "not of sorted rows by the groups"),
+        (mixed_along_places, "accumulates along it"),
+        (paired_places, "otherwise than place by place"),
+        (put_elsewhere, "index_put"),
+    ],
+)
+def test_what_is_not_shown_to_be_row_wise_stays_outside(mixing: Mixing, reason: str) -> None:
+    gm = traced(mixing, Routing())
+    refused = outline_experts(copy_graph(gm))
+    assert len(refused) == 2
+    for why in refused.values():
+        assert re.search(reason, why), why
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert in_loops(rewritten) == 0 and outside(rewritten) == 2
+    assert set(refused.values()) <= set(report.left_out.values())
+    given = (example(2, 17), *weights(Routing()))
+    torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
+
+
+def test_a_router_with_a_capacity() -> None:
+    """Its experts are row-wise, what it drops is not: that follows from all tokens before, and is computed of them."""
+    gm = traced(with_a_capacity, Routing())
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert (in_loops(rewritten), outside(rewritten)) == (2, 0)
+    assert any("cumsum" in name for name in report.left_out)
+    given = (example(2, 17), *weights(Routing()))
+    torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
+
+
+def test_a_router_that_returns_nan() -> None:
+    """Which experts a row of NaN goes to, nobody says; the other rows do not see it."""
+    routing = Routing()
+    gm = traced(lambda x, w: mixture(x, w, routing), routing)
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    x = example(2, 17)
+    x[0, 3] = torch.nan
+    first = trace(lambda x, *w: (x + mixture(x, w, routing),), x, *weights(routing))(x, *weights(routing))[0]
+    assert first.isnan().any(-1).sum() == 1
+    expected, actual = gm(x, *weights(routing))[0], rewritten(x, *weights(routing))[0]
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-10)
+    assert torch.equal(actual.isnan(), expected.isnan())
+
+
+# Regions
+
+
+def outlined() -> tuple[fx.GraphModule, fx.GraphModule]:
+    routing = Routing()
+    gm = traced(lambda x, w: mixture(x, w, routing), routing)
+    changed = copy_graph(gm)
+    assert outline_experts(changed) == {}
+    return gm, changed
+
+
+def test_a_region_is_one_operator() -> None:
+    """It computes what it was made of, on any number of rows, and is put back as it was."""
+    gm, changed = outlined()
+    given = (example(2, 17), *weights(Routing()))
+    found = list(regions(changed.graph))
+    assert len(found) == 2
+    assert not outside(changed)
+    assert not any(node.target is torch.ops.aten.sort.default for node in changed.graph.nodes)
+    changed.recompile()
+    torch.testing.assert_close(changed(*given)[0], gm(*given)[0], rtol=0, atol=1e-12)
+    inline_regions(changed)
+    changed.recompile()
+    assert outside(changed) == 4
+    assert all("val" in node.meta for node in changed.graph.nodes if node.op == "call_function")
+    torch.testing.assert_close(changed(*given)[0], gm(*given)[0], rtol=0, atol=0)
+
+
+def test_what_an_expert_multiplies_is_work() -> None:
+    """Products inside a region count for what they are: N rows by two matrices of each expert."""
+    _, changed = outlined()
+    for node, region in regions(changed.graph):
+        assert region.facts.work(node) == 2 * (2 * 17 * 2) * HIDDEN * INNER
+
+
+def test_values_that_others_read_stay() -> None:
+    """The counts are returned too, for a loss that balances the experts."""
+
+    def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x + torch.softmax(x @ x.mT, -1) @ x
+        hidden = x.reshape(-1, HIDDEN)
+        keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+        ends = ends_of(keys, 4)
+        out = put_back(grouped(hidden[slots], w[1], ends) @ w[2][0], slots, "index_put")
+        return x + out.view(x.shape), ends
+
+    gm = trace(run, example(2, 17), *weights(Routing()))
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    assert in_loops(rewritten) == 1
+    given = (example(2, 17), *weights(Routing()))
+    for actual, expected in zip(rewritten(*given), gm(*given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_only_the_rows_that_are_needed() -> None:
+    """Of the last layer one row is asked for: its experts multiply that one alone."""
+    routing = Routing()
+    run = model(lambda x, w: mixture(x, w, routing))
+    gm = trace(lambda x, *w: (run(x, *w)[0][:, -1:],), example(2, 17), *weights(routing))
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    assert (in_loops(rewritten), outside(rewritten)) == (2, 2)
+    rows = {node.meta["val"].shape[0] for node in rewritten.graph.nodes if is_grouped_product(node)}
+    assert rows == {2 * routing.k}
+    given = (example(2, 17), *weights(routing))
+    torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
+    assert not any(node.target is operator.getitem and not node.users for node in rewritten.graph.nodes)

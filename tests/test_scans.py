@@ -1,0 +1,149 @@
+"""Scans over the tokens: the last row so far is handed from mini-sequence to mini-sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mom_compile
+from mom_passes.errors import CannotChunk
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.rules import Dim, Rows, claim_for
+from mom_passes.rules.reduction import STATES
+from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.rule_law import Call, cuts, node_of, run_rows
+from tests.rule_samples import all_samples, floats
+from tests.test_properties import RANDOM_PROGRAMS, parameter_names
+from tests.tracing import rewrite, trace
+
+aten = torch.ops.aten
+
+SCANS = {
+    "cumsum": lambda x: x.cumsum(1) / x.shape[1],
+    "cumprod": lambda x: (1 + x / 100).cumprod(1),
+}
+
+
+@pytest.mark.parametrize("target", STATES, ids=str)
+def test_rows_joined_with_the_row_before_are_rows_of_the_whole(target: Any) -> None:
+    """The law of a state, on PyTorch's samples: from `fill` before the first row, for uneven pieces."""
+    tried = 0
+    for call in all_samples()[target]:
+        node = node_of(call)
+        whole = node.meta["val"]
+        along = call.args[1] % max(1, whole.dim())
+        if whole.dim() == 0 or whole.shape[along] < 2:
+            continue
+        claim = claim_for(node, Dim(along), in_order=True)
+        state = claim.state
+        assert state is not None and claim.needs == (Rows(Dim(along)),)
+        for way in cuts(whole.shape[along]):
+            before, start, pieces = torch.full_like(whole.narrow(along, 0, 1), state.fill), 0, []
+            for count in way:
+                pieces.append(state.combine(run_rows(node, claim, start, count), before))
+                before, start = pieces[-1].narrow(along, count - 1, 1), start + count
+            torch.testing.assert_close(torch.cat(pieces, along), whole, equal_nan=True)
+            tried += 1
+    assert tried > 3
+
+
+def test_a_scan_is_row_wise_for_whoever_computes_rows_in_order() -> None:
+    node = node_of(Call(aten.cumsum.default, (floats(2, 6, 5), 1)))
+    assert claim_for(node, Dim(0)).state is None
+    with pytest.raises(CannotChunk, match="accumulates along it"):
+        claim_for(node, Dim(1))
+    with pytest.raises(CannotChunk, match="more than tokens"):
+        claim_for(node, Dim(1, outer=2), in_order=True)
+
+
+def test_half_precision_would_be_rounded_for_every_mini_sequence() -> None:
+    node = node_of(Call(aten.cumsum.default, (floats(2, 6, 5).bfloat16(), 1)))
+    with pytest.raises(CannotChunk, match="rounded"):
+        claim_for(node, Dim(1), in_order=True)
+
+
+def program(names: list[str]) -> Any:
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        w = Weights(*parameters)
+        for name in names:
+            x = x + SCANS[name](x) if name in SCANS else STEPS[name](x, w)
+        return (torch.tanh(x),)
+
+    return run
+
+
+@settings(RANDOM_PROGRAMS, max_examples=40)
+@given(
+    st.lists(st.sampled_from([*SCANS, *SCANS, "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),
+    st.sampled_from(sorted(SCANS)),
+    st.integers(8, 23),
+    st.integers(2, 7),
+    st.booleans(),
+)
+def test_any_program_keeps_its_meaning(names: list[str], last: str, tokens: int, mini: int, dynamic: bool) -> None:
+    """Every scan is in a loop, whatever stands before it and behind."""
+    weights = weights_of(torch.float64)
+    x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    gm = trace(program(["mlp", "causal", *names, "mlp", last]), x, *weights, dynamic=dynamic)
+    rewritten, report = rewrite(gm, mini, parameter_names(gm))
+    assert not any("cum" in name for name in report.left_out), report.left_out
+    assert sum(len(module.loop.carries) for _, module in loop_nodes(rewritten)) >= 1
+    for expected, actual in zip(gm(x, *weights), rewritten(x, *weights), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_a_scan_is_no_barrier() -> None:
+    """Four of them are one loop, which stores nothing but what is returned."""
+    weights = weights_of(torch.float64)
+    names = ["causal", *["mlp", "cumsum"] * 4]
+    gm = trace(program(names), torch.randn(2, 17, HIDDEN, dtype=torch.float64), *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    *_, (_, module) = loop_nodes(rewritten)
+    assert len(module.loop.carries) == 4
+    assert len(module.loop.stored) == 1
+    assert not report.left_out
+
+
+def test_a_scan_of_an_input_is_computed_once() -> None:
+    """Positions counted from padding: as cheap as an input, and read by every layer."""
+
+    def run(x: torch.Tensor, mask: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
+        w = Weights(*parameters)
+        table = w.table[mask.cumsum(1)]
+        for _ in range(2):
+            x = STEPS["causal"](STEPS["mlp"](x + table, w), w)
+        return (x,)
+
+    weights = weights_of(torch.float64)
+    x, mask = torch.randn(2, 17, HIDDEN, dtype=torch.float64), torch.ones(2, 17, dtype=torch.long)
+    gm = trace(run, x, mask, *weights)
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm)[1:])
+    assert [node.target for node in rewritten.graph.nodes].count(aten.cumsum.default) == 1
+    torch.testing.assert_close(rewritten(x, mask, *weights)[0], gm(x, mask, *weights)[0], rtol=0, atol=1e-10)
+
+
+class Accumulating(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in weights_of(torch.float32)._asdict().items():
+            self.register_parameter(name, torch.nn.Parameter(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.square, self.bias, self.up, self.down, self.scale, self.table)
+        return program(["mlp", "causal", "cumsum", "mlp", "cumprod"])(x, *weights)[0]  # type: ignore[no-any-return]
+
+
+def test_compiled_for_every_length() -> None:
+    model = Accumulating()
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8})
+    for tokens in (41, 64, 18, 100):
+        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    reports = mom_compile.reports()
+    assert len(reports) == 2
+    assert all(report.stages and not report.left_out and not report.eager_pieces for report in reports)
