@@ -23,7 +23,7 @@ from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
-from mom_compile.runtime.host.store import Placement
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.torch_compat import capture, mark_boxed
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import Loop, loop_nodes

@@ -119,7 +119,7 @@ def warn_of(gm: fx.GraphModule, options: Options, report: Report, not_ours: str 
         warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
     if not_ours == NEEDS_GRADIENTS:
         warn_of_gradients()
-    elif options.kv_offload in (True, "disk"):
+    elif options.kv_offload not in (False, "auto"):
         warn_of_device_kv(options.kv_offload, report.on_device)
         if not_ours is not None and any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes):
             warn_of_ignored_kv(options.kv_offload, not_ours)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mom_compile.runtime.host.placement import MEMORY, TIERS
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
 from mom_passes.loops.loop import ExpertRows, RowLimit
 
@@ -34,7 +35,7 @@ MAX_MINI_SEQ_LEN = 1 << 30
 
 SCOPES = ("layer", "mlp", "none")
 
-KV_OFFLOAD = (True, False, "auto", "disk")
+KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
           "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
@@ -128,15 +129,18 @@ def _check_kv(options: Options) -> None:
         raise UserError(f"kv_offload={options.kv_offload!r} is not valid; it is one of {_listed(KV_OFFLOAD)}")
     if options.memory_budget is not None:
         parse_bytes(options.memory_budget)
-    if options.kv_offload == "disk":
+    in_a_folder = [name for name, tier in TIERS.items() if tier.needs_directory]
+    if options.kv_offload in in_a_folder:
         if options.kv_dir is None:
-            raise UserError("kv_offload='disk' needs kv_dir, the folder for the files")
+            raise UserError(f"kv_offload={options.kv_offload!r} needs kv_dir, the folder for the files")
         if not os.path.isdir(options.kv_dir):
             raise UserError(f"kv_dir={options.kv_dir!r} is not a folder; it has to exist")
         if not os.access(options.kv_dir, os.W_OK | os.X_OK):
             raise UserError(f"kv_dir={options.kv_dir!r} cannot be written to")
     elif options.kv_dir is not None:
-        raise UserError(f"kv_dir is for kv_offload='disk', and kv_offload is {options.kv_offload!r}")
+        raise UserError(
+            f"kv_dir is for kv_offload={' or '.join(map(repr, in_a_folder))}, and kv_offload is {options.kv_offload!r}"
+        )
 
 
 def _inductor_options(given: Any, mode: str | None) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def rope(x: torch.Tensor, w: Weights) -> torch.Tensor:
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
+def complex_rope(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """As Llama 4 and DeepSeek write it: pairs of channels are complex numbers, turned by one product."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angle = positions(x).to(wide)[:, None] * w.scale.to(wide)[None, : HIDDEN // 2]
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
+
+
 ROWWISE: dict[str, Step] = {
     "relu": lambda x, w: torch.relu(x),
     "silu": lambda x, w: F.silu(x),
@@ -99,6 +107,7 @@ ROWWISE: dict[str, Step] = {
     "unsqueezed": lambda x, w: (x.unsqueeze(2) * torch.ones(1, 1, 2, 1, dtype=x.dtype)).sum(2),
     "position": lambda x, w: x + w.table[positions(x) % 64],
     "rope": rope,
+    "complex rope": complex_rope,
     "flip": lambda x, w: x.flip(-1),
     "pad": lambda x, w: F.pad(x[..., :-1], (1, 0)),
     "bool": lambda x, w: x * (x > 0.1).to(x.dtype) + (x < -1).to(x.dtype),

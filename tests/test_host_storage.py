@@ -19,13 +19,16 @@ import torch
 
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host import store as host_storage
+from mom_compile.runtime.host.backings.anonymous import Anonymous
+from mom_compile.runtime.host.backings.base import BLOCK, SMALL_BLOCK
+from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.region import BLOCK, MARGIN, SMALL_BLOCK, HostRegion
+from mom_compile.runtime.host.placement import MEMORY, Placement
+from mom_compile.runtime.host.region import MARGIN, HostRegion
 from mom_compile.runtime.host.seams import between_seams, same_layout
 from mom_compile.runtime.host.store import (
     HostStore,
     Lease,
-    Placement,
     empty_host_pool,
     host_memory,
     lease_of,
@@ -114,7 +117,7 @@ def held_bytes(store: HostStore) -> int:
 
 @pytest.fixture(params=["memory", "disk"])
 def placement(request, tmp_path) -> Placement:
-    return Placement(tmp_path if request.param == "disk" else None)
+    return Placement(request.param, tmp_path)
 
 
 def ends(store: HostStore) -> int:
@@ -123,7 +126,7 @@ def ends(store: HostStore) -> int:
 
 
 def test_a_window_that_moves_on_holds_little_more_than_itself_and_moves_no_row(placement):
-    length = 2 * BLOCK // ROW_BYTES if placement.directory is None else 16 * BLOCK // ROW_BYTES
+    length = 2 * BLOCK // ROW_BYTES if placement.tier == MEMORY else 16 * BLOCK // ROW_BYTES
     store, lease = store_with(rows_of(length), placement)
     address = store.region.bytes.data_ptr()
     step = length // 97
@@ -212,7 +215,8 @@ def test_fewer_addresses_are_taken_where_there_are_not_as_many_but_never_too_few
     ran = child("""
         import resource, torch
         from mom_compile.runtime.host.limits import HostMemoryError
-        from mom_compile.runtime.host.store import HostStore, Placement
+        from mom_compile.runtime.host.placement import Placement
+        from mom_compile.runtime.host.store import HostStore
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), used + (3 << 30)))
         store = HostStore((1024, 256), torch.float32, 500, Placement())     # a MiB each
@@ -268,7 +272,7 @@ def file_of(store: HostStore) -> int:
 
 
 def test_files_are_their_owners_alone_and_have_no_name(tmp_path: Path):
-    _store, lease = store_with(rows_of(3), Placement(tmp_path))
+    _store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
     assert list(tmp_path.iterdir()) == []
     file = file_of(lease.store)
     assert stat.S_IMODE(os.fstat(file).st_mode) == 0o600
@@ -279,7 +283,7 @@ def test_files_are_their_owners_alone_and_have_no_name(tmp_path: Path):
 def test_files_are_counted_apart_and_closed_with_the_cache(tmp_path: Path):
     gc.collect()
     before = host_memory()
-    store, lease = store_with(rows_of(3), Placement(tmp_path))
+    store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
     file = file_of(store)
     torch.testing.assert_close(store.rows(0, 3), rows_of(3))
     assert host_memory().disk - before.disk == BLOCK
@@ -292,7 +296,7 @@ def test_files_are_counted_apart_and_closed_with_the_cache(tmp_path: Path):
 
 
 def test_a_full_disk_is_an_error_before_a_row_is_written(tmp_path: Path, monkeypatch):
-    store, lease = store_with(rows_of(3), Placement(tmp_path))
+    store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -308,7 +312,7 @@ def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
     rng = random.Random(0)
     stores: list[tuple[HostStore, Lease, int]] = []
     for number in range(30):
-        store, lease = store_with(rows_of(3, number), Placement(tmp_path))
+        store, lease = store_with(rows_of(3, number), Placement("disk", tmp_path))
         stores.append((store, lease, number))
         if rng.random() < 0.4:
             stores.pop(rng.randrange(len(stores)))
@@ -326,17 +330,17 @@ def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
 
 
 def test_rows_on_disk_outlive_their_store_as_long_as_they_are_seen(tmp_path: Path):
-    store, lease = store_with(rows_of(3), Placement(tmp_path))
+    store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
     view = store.rows(0, 3)
     del store, lease
     gc.collect()
-    other, _lease = store_with(rows_of(3, 50), Placement(tmp_path))
+    other, _lease = store_with(rows_of(3, 50), Placement("disk", tmp_path))
     torch.testing.assert_close(view, rows_of(3), rtol=0, atol=0)
     torch.testing.assert_close(other.rows(0, 3), rows_of(3, 50), rtol=0, atol=0)
 
 
 def test_a_file_is_no_larger_than_what_is_in_it(tmp_path: Path):
-    store, _lease = store_with(rows_of(3), Placement(tmp_path))
+    store, _lease = store_with(rows_of(3), Placement("disk", tmp_path))
     assert os.fstat(file_of(store)).st_size == BLOCK
 
 
@@ -344,7 +348,8 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
     ran = child(f"""
         import os, pathlib, resource, torch
         from mom_compile.runtime.host.limits import HostMemoryError
-        from mom_compile.runtime.host.store import HostStore, Lease, Placement
+        from mom_compile.runtime.host.placement import Placement
+        from mom_compile.runtime.host.store import HostStore, Lease
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         folders = [pathlib.Path({str(tmp_path)!r}, name) for name in "ab"]
         for folder in folders:
@@ -352,7 +357,7 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
         before = len(os.listdir("/proc/self/fd"))
         stores = []
         for i in range(300):
-            store = HostStore((4,), torch.float32, 3, Placement(folders[0]))
+            store = HostStore((4,), torch.float32, 3, Placement("disk", folders[0]))
             store.rows(0, 3).fill_(i)
             stores.append((store, Lease(store, 0, 3)))
         print(len(os.listdir("/proc/self/fd")) - before)
@@ -365,7 +370,7 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
             pass
         stores[0][0].rows(0, 200_000)           # what has a file goes on growing
         try:
-            HostStore((4,), torch.float32, 3, Placement(folders[1]))
+            HostStore((4,), torch.float32, 3, Placement("disk", folders[1]))
         except HostMemoryError as error:
             print("Too many open files" in str(error) and "ulimit -n" in str(error))
     """)
@@ -375,8 +380,9 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
 def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Path):
     ran = child(f"""
         import gc, os, pathlib, torch
-        from mom_compile.runtime.host.store import HostStore, Lease, Placement
-        placement = Placement(pathlib.Path({str(tmp_path)!r}))
+        from mom_compile.runtime.host.placement import Placement
+        from mom_compile.runtime.host.store import HostStore, Lease
+        placement = Placement("disk", pathlib.Path({str(tmp_path)!r}))
         def made(value):
             store = HostStore((4,), torch.float32, 3, placement)
             store.rows(0, 3).fill_(value)
@@ -397,7 +403,7 @@ def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Pat
 
 def test_a_folder_that_is_gone_is_named(tmp_path: Path):
     with pytest.raises(HostMemoryError, match=r"kv_dir=.*nowhere"):
-        store_with(rows_of(3), Placement(tmp_path / "nowhere"))
+        store_with(rows_of(3), Placement("disk", tmp_path / "nowhere"))
 
 
 # --- memory that cannot be had ---
@@ -421,15 +427,16 @@ def test_the_machine_says_what_it_has_left():
 def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
     code = """
         import resource, torch
+        from mom_compile.runtime.host.backings.anonymous import Anonymous
         from mom_compile.runtime.host.limits import HostMemoryError
         from mom_compile.runtime.host.region import HostRegion
         resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
         try:
-            HostRegion(1 << 40)
+            HostRegion(1 << 40, Anonymous())
         except HostMemoryError as error:
             assert "ulimit -v" in str(error) and str(1 << 40) in str(error), error
             print("refused")
-        HostRegion(1 << 20).commit(5)
+        HostRegion(1 << 20, Anonymous()).commit(5)
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.strip()) == (0, "refused"), ran.stderr
@@ -509,8 +516,8 @@ def test_the_pool_is_given_back_before_memory_is_refused():
 
 
 def test_a_region_has_whole_blocks():
-    for block, pin in ((SMALL_BLOCK, None), (BLOCK, Pins())):
-        region = HostRegion(1, pin=pin)
+    for block, backing in ((SMALL_BLOCK, Anonymous()), (BLOCK, Pinned(Pins()))):
+        region = HostRegion(1, backing)
         region.commit(1)
         assert region.capacity == BLOCK
         assert region.committed == block
@@ -530,17 +537,17 @@ def test_rows_across_seams_are_copied_in_pieces_that_each_lie_in_one_pinned_rang
             )
             host.copy_(there)
         assert torch.equal(rows, other)
-    assert len(pins.ranges) == len(store.region.seams) > 2
+    assert len(pins.ranges) == len(store.region.backing.seams) > 2
 
 
 def test_pinned_memory_grows_by_a_share_of_itself_or_by_what_can_be_had():
     pins = Pins(refuse_above=43 * BLOCK)
-    region = HostRegion(100 * BLOCK, pin=pins)
+    region = HostRegion(100 * BLOCK, Pinned(pins))
     region.commit(40 * BLOCK)
     region.commit(40 * BLOCK + 1)
     assert region.committed == 43 * BLOCK  # a sixteenth, in whole blocks
     region.close()
-    region = HostRegion(100 * BLOCK, pin=Pins(refuse_above=41 * BLOCK))
+    region = HostRegion(100 * BLOCK, Pinned(Pins(refuse_above=41 * BLOCK)))
     region.commit(40 * BLOCK)
     region.commit(40 * BLOCK + 1)
     assert region.committed == 41 * BLOCK

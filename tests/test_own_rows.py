@@ -19,8 +19,8 @@ from benchmarks.measure import MIB, peak_bytes, shown_and_held, watch_cpu
 from mom_compile import MomWarning, reports
 from mom_compile.pipeline import for_stock
 from mom_compile.report import Report
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Offload
-from mom_compile.runtime.host.store import Placement
 from mom_compile.torch_compat import mark_boxed
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import loop_nodes

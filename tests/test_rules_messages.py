@@ -35,6 +35,7 @@ REFUSALS: list[tuple[Call, Dim, str]] = [
     (Call(aten.repeat.default, (x, [1, 2, 1])), Dim(1), "repeats it"),
     (Call(aten.constant_pad_nd.default, (x, [0, 0, 1, 0])), Dim(1), "pads it"),
     (Call(aten.unsqueeze.default, (x, 1)), Dim(1), "a new dimension of size 1 has no rows"),
+    (Call(aten.view_as_real.default, (torch.complex(x, x),)), Dim(3), "the two parts of one number"),
     (Call(aten.view.default, (x, [4, 15])), Dim(0), r"the reshape \[2, 6, 5\] -> \[4, 15\] mixes rows"),
     (Call(aten.view.dtype, (x, torch.int16)), Dim(2), "elements of another size"),
     (Call(aten.gather.default, (x, 1, integers(1, 2, 5, below=6))), Dim(0), "different lengths along it"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mom_compile.memory.residency import Residency
-from mom_compile.runtime.host.store import Placement
+from mom_compile.runtime.host.placement import Placement
 
 
 @dataclass(frozen=True)

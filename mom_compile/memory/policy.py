@@ -13,7 +13,7 @@ from mom_compile.config import Options
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Residency
 from mom_compile.runtime.host.engine_cuda import pin_for
-from mom_compile.runtime.host.store import Placement
+from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
 from mom_passes.host.kv_values import find_kv
@@ -63,15 +63,14 @@ def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], plan
         between = 2 * sum(value.bytes_per_token for value in values) // layers
         per_token = _bytes_per_token(found) if found.tokens else between
         residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
-    return KVPlace(device, _placement(options, device), residency)
+    return KVPlace(device, placement_of(options, device), residency)
 
 
-def _placement(options: Options, device: torch.device) -> Placement:
-    if options.kv_offload == "disk":
-        return Placement(directory=Path(str(options.kv_dir)))
-    if device.type == "cuda":
-        return Placement(pin=pin_for(device))
-    return Placement()
+def placement_of(options: Options, device: torch.device) -> Placement:
+    """Where new stores of a device's keys and values go."""
+    tier = str(options.kv_offload) if options.kv_offload in TIERS else MEMORY
+    folder = None if options.kv_dir is None else Path(options.kv_dir)
+    return Placement(tier, folder, pin_for(device) if device.type == "cuda" else None)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mom_compile.runtime.host.backings.pinned import Pin
 from mom_compile.runtime.host.engine import CopyEngine, Ticket
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.region import Pin
 from mom_compile.runtime.host.seams import between_seams, same_layout
 
 

@@ -17,7 +17,8 @@ import torch
 import mom_passes.ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.host.engine import Ticket
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.store import HostStore, Lease, Placement, lease_of, settle, store_of
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
 from mom_passes.ops.library import LIBRARY
 from mom_passes.ops.transfers import buffer_like, fetch_reference

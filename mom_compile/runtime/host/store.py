@@ -21,12 +21,12 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.region import TOTALS, HostRegion, Pin
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.region import TOTALS, HostRegion
 
 #: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
 #: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
@@ -49,14 +49,6 @@ class HostMemory:
     disk: int
     pooled: int
     stores: int
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where new stores go: host memory, pinned for a device's sake if `pin` is given, or files in a directory."""
-
-    directory: Path | None = None
-    pin: Pin | None = None
 
 
 class Lease:
@@ -94,13 +86,18 @@ class HostStore:
         wanted = max(min(RESERVED_ROWS, MOST_RESERVED_BYTES // self.row_bytes), 2 * rows)
         self.region = _region(wanted * self.row_bytes, rows * self.row_bytes, placement)
         self.capacity = min(wanted, self.region.capacity // self.row_bytes)
-        weakref.finalize(self, _give_back, self.region)
+        weakref.finalize(self, _give_back, placement, self.region)
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._lock = threading.Lock()
         _STORES[self.region.bytes.untyped_storage().data_ptr()] = self
 
     def rows(self, first: int, end: int) -> torch.Tensor:
-        """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them."""
+        """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them.
+
+        Raises `HostMemoryError`, also beyond `capacity`: who appends asks `may_append` first.
+        """
+        if end > self.capacity:
+            raise HostMemoryError(f"row {end - 1} is beyond the {self.capacity} rows that addresses are reserved for")
         with self._lock:
             _commit(self.region, end * self.row_bytes)
         count = math.prod(self.row)
@@ -156,30 +153,30 @@ class HostStore:
 _STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictionary()
 
 
-#: Pinned regions of dead stores. Pinning is slow, and the next prompt needs as much as the last one did.
-_POOL: list[HostRegion] = []
+#: Regions of dead stores that are slow to make, pinned ones: the next prompt needs as much as the last one did.
+_POOL: list[tuple[Placement, HostRegion]] = []
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
     """Addresses for so many bytes, or for fewer if they cannot be had."""
-    if placement.pin is not None and placement.directory is None:
-        for i, region in enumerate(_POOL):
-            if region.pin is placement.pin and region.capacity >= capacity:
-                _POOL.pop(i).wait()  # a device may still read what the dead store had
-                return region
+    for i, (pooled, region) in enumerate(_POOL):
+        if pooled == placement and region.capacity >= capacity:
+            _POOL.pop(i)
+            region.wait()  # a device may still read what the dead store had
+            return region
     try:
-        return HostRegion(capacity, placement.directory, placement.pin, least)
+        return HostRegion(capacity, placement.backing(), least)
     except HostMemoryError:
         if not _POOL:
             raise
         empty_host_pool()
-        return HostRegion(capacity, placement.directory, placement.pin, least)
+        return HostRegion(capacity, placement.backing(), least)
 
 
-def _give_back(region: HostRegion) -> None:
-    """What is not pinned is freed with its last view."""
-    if region.pin is not None:
-        _POOL.append(region)
+def _give_back(placement: Placement, region: HostRegion) -> None:
+    """What is not used again is freed with its last view."""
+    if region.backing.reusable:
+        _POOL.append((placement, region))
 
 
 def _commit(region: HostRegion, size: int) -> None:
@@ -195,7 +192,7 @@ def _commit(region: HostRegion, size: int) -> None:
 def empty_host_pool() -> None:
     """Give pinned host memory back that no cache uses."""
     while _POOL:
-        region = _POOL.pop()
+        _, region = _POOL.pop()
         region.wait()
         region.close()
 
@@ -236,5 +233,5 @@ def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Leas
 def host_memory() -> HostMemory:
     """What keys and values take on the host now."""
     stores = list(_STORES.values())
-    pooled = sum(region.committed for region in _POOL)
+    pooled = sum(region.committed for _, region in _POOL)
     return HostMemory(sum(s.used_bytes for s in stores), TOTALS.memory, TOTALS.disk, pooled, len(stores))

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from mom_compile.runtime.host.doors import Doors
-from mom_compile.runtime.host.store import HostStore, Lease, Placement, lease_of, settle, store_of, without_base
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of, without_base
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
 from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
 from mom_passes.torch_compat import schema_of

@@ -87,6 +87,13 @@ class Past:
 Need = All | Rows | Past
 
 
+def fault_of(need: Need) -> str | None:
+    """What is wrong with a need, whatever operator has it, or None."""
+    if isinstance(need, Past) and not (need.dim.plain and need.rows > 0):
+        return "a past is of at least one row, along a dimension that holds tokens alone"
+    return None
+
+
 def dim_of(need: Need) -> Dim | None:
     """The dim along which a need is for rows; None where it is for all."""
     return None if isinstance(need, All) else need.dim

@@ -31,9 +31,9 @@ ACTIVATIONS = """
 """
 
 BINARY = """
-    add.Tensor add.Scalar atan2 copysign.Tensor copysign.Scalar div.Tensor div.Scalar div.Tensor_mode
+    add.Tensor add.Scalar atan2 complex copysign.Tensor copysign.Scalar div.Tensor div.Scalar div.Tensor_mode
     div.Scalar_mode floor_divide floor_divide.Scalar fmax fmin fmod.Tensor fmod.Scalar gcd heaviside hypot lcm
-    logaddexp logaddexp2 maximum minimum mul.Tensor mul.Scalar nextafter pow.Tensor_Tensor pow.Tensor_Scalar
+    logaddexp logaddexp2 maximum minimum mul.Tensor mul.Scalar nextafter polar pow.Tensor_Tensor pow.Tensor_Scalar
     pow.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor rsub.Tensor rsub.Scalar
     special_xlog1py special_zeta sub.Tensor sub.Scalar true_divide.Tensor xlogy.Tensor xlogy.Scalar_Other
     xlogy.Scalar_Self

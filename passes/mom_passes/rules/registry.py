@@ -31,7 +31,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
 from mom_passes.graph.values import operands
-from mom_passes.rules.needs import All, Dim, Need, Past, Rows, State, Window
+from mom_passes.rules.needs import Dim, Need, State, Window, fault_of
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -130,13 +130,12 @@ def _fault(claim: Any, operand_count: int) -> str | None:
     if not isinstance(claim, Claim):
         return f"returned {claim!r}; return a Claim, or raise CannotChunk"
     needs = claim.needs
-    if not isinstance(needs, tuple) or not all(isinstance(need, All | Rows | Past) for need in needs):
+    if not isinstance(needs, tuple) or not all(isinstance(need, Need) for need in needs):
         return f"needs {needs!r}; a tuple of Rows(dim), Past(dim, rows) and All() is wanted, one per tensor operand"
     if len(needs) != operand_count:
         return f"has {len(needs)} needs for {operand_count} tensor operands"
-    if any(isinstance(need, Past) and not (need.dim.plain and need.rows > 0) for need in needs):
-        return f"needs {needs!r}; a past is of at least one row, along a dimension that holds tokens alone"
-    return None
+    wrong = next(filter(None, map(fault_of, needs)), None)
+    return None if wrong is None else f"needs {needs!r}; {wrong}"
 
 
 _FACTS: dict[Any, OperatorFacts] = {}

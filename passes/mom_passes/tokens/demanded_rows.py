@@ -38,7 +38,7 @@ from mom_passes.graph.edit import emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
-from mom_passes.rules import Dim, Past, Rows, Window, claim_for, facts
+from mom_passes.rules import All, Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.views import is_cut
@@ -117,13 +117,13 @@ class Needs:
     spans: dict[fx.Node, Span | None]
 
     def narrowed(self, node: fx.Node) -> Span | None:
-        """The span in which a node is computed alone. What reads rows before its own is computed whole."""
+        """The span in which a node is computed alone. What reads other rows than its own is computed whole."""
         span = self.spans.get(node) if node in self.dims.rowwise else None
         if span is None or node.target is operator.getitem:
             return span
         claim = claim_for(node, self.dims.carriers[node].dim, in_order=True)
-        reads_before = claim.state is not None or any(isinstance(need, Past) for need in claim.needs)
-        return None if reads_before else span
+        own = claim.state is None and all(isinstance(need, All | Rows) for need in claim.needs)
+        return span if own else None
 
     def add(self, node: fx.Node, span: Span | None) -> None:
         known = self.spans.get(node, span)

@@ -1,0 +1,60 @@
+"""Parts of a file, mapped one behind another into the addresses."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import torch
+
+from mom_compile.runtime.host.backings.base import BLOCK, Backing
+from mom_compile.runtime.host.file import Extent, file_in, give_all_back, unmap
+from mom_compile.runtime.host.limits import HostMemoryError
+
+
+class InFile(Backing):
+    """Extents of the one file of a folder. They go with the addresses, not before: a view may outlive its region."""
+
+    block = BLOCK
+    on_disk = True
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+        self.extents: list[Extent] = []
+
+    def reserve(self, capacity: int, least: int) -> torch.Tensor:
+        addresses = super().reserve(capacity, least)
+        self.file = file_in(self.directory)
+        weakref.finalize(self.memory, give_all_back, self.extents).atexit = False
+        return addresses
+
+    def commit(self, first: int, size: int) -> None:
+        self.file = file_in(self.directory)  # a fork has one of its own
+        extent = self.file.extent(first, size)
+        try:
+            extent.map(self.address)
+        except OSError as error:
+            extent.give_back()
+            raise HostMemoryError(
+                f"{size} bytes on disk for keys and values cannot be mapped ({error.strerror}); "
+                "a limit on mappings (vm.max_map_count) or on address space (ulimit -v) may forbid it: raise it, "
+                "or use kv_offload=True to keep them in host memory"
+            ) from error
+        self.extents.append(extent)
+
+    def release(self, first: int, size: int) -> bool:
+        try:
+            unmap(self.address + first, size)
+        except OSError:  # one mapping would become two, and there may be no more
+            return False
+        held, self.extents[:] = list(self.extents), []
+        for extent in held:
+            gone = extent.part(first, first + size)
+            if gone is None:
+                self.extents.append(extent)
+                continue
+            gone.give_back()
+            rest = (extent.part(0, first), extent.part(first + size, extent.first + extent.size))
+            self.extents += [part for part in rest if part is not None]
+        return True
