@@ -27,7 +27,7 @@ DEFAULT_VALUE_BYTES = 128 << 20
 #: their sake. Elsewhere than on a CPU by the rule of arithmetic intensity, never measured: a product of r rows with a
 #: matrix computes r FLOPs for each byte of it in 16 bits, and an H100 computes 990e12 / 3.35e12 = 295 in the time in
 #: which it reads one.
-EXPERT_ROWS = {"cpu": ExpertRows(128, 512 << 20)}
+EXPERT_ROWS = {"cpu": ExpertRows(64, 512 << 20)}
 EXPERT_ROWS_ELSEWHERE = ExpertRows(300, 512 << 20)
 
 #: Beyond this no model has tokens; a larger number is a slip of the keyboard.
