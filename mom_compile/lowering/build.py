@@ -85,6 +85,8 @@ class Lowering:
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
         self._leaving = leaving(self.plan)
+        needed = kv.residency.needed.symbols if kv.residency is not None else ()
+        self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in needed]
 
     def program(self) -> Program:
         for node in self.plan.inputs:
@@ -95,7 +97,7 @@ class Lowering:
             elif isinstance(step, Compute):
                 self._lower_piece(step)
             elif isinstance(step, Transfer):
-                run, arguments = copy_step(step.node, self.kv, self._leaving)
+                run, arguments = copy_step(step.node, self.kv, self._leaving, self._deciding)
                 self._call(step, run, arguments)
             else:
                 constant = step.node.op == "get_attr"

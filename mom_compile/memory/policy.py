@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from torch import fx
 
 from mom_compile.config import Options
 from mom_compile.memory.place import KVPlace
-from mom_compile.memory.residency import Residency
+from mom_compile.memory.residency import Needed, Residency
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.store import Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
 from mom_passes.ops.transfers import FETCH, FETCH_START
-from mom_passes.program.memory import Leaving, Memory, leaving
+from mom_passes.program.memory import Leaving, leaving
 from mom_passes.program.rewritten import Rewritten
 
 #: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
@@ -54,21 +53,18 @@ def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str
 
 def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
     """Where the keys and values of a rewritten graph go, by what its program needs of the device."""
-    gm, found = rewritten.gm, rewritten.memory
-    device = compute_device(gm)
+    device = compute_device(rewritten.gm)
+    values = leaving(rewritten.plan).values()
     residency = None
-    if options.kv_offload == "auto" and offloads(options, device):
-        values = leaving(rewritten.plan).values()
-        layers = _layers(values)
+    if options.kv_offload == "auto" and values:
         budget = options.budget_bytes or _free_bytes(device)
-        between = 2 * sum(value.bytes_per_token for value in values) // layers
-        per_token = _bytes_per_token(found) if found.tokens else between
-        residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
+        weights, needed = _static_bytes(rewritten.gm, static), Needed.by(rewritten.memory)
+        residency = Residency(budget, weights, needed, _layers(values))
     return KVPlace(device, _placement(options, device), residency)
 
 
 def _layers(values: Collection[Leaving]) -> int:
-    return 1 + max((value.layer for value in values), default=0)
+    return 1 + max(value.layer for value in values)
 
 
 def _placement(options: Options, device: torch.device) -> Placement:
@@ -83,11 +79,6 @@ def _free_bytes(device: torch.device) -> int:
     """What this process may use of a device: what is free, and what PyTorch has reserved already."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device))
-
-
-def _bytes_per_token(found: Memory) -> int:
-    """What is alive at a time and grows with the tokens: all that the peak has above one mini-sequence."""
-    return math.ceil((found.number(found.peak) - found.iteration) / found.tokens)
 
 
 def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
