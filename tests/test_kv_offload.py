@@ -286,6 +286,26 @@ def test_a_budget_in_between_keeps_some_layers_spread_evenly():
     assert [isinstance(one.keys, HostTensor) for one in result.past_key_values.layers] == [True, True, False]
 
 
+@pytest.mark.slow
+def test_one_graph_decides_by_the_sizes_of_each_run():
+    """As many layers as fit beside the peak that its program has for these sizes, in a graph for any."""
+    model, room = small_model("llama", torch.float64), 10**6
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
+    model.compile(backend="mom", dynamic=True, options=options)
+    resident = []
+    for batch, tokens in ((2, 41), (2, 160), (2, 240), (5, 90), (5, 300)):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**prompt(batch, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        (report,) = mom_compile.reports()
+        sizes = {symbol: batch if hint == 2 else tokens for symbol, hint in report.memory.hints.items()}
+        fitting = (room - report.memory.number(report.memory.peak, sizes)) // (2 * batch * tokens * 2 * 16 * 8)
+        resident.append(sum(not isinstance(layer.keys, HostTensor) for layer in cache.layers))
+        assert resident[-1] == max(0, min(3, fitting))
+    assert set(resident) == {0, 2, 3}
+
+
 # --- caches that are not ours to move ---
 
 

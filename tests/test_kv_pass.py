@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mom_passes.host.kv_offload import kv_offload
 from mom_passes.host.kv_values import find_kv
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.overlap import overlap
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.verify import verify
 from tests import tiny
 from tests.captured import Captured, capture, ids
@@ -184,20 +186,22 @@ def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
 
 
 def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
-    gm = attention_form(copy_graph(decode_step("llama", host=False).gm))
-    weights = [node for node in gm.graph.nodes if node.op == "placeholder"][:5]
+    step = Rewritten.of(offloaded(decode_step("llama", host=False))[0], no_loops="a decode step")
+    weights = [node for node in step.gm.graph.nodes if node.op == "placeholder"][:5]
     layer = 2 * 2 * (PAST + 1) * 2 * 16 * 8  # K and V of a batch of two, two heads, float64
     needed = sum(node.meta["val"].nbytes for node in weights) + 2 * (3 + 2) * layer
     for budget, fits in ((needed, True), (needed - 1, False)):
         options = parse_options({"kv_offload": "auto", "memory_budget": budget}, None)
-        reason = fits_for_long(gm, options, {node.name for node in weights})
+        reason = fits_for_long(step, options, {node.name for node in weights})
         assert (reason is not None) is fits
-    assert fits_for_long(gm, parse_options({"kv_offload": True}, None), ()) is None
+        assert fits_for_long(replace(step, no_loops=None), options, {node.name for node in weights}) is None
+    assert fits_for_long(step, parse_options({"kv_offload": True}, None), ()) is None
 
 
 def test_a_step_with_anything_on_the_host_is_never_left_whole():
     options = parse_options({"kv_offload": "auto", "memory_budget": "1TiB"}, None)
-    assert fits_for_long(attention_form(copy_graph(llama_step().gm)), options, ()) is None
+    step = Rewritten.of(offloaded(llama_step())[0], no_loops="a decode step")
+    assert fits_for_long(step, options, ()) is None
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])

@@ -370,7 +370,7 @@ def test_explain_tells_which_rows_are_copied():
 
 def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
     value = torch.arange(2 * 3 * 40 * 4.0).view(2, 3, 40, 4)
-    step = Offload(2, torch.device("cpu"), Placement(), stays=lambda tokens, rows, size: True)
+    step = Offload(2, torch.device("cpu"), Placement(), stays=lambda sizes, size: True)
     (kept,) = step([value, 30])
     assert torch.equal(kept, value[:, :, 30:]) and behind(kept) == 1
     (kept,) = step([value, 1])

@@ -113,9 +113,9 @@ def test_the_loop_that_ends_in_logits_has_the_shorter_mini_sequences():
 
     x = torch.randn(1, 600, HIDDEN, dtype=torch.float64)
     gm = trace(program, x, *weights)
-    report = Report()
-    run_pipeline(gm, static_inputs=parameter_names(gm), limit=RowLimit(512, 512 * 16 * 8), report=report)
-    assert [stage.mini_seq_len for stage in report.stages] == [512, 128]
+    limit = RowLimit(512, 512 * 16 * 8)
+    rewritten = run_pipeline(gm, static_inputs=parameter_names(gm), limit=limit, report=Report())
+    assert [loop.rows for _, loop in loops(rewritten.gm)] == [512, 128]
 
 
 # --- repeated keys ---

@@ -67,6 +67,8 @@ def _bigger(sizes: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.builds(lambda a, b: _of("BitwiseFn_bitwise_and")(_of("Max")(a, 0), b), sizes, few),
         st.builds(_of("PowByNatural"), few, few),
         sizes.map(lambda e: e * (e + 1) / 2),
+        st.builds(lambda a, b: sympy.ceiling(a / b), sizes, few),
+        st.builds(lambda a, b: sympy.floor(a / b), sizes, few),
         floats.map(_of("CeilToInt")),
         floats.map(_of("FloorToInt")),
         floats.map(_of("TruncToInt")),
