@@ -20,7 +20,7 @@ from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, r
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import observing
 from mom_compile.torch_compat import SymbolicSizes
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids
 
 MINI = {"mini_seq_len": 8, "strict": True}
 

@@ -12,7 +12,7 @@ import mom_compile
 from benchmarks.models import keeping
 from mom_compile.runtime.attention.rows import observing_blocks
 from mom_passes.ops.attention import AttentionCall
-from tests.families import prompt, small_model
+from tests.models import prompt, small_model
 
 TOKENS = 70
 Calls = list[AttentionCall]
@@ -43,7 +43,7 @@ def masked_calls() -> Iterator[Calls]:
 
 def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: Calls) -> None:
     """Ids and mask have a batch symbol each: nothing in the graph says that they are one number."""
-    model = small_model("llama").double()
+    model = small_model("Llama").double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     for batch in (1, 2, 5):
         inputs = prompt(batch, TOKENS)
@@ -58,7 +58,7 @@ def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: Calls)
         compiled(**inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow), "Gemma3Text"])
 def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls: Calls) -> None:
     model = small_model(family).double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
@@ -75,7 +75,7 @@ def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls
     assert not report.left_out
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma3Text", marks=pytest.mark.slow)])
 def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, masked_calls: Calls) -> None:
     """`position_ids` that begin anew: each sequence comes out as it does alone, and no mask is made."""
     model = small_model(family).double()
@@ -94,7 +94,7 @@ def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, ma
 
 def test_a_second_turn_with_padding(eager_pieces: None, masked_calls: Calls) -> None:
     """Rows behind a past are causal from where they stand, and the padding of the first turn stays hidden."""
-    model = small_model("llama").double()
+    model = small_model("Llama").double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     first = prompt(2, TOKENS, padded=True)
     more = prompt(2, 50, seed=1)["input_ids"]
