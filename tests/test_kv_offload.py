@@ -6,6 +6,8 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ from mom_compile import HostMemoryError, HostTensor, MomWarning, host_memory
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.steps import Append
+from mom_compile.runtime.host.steps import Append, FetchStart
 from mom_compile.runtime.loop import CompiledLoop
+from mom_compile.runtime.program import Step, observing
 from tests.models import FAMILIES, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
@@ -176,27 +179,25 @@ def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
 class Rooms:
     """Bytes of keys and values on the device: buffers that pasts arrive in, while they live."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self) -> None:
         self.now = self.most = 0
-        begin = mom_compile.runtime.host.steps.FetchStart.__call__
 
-        def arriving(step, arguments):
-            (made,) = begin(step, arguments)
-            size = made.buffer.numel() * made.buffer.element_size()
+    def watch(self, step: Step, results: Sequence[Any]) -> None:
+        if isinstance(step.run, FetchStart):
+            buffer = results[0].buffer
+            size = buffer.numel() * buffer.element_size()
             self.add(size)
-            weakref.finalize(made.buffer, self.add, -size)
-            return (made,)
-
-        monkeypatch.setattr(mom_compile.runtime.host.steps.FetchStart, "__call__", arriving)
+            weakref.finalize(buffer, self.add, -size)
 
     def add(self, size: int) -> None:
         self.now += size
         self.most = max(self.most, self.now)
 
 
-def test_two_layers_are_on_the_device_at_most_while_decoding(monkeypatch):
-    buffers = Rooms(monkeypatch)
-    generate(compiled("Llama"), prompt(1, 41), max_new_tokens=9)
+def test_two_layers_are_on_the_device_at_most_while_decoding():
+    buffers = Rooms()
+    with observing(buffers.watch):
+        generate(compiled("Llama"), prompt(1, 41), max_new_tokens=9)
     layer = 2 * (41 + 8) * 2 * 16 * 8
     assert 0 < buffers.most <= 2 * layer
     gc.collect()
