@@ -16,7 +16,7 @@ from mom_compile.config import parse_bytes, parse_options
 from mom_compile.memory.residency import Needed, Residency, Stays
 from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.program import Call, Place, Storage, Why
-from tests.captured import tiny
+from tests.models import tiny
 
 numbers = st.integers(0, 1 << 40)
 

@@ -10,10 +10,9 @@ import mom_compile
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import ExpertRows, RowLimit, loops
-from tests.families import prompt, small_model
+from tests.models import TinyDecoder, ids, prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
-from tests.tiny import TinyDecoder, ids
 from tests.tracing import rewrite, trace
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -41,7 +40,7 @@ def test_scope_mlp_computes_the_last_token_only_where_no_more_is_asked():
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma3Text", "Falcon"])
 def test_scope_mlp_is_exact_for_real_families(name):
     model = small_model(name, torch.float64)
     inputs = prompt(2, 37, padded=True)
