@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from mom_compile.lowering.pieces import Piece, SizeTemplate, Variant, run_eagerl
 from mom_compile.torch_compat import mark_boxed
 from mom_passes.graph.edit import copy_graph
 
-# torch traces every symbolic decision to this logger; pytest would keep it all, at half the time of some tests.
-logging.getLogger("torch.__trace").propagate = False
+# With a handler on this logger torch records every symbolic decision with its stack, a tenth of the time of a trace.
+# Its own handler goes by itself; pytest puts its own on all loggers that do not propagate.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made is there for good: no test's `gc.collect()` need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
