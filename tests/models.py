@@ -7,7 +7,8 @@
 
 A family is what Hugging Face puts before `Config`: "Llama", "GPTNeoX", "Gemma3Text". Those we promise are `FAMILIES`;
 `MIXTURES` have experts, `UNUSUAL` are decoders whose caches hold something else than keys and values of heads,
-`ENCODER_DECODERS` speaks for itself. Of any other the sizes must have the usual names. What else is given by name goes to the configuration.
+`ENCODER_DECODERS` speaks for itself. Of any other the sizes must have the usual names. What else is given by name goes
+to the configuration.
 """
 
 from __future__ import annotations
