@@ -36,7 +36,8 @@ class StageReport:
     """One loop: where its tokens are, what it stores at full length, and what it runs.
 
     `spread` is how many of its tokens give each expert a row, 1 without experts.
-    `live` is every full-length value that is alive while it runs, `folds` the reductions over tokens that leave it,
+    `live` is every full-length value that is alive while it runs, `made_once` the bytes of those that have no tokens,
+    weights that were dequantised before it, say, `folds` the reductions over tokens that leave it,
     `iteration_bytes` what one mini-sequence holds beside them.
     """
 
@@ -50,6 +51,7 @@ class StageReport:
     live: tuple[LiveValue, ...]
     iteration_bytes: int
     spread: float = 1
+    made_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def _stage_report(moment: Moment, found: Memory) -> StageReport:
         tuple(value for value in live if value is not None),
         found.number(moment.own),
         loop.spread,
+        sum(found.number(storage.bytes) for storage, value in zip(moment.alive, live, strict=True) if value is None),
     )
 
 
@@ -281,6 +284,8 @@ def _stage_lines(stage: StageReport) -> list[str]:
     lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
     alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live if value.bytes_per_token)
     lines.append(f"    alive meanwhile, in B/token: {alive}")
+    if stage.made_once:
+        lines.append(f"    made once before it, without tokens (dequantised weights, say): {stage.made_once} B")
     own = sum(value.bytes for value in stage.live if not value.bytes_per_token)
     if own:
         lines.append(f"    rows of their own meanwhile: {own} B")

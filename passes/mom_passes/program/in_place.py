@@ -43,6 +43,8 @@ from mom_passes.rules import Dim
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     """Decide it for every loop of a rewritten graph and note it in the loops' outputs, in place."""
     modules = dict(loop_nodes(gm))
+    if not modules:
+        return gm
     for module in modules.values():
         module.loop = _apart(module.loop)
     program = schedule(gm)

@@ -69,11 +69,6 @@ class Memory:
         return sympy.Max(*dict.fromkeys(moment.bytes for moment in self.moments), evaluate=False)
 
     @property
-    def iteration(self) -> int:
-        """The most that one mini-sequence holds beside full-length values, in bytes at the captured sizes."""
-        return max((self.number(m.own) for m in self.moments if isinstance(m.step, LoopStep)), default=0)
-
-    @property
     def tokens(self) -> int:
         """How many tokens the longest loop had when it was captured; 0 without loops."""
         return max((self.number(moment.length) for moment in self.moments), default=0)
