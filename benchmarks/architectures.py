@@ -22,7 +22,6 @@ import argparse
 import json
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.architectures_page import PAGE, page
 from benchmarks.small_configs import exceptions
-from benchmarks.workers import WorkerFailed, run_worker
+from benchmarks.workers import run_worker
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 #: Telling kinds first: a sweep that is cut short has seen something of everything.
@@ -46,6 +45,21 @@ def model_types() -> list[str]:
     return [*FIRST, *(name for name in NAMES if name not in FIRST)]
 
 
+def twin_of(name: str) -> str | None:
+    """The type whose model and configuration this one has under another name, or whose text model it is built as."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    for other, model in NAMES.items():
+        if other == name or model != NAMES[name]:
+            continue
+        own, others = CONFIG_MAPPING[name], CONFIG_MAPPING[other]
+        text = getattr(own, "sub_configs", {}).get("text_config")
+        if others is text or (others is own and own.model_type == other):
+            return other
+    return None
+
+
 class Results:
     """What was measured, by type, in a file that is whole after every type."""
 
@@ -56,9 +70,12 @@ class Results:
         self.stamp: dict[str, Any] = found.get("stamp", {})
         self.types: dict[str, dict[str, Any]] = found.get("types", {})
 
-    def add(self, name: str, entry: dict[str, Any]) -> None:
+    def add(self, name: str, entry: dict[str, Any], replace: bool = False) -> None:
+        """Memory is measured apart from the rest and stays what it was when that is measured anew."""
         with self.lock:
-            self.types[name] = {**self.types.get(name, {}), **entry}
+            before = self.types.get(name, {})
+            kept = {k: before[k] for k in ("peaks", "compile_seconds") if k in before} if replace else before
+            self.types[name] = {**kept, **entry}
             self.save()
 
     def save(self) -> None:
@@ -67,20 +84,6 @@ class Results:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(self.path)
-
-
-def run_type(name: str, compiled: bool, timeout: float) -> dict[str, Any]:
-    """What a fresh process finds of one type. A process that fails says why itself, unless time or memory ran out."""
-    entry: dict[str, Any] = {}
-    began = time.monotonic()
-    try:
-        run_worker("benchmarks.architectures_worker", {"type": name, "compile": compiled}, timeout=timeout,
-                   on_row=entry.update)  # fmt: skip
-    except WorkerFailed as failed:
-        lines = str(failed).splitlines()
-        entry["ended"] = lines[0].partition(": ")[2]
-    key = "compile_seconds" if compiled else "seconds"
-    return {**entry, key: round(time.monotonic() - began, 1)}
 
 
 def write_page(results: Results) -> None:
@@ -112,20 +115,39 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
     wanted = [name for name in known if not options.only or name in options.only]
     wanted = [name for name in wanted if options.redo or key not in results.types.get(name, {})]
     results.stamp = {**measure.machine(), "threads": 1}
-
-    def one(name: str) -> None:
-        own = exceptions(name)
-        if own.get("skip"):
-            found: dict[str, Any] = {"not_built": own["why"], key: 0}
-        else:
-            found = run_type(name, options.compile, options.timeout)
-        if not options.compile:
-            results.types.pop(name, None) if options.redo else None
-        results.add(name, found)
-        print(f"{name}: {summary(found)}", flush=True)
-
+    wanted = [name for name in wanted if not set_apart(name, results, key)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(one, wanted))
+        list(pool.map(lambda part: run_types(part, results, options), deal(wanted, options.jobs)))
+
+
+def set_apart(name: str, results: Results, key: str) -> bool:
+    """Record a type that is not run: it is another's twin, or the exceptions say so."""
+    twin, own = twin_of(name), exceptions(name)
+    if twin is not None:
+        results.add(name, {"same_as": twin, key: 0})
+    elif own.get("skip"):
+        results.add(name, {"not_built": own["why"], key: 0})
+    return twin is not None or bool(own.get("skip"))
+
+
+def deal(names: Sequence[str], hands: int) -> list[list[str]]:
+    return [list(names[i::hands]) for i in range(hands)]
+
+
+def run_types(names: Sequence[str], results: Results, options: argparse.Namespace) -> None:
+    """Each in a process of its own that begins with everything imported and nothing compiled."""
+    fresh: dict[str, dict[str, Any]] = {}
+
+    def take(found: dict[str, Any]) -> None:
+        name = found.pop("type")
+        fresh.setdefault(name, {}).update(found)
+        if "seconds" in found or "compile_seconds" in found:  # it has ended
+            results.add(name, fresh[name], replace=not options.compile)
+            print(f"{name}: {summary(fresh[name])}", flush=True)
+
+    spec = {"types": list(names), "compile": options.compile, "timeout": options.timeout}
+    if names:
+        run_worker("benchmarks.architectures_worker", spec, on_row=take)
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -133,7 +155,7 @@ def summary(found: dict[str, Any]) -> str:
     if "peaks" in found:
         peaks = found["peaks"]
         return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks.items())
-    parts = [found.get("not_built") or found.get("ended") or ""]
+    parts: list[str] = [found.get("not_built") or found.get("ended") or ""]
     for use, got in found.get("uses", {}).items():
         said = got.get("eager_error") and "eager raises" or got.get("error") or f"{got.get('difference'):.1e}"
         parts.append(f"{use} {said[:160]}")

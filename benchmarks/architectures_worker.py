@@ -1,4 +1,4 @@
-"""One type of model in a process of its own, for `benchmarks.architectures`: rows of what was found.
+"""Types of models, each in a process of its own, for `benchmarks.architectures`: rows of what was found.
 
 A row has `parameters`, then one use after another under `uses`: the largest difference relative to eager's scale,
 graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -195,9 +198,9 @@ def run_uses(name: str) -> None:
     try:
         model = build(name, SMALL, dtype)
     except Exception as error:
-        row({"not_built": said(error)})
+        row({"type": name, "not_built": said(error)})
         return
-    row({"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(dtype).removeprefix("torch."),
+    row({"type": name, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(dtype).removeprefix("torch."),
          "class": type(model).__name__, "bound": bound})  # fmt: skip
     eager, ours = Caller(model, None), Caller(model, "mom")
     uses: dict[str, dict[str, Any]] = {}
@@ -220,11 +223,11 @@ def run_uses(name: str) -> None:
             uses[use] = {"difference": difference(actual, wanted[use]), **found.entry()}
         except Exception as error:
             uses[use] = {"error": said(error)}
-        row({"uses": uses})
+        row({"type": name, "uses": uses})
     wrong = [use for use in wanted if "error" in uses[use] or not uses[use]["difference"] <= bound]
     if wrong:
         stock_results(Caller(model, "aot_eager"), wanted, uses, wrong)
-    row({"uses": uses})
+    row({"type": name, "uses": uses})
 
 
 def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str, Any], wrong: list[str]) -> None:
@@ -252,7 +255,7 @@ def run_peaks(name: str) -> None:
     for backend in ("inductor", "mom"):
         step(backend)
         peaks[backend] = _peak(model, backend, inputs, wanted)
-        row({"peaks": peaks})
+        row({"type": name, "peaks": peaks})
 
 
 def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dict[str, Any]:
@@ -268,17 +271,51 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
         return {"error": said(error)}
 
 
+def run_one(name: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if compiled:
+            run_peaks(name)
+        else:
+            with everything_in_float64():
+                run_uses(name)
+
+
+def in_a_child(name: str, compiled: bool, timeout: float) -> str | None:
+    """Run one type in a fork of this process, in which everything is imported and nothing has run. How it failed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run_one(name, compiled)
+            status = 0
+        except BaseException as error:
+            row({"type": name, "ended": said(error)})
+        sys.stdout.flush()
+        os._exit(status)
+    end = time.monotonic() + timeout
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return None if os.WIFEXITED(status) else f"ended by signal {os.WTERMSIG(status)}"
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"ran longer than {timeout:.0f} s"
+        time.sleep(0.05)
+
+
 def main() -> int:
     spec = json.loads(sys.argv[sys.argv.index("--worker") + 1])
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    with torch.no_grad():
-        if spec["compile"]:
-            run_peaks(spec["type"])
-        else:
-            with everything_in_float64():
-                run_uses(spec["type"])
+    for name in spec["types"]:
+        began = time.monotonic()
+        failed = in_a_child(name, spec["compile"], spec["timeout"])
+        ended = {} if failed is None else {"ended": failed}
+        key = "compile_seconds" if spec["compile"] else "seconds"
+        row({"type": name, **ended, key: round(time.monotonic() - began, 1)})
     return 0
 
 
