@@ -9,8 +9,8 @@ is in loops?
         scoring        logits of every token, without a cache
         each by mom and in eager mode; where mom fails or differs, by `backend="aot_eager"` too
 
-Results are kept in benchmarks/results/architectures.json as they come, and what is there is not run again; `--redo` does.
-docs/architectures.md is made from it (`--page` makes nothing else).
+Results are kept in benchmarks/results/architectures.json as they come, and what is there is not run again unless with
+`--redo`. docs/architectures.md is made from it (`--page` makes nothing else).
 
 Pieces run eagerly (`without_codegen`), which is everything but Inductor's code generation. `--compile` measures instead
 what memory stock Inductor and mom take for 2048 tokens.
@@ -74,7 +74,7 @@ class Results:
         """Memory is measured apart from the rest and stays what it was when that is measured anew."""
         with self.lock:
             before = self.types.get(name, {})
-            kept = {k: before[k] for k in ("peaks", "compile_seconds") if k in before} if replace else before
+            kept = {k: v for k, v in before.items() if not replace or k in ("peaks", "compile_seconds")}
             self.types[name] = {**kept, **entry}
             self.save()
 
@@ -153,11 +153,11 @@ def run_types(names: Sequence[str], results: Results, options: argparse.Namespac
 def summary(found: dict[str, Any]) -> str:
     """A line for who watches."""
     if "peaks" in found:
-        peaks = found["peaks"]
-        return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks.items())
+        peaks = found["peaks"].items()
+        return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks)
     parts: list[str] = [found.get("not_built") or found.get("ended") or ""]
     for use, got in found.get("uses", {}).items():
-        said = got.get("eager_error") and "eager raises" or got.get("error") or f"{got.get('difference'):.1e}"
+        said = (got.get("eager_error") and "eager raises") or got.get("error") or f"{got.get('difference'):.1e}"
         parts.append(f"{use} {said[:160]}")
     return "; ".join(filter(None, parts)) + f" ({found.get('seconds', found.get('compile_seconds'))} s)"
 

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -131,11 +132,10 @@ def said(error: BaseException) -> str:
     while error.__cause__ is not None and type(error).__module__.startswith("torch._dynamo"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ours = [f for f in traceback.extract_tb(error.__traceback__) if "/mom_passes/" in f.filename or "/mom_compile/" in f.filename]
-    place = ""
-    if ours:
-        package = "mom_passes" if "/mom_passes/" in ours[-1].filename else "mom_compile"
-        place = f" [{package}/{ours[-1].filename.partition(f'/{package}/')[2]}: {ours[-1].name}]"
+    frames = [(frame, re.search(r"/(mom_(?:passes|compile)/.*)", frame.filename))
+              for frame in traceback.extract_tb(error.__traceback__)]  # fmt: skip
+    ours = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
+    place = ours[-1] if ours else ""
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300] + place
 
 
@@ -152,7 +152,7 @@ class Found:
 
     def __init__(self) -> None:
         self.before = len(reports())
-        self.breaks = sum(counters["graph_break"].values())
+        self.breaks = dict(counters["graph_break"])
         self.stock: list[int] = []
 
     def watch(self, gm: fx.GraphModule) -> None:
@@ -161,6 +161,8 @@ class Found:
     def entry(self) -> dict[str, Any]:
         """`outside` has the work outside loops and its reason, by operator."""
         made = reports()[self.before :]
+        breaks = {why: n - self.breaks.get(why, 0) for why, n in counters["graph_break"].items()}
+        breaks = {why: n for why, n in breaks.items() if n}
         outside: dict[str, list[Any]] = {}
         ours = [report for report in made if report.stages]
         for report in ours:
@@ -171,7 +173,8 @@ class Found:
                 known[1] = known[1] or why
         return {
             "graphs": len(made),
-            "breaks": sum(counters["graph_break"].values()) - self.breaks,
+            "breaks": sum(breaks.values()),
+            "break_reasons": [reason.splitlines()[0] for reason in breaks],
             "work": sum(report.work for report in ours) + sum(self.stock),
             "work_outside": sum(sum(report.work_outside.values()) for report in ours) + sum(self.stock),
             "outside": outside,
@@ -200,8 +203,8 @@ def run_uses(name: str) -> None:
     except Exception as error:
         row({"type": name, "not_built": said(error)})
         return
-    row({"type": name, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(dtype).removeprefix("torch."),
-         "class": type(model).__name__, "bound": bound})  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    row({"type": name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "bound": bound})
     eager, ours = Caller(model, None), Caller(model, "mom")
     uses: dict[str, dict[str, Any]] = {}
     expected: dict[str, Any] = {}
