@@ -29,9 +29,8 @@ from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT
 from mom_passes.ops.attention import MOM_ATTENTION
-from mom_passes.program.memory import memory
 from mom_passes.program.program import LoopStep
-from mom_passes.program.schedule import schedule
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules import claim_for
 from mom_passes.verify import Contract, verify
 
@@ -80,8 +79,9 @@ class Follower:
             tell = getattr(self, f"after_{step.__name__}", None)
             if tell is not None:
                 tell(state)
-        self.plan(state.gm)
-        self.kernel(state.gm, static)
+        rewritten = Rewritten.of(state.gm)
+        self.plan(rewritten)
+        self.kernel(rewritten, static)
 
         def run(inputs: list[Any]) -> Any:
             values = list(inputs)
@@ -148,10 +148,9 @@ class Follower:
         ]
         self.say("7 in place", lines or ["nothing"])
 
-    def plan(self, gm: fx.GraphModule) -> None:
-        program = schedule(gm)
-        found = memory(program)
-        name = str(_loop_of(gm)[0].target)
+    def plan(self, rewritten: Rewritten) -> None:
+        program, found = rewritten.plan, rewritten.memory
+        name = str(_loop_of(rewritten.gm)[0].target)
         moment = next(m for m in found.moments if isinstance(m.step, LoopStep) and m.step.name == name)
         self.say(
             "8 program",
@@ -163,13 +162,13 @@ class Follower:
             ],
         )
 
-    def kernel(self, gm: fx.GraphModule, static: set[str]) -> None:
+    def kernel(self, rewritten: Rewritten, static: set[str]) -> None:
         cache = PieceCache()
         place = KVPlace(torch.device("cpu"), Placement())
         program = Lowering(
-            gm, schedule(gm), static_inputs=static, patches={}, cache=cache, report=Report(), kv=place
+            rewritten, static_inputs=static, patches={}, cache=cache, report=Report(), kv=place
         ).program()
-        name = str(_loop_of(gm)[0].target)
+        name = str(_loop_of(rewritten.gm)[0].target)
         loop = next(step.run for step in program.steps if step.name == name)
         piece = loop.body  # type: ignore[attr-defined]
         assert isinstance(piece, Piece)

@@ -33,7 +33,7 @@ from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
-from mom_passes.program.schedule import schedule
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
 
 log = logging.getLogger(__name__)
@@ -198,10 +198,9 @@ def build_program(
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs)
     rewritten = rewrite(gm, options, report, static)
-    plan = schedule(rewritten)
-    kv = kv_place(rewritten, options, static, plan)
+    kv = kv_place(rewritten, options, static)
     program = Lowering(
-        rewritten, plan, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv
+        rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv
     ).program()
 
     def run(inputs: list[Any]) -> tuple[Any, ...]:
@@ -210,7 +209,7 @@ def build_program(
     return mark_boxed(run)
 
 
-def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> fx.GraphModule:
+def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:
     """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
     device = compute_device(gm)
     rewritten = run_pipeline(
@@ -220,12 +219,15 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         report=report,
         scope=options.scope,
         kv_on_host=offloads(options, device),
-        fits=functools.partial(fits_for_long, options=options, static=static),
     )
+    staying = fits_for_long(rewritten, options, static)
+    if staying is not None:
+        report.describe_staying(staying)
+        raise NotWorthwhile(rewritten.no_loops)
     acting = _acting(gm)
-    if len(_acting(rewritten)) < len(acting):
-        report.stages.clear()
+    if len(_acting(rewritten.gm)) < len(acting):
         raise NotWorthwhile(f"{acting[0].name} ({acting[0].target}) returns nothing, and loops have no place for it")
+    report.describe(rewritten)
     return rewritten
 
 

@@ -82,7 +82,7 @@ def _explain_graph(
     if report.fallback is None:
         try:
             try:
-                runnable = rewrite(gm, options, report, static_input_names(gm, kwargs))
+                runnable = rewrite(gm, options, report, static_input_names(gm, kwargs)).gm
             except NotWorthwhile as decision:
                 report.fallback = str(decision)
                 runnable = for_stock(gm, report=report)

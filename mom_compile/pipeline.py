@@ -28,6 +28,7 @@ from mom_passes.ops.spans import SPANS
 from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -45,14 +46,6 @@ class NotWorthwhile(Exception):
     """Nothing to gain: the graph goes to stock Inductor. Its text is the reason."""
 
 
-#: Why all keys and values of a graph without loops may stay on the device, or None.
-Fits = Callable[[fx.GraphModule], str | None]
-
-
-def all_leave(gm: fx.GraphModule) -> None:
-    """What leaves, leaves, whatever room there is."""
-
-
 @dataclass
 class State:
     """What one step hands to the next."""
@@ -63,7 +56,6 @@ class State:
     report: Report
     scope: str = "layer"
     kv_on_host: bool = False
-    fits: Fits = all_leave
     kv: KVValues | None = None
     offload: KVOffload | None = None
     dims: TokenDims | None = None
@@ -209,13 +201,17 @@ def _work(gm: fx.GraphModule) -> dict[str, int]:
     return {_named(node): work for node in gm.graph.nodes if (work := matmul_work(node))}
 
 
+def regions_put_back(state: State) -> str:
+    """What was outlined and is in no loop is computed as it was."""
+    left = sum(1 for _ in regions(state.gm.graph))
+    inline_regions(state.gm)
+    return f"{left} regions"
+
+
 def keys_and_values_to_host(state: State) -> str:
     """What the cache keeps leaves for the host behind its stage, and comes back for its attention."""
-    stay = state.fits(state.gm) if state.kv_on_host and state.report.no_loops is not None else None
-    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host and stay is None, kv=state.kv)
+    state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host, kv=state.kv)
     state.report.describe_kv(state.offload)
-    if stay is not None:
-        state.report.on_device["all"] = stay
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
 
 
@@ -252,7 +248,7 @@ TO_LOOPS: tuple[Step, ...] = (
 )
 #: What only looks at the graph: there is nothing to verify behind it.
 ANALYSES: frozenset[Step] = frozenset({find_keys_and_values, find_tokens, mlp_alone, follow_demands, cut_stages})
-BETWEEN_LOOPS: tuple[Step, ...] = (keys_and_values_to_host, copies_one_layer_ahead)
+BETWEEN_LOOPS: tuple[Step, ...] = (regions_put_back, keys_and_values_to_host, copies_one_layer_ahead)
 #: What decides which storage a value has, once it is known what leaves: what is copied out of a value does not hold it.
 STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place)
 
@@ -265,33 +261,25 @@ def run_pipeline(
     report: Report,
     scope: str = "layer",
     kv_on_host: bool = False,
-    fits: Fits = all_leave,
     skip: Collection[str] = (),
-) -> fx.GraphModule:
-    """The rewritten graph; `gm` is left as it was. Raises `NotWorthwhile` with the reason.
-
-    Between loops copies cost nothing, but a graph without loops would be cut into pieces for them: `fits` may tell why
-    it need not be.
-    """
+) -> Rewritten:
+    """The rewritten graph and its program; `gm` is left as it was. Raises `NotWorthwhile` with the reason."""
     report.nodes = len(gm.graph.nodes)
     out_of_order = read_behind_a_write(gm)
     if out_of_order is not None:
         raise NotWorthwhile(out_of_order)
-    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, fits, contract=Contract.of(gm))
+    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, contract=Contract.of(gm))
     no_loops: NotWorthwhile | None = None
     try:
         _run(TO_LOOPS, state, skip)
     except NotWorthwhile as decision:
         no_loops = decision
-        report.no_loops = str(decision)
-    inline_regions(state.gm)
     _run(BETWEEN_LOOPS, state, skip)
     if no_loops is not None and not state.offload:
         raise no_loops
     _run(STORAGE, state, skip)
-    report.describe_loops(state.gm)
     log.debug("rewritten graph:\n%s", state.gm.code)
-    return state.gm
+    return Rewritten.of(state.gm, None if no_loops is None else str(no_loops))
 
 
 def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:

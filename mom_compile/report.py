@@ -16,10 +16,10 @@ from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import Loop, loops
 from mom_passes.loops.ports import Final, Stored
 from mom_passes.ops.rows import COPY_ROWS
-from mom_passes.program.memory import Memory, Moment, memory
+from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Storage, Transfer
-from mom_passes.program.schedule import schedule
+from mom_passes.program.rewritten import Rewritten
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class Report:
     compile_seconds: float = 0.0
     graph: fx.GraphModule | None = None
 
-    def describe_loops(self, gm: fx.GraphModule) -> None:
-        self.graph = gm
-        self.memory = found = memory(schedule(gm))
-        self.stages = [_stage_report(moment, found) for moment in found.moments if isinstance(moment.step, LoopStep)]
-        self.tokens = max((hint(loop.length) for _, loop in loops(gm)), default=0)
+    def describe(self, rewritten: Rewritten) -> None:
+        self.graph, self.memory, self.no_loops = rewritten.gm, rewritten.memory, rewritten.no_loops
+        moments = [moment for moment in self.memory.moments if isinstance(moment.step, LoopStep)]
+        self.stages = [_stage_report(moment, self.memory) for moment in moments]
+        self.tokens = self.memory.tokens
 
     def describe_kv(self, offload: KVOffload) -> None:
         self.on_device = dict(offload.left_out)
@@ -125,6 +125,10 @@ class Report:
             KVReport(value.kept.name, value.layer, value.bytes_per_token, value.past is not None)
             for value in offload.leaving
         ]
+
+    def describe_staying(self, reason: str) -> None:
+        """All keys and values stay on the device after all."""
+        self.on_host, self.on_device = [], {"all": reason}
 
     @property
     def floor_bytes(self) -> int:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids
 
 if __name__ == "__main__":
     backend = sys.argv[1]

@@ -12,10 +12,10 @@ from transformers import CONFIG_MAPPING
 from benchmarks import architectures, architectures_page
 from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
 
-#: Dense with grouped heads, experts, latent attention with groups of experts, windows, old names of fields, a part for
+#: Dense with grouped heads, experts, latent attention with groups of them, windows, old names of fields, a part for
 #: text, state spaces alone and with attention, layers that share keys, exceptions.
-KINDS = ("llama", "mixtral", "deepseek_v3", "gemma3_text", "gpt2", "dbrx", "llama4_text", "mamba", "jamba", "qwen3_next",
-         "gemma3n_text", "bamba")  # fmt: skip
+KINDS = ("llama", "mixtral", "deepseek_v3", "gemma3_text", "gpt2", "dbrx", "llama4_text", "mamba", "jamba",
+         "qwen3_next", "gemma3n_text", "bamba")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -19,7 +19,8 @@ from mom_passes.attention.form import SDPA, attention_form
 from mom_passes.graph.arguments import argument
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.verify import verify
-from tests.captured import Captured, capture, ids, tiny
+from tests.captured import Captured, capture
+from tests.models import ids, tiny
 from tests.tracing import trace
 
 aten = torch.ops.aten
@@ -61,11 +62,11 @@ def rewritten(captured: Captured) -> fx.GraphModule:
 MODELS: dict[str, tuple[dict[str, Any], list[int | None], int]] = {
     "Llama": ({}, [None, None], 2),
     "Gemma3Text": (
-        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
         [5, None],
         2,
     ),
-    "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, [None, None], 4),
+    "GPT2": ({}, [None, None], 4),
     "GPTNeoX": ({}, [None, None], 4),
 }
 
@@ -78,7 +79,7 @@ def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
     """Masks are gone, keys and values have their own heads, and nothing repeats them."""
     changes, windows, heads = MODELS[family]
     model = tiny(family, **changes)
-    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(19), use_cache=use_cache)
+    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(1, 19), use_cache=use_cache)
     gm = rewritten(captured)
     nodes = attentions(gm)
     assert [facts(n) for n in nodes] == [{"mask": None, "is_causal": True, "window": w, "start": 0} for w in windows]
@@ -93,7 +94,7 @@ def test_padding_is_said_of_the_keys(dynamic: bool) -> None:
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[0, :6] = 0
     model = tiny("Llama")
-    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(19, 2), attention_mask=mask, use_cache=False)
+    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(2, 19), attention_mask=mask, use_cache=False)
     gm = rewritten(captured)
     for node in attentions(gm):
         given, told = facts(node), conditions(node)
@@ -108,9 +109,7 @@ def test_padding_is_said_of_the_keys(dynamic: bool) -> None:
 def test_packed_sequences_are_segments(dynamic: bool) -> None:
     """`position_ids` that begin anew: the model's own check for them becomes numbers of segments."""
     at = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, -1)
-    captured = capture(
-        tiny("Llama").forward, dynamic=dynamic, input_ids=ids(19, 2), position_ids=at, use_cache=False
-    )
+    captured = capture(tiny("Llama").forward, dynamic=dynamic, input_ids=ids(2, 19), position_ids=at, use_cache=False)
     for node in attentions(rewritten(captured)):
         given, told = facts(node), conditions(node)
         assert given["mask"] is None
@@ -127,10 +126,10 @@ def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
     past = transformers.DynamicCache(config=model.config)
     (name,) = kept = keeping(past, model)
     with torch.no_grad():
-        model(input_ids=ids(12, 2), attention_mask=mask[:, :12], **kept)
+        model(input_ids=ids(2, 12), attention_mask=mask[:, :12], **kept)
     captured = capture(
         lambda past, **given: model(**{name: past}, **given).logits,
-        dynamic=dynamic, past=past, input_ids=ids(new, 2), attention_mask=mask,
+        dynamic=dynamic, past=past, input_ids=ids(2, new), attention_mask=mask,
     )  # fmt: skip
     for node in attentions(rewritten(captured)):
         given, told = facts(node), conditions(node)
@@ -143,7 +142,7 @@ def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
 
 
 def test_no_guards_are_added() -> None:
-    captured = capture(tiny("Llama").forward, dynamic=True, input_ids=ids(19, 2), use_cache=False)
+    captured = capture(tiny("Llama").forward, dynamic=True, input_ids=ids(2, 19), use_cache=False)
     sizes = [n.meta["val"] for n in captured.gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
     env = sizes[0].node.shape_env
     before = len(env.guards), dict(env.replacements)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
 from mom_passes.ops.attention import attention_reference
-from tests.test_attention_kernels import CONDITIONS, OP, TOLERANCE, Case
+from tests.test_attention_kernels import CONDITIONS, TOLERANCE, Case, in_float64, run
 
 pytestmark = pytest.mark.gpu
 
@@ -19,14 +19,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("conditions", ["", *CONDITIONS])
 def test_what_is_said_of_keys(conditions: str, dtype: torch.dtype, window: int | None) -> None:
     case = Case(3, 2, 2, 50, 200, 64, 64, 100, True, window, None, (False,) * 4, "head-major", dtype, 0, conditions)
-    arguments = case.arguments()
-    result = OP(*(_on_device(a, i) for i, a in enumerate(arguments)))
-    wide = tuple(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments)
+    call = case.call()
+    # What `mom.spans` has found stays on the host.
+    moved = {k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"}
+    result = run(replace(call, **moved))
     assert result.transpose(1, 2).is_contiguous()
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(result.double().cpu(), attention_reference(*wide), atol=tolerance, rtol=tolerance)
-
-
-def _on_device(argument: Any, position: int) -> Any:
-    """What `mom.spans` has found, the last argument, stays on the host."""
-    return argument.cuda() if torch.is_tensor(argument) and position < 11 else argument
+    tolerance, expected = TOLERANCE[dtype], attention_reference(in_float64(call))
+    torch.testing.assert_close(result.double().cpu(), expected, atol=tolerance, rtol=tolerance)

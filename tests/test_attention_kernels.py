@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
 from mom_compile.runtime.attention import cpu as attention_cpu
 from mom_compile.runtime.attention import rows as attention_rows
-from mom_passes.ops.attention import attention_reference
+from mom_compile.runtime.attention.rows import observing_blocks
+from mom_passes.ops.attention import AttentionCall, attention_reference
 
 OP = torch.ops.mom.attention.default
 SPANS = torch.ops.mom.spans.default
@@ -52,17 +53,17 @@ class Case:
     conditions: str = ""
     shared: bool = False
 
-    def arguments(self) -> tuple[Any, ...]:
+    def call(self) -> AttentionCall:
         torch.manual_seed(self.seed)
         heads = self.kv_heads * self.group
         query = self._tensor(heads, self.rows, self.channels)
         key = self._tensor(self.kv_heads, self.keys, self.channels)
         value = self._tensor(self.kv_heads, self.keys, self.value_channels)
         scale = self.channels**-0.5
-        plain = (query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window)
-        return plain + self._conditions() if self.conditions else plain
+        plain = AttentionCall(query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window)
+        return replace(plain, **self._conditions()) if self.conditions else plain
 
-    def _conditions(self) -> tuple[torch.Tensor | None, ...]:
+    def _conditions(self) -> dict[str, torch.Tensor | None]:
         """Vectors `[B or 1, T]`, and what is found in them; T covers the rows too, as it does in a graph."""
         batch, tokens = 1 if self.shared else self.batch, self.keys
         index = torch.arange(tokens).expand(batch, -1)
@@ -90,7 +91,7 @@ class Case:
                 "out of order": (None, segments, positions.flip(1)),
                 "in order": (None, None, index + 3),
             }[self.conditions]
-        return (*vectors, SPANS(*vectors))
+        return dict(zip(("keys", "segments", "positions"), vectors, strict=True), spans=SPANS(*vectors))
 
     def _tensor(self, heads: int, tokens: int, channels: int) -> torch.Tensor:
         if self.layout == "token-major":
@@ -109,6 +110,17 @@ class Case:
             return seen
         dtype = torch.float32 if self.mask == "float32" else self.dtype
         return torch.randn(shape).masked_fill_(~seen, -math.inf).to(dtype)
+
+
+def run(call: AttentionCall) -> torch.Tensor:
+    """The operator, which takes by position what the record has by name."""
+    result: torch.Tensor = OP(*vars(call).values())
+    return result
+
+
+def in_float64(call: AttentionCall) -> AttentionCall:
+    wide = {k: v.double() for k, v in vars(call).items() if torch.is_tensor(v) and v.is_floating_point()}
+    return replace(call, **wide)
 
 
 @st.composite
@@ -170,22 +182,20 @@ def test_what_is_said_of_keys_in_small_blocks(case: Case, fewest: int) -> None:
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
-def test_ranges_of_keys_take_no_mask(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_keys_take_no_mask(conditions: str) -> None:
     """Padding at either end and packed sequences are calls of the plain kernel; only what is no range takes a mask."""
-    masked = []
-    in_blocks = attention_cpu.in_blocks
-    monkeypatch.setattr(attention_cpu, "in_blocks", lambda *a: masked.append(a) or in_blocks(*a))
+    masked: list[AttentionCall] = []
     case = Case(3, 2, 2, 50, 200, 8, 8, 100, True, None, None, (False,) * 4, "head-major", torch.float64, 0, conditions)
-    assert_matches_definition(case)
+    with observing_blocks(masked.append):
+        assert_matches_definition(case)
     ranges = {"holes", "packed, padded", "segments that come back", "out of order"}
     assert bool(masked) == (conditions in ranges)
 
 
 def assert_matches_definition(case: Case) -> None:
-    arguments = case.arguments()
-    result = OP(*arguments)
-    wide = tuple(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments)
-    expected = attention_reference(*wide)
+    call = case.call()
+    result = run(call)
+    expected = attention_reference(in_float64(call))
     assert result.dtype == case.dtype
     assert result.transpose(1, 2).is_contiguous(), f"not token-major: {result.stride()}"
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
@@ -221,7 +231,7 @@ def test_rows_of_a_sequence_give_the_whole(rows: int, window: int | None) -> Non
     length = 900
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, length, 16, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = attention_reference(query, key, value, None, 0, True, 0.25, window)
+    whole = attention_reference(AttentionCall(query, key, value, None, 0, True, 0.25, window))
     starts = range(0, length, rows) if rows > 1 else range(0, length, 97)
     for start in starts:
         block = query[:, :, start : start + rows]
@@ -239,10 +249,11 @@ def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int
     additive = torch.zeros(6, 6, dtype=dtype).masked_fill(~seen, -math.inf)
     for mask in (seen, additive):
         for is_causal in (False, True):
-            result = OP(query, key, value, mask, 0, is_causal, 1.0)
+            call = AttentionCall(query, key, value, mask, 0, is_causal, 1.0)
+            result = run(call)
             assert torch.count_nonzero(result[:, :, 3]) == 0
             assert torch.isfinite(result).all()
-            assert torch.count_nonzero(attention_reference(query, key, value, mask, 0, is_causal, 1.0)[:, :, 3]) == 0
+            assert torch.count_nonzero(attention_reference(call)[:, :, 3]) == 0
     stock = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     assert torch.count_nonzero(stock[:, :, 3]) == 0
 
@@ -258,7 +269,7 @@ def test_no_keys_and_no_rows() -> None:
 def test_the_definition_does_not_hide_nan() -> None:
     """PyTorch's flash kernel may: it takes a row of NaN scores for one that sees nothing."""
     query, key = torch.full((1, 1, 2, 4), math.nan), torch.randn(1, 1, 2, 4)
-    assert attention_reference(query, key, key, None, 0, True, 1.0).isnan().all()
+    assert attention_reference(AttentionCall(query, key, key, None, 0, True, 1.0)).isnan().all()
 
 
 def test_padding_allocates_rows_only() -> None:
@@ -287,6 +298,17 @@ def test_operator_contract(mask: torch.dtype | None, window: int | None) -> None
     given = None if mask is None else torch.ones(1, 1, 40, 600, dtype=mask)
     arguments = (query, key, value, given, 500, True, 0.3, window)
     torch.library.opcheck(OP, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_call_has_a_field_for_each_argument_of_the_schema() -> None:
+    """By name, in order, with the same type and default: `as_operator` relies on it."""
+    types = {"Tensor": "torch.Tensor", "SymInt": "int", "int": "int", "bool": "bool", "float": "float"}
+    types |= {f"Optional[{name}]": f"{own} | None" for name, own in types.items()}
+    for argument, field in zip(OP._schema.arguments, fields(AttentionCall), strict=True):
+        assert field.name == argument.name
+        assert field.type == types[str(argument.real_type)]
+        assert argument.has_default_value() == (field.default is not MISSING)
+        assert field.default in (MISSING, argument.default_value)
 
 
 def peak_bytes(arguments: tuple[Any, ...]) -> int:

@@ -20,7 +20,7 @@ from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, r
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import observing
 from mom_compile.torch_compat import SymbolicSizes
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids
 
 MINI = {"mini_seq_len": 8, "strict": True}
 
@@ -94,6 +94,16 @@ def test_the_entry_point_needs_no_import():
         "assert 'mom_compile' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+
+
+def test_a_folder_of_the_users_does_not_hide_ours(tmp_path):
+    """Compiler people have folders called `passes`, and everybody has `tests`."""
+    for name in ("passes", "tests", "graph", "rules"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('this is the user\'s own')")
+    program = "import mom_compile, mom_passes.ops, mom_passes.program; print(mom_compile.__name__, mom_passes.__name__)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["mom_compile", "mom_passes"], ran.stderr
 
 
 # --- what is not for us goes to stock Inductor, with the reason ---

@@ -13,8 +13,7 @@ import sympy
 import torch
 
 import mom_compile
-from tests.captured import tiny
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -159,11 +158,11 @@ PLAN = """
 import torch
 import mom_compile
 from mom_passes.program.schedule import schedule
-from tests.families import prompt, small_model
+from tests.models import prompt, small_model
 
 with torch.no_grad():
     options = {"mini_seq_len": 16, "kv_offload": True}
-    report = mom_compile.explain(small_model("gemma3"), **prompt(2, 90), options=options)[0]
+    report = mom_compile.explain(small_model("Gemma3Text"), **prompt(2, 90), options=options)[0]
 print(report, report.code(), schedule(report.graph), report.memory.peak, sep="\\n")
 """
 

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from mom_compile.pipeline import NotWorthwhile
 from mom_passes.errors import PassError
+from mom_passes.graph.edit import emit
 from mom_passes.loops.loop import loop_nodes
+from mom_passes.loops.ports import TensorType, WholeIn
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program.in_place import _relabels_an_input, take_over_storage
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
@@ -35,6 +39,12 @@ def rewritten(function, *inputs, skip=()):
 
 def taken(gm):
     return [o.name for _, module in loop_nodes(gm) for o in module.loop.stored if o.over is not None]
+
+
+def overwritten(gm):
+    """The operands that are written over, each with the loop that does."""
+    stored = [(node, module.loop, output) for node, module in loop_nodes(gm) for output in module.loop.stored]
+    return [(loop.bind(node)[output.over], node) for node, loop, output in stored if output.over is not None]
 
 
 def layer(x, w):
@@ -123,12 +133,7 @@ def test_what_is_read_later_is_never_written_over():
     gm, loops = rewritten(read_again, x_of())
     inputs = (x_of(), *WEIGHTS)
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
-    takers = [
-        (module.loop.bind(node)[o.over], node)
-        for node, module in loop_nodes(loops)
-        for o in module.loop.stored
-        if o.over is not None
-    ]
+    takers = overwritten(loops)
     # The first residual lives to the end; what is taken over before has no later reader.
     assert takers
     assert all(max(source.users) is node for source, node in takers)
@@ -200,6 +205,37 @@ def test_verify_refuses_to_write_over_an_input():
 
     with pytest.raises(PassError, match="not its own"):
         verify(spoiled(change))
+
+
+MADE_BETWEEN_LOOPS = {
+    "a view": (torch.ops.aten.view.default, lambda x: ([-1],)),
+    "a copy that a compiler drops": (torch.ops.aten.clone.default, lambda x: ()),
+    "a sum that a compiler drops": (torch.ops.aten.add.Tensor, lambda x: (0,)),
+    "what leaves for the host, or stays after all": (OFFLOAD, lambda x: (1, 0, 0)),
+    "rows of their own": (COPY_ROWS, lambda x: ([0, 1, 2],)),
+}
+
+
+@pytest.mark.parametrize("read", ["returned", "given to the loop too", "given to a later loop"])
+@pytest.mark.parametrize("made", MADE_BETWEEN_LOOPS)
+def test_what_may_be_the_same_storage_keeps_it(made, read):
+    """Whatever is made of a value between loops, but copied rows, may be the value itself."""
+    _, loops = rewritten(decoder, x_of())
+    value, node = overwritten(loops)[0]
+    target, more = MADE_BETWEEN_LOOPS[made]
+    with loops.graph.inserting_before(node):
+        other = emit(loops.graph, target, (value, *more(value)))
+    if read == "returned":
+        output = next(iter(reversed(loops.graph.nodes)))
+        output.args = ((*output.args[0], other),)
+    else:
+        readers = [(loop, module) for loop, module in loop_nodes(loops) if loop is node or "later" in read]
+        reader, module = readers[-1]
+        reader.args = (*reader.args, other)
+        module.loop = replace(module.loop, inputs=(*module.loop.inputs, WholeIn(TensorType.of(other.meta["val"]))))
+    taken_now = [operand for operand, _ in overwritten(take_over_storage(loops))]
+    assert (value in taken_now) is (made == "rows of their own")
+    assert taken_now or read == "given to a later loop"
 
 
 def test_deciding_twice_decides_the_same():

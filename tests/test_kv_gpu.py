@@ -9,7 +9,7 @@ import torch
 
 from mom_compile import HostTensor, empty_host_pool, host_memory
 from mom_compile.runtime.host.engines import engine_for
-from tests.families import prompt, small_model
+from tests.models import prompt, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
 
@@ -19,7 +19,7 @@ def generate(model, tokens: int, new: int = 24):
     return model.generate(**inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
 def test_generate_keeps_its_cache_in_pinned_memory_and_gives_the_same_tokens(name):
     model = small_model(name).cuda()
     expected = generate(model, 300).sequences
@@ -46,7 +46,7 @@ def test_copies_are_in_order_with_the_computation_on_both_sides():
 
 
 def test_pinned_memory_is_given_back_on_demand():
-    model = small_model("llama").cuda()
+    model = small_model("Llama").cuda()
     model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64})
     result = generate(model, 300)
     assert host_memory().memory > 0

@@ -6,6 +6,8 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,10 @@ from mom_compile import HostMemoryError, HostTensor, MomWarning, host_memory
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.steps import Append
+from mom_compile.runtime.host.steps import Append, FetchStart
 from mom_compile.runtime.loop import CompiledLoop
-from tests.families import FAMILIES, prompt, small_model, sweep
+from mom_compile.runtime.program import Step, observing
+from tests.models import FAMILIES, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
 NEW = 6
@@ -36,8 +39,8 @@ def generate(model, inputs, **more):
     return model.generate(**inputs, **{**settings, **more}, return_dict_in_generate=True)
 
 
-def compiled(name: str, **options):
-    model = small_model(name, torch.float64)
+def compiled(name: str, changes: dict[str, int] | None = None, **options):
+    model = small_model(name, torch.float64, **(changes or {}))
     model.compile(backend="mom", options={**OPTIONS, **options})
     return model
 
@@ -52,7 +55,7 @@ def same_cache(mine, reference, atol=1e-9):
 
 
 #: The others are the same in kind; `make sweep` runs them.
-QUICK = {"mistral"}
+QUICK = {"Mistral"}
 
 
 @pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
@@ -63,11 +66,11 @@ def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     assert torch.equal(result.sequences, expected.sequences)
     assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
     # These two compute parts of a layer in float32, whatever the model's dtype.
-    same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("gemma2", "bloom") else 1e-9)
+    same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("Gemma2", "Bloom") else 1e-9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2"])
 def test_a_padded_batch_generates_the_same_tokens(name):
     inputs = prompt(3, 41, padded=True)
     expected = generate(small_model(name, torch.float64), inputs)
@@ -77,21 +80,20 @@ def test_a_padded_batch_generates_the_same_tokens(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
-def test_sixty_four_tokens_after_four_thousand_are_eagers(name, monkeypatch):
-    longer = {**FAMILIES[name][1], ("n_positions" if name == "gpt2" else "max_position_embeddings"): 8192}
-    monkeypatch.setitem(FAMILIES, name, (FAMILIES[name][0], longer))
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mistral", "Gemma3Text", "GPT2"])
+def test_sixty_four_tokens_after_four_thousand_are_eagers(name):
+    longer = {"n_positions" if name == "GPT2" else "max_position_embeddings": 8192}
     inputs = prompt(1, 4096)
-    expected = generate(small_model(name, torch.float64), inputs, max_new_tokens=64)
+    expected = generate(small_model(name, torch.float64, **longer), inputs, max_new_tokens=64)
     counters.clear()
-    result = generate(compiled(name, mini_seq_len=512), inputs, max_new_tokens=64)
+    result = generate(compiled(name, longer, mini_seq_len=512), inputs, max_new_tokens=64)
     assert torch.equal(result.sequences, expected.sequences)
     assert counters["stats"]["unique_graphs"] <= 3
     assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
 
 
 def test_three_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_decode():
-    model = compiled("llama")
+    model = compiled("Llama")
     counters.clear()
     generate(model, prompt(1, 41), max_new_tokens=12)
     assert counters["stats"]["unique_graphs"] == 3
@@ -108,8 +110,8 @@ def test_three_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_deco
 
 def test_beam_search_reorders_on_the_host(monkeypatch):
     inputs = prompt(2, 41)
-    expected = generate(small_model("llama", torch.float64), inputs, num_beams=3)
-    model = compiled("llama")
+    expected = generate(small_model("Llama", torch.float64), inputs, num_beams=3)
+    model = compiled("Llama")
     original = HostTensor.fetch
     fetch = lambda self: original(self) if self.traced else pytest.fail("a cache was brought back")  # noqa: E731
     monkeypatch.setattr(HostTensor, "fetch", fetch)
@@ -119,16 +121,16 @@ def test_beam_search_reorders_on_the_host(monkeypatch):
 @pytest.mark.slow
 def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatch):
     inputs = prompt(1, 41)
-    helper = small_model("llama", torch.float64)
+    helper = small_model("Llama", torch.float64)
     with torch.no_grad():
         helper.lm_head.weight[::3] *= -1  # often wrong, so that tokens are taken back
-    expected = generate(small_model("llama", torch.float64), inputs, assistant_model=helper)
+    expected = generate(small_model("Llama", torch.float64), inputs, assistant_model=helper)
     cropped = []
     original = DynamicCache.crop
     monkeypatch.setattr(DynamicCache, "crop", lambda self, n: (cropped.append(n), original(self, n)))
     traffic = engine_for(CPU).traffic
     before = traffic.on_host
-    result = generate(compiled("llama"), inputs, assistant_model=helper)
+    result = generate(compiled("Llama"), inputs, assistant_model=helper)
     assert torch.equal(result.sequences, expected.sequences)
     assert cropped
     assert traffic.on_host == before
@@ -138,7 +140,7 @@ def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatc
 def test_a_second_turn_continues_a_cache_that_is_on_the_host():
     first, second = prompt(1, 41), prompt(1, 23, seed=5)["input_ids"]
     answers = []
-    for model in (small_model("llama", torch.float64), compiled("llama")):
+    for model in (small_model("Llama", torch.float64), compiled("Llama")):
         turn = generate(model, first)
         both = {"input_ids": torch.cat([turn.sequences, second], 1)}
         answers.append(generate(model, both, **keeping(turn.past_key_values, model)))
@@ -149,10 +151,10 @@ def test_a_second_turn_continues_a_cache_that_is_on_the_host():
 @pytest.mark.slow
 def test_inference_mode_and_chunked_prefill_work_alike():
     inputs = prompt(1, 41)
-    expected = generate(small_model("llama", torch.float64), inputs)
+    expected = generate(small_model("Llama", torch.float64), inputs)
     with torch.inference_mode():
-        assert torch.equal(generate(compiled("llama"), inputs).sequences, expected.sequences)
-    chunked = generate(compiled("llama"), inputs, prefill_chunk_size=16)
+        assert torch.equal(generate(compiled("Llama"), inputs).sequences, expected.sequences)
+    chunked = generate(compiled("Llama"), inputs, prefill_chunk_size=16)
     assert torch.equal(chunked.sequences, expected.sequences)
 
 
@@ -160,7 +162,7 @@ def test_inference_mode_and_chunked_prefill_work_alike():
 
 
 def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
-    model = compiled("llama")
+    model = compiled("Llama")
     traffic = engine_for(CPU).traffic
     row = 3 * 2 * 2 * 16 * 8  # layers, keys and values, heads, channels, bytes
     before = copy.copy(traffic)
@@ -177,27 +179,25 @@ def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
 class Rooms:
     """Bytes of keys and values on the device: buffers that pasts arrive in, while they live."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self) -> None:
         self.now = self.most = 0
-        begin = mom_compile.runtime.host.steps.FetchStart.__call__
 
-        def arriving(step, arguments):
-            (made,) = begin(step, arguments)
-            size = made.buffer.numel() * made.buffer.element_size()
+    def watch(self, step: Step, results: Sequence[Any]) -> None:
+        if isinstance(step.run, FetchStart):
+            buffer = results[0].buffer
+            size = buffer.numel() * buffer.element_size()
             self.add(size)
-            weakref.finalize(made.buffer, self.add, -size)
-            return (made,)
-
-        monkeypatch.setattr(mom_compile.runtime.host.steps.FetchStart, "__call__", arriving)
+            weakref.finalize(buffer, self.add, -size)
 
     def add(self, size: int) -> None:
         self.now += size
         self.most = max(self.most, self.now)
 
 
-def test_two_layers_are_on_the_device_at_most_while_decoding(monkeypatch):
-    buffers = Rooms(monkeypatch)
-    generate(compiled("llama"), prompt(1, 41), max_new_tokens=9)
+def test_two_layers_are_on_the_device_at_most_while_decoding():
+    buffers = Rooms()
+    with observing(buffers.watch):
+        generate(compiled("Llama"), prompt(1, 41), max_new_tokens=9)
     layer = 2 * (41 + 8) * 2 * 16 * 8
     assert 0 < buffers.most <= 2 * layer
     gc.collect()
@@ -205,7 +205,7 @@ def test_two_layers_are_on_the_device_at_most_while_decoding(monkeypatch):
 
 
 def test_a_hundred_prompts_hold_no_more_than_one():
-    model = compiled("llama")
+    model = compiled("Llama")
 
     def run() -> DynamicCache:
         cache = DynamicCache()
@@ -231,10 +231,10 @@ def test_a_hundred_prompts_hold_no_more_than_one():
 
 def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_path):
     inputs = prompt(2, 41)
-    expected = generate(small_model("llama", torch.float64), inputs)
+    expected = generate(small_model("Llama", torch.float64), inputs)
     gc.collect()
     before = host_memory()
-    result = generate(compiled("llama", kv_offload="disk", kv_dir=str(tmp_path)), inputs)
+    result = generate(compiled("Llama", kv_offload="disk", kv_dir=str(tmp_path)), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     same_cache(result.past_key_values, expected.past_key_values)
     held = host_memory()
@@ -250,8 +250,8 @@ def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_pa
 @pytest.mark.parametrize(("budget", "resident"), [("1KiB", []), ("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
 def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
     inputs = prompt(1, 41)
-    expected = generate(small_model("llama", torch.float64), inputs)
-    result = generate(compiled("llama", kv_offload="auto", memory_budget=budget), inputs)
+    expected = generate(small_model("Llama", torch.float64), inputs)
+    result = generate(compiled("Llama", kv_offload="auto", memory_budget=budget), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     layers = result.past_key_values.layers
     assert [i for i, layer in enumerate(layers) if not isinstance(layer.keys, HostTensor)] == resident
@@ -263,7 +263,7 @@ def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
 @pytest.mark.slow
 def test_decode_steps_are_left_whole_where_the_cache_will_fit_for_long():
     """With "auto", a step is cut into pieces only if something is on the host or may have to leave for it."""
-    model = compiled("llama", kv_offload="auto", memory_budget="1GiB")
+    model = compiled("Llama", kv_offload="auto", memory_budget="1GiB")
     generate(model, prompt(1, 41), max_new_tokens=2)
     prefill, decode = mom_compile.reports()
     assert prefill.fallback is None
@@ -274,16 +274,36 @@ def test_decode_steps_are_left_whole_where_the_cache_will_fit_for_long():
 @pytest.mark.slow
 def test_a_budget_in_between_keeps_some_layers_spread_evenly():
     inputs = prompt(1, 41)
-    expected = generate(small_model("llama", torch.float64), inputs)
-    model = compiled("llama", kv_offload="auto", memory_budget=1)
+    expected = generate(small_model("Llama", torch.float64), inputs)
+    model = compiled("Llama", kv_offload="auto", memory_budget=1)
     generate(model, inputs, max_new_tokens=1)
     prefill, layer = mom_compile.reports()[0], 2 * 41 * 2 * 16 * 8
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
     needed = weights + 41 * prefill.floor_bytes_per_token + prefill.iteration_bytes
     torch._dynamo.reset()
-    result = generate(compiled("llama", kv_offload="auto", memory_budget=int(needed + 1.5 * layer)), inputs)
+    result = generate(compiled("Llama", kv_offload="auto", memory_budget=int(needed + 1.5 * layer)), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     assert [isinstance(one.keys, HostTensor) for one in result.past_key_values.layers] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_one_graph_decides_by_the_sizes_of_each_run():
+    """As many layers as fit beside the peak that its program has for these sizes, in a graph for any."""
+    model, room = small_model("llama", torch.float64), 10**6
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
+    model.compile(backend="mom", dynamic=True, options=options)
+    resident = []
+    for batch, tokens in ((2, 41), (2, 160), (2, 240), (5, 90), (5, 300)):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**prompt(batch, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        (report,) = mom_compile.reports()
+        sizes = {symbol: batch if hint == 2 else tokens for symbol, hint in report.memory.hints.items()}
+        fitting = (room - report.memory.number(report.memory.peak, sizes)) // (2 * batch * tokens * 2 * 16 * 8)
+        resident.append(sum(not isinstance(layer.keys, HostTensor) for layer in cache.layers))
+        assert resident[-1] == max(0, min(3, fitting))
+    assert set(resident) == {0, 2, 3}
 
 
 # --- caches that are not ours to move ---
@@ -292,8 +312,8 @@ def test_a_budget_in_between_keeps_some_layers_spread_evenly():
 @pytest.mark.slow
 def test_a_static_cache_stays_where_it_is_with_the_reason():
     inputs = prompt(1, 41)
-    expected = generate(small_model("llama", torch.float64), inputs)
-    model = compiled("llama")
+    expected = generate(small_model("Llama", torch.float64), inputs)
+    model = compiled("Llama")
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.warns(MomWarning, match="kv_offload=True is not honoured for .*static cache"):
         result = generate(model, inputs, **keeping(cache, model), disable_compile=True)
@@ -323,9 +343,9 @@ def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new
         cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
         return generate(model, inputs, **keeping(cache, model), max_new_tokens=new)
 
-    expected = answer(small_model("llama", torch.float64))
+    expected = answer(small_model("Llama", torch.float64))
     with pytest.warns(MomWarning, match="kv_offload=True is not honoured") as caught:
-        result = answer(compiled("llama", mini_seq_len=50))
+        result = answer(compiled("Llama", mini_seq_len=50))
     assert any("quantised" in str(warning.message) for warning in caught)
     assert torch.equal(result.sequences, expected.sequences)
     for mine, reference in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
@@ -379,7 +399,7 @@ def test_a_cache_of_ones_own_with_another_layout_is_found_by_its_structure():
 @pytest.mark.slow
 def test_a_cache_goes_on_after_its_model_was_compiled_again():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(mine, model))
@@ -394,7 +414,7 @@ def test_a_cache_goes_on_after_its_model_was_compiled_again():
 
 def test_what_a_user_writes_into_a_cache_between_steps_counts():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         for one, cache in ((model, mine), (reference, expected)):
@@ -407,7 +427,7 @@ def test_what_a_user_writes_into_a_cache_between_steps_counts():
 
 def test_a_copy_of_a_cache_can_go_another_way():
     inputs = prompt(1, 41)
-    model, reference = compiled("llama"), small_model("llama", torch.float64)
+    model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(mine, model))
@@ -425,7 +445,7 @@ def test_a_copy_of_a_cache_can_go_another_way():
 @pytest.mark.parametrize("error", [KeyboardInterrupt])
 def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("llama")
+    model = compiled("Llama")
     expected = generate(model, inputs).sequences
     gc.collect()
     before = host_memory()
@@ -449,7 +469,7 @@ def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monke
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(error, monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("llama")
+    model = compiled("Llama")
     expected = generate(model, inputs).sequences
     engine = engine_for(CPU)
     sources: list[weakref.ref] = []
@@ -485,18 +505,18 @@ def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(
 
 def test_memory_that_cannot_be_had_is_an_error_and_the_model_stays_usable(monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("llama")
+    model = compiled("Llama")
     with monkeypatch.context() as patched:
         patched.setattr(host_region, "available_memory", lambda: 0)
         with pytest.raises(HostMemoryError, match="kv_offload='disk'"):
             generate(model, inputs)
-    reference = generate(small_model("llama", torch.float64), inputs)
+    reference = generate(small_model("Llama", torch.float64), inputs)
     assert torch.equal(generate(model, inputs).sequences, reference.sequences)
 
 
 def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model = compiled("llama")
+    model = compiled("Llama")
     cache = DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(cache, model))
@@ -510,11 +530,10 @@ def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_peak_of_a_prefill_does_not_grow_with_the_layers(monkeypatch):
+def test_the_peak_of_a_prefill_does_not_grow_with_the_layers():
     peaks = {}
     for layers in (3, 9):
-        monkeypatch.setitem(FAMILIES["llama"][1], "num_hidden_layers", layers)
-        model = compiled("llama", mini_seq_len=64)
+        model = compiled("Llama", {"num_hidden_layers": layers}, mini_seq_len=64)
         inputs = prompt(1, 1024)
 
         def prefill(model=model, inputs=inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from mom_passes.host.kv_offload import kv_offload
 from mom_passes.host.kv_values import find_kv
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.overlap import overlap
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.verify import verify
-from tests import tiny
-from tests.captured import Captured, capture, ids
-from tests.families import FAMILIES, prompt, small_model, sweep
+from tests.captured import Captured, capture
+from tests.models import FAMILIES, TinyDecoder, ids, prompt, small_model, sweep
 
 CPU = torch.device("cpu")
 PAST = 29
@@ -40,14 +41,14 @@ def decode_step(name: str, rows: int = 1, *, host: bool = True, dynamic: bool | 
         layer.keys, layer.values = on_host(layer.keys, CPU), on_host(layer.values, CPU)
     return capture(
         lambda input_ids: model(input_ids, **kept, logits_to_keep=1).logits,
-        input_ids=ids(rows, 2),
+        input_ids=ids(2, rows),
         dynamic=dynamic,
     )
 
 
 @functools.cache
 def llama_step() -> Captured:
-    return decode_step("llama")
+    return decode_step("Llama")
 
 
 def offloaded(captured: Captured, *, start: bool = True):
@@ -66,11 +67,11 @@ def order(gm, *targets):
 @pytest.mark.parametrize(
     ("name", "rows", "dynamic"),
     [
-        ("mistral", 1, None),
-        ("gpt2", 3, None),
-        pytest.param("llama", 3, True, marks=pytest.mark.slow),
-        pytest.param("mistral", 3, True, marks=pytest.mark.slow),
-        pytest.param("bloom", 1, True, marks=pytest.mark.slow),
+        ("Mistral", 1, None),
+        ("GPT2", 3, None),
+        pytest.param("Llama", 3, True, marks=pytest.mark.slow),
+        pytest.param("Mistral", 3, True, marks=pytest.mark.slow),
+        pytest.param("Bloom", 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
@@ -78,7 +79,7 @@ def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
     gm, record = offloaded(captured)
     assert len(record.leaving) == record.arriving == 6
     for mine, reference in zip(gm(*captured.inputs), captured.gm(*captured.inputs), strict=True):
-        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6 if name == "bloom" else 1e-10)
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6 if name == "Bloom" else 1e-10)
 
 
 def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
@@ -107,7 +108,7 @@ def test_one_piece_lies_between_the_copies_of_two_layers():
 
 
 def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
-    captured = decode_step("llama", host=False)
+    captured = decode_step("Llama", host=False)
     gm, record = offloaded(captured)
     assert len(order(gm, OFFLOAD)) == 6
     assert record.arriving == 0
@@ -120,7 +121,7 @@ def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
 
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
-    ("name", "dynamic"), [pytest.param("llama", True, marks=pytest.mark.slow), ("gpt2", None), ("falcon", None)]
+    ("name", "dynamic"), [pytest.param("Llama", True, marks=pytest.mark.slow), ("GPT2", None), ("Falcon", None)]
 )
 def test_keys_and_values_leave_before_the_next_layer_is_computed(name, dynamic):
     """Not where the graph's outputs are, which is at its end: until then they would all be on the device."""
@@ -142,7 +143,7 @@ def test_a_cache_on_the_host_stays_there_whatever_the_option():
     assert len(record.leaving) == 6
 
 
-QUICK = {"bloom"}
+QUICK = {"Bloom"}
 
 
 @pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
@@ -152,7 +153,7 @@ def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
     found = find_kv(attention_form(copy_graph(captured.gm))).found
     assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
     assert {value.dim for value in found} == {2}
-    window = FAMILIES[name][1].get("sliding_window")
+    window = FAMILIES[name].settings.get("sliding_window")
     for value in found:
         rows = value.kept.meta["val"].shape[2]
         assert rows in ({PAST + 1} if window is None else {PAST + 1, window - 1})
@@ -160,7 +161,7 @@ def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
 
 
 def test_what_each_layer_gives_is_not_taken_for_a_cache():
-    model = tiny.TinyDecoder().double()
+    model = TinyDecoder().double()
 
     def every_layer(input_ids):
         states = [model.embed(input_ids)]
@@ -168,7 +169,7 @@ def test_what_each_layer_gives_is_not_taken_for_a_cache():
             states.append(layer(states[-1]))
         return tuple(states), model.head(states[-1])
 
-    captured = capture(every_layer, input_ids=tiny.ids(1, 40))
+    captured = capture(every_layer, input_ids=ids(1, 40))
     assert find_kv(attention_form(copy_graph(captured.gm))).found == ()
 
 
@@ -184,20 +185,22 @@ def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
 
 
 def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
-    gm = attention_form(copy_graph(decode_step("llama", host=False).gm))
-    weights = [node for node in gm.graph.nodes if node.op == "placeholder"][:5]
+    step = Rewritten.of(offloaded(decode_step("Llama", host=False))[0], no_loops="a decode step")
+    weights = [node for node in step.gm.graph.nodes if node.op == "placeholder"][:5]
     layer = 2 * 2 * (PAST + 1) * 2 * 16 * 8  # K and V of a batch of two, two heads, float64
     needed = sum(node.meta["val"].nbytes for node in weights) + 2 * (3 + 2) * layer
     for budget, fits in ((needed, True), (needed - 1, False)):
         options = parse_options({"kv_offload": "auto", "memory_budget": budget}, None)
-        reason = fits_for_long(gm, options, {node.name for node in weights})
+        reason = fits_for_long(step, options, {node.name for node in weights})
         assert (reason is not None) is fits
-    assert fits_for_long(gm, parse_options({"kv_offload": True}, None), ()) is None
+        assert fits_for_long(replace(step, no_loops=None), options, {node.name for node in weights}) is None
+    assert fits_for_long(step, parse_options({"kv_offload": True}, None), ()) is None
 
 
 def test_a_step_with_anything_on_the_host_is_never_left_whole():
     options = parse_options({"kv_offload": "auto", "memory_budget": "1TiB"}, None)
-    assert fits_for_long(attention_form(copy_graph(llama_step().gm)), options, ()) is None
+    step = Rewritten.of(offloaded(llama_step())[0], no_loops="a decode step")
+    assert fits_for_long(step, options, ()) is None
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])

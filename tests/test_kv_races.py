@@ -16,7 +16,7 @@ from benchmarks.models import keeping
 from mom_compile import HostTensor
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
-from tests.captured import tiny
+from tests.models import tiny
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("eager_pieces")

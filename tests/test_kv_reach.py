@@ -26,68 +26,11 @@ from mom_passes.host.kv_values import STATIC, UNREAD, KVValues, find_kv
 from mom_passes.ops.transfers import FETCH_START
 from mom_passes.verify import verify
 from tests.captured import Captured, capture
-from tests.families import FAMILIES, prompt, small_model
+from tests.models import FAMILIES, UNUSUAL, prompt, small_model
 
 CPU = torch.device("cpu")
 OPTIONS = {"kv_offload": True, "mini_seq_len": 16, "strict": True}
 PROMPT = 41
-
-_SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 320,
-}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LATENT = {
-    **_SMALL,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
-#: Whose caches hold something else than keys and values of heads. In float32: grouped products want no more.
-UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2": ("DeepseekV2Config", _LATENT),
-    "deepseek_v3": ("DeepseekV3Config", _LATENT),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        {
-            **_SMALL,
-            **_EXPERTS,
-            "head_dim": 16,
-            "shared_expert_intermediate_size": 32,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        },
-    ),
-    "bamba": (
-        "BambaConfig",
-        {
-            **_SMALL,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 16,
-            "mamba_d_state": 16,
-            "mamba_n_groups": 1,
-            "mamba_chunk_size": 16,
-            "mamba_expand": 2,
-            "attn_layer_indices": [1],
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -108,18 +51,10 @@ class Way:
         return "-".join([self.family, self.attention, *cast, f"{self.batch}x{self.rows}", *named])
 
     def model(self) -> Any:
-        if self.family in UNUSUAL:
-            name, settings = UNUSUAL[self.family]
-            config = getattr(transformers, name)(**{**settings, **self.settings}, pad_token_id=0, eos_token_id=2)
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        else:
-            with pytest.MonkeyPatch.context() as patched:
-                name, settings = FAMILIES[self.family]
-                patched.setitem(FAMILIES, self.family, (name, {**settings, **self.settings}))
-                # In float64, eager attention makes -inf of its masks and NaN of rows that see nothing.
-                wide = not self.autocast and self.attention != "eager"
-                model = small_model(self.family, torch.float64 if wide else torch.float32)
+        # In float64, eager attention makes -inf of its masks and NaN of rows that see nothing; and the products of
+        # experts, which are grouped, want no more than float32.
+        narrow = self.family in UNUSUAL or self.autocast or self.attention == "eager"
+        model = small_model(self.family, torch.float32 if narrow else torch.float64, **self.settings)
         if self.attention != "sdpa":  # what is the default, where a family has it
             model.set_attn_implementation(self.attention)
         return model
@@ -194,22 +129,22 @@ def found_in(captured: Captured) -> KVValues:
 
 PREFILLS = ways(
     [
-        Way("mistral", settings={"sliding_window": 64}),
-        Way("mistral", rows=16),
-        Way("llama", "eager"),
-        Way("llama", autocast=True),
-        Way("deepseek_v3"),
+        Way("Mistral", settings={"sliding_window": 64}),
+        Way("Mistral", rows=16),
+        Way("Llama", "eager"),
+        Way("Llama", autocast=True),
+        Way("DeepseekV3"),
     ],
     [Way(name, attention) for name in (*FAMILIES, *UNUSUAL) for attention in ("sdpa", "eager")]
     + [Way(name, autocast=True) for name in FAMILIES]
-    + [Way(name, rows=rows, batch=2) for name in ("mistral", "gemma3", "gemma2") for rows in (15, 16, 17)],
+    + [Way(name, rows=rows, batch=2) for name in ("Mistral", "Gemma3Text", "Gemma2") for rows in (15, 16, 17)],
 )
 
 
 @pytest.mark.parametrize("way", PREFILLS)
 def test_all_that_a_prefill_keeps_leaves(way):
     captured, cache = graph_of(way)
-    layers = 1 if way.family in ("qwen3_next", "bamba") else 3
+    layers = 1 if way.family in ("Qwen3Next", "Bamba") else 3
     assert accounted(captured, cache, found_in(captured)) == (2 * layers, 0)
 
 
@@ -217,9 +152,9 @@ def test_all_that_a_prefill_keeps_leaves(way):
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("mistral", "eager"), Way("deepseek_v3", "eager")],
-        [Way(name) for name in (*FAMILIES, "deepseek_v2", "deepseek_v3")]
-        + [Way(name, autocast=True) for name in ("llama", "gemma3")],
+        [Way("Mistral", "eager"), Way("DeepseekV3", "eager")],
+        [Way(name) for name in (*FAMILIES, "DeepseekV2", "DeepseekV3")]
+        + [Way(name, autocast=True) for name in ("Llama", "Gemma3Text")],
     ),
 )
 def test_all_that_a_step_adds_to_leaves_and_only_the_new_rows_do(way, rows):
@@ -236,7 +171,7 @@ def test_all_that_a_step_adds_to_leaves_and_only_the_new_rows_do(way, rows):
 
 def test_latents_are_told_from_hidden_states():
     """Latents are read by nothing but the products that make one attention's keys and values of them."""
-    captured, _ = graph_of(Way("deepseek_v3"))
+    captured, _ = graph_of(Way("DeepseekV3"))
     found = found_in(captured).found
     assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
     assert {value.dim for value in found} == {2}
@@ -292,8 +227,8 @@ def test_the_state_of_a_convolution_is_no_cache_of_tokens():
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("llama", batch=2), Way("mistral", batch=2)],
-        [Way("gemma3", batch=2), Way("qwen3_next", batch=2), Way("bamba", batch=2), Way("mistral", rows=10)],
+        [Way("Llama", batch=2), Way("Mistral", batch=2)],
+        [Way("Gemma3Text", batch=2), Way("Qwen3Next", batch=2), Way("Bamba", batch=2), Way("Mistral", rows=10)],
     ),
 )
 def test_a_cache_that_is_allocated_ahead_stays_with_the_reason(way):
@@ -357,13 +292,13 @@ def both(way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("mistral", "eager", settings={"sliding_window": 64}, batch=2)],
-        [Way("deepseek_v3", batch=2)]
-        + [Way("gemma3", attention, settings={"sliding_window": 64}) for attention in ("sdpa", "eager")]
-        + [Way(name, autocast=True) for name in ("llama", "gpt2", "gemma3")]
-        + [Way(name, "eager", batch=2) for name in ("llama", "bloom", "gpt2", "deepseek_v2", "deepseek_v3")]
-        + [Way(name, batch=2) for name in ("qwen3_next", "bamba")]
-        + [Way(name, "eager", batch=2, generation={"num_beams": 3}) for name in ("llama", "deepseek_v3")],
+        [Way("Mistral", "eager", settings={"sliding_window": 64}, batch=2)],
+        [Way("DeepseekV3", batch=2)]
+        + [Way("Gemma3Text", attention, settings={"sliding_window": 64}) for attention in ("sdpa", "eager")]
+        + [Way(name, autocast=True) for name in ("Llama", "GPT2", "Gemma3Text")]
+        + [Way(name, "eager", batch=2) for name in ("Llama", "Bloom", "GPT2", "DeepseekV2", "DeepseekV3")]
+        + [Way(name, batch=2) for name in ("Qwen3Next", "Bamba")]
+        + [Way(name, "eager", batch=2, generation={"num_beams": 3}) for name in ("Llama", "DeepseekV3")],
     ),
 )
 def test_generation_is_eagers_and_all_of_the_cache_is_on_the_host(way):
@@ -378,9 +313,9 @@ def test_generation_is_eagers_and_all_of_the_cache_is_on_the_host(way):
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("llama", batch=2)],
-        [Way(name, batch=2) for name in ("mistral", "gemma3", "qwen3_next", "bamba")]
-        + [Way("mistral", batch=2, rows=10)],
+        [Way("Llama", batch=2)],
+        [Way(name, batch=2) for name in ("Mistral", "Gemma3Text", "Qwen3Next", "Bamba")]
+        + [Way("Mistral", batch=2, rows=10)],
     ),
 )
 def test_a_static_cache_in_a_padded_batch_generates_the_same_tokens(way):
@@ -391,43 +326,22 @@ def test_a_static_cache_in_a_padded_batch_generates_the_same_tokens(way):
         assert set(report.on_device.values()) == {STATIC}
 
 
-_TWO_LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-_ENCODER_DECODER: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bart": (
-        "BartConfig",
-        "BartForConditionalGeneration",
-        {**_TWO_LAYERS, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
-    ),
-    "whisper": (
-        "WhisperConfig",
-        "WhisperForConditionalGeneration",
-        {
-            **_TWO_LAYERS,
-            "encoder_ffn_dim": 96,
-            "decoder_ffn_dim": 96,
-            "num_mel_bins": 16,
-            "max_source_positions": 50,
-            "max_target_positions": 64,
-        },
-    ),
-    "t5": ("T5Config", "T5ForConditionalGeneration", {"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
-}
-
-
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
-        ("whisper", "eager"),
-        *(pytest.param(n, a, marks=pytest.mark.slow) for n in ("bart", "t5", "whisper") for a in ("sdpa", "eager")),
+        ("Whisper", "eager"),
+        *(pytest.param(n, a, marks=pytest.mark.slow) for n in ("Bart", "T5", "Whisper") for a in ("sdpa", "eager")),
     ],
 )
 def test_encoder_and_decoder_keep_both_caches_on_the_host(name, attention):
     """Keys and values of the encoder are made once and then read through views; its states are an answer."""
-    eager, model = (encoder_decoder(name, attention) for _ in range(2))
+    eager, model = small_model(name), small_model(name)
+    for each in (eager, model):
+        each.set_attn_implementation(attention)
     model.compile(backend="mom", options=OPTIONS)
     torch.manual_seed(3)
-    source = {"input_features": torch.randn(2, 16, 100)} if name == "whisper" else prompt(2, PROMPT, padded=True)
+    source = {"input_features": torch.randn(2, 16, 100)} if name == "Whisper" else prompt(2, PROMPT, padded=True)
     with torch.no_grad():
         expected, _, _ = answers(eager, source)
         logits, cache, states = answers(model, source)
@@ -436,16 +350,6 @@ def test_encoder_and_decoder_keep_both_caches_on_the_host(name, attention):
     assert len(kept) == 8
     assert all(isinstance(tensor, HostTensor) for tensor in kept)
     assert not isinstance(states, HostTensor)
-
-
-def encoder_decoder(name: str, attention: str) -> Any:
-    config_name, model_name, settings = _ENCODER_DECODER[name]
-    tokens = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = getattr(transformers, config_name)(**tokens, d_model=64, **settings)
-    torch.manual_seed(0)
-    model = getattr(transformers, model_name)(config).eval()
-    model.set_attn_implementation(attention)
-    return model
 
 
 def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
@@ -463,7 +367,7 @@ def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Ten
 
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
-    "way", ways([Way("llama", "eager", batch=2)], [Way("deepseek_v3", batch=2), Way("bloom", batch=2)])
+    "way", ways([Way("Llama", "eager", batch=2)], [Way("DeepseekV3", batch=2), Way("Bloom", batch=2)])
 )
 @pytest.mark.parametrize(
     "change",
@@ -492,7 +396,7 @@ def test_a_cache_that_is_cut_or_rearranged_goes_on_as_eagers(way, change):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("way", ways([Way("deepseek_v3"), Way("llama", "eager"), Way("llama", autocast=True)], []))
+@pytest.mark.parametrize("way", ways([Way("DeepseekV3"), Way("Llama", "eager"), Way("Llama", autocast=True)], []))
 def test_a_second_turn_goes_on_from_the_host(way):
     eager, model = way.model(), way.model()
     model.compile(backend="mom", options=OPTIONS)

@@ -145,16 +145,6 @@ def test_no_import_cycles() -> None:
     assert not cycles
 
 
-def test_a_folder_of_the_users_does_not_hide_ours(tmp_path: Path) -> None:
-    """Compiler people have folders called `passes`, and everybody has `tests`."""
-    for name in ("passes", "tests", "graph", "rules"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise ImportError('this is the user\'s own')")
-    program = "import mom_compile, mom_passes.ops, mom_passes.program; print(mom_compile.__name__, mom_passes.__name__)"
-    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.stdout.split() == ["mom_compile", "mom_passes"], ran.stderr
-
-
 def test_no_machine_paths() -> None:
     """Neither where this checkout stands nor anybody's home."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]

@@ -18,7 +18,8 @@ from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
 from mom_passes.ops.attention import KeyConditions
-from tests.captured import capture, ids, tiny
+from tests.captured import capture
+from tests.models import ids, tiny
 from tests.tracing import trace
 
 Program = Callable[[torch.Tensor], torch.Tensor]
@@ -331,10 +332,10 @@ def test_a_window_is_neither_one_more_nor_one_less(length: int, window: int) -> 
 FAMILIES: dict[str, tuple[dict[str, Any], set[int | None]]] = {
     "Llama": ({}, {None}),
     "Mistral": ({"sliding_window": 5}, {5}),
-    "Qwen3": ({"head_dim": 8}, {None}),
+    "Qwen3": ({}, {None}),
     "Phi3": ({"sliding_window": 5}, {5}),
     "Gemma3Text": (
-        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
         {5, None},
     ),
 }
@@ -359,7 +360,7 @@ def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
     changes, windows = FAMILIES[family]
     model = tiny(family, **changes)
     for batch, padding in ((1, False), (2, True)):
-        inputs = {"input_ids": ids(11, batch)}
+        inputs = {"input_ids": ids(batch, 11)}
         if padding:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             inputs["attention_mask"][0, :3] = 0
@@ -376,8 +377,8 @@ def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
 
 def test_masks_of_eager_gemma2() -> None:
     """It adds its mask to scores itself; the mask is still a mask."""
-    model = tiny("Gemma2", head_dim=8, sliding_window=5)
-    captured = capture(model.forward, use_cache=False, input_ids=ids(11))
+    model = tiny("Gemma2", sliding_window=5)
+    captured = capture(model.forward, use_cache=False, input_ids=ids(1, 11))
     analysis = MaskAnalysis()
     claims = {}
     for node in captured.gm.graph.nodes:

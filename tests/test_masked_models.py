@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from transformers import DynamicCache
 
 import mom_compile
 from benchmarks.models import keeping
-from mom_compile.runtime.attention import cpu as attention_cpu
-from tests.families import prompt, small_model
+from mom_compile.runtime.attention.rows import observing_blocks
+from mom_passes.ops.attention import AttentionCall
+from tests.models import prompt, small_model
 
 TOKENS = 70
+Calls = list[AttentionCall]
 
 #: What a mask of two sequences looks like, and whether what a query sees is then one range of keys.
 MASKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
@@ -27,23 +29,21 @@ MASKS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
 
 
 @pytest.fixture
-def masked_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def masked_calls() -> Iterator[Calls]:
     """Calls of the attention that had to make a mask because of what is said of the keys."""
-    calls: list[object] = []
-    in_blocks = attention_cpu.in_blocks
+    calls: Calls = []
 
-    def watch(kernel, query, key, value, sight, *others):
-        if sight.conditions or sight.mask is not None:
-            calls.append(sight)
-        return in_blocks(kernel, query, key, value, sight, *others)
+    def watch(call: AttentionCall) -> None:
+        if call.has_conditions or call.mask is not None:
+            calls.append(call)
 
-    monkeypatch.setattr(attention_cpu, "in_blocks", watch)
-    return calls
+    with observing_blocks(watch):
+        yield calls
 
 
-def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: list[object]) -> None:
+def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: Calls) -> None:
     """Ids and mask have a batch symbol each: nothing in the graph says that they are one number."""
-    model = small_model("llama").double()
+    model = small_model("Llama").double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     for batch in (1, 2, 5):
         inputs = prompt(batch, TOKENS)
@@ -58,8 +58,8 @@ def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: list[o
         compiled(**inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
-def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls: list[object]) -> None:
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow), "Gemma3Text"])
+def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls: Calls) -> None:
     model = small_model(family).double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     inputs = prompt(2, TOKENS)
@@ -75,8 +75,8 @@ def test_every_mask_by_one_program(family: str, eager_pieces: None, masked_calls
     assert not report.left_out
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
-def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, masked_calls: list[object]) -> None:
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma3Text", marks=pytest.mark.slow)])
+def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, masked_calls: Calls) -> None:
     """`position_ids` that begin anew: each sequence comes out as it does alone, and no mask is made."""
     model = small_model(family).double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
@@ -92,9 +92,9 @@ def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, ma
     assert report.stages
 
 
-def test_a_second_turn_with_padding(eager_pieces: None, masked_calls: list[object]) -> None:
+def test_a_second_turn_with_padding(eager_pieces: None, masked_calls: Calls) -> None:
     """Rows behind a past are causal from where they stand, and the padding of the first turn stays hidden."""
-    model = small_model("llama").double()
+    model = small_model("Llama").double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     first = prompt(2, TOKENS, padded=True)
     more = prompt(2, 50, seed=1)["input_ids"]

@@ -14,7 +14,7 @@ from mom_compile import explain, reports
 from mom_passes.program.memory import memory
 from mom_passes.program.program import Compute
 from mom_passes.program.schedule import schedule
-from tests.captured import tiny
+from tests.models import tiny
 from tests.tracing import trace
 
 #: Bytes of the `[64, 16]` product of the graphs below, in float32.

@@ -13,13 +13,13 @@ from torch.torch_version import TorchVersion
 
 from benchmarks.models import keeping
 from mom_compile import reports
-from tests.families import FAMILIES, next_token, prompt, small_model, sweep
+from tests.models import FAMILIES, next_token, prompt, small_model, sweep
 
 OPTIONS = {"mini_seq_len": 8, "strict": True}
 BATCHES = {"one": (1, False), "two": (2, False), "padded": (2, True)}
 
 #: These compute their softmax in float32 whatever the model's dtype, so float64 is exact to float32 only.
-SOFTMAX_IN_FLOAT32 = {"gemma2", "bloom"}
+SOFTMAX_IN_FLOAT32 = {"Gemma2", "Bloom"}
 
 
 def compile_for_test(model, backend="mom", **options):
@@ -48,8 +48,8 @@ def kept(logits, inputs):
 #: Without a cache Hugging Face builds its masks by other code, the same for all families: three are quick tests.
 #: With one, what is quick are those that differ in kind: windows, biases, norms, heads, a float32 softmax.
 QUICK = {
-    ("one", False): {"llama", "gemma3", "gpt2"},
-    ("padded", True): {"llama", "mistral", "gemma3", "gemma2", "gpt2", "falcon", "bloom"},
+    ("one", False): {"Llama", "Gemma3Text", "GPT2"},
+    ("padded", True): {"Llama", "Mistral", "Gemma3Text", "Gemma2", "GPT2", "Falcon", "Bloom"},
 }
 CASES = [
     pytest.param(name, *case, marks=[] if name in quick else [pytest.mark.slow])
@@ -82,7 +82,7 @@ def test_a_family_is_exact_in_float64(name, batch, cache):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", sweep(["llama", "gemma3"], quick={"gemma3"}))
+@pytest.mark.parametrize("name", sweep(["Llama", "Gemma3Text"], quick={"Gemma3Text"}))
 def test_a_static_cache_is_filled_as_eager_fills_it(name):
     """Its keys and values are graph inputs that the graph writes to: in their place, after everybody has read them."""
     model = small_model(name, torch.float64)
@@ -103,7 +103,7 @@ def test_a_static_cache_is_filled_as_eager_fills_it(name):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", sweep(["llama", "gemma2", "gpt2"], quick={"gemma2", "gpt2"}))
+@pytest.mark.parametrize("name", sweep(["Llama", "Gemma2", "GPT2"], quick={"Gemma2", "GPT2"}))
 def test_a_loss_of_hugging_face_is_right_and_holds_no_logits(name):
     """With labels to ignore; the loss is computed from float32 logits, whatever the model's dtype."""
     model = small_model(name, torch.float64)
@@ -178,7 +178,7 @@ STEPS_RUN_EAGERLY = TorchVersion(torch.__version__) < (2, 12)
 
 @pytest.mark.filterwarnings(*["ignore:Inductor could not compile a graph"] * STEPS_RUN_EAGERLY)
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", sweep(["llama", "gemma3", "gpt2"], quick={"gemma3"}))
+@pytest.mark.parametrize("name", sweep(["Llama", "Gemma3Text", "GPT2"], quick={"Gemma3Text"}))
 def test_a_compiled_family_generates_what_eager_generates(name):
     model = small_model(name)
     inputs = prompt(2, 37, padded=True)

@@ -12,8 +12,7 @@ from transformers import StaticCache
 import mom_compile.notices as notices
 from benchmarks.models import keeping
 from mom_compile import MomWarning, reports
-from tests.families import prompt, small_model
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids, prompt, small_model
 
 pytestmark = pytest.mark.usefixtures("eager_pieces")
 
@@ -53,7 +52,7 @@ def only_ours(caught):
 
 
 def test_a_graph_is_a_line_in_the_log(lines):
-    decode(compiled(small_model("llama")))
+    decode(compiled(small_model("Llama")))
     prefill, *steps = lines()
     report = reports()[0]
     assert prefill == f"prefill, {len(report.stages)} loops, expected peak {report.expected_peak_bytes / 2**20:.1f} MiB"
@@ -61,7 +60,7 @@ def test_a_graph_is_a_line_in_the_log(lines):
 
 
 def test_eager_attention_is_a_decode_step_too(lines):
-    model = small_model("llama")
+    model = small_model("Llama")
     model.set_attn_implementation("eager")
     decode(compiled(model), steps=1)
     assert lines()[1:] == ["stock Inductor: decode step: one token, nothing to cut"]
@@ -74,7 +73,7 @@ def test_a_prompt_too_short_to_cut_says_so(lines):
 
 
 def test_with_a_cache_on_the_host_the_lines_say_what_leaves(lines):
-    decode(compiled(small_model("llama"), kv_offload=True), steps=1)
+    decode(compiled(small_model("Llama"), kv_offload=True), steps=1)
     prefill, step = lines()
     assert "loops, rows of 6 keys and values to the host, expected peak" in prefill
     assert step.startswith("decode step: one token, nothing to cut; new rows of 6 keys and values to the host, ")
@@ -114,7 +113,7 @@ def static(model, *lengths):
 
 
 def test_a_static_cache_that_was_to_leave_is_a_warning_with_the_reason_and_only_one(lines):
-    model = compiled(small_model("llama"), kv_offload=True)
+    model = compiled(small_model("Llama"), kv_offload=True)
     asked = r"kv_offload=True is not honoured for \d+ keys or values, which stay on the device: .*static cache.*\("
     with pytest.warns(MomWarning, match=asked) as caught:
         static(model, 41, 1)
@@ -126,18 +125,18 @@ def test_after_a_reset_it_is_said_again(lines):
     for _ in range(2):
         torch._dynamo.reset()
         with pytest.warns(MomWarning, match="static cache"):
-            static(compiled(small_model("llama"), kv_offload=True))
+            static(compiled(small_model("Llama"), kv_offload=True))
 
 
 @pytest.mark.parametrize("option", ["auto", False])
 def test_what_was_not_asked_for_is_no_reason_to_warn(lines, option):
-    static(compiled(small_model("llama"), kv_offload=option))
+    static(compiled(small_model("Llama"), kv_offload=option))
     assert reports()[0].stages
 
 
 def test_kv_offload_that_another_option_undoes_is_a_warning(lines):
     with pytest.warns(MomWarning, match=r"kv_offload=True is not honoured: scope='none' asks for stock Inductor"):
-        decode(compiled(small_model("llama"), kv_offload=True, scope="none", strict=False), steps=0)
+        decode(compiled(small_model("Llama"), kv_offload=True, scope="none", strict=False), steps=0)
 
 
 def test_many_values_with_one_reason_are_counted_and_some_named():

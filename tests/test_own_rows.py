@@ -29,12 +29,11 @@ from mom_passes.program.memory import memory
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.program import LoopStep
 from mom_passes.program.schedule import schedule
-from tests.families import next_token, prompt, small_model
+from tests.models import TinyDecoder, ids, next_token, prompt, small_model
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.shares import at_least
 from tests.test_in_place import decoder, layer, taken
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
-from tests.tiny import TinyDecoder, ids
 from tests.tracing import rewrite, trace
 
 WEIGHTS = weights_of(torch.float64)
@@ -325,8 +324,8 @@ def assert_rows_alone(cache):
 )
 def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, lengths):
     """Windows of 16; of two lengths that are compiled the second is a symbol."""
-    model = small_model("mistral")
-    reference = small_model("mistral")
+    model = small_model("Mistral")
+    reference = small_model("Mistral")
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
     for length in lengths:
         inputs = prompt(batch, length)
@@ -346,7 +345,7 @@ def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, l
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
-    model = small_model("mistral")
+    model = small_model("Mistral")
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
     cache = DynamicCache(config=model.config)
@@ -359,7 +358,7 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
 
 @pytest.mark.usefixtures("fresh")
 def test_explain_tells_which_rows_are_copied():
-    model, inputs = small_model("mistral"), prompt(1, 41)
+    model, inputs = small_model("Mistral"), prompt(1, 41)
     text = str(mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False}))
     assert "rows of their own: 6 parts (slice" in text
     assert f"{6 * 15 * 2 * 16 * 4} B of {6 * 41 * 2 * 16 * 4} B" in text
@@ -370,7 +369,7 @@ def test_explain_tells_which_rows_are_copied():
 
 def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
     value = torch.arange(2 * 3 * 40 * 4.0).view(2, 3, 40, 4)
-    step = Offload(2, torch.device("cpu"), Placement(), stays=lambda tokens, rows, size: True)
+    step = Offload(2, torch.device("cpu"), Placement(), stays=lambda sizes, size: True)
     (kept,) = step([value, 30])
     assert torch.equal(kept, value[:, :, 30:]) and behind(kept) == 1
     (kept,) = step([value, 1])

@@ -10,10 +10,9 @@ import mom_compile
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import ExpertRows, RowLimit, loops
-from tests.families import prompt, small_model
+from tests.models import TinyDecoder, ids, prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
-from tests.tiny import TinyDecoder, ids
 from tests.tracing import rewrite, trace
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -41,7 +40,7 @@ def test_scope_mlp_computes_the_last_token_only_where_no_more_is_asked():
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma3Text", "Falcon"])
 def test_scope_mlp_is_exact_for_real_families(name):
     model = small_model(name, torch.float64)
     inputs = prompt(2, 37, padded=True)
@@ -113,9 +112,9 @@ def test_the_loop_that_ends_in_logits_has_the_shorter_mini_sequences():
 
     x = torch.randn(1, 600, HIDDEN, dtype=torch.float64)
     gm = trace(program, x, *weights)
-    report = Report()
-    run_pipeline(gm, static_inputs=parameter_names(gm), limit=RowLimit(512, 512 * 16 * 8), report=report)
-    assert [stage.mini_seq_len for stage in report.stages] == [512, 128]
+    limit = RowLimit(512, 512 * 16 * 8)
+    rewritten = run_pipeline(gm, static_inputs=parameter_names(gm), limit=limit, report=Report())
+    assert [loop.rows for _, loop in loops(rewritten.gm)] == [512, 128]
 
 
 # --- repeated keys ---

@@ -13,7 +13,7 @@ import torch
 import mom_compile.notices as notices
 from mom_compile import MomWarning
 from mom_compile.versions import TESTED, running, untested
-from tests.tiny import TinyDecoder, ids
+from tests.models import TinyDecoder, ids
 
 ROOT = Path(__file__).parent.parent
 INSIDE = {"torch": "2.13.0+cpu", "transformers": "5.23.0", "Python": "3.12.1"}

@@ -34,5 +34,6 @@ def rewrite(
     report = Report()
     limit = RowLimit(mini_seq_len)
     rewritten = run_pipeline(gm, static_inputs=static_inputs, limit=limit, report=report, **options)
-    verify(rewritten, Contract.of(gm), level=2)
-    return rewritten, report
+    verify(rewritten.gm, Contract.of(gm), level=2)
+    report.describe(rewritten)
+    return rewritten.gm, report

@@ -53,6 +53,7 @@ from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules import Dim
 
 aten = torch.ops.aten
@@ -63,8 +64,7 @@ class Lowering:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        plan: plans.Program,
+        rewritten: Rewritten,
         *,
         static_inputs: Collection[str],
         patches: Mapping[str, Any],
@@ -72,19 +72,21 @@ class Lowering:
         report: Report,
         kv: KVPlace,
     ) -> None:
-        self.gm = gm
-        self.plan = plan
+        self.gm = rewritten.gm
+        self.plan = rewritten.plan
         self.kv = kv
         self.static_inputs = static_inputs
         self.patches = patches
         self.settings = codegen_settings()
         self.cache = cache
         self.report = report
-        self.symbols = Symbols(gm)
+        self.symbols = Symbols(self.gm)
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
-        self._leaving = leaving(plan)
+        self._leaving = leaving(self.plan)
+        needed = kv.residency.needed.symbols if kv.residency is not None else ()
+        self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in needed]
 
     def program(self) -> Program:
         for node in self.plan.inputs:
@@ -95,7 +97,7 @@ class Lowering:
             elif isinstance(step, Compute):
                 self._lower_piece(step)
             elif isinstance(step, Transfer):
-                run, arguments = copy_step(step.node, self.kv, self._leaving)
+                run, arguments = copy_step(step.node, self.kv, self._leaving, self._deciding)
                 self._call(step, run, arguments)
             else:
                 constant = step.node.op == "get_attr"

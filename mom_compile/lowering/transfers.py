@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -15,9 +15,12 @@ from mom_passes.program.memory import Leaving
 
 
 def copy_step(
-    node: fx.Node, place: KVPlace, values: Mapping[fx.Node, Leaving]
+    node: fx.Node, place: KVPlace, values: Mapping[fx.Node, Leaving], sizes: Sequence[fx.Node]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The step of a copy operator and the arguments it takes. `values` are those that leave whole."""
+    """The step of a copy operator and the arguments it takes.
+
+    `values` are those that leave whole, `sizes` the graph's sizes that decide whether they do.
+    """
     if node.target is FETCH_START:
         host, rows, dim, device = node.args
         return FetchStart(dim, device), [host, rows]  # type: ignore[arg-type]
@@ -34,6 +37,6 @@ def copy_step(
         own = values[node].bytes_per_token
         of_layer = sum(other.bytes_per_token for other in values.values() if other.layer == layer)
         stays = Stays(place.residency, values[node].layer, of_layer, own)
-    return Offload(dim, place.device, place.placement, stays), [value, first]  # type: ignore[arg-type]
+    return Offload(dim, place.device, place.placement, stays), [value, first, *sizes]  # type: ignore[arg-type]
 
 

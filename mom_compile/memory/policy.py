@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,15 +10,14 @@ from torch import fx
 
 from mom_compile.config import Options
 from mom_compile.memory.place import KVPlace
-from mom_compile.memory.residency import Residency
+from mom_compile.memory.residency import Needed, Residency
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
-from mom_passes.host.kv_values import find_kv
-from mom_passes.ops.transfers import FETCH
-from mom_passes.program.memory import Memory, leaving, memory
-from mom_passes.program.program import Program
+from mom_passes.ops.transfers import FETCH, FETCH_START
+from mom_passes.program.memory import Leaving, leaving
+from mom_passes.program.rewritten import Rewritten
 
 #: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
 HEADROOM = 2
@@ -32,18 +30,20 @@ def offloads(options: Options, device: torch.device) -> bool:
     return bool(options.kv_offload)
 
 
-def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str]) -> str | None:
+def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str]) -> str | None:
     """Why "auto" leaves a graph without loops to stock Inductor, or None: all keys and values fit, and will for long.
 
-    A decode step that moves layers out when they no longer fit is cut at each of them, which costs time at every step.
+    Between loops copies cost nothing. A decode step that moves layers out when they no longer fit is cut at each of
+    them, which costs time at every step; if anything is on the host already, it has to be.
     """
-    if options.kv_offload != "auto" or any(node.target is FETCH for node in gm.graph.nodes):
+    gm, plan = rewritten.gm, rewritten.plan
+    if options.kv_offload != "auto" or rewritten.no_loops is None:
         return None
-    found = find_kv(gm).found
-    if not found:
+    values = leaving(plan)
+    if not values or any(node.target in (FETCH, FETCH_START) for node in gm.graph.nodes):
         return None
-    kept = sum(value.bytes for value in found)
-    on_device = kept + 2 * kept // (1 + found[-1].layer)
+    kept = sum(rewritten.memory.number(plan.storages[value].bytes) for value in values)
+    on_device = kept + 2 * kept // _layers(values.values())
     needed = _static_bytes(gm, static) + HEADROOM * on_device
     budget = options.budget_bytes or _free_bytes(compute_device(gm))
     if needed > budget:
@@ -51,19 +51,20 @@ def fits_for_long(gm: fx.GraphModule, options: Options, static: Collection[str])
     return f"weights and {HEADROOM} times the present cache take {needed} bytes, {budget} may be used"
 
 
-def kv_place(gm: fx.GraphModule, options: Options, static: Collection[str], plan: Program) -> KVPlace:
+def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
     """Where the keys and values of a rewritten graph go, by what its program needs of the device."""
-    device = compute_device(gm)
+    device = compute_device(rewritten.gm)
+    values = leaving(rewritten.plan).values()
     residency = None
-    if options.kv_offload == "auto" and offloads(options, device):
-        found = memory(plan)
-        values = leaving(plan).values()
-        layers = 1 + max((value.layer for value in values), default=0)
+    if options.kv_offload == "auto" and values:
         budget = options.budget_bytes or _free_bytes(device)
-        between = 2 * sum(value.bytes_per_token for value in values) // layers
-        per_token = _bytes_per_token(found) if found.tokens else between
-        residency = Residency(budget, _static_bytes(gm, static), found.iteration, per_token, layers)
+        weights, needed = _static_bytes(rewritten.gm, static), Needed.by(rewritten.memory)
+        residency = Residency(budget, weights, needed, _layers(values))
     return KVPlace(device, placement_of(options, device), residency)
+
+
+def _layers(values: Collection[Leaving]) -> int:
+    return 1 + max(value.layer for value in values)
 
 
 def placement_of(options: Options, device: torch.device) -> Placement:
@@ -77,11 +78,6 @@ def _free_bytes(device: torch.device) -> int:
     """What this process may use of a device: what is free, and what PyTorch has reserved already."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device))
-
-
-def _bytes_per_token(found: Memory) -> int:
-    """What is alive at a time and grows with the tokens: all that the peak has above one mini-sequence."""
-    return math.ceil((found.number(found.peak) - found.iteration) / found.tokens)
 
 
 def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:

@@ -1,16 +1,46 @@
 """Which layers' keys and values stay on the device when not all of them fit, decided anew for each run.
 
-    device bytes = weights + batch * (iteration + tokens * per_token) + resident layers * a layer's keys and values
+Terms
+-----
+needed   What a run holds at its peak beside weights and layers that stay, as its program says: the residual stream,
+         keys and values of the layers that are on the device whatever is decided, and what one step holds.
+sizes    The values that a run gives the symbols of its graph: how many sequences, how many tokens. Where all were
+         captured as numbers, there are none and what is needed is a number: guards keep such a graph to those sizes.
 
-`iteration` is what one mini-sequence takes, `per_token` the full-length values that are alive at a time: the residual
-stream, and keys and values of the two layers that are on the device whatever is decided. Both are of the batch that was
-captured, `batch` is how many times that batch a run has.
+    device bytes = weights + needed(sizes) + resident layers * a layer's keys and values
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import sympy
+
+from mom_passes.graph.size_values import function_of
+from mom_passes.program.memory import Memory
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes of the device, as a function of the values of `symbols`."""
+
+    symbols: tuple[sympy.Symbol, ...]
+    bytes: Callable[[tuple[int, ...]], int]
+
+    @staticmethod
+    def by(found: Memory) -> Needed:
+        """The peak of a program. It is asked for each value that may leave: sympy itself would take milliseconds."""
+        moments = list(dict.fromkeys(moment.bytes for moment in found.moments))
+        symbols = tuple(sorted({symbol for size in moments for symbol in size.free_symbols}, key=str))
+        functions = [function_of(size, symbols) for size in moments]
+
+        @functools.lru_cache(maxsize=1)  # all values of a run ask for the same sizes
+        def most(sizes: tuple[int, ...]) -> int:
+            return max((function(sizes) for function in functions), default=0)
+
+        return Needed(symbols, most)
 
 
 @dataclass(frozen=True)
@@ -19,18 +49,17 @@ class Residency:
 
     budget: int
     weights: int
-    iteration: int
-    per_token: int
+    needed: Needed
     layers: int
 
-    def resident_layers(self, tokens: int, layer_bytes: int, batch: float = 1) -> int:
-        """How many layers may stay, for a prompt of so many tokens whose layers take `layer_bytes` each."""
-        room = self.budget - self.weights - math.ceil(batch * (self.iteration + tokens * self.per_token))
+    def resident_layers(self, sizes: tuple[int, ...], layer_bytes: int) -> int:
+        """How many layers may stay in a run of these sizes whose layers take `layer_bytes` each."""
+        room = self.budget - self.weights - self.needed.bytes(sizes)
         return max(0, min(self.layers, room // max(1, layer_bytes)))
 
-    def stays(self, layer: int, tokens: int, layer_bytes: int, batch: float = 1) -> bool:
+    def stays(self, layer: int, sizes: tuple[int, ...], layer_bytes: int) -> bool:
         """Whether a layer is among those. They are spread evenly: each fetch has resident layers to hide behind."""
-        resident = self.resident_layers(tokens, layer_bytes, batch)
+        resident = self.resident_layers(sizes, layer_bytes)
         return (layer + 1) * resident // self.layers > layer * resident // self.layers
 
 
@@ -43,7 +72,6 @@ class Stays:
     layer_bytes: int
     own_bytes: int
 
-    def __call__(self, tokens: int, rows: int, size: int) -> bool:
-        """`tokens` it was computed for, of which it keeps so many `rows` that take `size` bytes."""
-        batch = size / max(1, rows * self.own_bytes)
-        return self.residency.stays(self.layer, tokens, int(batch * rows * self.layer_bytes), batch)
+    def __call__(self, sizes: tuple[int, ...], size: int) -> bool:
+        """`sizes` are those of the run, `size` is the bytes of the value's rows that the cache keeps."""
+        return self.residency.stays(self.layer, sizes, size * self.layer_bytes // max(1, self.own_bytes))

@@ -8,10 +8,12 @@ step    One call: a compiled piece, a compiled loop, a view, or arithmetic on si
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+from mom_compile.runtime.observers import Observers
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,12 @@ class Step:
     dying: tuple[int, ...]
 
 
-#: Called after each step of any program with the step and what it returned, which must not be kept.
-Observer = Callable[[Step, Sequence[Any]], None]
-_OBSERVERS: list[Observer] = []
+_OBSERVERS: Observers[Step, Sequence[Any]] = Observers()
 
 
-@contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """While this lasts, every step of every program is shown to `observer` as soon as it has run."""
-    _OBSERVERS.append(observer)
-    try:
-        yield
-    finally:
-        _OBSERVERS.remove(observer)
+def observing(observer: Callable[[Step, Sequence[Any]], None]) -> AbstractContextManager[None]:
+    """While this lasts, `observer` is called after every step of every program, with the step and what it returned."""
+    return _OBSERVERS.joined_by(observer)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class Program:
                 arguments.clear()
                 raise
             del arguments
-            for observe in _OBSERVERS:
+            for observe in _OBSERVERS.now:
                 observe(step, results)
             for index_or_none, result in zip(step.results, results, strict=True):
                 if index_or_none is not None:

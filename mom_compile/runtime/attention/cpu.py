@@ -19,15 +19,14 @@ from collections.abc import Iterator
 import torch
 
 from mom_compile.runtime.attention.rows import (
-    Sight,
+    bias_bytes_per_row,
     in_blocks,
     math_bytes_per_row,
     math_kernel,
     token_major,
-    useful_window,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
-from mom_passes.ops.attention import KeyConditions, output_like
+from mom_passes.ops.attention import AttentionCall
 
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,46 +39,31 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def attention_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    start: int,
-    is_causal: bool,
-    scale: float,
-    window: int | None = None,
-    keys: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_cpu(call: AttentionCall) -> torch.Tensor:
     """See `mom_passes.ops.attention` for shapes and meaning."""
-    conditions = KeyConditions(keys, segments, positions)
-    ordered = is_causal or positions is not None
-    found = attention_in_spans(attention_cpu, query, key, value, mask, start, ordered, scale, window, spans)
+    found = attention_in_spans(attention_cpu, call)
     if found is not None:
         return found
-    rows, tokens = query.shape[2], key.shape[2]
-    if tokens == 0 or 0 in query.shape[:3]:
-        return output_like(query, value).zero_()
-    window = window if conditions.positions is not None else useful_window(window, start + rows)
-    sight = Sight(start, is_causal, window, mask, conditions)
-    if not takes_flash(query, key, value):
-        return in_blocks(math_kernel, query, key, value, sight, scale, math_bytes_per_row(query, tokens))
-    if mask is not None or conditions or not is_causal:
-        return in_blocks(flash_kernel, query, key, value, sight, scale, sight.bias_bytes_per_row(query, tokens))
+    tokens = call.tokens
+    if tokens == 0 or 0 in call.query.shape[:3]:
+        return call.output().zero_()
+    if not takes_flash(call):
+        return in_blocks(math_kernel, call, math_bytes_per_row(call))
+    if call.mask is not None or call.has_conditions or not call.is_causal:
+        return in_blocks(flash_kernel, call, bias_bytes_per_row(call))
+    window = call.felt_window
     if window is None:
-        return token_major(causal(query, key, value, start, scale), query, value)
-    if window <= NARROW_WINDOW or start + rows > tokens:
-        row_bytes = sight.bias_bytes_per_row(query, min(tokens, window + NARROW_ROWS))
-        return in_blocks(flash_kernel, query, key, value, sight, scale, row_bytes, NARROW_ROWS)
-    return windowed(query, key, value, start, window, scale)
+        return token_major(causal(call), call)
+    if window <= NARROW_WINDOW or call.start + call.rows > tokens:
+        row_bytes = bias_bytes_per_row(call, min(tokens, window + NARROW_ROWS))
+        return in_blocks(flash_kernel, call, row_bytes, NARROW_ROWS)
+    return windowed(call, window)
 
 
-def takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def takes_flash(call: AttentionCall) -> bool:
     """The flash kernel wants one head size and a floating dtype it knows. It does not check for empty tensors."""
-    return query.dtype in FLASH_DTYPES and query.shape[-1] == value.shape[-1] and query.shape[0] == key.shape[0]
+    query, key = call.query, call.key
+    return query.dtype in FLASH_DTYPES and query.shape[-1] == call.value.shape[-1] and query.shape[0] == key.shape[0]
 
 
 def flash(
@@ -105,47 +89,46 @@ def flash_kernel(
     return flash(query, key, value, scale, bias=bias)[0]
 
 
-def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, scale: float) -> torch.Tensor:
-    """Rows from `start` against keys up to themselves; later keys are never read."""
-    rows, keys = query.shape[2], key.shape[2]
+def causal(call: AttentionCall) -> torch.Tensor:
+    """Rows against keys up to themselves; later keys are never read."""
 
     def parts() -> Iterator[Part]:
-        if start > 0:
-            yield flash(query, key[:, :, :start], value[:, :, :start], scale)
-        if start < keys:
-            own = slice(start, start + rows)
-            yield flash(query, key[:, :, own], value[:, :, own], scale, is_causal=True)
+        if call.start > 0:
+            yield _part(call, 0, call.start)
+        if call.start < call.tokens:
+            yield _part(call, call.start, call.start + call.rows, is_causal=True)
 
     return merge(parts())
 
 
-def windowed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, window: int, scale: float
-) -> torch.Tensor:
-    """Rows from `start` against the last `window` keys up to themselves, by split keys."""
-    rows = query.shape[2]
-    result = output_like(query, value)
+def windowed(call: AttentionCall, window: int) -> torch.Tensor:
+    """Rows against the last `window` keys up to themselves, by split keys."""
+    rows = call.rows
+    result = call.output()
     # Rows at positions below the window see everything before them.
-    unlimited = min(rows, max(0, window - start))
+    unlimited = min(rows, max(0, window - call.start))
     if unlimited:
-        result[:, :, :unlimited] = causal(query[:, :, :unlimited], key, value, start, scale)
+        result[:, :, :unlimited] = causal(call.of_rows(0, unlimited))
     for first in range(unlimited, rows, window - 1):
-        block = query[:, :, first : first + window - 1]
-        result[:, :, first : first + window - 1] = merge(_window_parts(block, key, value, start + first, window, scale))
+        count = min(window - 1, rows - first)
+        result[:, :, first : first + count] = merge(_window_parts(call.of_rows(first, count), window))
     return result
 
 
-def _window_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, window: int, scale: float
-) -> Iterator[Part]:
-    """At most `window - 1` rows at `position >= window - 1`; every part shows each row at least one key."""
-    rows = query.shape[2]
+def _window_parts(call: AttentionCall, window: int) -> Iterator[Part]:
+    """At most `window - 1` rows, `window - 1` or further down; every part shows each row at least one key."""
+    position, rows = call.start, call.rows
     low = position - window + 1
-    own, fading, between = slice(position, position + rows), slice(low, low + rows), slice(low + rows, position)
-    yield _from_the_other_end(query, key[:, :, fading], value[:, :, fading], scale)
-    if between.start < between.stop:
-        yield flash(query, key[:, :, between], value[:, :, between], scale)
-    yield flash(query, key[:, :, own], value[:, :, own], scale, is_causal=True)
+    fading = slice(low, low + rows)
+    yield _from_the_other_end(call.query, call.key[:, :, fading], call.value[:, :, fading], call.scale)
+    if low + rows < position:
+        yield _part(call, low + rows, position)
+    yield _part(call, position, position + rows, is_causal=True)
+
+
+def _part(call: AttentionCall, low: int, high: int, is_causal: bool = False) -> Part:
+    """Keys `[low, high)` alone, seen whole or from the first on."""
+    return flash(call.query, call.key[:, :, low:high], call.value[:, :, low:high], call.scale, is_causal)
 
 
 def _from_the_other_end(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:

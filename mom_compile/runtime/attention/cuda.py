@@ -12,58 +12,44 @@ each query mostly sees one range of them (`attention_spans`), and the first two 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from mom_compile.runtime.attention.rows import Sight, in_blocks, token_major, useful_window
+from mom_compile.runtime.attention.rows import bias_bytes_per_row, in_blocks, token_major
 from mom_compile.runtime.attention.spans import attention_in_spans
-from mom_passes.ops.attention import KeyConditions, output_like
+from mom_passes.ops.attention import AttentionCall
 
 FLASH = torch.ops.aten._flash_attention_forward.default
 
 
-def attention_cuda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    start: int,
-    is_causal: bool,
-    scale: float,
-    window: int | None = None,
-    keys: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_cuda(call: AttentionCall) -> torch.Tensor:
     """See `mom_passes.ops.attention` for shapes and meaning."""
-    conditions = KeyConditions(keys, segments, positions)
-    ordered = is_causal or positions is not None
-    found = attention_in_spans(attention_cuda, query, key, value, mask, start, ordered, scale, window, spans)
+    found = attention_in_spans(attention_cuda, call)
     if found is not None:
         return found
-    rows, tokens = query.shape[2], key.shape[2]
-    if tokens == 0 or 0 in query.shape[:3]:
-        return output_like(query, value).zero_()
-    window = window if conditions.positions is not None else useful_window(window, start + rows)
-    if is_causal and start + rows <= tokens:
-        key, value, tokens = key[:, :, : start + rows], value[:, :, : start + rows], start + rows
-    lower_right = is_causal and tokens == start + rows
-    plain = mask is None and not conditions and (lower_right or not is_causal)
-    if plain and takes_flash(query, key, value):
-        return _flash(query, key, value, is_causal, scale, window if is_causal else None)
-    if plain and is_causal and window is None:
-        wide_key, wide_value = _all_heads(query, key), _all_heads(query, value)
-        bias = causal_lower_right(rows, tokens)
-        return token_major(scaled_dot_product_attention(query, wide_key, wide_value, bias, scale=scale), query, value)
-    sight = Sight(start, is_causal, window, mask, conditions)
-    wide_key, wide_value = _all_heads(query, key), _all_heads(query, value)  # once, not for each block of rows
-    return in_blocks(_sdpa, query, wide_key, wide_value, sight, scale, sight.bias_bytes_per_row(query, tokens))
+    tokens, end = call.tokens, call.start + call.rows
+    if tokens == 0 or 0 in call.query.shape[:3]:
+        return call.output().zero_()
+    plain = call.mask is None and not call.has_conditions and (end <= tokens or not call.is_causal)
+    if call.is_causal and end < tokens:
+        call = replace(call, key=call.key[:, :, :end], value=call.value[:, :, :end])  # no more is read of the others
+    if plain and takes_flash(call):
+        return _flash(call)
+    # Once, not for each block of rows.
+    call = replace(call, key=_all_heads(call.query, call.key), value=_all_heads(call.query, call.value))
+    if plain and call.is_causal and call.felt_window is None:
+        bias = causal_lower_right(call.rows, call.tokens)
+        result = scaled_dot_product_attention(call.query, call.key, call.value, bias, scale=call.scale)
+        return token_major(result, call)
+    return in_blocks(_sdpa, call, bias_bytes_per_row(call))
 
 
-def takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def takes_flash(call: AttentionCall) -> bool:
     """FlashAttention 2: half precision, one head size in multiples of 8 up to 256, Ampere or later."""
+    query, key, value = call.query, call.key, call.value
     channels = query.shape[-1]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
@@ -76,19 +62,18 @@ def takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     )
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float, window: int | None
-) -> torch.Tensor:
+def _flash(call: AttentionCall) -> torch.Tensor:
     """The kernel works on `[B, tokens, heads, D]` and is causal from the lower right corner."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
+    window = call.felt_window if call.is_causal else None
     left = None if window is None else window - 1
     right = None if window is None else 0
     sizes = (q.shape[1], k.shape[1])
     result = FLASH(
-        q, k, v, None, None, *sizes, 0.0, is_causal, False,
-        scale=scale, window_size_left=left, window_size_right=right,
+        q, k, v, None, None, *sizes, 0.0, call.is_causal, False,
+        scale=call.scale, window_size_left=left, window_size_right=right,
     )[0]  # fmt: skip
-    return token_major(result.transpose(1, 2), query, value)
+    return token_major(result.transpose(1, 2), call)
 
 
 def _sdpa(

@@ -10,7 +10,8 @@ import torch
 
 from mom_compile.runtime.attention.cpu import attention_cpu
 from mom_compile.runtime.attention.cuda import attention_cuda
+from mom_passes.ops.attention import as_operator
 
 LIBRARY = torch.library.Library("mom", "IMPL")
-LIBRARY.impl("attention", attention_cpu, "CPU")
-LIBRARY.impl("attention", attention_cuda, "CUDA")
+LIBRARY.impl("attention", as_operator(attention_cpu), "CPU")
+LIBRARY.impl("attention", as_operator(attention_cuda), "CUDA")

@@ -6,21 +6,17 @@
     a range for each entry            the plain kernel for each entry, on its own keys
     ranges by segment                 the plain kernel for each entry and segment that the rows reach into
     no range (-1)                     None: the caller makes masks
-
-A kernel here is `(query, key, value, mask, start, is_causal, scale, window)`, as `mom::attention` without conditions.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from mom_passes.ops.attention import output_like
-
-Plain = Callable[..., torch.Tensor]
+from mom_passes.ops.attention import AttentionCall, Kernel
 
 
 @dataclass(frozen=True)
@@ -48,26 +44,17 @@ def spans_of(found: torch.Tensor, start: int, rows: int) -> list[Span] | None:
     return spans if first == rows else None
 
 
-def attention_in_spans(
-    kernel: Plain,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    start: int,
-    is_causal: bool,
-    scale: float,
-    window: int | None,
-    found: torch.Tensor | None,
-) -> torch.Tensor | None:
+def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | None:
     """`[B, H, R, Dv]`, token-major, from what `mom.spans` has found; None where it has not found ranges.
 
-    `is_causal` holds by index or by positions, which are then found to say the same within a range.
+    `kernel` is called without mask and conditions. Causality holds by index or by positions, which are then found to
+    say the same within a range.
     """
-    if found is None or mask is not None:
+    if call.spans is None or call.mask is not None:
         return None
-    batch, rows = query.shape[0], query.shape[2]
-    entries = [spans_of(one, start, rows) for one in found]
+    start, is_causal = call.start, call.is_causal or call.positions is not None
+    batch, _, rows, _ = shape = call.query.shape
+    entries = [spans_of(one, start, rows) for one in call.spans]
     if any(entry is None for entry in entries):
         return None
     size = batch if all(entry == entries[0] for entry in entries) else 1
@@ -76,13 +63,13 @@ def attention_in_spans(
         own = slice(first, first + size)
         for part in itertools.chain.from_iterable(_in_sight(span, start, is_causal) for span in spans or ()):
             at = start + part.first - part.low if is_causal else 0
-            q = query[own, :, part.first : part.first + part.count]
-            k, v = (t[own, :, part.low : part.high] for t in (key, value))
-            made = kernel(q, k, v, None, at, is_causal, scale, window)
-            if made.shape[:3] == query.shape[:3]:
+            q = call.query[own, :, part.first : part.first + part.count]
+            k, v = (t[own, :, part.low : part.high] for t in (call.key, call.value))
+            made = kernel(AttentionCall(q, k, v, None, at, is_causal, call.scale, call.window))
+            if made.shape[:3] == shape[:3]:
                 return made
             if result is None:
-                result = output_like(query, value)
+                result = call.output()
             result[own, :, part.first : part.first + part.count] = made
     return result
 

@@ -104,22 +104,23 @@ class Append:
 
 @dataclass(frozen=True)
 class Offload:
-    """`[value, first]` to rows `[first:]` of a device value, on the host.
+    """`[value, first, *sizes]` to rows `[first:]` of a device value, on the host.
 
-    `stays(tokens, rows, bytes)` says whether those rows of a value for so many tokens stay on the device after all.
+    `stays(sizes, bytes)` says whether rows that take so many bytes stay on the device after all, in a run of a graph
+    with these sizes.
     """
 
     dim: int
     device: torch.device
     placement: Placement
-    stays: Callable[[int, int, int], bool] | None = None
+    stays: Callable[[tuple[int, ...], int], bool] | None = None
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
-        value, first = arguments
+        value, first, *sizes = arguments
         arguments.clear()
         held = value.shape[self.dim]
         leaving = value.narrow(self.dim, first, held - first)
-        if self.stays is not None and self.stays(held, held - first, leaving.numel() * leaving.element_size()):
+        if self.stays is not None and self.stays(tuple(sizes), leaving.numel() * leaving.element_size()):
             return (own_if_worth(leaving, value),)
         row = leaving.movedim(self.dim, 0).shape[1:]
         store = HostStore(row, value.dtype, held - first, self.placement)

@@ -29,6 +29,11 @@ def modular_index(base: Any, divisor: Any, modulus: Any) -> Any:
     return base // divisor % modulus
 
 
+def ceiling_division(value: Any, divisor: Any) -> Any:
+    """The least whole number that is not below a fraction."""
+    return -(-value // divisor)
+
+
 #: Sympy's and PyTorch's functions as calls on numbers and on SymInts. Of those with more arguments than two, pairs.
 CALLS: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
@@ -137,6 +142,10 @@ def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
             return (operator.floordiv if whole else operator.truediv), (numerator, denominator)
         if name == "Pow" and args[1] == sympy.S.Half:
             return torch.sym_sqrt, args[:1]
+    if name == "ceiling":
+        numerator, denominator = sympy.fraction(sympy.together(args[0]))
+        if denominator != 1 and numerator.is_integer and denominator.is_integer:
+            return ceiling_division, (numerator, denominator)  # the fraction has a rest, other than a size
     if name in JOINING and len(args) > 2:
         return CALLS[name], (size.func(*args[:-1]), args[-1])
     return CALLS.get(name) or _sympy_call(size.func), args

@@ -104,7 +104,10 @@ def body_is_good_for_all_lengths(node: fx.Node, loop: Loop) -> str | None:
 
 
 def overwrites_what_is_dead(node: fx.Node, loop: Loop) -> str | None:
-    """What a result is written over is a storage of our own that nothing reads any more, through views either."""
+    """What a result is written over is a storage of our own that nothing reads any more, through views either.
+
+    Told by the schemas of the operators that read it, apart from the program by which it is decided.
+    """
     for output in loop.stored:
         if output.over is None:
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,15 +32,11 @@ it found nothing, they are applied as masks.
 The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
 folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
 kernel on the CPU; a row whose every key is masked by the dtype's smallest number sees all of them alike.
+
+Kernels take an `AttentionCall`, which has a field for each argument; `as_operator` makes an operator's kernel of one.
 """
 
 MOM_ATTENTION = torch.ops.mom.attention.default
-
-
-def output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """An uninitialised result: `[B, H, R, Dv]`, stored `[B, R, H, Dv]`."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
 
 def visible(rows: int, keys: int, start: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -60,9 +57,6 @@ class KeyConditions:
     segments: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
-    def __bool__(self) -> bool:
-        return any(v is not None for v in (self.keys, self.segments, self.positions))
-
     def visible(
         self, rows: tuple[int, int], keys: tuple[int, int], window: int | None, device: torch.device
     ) -> torch.Tensor:
@@ -78,47 +72,93 @@ class KeyConditions:
         return seen
 
 
-def attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    start: int,
-    is_causal: bool,
-    scale: float,
-    window: int | None = None,
-    keys: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    spans: torch.Tensor | None = None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one call of `mom.attention` says: the arguments of its schema, by name and in order."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    start: int
+    is_causal: bool
+    scale: float
+    window: int | None = None
+    keys: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    spans: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def tokens(self) -> int:
+        """How many keys there are."""
+        return self.key.shape[2]
+
+    @property
+    def has_conditions(self) -> bool:
+        return self.keys is not None or self.segments is not None or self.positions is not None
+
+    @property
+    def conditions(self) -> KeyConditions:
+        return KeyConditions(self.keys, self.segments, self.positions)
+
+    @property
+    def felt_window(self) -> int | None:
+        """None for a window that by their index no row would feel."""
+        idle = self.window is not None and self.positions is None and self.window >= self.start + self.rows
+        return None if idle else self.window
+
+    def of_rows(self, first: int, count: int) -> AttentionCall:
+        """The call whose result is rows `[first, first + count)` of this one's."""
+        mask = self.mask
+        if mask is not None and mask.shape[-2] != 1:
+            mask = mask.narrow(-2, first, count)
+        return replace(self, query=self.query.narrow(2, first, count), start=self.start + first, mask=mask)
+
+    def output(self) -> torch.Tensor:
+        """An uninitialised result: `[B, H, R, Dv]`, stored `[B, R, H, Dv]`."""
+        batch, heads, rows, _ = self.query.shape
+        return self.query.new_empty(batch, rows, heads, self.value.shape[-1]).transpose(1, 2)
+
+
+Kernel = Callable[[AttentionCall], torch.Tensor]
+
+
+def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
+    """`kernel` with the arguments of the operator's schema."""
+
+    def operator(*arguments, **named):  # type: ignore[no-untyped-def]
+        return kernel(AttentionCall(*arguments, **named))
+
+    return operator
+
+
+def attention_reference(call: AttentionCall) -> torch.Tensor:
     """The definition, in plain PyTorch. Softmax in float32 at least."""
-    group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1)
-    value = value.repeat_interleave(group, dim=1)
+    query, mask, rows, tokens = call.query, call.mask, call.rows, call.tokens
+    group = query.shape[1] // call.key.shape[1]
+    key = call.key.repeat_interleave(group, dim=1)
+    value = call.value.repeat_interleave(group, dim=1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
+    scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * call.scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
-    if is_causal:
-        seen = visible(query.shape[2], key.shape[2], start, window, query.device)
+    if call.is_causal:
+        seen = visible(rows, tokens, call.start, call.window, query.device)
         scores = scores.masked_fill(~seen, -math.inf)
-    conditions = KeyConditions(keys, segments, positions)
-    if conditions:
-        rows, of_positions = (start, start + query.shape[2]), None if is_causal else window
-        seen = conditions.visible(rows, (0, key.shape[2]), of_positions, query.device)
+    if call.has_conditions:
+        stand, of_positions = (call.start, call.start + rows), None if call.is_causal else call.window
+        seen = call.conditions.visible(stand, (0, tokens), of_positions, query.device)
         scores = scores.masked_fill(~seen, -math.inf)
     # The softmax of a row that sees nothing is NaN; a NaN that the user put in stays one.
     blind = (scores == -math.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
-    out = output_like(query, value)
-    return out.copy_((weights @ value.to(wide)).to(query.dtype))
+    return call.output().copy_((weights @ value.to(wide)).to(query.dtype))
 
 
-@torch.library.register_fake("mom::attention", lib=LIBRARY)
-def _attention_fake(query, key, value, *others, **named):  # type: ignore[no-untyped-def]
-    return output_like(query, value)
-
-
-LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")
-
+torch.library.register_fake("mom::attention", as_operator(AttentionCall.output), lib=LIBRARY)
+LIBRARY.impl("attention", as_operator(attention_reference), "CompositeExplicitAutograd")

@@ -18,13 +18,12 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from mom_passes.ops.transfers import FETCH_WAIT
+from mom_passes.program.storages import shares_with
 from mom_passes.torch_compat import packet_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -138,9 +137,8 @@ class _Held:
         """Value -> the one whose storage it shares, itself mostly. What is the caller's has none here."""
         found: dict[fx.Node, fx.Node] = {node: node for node in given}
         for node in nodes:
-            source: Any = node.args[0] if node.args else None
-            shared = _is_view(node) or node.target in (FETCH_WAIT, aten.copy_.default)
-            if not shared:
+            source = shares_with(node)
+            if source is None:
                 found[node] = node
             elif source in found:
                 found[node] = found[source]

@@ -3,12 +3,16 @@
 Terms
 -----
 take over   The loop writes rows `[a, b)` of an output where rows `[a, b)` of an operand were, after reading them.
+may be in   A value may lie in the storage of what it is made of between loops, whatever the operator is called: a
+            compiler drops what computes nothing (`clone`, `x + 0`), and what is copied to the host is read until the
+            copy ends, or stays after all. Only what a loop stores and what `copy_rows` copies is known to lie apart.
 
-    for loop in loops:
+    for loop in program:
         for output in its outputs:
             take over the first operand it has rows of that
                 an earlier loop stored           (storage of our own: never an input, never a view)
-                nobody reads after this loop     (nor anything made from it that may share its storage)
+                dies here                        (no step behind this one reads what may be in its storage,
+                                                  and this one is given it once)
                 has the same shape, dtype, layout and token dimension
                 is not taken by another output
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -29,36 +34,68 @@ from mom_passes.graph.sizes import same
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import Out, RowsIn, Stored
 from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.program.lives import lives
+from mom_passes.program.program import Call, LoopStep, Program, Storage, Why
+from mom_passes.program.schedule import schedule
 from mom_passes.rules import Dim
 
 
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     """Decide it for every loop of a rewritten graph and note it in the loops' outputs, in place."""
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    known: dict[fx.Node, Stored] = {}
-    for node, module in loop_nodes(gm):
-        module.loop = _decide(node, module.loop, known, position)
-        known.update(stored_values(node, module.loop))
+    modules = dict(loop_nodes(gm))
+    for module in modules.values():
+        module.loop = _apart(module.loop)
+    program = schedule(gm)
+    within = _may_be_in(program)
+    last_of = lives(program, within).last_of
+    stored: dict[fx.Node, Stored] = {}
+    for i, step in enumerate(program.steps):
+        if isinstance(step, LoopStep):
+            given = [storage for operand in step.loop.bind(step.node) for storage in within.get(operand, ())]
+            dying = {storage.node for storage in given if last_of[storage] == i and given.count(storage) == 1}
+            rows = step.loop.rows_of(step.node).items()
+            modules[step.node].loop = _decide(step.loop, {k: stored[value] for k, value in rows if value in dying})
+            stored |= _stored_by(step)
     return gm
 
 
-def stored_values(node: fx.Node, loop: Loop) -> dict[fx.Node, Stored]:
-    """The nodes that stand for what a loop stores."""
-    items = {item: loop.outputs[index] for index, item in loop.results(node).items()}
-    return {item: output for item, output in items.items() if isinstance(output, Stored)}
+def _apart(loop: Loop) -> Loop:
+    """The loop with each output in a storage of its own."""
+    outputs = (replace(output, over=None) if isinstance(output, Stored) else output for output in loop.outputs)
+    return replace(loop, outputs=tuple(outputs))
 
 
-def _decide(node: fx.Node, loop: Loop, known: dict[fx.Node, Stored], position: dict[fx.Node, int]) -> Loop:
+def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
+    """Of the storages that loops store, those that a value may be in."""
+    found: dict[fx.Node, set[Storage]] = {}
+    for step in program.steps:
+        if isinstance(step, LoopStep):
+            found.update((value, {program.storages[value]}) for value in _stored_by(step))
+        elif not (isinstance(step, Call) and step.why is Why.NUMBER):
+            for node in step.nodes:
+                sources = () if node.target is COPY_ROWS else node.all_input_nodes
+                found[node] = set().union(*(found.get(source, ()) for source in sources))
+    return found
+
+
+def _stored_by(step: LoopStep) -> dict[fx.Node, Stored]:
+    """The values that a loop stores, each with its port."""
+    outputs = zip(step.outs, step.loop.outputs, strict=True)
+    return {value: port for value, port in outputs if value is not None and isinstance(port, Stored)}
+
+
+def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
+    """The loop, its outputs over operands that die there: by input, how those were stored."""
     pieces = next(iter(reversed(loop.body.graph.nodes))).args[0]
     taken: set[int] = set()
     outputs: list[Out] = []
     for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):  # type: ignore[index]
-        for i, operand in loop.rows_of(node).items() if piece is not None else ():
-            before, port = known.get(operand), loop.inputs[i]
-            if i in taken or before is None or _relabels_an_input(piece):
+        for i, before in dying.items() if piece is not None else ():
+            port = loop.inputs[i]
+            if i in taken or _relabels_an_input(piece):
                 continue
             assert isinstance(port, RowsIn) and isinstance(output, Stored)
-            if _alike(before, output, port.dim) and dies_in(operand, node, position):
+            if _alike(before, output, port.dim):
                 output = replace(output, over=i)
                 taken.add(i)
                 break
@@ -82,24 +119,3 @@ def _relabels_an_input(piece: fx.Node) -> bool:
     while piece.op == "call_function" and (piece.target is operator.getitem or may_be_a_view(piece)):
         piece = piece.args[0]  # type: ignore[assignment]
     return piece.op == "placeholder"
-
-
-def dies_in(value: fx.Node, reader: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether `reader` is the last to read a value, once, and nothing that may share its storage lives on.
-
-    What an operator between loops makes of the value may be a view of it, whatever the operator is called.
-    """
-    if list(reader.args).count(value) != 1:
-        return False
-    seen: set[fx.Node] = set()
-    pending = [user for user in value.users if user is not reader]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if position[node] >= position[reader]:
-            return False
-        if node.op == "call_function" and node.target is not COPY_ROWS:
-            pending.extend(node.users)
-    return True

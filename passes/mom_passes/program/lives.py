@@ -8,6 +8,7 @@ alive   Of a storage: from the step that makes it to the last that reads any val
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -28,15 +29,21 @@ class Lives:
         return [storage for storage, first in self.first_of.items() if first <= step <= self.last_of[storage]]
 
 
-def lives(program: Program) -> Lives:
-    """Of every value that a step reads or makes, and of every storage that is not the caller's."""
+def lives(program: Program, within: Mapping[fx.Node, Collection[Storage]] | None = None) -> Lives:
+    """Of every value that a step reads or makes, and of every storage that is not the caller's.
+
+    `within` says in which storages a value may lie, for who has to be careful; else it lies in the one that the program
+    says.
+    """
+    if within is None:
+        within = {node: (storage,) for node, storage in program.storages.items()}
     reads = [(i, node) for i, step in enumerate(program.steps) for node in (*step.ins, *step.outs) if node is not None]
     reads += [(len(program.steps), node) for node in program.outputs if isinstance(node, fx.Node)]
     found = Lives({}, {}, {})
     for i, node in reads:
         found.last[node] = i
-        storage = program.storages.get(node)
-        if storage is not None and storage.place is not Place.CALLER:
-            found.first_of.setdefault(storage, i)
-            found.last_of[storage] = i
+        for storage in within.get(node, ()):
+            if storage.place is not Place.CALLER:
+                found.first_of.setdefault(storage, i)
+                found.last_of[storage] = i
     return found

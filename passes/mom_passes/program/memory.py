@@ -21,13 +21,13 @@ import sympy
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
-from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
 from mom_passes.ops.transfers import APPEND, FETCH_START, OFFLOAD
 from mom_passes.program.held import Costs, most_held
 from mom_passes.program.lives import Lives, lives
 from mom_passes.program.program import Compute, LoopStep, Place, Program, Step, Storage, Transfer
+from mom_passes.program.storages import bytes_of_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +119,8 @@ def _moment(program: Program, found: Lives, i: int, number: Any) -> Moment:
     dying = {storage: node for node in step.ins if (storage := program.storages.get(node)) in alive}
     dying = {storage: node for storage, node in dying.items() if found.last_of[storage] == i}
     kept = set(step.outs)
-    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(_bytes_of, number))
+    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(bytes_of_value, number))
     return Moment(step, tuple(storage for storage in alive if storage not in made and storage not in dying), held)
-
-
-def _bytes_of(node: fx.Node) -> sympy.Expr:
-    return sum((expr(product(v.shape)) * v.element_size() for v in tensors_of(node)), sympy.Integer(0))
 
 
 def _iteration(loop: Loop, number: Any) -> sympy.Expr:
@@ -180,10 +176,10 @@ def traffic(program: Program) -> Traffic:
             continue
         node = step.node
         if node.target is FETCH_START:
-            to_device += _bytes_of(node.args[0])  # type: ignore[arg-type]
+            to_device += bytes_of_value(node.args[0])  # type: ignore[arg-type]
         elif node.target is OFFLOAD:
-            to_host += _bytes_of(node)
+            to_host += bytes_of_value(node)
         elif node.target is APPEND:
-            to_host += _bytes_of(node.args[1])  # type: ignore[arg-type]
+            to_host += bytes_of_value(node.args[1])  # type: ignore[arg-type]
     return Traffic(sympy.expand(to_host), sympy.expand(to_device))
 

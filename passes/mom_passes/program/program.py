@@ -71,6 +71,10 @@ class _OfANode:
         return self.node.name if self.node.op == "call_function" else str(self.node.target)
 
     @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node,)
+
+    @property
     def ins(self) -> tuple[fx.Node, ...]:
         return tuple(self.node.all_input_nodes)
 

@@ -10,18 +10,15 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import seen_from
-from mom_passes.graph.sizes import expr, product
-from mom_passes.graph.values import tensors_of
-from mom_passes.loops.loop import Loop, MiniSequence, loop_nodes
+from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
-from mom_passes.ops.transfers import APPEND, COPIES, FETCH_WAIT, OFFLOAD
-from mom_passes.program.program import Call, Compute, LoopStep, Place, Program, Step, Storage, Transfer, Why
+from mom_passes.ops.transfers import COPIES
+from mom_passes.program.program import Call, Compute, LoopStep, Program, Step, Transfer, Why
+from mom_passes.program.storages import storages
 from mom_passes.rules.views import relabels
 from mom_passes.torch_compat import SYMBOLIC
 
@@ -100,40 +97,3 @@ def _items(node: fx.Node) -> list[fx.Node]:
         return []
     items = [user for user in node.users if user.target is operator.getitem]
     return [each for item in items for each in (item, *_items(item))]
-
-
-def storages(gm: fx.GraphModule) -> dict[fx.Node, Storage]:
-    """The storage of every tensor of a rewritten graph."""
-    loops = {node: module.loop for node, module in loop_nodes(gm)}
-    found: dict[fx.Node, Storage] = {}
-    for node in gm.graph.nodes:
-        if not tensors_of(node) or node in loops:
-            continue
-        base = _shares(node, loops)
-        if base in found:
-            found[node] = found[base]
-        else:
-            found[node] = Storage(node, _bytes(node), _place(node))
-    return found
-
-
-def _shares(node: fx.Node, loops: dict[fx.Node, Loop]) -> Any:
-    """The value whose storage a node's result is in; itself if it has its own."""
-    source: Any = node.args[0] if node.args else None
-    if node.op != "call_function" or not isinstance(source, fx.Node):
-        return node
-    if source in loops:
-        return loops[source].overwritten_by(node) or node
-    # A copy that is waited for is where it was begun, and what a write returns is what it has written to.
-    within = node.target in (FETCH_WAIT, aten.copy_.default, operator.getitem)
-    return source if within else seen_from(node) or node
-
-
-def _place(node: fx.Node) -> Place:
-    if node.op in ("placeholder", "get_attr"):
-        return Place.CALLER
-    return Place.HOST if node.target in (APPEND, OFFLOAD) else Place.DEVICE
-
-
-def _bytes(node: fx.Node) -> Any:
-    return sum(expr(product(value.shape)) * value.element_size() for value in tensors_of(node))

@@ -1,0 +1,67 @@
+"""Which storage each value of a rewritten graph lies in.
+
+    view, item, result of a write or of a wait    -> that of what it is made of
+    what a loop writes over an operand            -> the operand's
+    anything else                                 -> its own
+
+It is exact as far as the graph says. What a compiler may make of it beyond that, `in_place` allows for.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.sizes import expr, product
+from mom_passes.graph.values import tensors_of
+from mom_passes.loops.loop import Loop, loop_nodes
+from mom_passes.ops.transfers import APPEND, FETCH_WAIT, OFFLOAD
+from mom_passes.program.program import Place, Storage
+
+#: A copy that is waited for is where it was begun, what a write returns is what it has written to, and several values
+#: that are returned at once count as one storage.
+_WITHIN = frozenset({FETCH_WAIT, torch.ops.aten.copy_.default, operator.getitem})
+
+
+def storages(gm: fx.GraphModule) -> dict[fx.Node, Storage]:
+    """The storage of every tensor of a rewritten graph."""
+    loops = {node: module.loop for node, module in loop_nodes(gm)}
+    found: dict[fx.Node, Storage] = {}
+    for node in gm.graph.nodes:
+        if not tensors_of(node) or node in loops:
+            continue
+        base = _stored_in(node, loops)
+        if base in found:
+            found[node] = found[base]
+        else:
+            found[node] = Storage(node, bytes_of_value(node), _place(node))
+    return found
+
+
+def _stored_in(node: fx.Node, loops: dict[fx.Node, Loop]) -> fx.Node | None:
+    """The value in whose storage a node's result is; None if it has its own."""
+    source = shares_with(node)
+    return loops[source].overwritten_by(node) if source in loops else source
+
+
+def shares_with(node: fx.Node) -> fx.Node | None:
+    """The operand whose storage a result is in, None if it has its own. Of a loop's results, its ports say it."""
+    source = node.args[0] if node.args else None
+    if node.op == "call_function" and node.target in _WITHIN:
+        return source if isinstance(source, fx.Node) else None
+    return seen_from(node)
+
+
+def bytes_of_value(node: fx.Node) -> sympy.Expr:
+    """Of all tensors that a node stands for, in the graph's sizes."""
+    return sum((expr(product(value.shape)) * value.element_size() for value in tensors_of(node)), sympy.S.Zero)
+
+
+def _place(node: fx.Node) -> Place:
+    if node.op in ("placeholder", "get_attr"):
+        return Place.CALLER
+    return Place.HOST if node.target in (APPEND, OFFLOAD) else Place.DEVICE
