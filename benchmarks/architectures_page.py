@@ -30,7 +30,7 @@ mini-sequences?
 
 Each type is run in float64 (where the original can) with `mini_seq_len` 8 and `strict`: *prefill* is one sequence
 of 53 tokens, *batch* three of 50, padded on the left, with sizes as symbols by then, *decode* a token after these,
-*scoring* the logits of two times 53 tokens without a cache. Figures are the largest difference from eager mode's
+*scoring* the logits of two times 53 tokens without a cache, compiled anew. Figures are the largest difference from eager mode's
 logits, relative to the largest of them; right is up to 1e-6 (float32: 1e-4), since many types compute norms,
 routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`): all is
 tested but Inductor's code. *In loops* is the share of multiply-adds, those of attention and experts included, in

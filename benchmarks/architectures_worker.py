@@ -112,6 +112,8 @@ class Caller:
         elif name == "batch":
             inputs = padded(model, TOKENS[name])
         elif name == "decode":
+            if "batch" not in outputs:
+                raise NoState("there is no prefill to follow")
             inputs = after(model, padded(model, TOKENS["batch"]), outputs["batch"])
         else:
             inputs = accepted(model, input_ids=words(2, TOKENS[name], SMALL), use_cache=False)
@@ -219,6 +221,8 @@ def run_uses(name: str) -> None:
     ours.compile()
     for use in wanted:
         step(use)
+        if use == "scoring":  # by itself: who scores has no step before, whose sizes would be symbols here
+            ours.compile()
         found = Found()
         try:
             with pieces_run_eagerly(), stock_runs_eagerly(found.watch):
