@@ -30,9 +30,9 @@ mini-sequences?
 
 Each type is run in float64 (where the original can) with `mini_seq_len` 8 and `strict`: *prefill* is one sequence
 of 53 tokens, *batch* three of 50, padded on the left, with sizes as symbols by then, *decode* a token after these,
-*scoring* the logits of two times 53 tokens without a cache, compiled anew. Figures are the largest difference from eager mode's
-logits, relative to the largest of them; right is up to 1e-6 (float32: 1e-4), since many types compute norms,
-routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`): all is
+*scoring* the logits of two times 53 tokens without a cache, compiled anew. Figures are the largest difference from
+eager mode's logits, relative to the largest of them; right is up to 1e-6 (float32: 1e-4), since many types compute
+norms, routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`): all is
 tested but Inductor's code. *In loops* is the share of multiply-adds, those of attention and experts included, in
 batch and in scoring.
 """
@@ -164,6 +164,7 @@ def _outside(entry: Entry) -> str:
     texts = [
         f"{_operator(name)} {part:.1%}" + (f": {why}" if why else "")
         for name, (part, why) in sorted(found.items(), key=lambda item: -item[1][0])[:3]
+        if part >= 0.0005
     ]
     if found and not any(why for _, why in found.values()):
         left = [item for use in FULL for item in entry["uses"].get(use, {}).get("left_out", {}).items()]

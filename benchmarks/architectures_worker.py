@@ -32,7 +32,7 @@ from benchmarks.small_configs import REALISTIC, SMALL, Scale, exceptions, small_
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 from benchmarks.workers import row, step
 from mom_compile import reports
-from mom_passes.rules.work import matmul_work
+from mom_passes.rules.work import products
 
 TOKENS = {"prefill": 53, "batch": 50, "decode": 50, "scoring": 53}
 PADDING = (7, 0, 20)
@@ -158,7 +158,7 @@ class Found:
         self.stock: list[int] = []
 
     def watch(self, gm: fx.GraphModule) -> None:
-        self.stock.append(sum(map(matmul_work, gm.graph.nodes)))
+        self.stock.append(sum(products(gm.graph).values()))
 
     def entry(self) -> dict[str, Any]:
         """`outside` has the work outside loops and its reason, by operator."""

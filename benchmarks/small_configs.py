@@ -15,6 +15,7 @@ No type is known here by its name: what a field counts is read off the field's n
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -182,6 +183,8 @@ def small_settings(config: PretrainedConfig, scale: Scale) -> dict[str, Any]:
 
 def _declared(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """The arguments of a class with their defaults."""
+    if not dataclasses.is_dataclass(config_class):  # before transformers made them dataclasses
+        return {p.name: p.default for p in inspect.signature(config_class.__init__).parameters.values()}
     return {field.name: field.default for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
 
 

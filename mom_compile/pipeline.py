@@ -29,7 +29,7 @@ from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
-from mom_passes.rules.work import matmul_work
+from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.experts import outline_experts
@@ -184,9 +184,9 @@ def loops_over_mini_sequences(state: State) -> str:
     """Every stage's rows in one loop."""
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
-    state.report.work = sum(_work(state.gm).values())
+    state.report.work = sum(products(state.gm.graph).values())
     looped = insert_loops(state.gm, state.stages, limit=state.limit)
-    state.report.work_outside = _work(looped)
+    state.report.work_outside = {_named(node): work for node, work in products(looped.graph).items()}
     made = [loop for _, loop in loops(looped)]
     if all(isinstance(loop.length, int) and loop.length <= loop.rows for loop in made):
         raise NotWorthwhile(
@@ -194,11 +194,6 @@ def loops_over_mini_sequences(state: State) -> str:
         )
     state.gm = looped
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
-
-
-def _work(gm: fx.GraphModule) -> dict[str, int]:
-    """Of the operators of a graph that multiply, loops not looked into."""
-    return {_named(node): work for node in gm.graph.nodes if (work := matmul_work(node))}
 
 
 def regions_put_back(state: State) -> str:
