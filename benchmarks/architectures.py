@@ -114,7 +114,7 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
     key = "compile_seconds" if options.compile else "seconds"
     wanted = [name for name in known if not options.only or name in options.only]
     wanted = [name for name in wanted if options.redo or key not in results.types.get(name, {})]
-    results.stamp = {**measure.machine(), "threads": 1}
+    results.stamp = {**measure.machine(), "threads": 1, "types": len(known)}
     wanted = [name for name in wanted if not set_apart(name, results, key)]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda part: run_types(part, results, options), deal(wanted, options.jobs)))

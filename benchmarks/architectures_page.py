@@ -53,7 +53,7 @@ def page(results: Mapping[str, Any]) -> str:
     if any("peaks" in entry for entry in types.values()):
         parts.append(_PEAKS)
     run = {name: entry for name, entry in types.items() if compared(entry)}
-    parts.append(counts(types))
+    parts.append(counts(types, stamp.get("types", len(types))))
     parts += [text for text in (_table(run, types), *_apart(types)) if text]
     return "\n".join(parts)
 
@@ -83,7 +83,7 @@ def all_in_loops(entry: Entry) -> bool:
     return all(share(entry, use) == 1 for use in FULL)
 
 
-def counts(types: Mapping[str, Entry]) -> str:
+def counts(types: Mapping[str, Entry], known: int) -> str:
     """The figures of the page in a few lines."""
     twins = sum("same_as" in entry for entry in types.values())
     own = {name: entry for name, entry in types.items() if "same_as" not in entry}
@@ -93,7 +93,8 @@ def counts(types: Mapping[str, Entry]) -> str:
     four = [entry for entry in run if all(right(entry, use) for use in USES)]
     looped = [entry for entry in run if all_in_loops(entry)]
     return (
-        f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left {len(built)} "
+        (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
+        + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left {len(built)} "
         f"can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, {len(exact)} in all "
         f"of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their matrix products in "
         "loops.\n"
