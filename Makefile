@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 
-.PHONY: demo quick test bench bench-kv lint sweep clean
+.PHONY: demo quick test bench bench-kv architectures lint sweep clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
@@ -43,6 +43,11 @@ bench: $(VENV)/.extra-bench
 
 bench-kv: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.kv $(ARGS)
+
+# Every decoder of transformers, small: what is there already is not run again (ARGS="--only llama --redo").
+architectures: export OMP_NUM_THREADS := 1
+architectures: $(VENV)/.extra-bench
+	@$(BIN)/python -m benchmarks.architectures $(ARGS)
 
 lint: $(VENV)/.extra-test
 	@$(BIN)/ruff check .

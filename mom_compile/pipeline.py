@@ -29,6 +29,7 @@ from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
+from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.experts import outline_experts
@@ -158,11 +159,15 @@ def follow_demands(state: State) -> str:
     state.demands = build_demands(state.gm, state.dims)
     whole = {i.node for i, kind in state.demands.kinds.items() if kind is Kind.WHOLE}
     state.report.left_out = {
-        f"{n.target} ({n.name})": state.together.get(n.name, why)
+        _named(n): state.together.get(n.name, why)
         for n, why in state.dims.mixing.items()
         if n in whole and n.target not in (operator.getitem, SPANS)
     }
     return f"{len(state.demands.order)} instances"
+
+
+def _named(node: fx.Node) -> str:
+    return f"{node.target} ({node.name})"
 
 
 def cut_stages(state: State) -> str:
@@ -179,7 +184,9 @@ def loops_over_mini_sequences(state: State) -> str:
     """Every stage's rows in one loop."""
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
+    state.report.work = sum(products(state.gm.graph).values())
     looped = insert_loops(state.gm, state.stages, limit=state.limit)
+    state.report.work_outside = {_named(node): work for node, work in products(looped.graph).items()}
     made = [loop for _, loop in loops(looped)]
     if all(isinstance(loop.length, int) and loop.length <= loop.rows for loop in made):
         raise NotWorthwhile(

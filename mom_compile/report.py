@@ -89,6 +89,8 @@ class Report:
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
+    work           multiply-adds of all matrix products and attentions, at the captured sizes
+    work_outside   those of them that run on the full sequence, by operator as in `left_out`
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
 
@@ -107,6 +109,8 @@ class Report:
     own_rows: list[OwnRows] = field(default_factory=list)
     eager_pieces: dict[str, str] = field(default_factory=dict)
     compiled_pieces: list[str] = field(default_factory=list)
+    work: int = 0
+    work_outside: dict[str, int] = field(default_factory=dict)
     bodies_shared: int = 0
     compile_seconds: float = 0.0
     graph: fx.GraphModule | None = None

@@ -34,6 +34,18 @@ def test_scope_mlp_loops_over_mlps_and_the_head_alone():
     assert head.operators["aten.mm"] == 1
 
 
+def test_a_report_says_how_much_is_multiplied_and_what_of_it_outside_loops():
+    """Of a layer's weights, and of attention: all in loops, or in scope="mlp" those of MLPs and the head alone."""
+    tokens, width, vocabulary, layers = 2 * 37, 32, 64, 3
+    attention = 2 * 2 * 4 * 37 * 37 * 8  # queries with keys and weights with values, in four heads of two sequences
+    projections = tokens * width * (width + 32 + width)  # queries, keys and values of two heads, and what follows
+    mlp, head = tokens * width * 3 * 3 * width, tokens * width * vocabulary
+    whole, part = (explained(TinyDecoder(layers=layers).eval(), ids(2, 37), scope=s) for s in ("layer", "mlp"))
+    assert whole.work == part.work == layers * (attention + projections + mlp) + head
+    assert not whole.work_outside
+    assert sum(part.work_outside.values()) == layers * (attention + projections)
+
+
 def test_scope_mlp_computes_the_last_token_only_where_no_more_is_asked():
     report = explained(TinyDecoder(layers=3).eval(), ids(1, 37), 1, scope="mlp")
     assert len(report.stages) == 2

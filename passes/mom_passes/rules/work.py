@@ -23,6 +23,12 @@ def matmul_work(node: fx.Node) -> int:
     return _product_work(node)
 
 
+def products(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The nodes that multiply, with their multiply-adds. What has one operand, a scan or a sort, multiplies nothing,
+    whatever `matmul_work` says of it for the sake of ranking."""
+    return {node: work for node in graph.nodes if len(operands(node)) > 1 and (work := matmul_work(node))}
+
+
 def _product_work(node: fx.Node) -> int:
     """Of a matrix product: all elements of the result, each over the contracted dimension."""
     out, inputs = node.meta.get("val"), operands(node)

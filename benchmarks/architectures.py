@@ -1,0 +1,166 @@
+"""Every decoder that transformers can build, small (`python -m benchmarks.architectures`): is mom right, and what of it
+is in loops?
+
+    for every causal language model, in a process of its own:
+        a small one with a layer of each kind (`small_configs`), in float64
+        prefill        one sequence
+        batch          three, padded on the left, of another length: sizes are symbols
+        decode         a token after that
+        scoring        logits of every token, without a cache
+        each by mom and in eager mode; where mom fails or differs, by `backend="aot_eager"` too
+
+Results are kept in benchmarks/results/architectures.json as they come, and what is there is not run again unless with
+`--redo`. docs/architectures.md is made from it (`--page` makes nothing else).
+
+Pieces run eagerly (`without_codegen`), which is everything but Inductor's code generation. `--compile` measures instead
+what memory stock Inductor and mom take for 2048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.architectures_page import PAGE, page
+from benchmarks.small_configs import exceptions
+from benchmarks.workers import run_worker
+
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
+#: Telling kinds first: a sweep that is cut short has seen something of everything.
+FIRST = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "mistral", "falcon", "bloom", "gpt2",
+         "mamba", "mamba2", "bamba", "qwen3_next", "jamba", "gemma3n_text", "opt", "gpt_neox", "phi3")  # fmt: skip
+
+
+def model_types() -> list[str]:
+    """All that transformers maps to a causal language model, `FIRST` before the others."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return [*FIRST, *(name for name in NAMES if name not in FIRST)]
+
+
+def twin_of(name: str) -> str | None:
+    """The type whose model and configuration this one has under another name, or whose text model it is built as."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    for other, model in NAMES.items():
+        if other == name or model != NAMES[name]:
+            continue
+        own, others = CONFIG_MAPPING[name], CONFIG_MAPPING[other]
+        text = getattr(own, "sub_configs", {}).get("text_config")
+        if others is text or (others is own and own.model_type == other):
+            return other
+    return None
+
+
+class Results:
+    """What was measured, by type, in a file that is whole after every type."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.stamp: dict[str, Any] = found.get("stamp", {})
+        self.types: dict[str, dict[str, Any]] = found.get("types", {})
+
+    def add(self, name: str, entry: dict[str, Any], replace: bool = False) -> None:
+        """Memory is measured apart from the rest and stays what it was when that is measured anew."""
+        with self.lock:
+            before = self.types.get(name, {})
+            kept = {k: v for k, v in before.items() if not replace or k in ("peaks", "compile_seconds")}
+            self.types[name] = {**kept, **entry}
+            self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        ordered = {"stamp": self.stamp, "types": dict(sorted(self.types.items()))}
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(self.path)
+
+
+def write_page(results: Results) -> None:
+    PAGE.write_text(page({"stamp": results.stamp, "types": results.types}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description="Every decoder, small.")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types alone")
+    parser.add_argument("--redo", action="store_true", help="also those that are there already")
+    parser.add_argument("--compile", action="store_true", help="peak memory, with Inductor's code")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1 or 2)", choices=(1, 2))
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for a type")
+    parser.add_argument("--page", action="store_true", help="only make the page from the results")
+    options = parser.parse_args(arguments)
+    results = Results(RESULTS)
+    if not options.page:
+        sweep(results, options)
+    write_page(results)
+    return 0
+
+
+def sweep(results: Results, options: argparse.Namespace) -> None:
+    known = model_types()
+    unknown = sorted(set(options.only or ()) - set(known))
+    if unknown:
+        raise SystemExit(f"transformers has no causal language model called {', '.join(unknown)}")
+    key = "compile_seconds" if options.compile else "seconds"
+    wanted = [name for name in known if not options.only or name in options.only]
+    wanted = [name for name in wanted if options.redo or key not in results.types.get(name, {})]
+    results.stamp = {**measure.machine(), "threads": 1, "types": len(known)}
+    wanted = [name for name in wanted if not set_apart(name, results, key)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda part: run_types(part, results, options), deal(wanted, options.jobs)))
+
+
+def set_apart(name: str, results: Results, key: str) -> bool:
+    """Record a type that is not run: it is another's twin, or the exceptions say so."""
+    twin, own = twin_of(name), exceptions(name)
+    if twin is not None:
+        results.add(name, {"same_as": twin, key: 0})
+    elif own.get("skip"):
+        results.add(name, {"not_built": own["why"], key: 0})
+    return twin is not None or bool(own.get("skip"))
+
+
+def deal(names: Sequence[str], hands: int) -> list[list[str]]:
+    return [list(names[i::hands]) for i in range(hands)]
+
+
+def run_types(names: Sequence[str], results: Results, options: argparse.Namespace) -> None:
+    """Each in a process of its own that begins with everything imported and nothing compiled."""
+    fresh: dict[str, dict[str, Any]] = {}
+
+    def take(found: dict[str, Any]) -> None:
+        name = found.pop("type")
+        fresh.setdefault(name, {}).update(found)
+        if "seconds" in found or "compile_seconds" in found:  # it has ended
+            results.add(name, fresh[name], replace=not options.compile)
+            print(f"{name}: {summary(fresh[name])}", flush=True)
+
+    spec = {"types": list(names), "compile": options.compile, "timeout": options.timeout}
+    if names:
+        run_worker("benchmarks.architectures_worker", spec, on_row=take)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A line for who watches."""
+    if "peaks" in found:
+        peaks = found["peaks"].items()
+        return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks)
+    parts: list[str] = [found.get("not_built") or found.get("ended") or ""]
+    for use, got in found.get("uses", {}).items():
+        said = (got.get("eager_error") and "eager raises") or got.get("error") or f"{got.get('difference'):.1e}"
+        parts.append(f"{use} {said[:160]}")
+    return "; ".join(filter(None, parts)) + f" ({found.get('seconds', found.get('compile_seconds'))} s)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""docs/architectures.md, made of what `benchmarks.architectures` measured and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import describe_machine
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+USES = ("prefill", "batch", "decode", "scoring")
+#: Of these every token's row is somebody's, so that what is in loops is told by them.
+FULL = ("batch", "scoring")
+
+Entry = Mapping[str, Any]
+
+_HEAD = """# Architectures
+
+Every causal language model that transformers {transformers} makes from a configuration of its own, small, with a
+layer of each kind: does mom compute what eager mode computes, and how much of its matrix products runs over
+mini-sequences?
+
+{stamp}.
+
+`python -m benchmarks.architectures` (`make architectures`) measures and makes this page, with `--only TYPE ...
+--redo` these types anew, and with `--page` it makes the page alone. How the small configurations are made is in
+`benchmarks/small_configs.py`; what names of fields do not tell, with the reason for each, in
+`benchmarks/small_configs.toml`.
+
+Each type is run in float64 (where the original can) with `mini_seq_len` 8 and `strict`: *prefill* is one sequence
+of 53 tokens, *batch* three of 50, padded on the left, with sizes as symbols by then, *decode* a token after these,
+*scoring* the logits of two times 53 tokens without a cache, compiled anew. Figures are the largest difference from
+eager mode's logits, relative to the largest of them; right is up to 1e-6 (float32: 1e-4), since many types compute
+norms, routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`): all is
+tested but Inductor's code. *In loops* is the share of multiply-adds, those of attention and experts included, in
+batch and in scoring.
+"""
+
+_PEAKS = """
+*Peak* is mom's over stock Inductor's, both compiled for real, float32, for one prefill of 2048 tokens, above
+weights and inputs, cache kept: hidden size 256, intermediates 3.5 times that, a vocabulary of 4096, a layer of each
+kind, mom with its default options (`--compile`). Few layers and small widths: keys, values and logits weigh little
+here.
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page as text."""
+    types: Mapping[str, Entry] = results["types"]
+    stamp = results["stamp"]
+    parts = [_HEAD.format(transformers=stamp["transformers"], stamp=describe_machine(stamp))]
+    if any("peaks" in entry for entry in types.values()):
+        parts.append(_PEAKS)
+    run = {name: entry for name, entry in types.items() if compared(entry)}
+    parts.append(counts(types, stamp.get("types", len(types))))
+    parts += [text for text in (_table(run, types), *_apart(types)) if text]
+    return "\n".join(parts)
+
+
+def compared(entry: Entry) -> bool:
+    """Whether some use was run by mom or failed in its hands."""
+    return any("difference" in use or _ours(use) for use in entry.get("uses", {}).values())
+
+
+def _ours(use: Entry) -> bool:
+    """Whether a use fails by mom and not by stock `torch.compile`."""
+    return "error" in use and "stock_error" not in use
+
+
+def right(entry: Entry, use: str) -> bool:
+    """Whether mom gave eager mode's result; within the bound of the entry's dtype."""
+    return bool(entry["uses"].get(use, {}).get("difference", float("inf")) <= entry["bound"])
+
+
+def share(entry: Entry, use: str) -> float | None:
+    """Of the multiply-adds of a use, those inside loops."""
+    got = entry["uses"].get(use, {})
+    return 1 - got["work_outside"] / got["work"] if got.get("work") else None
+
+
+def all_in_loops(entry: Entry) -> bool:
+    return all(share(entry, use) == 1 for use in FULL)
+
+
+def counts(types: Mapping[str, Entry], known: int) -> str:
+    """The figures of the page in a few lines."""
+    twins = sum("same_as" in entry for entry in types.values())
+    own = {name: entry for name, entry in types.items() if "same_as" not in entry}
+    built = [entry for entry in own.values() if "parameters" in entry]
+    run = [entry for entry in built if compared(entry)]
+    exact = [entry for entry in run if all(right(entry, use) for use in USES if not _impossible(entry, use))]
+    four = [entry for entry in run if all(right(entry, use) for use in USES)]
+    looped = [entry for entry in run if all_in_loops(entry)]
+    return (
+        (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
+        + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left {len(built)} "
+        f"can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, {len(exact)} in all "
+        f"of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their matrix products in "
+        "loops.\n"
+    )
+
+
+def _impossible(entry: Entry, use: str) -> bool:
+    got = entry["uses"].get(use, {})
+    return "eager_error" in got or "stock_error" in got or got.get("stock_difference", 0) > entry["bound"]
+
+
+def _table(run: Mapping[str, Entry], types: Mapping[str, Entry]) -> str:
+    rows = ["| type | prefill | batch | decode | scoring | in loops | graphs | peak | on the full sequence, and why |",
+            "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, entry in run.items():
+        also = [other for other, of in types.items() if of.get("same_as") == name]
+        label = name + (f" ({', '.join(also)})" if also else "")
+        figures = [_figure(entry, use) for use in USES]
+        shares = " / ".join(_percent(share(entry, use)) for use in FULL)
+        rows.append(
+            f"| {label} | {' | '.join(figures)} | {shares} | {_graphs(entry)} | {_peak(entry)} | {_outside(entry)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _figure(entry: Entry, use: str) -> str:
+    got = entry["uses"].get(use, {})
+    if "difference" in got:
+        text = "0" if got["difference"] == 0 else f"{got['difference']:.0e}"
+        return text if right(entry, use) else f"**{text}**" + ("¹" if _impossible(entry, use) else "")
+    if "eager_error" in got:
+        return "³"
+    return "²" if "stock_error" in got else "**fails**" if "error" in got else "–"
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "all" if value == 1 else f"{min(value, 0.999):.1%}" if value > 0.99 else f"{value:.0%}"
+
+
+def _graphs(entry: Entry) -> str:
+    """Of one prefill; with breaks where there are any."""
+    got = entry["uses"].get("batch", {})
+    if "graphs" not in got:
+        return "–"
+    return f"{got['graphs']}" + (f", {got['breaks']} breaks" if got["breaks"] else "")
+
+
+def _peak(entry: Entry) -> str:
+    peaks = entry.get("peaks", {})
+    if "peak" in peaks.get("inductor", {}) and "peak" in peaks.get("mom", {}):
+        return f"{peaks['mom']['peak'] / peaks['inductor']['peak']:.2f}"
+    return "stock fails" if "error" in peaks.get("inductor", {}) else "fails" if "error" in peaks.get("mom", {}) else ""
+
+
+def _outside(entry: Entry) -> str:
+    """What multiplies outside loops, most first, and why; and graphs that were left alone."""
+    found: dict[str, tuple[float, str]] = {}
+    reasons: dict[str, None] = {}
+    for use in FULL:
+        got = entry["uses"].get(use, {})
+        for name, (work, why) in got.get("outside", {}).items():
+            part = work / got["work"]
+            if part > found.get(name, (0.0, ""))[0]:
+                found[name] = (part, why)
+        reasons.update(dict.fromkeys(filter(None, got.get("whole_graphs", ()))))
+    texts = [
+        f"{_operator(name)} {part:.1%}" + (f": {why}" if why else "")
+        for name, (part, why) in sorted(found.items(), key=lambda item: -item[1][0])[:3]
+        if part >= 0.0005
+    ]
+    if found and not any(why for _, why in found.values()):
+        left = [item for use in FULL for item in entry["uses"].get(use, {}).get("left_out", {}).items()]
+        barriers = dict.fromkeys(f"{_operator(name)}: {why}" for name, why in left)
+        texts += [f"behind {text}" for text in list(barriers)[:2]]
+    texts += [f"whole graphs: {reason}" for reason in list(reasons)[:2]]
+    broken = [entry["uses"][use]["error"] for use in USES if _ours(entry["uses"].get(use, {}))]
+    return _cell("; ".join([*texts, *dict.fromkeys(broken)]))
+
+
+def _operator(name: str) -> str:
+    return name.partition(" (")[0].removesuffix(".default")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _apart(types: Mapping[str, Entry]) -> Iterator[str]:
+    """What is listed apart, each with its reason."""
+    yield _reasons("¹ Stock `torch.compile` differs from eager mode", _stock_differs(types))
+    yield _reasons("² Stock `torch.compile` cannot run it (`backend=\"aot_eager\"`)", _uses_with(types, "stock_error"))
+    yield _reasons("³ The original has no such use: eager mode raises, or no state is returned that a step could begin with", _uses_with(types, "eager_error"))
+    unbuilt = [(name, entry["not_built"]) for name, entry in types.items() if "not_built" in entry]
+    yield _reasons("Not built or not run", unbuilt)
+    yield _reasons("Not finished", [(name, entry["ended"]) for name, entry in types.items() if "ended" in entry])
+    broken = [(name, _breaks(entry)) for name, entry in types.items() if _breaks(entry)]
+    yield _reasons("More than one graph, why Dynamo breaks", broken)
+
+
+def _breaks(entry: Entry) -> str:
+    found: dict[str, None] = {}
+    for use in entry.get("uses", {}).values():
+        found.update(dict.fromkeys(use.get("break_reasons", ())))
+    return "; ".join(list(found)[:3])
+
+
+def _stock_differs(types: Mapping[str, Entry]) -> list[tuple[str, str]]:
+    found = []
+    for name, entry in types.items():
+        uses = entry.get("uses", {})
+        texts = [
+            f"{use} {got['stock_difference']:.0e}"
+            for use, got in uses.items()
+            if got.get("stock_difference", 0) > entry["bound"]
+        ]
+        if texts:
+            found.append((name, ", ".join(texts)))
+    return found
+
+
+def _uses_with(types: Mapping[str, Entry], key: str) -> list[tuple[str, str]]:
+    """Types with an error of this kind, each error once with the uses that it ends."""
+    found = []
+    for name, entry in types.items():
+        by_error: dict[str, list[str]] = {}
+        for use, got in entry.get("uses", {}).items():
+            if key in got:
+                by_error.setdefault(got[key], []).append(use)
+        found += [(name, f"{', '.join(uses)}: {error}") for error, uses in by_error.items()]
+    return found
+
+
+def _reasons(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"## {title}", "", "| type | |", "|---|---|", *(f"| {name} | {_cell(why)} |" for name, why in rows)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,330 @@
+"""Types of models, each in a process of its own, for `benchmarks.architectures`: rows of what was found.
+
+A row has `parameters`, then one use after another under `uses`: the largest difference relative to eager's scale,
+graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+import transformers.integrations.moe as moe
+from torch import fx
+from torch._dynamo.utils import counters
+
+from benchmarks import measure
+from benchmarks.models import keeping
+from benchmarks.small_configs import REALISTIC, SMALL, Scale, exceptions, small_config
+from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
+from benchmarks.workers import row, step
+from mom_compile import reports
+from mom_passes.rules.work import products
+
+TOKENS = {"prefill": 53, "batch": 50, "decode": 50, "scoring": 53}
+PADDING = (7, 0, 20)
+OPTIONS = {"mini_seq_len": 8, "strict": True}
+#: A use counts as right up to this, of eager's largest logit. Some types compute norms or softmax in float32 always.
+BOUND = 1e-6
+BOUND_FLOAT32 = 1e-4
+LONG = 2048
+#: Where models put what a step after this one is given.
+STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+Inputs = dict[str, Any]
+
+
+def build(name: str, scale: Scale, dtype: torch.dtype) -> Any:
+    """With noise on every parameter: biases and gates that begin at zero would hide what is done to them."""
+    config = small_config(name, scale)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.02)
+    return model
+
+
+def words(rows: int, tokens: int, scale: Scale, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, scale.words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def accepted(model: Any, **inputs: Any) -> Inputs:
+    """Those that the model has a name for."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def padded(model: Any, tokens: int) -> Inputs:
+    mask = torch.ones(len(PADDING), tokens, dtype=torch.long)
+    for i, count in enumerate(PADDING):
+        mask[i, :count] = 0
+    return accepted(model, input_ids=words(len(PADDING), tokens, SMALL), attention_mask=mask, use_cache=True)
+
+
+def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
+    """A token more, for each sequence."""
+    batch = inputs["input_ids"].shape[0]
+    mask = inputs.get("attention_mask")
+    grown = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)}
+    state = next((name for name in STATES if out.get(name) is not None), None)
+    if state is None:
+        raise NoState(f"it returns none of {', '.join(STATES)}")
+    kept = keeping(out[state], model) if state == "past_key_values" else {state: out[state]}
+    return {**accepted(model, input_ids=words(batch, 1, SMALL, 9), use_cache=True), **grown, **kept}
+
+
+class NoState(Exception):
+    """A model that keeps nothing: there is no step after its prefill."""
+
+
+@dataclass
+class Caller:
+    """A model by one backend, `None` for eager mode."""
+
+    model: Any
+    backend: str | None
+
+    def __call__(self, inputs: Inputs) -> Any:
+        call = self.model.forward if self.backend is None else self.model
+        with torch.no_grad():
+            return call(**inputs)
+
+    def use(self, name: str, outputs: dict[str, Any]) -> torch.Tensor:
+        """The logits of one use; `outputs` has those that it follows upon, by the same backend."""
+        model = self.model
+        if name == "prefill":
+            inputs = accepted(model, input_ids=words(1, TOKENS[name], SMALL), use_cache=True, logits_to_keep=1)
+        elif name == "batch":
+            inputs = padded(model, TOKENS[name])
+        elif name == "decode":
+            if "batch" not in outputs:
+                raise NoState("there is no prefill to follow")
+            inputs = after(model, padded(model, TOKENS["batch"]), outputs["batch"])
+        else:
+            inputs = accepted(model, input_ids=words(2, TOKENS[name], SMALL), use_cache=False)
+        out = outputs[name] = self(inputs)
+        mask = inputs.get("attention_mask")
+        whole = mask is not None and out.logits.dim() == 3 and out.logits.shape[1] == mask.shape[1]
+        return out.logits[mask.bool()] if whole else out.logits  # type: ignore[union-attr]
+
+    def compile(self) -> None:
+        torch._dynamo.reset()
+        self.model._compiled_call_impl = None
+        if self.backend is not None:
+            self.model.compile(backend=self.backend, options=OPTIONS if self.backend == "mom" else None)
+
+
+def said(error: BaseException) -> str:
+    """The innermost error's kind and first line, and where in our own code it was raised, if it was there."""
+    while error.__cause__ is not None and type(error).__module__.startswith("torch._dynamo"):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    frames = [(frame, re.search(r"/(mom_(?:passes|compile)/.*)", frame.filename))
+              for frame in traceback.extract_tb(error.__traceback__)]  # fmt: skip
+    ours = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
+    place = ours[-1] if ours else ""
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300] + place
+
+
+def difference(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest, relative to the largest logit; infinite where one has no number and the other does."""
+    if actual.shape != wanted.shape or not torch.equal(actual.isfinite(), wanted.isfinite()):
+        return float("inf")
+    actual, wanted = actual.double().nan_to_num(0, 0, 0), wanted.double().nan_to_num(0, 0, 0)
+    return float((actual - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+class Found:
+    """What mom did with the graphs of one use."""
+
+    def __init__(self) -> None:
+        self.before = len(reports())
+        self.breaks = dict(counters["graph_break"])
+        self.stock: list[int] = []
+
+    def watch(self, gm: fx.GraphModule) -> None:
+        self.stock.append(sum(products(gm.graph).values()))
+
+    def entry(self) -> dict[str, Any]:
+        """`outside` has the work outside loops and its reason, by operator."""
+        made = reports()[self.before :]
+        breaks = {why: n - self.breaks.get(why, 0) for why, n in counters["graph_break"].items()}
+        breaks = {why: n for why, n in breaks.items() if n}
+        outside: dict[str, list[Any]] = {}
+        ours = [report for report in made if report.stages]
+        for report in ours:
+            for name, work in report.work_outside.items():
+                why = report.left_out.get(name, "")
+                known = outside.setdefault(f"{name.partition(' (')[0]}", [0, why])
+                known[0] += work
+                known[1] = known[1] or why
+        return {
+            "graphs": len(made),
+            "breaks": sum(breaks.values()),
+            "break_reasons": [reason.splitlines()[0] for reason in breaks],
+            "work": sum(report.work for report in ours) + sum(self.stock),
+            "work_outside": sum(sum(report.work_outside.values()) for report in ours) + sum(self.stock),
+            "outside": outside,
+            "left_out": {name: why for report in ours for name, why in report.left_out.items()},
+            "whole_graphs": sorted({report.fallback or report.no_loops or "" for report in made if not report.stages}),
+        }
+
+
+@contextlib.contextmanager
+def everything_in_float64() -> Iterator[None]:
+    """Grouped products of experts have no float64 in eager mode; traced they are an operator that has."""
+    original = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = original
+
+
+def run_uses(name: str) -> None:
+    """Rows for the uses of a small model of this type."""
+    dtype = getattr(torch, exceptions(name).get("dtype", "float64"))
+    bound = BOUND if dtype is torch.float64 else BOUND_FLOAT32
+    try:
+        model = build(name, SMALL, dtype)
+    except Exception as error:
+        row({"type": name, "not_built": said(error)})
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    row({"type": name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "bound": bound})
+    eager, ours = Caller(model, None), Caller(model, "mom")
+    uses: dict[str, dict[str, Any]] = {}
+    expected: dict[str, Any] = {}
+    wanted: dict[str, torch.Tensor] = {}
+    for use in TOKENS:
+        try:
+            wanted[use] = eager.use(use, expected).clone()
+            uses[use] = {}
+        except Exception as error:
+            uses[use] = {"eager_error": said(error)}
+    got: dict[str, Any] = {}
+    ours.compile()
+    for use in wanted:
+        step(use)
+        if use == "scoring":  # by itself: who scores has no step before, whose sizes would be symbols here
+            ours.compile()
+        found = Found()
+        try:
+            with pieces_run_eagerly(), stock_runs_eagerly(found.watch):
+                actual = ours.use(use, got)
+            uses[use] = {"difference": difference(actual, wanted[use]), **found.entry()}
+        except Exception as error:
+            uses[use] = {"error": said(error)}
+        row({"type": name, "uses": uses})
+    wrong = [use for use in wanted if "error" in uses[use] or not uses[use]["difference"] <= bound]
+    if wrong:
+        stock_results(Caller(model, "aot_eager"), wanted, uses, wrong)
+    row({"type": name, "uses": uses})
+
+
+def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str, Any], wrong: list[str]) -> None:
+    """What stock `torch.compile` says to what mom failed at; a step needs the prefill before it."""
+    stock.compile()
+    got: dict[str, Any] = {}
+    for use in wanted:
+        if use not in wrong and not (use == "batch" and "decode" in wrong):
+            continue
+        step(f"stock {use}")
+        try:
+            actual = stock.use(use, got)
+            uses[use]["stock_difference"] = difference(actual, wanted[use])
+        except Exception as error:
+            uses[use]["stock_error"] = said(error)
+
+
+def run_peaks(name: str) -> None:
+    """Rows for the peak memory of a prefill, cache kept, logits of the last token."""
+    measure.watch_cpu()
+    model = build(name, REALISTIC, torch.float32)
+    inputs = accepted(model, input_ids=words(1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
+    peaks: dict[str, dict[str, Any]] = {}
+    wanted = Caller(model, None)(inputs).logits
+    for backend in ("inductor", "mom"):
+        step(backend)
+        peaks[backend] = _peak(model, backend, inputs, wanted)
+        row({"type": name, "peaks": peaks})
+
+
+def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dict[str, Any]:
+    caller = Caller(model, backend)
+    torch._dynamo.reset()
+    model._compiled_call_impl = None
+    model.compile(backend=backend)
+    try:
+        apart = difference(caller(inputs).logits, wanted)
+        call: Callable[[], Any] = lambda: caller(inputs)  # noqa: E731
+        return {"peak": measure.peak_bytes(call).peak, "difference": apart, "seconds": round(measure.seconds(call), 2)}
+    except Exception as error:
+        return {"error": said(error)}
+
+
+def run_one(name: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if compiled:
+            run_peaks(name)
+        else:
+            with everything_in_float64():
+                run_uses(name)
+
+
+def in_a_child(name: str, compiled: bool, timeout: float) -> str | None:
+    """Run one type in a fork of this process, in which everything is imported and nothing has run. How it failed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run_one(name, compiled)
+            status = 0
+        except BaseException as error:
+            row({"type": name, "ended": said(error)})
+        sys.stdout.flush()
+        os._exit(status)
+    end = time.monotonic() + timeout
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return None if os.WIFEXITED(status) else f"ended by signal {os.WTERMSIG(status)}"
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"ran longer than {timeout:.0f} s"
+        time.sleep(0.05)
+
+
+def main() -> int:
+    spec = json.loads(sys.argv[sys.argv.index("--worker") + 1])
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for name in spec["types"]:
+        began = time.monotonic()
+        failed = in_a_child(name, spec["compile"], spec["timeout"])
+        ended = {} if failed is None else {"ended": failed}
+        key = "compile_seconds" if spec["compile"] else "seconds"
+        row({"type": name, **ended, key: round(time.monotonic() - began, 1)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

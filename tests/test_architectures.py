@@ -1,0 +1,103 @@
+"""The small configurations of `benchmarks.architectures`, and that its page is what its results give."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from benchmarks import architectures, architectures_page
+from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
+
+#: Dense with grouped heads, experts, latent attention with groups of them, windows, old names of fields, a part for
+#: text, state spaces alone and with attention, layers that share keys, exceptions.
+KINDS = ("llama", "mixtral", "deepseek_v3", "gemma3_text", "gpt2", "dbrx", "llama4_text", "mamba", "jamba",
+         "qwen3_next", "gemma3n_text", "bamba")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_small_one_of_every_kind_runs(name: str) -> None:
+    config = small_config(name)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    with torch.no_grad():
+        out = model(input_ids=torch.randint(3, SMALL.words, (1, 21)), use_cache=True)
+    assert out.logits.shape == (1, 21, SMALL.vocabulary)
+    assert out.logits.isfinite().all()
+
+
+def test_every_kind_of_layer_is_there_once() -> None:
+    default, small = CONFIG_MAPPING["qwen3_next"](), small_config("qwen3_next")
+    assert list(dict.fromkeys(default.layer_types)) == small.layer_types == ["linear_attention", "full_attention"]
+    assert len(small_config("gpt_oss").layer_types) == small_config("gpt_oss").num_hidden_layers == 2
+    assert small_config("llama").num_hidden_layers == 2
+
+
+def test_sizes_keep_their_proportions() -> None:
+    config = small_config("llama", REALISTIC)
+    assert config.intermediate_size == 3.5 * config.hidden_size
+    assert config.head_dim * config.num_attention_heads == config.hidden_size
+    grouped, alone = small_config("mixtral"), small_config("falcon")
+    assert 1 < grouped.num_key_value_heads < grouped.num_attention_heads
+    assert (alone.num_kv_heads, alone.num_attention_heads) == (SMALL.heads, SMALL.heads)
+    assert small_config("mixtral").sliding_window in (None, SMALL.window)
+    assert (grouped.num_local_experts, grouped.num_experts_per_tok) == (SMALL.experts, SMALL.chosen)
+
+
+def test_ids_of_what_is_no_word_are_in_no_prompt() -> None:
+    config = small_config("gemma3")
+    named = [config.image_token_index, config.boi_token_index, config.eoi_token_index]
+    assert len(set(named)) == 3
+    assert all(SMALL.words <= number < SMALL.vocabulary for number in named)
+
+
+def test_exceptions_are_of_types_that_there_are_and_say_why() -> None:
+    for name in architectures.model_types():
+        own = exceptions(name)
+        assert not own or own["why"]
+        assert set(own) <= {"why", "set", "start", "dtype", "skip"}
+
+
+def test_names_of_the_same_model_are_run_once() -> None:
+    assert architectures.twin_of("gpt-sw3") == "gpt2"
+    assert architectures.twin_of("llama4") == "llama4_text"
+    assert architectures.twin_of("llama") is None
+
+
+def test_results_are_kept_type_by_type(tmp_path) -> None:
+    path = tmp_path / "results.json"
+    results = architectures.Results(path)
+    results.add("b", {"seconds": 1, "uses": {}})
+    results.add("a", {"seconds": 2})
+    results.add("b", {"compile_seconds": 3, "peaks": {}})
+    results.add("b", {"seconds": 4}, replace=True)
+    again = architectures.Results(path)
+    assert list(again.types) == ["a", "b"]
+    assert again.types["b"] == {"compile_seconds": 3, "peaks": {}, "seconds": 4}
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    results = json.loads(architectures.RESULTS.read_text())
+    assert architectures_page.PAGE.read_text() == architectures_page.page(results)
+
+
+def test_what_is_wrong_is_seen_on_the_page() -> None:
+    right = {"difference": 1e-9, "graphs": 1, "breaks": 0, "work": 10, "work_outside": 0, "outside": {}, "left_out": {}}
+    uses = dict.fromkeys(architectures_page.USES, right)
+    stamp = {"torch": "t", "transformers": "f", "python": "p", "cpu": "c", "cores": 2, "threads": 1, "date": "d"}
+    entry = {"parameters": 1, "bound": 1e-6}
+
+    def page(**changed) -> str:
+        types = {"sound": {**entry, "uses": uses}, "other": {**entry, "uses": {**uses, **changed}}}
+        return architectures_page.page({"stamp": stamp, "types": types})
+
+    assert "**2 are right in all four uses**" in page()
+    wrong = page(decode={**right, "difference": 1e-3})
+    assert "**1 are right in all four uses**" in wrong
+    assert "**1e-03**" in wrong
+    assert "**fails**" in page(decode={"error": "IndexError: of ours"})
+    assert "decode: of stock" in page(decode={"error": "x", "stock_error": "of stock"})
+    assert "aten.mm 50.0%: too tall" in page(batch={**right, "outside": {"aten.mm.default": [5, "too tall"]}})
