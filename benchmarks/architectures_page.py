@@ -188,7 +188,7 @@ def _apart(types: Mapping[str, Entry]) -> Iterator[str]:
     """What is listed apart, each with its reason."""
     yield _reasons("¹ Stock `torch.compile` differs from eager mode", _stock_differs(types))
     yield _reasons("² Stock `torch.compile` cannot run it (`backend=\"aot_eager\"`)", _uses_with(types, "stock_error"))
-    no_such_use = "³ The original has no such use: eager mode raises, or no state is returned that a step could begin with"
+    no_such_use = "³ The original has no such use: eager mode raises, or returns no state that a step could begin with"
     yield _reasons(no_such_use, _uses_with(types, "eager_error"))
     unbuilt = [(name, entry["not_built"]) for name, entry in types.items() if "not_built" in entry]
     yield _reasons("Not built or not run", unbuilt)
