@@ -7,7 +7,7 @@ Each step is a line somebody could have written in a model. `ROWWISE` steps keep
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,19 @@ class Weights(NamedTuple):
     down: torch.Tensor
     scale: torch.Tensor
     table: torch.Tensor
+
+
+class Weighted(torch.nn.Module):
+    """A program of a tensor and `weights_of(torch.float32)`, with these as its parameters."""
+
+    def __init__(self, program: Callable[..., Any]) -> None:
+        super().__init__()
+        self.program = program
+        for name, value in weights_of(torch.float32)._asdict().items():
+            self.register_parameter(name, torch.nn.Parameter(value))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.program(x, *(getattr(self, name) for name in Weights._fields))
 
 
 def weights_of(dtype: torch.dtype) -> Weights:

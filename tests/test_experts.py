@@ -337,6 +337,26 @@ def test_values_that_others_read_stay() -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+def test_other_uses_of_the_sorted_slots_are_left_alone() -> None:
+    """Written to with two indices at once, divided by a tensor: nothing that is known, and nothing that fails."""
+
+    def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x + torch.softmax(x @ x.mT, -1) @ x
+        x = x + torch.relu(x @ w[-1]) @ w[-1].mT
+        hidden = x.reshape(-1, HIDDEN)
+        keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
+        out = put_back(grouped(hidden[slots], w[1], ends_of(keys, 4)) @ w[2][0], slots, "index_put")
+        marks = torch.zeros(len(slots), 4).index_put((slots, keys), torch.ones(len(slots)))
+        return x + out.view(x.shape), marks, slots // (keys + 1)
+
+    gm = trace(run, example(2, 17), *weights(Routing()))
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    assert in_loops(rewritten) == 1
+    given = (example(2, 17), *weights(Routing()))
+    for actual, expected in zip(rewritten(*given), gm(*given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
 def test_only_the_rows_that_are_needed() -> None:
     """Of the last layer one row is asked for: its experts multiply that one alone."""
     routing = Routing()

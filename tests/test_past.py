@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-import mom_compile
 from mom_passes.graph.arguments import replace
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
@@ -21,7 +20,7 @@ from mom_passes.rules.factories import checked
 from mom_passes.rules.registry import _FACTS, CannotChunk
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
-from tests.tracing import rewrite, trace
+from tests.tracing import check_every_length, rewrite, trace
 
 #: Rows before a row that `short_conv` reads.
 BEFORE = 3
@@ -122,17 +121,6 @@ def test_a_past_of_an_input() -> None:
     torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
 
 
-class Convolving(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, value in weights_of(torch.float32)._asdict().items():
-            self.register_parameter(name, torch.nn.Parameter(value))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = (self.square, self.bias, self.up, self.down, self.scale, self.table)
-        return program(["mlp", "conv", "causal", "conv", "mlp"])(x, *weights)  # type: ignore[no-any-return]
-
-
 def test_what_reads_rows_before_its_own_is_not_narrowed() -> None:
     """Of the last layer a single row is needed; a convolution in it needs more than that one of its operand."""
     weights = weights_of(torch.float64)
@@ -149,13 +137,4 @@ def test_what_reads_rows_before_its_own_is_not_narrowed() -> None:
 
 def test_compiled_for_every_length() -> None:
     """One body for all lengths, among them some that its mini-sequences do not divide."""
-    model = Convolving()
-    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8})
-    for tokens in (41, 64, 18, 100):
-        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
-        with torch.no_grad():
-            for expected, actual in zip(model(x), compiled(x), strict=True):
-                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    reports = mom_compile.reports()
-    assert len(reports) == 2
-    assert all(report.stages and not report.left_out and not report.eager_pieces for report in reports)
+    check_every_length(program(["mlp", "conv", "causal", "conv", "mlp"]))

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mom_compile
 from mom_passes.errors import CannotChunk
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.rules import Dim, Rows, claim_for
@@ -18,7 +17,7 @@ from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.rule_law import Call, cuts, node_of, run_rows
 from tests.rule_samples import all_samples, floats
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
-from tests.tracing import rewrite, trace
+from tests.tracing import check_every_length, rewrite, trace
 
 aten = torch.ops.aten
 
@@ -126,24 +125,5 @@ def test_a_scan_of_an_input_is_computed_once() -> None:
     torch.testing.assert_close(rewritten(x, mask, *weights)[0], gm(x, mask, *weights)[0], rtol=0, atol=1e-10)
 
 
-class Accumulating(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, value in weights_of(torch.float32)._asdict().items():
-            self.register_parameter(name, torch.nn.Parameter(value))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = (self.square, self.bias, self.up, self.down, self.scale, self.table)
-        return program(["mlp", "causal", "cumsum", "mlp", "cumprod"])(x, *weights)[0]  # type: ignore[no-any-return]
-
-
 def test_compiled_for_every_length() -> None:
-    model = Accumulating()
-    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8})
-    for tokens in (41, 64, 18, 100):
-        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-    reports = mom_compile.reports()
-    assert len(reports) == 2
-    assert all(report.stages and not report.left_out and not report.eager_pieces for report in reports)
+    check_every_length(program(["mlp", "causal", "cumsum", "mlp", "cumprod"]))

@@ -10,10 +10,12 @@ from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import mom_compile
 from mom_compile.pipeline import run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import RowLimit
 from mom_passes.verify import Contract, verify
+from tests.programs import HIDDEN, Weighted
 
 
 def trace(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
@@ -37,3 +39,19 @@ def rewrite(
     verify(rewritten.gm, Contract.of(gm), level=2)
     report.describe(rewritten)
     return rewritten.gm, report
+
+
+def check_every_length(program: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    """A program of a tensor and weights, compiled once for a fixed length and once for all others, equals itself: also
+    at lengths that mini-sequences do not divide. Everything is in loops, and Inductor compiles all of it."""
+    torch._dynamo.reset()  # what was compiled before has reports of its own
+    model = Weighted(program)
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8})
+    for tokens in (41, 64, 18, 100):
+        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            for expected, actual in zip(model(x), compiled(x), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    reports = mom_compile.reports()
+    assert len(reports) == 2
+    assert all(report.stages and not report.left_out and not report.eager_pieces for report in reports)

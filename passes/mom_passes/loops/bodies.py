@@ -30,7 +30,7 @@ from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type, storage_order
 from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
-from mom_passes.rules import All, Dim, Past, Rows, State, Window, facts_of
+from mom_passes.rules import All, Dim, Past, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.folds import FOLDS, identity, total_dtype
@@ -129,8 +129,15 @@ class Body:
         return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
 
     def _first(self, instance: Instance) -> First:
-        claim = self.demands.claims.get(instance)
-        return _first(instance, None if claim is None else claim.state)
+        """What a carry begins with: zeros before the first row, or what a scan gives for no rows, or their total."""
+        node, need, value = instance.node, instance.need, value_of(instance.node)
+        if isinstance(need, Rows | Past):
+            state = self.demands.claims[instance].state if isinstance(need, Rows) else None
+            count, fill = (1, state.fill) if state is not None else (need.rows, 0)  # type: ignore[union-attr]
+            shape = tuple(count if d == need.dim.index else size for d, size in enumerate(value.shape))
+            return First(TensorType(shape, value.dtype, value.device, storage_order(value)), fill)
+        total = TensorType(tuple(value.shape), total_dtype(node), value.device, tuple(range(value.dim())))
+        return First(total, identity(node))
 
     # --- nodes ---
 
@@ -253,14 +260,3 @@ class Body:
         for instance in [i for i in self.sizes if not self.env[i].users]:
             self.graph.erase_node(self.env[instance])
             self.sizes.remove(instance)
-
-
-def _first(instance: Instance, state: State | None) -> First:
-    """What a carry begins with: zeros before the first row, or what a scan gives for no rows, or their total."""
-    node, need, value = instance.node, instance.need, value_of(instance.node)
-    if isinstance(need, Rows | Past):
-        count, fill = (need.rows, 0) if isinstance(need, Past) else (1, state.fill)  # type: ignore[union-attr]
-        shape = tuple(count if d == need.dim.index else size for d, size in enumerate(value.shape))
-        return First(TensorType(shape, value.dtype, value.device, storage_order(value)), fill)
-    total = TensorType(tuple(value.shape), total_dtype(node), value.device, tuple(range(value.dim())))
-    return First(total, identity(node))

@@ -131,9 +131,10 @@ def regions(graph: fx.Graph) -> Iterator[tuple[fx.Node, Region]]:
             yield node, node.target
 
 
-def inline_regions(gm: fx.GraphModule) -> None:
-    """Put what was outlined back where no loop took it, in place."""
-    for node, region in list(regions(gm.graph)):
+def inline_regions(gm: fx.GraphModule) -> int:
+    """Put what was outlined back where no loop took it, in place; how many regions that were."""
+    found = list(regions(gm.graph))
+    for node, region in found:
         new = node.prev
         with gm.graph.inserting_before(node):
             result = region.inline(gm.graph, operands(node), lambda new, _: None)
@@ -141,3 +142,4 @@ def inline_regions(gm: fx.GraphModule) -> None:
             new.meta["val"] = fake_value(new)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
+    return len(found)

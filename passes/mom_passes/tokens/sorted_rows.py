@@ -30,7 +30,6 @@ from __future__ import annotations
 import enum
 import heapq
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +42,7 @@ from mom_passes.graph.sizes import expr, product, quotient, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.matmul import is_grouped_product
+from mom_passes.rules.registry import Edit
 from mom_passes.rules.source import sized
 
 
@@ -224,15 +224,16 @@ class Sorting:
         """The place of each slot. The permutation is of all slots, so nothing is left of what is written over."""
         if node.target in SORTS and self.role(operands(node)[0]) is Role.SLOTS and not argument(node, "descending"):
             return Member(Role.UNSORTED, (None,))
-        if node.target is aten.index_put.default:
+        if node.target is aten.index_put.default and len(argument(node, "indices")) == 1:
             base, (slots,), values = argument(node, "self"), argument(node, "indices"), argument(node, "values")
         elif node.target is aten.scatter.src:
             base, slots, values = (argument(node, name) for name in ("self", "index", "src"))
         else:
             return None
-        added = node.target is aten.index_put.default and argument(node, "accumulate")
-        if added or self.role(slots) is not Role.SLOTS or self.role(base) is not None:
-            return self._sum(node) if added else None
+        if node.target is aten.index_put.default and argument(node, "accumulate"):
+            return self._sum(base, slots, values)
+        if self.role(slots) is not Role.SLOTS or self.role(base) is not None:
+            return None
         if not self._is_constant(base) or not same(value_of(base).shape[0], self.slots):
             raise NotSeparable("rows are put back into a value of another length, or one that is no constant")
         if self._is_range(values):
@@ -241,10 +242,9 @@ class Sorting:
             return Member(Role.HOME, (Use.CONSTANT, None, None))
         return None
 
-    def _sum(self, node: fx.Node) -> Member | None:
+    def _sum(self, base: fx.Node, index: fx.Node, values: fx.Node) -> Member | None:
         """What is added to each token's row, or each slot's."""
-        base, indices, values = (argument(node, name) for name in ("self", "indices", "values"))
-        role = self.role(indices[0]) if len(indices) == 1 else None
+        role = self.role(index)
         if role not in (Role.SLOTS, Role.TOKENS) or (self.role(base), self.role(values)) != (None, Role.PLACED):
             return None
         per_row = self.per_token if role is Role.TOKENS else 1
@@ -296,7 +296,7 @@ class Sorting:
         except CannotChunk as refusal:
             raise NotSeparable(f"{node.target} ({node.name}): {refusal.reason}") from refusal
         if claim.edit is not None:
-            _Moved.check(node, claim.edit)
+            _check_places_are_not_asked(node, claim.edit)
         uses: list[Use | None] = []
         for operand, need in zip(operands(node), claim.needs, strict=True):
             inside = self.role(operand) in (Role.PLACED, Role.KEYS)
@@ -338,16 +338,13 @@ class Sorting:
         return [node for node in self.members if node in found]
 
 
-class _Moved:
-    """Stands for where rows begin: places are not positions, so a rule that asks is refused."""
-
-    @staticmethod
-    def check(node: fx.Node, edit: Callable[..., Any]) -> None:
-        graph = fx.Graph()
-        start, count = graph.placeholder("start"), graph.placeholder("count")
-        edit(node.args, node.kwargs, Window(start, count, (start,) * len(operands(node))))
-        if start.users:
-            raise NotSeparable(f"{node.target} ({node.name}) depends on where rows stand")
+def _check_places_are_not_asked(node: fx.Node, edit: Edit) -> None:
+    """Places are no positions: a rule that asks where rows begin is refused."""
+    graph = fx.Graph()
+    start, count = graph.placeholder("start"), graph.placeholder("count")
+    edit(node.args, node.kwargs, Window(start, count, (start,) * len(operands(node))))
+    if start.users:
+        raise NotSeparable(f"{node.target} ({node.name}) depends on where rows stand")
 
 
 _CASTS = (aten._to_copy.default, prims.convert_element_type.default, aten.clone.default)
