@@ -318,27 +318,19 @@ def test_what_an_expert_multiplies_is_work() -> None:
         assert region.facts.work(node) == 2 * (2 * 17 * 2) * HIDDEN * INNER
 
 
-def test_values_that_others_read_stay() -> None:
-    """The counts are returned too, for a loss that balances the experts."""
-
-    def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = x + torch.softmax(x @ x.mT, -1) @ x
-        hidden = x.reshape(-1, HIDDEN)
-        keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
-        ends = ends_of(keys, 4)
-        out = put_back(grouped(hidden[slots], w[1], ends) @ w[2][0], slots, "index_put")
-        return x + out.view(x.shape), ends
-
-    gm = trace(run, example(2, 17), *weights(Routing()))
-    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
-    assert in_loops(rewritten) == 1
-    given = (example(2, 17), *weights(Routing()))
-    for actual, expected in zip(rewritten(*given), gm(*given), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+def counts(keys: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For a loss that balances the experts."""
+    return (ends_of(keys, 4),)
 
 
-def test_other_uses_of_the_sorted_slots_are_left_alone() -> None:
-    """Written to with two indices at once, divided by a tensor: nothing that is known, and nothing that fails."""
+def marks(keys: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Written to with two indices at once, and divided by a tensor: nothing that is known, and nothing that fails."""
+    return torch.zeros(len(slots), 4).index_put((slots, keys), torch.ones(len(slots))), slots // (keys + 1)
+
+
+@pytest.mark.parametrize("others", [counts, marks])
+def test_values_that_others_read_stay(others: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    """What is returned beside the result keeps the sort; the experts are in a loop all the same."""
 
     def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = x + torch.softmax(x @ x.mT, -1) @ x
@@ -346,8 +338,7 @@ def test_other_uses_of_the_sorted_slots_are_left_alone() -> None:
         hidden = x.reshape(-1, HIDDEN)
         keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
         out = put_back(grouped(hidden[slots], w[1], ends_of(keys, 4)) @ w[2][0], slots, "index_put")
-        marks = torch.zeros(len(slots), 4).index_put((slots, keys), torch.ones(len(slots)))
-        return x + out.view(x.shape), marks, slots // (keys + 1)
+        return x + out.view(x.shape), *others(keys, slots)
 
     gm = trace(run, example(2, 17), *weights(Routing()))
     rewritten, _ = rewrite(gm, 4, parameter_names(gm))
