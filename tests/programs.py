@@ -151,6 +151,7 @@ MIXING: dict[str, Step] = {
     "matmul tokens": lambda x, w: (x @ x.transpose(1, 2)) @ x / x.shape[1],
     "previous token": lambda x, w: x - F.pad(x, (0, 0, 1, 0))[:, :-1],
     "sort tokens": lambda x, w: x.sort(1).values,
+    "prompt before": lambda x, w: torch.cat([w.table[:3].expand(x.shape[0], -1, -1), x], 1),
     "mean batch": lambda x, w: x - x.mean(0, keepdim=True),
 }
 

@@ -33,7 +33,8 @@ class Routing:
 
     experts: int = 4
     k: int = 2
-    #: What the router's scores are made into before the best are taken: `ties` makes many alike, `one` prefers one.
+    #: What the router's scores are made into before the best are taken: `ties` makes many alike, `one` prefers one. For
+    #: `in turn` they stay, and the best are taken one after the other.
     scores: str = "plain"
     back: str = "index_put"
     biased: bool = False
@@ -58,6 +59,18 @@ def scores_of(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def best_of(routing: Routing, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices `[T, k]`."""
+    if routing.scores != "in turn":
+        return scores.topk(routing.k)
+    values, indices = [], []
+    for _ in range(routing.k):
+        value, index = scores.max(-1, keepdim=True)
+        values, indices = [*values, value], [*indices, index]
+        scores = scores.scatter(-1, index, float("-inf"))
+    return torch.cat(values, -1), torch.cat(indices, -1)
+
+
 def ends_of(keys: torch.Tensor, experts: int) -> torch.Tensor:
     return torch.histc(keys.float(), bins=experts, min=0, max=experts - 1).cumsum(0, dtype=torch.int32)
 
@@ -77,7 +90,7 @@ def mixture(x: torch.Tensor, w: tuple[torch.Tensor, ...], routing: Routing) -> t
     """`[B, S, H]`, as models write it."""
     router, up, down, bias, _ = w
     hidden = x.reshape(-1, HIDDEN)
-    chosen, indices = scores_of(routing, hidden @ router).topk(routing.k)
+    chosen, indices = best_of(routing, scores_of(routing, hidden @ router))
     keys, slots = indices.reshape(-1).sort()
     rows = hidden[slots // routing.k]
     ends = ends_of(keys, routing.experts)
@@ -128,7 +141,7 @@ def routings() -> st.SearchStrategy[Routing]:
         Routing,
         st.integers(2, 6),
         st.integers(1, 3),
-        st.sampled_from(["plain", "ties", "one"]),
+        st.sampled_from(["plain", "ties", "one", "in turn"]),
         st.sampled_from(["index_put", "scatter", "sort", "rows", "sum"]),
         st.booleans(),
     )
@@ -161,6 +174,15 @@ def by_number(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
     keys, slots = indices.reshape(-1).sort()
     out = grouped(hidden[slots // 2], w[1], ends_of(keys, 4)) @ w[2][0]
     return put_back(out, slots, routing.back).view(-1, 2, HIDDEN).sum(1).view(x.shape)
+
+
+def by_number_beside_indices(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A token's first expert is looked up, its second is computed."""
+    hidden = x.reshape(-1, HIDDEN)
+    indices = torch.cat([(hidden @ w[0]).topk(1).indices, (hidden[:, :1] * 10).long() % 4], -1)
+    keys, slots = indices.reshape(-1).sort()
+    out = grouped(hidden[slots // 2], w[1], ends_of(keys, 4)) @ w[2][0]
+    return put_back(out, slots, "index_put").view(-1, 2, HIDDEN).sum(1).view(x.shape)
 
 
 def to_more_experts(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -237,6 +259,7 @@ def put_elsewhere(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
     ("mixing", "reason"),
     [
         (by_number, "outside of the groups"),
+        (by_number_beside_indices, "outside of the groups"),
         (to_more_experts, "below 8, but there are 4 groups"),
         (in_sorted_order, "otherwise than place by place"),
         (with_places, "reads .* otherwise than place by place"),

@@ -108,6 +108,27 @@ def test_every_rowwise_step_runs_inside_loops(name):
     assert [s.name for s in report.stages] == ["stage_0", "stage_1"]
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_rows_put_before_a_sequence_or_behind_it_belong_to_it(before):
+    """A prompt of embeddings, a classifier's token: but for putting them there, all runs in loops."""
+    weights = weights_of(torch.float64)
+
+    def program(x, *parameters):
+        w = Weights(*parameters)
+        rows = w.table[:3].expand(x.shape[0], -1, -1)
+        x = torch.cat([rows, x] if before else [x, rows], 1)
+        for step in ("causal", "mlp", "causal", "mlp"):
+            x = STEPS[step](x, w)
+        return x[:, 3:] @ w.square
+
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64)
+    gm = trace(program, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+    assert [name.partition(" (")[0] for name in report.left_out] == ["aten.cat.default"]
+    assert len(report.stages) == 2 and not report.work_outside
+
+
 def test_the_table_of_programs_has_at_least_25_operators():
     weights = weights_of(torch.float64)
     x = torch.randn(2, 7, HIDDEN, dtype=torch.float64)

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.sizes import Size, hint, is_one, product, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Dim, Rows, claim_for, dim_of, facts
@@ -126,8 +127,8 @@ class _Sweep:
             self.worked.add(node)
         for carrier in filter(None, carried):
             index = carrier.dim.index
-            if node.target is torch.ops.aten.slice.Tensor and carrier.dim.plain:
-                # `hidden[:, 1:]` is still the sequence.
+            if carrier.dim.plain and _cuts_or_adds_rows(node, index):
+                # `hidden[:, 1:]` is still the sequence, and so is one with a prompt of embeddings before it.
                 if hint(value.shape[index]) > 1:
                     self.carriers[node] = Carrier(carrier.dim, value.shape[index])
                 return
@@ -135,6 +136,13 @@ class _Sweep:
             if sizes:
                 self.carriers[node] = Carrier(Dim(index if index in sizes else sizes[0]), carrier.length)
                 return
+
+
+def _cuts_or_adds_rows(node: fx.Node, index: int) -> bool:
+    if node.target is aten.slice.Tensor:
+        return True
+    rank = value_of(node).dim()
+    return node.target is aten.cat.default and axis(argument(node, "dim"), rank) == index
 
 
 def _best_claim(node: fx.Node, carried: list[Carrier | None]) -> tuple[Dim, Claim, Size] | str:

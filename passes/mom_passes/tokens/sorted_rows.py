@@ -370,6 +370,9 @@ def _indices_below(node: fx.Node) -> int | None:
     """A number that all elements are below, none of them negative, if they are indices along a dimension."""
     while node.target in _RELABELLED or (node.target in _CASTS and value_of(node).dtype in _KEYS):
         node = operands(node)[0]
+    if node.target is aten.cat.default:
+        below = [_indices_below(part) for part in operands(node)]
+        return None if None in below else max(filter(None, below))
     source, item = (node.args if node.target is operator.getitem else (node, 0))
     if not isinstance(source, fx.Node) or (source.target in _INDICES and item != _INDICES[source.target]):
         return None
