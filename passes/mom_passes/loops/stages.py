@@ -188,11 +188,13 @@ class _Planner:
         )
 
     def _complete(self, stored: list[set[Instance]], available: list[set[Instance]]) -> None:
-        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all."""
+        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all: of what
+        returns several values, those of them that are read."""
         for k in reversed(range(len(stored))):
             for instance in body_instances(self.demands, stored[k], available[k]):
                 home = self.latest[instance]
-                if self.demands.kinds[instance] is Kind.ROWS and self.fixed(instance) and home < k:
+                kept = self.demands.kinds[instance] is Kind.ROWS and isinstance(instance.node.meta["val"], torch.Tensor)
+                if kept and self.fixed(instance) and home < k:
                     stored[home].add(instance)
                     for later in range(home + 1, k + 1):
                         available[later].add(instance)

@@ -50,7 +50,8 @@ class TokenDims:
     `carriers` has every value with a token dimension; `rowwise` those whose operator can also be
     run on rows alone, `worked` those of them that took a product, an attention or a look-up: what did not is as cheap
     as an input. `mixing` says of each operator that must see the whole sequence why. `work` is in multiply-adds;
-    `barriers` counts the products that need all of an activation.
+    `barriers` counts the products that need all of an activation; `batched` says that there are products of two
+    activations and none of them does.
     """
 
     seed: fx.Node
@@ -62,6 +63,7 @@ class TokenDims:
     mixing: dict[fx.Node, str]
     work: int
     barriers: int
+    batched: bool
 
 
 @dataclass
@@ -87,6 +89,8 @@ class _Sweep:
         found = _best_claim(node, carried)
         if isinstance(found, str):
             self.mixing[node] = found
+            # One query that reads every key is such a product, too.
+            self.barriers += found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1
             self._restart_after(node, carried)
             return
         dim, claim, length = found
@@ -101,9 +105,12 @@ class _Sweep:
         if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
             self.work += matmul_work(node)
             # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
-            activations = [need for n, need in needed if n in self.activations and value_of(n).is_floating_point()]
+            activations = [need for n, need in needed if self._is_activation(n)]
             self.barriers += any(not isinstance(need, Rows) for need in activations)
             self.batched += len(activations) > 1 and all(isinstance(need, Rows) for need in activations)
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        return node in self.activations and value_of(node).is_floating_point()
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -181,8 +188,6 @@ def _candidates(node: fx.Node, carried: list[Carrier | None]) -> list[tuple[Dim,
     return found
 
 
-
-
 def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node] = ()) -> TokenDims | None:
     """The token dimension of every value, or None where no input dimension carries the matmul work.
 
@@ -192,19 +197,31 @@ def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node]
     activations = _activations(gm, set(static_inputs))
     best: TokenDims | None = None
     for seed in _seed_inputs(gm, set(static_inputs)):
-        for index, size in enumerate(seed.meta["val"].shape):
-            if is_one(size) or hint(size) < 2:
-                continue
-            found = _sweep(gm, seed, Dim(index), size, activations)
-            if found is not None and (best is None or _score(found) > _score(best)):
+        sizes = enumerate(seed.meta["val"].shape)
+        sweeps = [_sweep(gm, seed, Dim(i), size, activations) for i, size in sizes if not is_one(size) and hint(size) > 1]
+        for found in _no_batches(sweeps):
+            if found.work * 2 >= total > 0 and (best is None or _score(found) > _score(best)):
                 best = found
-    if best is None or total == 0 or best.work * 2 < total:
-        return None
     return best
 
 
 def _score(found: TokenDims) -> tuple[bool, int, int]:
     return (found.barriers > 0, found.work, hint(found.length))
+
+
+def _no_batches(sweeps: list[TokenDims]) -> list[TokenDims]:
+    """Those of an input's dimensions that are not the batch's.
+
+    Along the batch, products of activations stay within its rows, an attention's too; along the tokens some needs all
+    rows of another. Where none does along either, products are each token's own (what mixes tokens is in another
+    graph), and any of the dimensions that carry all of them will do.
+    """
+    tokens = [found for found in sweeps if not found.batched]
+    if any(found.work for found in tokens):
+        return tokens
+    most = max((found.work for found in sweeps), default=0)
+    alike = [found for found in sweeps if found.work == most]
+    return alike if len(alike) > 1 else tokens
 
 
 def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
@@ -219,19 +236,17 @@ def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims | None:
-    """What follows from one dimension of an input; None if it is the batch's.
-
-    Products of activations then stay within its rows, an attention's too; with tokens, some needs all rows of another.
-    """
+def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
+    """What follows from one dimension of an input."""
     sweep = _Sweep(length, activations, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
-    if sweep.batched and not sweep.barriers:
-        return None
     rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
-    return TokenDims(seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers)
+    batched = sweep.batched > 0 and not sweep.barriers
+    return TokenDims(
+        seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers, batched
+    )
 
 
 def _seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
