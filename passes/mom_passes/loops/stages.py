@@ -188,8 +188,10 @@ class _Planner:
         )
 
     def _complete(self, stored: list[set[Instance]], available: list[set[Instance]]) -> None:
-        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all: of what
-        returns several values, those of them that are read."""
+        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all.
+
+        Of what returns several values, those that are read; their tuple cannot be kept.
+        """
         for k in reversed(range(len(stored))):
             for instance in body_instances(self.demands, stored[k], available[k]):
                 home = self.latest[instance]

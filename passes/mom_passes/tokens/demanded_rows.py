@@ -38,7 +38,7 @@ from mom_passes.graph.edit import emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
-from mom_passes.rules import All, Dim, Rows, Window, claim_for, facts
+from mom_passes.rules import All, Dim, Need, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.views import is_cut
@@ -164,7 +164,12 @@ def _demands_of(reader: fx.Node, needs: Needs) -> list[tuple[fx.Node, Span | Non
         return [(n, EVERY_ROW) for n in inputs]
     claim = claim_for(reader, needs.dims.carriers[reader].dim)
     pairs = zip(operands(reader), claim.needs, strict=True)
-    return [(n, span if isinstance(need, Rows) else EVERY_ROW) for n, need in pairs]
+    return [(n, span if _along_its_own(n, need, needs.dims) else EVERY_ROW) for n, need in pairs]
+
+
+def _along_its_own(node: fx.Node, need: Need, dims: TokenDims) -> bool:
+    """Whether a need is for rows along the dim that a value carries tokens along, if it does."""
+    return isinstance(need, Rows) and (node not in dims.carriers or dims.carriers[node].dim == need.dim)
 
 
 def _dead(node: fx.Node) -> bool:

@@ -66,6 +66,10 @@ class TokenDims:
     batched: bool
 
 
+#: A dim of a result, the claim for its rows along it, and how many there are.
+Option = tuple[Dim, Claim, Size]
+
+
 @dataclass
 class _Sweep:
     length: Size
@@ -74,6 +78,8 @@ class _Sweep:
     rowwise: set[fx.Node] = field(default_factory=set)
     worked: set[fx.Node] = field(default_factory=set)
     mixing: dict[fx.Node, str] = field(default_factory=dict)
+    #: Of values that may carry tokens along several dims, each with its claim, the likeliest first.
+    options: dict[fx.Node, list[Option]] = field(default_factory=dict)
     barriers: int = 0
     batched: int = 0
     work: int = 0
@@ -86,16 +92,18 @@ class _Sweep:
         if node.target is operator.getitem:
             self._visit_getitem(node)
             return
-        found = _best_claim(node, carried)
+        found = self._claims(node, carried)
         if isinstance(found, str):
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
             self.barriers += found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1
             self._restart_after(node, carried)
             return
-        dim, claim, length = found
+        dim, claim, length = found[0]
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
+        if len(found) > 1:
+            self.options[node] = [option for option in found if same(option[2], length)]
         needed = list(zip(inputs, claim.needs, strict=True))
         # A scan of what is as cheap as an input (padding, say) is so, too.
         heavy = not facts(node).recompute and claim.state is None
@@ -117,13 +125,46 @@ class _Sweep:
         assert isinstance(source, fx.Node) and isinstance(index, int)
         if source not in self.rowwise:
             return
-        dim, length = self.carriers[source].dim, self.carriers[source].length
-        outputs = claim_for(source, dim).outputs
-        found = outputs[index] if outputs is not None else dim
-        if found is not None:
-            self.carriers[node] = Carrier(found, length)
+        length = self.carriers[source].length
+        found: list[Option] = []
+        for dim in self._dims(source):
+            outputs = claim_for(source, dim).outputs
+            own = outputs[index] if outputs is not None else dim
+            found += [] if own is None else [(own, Claim((Rows(dim),)), length)]
+        if found:
+            self.carriers[node] = Carrier(found[0][0], length)
             self.rowwise.add(node)
             self.worked |= {node} if source in self.worked else set()
+            if len(found) > 1:
+                self.options[node] = found
+
+    def _dims(self, node: fx.Node) -> list[Dim]:
+        """Where a value may carry tokens, its likeliest dim first."""
+        if node not in self.carriers:
+            return []
+        return [dim for dim, _, _ in self.options[node]] if node in self.options else [self.carriers[node].dim]
+
+    def _claims(self, node: fx.Node, carried: list[Carrier | None]) -> list[Option] | str:
+        """What its rows may be, that which asks most carriers for their own rows first; or why there is none."""
+        found: list[tuple[int, Option]] = []
+        reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
+        dims = [self._dims(operand) for operand in operands(node)]
+        for dim, length in _candidates(node, carried, dims):
+            try:
+                claim = claim_for(node, dim, in_order=True)
+            except CannotChunk as refusal:
+                reason = refusal.reason
+                continue
+            asked = [(own, dim_of(need)) for own, need in zip(dims, claim.needs, strict=True) if own]
+            if all(d is None or d in own for own, d in asked):
+                found.append((sum(d is not None for _, d in asked), (dim, claim, length)))
+        if not found:
+            return reason
+        most = max(matches for matches, _ in found)
+        # Of a value that is spread out along another dimension, rows along that one need all of it.
+        spread = [m > 0 or all(isinstance(need, All) for need in option[1].needs) for m, option in found]
+        found = [pair for pair, is_spread in zip(found, spread, strict=True) if is_spread or pair[0] == most]
+        return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
 
     def _restart_after(self, node: fx.Node, carried: list[Carrier | None]) -> None:
         """The result of a mixing operator may still have one row per token: carry on from there."""
@@ -152,39 +193,24 @@ def _cuts_or_adds_rows(node: fx.Node, index: int) -> bool:
     return node.target is aten.cat.default and axis(argument(node, "dim"), rank) == index
 
 
-def _best_claim(node: fx.Node, carried: list[Carrier | None]) -> tuple[Dim, Claim, Size] | str:
-    """The claim that asks most carriers for their own rows; or why there is none."""
-    best: tuple[int, Dim, Claim, Size] | None = None
-    reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
-    for dim, length in _candidates(node, carried):
-        try:
-            claim = claim_for(node, dim, in_order=True)
-        except CannotChunk as refusal:
-            reason = refusal.reason
-            continue
-        pairs = [(c, dim_of(need)) for c, need in zip(carried, claim.needs, strict=True) if c is not None]
-        if any(d is not None and d != c.dim for c, d in pairs):
-            continue
-        matches = sum(d is not None for _, d in pairs)
-        if best is None or matches > best[0]:
-            best = (matches, dim, claim, length)
-    return reason if best is None else best[1:]
-
-
-def _candidates(node: fx.Node, carried: list[Carrier | None]) -> list[tuple[Dim, Size]]:
+def _candidates(node: fx.Node, carried: list[Carrier | None], dims: list[list[Dim]]) -> list[tuple[Dim, Size]]:
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
     if not isinstance(first, torch.Tensor):
         return []
     candidates = facts(node).candidates
     found: list[tuple[Dim, Size]] = []
-    for carrier in filter(None, carried):
-        if candidates is not None:
-            dims = candidates(node, tuple(c.dim if c else None for c in carried))
-        else:
-            size = product([carrier.dim.outer, carrier.length, carrier.dim.inner])
-            dims = [carrier.dim.at(i) for i, s in enumerate(first.shape) if same(s, size)]
-        found += [(dim, carrier.length) for dim in dims if (dim, carrier.length) not in found]
+    for i, carrier in enumerate(carried):
+        if carrier is None:
+            continue
+        for own in dims[i]:
+            if candidates is not None:
+                given = tuple(own if j == i else c.dim if c else None for j, c in enumerate(carried))
+                likely = candidates(node, given)
+            else:
+                size = product([own.outer, carrier.length, own.inner])
+                likely = [own.at(i) for i, s in enumerate(first.shape) if same(s, size)]
+            found += [(dim, carrier.length) for dim in likely if (dim, carrier.length) not in found]
     return found
 
 
@@ -197,8 +223,8 @@ def analyse_token_dims(gm: fx.GraphModule, *, static_inputs: Collection[fx.Node]
     activations = _activations(gm, set(static_inputs))
     best: TokenDims | None = None
     for seed in _seed_inputs(gm, set(static_inputs)):
-        sizes = enumerate(seed.meta["val"].shape)
-        sweeps = [_sweep(gm, seed, Dim(i), size, activations) for i, size in sizes if not is_one(size) and hint(size) > 1]
+        sizes = [(i, size) for i, size in enumerate(seed.meta["val"].shape) if not is_one(size) and hint(size) > 1]
+        sweeps = [_sweep(gm, seed, Dim(i), size, activations) for i, size in sizes]
         for found in _no_batches(sweeps):
             if found.work * 2 >= total > 0 and (best is None or _score(found) > _score(best)):
                 best = found
@@ -242,11 +268,41 @@ def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activation
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
+    if sweep.options:
+        sweep.carriers.update(_settled(gm, sweep))
     rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
     batched = sweep.batched > 0 and not sweep.barriers
     return TokenDims(
         seed, dim, length, sweep.carriers, rowwise, worked, sweep.mixing, sweep.work, sweep.barriers, batched
     )
+
+
+def _settled(gm: fx.GraphModule, sweep: _Sweep) -> dict[fx.Node, Carrier]:
+    """Of values that may carry tokens along several dims, the one that their readers' rows ask for: scores `[S, S]` are
+    rows of the queries to a softmax, and of the keys to nobody."""
+    settled: dict[fx.Node, Carrier] = {}
+    asked: dict[fx.Node, list[Dim]] = {}
+    for node in reversed(gm.graph.nodes):
+        if node not in sweep.rowwise:
+            continue
+        options = sweep.options.get(node, [])
+        if options:
+            votes = asked.get(node, [])
+            dim, claim, length = max(options, key=lambda option: votes.count(option[0]))
+            settled[node] = Carrier(dim, length)
+        elif any(operand in sweep.options for operand in operands(node)):
+            claim = _claim_of(node, sweep.carriers[node].dim)
+        else:
+            continue
+        for operand, need in zip(operands(node), claim.needs, strict=True):
+            along = dim_of(need)
+            if operand in sweep.options and along is not None:
+                asked.setdefault(operand, []).append(along)
+    return settled
+
+
+def _claim_of(node: fx.Node, dim: Dim) -> Claim:
+    return Claim((Rows(dim),)) if node.target is operator.getitem else claim_for(node, dim, in_order=True)
 
 
 def _seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
