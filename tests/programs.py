@@ -76,6 +76,29 @@ def windowed_attention(x: torch.Tensor, w: Weights) -> torch.Tensor:
     return folded(F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x + w.bias), attn_mask=seen))
 
 
+def indexed_attention(x: torch.Tensor, w: Weights, *, keys_first: bool) -> torch.Tensor:
+    """Sparse attention: an indexer scores every key for every query, and each query attends to its best three."""
+    index_q, index_k = x @ w.up[:HIDDEN], x @ w.up[HIDDEN : 2 * HIDDEN]
+    scores = (index_k @ index_q.mT).mT if keys_first else index_q @ index_k.mT
+    p = positions(x)
+    scores = scores.masked_fill(p[None, :] > p[:, None], float("-inf"))
+    best = scores.topk(min(3, x.shape[1]), -1).indices
+    seen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & (p[None, :] <= p[:, None])
+    q, k = heads(x @ w.square), heads(x)
+    return x + folded(F.scaled_dot_product_attention(q, k, k, attn_mask=seen.unsqueeze(1)))
+
+
+def gated_attention(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Every key has a number that is spread out over all queries; each attends to the keys with the highest."""
+    p = positions(x)
+    gates = torch.tanh(x @ w.bias)[:, None, :].expand(-1, x.shape[1], -1)
+    gates = gates.masked_fill(p[None, :] > p[:, None], -9.0)
+    best = gates.topk(min(3, x.shape[1]), -1).indices
+    bias = torch.full_like(gates, -9.0).scatter(-1, best, 1.0)
+    q, k = heads(x @ w.square), heads(x)
+    return x + folded(F.scaled_dot_product_attention(q, k, k, attn_mask=(gates + bias).unsqueeze(1)))
+
+
 def rope(x: torch.Tensor, w: Weights) -> torch.Tensor:
     angle = positions(x).to(x.dtype)[:, None] * w.scale[None, : HIDDEN // 2]
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
@@ -133,6 +156,9 @@ ATTENTION: dict[str, Step] = {
     "full": lambda x, w: folded(F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x + w.bias))),
     "windowed": windowed_attention,
     "eager": eager_attention,
+    "indexed": lambda x, w: indexed_attention(x, w, keys_first=False),
+    "indexed, keys first": lambda x, w: indexed_attention(x, w, keys_first=True),
+    "gated": gated_attention,
     "grouped": lambda x, w: folded(
         F.scaled_dot_product_attention(
             heads(x),

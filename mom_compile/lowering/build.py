@@ -43,7 +43,7 @@ from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import codegen_settings, keep_output_strides
 from mom_passes.errors import PassError
-from mom_passes.graph.edit import attribute
+from mom_passes.graph.edit import add_input, attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
@@ -268,7 +268,7 @@ def _writing_body(loop: Loop) -> fx.Graph:
         if node.op == "placeholder":
             values[node] = graph.node_copy(node)
     inputs = list(values.values())[2:]
-    places = [graph.placeholder(f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
+    places = [add_input(graph, f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
     places += [inputs[i] for i in loop.carries]
     for node in loop.body.graph.nodes:
         if node.op == "output":
@@ -300,7 +300,7 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        values[node] = graph.placeholder(node.name)
+        values[node] = add_input(graph, node.name)
     for node in nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in outputs))
@@ -311,7 +311,7 @@ def _lead_with_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
     """Put a placeholder for each symbol before all others."""
     with graph.inserting_before(next(iter(graph.nodes))):
         for name in names:
-            graph.placeholder(name)
+            add_input(graph, name)
 
 
 def _constant(value: Any) -> Callable[[list[Any]], tuple[Any]]:

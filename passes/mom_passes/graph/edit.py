@@ -45,10 +45,6 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
     return owner
 
 
-
-
-
-
 def behind(node: fx.Node) -> fx.Node:
     """The node to insert before, so that something comes after a value and the other results of its loop."""
     following = node.next
@@ -102,6 +98,16 @@ def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any])
     else:
         kind = float if isinstance(example, float) or (example is None and not part.is_integer) else int
     node.meta["val"] = new_number(env, part, kind, example)
+    return node
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """A placeholder of this name, or of the next that is free.
+
+    FX makes names of nodes unique, but calls the argument of the function that it writes by the target.
+    """
+    node = graph.placeholder(name)
+    node.target = node.name
     return node
 
 

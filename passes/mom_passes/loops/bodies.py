@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from mom_passes.graph.arguments import arguments_of
+from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
@@ -97,14 +98,14 @@ class Body:
     # --- ports ---
 
     def _placeholders(self) -> None:
-        self.start = self.graph.placeholder("start")
-        self.count = self.graph.placeholder("count")
+        self.start = add_input(self.graph, "start")
+        self.count = add_input(self.graph, "count")
         self._length_point = self.count
         for instance in self.sizes:
-            self._length_point = self.env[instance] = self.graph.placeholder(instance.node.name)
+            self._length_point = self.env[instance] = add_input(self.graph, instance.node.name)
         for instance in (*self.rows, *self.whole):
             own = isinstance(instance.need, Rows)
-            placeholder = self.graph.placeholder(f"{instance.node.name}_rows" if own else instance.node.name)
+            placeholder = add_input(self.graph, f"{instance.node.name}_rows" if own else instance.node.name)
             self.env[instance] = self._typed(placeholder, instance)
         #: What the mini-sequence before has handed over, and what this one hands on.
         self.handed_over = {i: self._carried(i) for i in self.carries}
@@ -112,7 +113,7 @@ class Body:
 
     def _carried(self, instance: Instance) -> fx.Node:
         name = {Past: "past", Total: "total"}.get(type(instance.need), "state")
-        placeholder = self.graph.placeholder(f"{instance.node.name}_{name}")
+        placeholder = add_input(self.graph, f"{instance.node.name}_{name}")
         placeholder.meta["type"] = self._first(instance).type
         return placeholder
 
@@ -252,7 +253,7 @@ class Body:
     def _literal_length(self) -> fx.Node:
         if self.literal is None:
             with self.graph.inserting_after(self._length_point):
-                self.literal = self.graph.placeholder("length")
+                self.literal = add_input(self.graph, "length")
         return self.literal
 
     def _drop_unused_sizes(self) -> None:

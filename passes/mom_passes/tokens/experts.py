@@ -17,6 +17,7 @@ from typing import Any
 from torch import fx
 
 from mom_passes.graph.arguments import argument, prims, replace
+from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import hint, quotient
 from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.rules import Window, claim_for, facts
@@ -69,7 +70,7 @@ class _Template:
         self.found, self.members, self.result = found, members, result
         self.graph = fx.Graph()
         self.per_token = found.per_token
-        self.rows = self.graph.placeholder("rows")
+        self.rows = add_input(self.graph, "rows")
         self.rows.meta["val"] = quotient(found.slots, self.per_token)
 
     def build(self) -> tuple[Region, list[fx.Node]]:
@@ -80,7 +81,7 @@ class _Template:
         env: dict[tuple[fx.Node, Use | None], fx.Node] = {}
         per_row = {Use.ALL: None, Use.OF_SLOTS: self.per_token, Use.OF_TOKENS: 1}
         for operand, use in wanted:
-            env[operand, use] = self.graph.placeholder(operand.name)
+            env[operand, use] = add_input(self.graph, operand.name)
             env[operand, use].meta["val"] = operand.meta["val"]
         for node in self.members:
             env[node, None] = self._emit(node, env)

@@ -38,6 +38,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis, prims
+from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import expr, product, quotient, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, Rows, Window, claim_for, facts
@@ -190,9 +191,7 @@ class Sorting:
         return node.target is aten.histc.default and _uncast(operands(node)[0]) is _uncast(self.keys)
 
     def _group(self, node: fx.Node) -> Member | None:
-        if node.target is aten.histc.default and (
-            self.role(node.args[0]) is Role.KEYS or self._counts_keys(node)
-        ):
+        if node.target is aten.histc.default and (self.role(node.args[0]) is Role.KEYS or self._counts_keys(node)):
             groups = argument(node, "bins")
             if (argument(node, "min"), argument(node, "max")) != (0, groups - 1) or groups < 2:
                 raise NotSeparable("its keys are counted in intervals that hold more than one")
@@ -341,7 +340,7 @@ class Sorting:
 def _check_places_are_not_asked(node: fx.Node, edit: Edit) -> None:
     """Places are no positions: a rule that asks where rows begin is refused."""
     graph = fx.Graph()
-    start, count = graph.placeholder("start"), graph.placeholder("count")
+    start, count = add_input(graph, "start"), add_input(graph, "count")
     edit(node.args, node.kwargs, Window(start, count, (start,) * len(operands(node))))
     if start.users:
         raise NotSeparable(f"{node.target} ({node.name}) depends on where rows stand")
@@ -373,7 +372,7 @@ def _indices_below(node: fx.Node) -> int | None:
     if node.target is aten.cat.default:
         below = [_indices_below(part) for part in operands(node)]
         return None if None in below else max(filter(None, below))
-    source, item = (node.args if node.target is operator.getitem else (node, 0))
+    source, item = node.args if node.target is operator.getitem else (node, 0)
     if not isinstance(source, fx.Node) or (source.target in _INDICES and item != _INDICES[source.target]):
         return None
     if source.target not in _INDICES and source.target is not aten.argmax.default:
@@ -384,5 +383,3 @@ def _indices_below(node: fx.Node) -> int | None:
         return None
     size = value_of(operand).shape[axis(dim, rank)]
     return int(expr(size)) if expr(size).is_Integer else None
-
-

@@ -1,0 +1,143 @@
+"""Which dimension of a value carries the tokens, where that is not plain to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx
+
+from mom_compile.pipeline import NotWorthwhile
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.loops.ports import Stored
+from mom_passes.tokens.dims import analyse_token_dims
+from tests.programs import ATTENTION, HIDDEN, STEPS, Step, Weights, weights_of
+from tests.test_properties import parameter_names
+from tests.tracing import check_every_length, rewrite, trace
+
+SPARSE = ["indexed", "indexed, keys first", "gated"]
+
+
+def example(tokens: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+
+
+def program(*steps: Step) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        for step in steps:
+            x = step(x, Weights(*parameters))
+        return x
+
+    return run
+
+
+def check(run: Callable[..., torch.Tensor], x: torch.Tensor, mini: int = 4, dynamic: bool = False) -> fx.GraphModule:
+    weights = weights_of(torch.float64)
+    gm = trace(run, x, *weights, dynamic=dynamic)
+    rewritten, report = rewrite(gm, mini, parameter_names(gm))
+    assert not report.left_out
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+    return rewritten
+
+
+# Values with the sequence in two dimensions
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("tokens", [17, HIDDEN], ids=["", "as wide as long"])
+def test_scores_of_every_key_are_made_for_the_queries_of_a_mini_sequence(name: str, tokens: int) -> None:
+    """Nothing is kept that has a row for each query and a column for each key."""
+    step = ATTENTION[name]
+    rewritten = check(program(step, STEPS["mlp"], step, STEPS["mlp"]), example(tokens))
+    stored = [out.type.shape for _, m in loop_nodes(rewritten) for out in m.loop.outputs if isinstance(out, Stored)]
+    assert stored and not any(list(shape).count(tokens) > 1 + (tokens == HIDDEN) for shape in stored)
+    scores = [n.meta["val"].shape for n in rewritten.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not any(list(shape[-2:]) == [tokens, tokens] for shape in scores if tokens != HIDDEN)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_for_the_last_token_alone_they_are_made_for_its_query(name: str) -> None:
+    def last(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return program(STEPS["mlp"], ATTENTION[name], STEPS["mlp"], ATTENTION[name])(x, *parameters)[:, -1:]
+
+    x, weights = example(17), weights_of(torch.float64)
+    gm = trace(last, x, *weights)
+    rewritten, _ = rewrite(gm, 4, parameter_names(gm))
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+    values = [node.meta["val"] for node in rewritten.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert not any(list(value.shape[-2:]) == [17, 17] for value in values)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_compiled_for_every_length(name: str) -> None:
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
+        return (program(ATTENTION[name], STEPS["mlp"])(x, *parameters),)
+
+    check_every_length(run)
+
+
+def test_rows_of_both_kinds_are_right() -> None:
+    """Scores of which one reader takes the queries' rows and another the keys'."""
+
+    def run(x: torch.Tensor, w: Weights) -> torch.Tensor:
+        scores = torch.tanh((x @ w.square) @ x.mT)
+        return x + scores @ x + (scores.amax(1, keepdim=True).mT * x) + torch.softmax(scores, 1).mT @ x
+
+    weights, x = weights_of(torch.float64), example(17)
+    gm = trace(program(STEPS["mlp"], run, STEPS["mlp"]), x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert report.stages
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+
+
+# Tokens or batch, where no attention tells
+
+
+def per_token_product(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Of two activations, each token by itself: streams of a residual that are mixed by weights of their own."""
+    streams = x.unflatten(-1, (2, -1))
+    mixed = torch.tanh(x @ w.square)[..., :4].unflatten(-1, (2, 2)) @ streams
+    return x + mixed.flatten(-2)
+
+
+def test_products_within_tokens_are_no_sign_of_a_batch() -> None:
+    check(program(per_token_product, STEPS["mlp"]), example(17))
+    assert token_dim(program(per_token_product, STEPS["mlp"]), example(17)) == 1
+
+
+def test_a_step_of_many_sequences_is_not_cut_between_them() -> None:
+    weights, x = weights_of(torch.float64), example(1, batch=17)
+    past = torch.randn(17, 9, HIDDEN, dtype=torch.float64)
+
+    def step(x: torch.Tensor, past: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        keys = torch.cat([past, x], 1)
+        return STEPS["mlp"](torch.softmax(x @ keys.mT, -1) @ keys, Weights(*parameters))
+
+    gm = trace(step, x, past, *weights)
+    with pytest.raises(NotWorthwhile):
+        rewrite(gm, 4, parameter_names(gm)[1:])
+
+
+def test_one_query_that_reads_every_row_tells_the_tokens() -> None:
+    """Products within tokens before it, and none between two of them but this."""
+
+    def pooled(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        x = program(per_token_product, STEPS["mlp"])(x, *parameters)
+        query = Weights(*parameters).table[:1].expand(x.shape[0], -1, -1) + x[:, -1:]
+        return torch.softmax(query @ x.mT, -1) @ x
+
+    weights, x = weights_of(torch.float64), example(17)
+    assert token_dim(pooled, x) == 1
+    gm = trace(pooled, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert report.stages
+    torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
+
+
+def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:
+    gm = trace(run, x, *weights_of(torch.float64))
+    first, *others = (node for node in gm.graph.nodes if node.op == "placeholder")
+    found = analyse_token_dims(gm, static_inputs=others)
+    assert found is not None and found.seed is first
+    return found.seed_dim.index
