@@ -7,30 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
-
-_SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def tiny(family: str, **changes: Any) -> Any:
-    """A random model of a Hugging Face family, e.g. `"Llama"`, in float32."""
-    config_class = getattr(transformers, f"{family}Config")
-    torch.manual_seed(0)
-    config = config_class(**{**_SMALL, **changes})
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @dataclass(frozen=True)
@@ -65,8 +44,3 @@ def capture(function: Callable[..., Any], *, dynamic: bool | None = None, **inpu
     torch._dynamo.reset()
     (only,) = captured
     return only
-
-
-def ids(length: int, batch: int = 1) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randint(3, 64, (batch, length))
