@@ -13,6 +13,7 @@ from torch import fx
 
 from mom_compile.report import PassReport, Report
 from mom_passes.attention.form import attention_form
+from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.sizes import hint, is_one
 from mom_passes.graph.whole_slices import without_whole_slices
@@ -74,6 +75,11 @@ class State:
 
 
 Step = Callable[[State], str]
+
+
+def layouts_as_they_are(state: State) -> str:
+    """Strides of views are those of what they are views of: what is compiled for them relies on it."""
+    return f"{real_layouts(state.gm)} values claimed others"
 
 
 def slices_of_everything(state: State) -> str:
@@ -228,6 +234,7 @@ def residual_in_place(state: State) -> str:
 
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
 TO_LOOPS: tuple[Step, ...] = (
+    layouts_as_they_are,
     slices_of_everything,
     canonical_attention,
     experts_as_regions,

@@ -275,7 +275,7 @@ def returns_the_same_rows(names, kept, batch, loops):
 def test_any_program_returns_the_same_rows():
     with at_least(0.8, "copy rows out of a larger value") as copied:
 
-        @settings(RANDOM_PROGRAMS, max_examples=40)
+        @settings(RANDOM_PROGRAMS, max_examples=100)
         @given(
             st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
             st.lists(st.tuples(st.integers(0, 5), st.sampled_from(sorted(CROPS))), min_size=1, max_size=4),

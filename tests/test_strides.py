@@ -1,4 +1,4 @@
-"""The question that `view` asks of strides, against `view` itself."""
+"""Strides: the question that `view` asks of them, against `view` itself, and claims that are not true."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mom_passes.graph.claimed_layouts import real_layouts
+from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.strides import viewable
+from mom_passes.verify import describes_what_is
+from tests.captured import capture
 
 
 @st.composite
@@ -38,3 +42,24 @@ def test_it_says_what_view_does(question):
     except RuntimeError:
         allowed = False
     assert viewable(tensor.shape, tensor.stride(), shape) is allowed
+
+
+def test_views_claim_no_more_than_they_are():
+    """Inductor's front half removes a product with ones, and describes what it was computed from as dense as it was."""
+    pairs = torch.randn(2, 17, 3, 8, dtype=torch.float64)
+
+    def run(x):
+        row = x[:, :, 1]
+        row = row * torch.ones_like(row)
+        spread = x[:, :1, 0].expand(-1, 17, -1)
+        spread = spread + torch.zeros_like(spread)
+        return row.view(34, 8) @ torch.ones(8, 8, dtype=x.dtype), row.mT, spread.mT
+
+    gm = capture(run, x=pairs).gm
+    wrong = describes_what_is(gm)
+    assert wrong is not None and "select" in wrong
+    fixed = copy_graph(gm)
+    assert real_layouts(fixed) >= 2
+    assert describes_what_is(fixed) is None
+    assert describes_what_is(gm) == wrong  # the captured graph stays as it was
+    assert real_layouts(fixed) == 0

@@ -231,6 +231,11 @@ def takes_more_than_is_returned(gm: fx.GraphModule) -> None:
     item.update_arg(1, len(module.loop.outputs))
 
 
+def claims_other_strides(gm: fx.GraphModule) -> None:
+    node = next(n for n in gm.graph.nodes if n.target is aten.mul.Tensor)
+    node.meta["val"] = node.meta["val"].mT.contiguous().mT
+
+
 def writes_over_what_it_reads_otherwise(gm: fx.GraphModule) -> None:
     node, module = stage(gm, -1)
     i, o = residual(module)
@@ -284,6 +289,7 @@ SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     begins_a_carry_with_another_shape: "has shape",
     gives_one_operand_less: "operands for",
     takes_more_than_is_returned: "output . of .",
+    claims_other_strides: "has strides",
     writes_over_what_it_reads_otherwise: "reads otherwise too",
     writes_over_rows_of_another_shape: "does not fit",
     reads_what_comes_later: "malformed graph",

@@ -1,7 +1,7 @@
 """What must hold after every pass, as a table of laws. A violation is a bug of ours; the caller falls back.
 
     level 1   always: reads the graph and its types
-    level 2   in tests: also runs loop bodies on fake tensors
+    level 2   in tests: also runs operators and loop bodies on fake tensors
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import PassError
+from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.values import returns_a_tensor
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.loops import laws
@@ -95,10 +96,26 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     return None
 
 
+def describes_what_is(gm: fx.GraphModule) -> str | None:
+    """Every value is what its operator gives, strides included. Slow: for tests."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        claimed, given = node.meta["val"], fake_value(node)
+        wrong = TensorType.of(claimed).difference(given)
+        if wrong is None and strides_differ(claimed, given):
+            wrong = f"has strides {list(given.stride())} in place of {list(claimed.stride())}"
+        if wrong is not None:
+            return f"{node.name} {wrong}"
+    return None
+
+
 GraphLaw = Callable[[fx.GraphModule], str | None]
 LoopLaw = Callable[[fx.Node, Loop], str | None]
 
 OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_behind_a_write)
+#: They may rely on all others.
+OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (describes_what_is,)
 #: Each may rely on those before it.
 OF_BODIES: tuple[LoopLaw, ...] = (
     laws.body_takes_its_inputs,
@@ -135,6 +152,8 @@ def verify(
             _raise(None if wrong is None else f"{node.target}: {wrong}")
         if known is not None:
             known.add(module.body)
+    for graph_law in OF_GRAPHS_IN_TESTS if level > 1 else ():
+        _raise(graph_law(gm))
 
 
 def _raise(wrong: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from mom_passes.graph.size_values import interpret
-from mom_passes.graph.sizes import Size, expr, same
+from mom_passes.graph.sizes import Size, expr, is_one, same
+from mom_passes.graph.values import is_tensor
 from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
 
 aten = torch.ops.aten
@@ -109,6 +110,27 @@ def add_input(graph: fx.Graph, name: str) -> fx.Node:
     node = graph.placeholder(name)
     node.target = node.name
     return node
+
+
+def copy_call(graph: fx.Graph, node: fx.Node, new_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A node at the end of another graph, where `new_of` has its operands. If these are laid out otherwise there (dense
+    in place of a slice, say), so may its value be."""
+    new = graph.node_copy(node, new_of)
+    tensors = [operand for operand in node.all_input_nodes if is_tensor(operand)] if is_tensor(node) else []
+    if any(_is_laid_out_otherwise(operand, new_of(operand)) for operand in tensors):
+        new.meta["val"] = fake_value(new)
+    return new
+
+
+def _is_laid_out_otherwise(old: fx.Node, new: fx.Node) -> bool:
+    a, b = old.meta.get("val"), new.meta.get("val")
+    return a is not b and isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and strides_differ(a, b)
+
+
+def strides_differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of values of one shape. The stride of a dimension of size one says nothing. Adds no guards."""
+    pairs = zip(a.stride(), b.stride(), b.shape, strict=True)
+    return not all(same(x, y) or is_one(size) for x, y, size in pairs)
 
 
 def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:

@@ -22,9 +22,9 @@ from torch import fx, nn
 
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
-from mom_passes.graph.edit import attribute, emit, fake_mode, fake_value, size_node
+from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node
 from mom_passes.graph.sizes import Size, hint, is_one, same
-from mom_passes.graph.values import is_tensor, value_of
+from mom_passes.graph.values import value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
@@ -48,8 +48,6 @@ class _Rewriter:
         self.graph = fx.Graph()
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
-        #: Values whose strides are not those of the original graph: loops store densely what was a slice, say.
-        self.relaid: set[fx.Node] = set()
         self.root = nn.Module()
 
     def run(self) -> fx.GraphModule:
@@ -105,10 +103,7 @@ class _Rewriter:
     def _emit_whole(self, node: fx.Node) -> None:
         if node in self.whole:
             return
-        new = self.whole[node] = self.graph.node_copy(node, self._whole_value)
-        if any(n in self.relaid for n in new.all_input_nodes) and is_tensor(node):
-            new.meta["val"] = fake_value(new)
-            self.relaid.add(new)
+        self.whole[node] = copy_call(self.graph, node, self._whole_value)
 
     def _copy_attribute(self, node: fx.Node) -> None:
         assert isinstance(node.target, str)
@@ -186,7 +181,6 @@ class _Rewriter:
         strides = zip(dense.stride(), value.stride(), value.shape, strict=True)
         if not all(same(a, b) or is_one(size) for a, b, size in strides):
             item.meta["val"] = dense
-            self.relaid.add(item)
 
     def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
         """From the total to the reduction's value: a mean is divided, a wide total rounded."""

@@ -34,7 +34,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk, PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.edit import emit, fake_value, size_node
+from mom_passes.graph.edit import copy_call, emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
@@ -201,7 +201,7 @@ class _Narrower:
             elif _dead(node) or self.needs.narrowed(node) is not None:
                 continue  # what is narrowed is emitted where it is read
             elif not self._emit_slice(node):
-                self.whole[node] = self.graph.node_copy(node, self._whole)
+                self.whole[node] = copy_call(self.graph, node, self._whole)
         self.graph.eliminate_dead_code()
         narrowed = fx.GraphModule(self.gm, self.graph)
         narrowed.meta = dict(self.gm.meta)

@@ -1,0 +1,68 @@
+"""Views are laid out as what they are views of, whatever the graph claims.
+
+Inductor's front half removes operators that change nothing, `x * 1` or `x + 0`, and describes what they were computed
+from as it described them (`remove_no_ops`). A row cut from a larger value then claims to be as dense as the copy that
+is gone, and a kernel compiled for the claim would read elsewhere.
+
+    for node in graph order:
+        a cut or an expansion that claims other strides than its operand gives it
+        whatever is computed from such a value                            -> described anew
+
+Before:  row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (64, 16, 1)
+After:   row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (192, 48, 1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.graph.arguments import argument, aten, axis
+from mom_passes.graph.edit import fake_value
+from mom_passes.graph.sizes import Size, is_one, product, same
+from mom_passes.graph.values import is_tensor, value_of
+
+
+def real_layouts(gm: fx.GraphModule) -> int:
+    """Describe what claims otherwise, in place; how many values that were."""
+    wrong: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        if _claims_otherwise(node) or any(operand in wrong for operand in node.all_input_nodes):
+            before, node.meta["val"] = node.meta["val"], fake_value(node)
+            if _strides(before) != _strides(node.meta["val"]):
+                wrong.add(node)
+    return len(wrong)
+
+
+def _claims_otherwise(node: fx.Node) -> bool:
+    """Whether a view that may have gaps claims other strides than it has."""
+    strides = _strides_of_view(node)
+    if strides is None:
+        return False
+    value = value_of(node)
+    claims = zip(value.stride(), strides, value.shape, strict=True)
+    return not all(same(claimed, stride) or is_one(size) for claimed, stride, size in claims)
+
+
+def _strides_of_view(node: fx.Node) -> list[Size] | None:
+    """The strides of a cut or an expansion by its operand's. Other views of a dense value are dense."""
+    if node.target not in (aten.select.int, aten.slice.Tensor, aten.expand.default):
+        return None
+    operand = value_of(argument(node, "self"))
+    strides: list[Size] = list(operand.stride())
+    if node.target is aten.expand.default:
+        new = value_of(node).dim() - operand.dim()
+        grown = (n for n in value_of(node).shape[new:])
+        return [0] * new + [s if same(was, n) else 0 for s, was, n in zip(strides, operand.shape, grown, strict=True)]
+    dim = axis(argument(node, "dim"), operand.dim())
+    if node.target is aten.select.int:
+        return strides[:dim] + strides[dim + 1 :]
+    strides[dim] = product([strides[dim], argument(node, "step")])
+    return strides
+
+
+def _strides(value: object) -> list[tuple[Size, ...]]:
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return [tuple(item.stride()) for item in items if isinstance(item, torch.Tensor)]
