@@ -66,8 +66,9 @@ class TokenDims:
     batched: bool
 
 
-#: A dim of a result, the claim for its rows along it, and how many there are.
-Option = tuple[Dim, Claim, Size]
+#: A dim of a result, the claim for its rows along it, and how many there are. Without a claim, rows are cut from the
+#: whole value.
+Option = tuple[Dim, Claim | None, Size]
 
 
 @dataclass
@@ -80,6 +81,8 @@ class _Sweep:
     mixing: dict[fx.Node, str] = field(default_factory=dict)
     #: Of values that may carry tokens along several dims, each with its claim, the likeliest first.
     options: dict[fx.Node, list[Option]] = field(default_factory=dict)
+    #: Dims along which rows of a value cannot be had.
+    refused: set[tuple[fx.Node, Dim]] = field(default_factory=set)
     barriers: int = 0
     batched: int = 0
     work: int = 0
@@ -92,7 +95,7 @@ class _Sweep:
         if node.target is operator.getitem:
             self._visit_getitem(node)
             return
-        found = self._claims(node, carried)
+        found = self._claims(node)
         if isinstance(found, str):
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
@@ -100,10 +103,12 @@ class _Sweep:
             self._restart_after(node, carried)
             return
         dim, claim, length = found[0]
+        assert claim is not None
         self.carriers[node] = Carrier(dim, length)
         self.rowwise.add(node)
+        found += self._cuts(node)
         if len(found) > 1:
-            self.options[node] = [option for option in found if same(option[2], length)]
+            self.options[node] = found
         needed = list(zip(inputs, claim.needs, strict=True))
         # A scan of what is as cheap as an input (padding, say) is so, too.
         heavy = not facts(node).recompute and claim.state is None
@@ -125,46 +130,96 @@ class _Sweep:
         assert isinstance(source, fx.Node) and isinstance(index, int)
         if source not in self.rowwise:
             return
-        length = self.carriers[source].length
         found: list[Option] = []
-        for dim in self._dims(source):
+        for dim, length in self._dims(source):
             outputs = claim_for(source, dim).outputs
             own = outputs[index] if outputs is not None else dim
             found += [] if own is None else [(own, Claim((Rows(dim),)), length)]
         if found:
-            self.carriers[node] = Carrier(found[0][0], length)
+            self.carriers[node] = Carrier(found[0][0], found[0][2])
             self.rowwise.add(node)
             self.worked |= {node} if source in self.worked else set()
             if len(found) > 1:
                 self.options[node] = found
 
-    def _dims(self, node: fx.Node) -> list[Dim]:
-        """Where a value may carry tokens, its likeliest dim first."""
+    def _dims(self, node: fx.Node) -> list[tuple[Dim, Size]]:
+        """Where a value may carry tokens and how many of them, what is likeliest first."""
         if node not in self.carriers:
             return []
-        return [dim for dim, _, _ in self.options[node]] if node in self.options else [self.carriers[node].dim]
+        if node in self.options:
+            return [(dim, length) for dim, _, length in self.options[node]]
+        return [(self.carriers[node].dim, self.carriers[node].length)]
 
-    def _claims(self, node: fx.Node, carried: list[Carrier | None]) -> list[Option] | str:
+    def _claims(self, node: fx.Node) -> list[Option] | str:
         """What its rows may be, that which asks most carriers for their own rows first; or why there is none."""
-        found: list[tuple[int, Option]] = []
+        found: list[tuple[int, tuple[Dim, Claim, Size]]] = []
         reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
         dims = [self._dims(operand) for operand in operands(node)]
-        for dim, length in _candidates(node, carried, dims):
+        for dim, length in _candidates(node, dims):
             try:
                 claim = claim_for(node, dim, in_order=True)
             except CannotChunk as refusal:
                 reason = refusal.reason
                 continue
-            asked = [(own, dim_of(need)) for own, need in zip(dims, claim.needs, strict=True) if own]
-            if all(d is None or d in own for own, d in asked):
-                found.append((sum(d is not None for _, d in asked), (dim, claim, length)))
+            asked = self._asked(node, claim)
+            if all(self._may_carry(operand, along, length) for operand, along in asked):
+                found.append((len(asked), (dim, claim, length)))
         if not found:
             return reason
-        most = max(matches for matches, _ in found)
-        # Of a value that is spread out along another dimension, rows along that one need all of it.
-        spread = [m > 0 or all(isinstance(need, All) for need in option[1].needs) for m, option in found]
-        found = [pair for pair, is_spread in zip(found, spread, strict=True) if is_spread or pair[0] == most]
         return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
+
+    def _asked(self, node: fx.Node, claim: Claim) -> list[tuple[fx.Node, Dim]]:
+        """The operands with tokens of which rows are needed, and along which dim."""
+        needed = ((operand, dim_of(need)) for operand, need in zip(operands(node), claim.needs, strict=True))
+        return [(operand, along) for operand, along in needed if operand in self.carriers and along is not None]
+
+    def _may_carry(self, node: fx.Node, dim: Dim, length: Size) -> bool:
+        """Whether a value can be had by rows along this dim, and so can all that it is then made from.
+
+        A mask that was spread out over the queries can, say. That is one of its options from now on.
+        """
+        if self.carriers[node].dim == dim and same(self.carriers[node].length, length):
+            return True
+        found: list[tuple[fx.Node, Option]] = []
+        pending, seen = [(node, dim)], {(node, dim)}
+        while pending:
+            value, along = pending.pop()
+            if any(along == at and same(n, length) for at, n in self._dims(value)):
+                continue
+            option = None if (value, along) in self.refused else self._option(value, along, length)
+            if option is None:
+                self.refused.add((node, dim))
+                return False
+            found.append((value, option))
+            more = self._asked(value, option[1]) if option[1] is not None else []
+            pending += [pair for pair in more if pair not in seen]
+            seen.update(more)
+        for value, option in found:
+            self.options.setdefault(value, [self._first(value)]).append(option)
+        return True
+
+    def _option(self, node: fx.Node, dim: Dim, length: Size) -> Option | None:
+        if node not in self.rowwise or node.target is operator.getitem:
+            return None
+        cut = next((option for option in self._cuts(node) if option[0] == dim and same(option[2], length)), None)
+        if cut is not None:
+            return cut
+        try:
+            return dim, claim_for(node, dim), length
+        except CannotChunk:
+            return None
+
+    def _first(self, node: fx.Node) -> Option:
+        carrier = self.carriers[node]
+        return carrier.dim, _claim_of(node, carrier.dim), carrier.length
+
+    def _cuts(self, node: fx.Node) -> list[Option]:
+        """What is cut along one of two dimensions with tokens may be rows along either."""
+        if node.target not in (aten.slice.Tensor, aten.cat.default):
+            return []
+        dims = [dim for dim, _ in self._dims(operands(node)[0]) if dim.plain and _cuts_or_adds_rows(node, dim.index)]
+        sizes = [(dim, value_of(node).shape[dim.index]) for dim in dims]
+        return [(dim, None, size) for dim, size in sizes if hint(size) > 1]
 
     def _restart_after(self, node: fx.Node, carried: list[Carrier | None]) -> None:
         """The result of a mixing operator may still have one row per token: carry on from there."""
@@ -187,30 +242,27 @@ class _Sweep:
 
 
 def _cuts_or_adds_rows(node: fx.Node, index: int) -> bool:
-    if node.target is aten.slice.Tensor:
-        return True
-    rank = value_of(node).dim()
-    return node.target is aten.cat.default and axis(argument(node, "dim"), rank) == index
+    if node.target not in (aten.slice.Tensor, aten.cat.default):
+        return False
+    return axis(argument(node, "dim"), value_of(node).dim()) == index
 
 
-def _candidates(node: fx.Node, carried: list[Carrier | None], dims: list[list[Dim]]) -> list[tuple[Dim, Size]]:
+def _candidates(node: fx.Node, dims: list[list[tuple[Dim, Size]]]) -> list[tuple[Dim, Size]]:
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
     if not isinstance(first, torch.Tensor):
         return []
     candidates = facts(node).candidates
     found: list[tuple[Dim, Size]] = []
-    for i, carrier in enumerate(carried):
-        if carrier is None:
-            continue
-        for own in dims[i]:
+    for i, options in enumerate(dims):
+        for own, length in options:
             if candidates is not None:
-                given = tuple(own if j == i else c.dim if c else None for j, c in enumerate(carried))
+                given = tuple(own if j == i else others[0][0] if others else None for j, others in enumerate(dims))
                 likely = candidates(node, given)
             else:
-                size = product([own.outer, carrier.length, own.inner])
-                likely = [own.at(i) for i, s in enumerate(first.shape) if same(s, size)]
-            found += [(dim, carrier.length) for dim in likely if (dim, carrier.length) not in found]
+                size = product([own.outer, length, own.inner])
+                likely = [own.at(at) for at, s in enumerate(first.shape) if same(s, size)]
+            found += [(dim, length) for dim in likely if (dim, length) not in found]
     return found
 
 
@@ -290,6 +342,10 @@ def _settled(gm: fx.GraphModule, sweep: _Sweep) -> dict[fx.Node, Carrier]:
             votes = asked.get(node, [])
             dim, claim, length = max(options, key=lambda option: votes.count(option[0]))
             settled[node] = Carrier(dim, length)
+            if claim is None:
+                sweep.rowwise.discard(node)
+                sweep.mixing[node] = "its rows need other rows of its operands"
+                continue
         elif any(operand in sweep.options for operand in operands(node)):
             claim = _claim_of(node, sweep.carriers[node].dim)
         else:
