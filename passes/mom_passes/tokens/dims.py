@@ -17,7 +17,7 @@ mixes      An operator without a claim that keeps rows apart (a cumsum over toke
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,13 +89,13 @@ class _Sweep:
 
     def visit(self, node: fx.Node) -> None:
         inputs = operands(node)
-        carried = [self.carriers.get(operand) for operand in inputs]
-        if not any(carried):
+        carried = [self.carriers[operand] for operand in inputs if operand in self.carriers]
+        if not carried:
             return
         if node.target is operator.getitem:
             self._visit_getitem(node)
             return
-        found = self._claims(node)
+        found = self._claims(node, inputs)
         if isinstance(found, str):
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
@@ -150,27 +150,27 @@ class _Sweep:
             return [(dim, length) for dim, _, length in self.options[node]]
         return [(self.carriers[node].dim, self.carriers[node].length)]
 
-    def _claims(self, node: fx.Node) -> list[Option] | str:
+    def _claims(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | str:
         """What its rows may be, that which asks most carriers for their own rows first; or why there is none."""
         found: list[tuple[int, tuple[Dim, Claim, Size]]] = []
         reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
-        dims = [self._dims(operand) for operand in operands(node)]
+        dims = [self._dims(operand) for operand in inputs]
         for dim, length in _candidates(node, dims):
             try:
                 claim = claim_for(node, dim, in_order=True)
             except CannotChunk as refusal:
                 reason = refusal.reason
                 continue
-            asked = self._asked(node, claim)
+            asked = self._asked(inputs, claim)
             if all(self._may_carry(operand, along, length) for operand, along in asked):
                 found.append((len(asked), (dim, claim, length)))
         if not found:
             return reason
         return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
 
-    def _asked(self, node: fx.Node, claim: Claim) -> list[tuple[fx.Node, Dim]]:
+    def _asked(self, inputs: Sequence[fx.Node], claim: Claim) -> list[tuple[fx.Node, Dim]]:
         """The operands with tokens of which rows are needed, and along which dim."""
-        needed = ((operand, dim_of(need)) for operand, need in zip(operands(node), claim.needs, strict=True))
+        needed = ((operand, dim_of(need)) for operand, need in zip(inputs, claim.needs, strict=True))
         return [(operand, along) for operand, along in needed if operand in self.carriers and along is not None]
 
     def _may_carry(self, node: fx.Node, dim: Dim, length: Size) -> bool:
@@ -191,7 +191,7 @@ class _Sweep:
                 self.refused.add((node, dim))
                 return False
             found.append((value, option))
-            more = self._asked(value, option[1]) if option[1] is not None else []
+            more = self._asked(operands(value), option[1]) if option[1] is not None else []
             pending += [pair for pair in more if pair not in seen]
             seen.update(more)
         for value, option in found:
@@ -221,14 +221,14 @@ class _Sweep:
         sizes = [(dim, value_of(node).shape[dim.index]) for dim in dims]
         return [(dim, None, size) for dim, size in sizes if hint(size) > 1]
 
-    def _restart_after(self, node: fx.Node, carried: list[Carrier | None]) -> None:
+    def _restart_after(self, node: fx.Node, carried: list[Carrier]) -> None:
         """The result of a mixing operator may still have one row per token: carry on from there."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return
         if any(n in self.worked for n in operands(node)):
             self.worked.add(node)
-        for carrier in filter(None, carried):
+        for carrier in carried:
             index = carrier.dim.index
             if carrier.dim.plain and _cuts_or_adds_rows(node, index):
                 # `hidden[:, 1:]` is still the sequence, and so is one with a prompt of embeddings before it.
