@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,25 @@ def counts(types: Mapping[str, Entry], known: int) -> str:
     exact = [entry for entry in run if all(right(entry, use) for use in USES if not _impossible(entry, use))]
     four = [entry for entry in run if all(right(entry, use) for use in USES)]
     looped = [entry for entry in run if all_in_loops(entry)]
+    attending = [entry for entry in run if not entry.get("recurrent")]
+    of_them = [entry for entry in attending if all_in_loops(entry)]
     return (
         (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
         + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left {len(built)} "
         f"can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, {len(exact)} in all "
         f"of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their matrix products in "
-        "loops.\n"
+        f"loops: {len(of_them)} of the {len(attending)} whose layers keep nothing but keys and values "
+        f"({len(of_them) / max(1, len(attending)):.0%}), {len(looped) - len(of_them)} of the "
+        f"{len(run) - len(attending)} with states of convolutions, scans or linear attention.{_peak_counts(run)}\n"
     )
+
+
+def _peak_counts(run: Sequence[Entry]) -> str:
+    ratios = sorted(ratio for entry in run if (ratio := peak_ratio(entry)) is not None)
+    if not ratios:
+        return ""
+    lower = sum(ratio < 1 for ratio in ratios)
+    return f" *Peaks* of {len(ratios)} types: {statistics.median(ratios):.2f}x at the median, lower for {lower}."
 
 
 def _impossible(entry: Entry, use: str) -> bool:
@@ -144,10 +157,17 @@ def _graphs(entry: Entry) -> str:
     return f"{got['graphs']}" + (f", {got['breaks']} breaks" if got["breaks"] else "")
 
 
-def _peak(entry: Entry) -> str:
+def peak_ratio(entry: Entry) -> float | None:
+    """Mom's peak over stock Inductor's, where both were measured."""
     peaks = entry.get("peaks", {})
-    if "peak" in peaks.get("inductor", {}) and "peak" in peaks.get("mom", {}):
-        return f"{peaks['mom']['peak'] / peaks['inductor']['peak']:.2f}"
+    measured = "peak" in peaks.get("inductor", {}) and "peak" in peaks.get("mom", {})
+    return peaks["mom"]["peak"] / peaks["inductor"]["peak"] if measured else None
+
+
+def _peak(entry: Entry) -> str:
+    ratio, peaks = peak_ratio(entry), entry.get("peaks", {})
+    if ratio is not None:
+        return f"{ratio:.2f}"
     return "stock fails" if "error" in peaks.get("inductor", {}) else "fails" if "error" in peaks.get("mom", {}) else ""
 
 

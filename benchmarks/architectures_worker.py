@@ -1,7 +1,7 @@
 """Types of models, each in a process of its own, for `benchmarks.architectures`: rows of what was found.
 
-A row has `parameters`, then one use after another under `uses`: the largest difference relative to eager's scale,
-graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
+A row has `parameters`, whether the type is `recurrent`, then one use after another under `uses`: the largest difference
+relative to eager's scale, graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
 """
 
 from __future__ import annotations
@@ -86,6 +86,15 @@ def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
         raise NoState(f"it returns none of {', '.join(STATES)}")
     kept = keeping(out[state], model) if state == "past_key_values" else {state: out[state]}
     return {**accepted(model, input_ids=words(batch, 1, SMALL, 9), use_cache=True), **grown, **kept}
+
+
+def is_recurrent(out: Any) -> bool:
+    """Whether a layer hands a state of its own from token to token, beside keys and values or in place of them: a short
+    convolution's last rows, what a scan or a linear attention has summed up."""
+    if any(out.get(name) is not None for name in STATES if name != "past_key_values"):
+        return True
+    layers = getattr(out.get("past_key_values"), "layers", ())
+    return any(hasattr(layer, "update_conv_state") or hasattr(layer, "update_recurrent_state") for layer in layers)
 
 
 class NoState(Exception):
@@ -217,6 +226,8 @@ def run_uses(name: str) -> None:
             uses[use] = {}
         except Exception as error:
             uses[use] = {"eager_error": said(error)}
+    if "prefill" in expected:
+        row({"type": name, "recurrent": is_recurrent(expected["prefill"])})
     got: dict[str, Any] = {}
     ours.compile()
     for use in wanted:

@@ -10,7 +10,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from benchmarks import architectures, architectures_page
+from benchmarks.architectures_worker import is_recurrent
 from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
+from tests.models import ids, tiny
 
 #: Dense with grouped heads, experts, latent attention with groups of them, windows, old names of fields, a part for
 #: text, state spaces alone and with attention, layers that share keys, exceptions.
@@ -95,9 +97,26 @@ def test_what_is_wrong_is_seen_on_the_page() -> None:
         return architectures_page.page({"stamp": stamp, "types": types})
 
     assert "**2 are right in all four uses**" in page()
+    assert "2 of the 2 whose layers keep nothing but keys and values (100%)" in page()
     wrong = page(decode={**right, "difference": 1e-3})
     assert "**1 are right in all four uses**" in wrong
     assert "**1e-03**" in wrong
     assert "**fails**" in page(decode={"error": "IndexError: of ours"})
     assert "decode: of stock" in page(decode={"error": "x", "stock_error": "of stock"})
+    outside = page(batch={**right, "work_outside": 5})
+    assert "1 of the 2 whose layers keep nothing but keys and values (50%)" in outside
     assert "aten.mm 50.0%: too tall" in page(batch={**right, "outside": {"aten.mm.default": [5, "too tall"]}})
+
+
+def test_peaks_are_counted() -> None:
+    peaks = {"inductor": {"peak": 100}, "mom": {"peak": 30}}
+    text = architectures_page._peak_counts([{"peaks": peaks}, {"peaks": {**peaks, "mom": {"peak": 110}}}, {}])
+    assert "of 2 types: 0.70x at the median, lower for 1" in text
+
+
+def test_what_keeps_more_than_keys_and_values_is_recurrent() -> None:
+    keeps: dict[str, bool] = {}
+    for family in ("Llama", "Qwen3Next", "DeepseekV3", "Bamba"):
+        with torch.no_grad():
+            keeps[family] = is_recurrent(tiny(family)(ids(1, 20), use_cache=True))
+    assert keeps == {"Llama": False, "Qwen3Next": True, "DeepseekV3": False, "Bamba": True}
