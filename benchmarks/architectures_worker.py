@@ -91,7 +91,7 @@ def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
 def is_recurrent(out: Any) -> bool:
     """Whether a layer hands a state of its own from token to token, beside keys and values or in place of them: a short
     convolution's last rows, what a scan or a linear attention has summed up."""
-    if any(out.get(name) is not None for name in STATES if name != "past_key_values"):
+    if any(out.get(name) is not None for name in ("cache_params", "state")):
         return True
     layers = getattr(out.get("past_key_values"), "layers", ())
     return any(hasattr(layer, "update_conv_state") or hasattr(layer, "update_recurrent_state") for layer in layers)

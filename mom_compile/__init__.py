@@ -12,6 +12,7 @@ from mom_compile.report import Report
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.store import HostMemory, empty_host_pool, host_memory
 from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.scores import TokenScores, token_log_probs
 from mom_passes.errors import CannotChunk
 from mom_passes.rules import All, Claim, Dim, Past, Rows
 from mom_passes.rules import register as chunk_rule
@@ -20,5 +21,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "MomWarning", "Past", "Report",
-    "Rows", "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports",
+    "Rows", "TokenScores", "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports", "token_log_probs",
 ]  # fmt: skip

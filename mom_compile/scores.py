@@ -1,0 +1,166 @@
+"""What a model thinks of each token of a text: log-probabilities, greedy choices and entropy, without logits.
+
+    scores = mom_compile.token_log_probs(model, input_ids, attention_mask)
+    scores.log_probs        [B, S - 1] float32, entry t is token t + 1's
+
+Logits of every token are the largest value of a scoring run by far: 2 GiB in float32 for 2,000 tokens of a vocabulary of
+262,144. Here what is asked of them is computed in the loop that makes them, a mini-sequence at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Of labels: no token to score here, as in Hugging Face's losses.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Entry `t` is about token `t + 1`, given those up to `t`. At padding and at ignored labels: zero, and no choice.
+
+    log_probs   `[B, S - 1]` float32: its log-probability
+    greedy      `[B, S - 1]` bool: whether no other token is more likely
+    entropy     `[B, S - 1]` float32, in nats, of the distribution that it is from; None if it was not asked for
+    """
+
+    log_probs: torch.Tensor
+    greedy: torch.Tensor
+    entropy: torch.Tensor | None = None
+
+    def sums(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The log-probability of tokens `start` to `end - 1` of each sequence, `[B]` float64: one span a sequence,
+        counted as in `input_ids`. Raises `ValueError` for a span that is not within them."""
+        self._check(spans)
+        return torch.stack(
+            [row[a - 1 : b - 1].double().sum() for row, (a, b) in zip(self.log_probs, spans, strict=True)]
+        )
+
+    def all_greedy(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Whether greedy decoding would have given each span, `[B]` bool. Raises as `sums` does."""
+        self._check(spans)
+        return torch.stack([row[a - 1 : b - 1].all() for row, (a, b) in zip(self.greedy, spans, strict=True)])
+
+    def _check(self, spans: Sequence[tuple[int, int]]) -> None:
+        batch, tokens = self.log_probs.shape[0], self.log_probs.shape[1] + 1
+        if len(spans) != batch:
+            raise ValueError(f"{len(spans)} spans for {batch} sequences; one for each is wanted")
+        for a, b in spans:
+            if not 1 <= a < b <= tokens:
+                raise ValueError(
+                    f"the span {a} to {b} is not within a text of {tokens} tokens: the first that has a score is "
+                    f"token 1, and the end is behind the last"
+                )
+
+
+def token_log_probs(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    labels: torch.Tensor | None = None,
+    entropy: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> TokenScores:
+    """Score `input_ids` `[B, S]` by a causal language model that returns `logits`.
+
+    `attention_mask` `[B, S]` is 0 at padding, on either side; each sequence is scored as it would be alone. `labels`
+    `[B, S]` are scored in place of the tokens themselves, at the places where these stand, -100 for none. `options` are
+    the backend's. The model is compiled for this once, whatever `model.compile` has made of it, and for all lengths;
+    nothing of it is kept alive. Scores are computed in float32 from the logits of the model's own dtype.
+
+    Raises `ValueError` for ids, a mask or labels of other shapes or outside of the vocabulary, for a text of less than
+    two tokens, and for a model that is training (its dropout would be scored) or returns no logits.
+    """
+    _check_inputs(model, input_ids, attention_mask, labels)
+    targets = (input_ids if labels is None else labels)[:, 1:]
+    seen = targets != IGNORED
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+    given = {"input_ids": input_ids, **_said_beside(model, attention_mask)}
+    run = _compiled(model, entropy, options)
+    with torch.no_grad():
+        log_probs, greedy, spread = run(model, given, torch.where(seen, targets, 0))
+    entropies = torch.where(seen, spread, 0.0) if entropy else None
+    return TokenScores(torch.where(seen, log_probs, 0.0), greedy & seen, entropies)
+
+
+def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: bool) -> Any:
+    """What is compiled: everything behind the logits is of one token each, so it runs where they are made."""
+    out = model.forward(**given)
+    logits = (out if isinstance(out, torch.Tensor) else out.logits)[:, :-1].float()
+    log_all = torch.log_softmax(logits, -1)
+    log_probs = log_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    greedy = logits.argmax(-1) == targets
+    if not entropy:
+        return log_probs, greedy, None
+    likely = log_all.exp()
+    return log_probs, greedy, -torch.where(likely > 0, likely * log_all, 0.0).sum(-1)
+
+
+#: Compiled functions of a model, for as long as it lives: they are given it, and hold it in no other way.
+_COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: torch.nn.Module, entropy: bool, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    key = (entropy, repr(sorted((options or {}).items())))
+    known = _COMPILED.setdefault(model, {})
+    if key not in known:
+        # Dynamo keeps what it compiled by code object, and only so much for each: every model gets its own.
+        name = f"score_by_{type(model).__name__}"
+        code = _scores.__code__.replace(co_name=name)
+        function = types.FunctionType(code, _scores.__globals__, name)
+        compiled = torch.compile(function, backend="mom", dynamic=True, options=dict(options or {}))
+        known[key] = lambda *given: compiled(*given, entropy)
+    return known[key]
+
+
+def _said_beside(model: torch.nn.Module, mask: torch.Tensor | None) -> dict[str, Any]:
+    """The mask, positions that count the tokens of each sequence alone, and that no cache is wanted; of positions and
+    the cache only what the model takes."""
+    takes = inspect.signature(model.forward).parameters
+    said: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if mask is not None:
+        said["attention_mask"] = mask
+        if "position_ids" in takes:
+            said["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return said
+
+
+def _check_inputs(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
+) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first, or its dropout is scored, too")
+    head = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise ValueError(f"{type(model).__name__} returns no logits: load it with AutoModelForCausalLM")
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids are {list(ids.shape)} {ids.dtype}; [batch, tokens] of integers is wanted")
+    if ids.shape[0] == 0 or ids.shape[1] < 2:
+        raise ValueError(f"input_ids are {list(ids.shape)}: a token is scored given those before it, so two are wanted")
+    for name, value in (("attention_mask", mask), ("labels", labels)):
+        if value is not None and value.shape != ids.shape:
+            raise ValueError(f"{name} is {list(value.shape)} and input_ids are {list(ids.shape)}")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        vocabulary = None
+    _check_ids("input_ids", ids, vocabulary)
+    if labels is not None:
+        _check_ids("labels", labels[labels != IGNORED], vocabulary)
+
+
+def _check_ids(name: str, ids: torch.Tensor, vocabulary: int | None) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} have {wrong}, which is no token of a vocabulary of {vocabulary}")
