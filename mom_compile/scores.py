@@ -3,8 +3,8 @@
     scores = mom_compile.token_log_probs(model, input_ids, attention_mask)
     scores.log_probs        [B, S - 1] float32, entry t is token t + 1's
 
-Logits of every token are the largest value of a scoring run by far: 2 GiB in float32 for 2,000 tokens of a vocabulary of
-262,144. Here what is asked of them is computed in the loop that makes them, a mini-sequence at a time.
+Logits of every token are the largest value of a scoring run by far: 2 GiB in float32 for 2,000 tokens of a vocabulary
+of 262,144. Here what is asked of them is computed in the loop that makes them, a mini-sequence at a time.
 """
 
 from __future__ import annotations
