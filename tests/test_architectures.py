@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from benchmarks import architectures, architectures_page
 from benchmarks.architectures_worker import is_recurrent
 from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
-from tests.models import ids, tiny
+from tests.models import ids, small_model
 
 #: Dense with grouped heads, experts, latent attention with groups of them, windows, old names of fields, a part for
 #: text, state spaces alone and with attention, layers that share keys, exceptions.
@@ -118,5 +118,5 @@ def test_what_keeps_more_than_keys_and_values_is_recurrent() -> None:
     keeps: dict[str, bool] = {}
     for family in ("Llama", "Qwen3Next", "DeepseekV3", "Bamba"):
         with torch.no_grad():
-            keeps[family] = is_recurrent(tiny(family)(ids(1, 20), use_cache=True))
+            keeps[family] = is_recurrent(small_model(family)(ids(1, 20), use_cache=True))
     assert keeps == {"Llama": False, "Qwen3Next": True, "DeepseekV3": False, "Bamba": True}

@@ -85,7 +85,7 @@ def test_a_pass_and_its_test(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = torch.randn(2, 13, HIDDEN, dtype=torch.float64), weights_of(torch.float64)
     gm = trace(program, x, *weights)
     rewritten, report = rewrite(gm, 4)
-    assert [(one.name, one.change) for one in report.passes][1] == ("permutes_undone", "1 permutes")
+    assert ("permutes_undone", "1 permutes") in [(one.name, one.change) for one in report.passes]
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
 
 
