@@ -15,6 +15,7 @@ from mom_compile.report import PassReport, Report
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
+from mom_passes.graph.known_symbols import without_known_symbols
 from mom_passes.graph.sizes import hint, is_one
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
@@ -268,7 +269,9 @@ def run_pipeline(
     out_of_order = read_behind_a_write(gm)
     if out_of_order is not None:
         raise NotWorthwhile(out_of_order)
-    state = State(copy_graph(gm), static_inputs, limit, report, scope, kv_on_host, contract=Contract.of(gm))
+    copied = copy_graph(gm)
+    without_known_symbols(copied)
+    state = State(copied, static_inputs, limit, report, scope, kv_on_host, contract=Contract.of(copied))
     no_loops: NotWorthwhile | None = None
     try:
         _run(TO_LOOPS, state, skip)

@@ -268,3 +268,20 @@ def test_a_second_turn_behind_a_window_equals_eager(family: str, static: bool) -
         actual = turns(torch.compile(model.forward, backend="mom", dynamic=True, options=MINI))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert all(report.stages for report in reports())
+
+
+def test_a_number_that_guards_leave_one_value_makes_no_second_length(eager_pieces: None, stock_is_eager: None) -> None:
+    """`x[:, -keep:]` for `keep = 0`, as a symbol, is all of `x`, and by PyTorch's arithmetic `tokens + keep` rows."""
+    weights = weights_of(torch.float64)
+
+    def run(x: torch.Tensor, keep: int) -> torch.Tensor:
+        return ROWWISE["mlp"](x[:, -keep:], weights) @ weights.square
+
+    compiled = torch.compile(run, backend="mom", options=MINI)
+    for keep, tokens in ((3, 21), (0, 30), (0, 25), (17, 40), (0, 33)):
+        x = torch.randn(2, tokens, HIDDEN, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x, keep), run(x, keep), rtol=0, atol=1e-10)
+    few, none, many = reports()
+    assert few.no_loops or few.fallback  # three rows are one mini-sequence
+    assert none.stages and not none.work_outside
+    assert many.stages and not many.work_outside

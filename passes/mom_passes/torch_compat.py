@@ -49,6 +49,11 @@ def shape_env_of(number: Any) -> Any:
     return number.node.shape_env
 
 
+def equalities_of(env: Any) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """What the graph's guards say is equal. Whoever runs the graph has checked them."""
+    return [(guard.expr.lhs, guard.expr.rhs) for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
+
+
 def new_number(env: Any, value: sympy.Basic, kind: type, hint: Any) -> Any:
     """A symbolic number of `kind` (`bool`, `float` or `int`) for an expression in known symbols."""
     if kind is bool:
