@@ -1,13 +1,13 @@
-"""`make demo`: a long prompt through Gemma 3 270M under eager, stock Inductor and mom.
+"""`make demo`: a long prompt through Gemma 3 270M, in eager mode and with mom; with `--full`, with stock Inductor too.
 
 The prompt is English text that Python ships (`pydoc_data.topics`); the model comes from a Python package. Each
 backend runs in a fresh process, which calls `generate()` as a user would:
 
 1. `generate` a few tokens greedily, everything compiled on the way; text and last logits are kept;
 2. `generate` one token again, now warm: that is the prefill whose peak and time stand in the table;
-3. score the prompt: negative log-likelihood of each of its tokens, by a compiled function that returns these alone.
-   The logits in between, tokens x 262,144, exist for one mini-sequence at a time with mom. The last scores are held
-   against eager's logits scored in float64.
+3. score the prompt: the log-probability of each of its tokens, with mom by `token_log_probs`. The logits in between,
+   tokens x 262,144, then exist for one mini-sequence at a time. The last scores are held against eager's logits scored
+   in float64.
 """
 
 from __future__ import annotations
@@ -23,12 +23,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import mom_compile
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
 
 OUTPUT = Path("demo_output")
-BACKENDS = ("eager", "inductor", "mom")
-STEPS_PER_WORKER = 5
+BACKENDS = ("eager", "mom")
+FULL = ("eager", "inductor", "mom")
+#: Seconds that steps take on two cores, for 3072 tokens: what is said before each wait, and how far the bar goes.
+EXPECTED = {
+    "unpacking Gemma 3 270M": 20,
+    "the model is unpacked already": 5,
+    "eager: loading": 5,
+    "eager: generating": 15,
+    "eager: measuring a warm prefill": 10,
+    "eager: scoring": 15,
+    "eager: scoring, in float64": 10,
+    "inductor: compiling, generating": 90,
+    "inductor: scoring": 60,
+    "mom: compiling, generating": 60,
+    "mom: scoring": 40,
+}
+USUAL = 10
 #: Tokens at the end of the prompt whose scores are held against float64.
 EXACT = 512
 Row = dict[str, Any]
@@ -118,11 +134,7 @@ def compare(backend: str, new_tokens: int) -> None:
 def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
     """Negative log-likelihood of every token but the first, cold, then warm for peak and time."""
 
-    def per_token(ids: torch.Tensor) -> torch.Tensor:
-        logits = model.forward(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
-
-    call = per_token if backend == "eager" else torch.compile(per_token, backend=backend)
+    call = scorer(model, backend)
     before = compile_seconds()
     with torch.no_grad():
         if backend != "eager":
@@ -134,6 +146,18 @@ def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
         workers.step("scoring, in float64")
         torch.save(exact_scores(model, ids), OUTPUT / "exact-score.pt")
     return {"peak": report.peak, "seconds": time.perf_counter() - start, "compile": compile_seconds() - before}
+
+
+def scorer(model: Any, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of `[1, tokens]` ids, each token's negative log-likelihood."""
+    if backend == "mom":
+        return lambda ids: -mom_compile.token_log_probs(model, ids).log_probs[0]
+
+    def per_token(ids: torch.Tensor) -> torch.Tensor:
+        logits = model.forward(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
+
+    return per_token if backend == "eager" else torch.compile(per_token, backend=backend)
 
 
 def exact_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -172,49 +196,46 @@ def add_comparison(rows: Sequence[Row]) -> None:
 
 def print_table(rows: Sequence[Row], tokens: int) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"Gemma 3 270M, float32, a prompt of {tokens} tokens")
-    table.add_column("backend")
-    for heading in ("peak above weights", "prefill", "compile", "difference in logits", "same text"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row["backend"],
-            f"{row['peak'] / MIB:.0f} MiB",
-            f"{row['seconds']:.1f} s",
-            f"{row['compile']:.1f} s" if row["backend"] != "eager" else "",
-            f"{row['difference']:.1e}" if "difference" in row else "",
-            ("yes" if row["same_text"] else "NO") if "same_text" in row else "",
-        )
     console = Console()
-    console.print(table)
-    console.print(score_table(rows, tokens))
-    if rows:
-        console.print(f"generated: {rows[0]['text']!r}", markup=False)
+    if not console.is_terminal:  # a pipe has no width: nothing is cut off
+        console = Console(width=160)
+    console.print(table_of(rows, tokens))
+    for line in notes(rows):
+        console.print(line, markup=False)
 
 
-def score_table(rows: Sequence[Row], tokens: int) -> Any:
+def table_of(rows: Sequence[Row], tokens: int) -> Any:
+    """Peak and time of both, each also as a part of the first row's, which is eager mode's unless it was left out."""
     from rich.table import Table
 
-    table = Table(title=f"Scoring the same {tokens} tokens: negative log-likelihood of each")
+    table = Table(title=f"Gemma 3 270M, float32, {tokens} tokens: peak above the weights, time when warm, compilation")
     table.add_column("backend")
-    for heading in ("peak above weights", "of Inductor's", "time", "compile", "mean", "its error", "each token's"):
-        table.add_column(heading, justify="right")
-    stock = next((row["score"]["peak"] for row in rows if row["backend"] == "inductor"), None)
+    for what in ("prefill", "scoring"):
+        for heading in (f"{what}: peak", f"of {rows[0]['backend']}'s", "time", f"of {rows[0]['backend']}'s", "compile"):
+            table.add_column(heading, justify="right")
     for row in rows:
-        score = row["score"]
-        table.add_row(
-            row["backend"],
-            f"{score['peak'] / MIB:.0f} MiB",
-            f"{score['peak'] / stock:.3f}" if stock else "",
-            f"{score['seconds']:.1f} s",
-            f"{score['compile']:.1f} s" if row["backend"] != "eager" else "",
-            f"{score['mean']:.4f}" if "mean" in score else "",
-            f"{score['of_mean']:.1e}" if "of_mean" in score else "",
-            f"{score['per_token']:.1e}" if "per_token" in score else "",
-        )
+        cells = [row["backend"]]
+        for mine, first in ((row, rows[0]), (row["score"], rows[0]["score"])):
+            cells += [f"{mine['peak'] / MIB:,.0f} MiB", f"{mine['peak'] / first['peak']:.2f}x"]
+            cells += [f"{mine['seconds']:.1f} s", f"{mine['seconds'] / first['seconds']:.2f}x"]
+            cells += [f"{mine['compile']:.0f} s" if row["backend"] != "eager" else ""]
+        table.add_row(*cells)
     return table
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """How far results are from eager mode's, and what was generated."""
+    lines = []
+    for row in rows:
+        if row["backend"] != "eager" and "difference" in row:
+            text = "the same text as eager" if row["same_text"] else "ANOTHER TEXT THAN EAGER"
+            lines.append(f"{row['backend']}: {text}, last logits within {row['difference']:.1e}")
+        if "per_token" in row["score"]:
+            score = row["score"]
+            lines.append(f"{row['backend']}: mean score {score['mean']:.4f}, off float64's by {score['of_mean']:.1e}; "
+                         f"each token's by {score['per_token']:.1e}")  # fmt: skip
+    return [*lines, f"generated: {rows[0]['text']!r}"]
 
 
 def save_chart(rows: Sequence[Row], tokens: int) -> Path:
@@ -237,9 +258,11 @@ def draw_peaks(axes: Any, rows: Sequence[Row], peaks: Sequence[int], title: str)
     names = [row["backend"] for row in rows]
     colours = ["#2a78b5" if name == "mom" else "#b0b7bf" for name in names]
     bars = axes.barh(names, [peak / MIB for peak in peaks], color=colours)
-    axes.bar_label(bars, labels=[f"{peak / MIB:,.0f} MiB" for peak in peaks], padding=4)
+    ratios = ["", *(f", {peak / peaks[0]:.2f}x" for peak in peaks[1:])]
+    labels = [f"{peak / MIB:,.0f} MiB{ratio}" for peak, ratio in zip(peaks, ratios, strict=True)]
+    axes.bar_label(bars, labels=labels, padding=4)
     axes.invert_yaxis()
-    axes.margins(x=0.22)
+    axes.margins(x=0.32)
     axes.set_xlabel("peak above the weights, MiB")
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
@@ -265,9 +288,44 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=3072, help="length of the prompt (default 3072)")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--full", action="store_true", help="with stock Inductor, which takes as long again")
+    parser.add_argument("--backends", nargs="+", help="these alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.backends = options.backends or list(FULL if options.full else BACKENDS)
+    return options
+
+
+def expected(text: str) -> int:
+    """Seconds that a step is likely to take."""
+    return EXPECTED.get(text, USUAL)
+
+
+def all_steps(backends: Sequence[str]) -> list[str]:
+    """What is waited for, in order."""
+    steps = ["unpacking Gemma 3 270M"]
+    for backend in backends:
+        eager = backend == "eager"
+        own = ["loading", "generating" if eager else "compiling, generating", "measuring a warm prefill", "scoring",
+               "scoring, warm", *["scoring, in float64"] * eager]  # fmt: skip
+        steps += [f"{backend}: {step}" for step in own]
+    return steps
+
+
+class Waiting:
+    """A bar that goes as far as each step is long, and says beforehand how long that is."""
+
+    def __init__(self, progress: Any, steps: Sequence[str]) -> None:
+        self.progress = progress
+        self.bar = progress.add_task("starting", total=sum(map(expected, steps)))
+        self.done = self.running = 0
+
+    def advance(self, text: str) -> None:
+        self.done, self.running = self.done + self.running, expected(text)
+        said = f"{text} (about {self.running} s)"
+        self.progress.update(self.bar, completed=self.done, description=said)
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(said, markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,18 +338,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     OUTPUT.mkdir(exist_ok=True)
+    steps = all_steps(options.backends)
+    minutes = sum(map(expected, steps)) / 60
+    names = ", ".join(options.backends)
+    print(f"Gemma 3 270M, {options.tokens} tokens: {names}; about {minutes:.0f} minutes on two cores", flush=True)
     columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns) as progress:
-        bar = progress.add_task("starting", total=1 + STEPS_PER_WORKER * len(options.backends))
-        begun = 0
-
-        def advance(text: str) -> None:
-            nonlocal begun
-            progress.update(bar, completed=begun, description=text)
-            begun += 1
-
-        rows, tokens = run_all(options, advance)
-        progress.update(bar, completed=begun, description="done")
+        waiting = Waiting(progress, steps)
+        rows, tokens = run_all(options, waiting.advance)
+        progress.update(waiting.bar, completed=waiting.progress.tasks[0].total, description="done")
     add_comparison(rows)
     print_table(rows, tokens)
     print(measure.describe_machine())

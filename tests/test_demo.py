@@ -1,0 +1,62 @@
+"""What `make demo` prints: one table that is whole wherever it goes, and what is waited for, beforehand."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from examples import demo
+
+ROWS: list[dict[str, Any]] = [
+    {"backend": "eager", "peak": 400 << 20, "seconds": 8.0, "compile": 0.0, "text": "so it goes", "same_text": True,
+     "difference": 0.0, "score": {"peak": 6000 << 20, "seconds": 20.0, "compile": 0.0, "mean": 3.5, "of_mean": 4e-5,
+                                  "per_token": 1e-4}},
+    {"backend": "mom", "peak": 100 << 20, "seconds": 6.0, "compile": 30.0, "text": "so it goes", "same_text": True,
+     "difference": 2e-5, "score": {"peak": 300 << 20, "seconds": 10.0, "compile": 9.0, "mean": 3.5, "of_mean": 1e-7,
+                                   "per_token": 2e-6}},
+]  # fmt: skip
+
+
+def test_a_piped_table_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    demo.print_table(ROWS, 3072)
+    printed = capsys.readouterr().out
+    (mom,) = (line for line in printed.splitlines() if line.startswith("│ mom"))
+    cells = [cell.strip() for cell in mom.strip("│").split("│")]
+    assert cells == [
+        "mom", "100 MiB", "0.25x", "6.0 s", "0.75x", "30 s", "300 MiB", "0.05x", "10.0 s", "0.50x", "9 s"
+    ]  # fmt: skip
+    assert "…" not in printed and "mom: the same text as eager" in printed and "so it goes" in printed
+
+
+def test_another_text_is_shouted() -> None:
+    assert any("ANOTHER TEXT" in line for line in demo.notes([ROWS[0], {**ROWS[1], "same_text": False}]))
+
+
+def test_stock_inductor_is_for_who_asks() -> None:
+    assert demo.parse([]).backends == ["eager", "mom"]
+    assert demo.parse(["--full"]).backends == ["eager", "inductor", "mom"]
+    assert demo.parse(["--backends", "mom"]).backends == ["mom"]
+
+
+def test_every_wait_is_announced_as_long_as_it_is_expected() -> None:
+    class Bar:
+        console = type("Console", (), {"is_terminal": False, "print": lambda self, text, **_: said.append(text)})()
+
+        def add_task(self, text: str, total: int) -> int:
+            self.total = total
+            return 0
+
+        def update(self, task: int, completed: int, description: str) -> None:
+            far.append(completed / self.total)
+
+    said: list[str] = []
+    far: list[float] = []
+    steps = demo.all_steps(["eager", "mom"])
+    waiting = demo.Waiting(Bar(), steps)
+    for step in steps:
+        waiting.advance(step)
+    assert [re.sub(r" \(about \d+ s\)", "", text) for text in said] == steps
+    assert far[0] == 0 and far == sorted(far) and far[-1] < 1
+    assert not demo.EXPECTED.keys() - {*demo.all_steps(demo.FULL), "the model is unpacked already"}
