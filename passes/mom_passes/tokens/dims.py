@@ -6,10 +6,14 @@ seed       A dimension of a graph input that is not a parameter: a candidate for
 carries    A value carries tokens along a `Dim` if its rows can be computed from rows of other carriers.
 mixes      An operator without a claim that keeps rows apart (a cumsum over tokens, a roll). Its result may
            still have one row per token; the sweep goes on from there, and the planner runs it on the whole sequence.
+option     A value with the sequence in two dimensions, scores of every key for every query, may carry tokens along
+           either. It is settled on the one that its readers' rows ask for.
 
     for seed in every dimension of every input that is no parameter:
         for node in graph order:
             dims[node] = the dim whose claim asks carriers for their own rows, or for all of them
+        for node in reverse, of those with several options:
+            dims[node] = the one that most readers ask for
     keep the seed that carries most matmul work and meets barriers: products that take rows of one activation and
         all of another, or rows before these (attention's keys). Along the batch there are none.
 """
