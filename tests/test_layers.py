@@ -20,15 +20,15 @@ ROOMS = {
     ),
     "mom_compile": (
         "torch_compat", "versions", "runtime", "timeline notices config report pipeline meta_model",
-        "memory", "lowering", "backend", "explain",
+        "memory", "lowering", "backend", "explain scores",
     ),
 }  # fmt: skip
 #: The only files that may touch what is not public in PyTorch, so that a new PyTorch is two files to look at.
 PRIVATE_HOMES = ("mom_passes.torch_compat", "mom_compile.torch_compat")
 #: What is not public of symbolic numbers, operators and fake tensors, though it has no underscore in front.
 PRIVATE_ATTRIBUTES = {
-    "create_symboolnode", "create_symfloatnode", "create_symintnode", "fake_mode", "has_hint", "overloadpacket",
-    "shape_env", "suppress_guards", "var_to_range",
+    "create_symboolnode", "create_symfloatnode", "create_symintnode", "fake_mode", "guards", "has_hint",
+    "overloadpacket", "shape_env", "suppress_guards", "var_to_range",
 }  # fmt: skip
 
 

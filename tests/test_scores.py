@@ -12,7 +12,7 @@ import torch
 import mom_compile
 from mom_compile import TokenScores, token_log_probs
 from mom_compile.scores import _COMPILED
-from tests.models import SMALL, TinyDecoder, ids, small_model
+from tests.models import SMALL, TinyDecoder, ids, small_model, sweep
 
 OPTIONS = {"strict": True, "mini_seq_len": 16}
 
@@ -39,7 +39,7 @@ def assert_scores(actual: TokenScores, row: int, at: slice, expected: TokenScore
         torch.testing.assert_close(actual.entropy[row, at].double(), expected.entropy, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3Text"])
+@pytest.mark.parametrize("family", sweep(["Llama", "GPT2", "Gemma3Text"], quick=["Llama"]))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_each_sequence_of_a_padded_batch_is_scored_as_alone(family: str, side: str, eager_pieces: None) -> None:
     model = small_model(family)
@@ -112,6 +112,7 @@ def test_a_model_that_is_compiled_itself_goes_on_as_it_was(eager_pieces: None, s
     assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
 
 
+@pytest.mark.slow
 def test_many_models_do_not_get_in_each_others_way(eager_pieces: None) -> None:
     """Dynamo compiles a function a limited number of times; a model that has gone is not held."""
     gone = []

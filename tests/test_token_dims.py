@@ -12,6 +12,7 @@ from mom_compile.pipeline import NotWorthwhile
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from mom_passes.tokens.dims import analyse_token_dims
+from tests.models import sweep
 from tests.programs import ATTENTION, HIDDEN, STEPS, Step, Weights, positions, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import check_every_length, rewrite, trace
@@ -69,7 +70,7 @@ def test_for_the_last_token_alone_they_are_made_for_its_query(name: str) -> None
     assert not any(list(value.shape[-2:]) == [17, 17] for value in values)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", sweep(SPARSE, quick=["indexed"]))
 def test_compiled_for_every_length(name: str) -> None:
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
         return (program(ATTENTION[name], STEPS["mlp"])(x, *parameters),)
