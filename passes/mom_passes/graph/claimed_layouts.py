@@ -14,13 +14,12 @@ After:   row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (192, 48, 1)
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, axis
-from mom_passes.graph.edit import fake_value
+from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.sizes import Size, is_one, product, same
-from mom_passes.graph.values import is_tensor, value_of
+from mom_passes.graph.values import is_tensor, tensors_of, value_of
 
 
 def real_layouts(gm: fx.GraphModule) -> int:
@@ -30,8 +29,9 @@ def real_layouts(gm: fx.GraphModule) -> int:
         if node.op != "call_function" or not is_tensor(node):
             continue
         if _claims_otherwise(node) or any(operand in wrong for operand in node.all_input_nodes):
-            before, node.meta["val"] = node.meta["val"], fake_value(node)
-            if _strides(before) != _strides(node.meta["val"]):
+            before = tensors_of(node)
+            node.meta["val"] = fake_value(node)
+            if any(strides_differ(a, b) for a, b in zip(before, tensors_of(node), strict=True)):
                 wrong.add(node)
     return len(wrong)
 
@@ -61,8 +61,3 @@ def _strides_of_view(node: fx.Node) -> list[Size] | None:
         return strides[:dim] + strides[dim + 1 :]
     strides[dim] = product([strides[dim], argument(node, "step")])
     return strides
-
-
-def _strides(value: object) -> list[tuple[Size, ...]]:
-    items = value if isinstance(value, (tuple, list)) else [value]
-    return [tuple(item.stride()) for item in items if isinstance(item, torch.Tensor)]

@@ -22,8 +22,8 @@ from torch import fx, nn
 
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
-from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node
-from mom_passes.graph.sizes import Size, hint, is_one, same
+from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node, strides_differ
+from mom_passes.graph.sizes import Size, hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
@@ -178,8 +178,7 @@ class _Rewriter:
         value = item.meta["val"]
         with fake_mode(self.graph):
             dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
-        strides = zip(dense.stride(), value.stride(), value.shape, strict=True)
-        if not all(same(a, b) or is_one(size) for a, b, size in strides):
+        if strides_differ(dense, value):
             item.meta["val"] = dense
 
     def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
