@@ -25,6 +25,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 1,
         "vocab_size": 32_000,
     },
+    # Half as wide as "small".
+    "half": {
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 32_000,
+    },
     "llama-3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14_336,

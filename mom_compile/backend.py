@@ -33,6 +33,8 @@ from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.program.layers import by_layers
+from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
 
@@ -98,6 +100,7 @@ def compile_graph(
             except NotWorthwhile as decision:
                 report.fallback = str(decision)
                 gm = for_stock(gm, report=report)
+                program = build_layers(gm, options, report, kwargs)
         except Exception as error:
             if options.strict:
                 raise
@@ -198,6 +201,30 @@ def build_program(
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs)
     rewritten = rewrite(gm, options, report, static)
+    return _lowered(rewritten, options, report, static)
+
+
+def build_layers(
+    gm: fx.GraphModule, options: Options, report: Report, kwargs: Mapping[str, Any]
+) -> Callable[[list[Any]], Any] | None:
+    """A graph without loops whose layers share their pieces; None where stock Inductor compiles it as a whole.
+
+    CUDA graphs record a graph as a whole.
+    """
+    if kwargs.get("cudagraphs"):
+        return None
+    plan = by_layers(gm)
+    if plan is None:
+        return None
+    rewritten = Rewritten.planned(gm, plan, report.fallback)
+    program = _lowered(rewritten, options, report, static_input_names(gm, kwargs))
+    report.layer_pieces = sum(isinstance(step, Compute) for step in plan.steps)
+    return program
+
+
+def _lowered(
+    rewritten: Rewritten, options: Options, report: Report, static: Collection[str]
+) -> Callable[[list[Any]], Any]:
     kv = kv_place(rewritten, options, static)
     program = Lowering(
         rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv

@@ -91,6 +91,7 @@ class Report:
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
     work           multiply-adds of all matrix products and attentions, at the captured sizes
     work_outside   those of them that run on the full sequence, by operator as in `left_out`
+    layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
 
@@ -113,6 +114,7 @@ class Report:
     work_outside: dict[str, int] = field(default_factory=dict)
     bodies_shared: int = 0
     compile_seconds: float = 0.0
+    layer_pieces: int = 0
     graph: fx.GraphModule | None = None
 
     def describe(self, rewritten: Rewritten) -> None:
@@ -168,7 +170,8 @@ class Report:
     def headline(self) -> str:
         """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
         if self.fallback is not None:
-            return f"stock Inductor: {self.fallback}"
+            cut = f" in {self.layer_pieces} pieces by layers" if self.layer_pieces else ""
+            return f"stock Inductor{cut}: {self.fallback}"
         what = f"prefill, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
         moved = f"{_moved_rows(self)} to the host, " if self.on_host else ""
         return f"{what}{moved}expected peak {_mib(self.expected_peak_bytes)}"

@@ -16,6 +16,7 @@ place            A view of a stored value's rows, which the body fills: nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,15 +25,13 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.lowering.canonical import NO_LITERALS, Literals, in_canonical_form
 from mom_compile.lowering.layouts import (
-    COUNT,
     LENGTH,
-    START,
     LoopLayout,
     Symbols,
     dense_strides,
-    expressions,
-    substitute,
+    order_if_dense,
 )
 from mom_compile.lowering.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
@@ -48,7 +47,7 @@ from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
-from mom_passes.loops.ports import RowsIn, SizeIn, Stored
+from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
@@ -81,6 +80,7 @@ class Lowering:
         self.cache = cache
         self.report = report
         self.symbols = Symbols(self.gm)
+        self.literals = Literals.of(self.gm, static_inputs)
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
@@ -108,9 +108,33 @@ class Lowering:
     # --- operators between loops ---
 
     def _lower_piece(self, step: Compute) -> None:
+        run, extra, left = self._compile_piece(step, self.literals) or self._compile_piece(step, NO_LITERALS)  # type: ignore[misc]
+        self._call(step, run, [*extra, *itertools.compress(step.ins, left)])
+
+    def _compile_piece(
+        self, step: Compute, literals: Literals
+    ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]] | None:
+        """The piece of a run of operators; None if with its literals as symbols it is none that Inductor compiles."""
         graph = _subgraph(step.nodes, step.ins, step.outs)
-        run, extra = self._compile(graph, [self.template(node) for node in step.ins], step.name)
-        self._call(step, run, [*extra, *step.ins])
+        templates = [self._general(node, literals) for node in step.ins]
+        values = dict.fromkeys(literals.facts, literals.length)
+        found = self._compile(graph, templates, step.name, values, literals.facts, literals)
+        if literals.length and self.report.eager_pieces.pop(step.name, None) is not None:
+            return None
+        return found
+
+    def _general(self, node: fx.Node, literals: Literals) -> Template:
+        """What a piece assumes of an input, with the captured length as a symbol where it is dense."""
+        template = self.template(node)
+        if not literals.length or not isinstance(template, TensorTemplate) or node.name in self.static_inputs:
+            return template
+        shape = tuple(expr(literals.size(size, node, i)) for i, size in enumerate(node.meta["val"].shape))
+        if shape == template.shape:
+            return template
+        order = self.layouts[node].type.dense if node in self.layouts else order_if_dense(node.meta["val"])
+        if order is None:
+            return template
+        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
 
     # --- loops ---
 
@@ -120,16 +144,21 @@ class Lowering:
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
-        run, extra = self._compile(_writing_body(loop), templates, step.name, layout.literal, layout.facts())
+        values_of_symbols = {LENGTH: layout.literal}
+        run, extra, left = self._compile(
+            _writing_body(loop), templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS
+        )
+        left = left[2 : 2 + len(loop.inputs)]
         sizes = _sizes_in_a_run(loop)
         values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
         functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
-        inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in (loop.inputs, loop.outputs))
+        inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in _of_inputs(loop, left))
         compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions))
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
-        self._call(step, compiled, [*values, *node.args])
+        length, *operands = node.args
+        self._call(step, compiled, [*values, length, *itertools.compress(operands, left)])
 
     def _symbols_of(self, sizes: Collection[sympy.Expr]) -> list[fx.Node]:
         """Sources of the symbols of some sizes."""
@@ -154,31 +183,25 @@ class Lowering:
     def _compile(
         self,
         graph: fx.Graph,
-        templates: list[Template],
+        templates: Sequence[Template],
         name: str,
-        literal: int | None = None,
-        facts: Mapping[sympy.Symbol, SymbolFacts] | None = None,
-    ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
-        """The compiled piece, and the arguments that give its symbols their values, to be passed first.
+        values: Mapping[sympy.Symbol, int | None],
+        facts: Mapping[sympy.Symbol, SymbolFacts],
+        literals: Literals,
+    ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]]:
+        """The compiled piece, the arguments that give its symbols their values, to be passed first, and which of its
+        inputs it is passed: not the sizes that it computes from these.
 
-        `start` and `count` change with every iteration: a loop passes them itself, after those.
+        `facts` and `values` are of the symbols that the graph has not. `start` and `count` change with every iteration:
+        a loop passes them itself, after the others.
         """
-        found = [s for t in templates for e in expressions(t) for s in sorted(e.free_symbols, key=str)]
-        facts = {**self.symbols.facts, **(facts or {})}
-        outer = [s for s in dict.fromkeys(found) if s not in (START, COUNT)]
-        names: dict[sympy.Symbol, sympy.Symbol] = {
-            s: sympy.Symbol(f"n{i}", integer=True, nonnegative=True) for i, s in enumerate(outer)
-        }
-        own = {names[s]: facts[s] for s in outer}
-        looping = [s for s in (START, COUNT) if s in found]
-        own.update({s: facts[s] for s in looping})
-        renamed: list[Template] = [SizeTemplate(names[s]) for s in outer]
-        renamed += [substitute(t, names) for t in templates]
-        _lead_with_sizes(graph, [names[s].name for s in outer])
+        form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
-        piece = self.cache.get(graph, renamed, own, self.patches, self.settings, self.report, name)
-        extra = [literal if s is LENGTH else self.symbols.sources[s] for s in outer]
-        return piece, extra
+        piece = self.cache.get(
+            graph, form.templates, form.symbols, self.patches, self.settings, self.report, name
+        )
+        extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]
+        return piece, extra, form.left
 
     def template(self, node: fx.Node) -> Template:
         value = node.meta["val"]
@@ -307,11 +330,16 @@ def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
     return graph
 
 
-def _lead_with_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Put a placeholder for each symbol before all others."""
-    with graph.inserting_before(next(iter(graph.nodes))):
-        for name in names:
-            add_input(graph, name)
+def _of_inputs(loop: Loop, left: Sequence[bool]) -> tuple[list[In], list[Out]]:
+    """A loop's ports where some of its inputs are left out."""
+    now = list(itertools.accumulate(left, initial=0))
+
+    def renumbered(port: Out) -> Out:
+        if isinstance(port, Final):
+            return replace(port, carry=now[port.carry])
+        return port if port.over is None else replace(port, over=now[port.over])
+
+    return list(itertools.compress(loop.inputs, left)), [renumbered(port) for port in loop.outputs]
 
 
 def _constant(value: Any) -> Callable[[list[Any]], tuple[Any]]:

@@ -83,7 +83,7 @@ class LoopLayout:
         """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
         value = node.meta["val"]
         lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
-        order = self.lowering.layouts[node].type.dense if node in self.lowering.layouts else _order_if_dense(value)
+        order = self.lowering.layouts[node].type.dense if node in self.lowering.layouts else order_if_dense(value)
         if not lengths or order is None:
             return template
         shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
@@ -136,7 +136,8 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Exp
     return tuple(strides)
 
 
-def _order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
+def order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
+    """The order of a dense tensor's dimensions, from the outermost in storage to the innermost; None for another."""
     order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
     expected = dense_strides([hint(size) for size in value.shape], order)
     dense = all(

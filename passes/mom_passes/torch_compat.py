@@ -26,6 +26,14 @@ def schema_of(target: Any) -> Any:
     return getattr(target, "_schema", None)
 
 
+def takes_sizes(argument: Any) -> bool:
+    """Whether an argument of a schema may be a symbolic number, or a list of them, where it is given a number."""
+    kind = argument.real_type
+    while isinstance(kind, (torch._C.OptionalType, torch._C.ListType)):
+        kind = kind.getElementType()
+    return isinstance(kind, (torch._C.SymIntType, torch._C.NumberType))
+
+
 def packet_of(target: Any) -> Any:
     """The operator that an overload is one of, `aten.add` for `aten.add.Tensor`; None for any other callable."""
     return getattr(target, "overloadpacket", None)

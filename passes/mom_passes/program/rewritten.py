@@ -25,5 +25,8 @@ class Rewritten:
 
     @staticmethod
     def of(gm: fx.GraphModule, no_loops: str | None = None) -> Rewritten:
-        plan = schedule(gm)
+        return Rewritten.planned(gm, schedule(gm), no_loops)
+
+    @staticmethod
+    def planned(gm: fx.GraphModule, plan: Program, no_loops: str | None) -> Rewritten:
         return Rewritten(gm, plan, memory(plan), no_loops)

@@ -4,12 +4,14 @@
         loop, copy      -> ends the run of operators before it; a step of its own
         size            -> a step of its own; it ends the run if it is read off a value of it
         operator        -> goes on with the run, together with what takes its several results apart
+        end             -> an operator behind which the caller wants a cut ends its run
     a run of views alone is no piece: each is called as it is
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 import torch
 from torch import fx
@@ -25,18 +27,19 @@ from mom_passes.torch_compat import SYMBOLIC
 aten = torch.ops.aten
 
 
-def schedule(gm: fx.GraphModule) -> Program:
-    """The program of a rewritten graph."""
+def schedule(gm: fx.GraphModule, ends: Collection[fx.Node] = ()) -> Program:
+    """The program of a rewritten graph; a piece ends with each of `ends`."""
     output = next(iter(reversed(gm.graph.nodes)))
     returned = output.args[0]
     outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     inputs = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
-    return Program(inputs, tuple(_Scheduler(gm).steps()), outputs, storages(gm))
+    return Program(inputs, tuple(_Scheduler(gm, ends).steps()), outputs, storages(gm))
 
 
 class _Scheduler:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, ends: Collection[fx.Node]) -> None:
         self.gm = gm
+        self.ends = ends
         self.made: list[Step] = []
         self.run: list[fx.Node] = []
         #: What is taken from several returned values goes with the operator that returned them.
@@ -79,6 +82,8 @@ class _Scheduler:
             items = _items(node)
             self.run += [node, *items]
             self.items.update(items)
+            if node in self.ends:
+                self._flush()
 
     def _flush(self) -> None:
         nodes, self.run = self.run, []

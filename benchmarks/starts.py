@@ -1,0 +1,140 @@
+"""How long until the first token: `python -m benchmarks.starts`.
+
+    cold     a process with an empty compile cache
+    again    a second process with what the first has left in the cache
+    in each  generate() of a first prompt; of a second, longer prompt; then decode steps, warm
+
+Every backend has processes and a cache folder of its own. Seconds are wall time; *processor* is the time of all threads
+and of the compilers that were started, which other work on the machine changes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, workers
+
+BACKENDS = ("inductor", "mom")
+RESULTS = Path(__file__).with_name("results")
+Row = dict[str, Any]
+
+
+def worker(spec: Row) -> None:
+    from benchmarks import models
+
+    model = models.llama(spec["shape"], spec["layers"], seq=2 * spec["seq"])
+    if spec["backend"] != "eager":
+        model.compile(**_backend(spec["backend"]))
+    row: Row = {"backend": spec["backend"], "start": spec["start"]}
+    for name, length in (("first", spec["seq"]), ("second", spec["seq"] + spec["seq"] // 4 + 1)):
+        workers.step(f"{name} prompt")
+        ids = models.tokens(model, length)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        row[name] = _timed(partial(model.generate, **given, max_new_tokens=5, min_new_tokens=5, do_sample=False))
+        row[name] |= _of_it()
+    workers.step("decode")
+    workers.row(row | {"step": _steps(model, spec)})
+
+
+def _backend(name: str) -> Row:
+    if name == "mom-host":
+        return {"backend": "mom", "options": {"kv_offload": True}}
+    return {"backend": name}
+
+
+def _timed(fn: Callable[[], Any]) -> Row:
+    before, began = _processor(), time.perf_counter()
+    fn()
+    return {"seconds": time.perf_counter() - began, "processor": _processor() - before}
+
+
+def _processor() -> float:
+    """Seconds of this process and of those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _of_it() -> Row:
+    """What of all graphs so far were passes of ours, and pieces that were compiled."""
+    from mom_compile import reports
+
+    found = reports()
+    passes = sum(step.seconds for report in found for step in report.passes)
+    return {
+        "graphs": len(found),
+        "passes": passes,
+        "compiling": sum(report.compile_seconds for report in found),
+        "pieces": sum(len(report.compiled_pieces) for report in found),
+    }
+
+
+@torch.no_grad()
+def _steps(model: Any, spec: Row) -> list[float]:
+    """Seconds of decode steps over a cache of the prompt's length."""
+    from benchmarks import models
+
+    cache = models.prefill(model, models.tokens(model, spec["seq"]), cache=True)[1]
+    kept, token = models.keeping(cache, model), torch.tensor([[7]])
+
+    def step() -> None:
+        model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
+
+    for _ in range(3):
+        step()
+    return [measure.seconds(step) for _ in range(spec["steps"])]
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    rows: list[Row] = []
+    for backend in options.backends:
+        with tempfile.TemporaryDirectory() as cache:
+            for start in ("cold", "again"):
+                spec = {**vars(options), "backend": backend, "start": start}
+                env = {"TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
+                rows += workers.run_worker(
+                    "benchmarks.starts", spec, env=env, on_step=partial(print, backend, start)
+                )
+                print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _line(row: Row) -> str:
+    first, second = row["first"], row["second"]
+    return (
+        f"{row['backend']:9} {row['start']:6} first {first['seconds']:.1f} s ({first['processor']:.1f}), "
+        f"second {second['seconds']:.1f} s ({second['processor']:.1f}), passes {second['passes']:.1f}, "
+        f"pieces {second['pieces']} in {second['compiling']:.1f} s, step {statistics.median(row['step']) * 1e3:.2f} ms"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--shape", default="half")
+    parser.add_argument("--seq", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    rows = run(options)
+    print(measure.describe_machine())
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "starts.json").write_text(json.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
