@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from mom_passes.rules import registered
 from mom_passes.rules.attention import SDPA
 from mom_passes.rules.pointwise import PRIMITIVES
+from tests.quantised_operators import NF4, packed
 from tests.rule_law import Call
 
 aten, prims, mom = torch.ops.aten, torch.ops.prims, torch.ops.mom
@@ -240,6 +241,37 @@ def _matmuls() -> list[Call]:
     ]
 
 
+def _packed_products() -> list[Call]:
+    """Products with quantised weights: those of PyTorch, and those of a package."""
+    x, codes = floats(6, 64).float(), integers(32, 64, below=16).int()
+    scales, rows = floats(2, 32, 2, seed=1).float(), integers(32, 64, below=100).to(torch.int8)
+    fours = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return [
+        Call(aten._weight_int4pack_mm_for_cpu.default, (x, fours, 32, scales)),
+        Call(aten._weight_int8pack_mm.default, (x.bfloat16(), rows, floats(32, seed=2).bfloat16())),
+    ]
+
+
+def _bitsandbytes() -> list[Call]:
+    ops, x = torch.ops.bitsandbytes, floats(2, 6, 64).float()
+    weights, scales = packed(floats(32, 64, seed=1) - 0.5)
+    bias, code, half = floats(32, seed=2).float(), torch.tensor(NF4), x[0].half()
+    rows, of_rows, _ = ops.int8_vectorwise_quant(half)
+    others, of_others, _ = ops.int8_vectorwise_quant(floats(32, 64, seed=3).half())
+    product = ops.int8_linear_matmul(rows, others)
+    return [
+        Call(ops.gemm_4bit.default, (x, weights, [32, 64], scales, 32, "nf4")),
+        Call(ops.gemm_4bit.default, (x[0], weights, [32, 64], scales, 32, "nf4"), {"bias": bias}),
+        Call(ops.gemv_4bit.default, (x.bfloat16(), weights, [32, 64], scales, code, 32)),
+        Call(ops.int8_linear_matmul.default, (rows, others)),
+        Call(ops.int8_vectorwise_quant.default, (half,)),
+        Call(ops.int8_mm_dequant.default, (product, of_rows, of_others)),
+        Call(ops.int8_mm_dequant.default, (product, of_rows, of_others, torch.float32, bias)),
+        Call(ops.int8_scaled_mm.default, (rows, others, of_rows, of_others)),
+        Call(ops.int8_scaled_mm.default, (rows, others, of_rows, of_others, bias), {"dtype": torch.float32}),
+    ]
+
+
 def _attentions(device: str = "cpu", dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     def heads(count: int, rows: int, seed: int, batch: int = 2) -> torch.Tensor:
         return floats(batch, count, rows, 8, seed=seed).to(device, dtype)
@@ -304,7 +336,8 @@ CUDA_ONLY = {
 }
 
 BY_HAND: list[Callable[[], list[Call]]] = [
-    _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _mom_attention, _sdpa_for_cpu,
+    _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
+    _bitsandbytes, _mom_attention, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

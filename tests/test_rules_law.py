@@ -130,7 +130,7 @@ def test_items_of_tuples() -> None:
         producer = node_of(call)
         for item, value in enumerate(producer.meta["val"]):
             node = getitem_of(producer, item)
-            for index in range(value.dim() if value.numel() else 0):
+            for index in range(value.dim() if value is not None and value.numel() else 0):
                 dim = Dim(index)
                 try:
                     (need,) = claim_for(node, dim).needs

@@ -17,13 +17,14 @@ from mom_passes.rules.needs import Dim
 
 
 def take(tensor: torch.Tensor, dim: Dim, start: int, count: int) -> torch.Tensor:
-    """Rows `[start, start + count)` of a tensor. A view wherever the layout allows one."""
+    """Rows `[start, start + count)` of a tensor, those of a composite dim without gaps, as a loop gives them to its
+    body. A view wherever the layout allows one."""
     if dim.plain:
         return tensor.narrow(dim.index, start, count)
     rows = _unfold(tensor, dim).narrow(dim.index + 1, start, count)
     # Not -1: where another size is zero, any number would fit.
     size = int(dim.outer) * count * int(dim.inner)
-    return rows.reshape(*tensor.shape[: dim.index], size, *tensor.shape[dim.index + 1 :])
+    return rows.contiguous().reshape(*tensor.shape[: dim.index], size, *tensor.shape[dim.index + 1 :])
 
 
 def put(full: torch.Tensor, dim: Dim, start: int, piece: torch.Tensor) -> None:
