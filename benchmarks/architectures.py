@@ -9,6 +9,8 @@ is in loops?
         scoring        logits of every token, without a cache
         each by mom and in eager mode; where mom fails or differs, by `backend="aot_eager"` too
 
+Then the same for every text decoder of a multimodal model that is none of these (`text_decoders`), from embeddings.
+
 Results are kept in benchmarks/results/architectures.json as they come, and what is there is not run again unless with
 `--redo`. docs/architectures.md is made from it (`--page` makes nothing else).
 
@@ -22,14 +24,17 @@ import argparse
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from benchmarks import measure
 from benchmarks.architectures_page import PAGE, page
 from benchmarks.small_configs import exceptions
+from benchmarks.text_decoders import composites
 from benchmarks.workers import run_worker
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
@@ -61,7 +66,12 @@ def twin_of(name: str) -> str | None:
 
 
 class Results:
-    """What was measured, by type, in a file that is whole after every type."""
+    """What was measured, by type, in a file that is whole after every type.
+
+    types       causal language models
+    decoders    text decoders of multimodal models, each with its `composites`
+    known       composites whose text part is one of the types, by that
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,25 +79,33 @@ class Results:
         found = json.loads(path.read_text()) if path.exists() else {}
         self.stamp: dict[str, Any] = found.get("stamp", {})
         self.types: dict[str, dict[str, Any]] = found.get("types", {})
+        self.decoders: dict[str, dict[str, Any]] = found.get("decoders", {})
+        self.known: dict[str, list[str]] = found.get("known", {})
 
-    def add(self, name: str, entry: dict[str, Any], replace: bool = False) -> None:
-        """Memory is measured apart from the rest and stays what it was when that is measured anew."""
+    def add(self, name: str, entry: dict[str, Any], replace: bool = False, composites: Sequence[str] = ()) -> None:
+        """Of a decoder, where there are `composites` that have it. Memory is measured apart from the rest and stays
+        what it was when that is measured anew."""
         with self.lock:
-            before = self.types.get(name, {})
+            those = self.decoders if composites else self.types
+            before = those.get(name, {})
             kept = {k: v for k, v in before.items() if not replace or k in ("peaks", "compile_seconds")}
-            self.types[name] = {**kept, **entry}
+            those[name] = {**kept, **entry, **({"composites": list(composites)} if composites else {})}
             self.save()
+
+    def ordered(self) -> dict[str, Any]:
+        """As it is kept."""
+        kept = {"stamp": self.stamp, "types": dict(sorted(self.types.items()))}
+        return {**kept, "decoders": dict(sorted(self.decoders.items())), "known": dict(sorted(self.known.items()))}
 
     def save(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        ordered = {"stamp": self.stamp, "types": dict(sorted(self.types.items()))}
         unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+        unfinished.write_text(json.dumps(self.ordered(), indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(self.path)
 
 
 def write_page(results: Results) -> None:
-    PAGE.write_text(page({"stamp": results.stamp, "types": results.types}))
+    PAGE.write_text(page(results.ordered()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a type")
     parser.add_argument("--page", action="store_true", help="only make the page from the results")
     options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
     results = Results(RESULTS)
     if not options.page:
         sweep(results, options)
@@ -107,26 +126,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sweep(results: Results, options: argparse.Namespace) -> None:
-    known = model_types()
-    unknown = sorted(set(options.only or ()) - set(known))
+    known, found = model_types(), composites()
+    unknown = sorted(set(options.only or ()) - {*known, *found.decoders})
     if unknown:
-        raise SystemExit(f"transformers has no causal language model called {', '.join(unknown)}")
+        raise SystemExit(
+            f"{', '.join(unknown)}: neither a causal language model of transformers nor the text decoder of a "
+            f"multimodal one; {PAGE.name} lists those that there are"
+        )
     key = "compile_seconds" if options.compile else "seconds"
-    wanted = [name for name in known if not options.only or name in options.only]
-    wanted = [name for name in wanted if options.redo or key not in results.types.get(name, {})]
-    results.stamp = {**measure.machine(), "threads": 1, "types": len(known)}
-    wanted = [name for name in wanted if not set_apart(name, results, key)]
+    # Peaks of text decoders are not measured: what exceptions set for them is set for small ones alone.
+    unmeasured = sorted({*(options.only or ())} & {*found.decoders}) if options.compile else []
+    if unmeasured:
+        raise SystemExit(f"{', '.join(unmeasured)}: peaks of text decoders are not measured; leave out --compile")
+    decoders = {} if options.compile else found.decoders
+    done = {**results.types, **results.decoders}
+    wanted = [name for name in (*known, *decoders) if not options.only or name in options.only]
+    wanted = [name for name in wanted if options.redo or key not in done.get(name, {})]
+    results.stamp = {**measure.machine(), "threads": 1, "types": len(known), "decoders": len(found.decoders)}
+    results.known = dict(found.known)
+    wanted = [name for name in wanted if not set_apart(name, decoders.get(name, []), results, key)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda part: run_types(part, results, options), deal(wanted, options.jobs)))
+        list(pool.map(lambda part: run_types(part, decoders, results, options), deal(wanted, options.jobs)))
 
 
-def set_apart(name: str, results: Results, key: str) -> bool:
+def set_apart(name: str, composites: Sequence[str], results: Results, key: str) -> bool:
     """Record a type that is not run: it is another's twin, or the exceptions say so."""
-    twin, own = twin_of(name), exceptions(name)
+    twin = None if composites else twin_of(name)
+    own = exceptions(composites[0] if composites else name)
     if twin is not None:
         results.add(name, {"same_as": twin, key: 0})
     elif own.get("skip"):
-        results.add(name, {"not_built": own["why"], key: 0})
+        results.add(name, {"not_built": own["why"], key: 0}, replace=key == "seconds", composites=composites)
     return twin is not None or bool(own.get("skip"))
 
 
@@ -134,7 +164,9 @@ def deal(names: Sequence[str], hands: int) -> list[list[str]]:
     return [list(names[i::hands]) for i in range(hands)]
 
 
-def run_types(names: Sequence[str], results: Results, options: argparse.Namespace) -> None:
+def run_types(
+    names: Sequence[str], decoders: Mapping[str, list[str]], results: Results, options: argparse.Namespace
+) -> None:
     """Each in a process of its own that begins with everything imported and nothing compiled."""
     fresh: dict[str, dict[str, Any]] = {}
 
@@ -142,10 +174,11 @@ def run_types(names: Sequence[str], results: Results, options: argparse.Namespac
         name = found.pop("type")
         fresh.setdefault(name, {}).update(found)
         if "seconds" in found or "compile_seconds" in found:  # it has ended
-            results.add(name, fresh[name], replace=not options.compile)
+            results.add(name, fresh[name], replace=not options.compile, composites=decoders.get(name, []))
             print(f"{name}: {summary(fresh[name])}", flush=True)
 
-    spec = {"types": list(names), "compile": options.compile, "timeout": options.timeout}
+    types = [(name, next(iter(decoders.get(name, [])), None)) for name in names]
+    spec = {"types": types, "compile": options.compile, "timeout": options.timeout}
     if names:
         run_worker("benchmarks.architectures_worker", spec, on_row=take)
 

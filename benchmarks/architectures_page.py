@@ -38,6 +38,16 @@ tested but Inductor's code. *In loops* is the share of multiply-adds, those of a
 batch and in scoring.
 """
 
+_DECODERS = """## Text decoders of multimodal models
+
+The same of composites, types with parts of their own for images, video or sound: of each a small one is made, and its
+text decoder (`get_decoder()`) with its head is run from `inputs_embeds`, as the composite does once its images are
+embedded (`benchmarks/text_decoders.py`). A type here is that of the text part, with the composites that have it; peaks
+are not measured. What a composite gives its decoder in every call beside embeddings is given here too: nine states of
+an encoder, or how far to stay behind. Keys and values of these are no tokens' and made once, outside loops: in the
+types whose entries say `aten.mm` of at most 2% they are all that is outside.
+"""
+
 _PEAKS = """
 *Peak* is mom's over stock Inductor's, both compiled for real, float32, for one prefill of 2048 tokens, above
 weights and inputs, cache kept: hidden size 256, intermediates 3.5 times that, a vocabulary of 4096, a layer of each
@@ -49,13 +59,16 @@ here.
 def page(results: Mapping[str, Any]) -> str:
     """The whole page as text."""
     types: Mapping[str, Entry] = results["types"]
+    decoders: Mapping[str, Entry] = results.get("decoders", {})
     stamp = results["stamp"]
     parts = [_HEAD.format(transformers=stamp["transformers"], stamp=describe_machine(stamp))]
     if any("peaks" in entry for entry in types.values()):
         parts.append(_PEAKS)
-    run = {name: entry for name, entry in types.items() if compared(entry)}
-    parts.append(counts(types, stamp.get("types", len(types))))
-    parts += [text for text in (_table(run, types), *_apart(types)) if text]
+    parts += [counts(types, stamp.get("types", len(types))), _table(types)]
+    if decoders:
+        parts.append(_DECODERS)
+        parts += [decoder_counts(decoders, stamp["decoders"], results["known"]), _table(decoders)]
+    parts += [text for text in _apart({**types, **decoders}) if text]
     return "\n".join(parts)
 
 
@@ -87,8 +100,28 @@ def all_in_loops(entry: Entry) -> bool:
 def counts(types: Mapping[str, Entry], known: int) -> str:
     """The figures of the page in a few lines."""
     twins = sum("same_as" in entry for entry in types.values())
-    own = {name: entry for name, entry in types.items() if "same_as" not in entry}
-    built = [entry for entry in own.values() if "parameters" in entry]
+    own = [entry for entry in types.values() if "same_as" not in entry]
+    return (
+        (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
+        + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left "
+        + _verdict(own)
+        + f"{_peak_counts([entry for entry in own if compared(entry)])}\n"
+    )
+
+
+def decoder_counts(decoders: Mapping[str, Entry], known: int, swept: Mapping[str, Sequence[str]]) -> str:
+    """The same of text decoders; `swept` are composites whose text part is a type of the first table, by that."""
+    parts = "; ".join(f"{text} ({', '.join(sorted(names))})" for text, names in sorted(swept.items()))
+    return (
+        (f"{len(decoders)} of {known} types have been measured so far. " if len(decoders) < known else "")
+        + f"Of {len(decoders)} types {_verdict(list(decoders.values()))}\n\n"
+        + f"The text parts of {sum(map(len, swept.values()))} other composites are types of the first table: {parts}.\n"
+    )
+
+
+def _verdict(own: Sequence[Entry]) -> str:
+    """How many of these are right, and how many have all their products in loops."""
+    built = [entry for entry in own if "parameters" in entry]
     run = [entry for entry in built if compared(entry)]
     exact = [entry for entry in run if all(right(entry, use) for use in USES if not _impossible(entry, use))]
     four = [entry for entry in run if all(right(entry, use) for use in USES)]
@@ -96,13 +129,11 @@ def counts(types: Mapping[str, Entry], known: int) -> str:
     attending = [entry for entry in run if not entry.get("recurrent")]
     of_them = [entry for entry in attending if all_in_loops(entry)]
     return (
-        (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
-        + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left {len(built)} "
-        f"can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, {len(exact)} in all "
-        f"of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their matrix products in "
-        f"loops: {len(of_them)} of the {len(attending)} whose layers keep nothing but keys and values "
-        f"({len(of_them) / max(1, len(attending)):.0%}), {len(looped) - len(of_them)} of the "
-        f"{len(run) - len(attending)} with states of convolutions, scans or linear attention.{_peak_counts(run)}\n"
+        f"{len(built)} can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, "
+        f"{len(exact)} in all of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their "
+        f"matrix products in loops: {len(of_them)} of the {len(attending)} whose layers keep nothing but keys and "
+        f"values ({len(of_them) / max(1, len(attending)):.0%}), {len(looped) - len(of_them)} of the "
+        f"{len(run) - len(attending)} with states of convolutions, scans or linear attention."
     )
 
 
@@ -119,11 +150,13 @@ def _impossible(entry: Entry, use: str) -> bool:
     return "eager_error" in got or "stock_error" in got or got.get("stock_difference", 0) > entry["bound"]
 
 
-def _table(run: Mapping[str, Entry], types: Mapping[str, Entry]) -> str:
+def _table(types: Mapping[str, Entry]) -> str:
     rows = ["| type | prefill | batch | decode | scoring | in loops | graphs | peak | on the full sequence, and why |",
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, entry in run.items():
-        also = [other for other, of in types.items() if of.get("same_as") == name]
+    for name, entry in types.items():
+        if not compared(entry):
+            continue
+        also = [other for other, of in types.items() if of.get("same_as") == name] or entry.get("composites", [])
         label = name + (f" ({', '.join(also)})" if also else "")
         figures = [_figure(entry, use) for use in USES]
         shares = " / ".join(_percent(share(entry, use)) for use in FULL)

@@ -29,6 +29,7 @@ from torch._dynamo.utils import counters
 from benchmarks import measure
 from benchmarks.models import keeping
 from benchmarks.small_configs import REALISTIC, SMALL, Scale, exceptions, small_config
+from benchmarks.text_decoders import TextDecoder, build_decoder
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 from benchmarks.workers import row, step
 from mom_compile import reports
@@ -47,11 +48,26 @@ STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 Inputs = dict[str, Any]
 
 
-def build(name: str, scale: Scale, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class Subject:
+    """A type that is run: a causal language model, or the text decoder of a composite of this type."""
+
+    name: str
+    composite: str | None = None
+
+    @property
+    def exceptions(self) -> dict[str, Any]:
+        return exceptions(self.composite or self.name)
+
+
+def build(subject: Subject, scale: Scale, dtype: torch.dtype) -> Any:
     """With noise on every parameter: biases and gates that begin at zero would hide what is done to them."""
-    config = small_config(name, scale)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    if subject.composite is None:
+        model = transformers.AutoModelForCausalLM.from_config(small_config(subject.name, scale))
+    else:
+        model = build_decoder(subject.composite, scale)
+    model = model.eval().to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,8 +75,10 @@ def build(name: str, scale: Scale, dtype: torch.dtype) -> Any:
     return model
 
 
-def words(rows: int, tokens: int, scale: Scale, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, scale.words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+def words(model: Any, rows: int, tokens: int, scale: Scale, seed: int = 0) -> Inputs:
+    """Ids, or what a text decoder takes in their place."""
+    ids = torch.randint(3, scale.words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"inputs_embeds": model.embed(ids)} if isinstance(model, TextDecoder) else {"input_ids": ids}
 
 
 def accepted(model: Any, **inputs: Any) -> Inputs:
@@ -73,19 +91,19 @@ def padded(model: Any, tokens: int) -> Inputs:
     mask = torch.ones(len(PADDING), tokens, dtype=torch.long)
     for i, count in enumerate(PADDING):
         mask[i, :count] = 0
-    return accepted(model, input_ids=words(len(PADDING), tokens, SMALL), attention_mask=mask, use_cache=True)
+    return accepted(model, **words(model, len(PADDING), tokens, SMALL), attention_mask=mask, use_cache=True)
 
 
 def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
     """A token more, for each sequence."""
-    batch = inputs["input_ids"].shape[0]
+    batch = next(iter(inputs.values())).shape[0]
     mask = inputs.get("attention_mask")
     grown = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)}
     state = next((name for name in STATES if out.get(name) is not None), None)
     if state is None:
         raise NoState(f"it returns none of {', '.join(STATES)}")
     kept = keeping(out[state], model) if state == "past_key_values" else {state: out[state]}
-    return {**accepted(model, input_ids=words(batch, 1, SMALL, 9), use_cache=True), **grown, **kept}
+    return {**accepted(model, **words(model, batch, 1, SMALL, 9), use_cache=True), **grown, **kept}
 
 
 def is_recurrent(out: Any) -> bool:
@@ -117,7 +135,7 @@ class Caller:
         """The logits of one use; `outputs` has those that it follows upon, by the same backend."""
         model = self.model
         if name == "prefill":
-            inputs = accepted(model, input_ids=words(1, TOKENS[name], SMALL), use_cache=True, logits_to_keep=1)
+            inputs = accepted(model, **words(model, 1, TOKENS[name], SMALL), use_cache=True, logits_to_keep=1)
         elif name == "batch":
             inputs = padded(model, TOKENS[name])
         elif name == "decode":
@@ -125,7 +143,7 @@ class Caller:
                 raise NoState("there is no prefill to follow")
             inputs = after(model, padded(model, TOKENS["batch"]), outputs["batch"])
         else:
-            inputs = accepted(model, input_ids=words(2, TOKENS[name], SMALL), use_cache=False)
+            inputs = accepted(model, **words(model, 2, TOKENS[name], SMALL), use_cache=False)
         out = outputs[name] = self(inputs)
         mask = inputs.get("attention_mask")
         whole = mask is not None and out.logits.dim() == 3 and out.logits.shape[1] == mask.shape[1]
@@ -205,12 +223,13 @@ def everything_in_float64() -> Iterator[None]:
         moe._can_use_grouped_mm = original
 
 
-def run_uses(name: str) -> None:
+def run_uses(subject: Subject) -> None:
     """Rows for the uses of a small model of this type."""
-    dtype = getattr(torch, exceptions(name).get("dtype", "float64"))
+    name = subject.name
+    dtype = getattr(torch, subject.exceptions.get("dtype", "float64"))
     bound = BOUND if dtype is torch.float64 else BOUND_FLOAT32
     try:
-        model = build(name, SMALL, dtype)
+        model = build(subject, SMALL, dtype)
     except Exception as error:
         row({"type": name, "not_built": said(error)})
         return
@@ -266,8 +285,8 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
 def run_peaks(name: str) -> None:
     """Rows for the peak memory of a prefill, cache kept, logits of the last token."""
     measure.watch_cpu()
-    model = build(name, REALISTIC, torch.float32)
-    inputs = accepted(model, input_ids=words(1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
+    model = build(Subject(name), REALISTIC, torch.float32)
+    inputs = accepted(model, **words(model, 1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
     peaks: dict[str, dict[str, Any]] = {}
     wanted = Caller(model, None)(inputs).logits
     for backend in ("inductor", "mom"):
@@ -289,26 +308,26 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
         return {"error": said(error)}
 
 
-def run_one(name: str, compiled: bool) -> None:
+def run_one(subject: Subject, compiled: bool) -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         if compiled:
-            run_peaks(name)
+            run_peaks(subject.name)
         else:
             with everything_in_float64():
-                run_uses(name)
+                run_uses(subject)
 
 
-def in_a_child(name: str, compiled: bool, timeout: float) -> str | None:
+def in_a_child(subject: Subject, compiled: bool, timeout: float) -> str | None:
     """Run one type in a fork of this process, in which everything is imported and nothing has run. How it failed."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run_one(name, compiled)
+            run_one(subject, compiled)
             status = 0
         except BaseException as error:
-            row({"type": name, "ended": said(error)})
+            row({"type": subject.name, "ended": said(error)})
         sys.stdout.flush()
         os._exit(status)
     end = time.monotonic() + timeout
@@ -328,9 +347,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for name in spec["types"]:
+    for name, composite in spec["types"]:
         began = time.monotonic()
-        failed = in_a_child(name, spec["compile"], spec["timeout"])
+        failed = in_a_child(Subject(name, composite), spec["compile"], spec["timeout"])
         ended = {} if failed is None else {"ended": failed}
         key = "compile_seconds" if spec["compile"] else "seconds"
         row({"type": name, **ended, key: round(time.monotonic() - began, 1)})

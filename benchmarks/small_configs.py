@@ -98,6 +98,7 @@ SIZES: tuple[tuple[str, Rule], ...] = tuple(
         (r"""hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|hidden_size_global
              |input_embedding_size|output_embedding_size|lru_width|attention_hidden_size|backbone_hidden_size
              |out_hidden_size|projector_(?:in|out)put_dim|ple_embed_dim|.*_embed_dim|adapter_out_dim""", _width),
+        (r"embed_dim", _at_most(lambda s: s.hidden)),  # of a decoder, or of something narrower
         (r"""moe_.*intermediate_size|expert_ffn_hidden_size""", _of(lambda s: s.inner // 2)),
         (r""".*intermediate_size.*|.*ffn_dim|dim_ff|d_ff|dff|d_inner|ffn_hidden_size|feed_forward_size|mlp_dim""",
          _of(lambda s: s.inner)),
@@ -117,7 +118,7 @@ SIZES: tuple[tuple[str, Rule], ...] = tuple(
         (r"n_groups|mamba_n_?groups", _at_most(lambda s: 2)),
         (r"(?:.*_)?(?:lora_rank|lowrank|_rank|adapter_rank)|laurel_rank", _of(lambda s: s.head)),
         (r"(?:mamba_)?chunk_size|(?:lsh|local)_attn_chunk_length|block_size", _of(lambda s: s.chunk)),
-        (r"""num_hidden_layers|n_layers?|num_layers|(?:en|de)coder_layers|num_(?:en|de)coder_layers|depth|num_blocks
+        (r"""num_hidden_layers|n_layers?|num_layers|layers|(?:en|de)coder_layers|num_(?:en|de)coder_layers|depth|num_blocks
              |num_global_layers""", _of(lambda s: 2)),
         (r"first_k_dense_replace|num_dense_layers|max_window_layers|.*attn_layer_offset", _at_most(lambda s: 1)),
         (r"""attn_layer_period|layer_group_size|global_attn_every_n_layers|no_rope_layer_interval
@@ -143,6 +144,11 @@ _MANY = 1 << 20
 _TOKEN_ID = re.compile(r".*token_(?:id|index)|.*_start_n_top")
 _OWN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def exceptional_types() -> list[str]:
+    """The types that have exceptions."""
+    return list(tomllib.loads(_EXCEPTIONS.read_text()))
 
 
 def exceptions(model_type: str) -> dict[str, Any]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.torch_version import TorchVersion
 from transformers import CONFIG_MAPPING
 
-from benchmarks import architectures, architectures_page
-from benchmarks.architectures_worker import is_recurrent
+import mom_compile
+from benchmarks import architectures, architectures_page, small_configs, text_decoders
+from benchmarks.architectures_worker import PADDING, Caller, Found, Subject, build, is_recurrent
 from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
+from benchmarks.text_decoders import TextDecoder
 from tests.models import ids, small_model
 
 #: Dense with grouped heads, experts, latent attention with groups of them, windows, old names of fields, a part for
 #: text, state spaces alone and with attention, layers that share keys, exceptions.
 KINDS = ("llama", "mixtral", "deepseek_v3", "gemma3_text", "gpt2", "dbrx", "llama4_text", "mamba", "jamba",
          "qwen3_next", "gemma3n_text", "bamba")  # fmt: skip
+
+
+#: Older ones lack some of the types that exceptions are for.
+KNOWS_ALL = TorchVersion(transformers.__version__) >= (5, 23)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -57,10 +65,54 @@ def test_ids_of_what_is_no_word_are_in_no_prompt() -> None:
 
 
 def test_exceptions_are_of_types_that_there_are_and_say_why() -> None:
-    for name in architectures.model_types():
+    for name in small_configs.exceptional_types():
         own = exceptions(name)
-        assert not own or own["why"]
-        assert set(own) <= {"why", "set", "start", "dtype", "skip"}
+        assert name in CONFIG_MAPPING or not KNOWS_ALL
+        assert own["why"]
+        assert set(own) <= {"why", "set", "start", "dtype", "skip", "beside"}
+
+
+def test_text_decoders_are_those_that_are_no_causal_language_model() -> None:
+    """Each is built of the composite whose own text part it is, not of one that takes any."""
+    found = text_decoders.composites()
+    assert not found.unread or not KNOWS_ALL
+    assert not {*found.decoders} & {*architectures.model_types()}
+    assert {*found.known} <= {*architectures.model_types()}
+    assert "llava" in found.known["llama"]
+    assert found.decoders["qwen3_vl_text"] == ["qwen3_vl", "cosmos3_omni"]
+    assert found.decoders["glm4v_text"][0] == "glm4v"
+
+
+#: Positions along three axes; attention to an encoder's states and the decoder's own at once.
+DECODERS = {"qwen2_vl_text": "qwen2_vl", "t5gemma2_decoder": "t5gemma2"}
+
+
+def test_a_text_decoder_is_what_its_composite_runs_on_embeddings() -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(small_config("qwen2_vl")).eval()
+    decoder = TextDecoder(model.get_decoder(), model.get_output_embeddings(), {})
+    embeds = decoder.embed(torch.randint(3, SMALL.words, (2, 21)))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(embeds).logits, model(inputs_embeds=embeds).logits)
+        assert decoder(embeds, logits_to_keep=1).logits.shape == (2, 1, SMALL.vocabulary)
+
+
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_text_decoder_is_exact_from_embeddings(name: str) -> None:
+    """A batch padded on the left and a token after it; every product of tokens is in a loop."""
+    model = build(Subject(name, DECODERS[name]), SMALL, torch.float64)
+    eager, ours = Caller(model, None), Caller(model, "mom")
+    wanted: dict[str, Any] = {}
+    got: dict[str, Any] = {}
+    expected = [eager.use(use, wanted) for use in ("batch", "decode")]
+    ours.compile()
+    found = Found()
+    for use, logits in zip(("batch", "decode"), expected, strict=True):
+        torch.testing.assert_close(ours.use(use, got), logits, rtol=0, atol=1e-10)
+    (prefill,) = [report for report in mom_compile.reports()[found.before :] if report.stages]
+    beside = 2 * 2 * len(PADDING) * 9 * 64 * 32 if name == "t5gemma2_decoder" else 0  # keys and values, of nine states
+    assert sum(prefill.work_outside.values()) == beside
 
 
 def test_names_of_the_same_model_are_run_once() -> None:
@@ -79,6 +131,10 @@ def test_results_are_kept_type_by_type(tmp_path) -> None:
     again = architectures.Results(path)
     assert list(again.types) == ["a", "b"]
     assert again.types["b"] == {"compile_seconds": 3, "peaks": {}, "seconds": 4}
+    results.add("c_text", {"seconds": 5}, composites=["c", "d"])
+    again = architectures.Results(path)
+    assert list(again.types) == ["a", "b"]
+    assert again.decoders == {"c_text": {"seconds": 5, "composites": ["c", "d"]}}
 
 
 def test_the_page_is_what_the_results_give() -> None:
@@ -106,6 +162,21 @@ def test_what_is_wrong_is_seen_on_the_page() -> None:
     outside = page(batch={**right, "work_outside": 5})
     assert "1 of the 2 whose layers keep nothing but keys and values (50%)" in outside
     assert "aten.mm 50.0%: too tall" in page(batch={**right, "outside": {"aten.mm.default": [5, "too tall"]}})
+
+
+def test_text_decoders_have_a_table_of_their_own() -> None:
+    right = {"difference": 1e-9, "graphs": 1, "breaks": 0, "work": 10, "work_outside": 0, "outside": {}, "left_out": {}}
+    stamp = {"torch": "t", "transformers": "f", "python": "p", "cpu": "c", "cores": 2, "threads": 1, "date": "d"}
+    entry = {"parameters": 1, "bound": 1e-6, "uses": dict.fromkeys(architectures_page.USES, right)}
+    odd = {"not_built": "so", "composites": ["o"]}
+    decoders = {"seen_text": {**entry, "composites": ["seen", "heard"]}, "odd": odd}
+    results = {"stamp": {**stamp, "decoders": 3}, "types": {"plain": entry}, "decoders": decoders}
+    text = architectures_page.page({**results, "known": {"plain": ["wide", "deep"]}})
+    first, second = text.split("## Text decoders of multimodal models")
+    assert "| plain |" in first and "seen_text" not in first
+    assert "| seen_text (seen, heard) |" in second and "| odd | so |" in second
+    assert "2 of 3 types have been measured so far. Of 2 types 1 can be built" in second
+    assert "The text parts of 2 other composites are types of the first table: plain (deep, wide)." in second
 
 
 def test_peaks_are_counted() -> None:
