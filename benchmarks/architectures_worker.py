@@ -109,9 +109,11 @@ def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
 def is_recurrent(out: Any) -> bool:
     """Whether a layer hands a state of its own from token to token, beside keys and values or in place of them: a short
     convolution's last rows, what a scan or a linear attention has summed up."""
-    if any(out.get(name) is not None for name in ("cache_params", "state")):
+    kept, own = out.get("past_key_values"), out.get("cache_params")
+    # Since transformers 5.24 both names lead to one cache: what its layers keep tells then.
+    if out.get("state") is not None or (own is not None and not (own is kept and hasattr(own, "layers"))):
         return True
-    layers = getattr(out.get("past_key_values"), "layers", ())
+    layers = getattr(kept, "layers", ())
     return any(hasattr(layer, "update_conv_state") or hasattr(layer, "update_recurrent_state") for layer in layers)
 
 
