@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,6 +56,9 @@ class Options:
                   device has free (a CPU has no memory apart from the host's: there, None keeps all layers)
     strict        our own failures raise instead of falling back to stock Inductor
     inductor      Inductor options, passed through; a `mode` adds to them
+
+    `torch.compile` takes `mode=` or `options=`, not both: with options, write what the mode stands for,
+    `options={"kv_offload": True, "inductor": torch._inductor.list_mode_options("max-autotune")}`.
     """
 
     mini_seq_len: int | str = "auto"
@@ -79,17 +83,22 @@ class Options:
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-    """Validate what the user passed. Raises `ValueError` that lists what is valid."""
+    """Validate what the user passed. Raises `ValueError` that lists what is valid and names what is nearest to it."""
     given = dict(options or {})
     names = [f.name for f in fields(Options)]
     unknown = sorted(set(given) - set(names), key=str)
     if unknown:
-        raise UserError(f"unknown option {_listed(unknown)} for backend 'mom'; valid options are {_listed(names)}")
+        raise UserError(
+            f"unknown option {_listed(unknown)} for backend 'mom'{_meant(unknown[0], names)}; "
+            f"valid options are {_listed(names)}"
+        )
     inductor = _inductor_options(given.get("inductor", {}), mode)
     parsed = Options(**{**given, "inductor": inductor})
     _check_mini_seq_len(parsed.mini_seq_len)
     if parsed.scope not in SCOPES:
-        raise UserError(f"scope={parsed.scope!r} is not valid; it is one of {_listed(SCOPES)}")
+        raise UserError(
+            f"scope={parsed.scope!r} is not valid{_meant(parsed.scope, SCOPES)}; it is one of {_listed(SCOPES)}"
+        )
     _check_kv(parsed)
     if not isinstance(parsed.strict, bool):
         raise UserError(f"strict={parsed.strict!r} is not valid; it is True or False")
@@ -126,7 +135,10 @@ def _check_kv(options: Options) -> None:
     if options.kv_offload not in KV_OFFLOAD or isinstance(options.kv_offload, int) != isinstance(
         options.kv_offload, bool
     ):
-        raise UserError(f"kv_offload={options.kv_offload!r} is not valid; it is one of {_listed(KV_OFFLOAD)}")
+        raise UserError(
+            f"kv_offload={options.kv_offload!r} is not valid{_meant(options.kv_offload, KV_OFFLOAD)}; "
+            f"it is one of {_listed(KV_OFFLOAD)}"
+        )
     if options.memory_budget is not None:
         parse_bytes(options.memory_budget)
     in_a_folder = [name for name, tier in TIERS.items() if tier.needs_directory]
@@ -151,7 +163,9 @@ def _inductor_options(given: Any, mode: str | None) -> dict[str, Any]:
     for name, value in given.items():
         key = str(name).replace("-", "_")
         if key not in known:
-            raise UserError(f"unknown Inductor option {name!r}; torch._inductor.list_options() lists them")
+            raise UserError(
+                f"unknown Inductor option {name!r}{_meant(key, known)}; torch._inductor.list_options() lists them"
+            )
         merged[key] = value
     return merged
 
@@ -163,6 +177,19 @@ def _options_of_mode(mode: str | None) -> dict[str, Any]:
         return mode_options(str(mode))
     except RuntimeError as error:
         raise UserError(f"mode={mode!r} is not valid: {error}") from None
+
+
+def _meant(given: Any, valid: Iterable[Any]) -> str:
+    """The nearest of what is valid, in brackets; or where an Inductor option that stands among ours belongs."""
+    if not isinstance(given, str):
+        return ""
+    names = [name for name in valid if isinstance(name, str)]
+    near = difflib.get_close_matches(given.lower(), names, n=1)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    if "inductor" in names and given in inductor_option_names():
+        return f" (it is one of Inductor's: options={{'inductor': {{{given!r}: ...}}}})"
+    return ""
 
 
 def _listed(names: Any) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mom_compile.config import parse_options
+
 #: Of labels: no token to score here, as in Hugging Face's losses.
 IGNORED = -100
 
@@ -77,8 +79,9 @@ def token_log_probs(
     nothing of it is kept alive. Scores are computed in float32 from the logits of the model's own dtype.
 
     Raises `ValueError` for ids, a mask or labels of other shapes or outside of the vocabulary, for a text of less than
-    two tokens, and for a model that is training (its dropout would be scored) or returns no logits.
+    two tokens, for a model that is training (its dropout would be scored) or returns no logits, and for wrong options.
     """
+    parse_options(options)
     _check_inputs(model, input_ids, attention_mask, labels)
     targets = (input_ids if labels is None else labels)[:, 1:]
     seen = targets != IGNORED

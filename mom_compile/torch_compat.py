@@ -6,6 +6,7 @@ A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.14
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +34,19 @@ InnerCompile = Callable[..., Any]
 
 
 class UserError(ValueError, ShortenTraceback):
-    """A `ValueError` that reaches the user as it is.
+    """A `ValueError` that reaches the user as it is: his own frames, the one that raised it, and the message alone.
 
-    Dynamo wraps what a backend raises in `BackendCompilerFailed`, except `ShortenTraceback`.
+    Dynamo wraps what a backend raises in `BackendCompilerFailed`, except `ShortenTraceback`, of which it drops all its
+    own frames up to the first useful one. To the arguments of either it adds advice on reporting bugs.
     """
 
     def __init__(self, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+        raised_in = inspect.currentframe()
+        ShortenTraceback.__init__(self, message, first_useful_frame=raised_in.f_back if raised_in else None)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def capture(

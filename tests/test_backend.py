@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import traceback
 import warnings
 import weakref
 
@@ -17,6 +18,7 @@ import mom_compile.backend as backend_module
 import mom_compile.pipeline as pipeline_module
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, reports
+from mom_compile.config import parse_options
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import observing
 from mom_compile.torch_compat import SymbolicSizes
@@ -272,11 +274,37 @@ def test_a_graph_that_stock_inductor_cannot_compile_runs_eagerly_with_a_warning(
         ({"strict": "yes"}, "strict='yes' is not valid"),
         ({"inductor": {"max_autotun": True}}, "unknown Inductor option 'max_autotun'"),
         ({"inductor": 3}, "inductor=3 is not valid"),
+        ({"kv_ofload": True}, r"unknown option 'kv_ofload' .*\(did you mean 'kv_offload'\?\)"),
+        ({"Scope": "mlp"}, r"did you mean 'scope'\?"),
+        ({"scope": "layers"}, r"scope='layers' is not valid \(did you mean 'layer'\?\)"),
+        ({"scope": ["layer"]}, r"scope=\['layer'\] is not valid; it is one of"),
+        ({"kv_offload": "Disk"}, r"kv_offload='Disk' is not valid \(did you mean 'disk'\?\)"),
+        ({"inductor": {"max_autotun": True}}, r"did you mean 'max_autotune'\?"),
+        ({"max_autotune": True}, r"one of Inductor's: options=\{'inductor': \{'max_autotune': \.\.\.\}\}"),
+        ({"something else": True}, "unknown option 'something else' for backend 'mom'; valid options"),
     ],
 )
 def test_a_wrong_option_is_a_value_error_that_says_what_is_valid(options, message):
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         torch.compile(TinyDecoder(layers=1), backend="mom", options=options)(ids(1, 20))
+
+
+def test_the_error_of_a_wrong_option_is_short_and_ends_with_what_to_do():
+    """Frames of Dynamo and its advice on reporting bugs would bury it: of ours there is the one that found it."""
+    with torch.no_grad(), pytest.raises(ValueError, match="kv_ofload") as caught:
+        torch.compile(TinyDecoder(layers=1), backend="mom", options={"kv_ofload": True})(ids(1, 20))
+    lines = "".join(traceback.format_exception(caught.value)).splitlines()
+    assert lines[-1].endswith("'strict', 'inductor'")
+    assert len(lines) < 25 and not any("convert_frame" in line for line in lines)
+
+
+def test_a_mode_goes_beside_options_as_inductors_own():
+    """What the docstring of `Options` says to write where `torch.compile` refuses both together."""
+    with pytest.raises(RuntimeError, match="mode or options"):
+        torch.compile(TinyDecoder(layers=1), backend="mom", mode="max-autotune", options={"strict": True})
+    inductor = torch._inductor.list_mode_options("max-autotune")
+    parsed = parse_options({"strict": True, "inductor": inductor})
+    assert parsed.inductor == parse_options(None, "max-autotune").inductor and parsed.inductor["max_autotune"]
 
 
 def test_modes_are_those_of_inductor():

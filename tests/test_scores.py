@@ -177,6 +177,12 @@ def test_what_cannot_be_scored_is_said(given: dict[str, torch.Tensor], message: 
         token_log_probs(model, **given)
 
 
+def test_a_wrong_option_is_said_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: pytest.fail("it was traced"))
+    with pytest.raises(ValueError, match="did you mean 'scope'"):
+        token_log_probs(small_model("Llama"), text(1, 9), options={"scop": "mlp"})
+
+
 def test_models_that_cannot_score_are_told_apart() -> None:
     model = small_model("Llama", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"model\.eval"):
