@@ -1,29 +1,45 @@
-"""`explain(model, *args, **kwargs)`: what the backend would do, without compiling anything."""
+"""`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
+
+one graph       traced, rewritten, and then the call is given up: nothing of it has run
+several         the call goes on from break to break on stand-ins, which have no data
+a break asks    for a value (`.item()`, a branch on a tensor): the call is made as it is, and the explanation says so
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
-from mom_compile.meta_model import is_on_meta, on_a_real_device
+from mom_compile.meta_model import is_on_meta, on_stand_ins
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
-from mom_compile.torch_compat import capture, mark_boxed
+from mom_compile.torch_compat import NEEDS_DATA, capture, mark_boxed, trace_whole, undisturbed
+from mom_passes.attention.form import attention_form
+from mom_passes.graph.edit import copy_graph
+from mom_passes.program.program import Call, Compute, LoopStep, Transfer
+from mom_passes.program.rewritten import Rewritten
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Explanation:
-    """One report per captured graph; most models have one. Prints well."""
+    """One report per captured graph; most models have one. `print` it; `details()` has everything.
+
+    `notes` say what does not go without saying: why there are several graphs, that the call was really made.
+    """
 
     reports: list[Report] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, index: int) -> Report:
         return self.reports[index]
@@ -35,34 +51,119 @@ class Explanation:
         """The rewritten graphs as readable Python."""
         return "\n".join(report.code() for report in self.reports)
 
+    def details(self) -> str:
+        """Each graph with every stage, its operators and values at full length, and all that was left out and why."""
+        return "\n".join([*self.notes, *(report.details() for report in self.reports)])
+
     def __str__(self) -> str:
         if not self.reports:
-            return "no graph was captured: was the call already compiled, or did it compute nothing?"
-        return "\n".join(str(report) for report in self.reports)
+            return "no graph was captured: did the call compute nothing?"
+        texts = [str(report) for report in self.reports]
+        counts = {text: texts.count(text) for text in texts}
+        return "\n".join(
+            [*self.notes, *(text if n == 1 else f"{n} graphs alike: {text}" for text, n in counts.items())]
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is explained: a function, or the module of it, with arguments."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.model.forward if isinstance(self.model, nn.Module) else self.model
 
 
 def explain(
     model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Explanation:
-    """Trace `model(*args, **kwargs)` once without gradients, and say what would be rewritten and what not, and why.
+    """Trace `model(*args, **kwargs)` without gradients, and say what would be rewritten and what not, and why.
 
-    The rewritten graph runs in eager mode, so nothing is compiled and the answer comes fast.
-    A model on the meta device needs no memory for this, nor the time to load it. Raises `ValueError` for a wrong
-    option, and whatever the model itself raises.
+    A mapping in the first place whose names the model takes, a tokenizer's output, is passed by name. Nothing is
+    compiled or computed, so a model on the meta device is explained as well, without memory or weights; the model, the
+    arguments and what was compiled before stay as they are. Only where a graph ends because the model asks for a value
+    (`notes` say so) the call is really made, without loops being compiled, and changes what it changes.
+
+    Raises `ValueError` for a wrong option, `TypeError` for an argument that is given twice, and whatever the model
+    itself raises.
     """
     parsed = parse_options(options)
+    call = _Call(model, *_by_name(model, args, kwargs))
+    meta = is_on_meta(model, (call.args, call.kwargs))
+    with torch.no_grad(), undisturbed():
+        if not meta:
+            found, broken = _traced_whole(call, parsed)
+            return found if broken is None else _explain_pieces(call, parsed, broken)
+        with on_stand_ins(model, (call.args, call.kwargs)) as (positional, named):
+            call = _Call(model, positional, named)
+            found, broken = _traced_whole(call, parsed)
+            return found if broken is None else _as_far_as_it_goes(call, parsed, broken)
+
+
+def _by_name(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments as they are, or those of a mapping by name."""
+    if len(args) != 1 or not isinstance(args[0], Mapping):
+        return args, kwargs
+    named = dict(args[0])
+    function = model.forward if isinstance(model, nn.Module) else model
+    if not named.keys() & inspect.signature(function).parameters.keys():
+        return args, kwargs
+    twice = sorted(named.keys() & kwargs.keys())
+    if twice:
+        raise TypeError(f"{', '.join(twice)} given twice: in the mapping, and by name")
+    return (), {**named, **kwargs}
+
+
+def _traced_whole(call: _Call, options: Options) -> tuple[Explanation, str | None]:
+    """The only graph of a call, which is not run; or why there are several."""
     found = Explanation()
-    meta = is_on_meta(model, (args, kwargs))
-    inner = functools.partial(_explain_graph, options=parsed, found=found, as_captured=meta)
+    backend = _backend(options, found, as_captured=True)
+    return found, trace_whole(call.function, call.args, call.kwargs, backend)
+
+
+def _explain_pieces(call: _Call, options: Options, broken: str) -> Explanation:
+    """The graphs of a call from break to break: on stand-ins or, where that does not do, as it is."""
+    found = _several(broken)
+    try:
+        with on_stand_ins(call.model, (call.args, call.kwargs)) as (positional, named):
+            _run(_Call(call.model, positional, named), options, found, as_captured=True)
+    except Exception:
+        log.debug("a call does not go on without data", exc_info=True)
+        found = _several(broken)
+        _run(call, options, found, as_captured=False)
+        found.notes.append("the call was really made: between two graphs it asks for the value of a tensor")
+    return found
+
+
+def _as_far_as_it_goes(call: _Call, options: Options, broken: str) -> Explanation:
+    """The graphs of a call that has no data at all."""
+    found = _several(broken)
+    try:
+        _run(call, options, found, as_captured=True)
+    except NEEDS_DATA as asked:
+        found.notes.append(f"explained up to where it asks for the value of a tensor, which has no data: {asked}")
+    return found
+
+
+def _several(broken: str) -> Explanation:
+    return Explanation(notes=[f"the call is no single graph: {broken}"])
+
+
+def _run(call: _Call, options: Options, found: Explanation, *, as_captured: bool) -> None:
+    torch.compile(call.function, backend=_backend(options, found, as_captured=as_captured))(*call.args, **call.kwargs)
+
+
+def _backend(options: Options, found: Explanation, *, as_captured: bool) -> Callable[..., Any]:
+    inner = functools.partial(_explain_graph, options=options, found=found, as_captured=as_captured)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return capture(gm, example_inputs, inner, dict(parsed.inductor))
+        return capture(gm, example_inputs, inner, dict(options.inductor))
 
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    given = contextlib.nullcontext((args, kwargs)) if not meta else on_a_real_device(model, (args, kwargs))
-    with torch.no_grad(), given as (positional, named):
-        torch.compile(function, backend=backend)(*positional, **named)
-    return found
+    return backend
 
 
 def _explain_graph(
@@ -83,6 +184,7 @@ def _explain_graph(
         try:
             try:
                 runnable = rewrite(gm, options, report, static_input_names(gm, kwargs)).gm
+                report.peak_without_loops = _peak_without_loops(gm)
             except NotWorthwhile as decision:
                 report.fallback = str(decision)
                 runnable = for_stock(gm, report=report)
@@ -96,3 +198,10 @@ def _explain_graph(
         return runnable(*values)
 
     return mark_boxed(run)
+
+
+def _peak_without_loops(gm: fx.GraphModule) -> int:
+    """By the same memory model: the operators as they were captured, one after the other, each on all tokens. No mask
+    is made where attention needs none, as in an eager run."""
+    plain = Rewritten.of(attention_form(copy_graph(gm)))
+    return plain.memory.most(LoopStep, Compute, Call, Transfer)

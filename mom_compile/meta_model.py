@@ -1,21 +1,25 @@
-"""A model on the meta device as it would be on a real one: it can be traced, and neither computes nor takes memory.
+"""A call as it would be with real data: it can be traced and goes on between graphs, but computes nothing.
 
 Terms
 -----
-stand-in   A fake tensor (sizes, strides, dtype and a device, no data) in place of a meta tensor. On meta itself a
-           graph is another one: attention is decomposed, and Inductor drops what has no data.
+stand-in   A fake tensor (sizes, strides, dtype and a device, no data) in place of a real one or of one on the meta
+           device. On meta itself a graph is another one: attention is decomposed, and Inductor drops what has no data.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from mom_compile.torch_compat import FakeTensorMode, tree_any, tree_map
+from mom_compile.torch_compat import FakeCopyMode, FakeTensorMode, tree_any, tree_map
+
+#: Arguments that are handed on as they are: nothing is written to them.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
 
 
 def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
@@ -26,46 +30,65 @@ def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
 
 
 @contextlib.contextmanager
-def on_a_real_device(model: Callable[..., Any], arguments: Any) -> Iterator[Any]:
-    """While it lasts, the module holds stand-ins; gives the arguments with stand-ins in them.
+def on_stand_ins(model: Callable[..., Any], arguments: Any) -> Iterator[Any]:
+    """While it lasts, the module (or that of a bound method) holds stand-ins; gives the arguments with stand-ins in
+    them. Behind it the module has the attributes that it had before, and the arguments are untouched: what is no
+    tensor, a cache, is copied.
 
-    They are on the GPU where there is one, else on the CPU.
+    Of meta tensors they are on the GPU where there is one, else on the CPU. Raises whatever copying an argument does.
     """
     module = _module_of(model)
-    assert module is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made: dict[int, torch.Tensor] = {}
-
-    def stand_in(value: Any) -> Any:
-        if not _is_meta(value):
-            return value
-        if id(value) not in made:
-            made[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return made[id(value)]
-
-    before = [(owner, name, value) for part in module.modules() for owner, name, value in _held(part)]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    parts = [] if module is None else list(module.modules())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_in = _StandIns(mode)
+    owners: list[dict[str, Any]] = [o for part in parts for o in (part._parameters, part._buffers, vars(part))]  # type: ignore[list-item]
+    before = [(owner, dict(owner)) for owner in owners]
+    with mode:
         try:
-            for owner, name, value in before:
-                fake = stand_in(value)
-                owner[name] = nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
-            yield tree_map(stand_in, arguments)
+            for owner, held in before:
+                owner.update({name: stand_in(value) for name, value in held.items() if _is_tensor(value)})
+            yield tree_map(stand_in.of_argument, arguments)
         finally:
-            for owner, name, value in before:
-                owner[name] = value
+            for owner, held in before:
+                owner.clear()
+                owner.update(held)
 
 
-def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """The meta tensors of one module, each with the dictionary that it is in."""
-    for owner in (module._parameters, module._buffers, vars(module)):
-        for name, value in list(owner.items()):
-            if _is_meta(value):
-                yield owner, name, value  # type: ignore[misc]
+class _StandIns:
+    """One for each tensor, however often that is held."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.made: dict[int, torch.Tensor] = {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        if id(value) not in self.made:
+            self.made[id(value)] = self._make(value)
+        return self.made[id(value)]
+
+    def of_argument(self, value: Any) -> Any:
+        if _is_tensor(value):
+            return self(value)
+        if isinstance(value, _PLAIN) or callable(value):
+            return value
+        with FakeCopyMode(self.mode):
+            return copy.deepcopy(value)
+
+    def _make(self, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_meta:
+            return self.mode.from_tensor(value, static_shapes=True)
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
+        return nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
 
 
 def _module_of(model: Callable[..., Any]) -> nn.Module | None:
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _is_meta(value: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from mom_compile.report import PassReport, Report
+from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
@@ -104,6 +104,11 @@ def experts_as_regions(state: State) -> str:
 def find_keys_and_values(state: State) -> str:
     """Which outputs a cache keeps, told by what attentions read: loops will hide that."""
     state.kv = find_kv(state.gm)
+    state.report.keys_and_values = state.kv.read.union(value.full.name for value in state.kv.found)
+    if _is_decode_step(state.gm):
+        state.report.kind = DECODE_STEP
+    elif state.kv.read:
+        state.report.kind = PREFILL
     return f"{len(state.kv.found)} keys and values, {len(state.kv.left_out)} that stay"
 
 
@@ -120,6 +125,15 @@ def find_tokens(state: State) -> str:
     state.dims = dims
     state.report.token_dimension = f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
     return f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
+
+
+def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
+    """Whether no cache is kept and a product in the loops is as wide as the vocabulary: logits of every token."""
+    assert state.kv is not None
+    embedded = [node.args[0].meta["val"] for node in state.gm.graph.nodes if node.target is EMBEDDING]
+    vocabulary = max((hint(weight.shape[0]) for weight in embedded), default=0)
+    cached = state.kv.found or state.kv.left_out
+    return not cached and any(hint(node.meta["val"].shape[-1]) == vocabulary for node in in_loops)
 
 
 def _token_dims(state: State) -> TokenDims | None:
@@ -191,9 +205,14 @@ def loops_over_mini_sequences(state: State) -> str:
     """Every stage's rows in one loop."""
     assert state.stages is not None
     before = len(state.gm.graph.nodes)
-    state.report.work = sum(products(state.gm.graph).values())
+    multiplying = products(state.gm.graph)
+    state.report.work = sum(multiplying.values())
     looped = insert_loops(state.gm, state.stages, limit=state.limit)
-    state.report.work_outside = {_named(node): work for node, work in products(looped.graph).items()}
+    outside = products(looped.graph)
+    state.report.work_outside = {_named(node): work for node, work in outside.items()}
+    left = {node.name for node in outside}
+    if state.report.kind == PREFILL and _scores_tokens(state, [n for n in multiplying if n.name not in left]):
+        state.report.kind = SCORING
     made = [loop for _, loop in loops(looped)]
     if all(isinstance(loop.length, int) and loop.length <= loop.rows for loop in made):
         raise NotWorthwhile(

@@ -6,7 +6,9 @@ A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.14
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.pgo import get_code_state
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
@@ -22,6 +27,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -47,6 +54,60 @@ class UserError(ValueError, ShortenTraceback):
 
     def __str__(self) -> str:
         return self.message
+
+
+#: What a fake tensor raises where only data could tell.
+NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class _Seen(ShortenTraceback):
+    """Ends a call once its graph is known: what a backend raises passes through Dynamo, which then keeps nothing."""
+
+
+def trace_whole(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> str | None:
+    """Trace a call as one graph, hand that to `backend` and give the call up: nothing of it runs, and no side effect of
+    it happens. Gives None, or the first line of why it cannot be one graph; then `backend` may not have been called.
+    """
+
+    def stopping(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        backend(gm, example_inputs)
+        raise _Seen("the graph is known", first_useful_frame=None)
+
+    # Dynamo keeps by code object how often and with which sizes it has met it: this one is nobody else's.
+    code = _call.__code__.replace(co_name="explained")
+    own = types.FunctionType(code, _call.__globals__, "explained")
+    try:
+        torch.compile(own, backend=stopping, fullgraph=True)(function, args, kwargs)
+    except _Seen:
+        return None
+    except Exception as error:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """What Dynamo learns meanwhile it forgets, and nothing else: graphs of code that it had not met before, sizes that
+    it would have taken for dynamic next time, and the backends of these."""
+    codes, sizes, backends = set(input_codes.seen_ids), copy.deepcopy(dict(get_code_state())), set(cached_backends)
+    try:
+        yield
+    finally:
+        for known in list(input_codes.seen):
+            code = known()
+            if code is not None and id(code) not in codes:
+                reset_code(code)
+        state = get_code_state()
+        state.clear()
+        state.update(sizes)
+        for key in cached_backends.keys() - backends:
+            del cached_backends[key]
 
 
 def capture(

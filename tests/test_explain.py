@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,16 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+from transformers import BatchEncoding
 
 import mom_compile
-from tests.models import TinyDecoder, ids, tiny
+from benchmarks.measure import peak_bytes, watch_cpu
+from mom_compile.report.units import in_units
+from tests.models import TinyDecoder, ids, next_token, prompt, small_model, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
+        "max_position_embeddings": 2048}  # fmt: skip
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
@@ -29,7 +36,7 @@ def test_it_tells_each_stage_its_tokens_and_what_crosses_with_bytes_per_token():
     assert [stage.name for stage in report.stages] == ["stage_0", "stage_1", "stage_2"]
     assert report.stages[1].mini_seq_len == 8
     assert report.stages[1].operators["aten.mm"] == 6
-    text = str(report)
+    text = report.details()
     assert "37 tokens in mini-sequences of 8" in text
     assert "128 B/token" in text
 
@@ -47,7 +54,8 @@ def test_it_tells_which_reductions_leave_a_loop_as_their_parts():
     report = mom_compile.explain(lambda x: model(x).mean(1), ids(1, 37), options={"mini_seq_len": 8})[0]
     assert not report.left_out
     assert [fold.operator for fold in report.stages[-1].folds] == [torch.ops.aten.mean.dim]
-    assert "reduced in the loop: mean" in str(report)
+    assert "reduced in the loop: mean" in report.details()
+    assert "1 reduction:" in str(report)
 
 
 def test_keys_values_and_the_residual_stream_are_the_full_length_values_of_a_decoder():
@@ -58,7 +66,7 @@ def test_keys_values_and_the_residual_stream_are_the_full_length_values_of_a_dec
     for stage in report.stages[1:]:
         assert sorted(value.bytes_per_token for value in stage.live) == [keys] * 4 + [residual]
     assert report.floor_bytes_per_token == residual + 4 * keys
-    assert f"{residual + 4 * keys} B/token" in str(report)
+    assert f"{residual + 4 * keys} B/token" in report.details()
 
 
 def test_the_rewritten_graph_reads_as_code():
@@ -94,6 +102,244 @@ def test_the_log_shows_each_pass_with_its_time_and_change(caplog):
 
 def test_torch_logs_turns_the_log_on():
     assert torch._logging._internal._is_valid_module("mom_compile")
+
+
+# --- for people ---
+
+
+def gemma(layers):
+    """Layers as in Gemma 3: every third (here) sees all tokens, the others a window of 16."""
+    return small_model("Gemma3Text", num_hidden_layers=layers)
+
+
+def loops_told(text):
+    """How many loops the lines of alike ones add up to."""
+    return sum(int(count) for count in re.findall(r"^ +(\d+) x +(?:no )?attention", text, re.MULTILINE))
+
+
+def test_eighteen_layers_are_told_in_a_few_lines_alike_ones_with_how_many_there_are():
+    found = mom_compile.explain(gemma(18), **prompt(1, 90), logits_to_keep=1, options={"mini_seq_len": 16})
+    text = str(found)
+    assert len(text.splitlines()) <= 25
+    assert loops_told(text) == len(found[0].stages) >= 18
+    assert re.search(r"12 x +attention to a window of 16 tokens: .*stage_1-2, ", text)
+    assert re.search(r"5 x +attention to all tokens: ", text)
+    assert len(found.details().splitlines()) > 90 and found.details().count("alive meanwhile") == len(found[0].stages)
+
+
+def test_the_first_lines_say_what_is_saved_and_what_is_largest():
+    model = TinyDecoder(layers=3).eval()
+    report = mom_compile.explain(model, ids(1, 600), options={"mini_seq_len": 8})[0]
+    first, second, *_ = str(report).splitlines()
+    assert report.peak_without_loops > 2 * report.expected_peak_bytes
+    expected, without = (in_units(n) for n in (report.expected_peak_bytes, report.peak_without_loops))
+    assert (
+        first == f"scoring of 600 tokens: expected peak {expected}, {without} without loops (beside weights and inputs)"
+    )
+    # Logits of all tokens, [600, 64] in float32, are more than anything else.
+    assert second.startswith(f"largest then: results that are returned {in_units(600 * 64 * 4)}, ")
+    assert sum(share.bytes for share in report.peak) == report.expected_peak_bytes
+
+
+def test_without_loops_is_what_an_eager_run_takes():
+    watch_cpu()
+    model = tiny("Llama", num_hidden_layers=3, vocab_size=1000, **WIDE)
+    call = functools.partial(model, input_ids=ids(1, 800), logits_to_keep=1, use_cache=True)
+    with torch.no_grad():
+        call()
+        measured = peak_bytes(call).peak
+    report = mom_compile.explain(model, input_ids=ids(1, 800), logits_to_keep=1, use_cache=True)[0]
+    assert 0.8 * measured <= report.peak_without_loops <= 1.2 * measured
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1, "1 B"), (1023, "1.0 KiB"), (1536, "1.5 KiB"), (10 << 10, "10 KiB"), ((1 << 20) - 1, "1.0 MiB"),
+     (48 << 20, "48 MiB"), (3 << 29, "1.5 GiB"), (5 << 50, "5120 TiB")],
+)  # fmt: skip
+def test_bytes_are_told_in_units(size, text):
+    assert in_units(size) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"logits_to_keep": 1}, "prefill"),
+        ({"logits_to_keep": 1, "use_cache": False}, "prefill"),
+        ({"use_cache": False}, "scoring"),
+    ],
+)
+def test_a_graph_is_called_by_what_it_is_for(given, kind):
+    report = mom_compile.explain(small_model("Llama"), **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
+    assert report.kind == kind and str(report).startswith(f"{kind} of 40 tokens: ")
+    assert report.headline.startswith(f"{kind}, ")
+
+
+def decode_step(model):
+    with torch.no_grad():
+        cache = model(**prompt(1, 40)).past_key_values
+    return {**next_token(prompt(1, 40)), "past_key_values": cache}
+
+
+def test_why_a_decode_step_is_left_alone_is_said_in_a_users_words():
+    model = small_model("Llama")
+    text = str(mom_compile.explain(model, **decode_step(model)))
+    assert text.startswith("decode step, left to stock Inductor: it computes one token for each sequence")
+    moved = str(mom_compile.explain(model, **decode_step(model), options={"kv_offload": True}))
+    assert moved.startswith("decode step: expected peak ") and "no loops: it computes one token" in moved
+    assert "to the host: rows of 6 keys and values of 3 layers, " in moved
+
+
+def test_a_tokenizers_output_is_given_as_it_is():
+    model, x = small_model("Llama"), prompt(1, 40, padded=True)
+    by_name = mom_compile.explain(model, **x, logits_to_keep=1, options={"mini_seq_len": 16})
+    encoding = BatchEncoding(dict(x))
+    assert str(mom_compile.explain(model, encoding, logits_to_keep=1, options={"mini_seq_len": 16})) == str(by_name)
+    with pytest.raises(TypeError, match="input_ids given twice"):
+        mom_compile.explain(model, encoding, input_ids=x["input_ids"])
+
+
+def test_a_mapping_that_a_function_takes_as_one_is_left_whole():
+    model = TinyDecoder(layers=1).eval()
+    given = {"ids": ids(1, 37)}
+    assert mom_compile.explain(lambda batch: model(batch["ids"]), given, options={"mini_seq_len": 8})[0].stages
+
+
+# --- nothing is computed, nothing is left behind ---
+
+
+def test_nothing_of_the_model_is_computed():
+    """What is computed has to be somewhere: one hidden state of all tokens would be 8 MiB."""
+    watch_cpu()
+    model = TinyDecoder(layers=2).eval()
+    x = ids(1, 1 << 16)
+    assert peak_bytes(lambda: mom_compile.explain(model, x)).peak < 1 << 20
+
+
+def breaks(model):
+    def function(x):
+        hidden = model.layers[0](model.embed(x))
+        torch._dynamo.graph_break()
+        return model.head(model.layers[1](hidden))
+
+    return function
+
+
+def test_what_lies_between_breaks_is_explained_without_computing_either():
+    watch_cpu()
+    model, x = TinyDecoder(layers=2).eval(), ids(1, 1 << 16)
+    found = []
+    assert peak_bytes(lambda: found.append(mom_compile.explain(breaks(model), x))).peak < 1 << 20
+    (explanation,) = found
+    assert [len(report.stages) for report in explanation.reports] == [2, 2]
+    (note,) = explanation.notes
+    assert note.startswith("the call is no single graph: ") and str(explanation).startswith(note)
+
+
+class Asking(torch.nn.Module):
+    """Between its layers it asks for a value, and it remembers what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = TinyDecoder(layers=2).eval()
+
+    def forward(self, x):
+        hidden = self.inner.layers[0](self.inner.embed(x))
+        self.seen = hidden
+        torch._dynamo.graph_break()
+        if hidden.sum().item() > 1e9:
+            return hidden
+        return self.inner.head(self.inner.layers[1](hidden))
+
+
+def test_where_a_value_is_asked_for_the_call_is_really_made_and_it_says_so():
+    found = mom_compile.explain(Asking().eval(), ids(1, 37), options={"mini_seq_len": 8})
+    assert [len(report.stages) for report in found.reports if report.stages] == [2, 2]
+    assert "the call was really made" in found.notes[1]
+
+
+def test_without_data_it_goes_as_far_as_it_can_and_says_so():
+    with torch.device("meta"):
+        model = Asking().eval()
+    found = mom_compile.explain(model, torch.empty(1, 37, dtype=torch.long, device="meta"), options={"mini_seq_len": 8})
+    assert [len(report.stages) for report in found.reports if report.stages] == [2]
+    assert "explained up to where it asks for the value of a tensor" in str(found)
+    assert "seen" not in vars(model)
+
+
+class Remembering(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = TinyDecoder(layers=2).eval()
+
+    def forward(self, x):
+        self.seen = self.inner.embed(x)
+        torch._dynamo.graph_break()
+        return self.inner.head(self.inner.layers[0](self.seen))
+
+
+def attributes(model):
+    return [{name: id(value) for name, value in vars(part).items()} for part in model.modules()]
+
+
+@pytest.mark.parametrize("make", [Remembering, functools.partial(TinyDecoder, layers=2)], ids=["breaks", "one graph"])
+def test_the_model_and_what_was_compiled_stay_as_they_are(make):
+    model, graphs = make().eval(), []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    new = attributes(model)
+    mom_compile.explain(model, ids(1, 37), options={"mini_seq_len": 8})
+    assert attributes(model) == new
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(ids(1, 37))
+        before, known = attributes(model), len(graphs)
+        mom_compile.explain(model, ids(1, 37), options={"mini_seq_len": 8})
+        assert attributes(model) == before
+        compiled(ids(1, 37))
+    assert len(graphs) == known
+
+
+def test_sizes_that_were_explained_are_not_taken_for_seen():
+    """A length that Dynamo has met makes the next one dynamic."""
+    model, symbols = TinyDecoder(layers=1).eval(), []
+
+    def backend(gm, example_inputs):
+        symbols.extend(i for i in example_inputs if isinstance(i, torch.SymInt))
+        return gm.forward
+
+    for function in (model, breaks(TinyDecoder(layers=2).eval())):
+        mom_compile.explain(function, ids(1, 37), options={"mini_seq_len": 8})
+        with torch.no_grad():
+            torch.compile(function, backend=backend)(ids(1, 41))
+        assert not symbols
+
+
+def test_a_cache_that_is_given_stays_as_it_is():
+    model = small_model("Llama")
+    step = decode_step(model)
+    keys = step["past_key_values"].layers[0].keys
+    mom_compile.explain(model, **step)
+
+    def with_a_break(**given):
+        torch._dynamo.graph_break()
+        return model(**given)
+
+    mom_compile.explain(with_a_break, **step)
+    assert step["past_key_values"].layers[0].keys is keys and keys.shape[2] == 40
+
+
+def test_a_model_that_is_compiled_already_is_explained_all_the_same():
+    model = TinyDecoder(layers=2).eval()
+    expected = str(mom_compile.explain(model, ids(1, 37), options={"mini_seq_len": 8}))
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(ids(1, 37))
+    for function in (model, torch.compile(model, backend="eager")):
+        assert str(mom_compile.explain(function, ids(1, 37), options={"mini_seq_len": 8})) == expected
 
 
 # --- without weights ---
@@ -136,14 +382,14 @@ def test_the_peak_is_an_expression_in_the_sizes_that_are_symbols():
     x = ids(1, 37)
     torch._dynamo.mark_dynamic(x, 1)
     report = mom_compile.explain(model, x, options={"mini_seq_len": 8})[0]
-    line = next(line for line in str(report).splitlines() if "in bytes:" in line)
+    line = next(line for line in report.details().splitlines() if "in bytes:" in line)
     (symbol,) = report.memory.peak.free_symbols
     assert str(symbol) in line
     formula = sympy.sympify(line.partition(": ")[2], {str(symbol): symbol})
     assert report.memory.number(formula) == report.expected_peak_bytes
     assert report.memory.number(formula, {symbol: sympy.Integer(370)}) > 9 * report.floor_bytes
     torch._dynamo.reset()
-    assert "in bytes:" not in str(explained()[0])
+    assert "in bytes:" not in explained().details()
 
 
 def test_a_memory_timeline_is_drawn(tmp_path):

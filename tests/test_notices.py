@@ -12,6 +12,7 @@ from transformers import StaticCache
 import mom_compile.notices as notices
 from benchmarks.models import keeping
 from mom_compile import MomWarning, reports
+from mom_compile.report.units import in_units
 from tests.models import TinyDecoder, ids, prompt, small_model
 
 pytestmark = pytest.mark.usefixtures("eager_pieces")
@@ -55,7 +56,7 @@ def test_a_graph_is_a_line_in_the_log(lines):
     decode(compiled(small_model("Llama")))
     prefill, *steps = lines()
     report = reports()[0]
-    assert prefill == f"prefill, {len(report.stages)} loops, expected peak {report.expected_peak_bytes / 2**20:.1f} MiB"
+    assert prefill == f"prefill, {len(report.stages)} loops, expected peak {in_units(report.expected_peak_bytes)}"
     assert steps == ["stock Inductor: decode step: one token, nothing to cut"] * 2
 
 

@@ -19,6 +19,7 @@ from benchmarks.measure import MIB, peak_bytes, shown_and_held, watch_cpu
 from mom_compile import MomWarning, reports
 from mom_compile.pipeline import for_stock
 from mom_compile.report import Report
+from mom_compile.report.units import in_units
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Offload
 from mom_compile.torch_compat import mark_boxed
@@ -359,12 +360,14 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
 @pytest.mark.usefixtures("fresh")
 def test_explain_tells_which_rows_are_copied():
     model, inputs = small_model("Mistral"), prompt(1, 41)
-    text = str(mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False}))
-    assert "rows of their own: 6 parts (slice" in text
-    assert f"{6 * 15 * 2 * 16 * 4} B of {6 * 41 * 2 * 16 * 4} B" in text
+    found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
+    assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 6
+    assert "rows of their own: 6 parts (slice" in found.details()
+    assert f"{in_units(6 * 15 * 2 * 16 * 4)} of {in_units(6 * 41 * 2 * 16 * 4)}" in found.details()
+    assert "6 parts of larger values, windows of a cache say, kept without the rest: 11 KiB of 31 KiB" in str(found)
     short = mom_compile.explain(model, **inputs, options={"kv_offload": False})
     assert short[0].fallback is not None and len(short[0].own_rows) == 6
-    assert "rows of their own" in str(short)
+    assert "rows of their own" in short.details() and "6 parts of larger values" in str(short)
 
 
 def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():

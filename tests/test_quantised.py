@@ -141,7 +141,7 @@ def test_weights_are_dequantised_once_and_explain_says_what_that_takes(kind: typ
         # Of the weights of one layer, in float32: k and v, or all that lie between two attentions.
         assert (stage.made_once > 0) is made
         assert stage.made_once <= (6 + 3 * 3 + 2) * 32 * 32 * 4
-    assert ("made once before it" in str(report)) is made
+    assert ("made once before it" in report.details()) is made
 
 
 PRODUCTS = ("gemm_4bit", "gemv_4bit", "int8_scaled_mm", "_weight_int4pack_mm_for_cpu")

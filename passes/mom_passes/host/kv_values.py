@@ -88,10 +88,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class KVValues:
-    """What was found, layer by layer, and what was left on the device."""
+    """What was found, layer by layer, and what was left on the device. `read` are the names of all values that an
+    attention reads itself, whether a cache keeps them or not."""
 
     found: tuple[KeyOrValue, ...]
     left_out: tuple[LeftOut, ...]
+    read: frozenset[str] = frozenset()
 
 
 def find_kv(gm: fx.GraphModule) -> KVValues:
@@ -129,7 +131,8 @@ class _Finder:
         layers = {reader: layer for layer, reader in enumerate(readers)}
         found.sort(key=lambda one: (layers[one[2].layer], self.position[one[0]]))
         values = [_record(full, kept, tuple(places[kept]), r.dim.index, layers[r.layer]) for full, kept, r in found]
-        return KVValues(tuple(values), tuple(left_out))
+        read_itself = frozenset(node.name for node, read in self.reads.items() if read.itself)
+        return KVValues(tuple(values), tuple(left_out), read_itself)
 
     def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
         """The full value of an output, and how an attention reads it, if its rows are keys or values."""

@@ -1,0 +1,82 @@
+"""What was done to a graph and what was not, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mom_compile.report.details import details
+from mom_compile.report.record import DECODE_STEP, GRAPH, PREFILL, SCORING, KVReport, PassReport, Record, moved_rows
+from mom_compile.report.shares import Share, shares
+from mom_compile.report.stages import LiveValue, StageReport, stage_report
+from mom_compile.report.summary import summary
+from mom_compile.report.units import in_units
+from mom_compile.timeline import draw_timeline
+from mom_passes.host.kv_offload import KVOffload
+from mom_passes.loops.loop import loops
+from mom_passes.program.program import LoopStep
+from mom_passes.program.rewritten import Rewritten
+
+__all__ = [
+    "DECODE_STEP", "GRAPH", "PREFILL", "SCORING", "KVReport", "LiveValue", "PassReport", "Record", "Report", "Share",
+    "StageReport",
+]  # fmt: skip
+
+
+class Report(Record):
+    """The story of one captured graph, for people: `str(report)` is short, `report.details()` has everything.
+
+    What is known as numbers and names are its attributes, see `Record`.
+    """
+
+    def describe(self, rewritten: Rewritten) -> None:
+        self.graph, self.memory, self.no_loops = rewritten.gm, rewritten.memory, rewritten.no_loops
+        moments = [moment for moment in self.memory.moments if isinstance(moment.step, LoopStep)]
+        self.stages = [stage_report(moment, self.memory) for moment in moments]
+        self.tokens = self.memory.tokens
+        self.peak = shares(rewritten, self.keys_and_values)
+
+    def describe_kv(self, offload: KVOffload) -> None:
+        self.on_device = dict(offload.left_out)
+        self.on_host = [
+            KVReport(value.kept.name, value.layer, value.bytes_per_token, value.past is not None)
+            for value in offload.leaving
+        ]
+
+    def describe_staying(self, reason: str) -> None:
+        """All keys and values stay on the device after all."""
+        self.on_host, self.on_device = [], {"all": reason}
+
+    @property
+    def headline(self) -> str:
+        """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
+        if self.fallback is not None:
+            cut = f" in {self.layer_pieces} pieces by layers" if self.layer_pieces else ""
+            return f"stock Inductor{cut}: {self.fallback}"
+        what = f"{self.kind}, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
+        moved = f"{moved_rows(self)} to the host, " if self.on_host else ""
+        return f"{what}{moved}expected peak {in_units(self.expected_peak_bytes)}"
+
+    def plot(self, path: str | Path) -> None:
+        """Draw what the program is expected to take, step by step, to an image file. Needs matplotlib.
+
+        Raises `ValueError` for a graph that went to stock Inductor: there is no program of ours.
+        """
+        if self.memory is None or not self.memory.moments:
+            raise ValueError(f"nothing to draw: {self.fallback or 'the graph has no program'}")
+        draw_timeline(self.memory, Path(path))
+
+    def code(self) -> str:
+        """The rewritten graph as readable Python, bodies included."""
+        if self.graph is None:
+            return ""
+        parts = [self.graph.print_readable(print_output=False)]
+        for name, loop in loops(self.graph):
+            parts.append(f"# the body of {name}\n{loop.body.code.strip()}")
+        return "\n\n".join(parts)
+
+    def details(self) -> str:
+        """Every stage with its operators and values at full length, and every operator and value that was left out."""
+        return "\n".join(details(self))
+
+    def __str__(self) -> str:
+        return "\n".join(summary(self))

@@ -1,0 +1,96 @@
+"""A graph's story in full: every stage, every value at full length, every operator that was left out."""
+
+from __future__ import annotations
+
+import sympy
+
+from mom_compile.report.record import Record, moved_rows
+from mom_compile.report.stages import StageReport
+from mom_compile.report.units import in_units
+from mom_passes.program.program import LoopStep
+
+
+def details(record: Record) -> list[str]:
+    """Lines."""
+    if record.fallback is not None:
+        verdict = "failed, so it went" if record.failed else "went"
+        lines = [f"{record.kind}, graph of {record.nodes} nodes: {verdict} to stock Inductor: {record.fallback}"]
+        return lines + _kv_lines(record) + _own_lines(record) + eager_lines(record)
+    lines = _head(record)
+    for stage in record.stages:
+        lines += _stage_lines(stage)
+    if record.left_out:
+        lines.append("on the full sequence, between loops:")
+        lines += [f"  {name}: {reason}" for name, reason in record.left_out.items()]
+    lines += _kv_lines(record) + _own_lines(record) + eager_lines(record)
+    if record.compiled_pieces or record.bodies_shared:
+        compiled = f"{len(record.compiled_pieces)} pieces compiled in {record.compile_seconds:.1f} s"
+        lines.append(f"{compiled}, {record.bodies_shared} shared")
+    return lines
+
+
+def _head(record: Record) -> list[str]:
+    what = f"{record.kind}, graph of {record.nodes} nodes"
+    if record.no_loops is not None:
+        return [f"{what}; no loops: {record.no_loops}"]
+    lines = [f"{what}; tokens: {record.token_dimension}; {len(record.stages)} loops"]
+    lines.append(f"full-length values take at most {record.floor_bytes_per_token} B/token at a time")
+    return lines + _peak_lines(record)
+
+
+def _peak_lines(record: Record) -> list[str]:
+    """At the captured sizes and, where some are symbols, as an expression in them."""
+    if record.memory is None:
+        return []
+    moment = record.memory.highest
+    where = f"in {moment.step.name}" if isinstance(moment.step, LoopStep) else f"between loops, in {moment.step.name}"
+    lines = [f"expected peak of {record.tokens} tokens: {in_units(record.expected_peak_bytes)}, {where}"]
+    formula = sympy.expand(moment.bytes)
+    return [*lines, f"  in bytes: {formula}"] if formula.free_symbols else lines
+
+
+def _stage_lines(stage: StageReport) -> list[str]:
+    most = sorted(stage.operators.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} x{count}" for name, count in most[:6])
+    lines = [f"  {stage.name}: {stage.length} tokens in mini-sequences of {stage.mini_seq_len}; {shown}"]
+    if stage.spread > 1:
+        rows = stage.mini_seq_len / stage.spread
+        lines.append(f"    experts: {rows:.0f} rows to a product, a row for every {stage.spread:g} tokens")
+    for output, size in zip(stage.crossing, stage.bytes_per_token, strict=True):
+        shape = ", ".join(str(s) for s in output.type.shape)
+        place = "" if output.over is None else ", written over an operand"
+        lines.append(
+            f"    at full length: {output.name} [{shape}] {output.type.dtype}, "
+            f"tokens in {output.dim}: {size} B/token{place}"
+        )
+    lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
+    alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live if value.bytes_per_token)
+    lines.append(f"    alive meanwhile, in B/token: {alive}")
+    if stage.made_once:
+        lines.append(f"    made once before it, without tokens (dequantised weights, say): {in_units(stage.made_once)}")
+    own = sum(value.bytes for value in stage.live if not value.bytes_per_token)
+    if own:
+        lines.append(f"    rows of their own meanwhile: {in_units(own)}")
+    return lines
+
+
+def _kv_lines(record: Record) -> list[str]:
+    lines = [f"keys or values left on the device: {name}: {reason}" for name, reason in record.on_device.items()]
+    if record.on_host and record.fallback is None:
+        layers = len({value.layer for value in record.on_host})
+        size = sum(value.bytes_per_token for value in record.on_host)
+        lines.append(f"to the host: {moved_rows(record)} of {layers} layers, {size} B/token")
+    return lines
+
+
+def _own_lines(record: Record) -> list[str]:
+    if not record.own_rows:
+        return []
+    own, of = sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
+    names = [f"{rows.name} of {rows.base}" for rows in record.own_rows[:4]]
+    names += ["..."] if len(record.own_rows) > len(names) else []
+    return [f"rows of their own: {len(record.own_rows)} parts ({', '.join(names)}), {in_units(own)} of {in_units(of)}"]
+
+
+def eager_lines(record: Record) -> list[str]:
+    return [f"{name} runs eagerly, Inductor could not compile it: {why}" for name, why in record.eager_pieces.items()]

@@ -1,0 +1,128 @@
+"""What was done to a graph and what was not, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mom_compile.report.shares import Share
+from mom_compile.report.stages import StageReport
+from mom_passes.program.memory import Memory
+from mom_passes.program.own_rows import OwnRows
+from mom_passes.program.program import Call, Compute, LoopStep, Transfer
+
+#: What a graph is for. One that attends to nothing has no name: what lies between two breaks, say.
+PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """Keys or values of one layer that leave for the host: all rows or, with a past, only the new ones.
+
+    `bytes_per_token` is what each token of it takes on the host instead of on the device.
+    """
+
+    name: str
+    layer: int
+    bytes_per_token: int
+    has_past: bool
+
+
+@dataclass(frozen=True)
+class PassReport:
+    name: str
+    seconds: float
+    change: str
+
+
+@dataclass
+class Record:
+    """What is known of one captured graph.
+
+    kind           "prefill", "decode step" (one token of each sequence), "scoring" (logits of all tokens, no cache), or
+                   "graph" for what attends to nothing
+    fallback       why the graph went to stock Inductor unchanged, or None
+    failed         whether that reason was a failure of ours rather than a decision
+    stages         the loops, in the order they run
+    left_out       operator -> why it runs on the full sequence
+    no_loops       why nothing runs over mini-sequences although the graph is ours, or None
+    tokens         how many tokens the longest loop had when it was captured
+    peak_without_loops  what `expected_peak_bytes` would be if the same operators ran one after the other on all tokens;
+                   None where nobody asked (`explain` does)
+    peak           what the expected peak is made of, the largest first
+    keys_and_values  names of all values that attentions read as such
+    memory         what the program needs, step by step, as expressions in the sizes of the graph
+    on_host        keys and values that leave for the host
+    on_device      keys and values that stay on the device, by name, with the reason
+    own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
+    eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
+    work           multiply-adds of all matrix products and attentions, at the captured sizes
+    work_outside   those of them that run on the full sequence, by operator as in `left_out`
+    layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
+    compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
+    """
+
+    nodes: int = 0
+    kind: str = GRAPH
+    fallback: str | None = None
+    failed: bool = False
+    token_dimension: str = ""
+    stages: list[StageReport] = field(default_factory=list)
+    passes: list[PassReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    no_loops: str | None = None
+    tokens: int = 0
+    peak_without_loops: int | None = None
+    peak: tuple[Share, ...] = ()
+    keys_and_values: frozenset[str] = frozenset()
+    memory: Memory | None = None
+    on_host: list[KVReport] = field(default_factory=list)
+    on_device: dict[str, str] = field(default_factory=dict)
+    own_rows: list[OwnRows] = field(default_factory=list)
+    eager_pieces: dict[str, str] = field(default_factory=dict)
+    compiled_pieces: list[str] = field(default_factory=list)
+    work: int = 0
+    work_outside: dict[str, int] = field(default_factory=dict)
+    bodies_shared: int = 0
+    layer_pieces: int = 0
+    compile_seconds: float = 0.0
+    graph: fx.GraphModule | None = None
+
+    @property
+    def floor_bytes(self) -> int:
+        """The least a run needs, at the captured sizes: the full-length values of the stage that has most of them."""
+        return max((sum(value.bytes for value in stage.live) for stage in self.stages), default=0)
+
+    @property
+    def iteration_bytes(self) -> int:
+        """What one mini-sequence is expected to hold beside full-length values, at the captured sizes."""
+        return max((stage.iteration_bytes for stage in self.stages), default=0)
+
+    @property
+    def straight_bytes(self) -> int:
+        """The most that is alive between loops, at the captured sizes."""
+        return self.memory.most(Compute, Call, Transfer) if self.memory is not None else 0
+
+    @property
+    def expected_peak_bytes(self) -> int:
+        """What a run is expected to take above its inputs, at the captured sizes: in a loop or between two.
+
+        An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
+        """
+        return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
+
+    @property
+    def floor_bytes_per_token(self) -> int:
+        return max((sum(value.bytes_per_token for value in stage.live) for stage in self.stages), default=0)
+
+    @property
+    def full_length_values(self) -> list[str]:
+        """Names of all values that live at full length, stage by stage."""
+        return [output.name for stage in self.stages for output in stage.crossing]
+
+
+def moved_rows(record: Record) -> str:
+    """What leaves for the host, in words."""
+    rows = "new rows" if all(value.has_past for value in record.on_host) else "rows"
+    return f"{rows} of {len(record.on_host)} keys and values"

@@ -1,0 +1,73 @@
+"""What the expected peak is made of, in a user's words.
+
+Terms
+-----
+share    All that is alive at that moment for one purpose, in bytes at the captured sizes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from mom_compile.report.stages import live_value
+from mom_passes.loops.loop import Loop
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.program.memory import Memory, Moment
+from mom_passes.program.program import LoopStep, Storage
+from mom_passes.program.rewritten import Rewritten
+
+CACHE = "keys and values that a cache keeps"
+IN_USE = "keys and values in use"
+RETURNED = "results that are returned"
+HIDDEN = "hidden states"
+OTHER = "values without tokens, made once"
+BETWEEN = "what is computed between loops"
+
+
+@dataclass(frozen=True)
+class Share:
+    what: str
+    bytes: int
+
+
+def shares(rewritten: Rewritten, keys_and_values: Collection[str]) -> tuple[Share, ...]:
+    """What is alive at the peak, the largest first. `keys_and_values` are the names of all that attentions read."""
+    found = rewritten.memory
+    if not found.moments:
+        return ()
+    moment, outputs = found.highest, set(rewritten.plan.outputs)
+    returned = {storage for node, storage in rewritten.plan.storages.items() if node in outputs}
+    made_by = {m.step.node: m.step.loop for m in found.moments if isinstance(m.step, LoopStep)}
+    total = {_own(moment): found.number(moment.own)}
+    for storage in moment.alive:
+        is_kv = _stored_as(storage.node, made_by) in keys_and_values
+        what = _purpose(storage, moment, found, is_kv=is_kv, is_returned=storage in returned)
+        total[what] = total.get(what, 0) + found.number(storage.bytes)
+    made = [Share(what, size) for what, size in total.items() if size]
+    return tuple(sorted(made, key=lambda share: -share.bytes))
+
+
+def _own(moment: Moment) -> str:
+    return "one mini-sequence's own values" if isinstance(moment.step, LoopStep) else BETWEEN
+
+
+def _purpose(storage: Storage, moment: Moment, found: Memory, *, is_kv: bool, is_returned: bool) -> str:
+    if is_kv:
+        return CACHE if is_returned else IN_USE
+    if is_returned:
+        return RETURNED
+    if isinstance(moment.step, LoopStep) and live_value(storage, moment.step.loop, found) is None:
+        return OTHER
+    return HIDDEN
+
+
+def _stored_as(node: fx.Node, made_by: Mapping[fx.Node, Loop]) -> str:
+    """What a value was called before there were loops; what is copied or cut out of one is called as that."""
+    while node.target is COPY_ROWS or getattr(node.target, "is_view", False):
+        node = node.args[0]  # type: ignore[assignment]
+    loop = made_by.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]
+    return node.name if loop is None else loop.outputs[node.args[1]].name  # type: ignore[index]
