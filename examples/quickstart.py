@@ -14,7 +14,7 @@ prompt = torch.randint(config.vocab_size, (1, 4099))
 
 with torch.no_grad():
     eager = model(prompt, logits_to_keep=1).logits
-    report = mom_compile.explain(model, prompt, logits_to_keep=1)  # compiles a copy; the model stays as it is
+    report = mom_compile.explain(model, prompt, logits_to_keep=1)  # traces the call and does not make it
     model.compile(backend="mom")  # what generate() calls, too
     compiled = model(prompt, logits_to_keep=1).logits
 

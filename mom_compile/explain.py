@@ -1,8 +1,8 @@
 """`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
 
-one graph       traced, rewritten, and then the call is given up: nothing of it has run
-several         the call goes on from break to break on stand-ins, which have no data
-a break asks    for a value (`.item()`, a branch on a tensor): the call is made as it is, and the explanation says so
+    one graph       traced, rewritten, and then the call is given up: nothing of it has run
+    several         the call goes on from break to break on stand-ins, which have no data
+    a break asks    for a value (`.item()`, a branch on a tensor): the call is made as it is, and the explanation says so
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import fx, nn
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
-from mom_compile.meta_model import is_on_meta, on_stand_ins
+from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
 from mom_compile.torch_compat import NEEDS_DATA, capture, mark_boxed, trace_whole, undisturbed
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.edit import copy_graph
+from mom_passes.program.memory import memory
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
-from mom_passes.program.rewritten import Rewritten
+from mom_passes.program.schedule import schedule
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _explain_graph(
         try:
             try:
                 runnable = rewrite(gm, options, report, static_input_names(gm, kwargs)).gm
-                report.peak_without_loops = _peak_without_loops(gm)
+                report.peak_without_loops = _peak_without_loops(gm, report)
             except NotWorthwhile as decision:
                 report.fallback = str(decision)
                 runnable = for_stock(gm, report=report)
@@ -200,8 +201,11 @@ def _explain_graph(
     return mark_boxed(run)
 
 
-def _peak_without_loops(gm: fx.GraphModule) -> int:
-    """By the same memory model: the operators as they were captured, one after the other, each on all tokens. No mask
-    is made where attention needs none, as in an eager run."""
-    plain = Rewritten.of(attention_form(copy_graph(gm)))
-    return plain.memory.most(LoopStep, Compute, Call, Transfer)
+def _peak_without_loops(gm: fx.GraphModule, report: Report) -> int | None:
+    """By the same memory model: the operators as they were captured, one by one, each on all tokens, and no mask where
+    attention needs none. Eager mode takes from 0.85 to 1.3 times as much, for dense models of seven families. None
+    where that is not known."""
+    if not report.stages or any(stage.spread > 1 for stage in report.stages):
+        return None  # of experts outside a loop it says less than half of what is measured
+    found = memory(schedule(attention_form(copy_graph(gm))), fused=False)
+    return found.most(LoopStep, Compute, Call, Transfer)

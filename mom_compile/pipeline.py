@@ -13,6 +13,7 @@ from torch import fx
 
 from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
 from mom_passes.attention.form import attention_form
+from mom_passes.attention.reads import source_of
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
@@ -130,10 +131,12 @@ def find_tokens(state: State) -> str:
 def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
     """Whether no cache is kept and a product in the loops is as wide as the vocabulary: logits of every token."""
     assert state.kv is not None
-    embedded = [node.args[0].meta["val"] for node in state.gm.graph.nodes if node.target is EMBEDDING]
-    vocabulary = max((hint(weight.shape[0]) for weight in embedded), default=0)
+    embeddings = [node for node in state.gm.graph.nodes if node.target is EMBEDDING]
+    # Of tokens, that is of ids that are given: positions are counted in the graph.
+    given = [node for node in embeddings if source_of(node.args[1]).op == "placeholder"]
+    vocabularies = {hint(node.args[0].meta["val"].shape[0]) for node in given}
     cached = state.kv.found or state.kv.left_out
-    return not cached and any(hint(node.meta["val"].shape[-1]) == vocabulary for node in in_loops)
+    return not cached and any(hint(node.meta["val"].shape[-1]) in vocabularies for node in in_loops)
 
 
 def _token_dims(state: State) -> TokenDims | None:

@@ -152,6 +152,13 @@ def test_without_loops_is_what_an_eager_run_takes():
     assert 0.8 * measured <= report.peak_without_loops <= 1.2 * measured
 
 
+def test_what_a_mixture_of_experts_would_take_without_loops_is_not_guessed():
+    report = mom_compile.explain(tiny("Qwen3Moe"), ids(1, 100), logits_to_keep=1, options={"mini_seq_len": 16})[0]
+    assert any(stage.spread > 1 for stage in report.stages)
+    assert report.peak_without_loops is None
+    assert "without loops" not in str(report) and "experts with " in str(report)
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [(0, "0 B"), (1, "1 B"), (1023, "1.0 KiB"), (1536, "1.5 KiB"), (10 << 10, "10 KiB"), ((1 << 20) - 1, "1.0 MiB"),
@@ -188,6 +195,19 @@ def test_why_a_decode_step_is_left_alone_is_said_in_a_users_words():
     moved = str(mom_compile.explain(model, **decode_step(model), options={"kv_offload": True}))
     assert moved.startswith("decode step: expected peak ") and "no loops: it computes one token" in moved
     assert "to the host: rows of 6 keys and values of 3 layers, " in moved
+
+
+@pytest.mark.usefixtures("eager_pieces")
+def test_a_decode_step_on_a_cache_that_is_on_the_host_already_is_explained_on_it():
+    options = {"kv_offload": True, "mini_seq_len": 16}
+    model = small_model("Llama")
+    model.compile(backend="mom", options=options)
+    step = decode_step(model)
+    keys = step["past_key_values"].layers[0].keys
+    assert isinstance(keys, mom_compile.HostTensor)
+    text = str(mom_compile.explain(model, **step, options=options))
+    assert "to the host: new rows of 6 keys and values of 3 layers, " in text
+    assert step["past_key_values"].layers[0].keys is keys and keys.shape[2] == 40
 
 
 def test_a_tokenizers_output_is_given_as_it_is():

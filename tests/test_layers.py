@@ -19,7 +19,7 @@ ROOMS = {
         "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat", "versions", "runtime", "timeline notices config report pipeline meta_model",
+        "torch_compat", "versions", "runtime", "timeline notices config report pipeline stand_ins",
         "memory", "lowering", "backend", "explain scores",
     ),
 }  # fmt: skip

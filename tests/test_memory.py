@@ -62,6 +62,15 @@ def test_a_pointwise_result_goes_where_its_operand_dies():
     assert held(lambda x, w: (x @ w, (x @ w).exp())) >= 2 * PRODUCT
 
 
+def test_one_by_one_every_result_is_held_until_it_is_read():
+    def function(x, w):
+        return (x @ w).exp().sin().sum()
+
+    program = schedule(trace(function, torch.randn(64, 16), torch.randn(16, 16)))
+    assert memory(program).most(Compute) == PRODUCT + 4
+    assert memory(program, fused=False).most(Compute) == 2 * PRODUCT
+
+
 def test_views_inputs_and_what_is_returned_as_a_view_count_once():
     assert held(lambda x, w: x.t()) == 0
     assert held(lambda x, w: ((x @ w).view(8, 8, 16).transpose(0, 1), x.view(-1))) == PRODUCT

@@ -48,8 +48,8 @@ class Record:
     left_out       operator -> why it runs on the full sequence
     no_loops       why nothing runs over mini-sequences although the graph is ours, or None
     tokens         how many tokens the longest loop had when it was captured
-    peak_without_loops  what `expected_peak_bytes` would be if the same operators ran one after the other on all tokens;
-                   None where nobody asked (`explain` does)
+    peak_without_loops  what `expected_peak_bytes` would be if the captured operators ran one by one on all tokens, by
+                   the same memory model; None where it does not say (experts) or nobody asked (`explain` does)
     peak           what the expected peak is made of, the largest first
     keys_and_values  names of all values that attentions read as such
     memory         what the program needs, step by step, as expressions in the sizes of the graph

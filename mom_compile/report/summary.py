@@ -1,11 +1,11 @@
 """A graph's story for people: what was saved, what is left, which loops there are, and what was left alone and why.
 
-prefill of 2733 tokens: expected peak 51 MiB, 379 MiB without loops (beside weights and inputs)
-largest then: keys and values that a cache keeps 30 MiB, one mini-sequence's own values 9.4 MiB, ...
-18 loops over mini-sequences, alike ones in one line:
-   1 x  no attention: 512 tokens at a time take 2.0 MiB; a token leaves 4.5 KiB (stage_0)
-  15 x  attention to a window of 512 tokens: 512 tokens at a time take 9.4 MiB; a token leaves 4.5 KiB (stage_1-5, ...)
-   2 x  attention to all tokens: ...
+    prefill of 2733 tokens: expected peak 51 MiB, 173 MiB without loops (beside weights and inputs)
+    largest then: keys and values that a cache keeps 30 MiB, one mini-sequence's own values 9.4 MiB, ...
+    18 loops over mini-sequences, alike ones in one line:
+       1 x  no attention: 512 tokens at a time take 2.0 MiB; a token leaves 4.5 KiB (stage_0)
+      15 x  attention to a window of 512 tokens: 512 tokens at a time take 9.4 MiB; ... (stage_1-5, 7-11, 13-17)
+       2 x  attention to all tokens: ...
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _in_words(record: Record, reason: str | None) -> str:
 def _saved(record: Record) -> list[str]:
     tokens = f" of {record.tokens} tokens" if record.stages else ""
     without = record.peak_without_loops
-    saved = "" if without is None or not record.stages else f", {in_units(without)} without loops"
+    saved = "" if without is None else f", {in_units(without)} without loops"
     peak = in_units(record.expected_peak_bytes)
     lines = [f"{record.kind}{tokens}: expected peak {peak}{saved} (beside weights and inputs)"]
     if record.no_loops is not None:

@@ -48,6 +48,8 @@ class Costs:
 
     bytes: Callable[[fx.Node], sympy.Expr]
     number: Callable[[sympy.Expr], int]
+    #: Whether a compiler fuses; else every operator's result but a view is held, and nothing is written over.
+    fused: bool = True
 
 
 def most_held(
@@ -72,7 +74,7 @@ class _Held:
         self.position = {node: i for i, node in enumerate(nodes)}
         self.storage = self._storages(nodes, given)
         self.kept = {self.storage[node] for node in nodes if kept(node) and node in self.storage}
-        self.computed = self._computed_where_read()
+        self.computed = self._computed_where_read() if costs.fused else set()
         self.reads: dict[fx.Node, set[fx.Node]] = {}
         self.first: dict[fx.Node, int] = {}
         self.last: dict[fx.Node, int] = {}
@@ -111,7 +113,7 @@ class _Held:
 
     def _written_over(self, node: fx.Node) -> bool:
         """Whether a result goes where an operand, made among the same and as large, dies."""
-        if node not in self.first or not _is_fused(node):
+        if node not in self.first or not _is_fused(node) or not self.costs.fused:
             return False
         dying = [s for s in self.reads[node] if self.last[s] == self.position[node] and s in self.position]
         return any(sympy.expand(self.costs.bytes(s) - self.costs.bytes(node)) == 0 for s in dying)

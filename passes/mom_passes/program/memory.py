@@ -88,8 +88,9 @@ class Memory:
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 
 
-def memory(program: Program) -> Memory:
-    """What a program needs, step by step."""
+def memory(program: Program, *, fused: bool = True) -> Memory:
+    """What a program needs, step by step. Without `fused`, what its pieces would hold if each operator ran by itself,
+    as in eager mode."""
     found, hints = lives(program), symbol_hints(program.inputs)
     # The captured sizes stand for themselves where they are numbers; a mini-sequence is compared at a usual length.
     known = {**hints, COUNT: sympy.Integer(128)}
@@ -97,11 +98,11 @@ def memory(program: Program) -> Memory:
     def number(size: sympy.Expr) -> int:
         return int(size.xreplace(known).doit())
 
-    moments = [_moment(program, found, i, number) for i in range(len(program.steps))]
+    moments = [_moment(program, found, i, number, fused) for i in range(len(program.steps))]
     return Memory(tuple(moments), hints)
 
 
-def _moment(program: Program, found: Lives, i: int, number: Any) -> Moment:
+def _moment(program: Program, found: Lives, i: int, number: Any, fused: bool) -> Moment:
     step = program.steps[i]
     alive = tuple(storage for storage in found.alive(i) if storage.place is Place.DEVICE)
     if isinstance(step, LoopStep):
@@ -114,7 +115,7 @@ def _moment(program: Program, found: Lives, i: int, number: Any) -> Moment:
     dying = {storage: node for node in step.ins if (storage := program.storages.get(node)) in alive}
     dying = {storage: node for storage, node in dying.items() if found.last_of[storage] == i}
     kept = set(step.outs)
-    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(bytes_of_value, number))
+    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(bytes_of_value, number, fused))
     return Moment(step, tuple(storage for storage in alive if storage not in made and storage not in dying), held)
 
 
