@@ -2,7 +2,8 @@
 
     one graph       traced, rewritten, and then the call is given up: nothing of it has run
     several         the call goes on from break to break on stand-ins, which have no data
-    a break asks    for a value (`.item()`, a branch on a tensor): the call is made as it is, and the explanation says so
+    a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
+                    on the meta device, where that cannot be, it ends there and says so, too
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +21,9 @@ from torch import fx, nn
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
-from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
+from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.torch_compat import NEEDS_DATA, capture, mark_boxed, trace_whole, undisturbed
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.edit import copy_graph
@@ -59,11 +61,9 @@ class Explanation:
     def __str__(self) -> str:
         if not self.reports:
             return "no graph was captured: did the call compute nothing?"
-        texts = [str(report) for report in self.reports]
-        counts = {text: texts.count(text) for text in texts}
-        return "\n".join(
-            [*self.notes, *(text if n == 1 else f"{n} graphs alike: {text}" for text, n in counts.items())]
-        )
+        counts = Counter(str(report) for report in self.reports)
+        graphs = [text if count == 1 else f"{count} graphs alike: {text}" for text, count in counts.items()]
+        return "\n".join([*self.notes, *graphs])
 
 
 @dataclass(frozen=True)

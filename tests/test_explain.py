@@ -256,6 +256,22 @@ def test_what_lies_between_breaks_is_explained_without_computing_either():
     assert note.startswith("the call is no single graph: ") and str(explanation).startswith(note)
 
 
+def test_graphs_that_are_alike_are_told_once():
+    model = TinyDecoder(layers=3).eval()
+
+    def function(x):
+        hidden = model.layers[0](model.embed(x))
+        torch._dynamo.graph_break()
+        hidden = model.layers[1](hidden)
+        torch._dynamo.graph_break()
+        return model.layers[2](hidden)
+
+    found = mom_compile.explain(function, ids(1, 37), options={"mini_seq_len": 8})
+    note, first, *lines = str(found).splitlines()
+    assert len(found) == 3 and note == found.notes[0] and first.startswith("prefill of 37 tokens: ")
+    assert [line for line in lines if "expected peak" in line] == [f"2 graphs alike: {str(found[1]).splitlines()[0]}"]
+
+
 class Asking(torch.nn.Module):
     """Between its layers it asks for a value, and it remembers what it computed."""
 
