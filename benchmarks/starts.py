@@ -126,14 +126,18 @@ def main() -> None:
     parser.add_argument("--shape", default="half")
     parser.add_argument("--seq", type=int, default=1400)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/starts-<date>.json")
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker))
         return
-    rows = run(options)
-    print(measure.describe_machine())
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "starts.json").write_text(json.dumps({"machine": measure.machine(), "rows": rows}, indent=1) + "\n")
+    rows, machine = run(options), measure.machine()
+    print(measure.describe_machine(machine))
+    if options.save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"starts-{machine['date']}.json"
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,20 @@ class SymbolicSizes:
             inductor_config.patch({"allow_buffer_reuse": False, **patches, "triton.cudagraphs": False}),
             torch.no_grad(),
         ):
-            return compile_fx_inner(gm, inputs, is_inference=True)
+            return _plain_after_a_first_call(compile_fx_inner(gm, inputs, is_inference=True))
+
+
+def _plain_after_a_first_call(compiled: Any) -> Callable[[list[Any]], Any]:
+    """A `CompiledFxGraph` whose first call is its own, which closes its record of tuned kernels, and which is called
+    without that bookkeeping afterwards: it costs a decode step of many pieces more than they take from each other."""
+    call: Callable[[list[Any]], Any] = compiled
+
+    def run(inputs: list[Any]) -> Any:
+        nonlocal call
+        now, call = call, getattr(compiled, "current_callable", None) or compiled
+        return now(inputs)
+
+    return run
 
 
 def keep_output_strides(graph: fx.Graph) -> None:

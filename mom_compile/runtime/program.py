@@ -8,6 +8,8 @@ step    One call: a compiled piece, a compiled loop, a view, or arithmetic on si
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,6 +41,9 @@ class Step:
     dying: tuple[int, ...]
 
 
+#: Takes a step's arguments out of all values.
+Take = Callable[[list[Any]], list[Any]]
+
 _OBSERVERS: Observers[Step, Sequence[Any]] = Observers()
 
 
@@ -61,12 +66,16 @@ class Program:
     outputs: tuple[Any, ...]
     finish: Callable[[], None] | None = None
 
+    @functools.cached_property
+    def _calls(self) -> _Calls:
+        return _Calls.of(self)
+
     def __call__(self, inputs: list[Any]) -> tuple[Any, ...]:
-        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs))), *self._calls.constants]
         inputs.clear()
         try:
             self._run(values)
-            return tuple(values[o.index] if isinstance(o, Slot) else o for o in self.outputs)
+            return tuple(self._calls.returned(values))
         finally:
             values.clear()
             if self.finish is not None:
@@ -75,8 +84,8 @@ class Program:
     def _run(self, values: list[Any]) -> None:
         for index in self.unread_inputs:
             values[index] = None
-        for step in self.steps:
-            arguments = [values[a.index] if isinstance(a, Slot) else a for a in step.arguments]
+        for step, take, kept in self._calls.steps:
+            arguments = take(values)
             for index in step.dying:
                 values[index] = None
             try:
@@ -87,8 +96,47 @@ class Program:
             del arguments
             for observe in _OBSERVERS.now:
                 observe(step, results)
-            for index_or_none, result in zip(step.results, results, strict=True):
-                if index_or_none is not None:
-                    values[index_or_none] = result
-            result = None
+            for at, index in kept:
+                values[index] = results[at]
             del results
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """A program's steps as they are run, each with what takes its arguments and which of its results go where.
+
+    Constants lie in slots behind all others, so that arguments are taken with one call.
+    """
+
+    steps: tuple[tuple[Step, Take, tuple[tuple[int, int], ...]], ...]
+    returned: Take
+    constants: tuple[Any, ...]
+
+    @staticmethod
+    def of(program: Program) -> _Calls:
+        constants: list[Any] = []
+
+        def take(arguments: Sequence[Any]) -> Take:
+            indices = []
+            for argument in arguments:
+                if isinstance(argument, Slot):
+                    indices.append(argument.index)
+                else:
+                    indices.append(program.slots + len(constants))
+                    constants.append(argument)
+            return _taker(indices)
+
+        steps = [
+            (step, take(step.arguments), tuple((at, i) for at, i in enumerate(step.results) if i is not None))
+            for step in program.steps
+        ]
+        returned = take(program.outputs)
+        return _Calls(tuple(steps), returned, tuple(constants))
+
+
+def _taker(indices: Sequence[int]) -> Take:
+    """Of a list, the elements at some places."""
+    if len(indices) < 2:
+        return lambda values: [values[index] for index in indices]
+    get = operator.itemgetter(*indices)
+    return lambda values: list(get(values))
