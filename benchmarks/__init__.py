@@ -1,1 +1,1 @@
-"""Measurements: `measure` (peak bytes, time, the machine), `cpu`, `kv` and `gpu` (the figures in docs/figures.md), `starts`."""
+"""Measurements: `measure` (peak bytes, time, the machine); `cpu`, `kv`, `starts` and `gpu` (docs/figures.md)."""
