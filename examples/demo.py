@@ -30,7 +30,7 @@ from benchmarks.measure import MIB
 OUTPUT = Path("demo_output")
 BACKENDS = ("eager", "mom")
 FULL = ("eager", "inductor", "mom")
-#: Seconds that steps take on two cores, for 3072 tokens: what is said before each wait, and how far the bar goes.
+#: Seconds that steps take on two cores, for 2048 tokens: what is said before each wait, and how far the bar goes.
 EXPECTED = {
     "unpacking Gemma 3 270M": 25,
     "eager: generating": 20,
@@ -286,7 +286,7 @@ def run_all(options: argparse.Namespace, advance: Callable[[str], None]) -> tupl
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=3072, help="length of the prompt (default 3072)")
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the prompt (default 2048)")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--full", action="store_true", help="with stock Inductor, which takes as long again")
     parser.add_argument("--backends", nargs="+", help="these alone")

@@ -31,7 +31,7 @@ from mom_compile.notices import (
 )
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
-from mom_compile.torch_compat import InnerCompile, capture, mark_boxed, stock_inner_compile
+from mom_compile.torch_compat import InnerCompile, capture, look_at_the_cpu, mark_boxed, stock_inner_compile
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
@@ -60,6 +60,8 @@ def mom(
     """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
     parsed = parse_options(options, mode)
     warn_of_versions()
+    if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
+        look_at_the_cpu()
     inner = functools.partial(compile_graph, options=parsed)
     return capture(gm, example_inputs, inner, dict(parsed.inductor))
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mom_compile.config import parse_options
+from mom_compile.torch_compat import floats_are_constants
 
 #: Of labels: no token to score here, as in Hugging Face's losses.
 IGNORED = -100
@@ -89,7 +90,7 @@ def token_log_probs(
         seen = seen & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     given = {"input_ids": input_ids, **_said_beside(model, attention_mask)}
     run = _compiled(model, entropy, options)
-    with torch.no_grad():
+    with torch.no_grad(), floats_are_constants():
         log_probs, greedy, spread = run(model, given, torch.where(seen, targets, 0))
     entropies = torch.where(seen, spread, 0.0) if entropy else None
     return TokenScores(torch.where(seen, log_probs, 0.0), greedy & seen, entropies)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
@@ -26,6 +28,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
@@ -123,6 +126,15 @@ def capture(
         return compiled
 
 
+def floats_are_constants() -> contextlib.AbstractContextManager[None]:
+    """While a function is compiled for all sizes, its floats stay what they are.
+
+    Else Dynamo makes inputs of them, too, a norm's epsilon among them, finds in AOTAutograd that it need not have, and
+    traces everything once more.
+    """
+    return dynamo_config.patch(specialize_float=True)  # type: ignore[no-any-return]
+
+
 def stock_inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's back half, exactly as `backend="inductor"` would call it."""
     return compile_fx_inner(gm, example_inputs, **kwargs)
@@ -177,6 +189,18 @@ def inductor_as_of(settings: CodegenSettings) -> Iterator[None]:
     now = inductor_config.save_config_portable(ignore_private_configs=False)
     with inductor_config.patch({name: value for name, value in settings.config.items() if now.get(name) != value}):
         yield
+
+
+_cpu_looked_at = threading.Event()
+
+
+def look_at_the_cpu() -> None:
+    """Begin to find out which vector instructions there are, beside what the calling thread does: Inductor compiles a
+    program for each kind when it first writes C++ (11 s on a processor that has them all), and waits for it. Once in a
+    process; where its cache knows, that takes no time."""
+    if not _cpu_looked_at.is_set():
+        _cpu_looked_at.set()
+        threading.Thread(target=pick_vec_isa, name="mom_compile: vector instructions", daemon=True).start()
 
 
 def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

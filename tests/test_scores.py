@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mom_compile
-from mom_compile import TokenScores, token_log_probs
+from mom_compile import TokenScores, backend, token_log_probs
 from mom_compile.scores import _COMPILED
 from tests.models import SMALL, TinyDecoder, ids, small_model, sweep
 
@@ -189,3 +189,14 @@ def test_models_that_cannot_score_are_told_apart() -> None:
         token_log_probs(model.train(), text(1, 9))
     with pytest.raises(ValueError, match="LlamaModel returns no logits"):
         token_log_probs(model.eval().model, text(1, 9))
+
+
+def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for all sizes, Dynamo takes floats of a model for inputs, finds out late, and begins again."""
+    seen: list[int] = []
+    compiler = backend.capture
+    monkeypatch.setattr(backend, "capture", lambda gm, *given: (seen.append(len(gm.graph.nodes)), compiler(gm, *given))[1])
+    model = small_model("Llama")
+    for tokens in (40, 57):
+        token_log_probs(model, text(1, tokens), options=OPTIONS)
+    assert len(seen) == 1
