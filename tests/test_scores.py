@@ -194,8 +194,13 @@ def test_models_that_cannot_score_are_told_apart() -> None:
 def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for all sizes, Dynamo takes floats of a model for inputs, finds out late, and begins again."""
     seen: list[int] = []
-    compiler = backend.capture
-    monkeypatch.setattr(backend, "capture", lambda gm, *given: (seen.append(len(gm.graph.nodes)), compiler(gm, *given))[1])
+    capture = backend.capture
+
+    def counting(gm: torch.fx.GraphModule, *given: Any) -> Any:
+        seen.append(len(gm.graph.nodes))
+        return capture(gm, *given)
+
+    monkeypatch.setattr(backend, "capture", counting)
     model = small_model("Llama")
     for tokens in (40, 57):
         token_log_probs(model, text(1, tokens), options=OPTIONS)
