@@ -18,6 +18,7 @@ crossing   A value kept at full length from the stage that makes it to a later o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class _Planner:
         self.last = max(self.earliest.values(), default=0)
         self.latest = self._latest()
         self.ready = self._ready()
+        self.late_until = self._late_until()
+        self.needed = self._needed()
 
     def _earliest(self) -> dict[Instance, int]:
         earliest: dict[Instance, int] = {}
@@ -107,31 +110,59 @@ class _Planner:
         """Computed exactly once, in its latest stage: matmuls, attention, and what a barrier waits for."""
         return not self.demands.recomputable(instance) or instance in self.barriers
 
-    def late(self, k: int) -> set[Instance]:
-        """Row instances that cannot be had, or may not be computed, before the end of stage `k`."""
-        late: set[Instance] = set()
+    def _late_until(self) -> dict[Instance, int]:
+        """For row instances: at the boundaries before this one they cannot be had, or may not be computed."""
+        until: dict[Instance, int] = {}
         for instance in self.demands.order:
-            if self.demands.kinds[instance] is Kind.ENTRY:
-                after = self.ready[instance] > k
-            elif self.demands.kinds[instance] in (Kind.ROWS, Kind.PAST):
+            kind = self.demands.kinds[instance]
+            if kind is Kind.ENTRY:
+                until[instance] = self.ready[instance]
+            elif kind in (Kind.ROWS, Kind.PAST):
                 inputs = self.demands.inputs[instance]
-                after = self.earliest[instance] > k or (self.fixed(instance) and self.latest[instance] > k)
-                after = after or any(i in late or self.ready.get(i, 0) > k for i in inputs)
-            else:
-                continue
-            if after:
-                late.add(instance)
-        return late
+                own = self.latest[instance] if self.fixed(instance) else self.earliest[instance]
+                until[instance] = max(own, *(until.get(i, self.ready.get(i, 0)) for i in inputs), 0)
+        return until
+
+    def _needed(self) -> list[set[Instance]]:
+        """At each boundary, the instances of rows that are had by then and read by others that are late there."""
+        needed: list[set[Instance]] = [set() for _ in range(self.last)]
+        for reader, last in self.late_until.items():
+            for operand in self.demands.inputs[reader]:
+                if not isinstance(operand.need, All):
+                    for k in range(self.late_until.get(operand, 0), last):
+                        needed[k].add(operand)
+        return needed
 
     def crossing(self, k: int) -> set[Instance]:
         """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
-        late = self.late(k)
-        read = {i for reader in late for i in self.demands.inputs[reader]}
-        needed = {i for i in read if not isinstance(i.need, All) and i not in late}
-        return cheapest_cut(self._computed(needed), lambda instance, _: self._cost(instance, k), self._made_from)
+        needed = self._ordered(self.needed[k])
+        return cheapest_cut(
+            self._computed(needed),
+            lambda instance, _: self._cost(instance, k),
+            lambda instance: self._made_from(instance, k),
+        )
 
-    def _made_from(self, instance: Instance) -> list[Instance] | None:
-        return self._computed(self.demands.inputs[instance]) if self.demands.recomputable(instance) else None
+    def _made_from(self, instance: Instance, k: int) -> list[Instance] | None:
+        """What an instance may be computed from once more; None where that cannot be cheaper than to keep it.
+
+        A residual stream is made from the one before it and a product that nobody else reads, as wide as itself.
+        Without that every boundary would look at all layers before it.
+        """
+        if not self.demands.recomputable(instance):
+            return None
+        inputs, own = self._computed(self.demands.inputs[instance]), self._cost(instance, k)
+        return inputs if own is None or self._of_their_own(inputs, k) < own else None
+
+    def _of_their_own(self, inputs: Iterable[Instance], k: int) -> float:
+        """The least that those of some operands cost which nobody else reads."""
+        return sum(self._least(i, k) for i in dict.fromkeys(inputs) if len(set(self.demands.readers[i])) == 1)
+
+    def _least(self, instance: Instance, k: int) -> float:
+        cost = self._cost(instance, k)
+        kept = math.inf if cost is None else cost
+        if not self.demands.recomputable(instance):
+            return kept
+        return min(kept, self._of_their_own(self._computed(self.demands.inputs[instance]), k))
 
     def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
         """Of some instances, those of rows that are not an input's."""
@@ -181,7 +212,9 @@ class _Planner:
             stored.append((due | {i for i in crosses if self.demands.kinds[i] is Kind.ROWS}) - here)
             kept_so_far |= stored[k]
         self._complete(stored, available)
-        whole = [[i for i in self._wholes() if self.latest[i] == k] for k in range(self.last + 1)]
+        whole: list[list[Instance]] = [[] for _ in range(self.last + 1)]
+        for instance in self._wholes():
+            whole[self.latest[instance]].append(instance)
         return tuple(
             StagePlan(k, tuple(whole[k]), self._ordered(stored[k]), frozenset(available[k]))
             for k in range(self.last + 1)
