@@ -264,3 +264,85 @@ def test_picks_save_memory_and_are_checked_where_they_are_compiled() -> None:
                 run(batch, torch.tensor([3, beyond]))
     (report,) = mom_compile.reports()
     assert report.stages and not report.eager_pieces
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def vectors(batch, tokens):
+    """What an attention may be told of its keys: two packed sequences, and one key that nobody sees."""
+    at = torch.arange(tokens).expand(batch, -1)
+    first = 5 + torch.arange(batch)[:, None]
+    return {"keys": at != 2, "segments": (at >= first).long(), "positions": torch.where(at >= first, at - first, at)}
+
+
+CALLS = {
+    "causal": {"is_causal": True},
+    "window": {"is_causal": True, "window": 3},
+    "keys": {"is_causal": True, "told": ("keys",)},
+    "segments": {"is_causal": True, "told": ("keys", "segments")},
+    "segments of all": {"is_causal": True, "told": ("segments",), "alike": True},
+    "positions": {"told": ("segments", "positions"), "window": 3},
+    "positions, causal, window": {"is_causal": True, "told": ("positions",), "window": 4},
+    "boolean mask": {"is_causal": True, "mask": torch.bool},
+    "additive mask": {"is_causal": True, "mask": torch.float64, "window": 6},
+    "mask alone": {"mask": torch.float64},
+    "mask of each entry": {"mask": torch.bool, "own": True, "is_causal": True},
+    "everybody": {},
+}
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("cut", ["one of each", "several of each", "the same of all"])
+@pytest.mark.parametrize("call", CALLS)
+def test_picked_queries_see_what_they_saw(call: str, cut: str, start: int) -> None:
+    """Also behind `start` keys of a cache: queries stand `start` further on than they are numbered."""
+    batch, queries, tokens = 3, 12, 12 + start
+    asked = dict(CALLS[call])
+    told = vectors(1 if asked.pop("alike", False) else batch, tokens)
+    told = {name: told[name] for name in asked.pop("told", ())}
+    mask_type, own = asked.pop("mask", None), asked.pop("own", False)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(batch if own else 1, 1, queries, tokens, generator=generator, dtype=torch.float64) - 0.3
+    mask = None if mask_type is None else mask > 0 if mask_type is torch.bool else mask
+    past = torch.randn(batch, 2, start, 4, generator=generator, dtype=torch.float64)
+    given = (past, *([] if mask is None else [mask]), *told.values())
+
+    def program(x, rows, square, past, *more):
+        more = iter(more)
+        masked = None if mask is None else next(more)
+        keys = torch.cat([past, (x @ square).view(batch, queries, 2, 4).transpose(1, 2)], 2)
+        query = (x @ square.T).view(batch, queries, 2, 4).transpose(1, 2)
+        call = {"is_causal": False, **asked, **dict(zip(told, more, strict=True))}
+        attended = torch.ops.mom.attention(query, keys, keys, masked, start, call.pop("is_causal"), 0.5, **call)
+        return (PICKS[cut](attended.transpose(1, 2).reshape(batch, queries, 8) @ square, rows),)
+
+    x = torch.randn(batch, queries, 8, generator=generator, dtype=torch.float64)
+    rows = torch.randint(-queries, queries, (batch, 3), generator=generator)
+    inputs = (x, rows, weights_of(torch.float64).square, *given)
+    gm = trace(program, *inputs)
+    names = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    dims = analyse_token_dims(gm, static_inputs={names[2], *names[3:]})
+    assert dims is not None and dims.seed_dim.index == 1
+    after = picked_rows(gm, dims)
+    (attention,) = after.graph.find_nodes(op="call_function", target=torch.ops.mom.attention.default)
+    assert attention.args[0].meta["val"].shape[2] == (1 if cut == "one of each" else 3)
+    assert_same(after(*inputs), gm(*inputs))
+
+
+def test_many_picked_queries_stay_in_the_loops() -> None:
+    """Each would need a mask of its own; what is behind the attention moves all the same."""
+    weights = weights_of(torch.float64)
+
+    def program(x, rows, *parameters):
+        for name in ("causal", "mlp", "causal", "mlp"):
+            x = STEPS[name](x, Weights(*parameters))
+        return ((x @ Weights(*parameters).up.T)[:, rows],)
+
+    x = torch.randn(1, 300, HIDDEN, dtype=torch.float64)
+    rows = torch.randint(300, (100,))
+    gm = trace(program, x, rows, *weights)
+    after = moved(gm)
+    assert rows_of(after, torch.ops.mom.attention.default) == [300, 300]
+    assert products(after)[-1] == 100
+    assert_same(after(x, rows, *weights), gm(x, rows, *weights))

@@ -32,8 +32,8 @@ from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import overloads, prims
 from mom_passes.graph.edit import copy_call, emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
-from mom_passes.graph.sizes import Size, expr, is_one, product, same
-from mom_passes.graph.values import is_tensor, operands, value_of
+from mom_passes.graph.sizes import Size, expr, is_one, same
+from mom_passes.graph.values import operands, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules import All, Claim, Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
@@ -282,7 +282,7 @@ class _Mover:
         return self._reshape(rows, [sympy.cancel(n) if isinstance(n, sympy.Expr) else n for n in folded])
 
     def row_numbers(self, picks: Picks) -> fx.Node:
-        """`[entries, count]`, or `[count]` where they are the same for all; none is negative that was not out of range."""
+        """`[entries, count]`, or `[count]` where they are the same for all; negative are only those out of range."""
         if picks not in self.numbers:
             numbers = self._whole(picks.index)
             if value_of(numbers).dtype != torch.int64:
