@@ -95,7 +95,10 @@ def token_log_probs(
 def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: bool) -> Any:
     """What is compiled: everything behind the logits is of one token each, so it runs where they are made."""
     out = model.forward(**given)
-    logits = (out if isinstance(out, torch.Tensor) else out.logits)[:, :-1].float()
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if logits is None:
+        raise ValueError(f"the model returned a {type(out).__name__} without logits; a causal language model is wanted")
+    logits = logits[:, :-1].float()
     log_all = torch.log_softmax(logits, -1)
     log_probs = log_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     greedy = logits.argmax(-1) == targets
@@ -142,6 +145,8 @@ def _check_inputs(
     head = getattr(model, "get_output_embeddings", None)
     if head is not None and head() is None:
         raise ValueError(f"{type(model).__name__} returns no logits: load it with AutoModelForCausalLM")
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"input_ids are a {type(ids).__name__}; a tensor, [batch, tokens] of integers, is wanted")
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"input_ids are {list(ids.shape)} {ids.dtype}; [batch, tokens] of integers is wanted")
     if ids.shape[0] == 0 or ids.shape[1] < 2:
