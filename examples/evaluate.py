@@ -122,11 +122,12 @@ def per_token(spec: Row) -> None:
     """Of some documents each token's log-probability, in the harness' way and in mom's, off float64's."""
     model, tokenizer = load(spec["model"])
     documents = english(tokenizer, spec["documents"], spec["tokens"])[: spec["exact"]]
+    lm = harness_model(False, model, tokenizer, 1)
     off: dict[str, float] = dict.fromkeys(RUNS, 0.0)
     sums: list[float] = []
     for number, document in enumerate(documents):
         workers.step(f"float64, document {number + 1} of {len(documents)}")
-        ids = tokenizer(document, return_tensors="pt").input_ids
+        ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(document)]])
         ours = mom_compile.token_log_probs(model, ids).log_probs[0]
         exact, theirs = exact_log_probs(model, ids)
         sums.append(exact.sum().item())
