@@ -37,6 +37,7 @@ from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.experts import outline_experts
 from mom_passes.tokens.mlp_scope import mlp_only
+from mom_passes.tokens.picked_rows import picked_rows
 from mom_passes.tokens.region import inline_regions, regions
 from mom_passes.verify import Contract, verify
 
@@ -168,6 +169,19 @@ def rows_on_demand(state: State) -> str:
     return f"{len(state.dims.rowwise)} row-wise values are left"
 
 
+def picks_on_demand(state: State) -> str:
+    """Rows picked by an index tensor likewise: the last layer runs on them alone."""
+    assert state.dims is not None
+    picked = picked_rows(state.gm, state.dims)
+    if picked is state.gm:
+        return "no pick has moved"
+    state.gm = picked
+    state.dims = _token_dims(state)
+    if state.dims is None:
+        raise NotWorthwhile("nearly all work is on the few rows that are picked")
+    return f"{len(state.dims.rowwise)} row-wise values are left"
+
+
 def mlp_alone(state: State) -> str:
     """With scope="mlp": only MLPs and the LM head stay row-wise, as in the MOM paper."""
     assert state.dims is not None
@@ -264,6 +278,7 @@ TO_LOOPS: tuple[Step, ...] = (
     find_keys_and_values,
     find_tokens,
     rows_on_demand,
+    picks_on_demand,
     mlp_alone,
     follow_demands,
     cut_stages,

@@ -99,12 +99,19 @@ def token_log_probs(
 def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: bool) -> Any:
     """What is compiled: everything behind the logits is of one token each, so it runs where they are made."""
     out = model.forward(**given)
-    logits = (out if isinstance(out, torch.Tensor) else out.logits)[:, :-1].float()
-    log_all = torch.log_softmax(logits, -1)
-    log_probs = log_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if logits is None:
+        raise ValueError(f"the model returned a {type(out).__name__} without logits; a causal language model is wanted")
+    logits = logits[:, :-1].float()
+    below_top = logits - logits.amax(-1, keepdim=True)
+    # A sum of 262,144 terms in float32 is off by 1e-5 or more, to the same side for all tokens; in float64 it costs the
+    # same, since what it adds up is read once either way.
+    log_sum = below_top.exp().sum(-1, dtype=torch.float64).log().float()
+    log_probs = below_top.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
     greedy = logits.argmax(-1) == targets
     if not entropy:
         return log_probs, greedy, None
+    log_all = below_top - log_sum.unsqueeze(-1)
     likely = log_all.exp()
     return log_probs, greedy, -torch.where(likely > 0, likely * log_all, 0.0).sum(-1)
 
@@ -146,6 +153,8 @@ def _check_inputs(
     head = getattr(model, "get_output_embeddings", None)
     if head is not None and head() is None:
         raise ValueError(f"{type(model).__name__} returns no logits: load it with AutoModelForCausalLM")
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"input_ids are a {type(ids).__name__}; a tensor, [batch, tokens] of integers, is wanted")
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"input_ids are {list(ids.shape)} {ids.dtype}; [batch, tokens] of integers is wanted")
     if ids.shape[0] == 0 or ids.shape[1] < 2:

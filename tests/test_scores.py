@@ -163,15 +163,19 @@ def test_spans() -> None:
     [
         ({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "two are wanted"),
         ({"input_ids": torch.zeros(0, 9, dtype=torch.long)}, "two are wanted"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "two are wanted"),
+        ({"input_ids": [[1, 2, 3]]}, "are a list; a tensor"),
         ({"input_ids": torch.zeros(9, dtype=torch.long)}, "of integers is wanted"),
         ({"input_ids": torch.zeros(1, 9)}, "of integers is wanted"),
         ({"input_ids": text(1, 9), "attention_mask": torch.ones(1, 8)}, r"attention_mask is \[1, 8\]"),
         ({"input_ids": text(1, 9), "labels": text(2, 9)}, r"labels is \[2, 9\]"),
         ({"input_ids": text(1, 9), "labels": text(1, 9) + 400}, "no token of a vocabulary of 320"),
+        ({"input_ids": text(1, 9), "labels": torch.full((1, 9), -7)}, "labels have -7, which is no token"),
+        ({"input_ids": text(1, 9), "attention_mask": torch.ones(9)}, r"attention_mask is \[9\]"),
         ({"input_ids": text(1, 9) - 400}, "no token of a vocabulary"),
     ],
 )
-def test_what_cannot_be_scored_is_said(given: dict[str, torch.Tensor], message: str) -> None:
+def test_what_cannot_be_scored_is_said(given: dict[str, Any], message: str) -> None:
     model = small_model("Llama", num_hidden_layers=1)
     with pytest.raises(ValueError, match=message):
         token_log_probs(model, **given)
@@ -205,3 +209,48 @@ def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) 
     for tokens in (40, 57):
         token_log_probs(model, text(1, tokens), options=OPTIONS)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_a_model_that_returns_something_else(kind: type, eager_pieces: None) -> None:
+    class Hidden(TinyDecoder):
+        def forward(self, input_ids: torch.Tensor) -> Any:  # type: ignore[override]
+            hidden = super().forward(input_ids)
+            return (hidden,) if kind is tuple else {"hidden": hidden}
+
+    with pytest.raises(ValueError, match=f"returned a {kind.__name__} without logits"):
+        token_log_probs(Hidden().eval(), ids(1, 40), options=OPTIONS)
+
+
+def test_a_sequence_that_is_padding_altogether(eager_pieces: None) -> None:
+    """Has no scores, and takes none from the others."""
+    model = small_model("Llama")
+    sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0] = 0
+    scores = token_log_probs(model, sequence, mask, entropy=True, options=OPTIONS)
+    assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
+    assert scores.entropy is not None
+    for values in (scores.log_probs, scores.greedy, scores.entropy):
+        assert not values[0].any()
+
+
+def test_a_large_vocabulary_does_not_bias_scores() -> None:
+    """A sum of so many terms in float32 is off by 2e-5 and more, and always to the same side."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(64, 16)
+            self.head = torch.nn.Linear(16, 262_144, bias=False)
+            self.head.weight.data.normal_(0, 0.75)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(input_ids))
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, sequence = Logits().eval(), ids(1, 40, 0, 64)
+    scores = token_log_probs(model, sequence)
+    with torch.no_grad():
+        exact = model(sequence)[0, :-1].double().log_softmax(-1).gather(-1, sequence[0, 1:, None])[:, 0]
+    assert (scores.log_probs[0] - exact).abs().max() < 4e-6

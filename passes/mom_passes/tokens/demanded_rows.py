@@ -313,11 +313,15 @@ def _made_again_from(piece: Piece, needs: Needs) -> list[Piece] | None:
 
 
 def _cost(piece: Piece, order: int) -> int | None:
-    """Bytes per token of keeping a value for a slice of it, in thousandths; ties go to the readers' side.
+    return bytes_per_row(piece[0], piece[1], order)
+
+
+def bytes_per_row(node: fx.Node, dim: Dim, order: int) -> int | None:
+    """What it costs in a min-cut to keep a value whole for some rows of it: bytes per token, in thousandths; ties go to
+    the readers' side.
 
     Inputs are there anyway. None for a tuple: its items can be sliced.
     """
-    node, dim, _ = piece
     value = node.meta["val"]
     tie = max(0, 999 - order)
     if not isinstance(value, torch.Tensor):

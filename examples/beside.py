@@ -1,0 +1,74 @@
+"""The plain way beside mom, for examples: each backend in a process of its own, once to compile, then for its figures.
+
+A worker hands back a row, with its result in a file; the parent prints the rows side by side and how far each result
+is from the plain way's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, workers
+from benchmarks.measure import MIB
+
+Row = dict[str, Any]
+BACKENDS = ("eager", "mom")
+FULL = ("eager", "inductor", "mom")
+
+
+def run(backend: str, call: Callable[[], torch.Tensor], result: Path, device: str = "cpu") -> None:
+    """In a worker: the first call of one backend, then a warm one with its peak above the weights, and its result."""
+    workers.step("compiling" if backend != "eager" else "a first call")
+    with torch.no_grad():
+        first = measure.seconds(call, device)
+        workers.step("measuring")
+        kept: list[torch.Tensor] = []
+        began = time.perf_counter()
+        peak = measure.peak_bytes(lambda: kept.append(call()), device).peak
+        seconds = time.perf_counter() - began
+    torch.save(kept[0].detach().cpu(), result)
+    workers.row({"backend": backend, "peak": peak, "seconds": seconds, "first": first, "result": str(result)})
+
+
+def compare(module: str, specs: Sequence[Mapping[str, Any]], say: Callable[[str], None] = print) -> list[Row]:
+    """In the parent: one worker of `module` for each spec, in turn."""
+    rows: list[Row] = []
+    for spec in specs:
+
+        def on_step(text: str, backend: str = spec["backend"]) -> None:
+            say(f"{backend}: {text}")
+
+        rows += workers.run_worker(module, spec, on_step=on_step)
+    return rows
+
+
+def add_differences(rows: Sequence[Row]) -> None:
+    """The largest difference from the first row's result."""
+    first = torch.load(rows[0]["result"]).double()
+    for row in rows:
+        row["difference"] = (torch.load(row["result"]).double() - first).abs().max().item()
+
+
+def print_rows(title: str, rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(title=title)
+    table.add_column("")
+    for heading in ("peak", f"of {first['backend']}'s", "time", f"of {first['backend']}'s", "first call", "difference"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        peak, seconds = (f"{row[name] / first[name]:.3f}x" for name in ("peak", "seconds"))
+        cells = [f"{row['peak'] / MIB:,.1f} MiB", peak, f"{row['seconds']:.2f} s", seconds, f"{row['first']:.0f} s"]
+        table.add_row(row["backend"], *cells, f"{row['difference']:.1e}")
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: nothing is cut off
+        console = Console(width=160)
+    console.print(table)
+    print(f"peaks are above the weights, and exact; times are of this run only: {measure.describe_machine()}")

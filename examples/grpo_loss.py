@@ -1,0 +1,145 @@
+"""The per-token term of GRPO, as TRL computes it: ratio, clip, KL to the reference; forward only, no gradients.
+
+    python -m examples.grpo_loss                         a small Llama with random weights, eager and mom
+    python -m examples.grpo_loss --full                  and stock Inductor
+    python -m examples.grpo_loss --model DIR             yours, against itself before a small step
+
+What it needs of policy and reference is each completion token's log-probability. The plain way makes the logits of all
+of them; `token_log_probs` none at full length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mom_compile
+from benchmarks import measure
+from examples import beside
+from examples.demo import OUTPUT
+
+#: A vocabulary in proportion to the width as in small models of today: logits are by far the largest value.
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 4, "vocab_size": 64_000,
+}  # fmt: skip
+CLIP, BETA = 0.2, 0.04
+#: `(model, ids [B, P + C], mask [B, P + C], C)` to the log-probabilities `[B, C]` of the last C tokens.
+LogProbs = Callable[[Any, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def plain_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completion: int) -> torch.Tensor:
+    """Logits of the completions, and of each token its own less the log-sum-exp of all, a sequence at a time."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False, "logits_to_keep": completion + 1}
+    logits = model(input_ids=ids, **given).logits[:, :-1].float()
+    chosen = logits.gather(-1, ids[:, -completion:, None]).squeeze(-1)
+    return chosen - torch.stack([of_one.logsumexp(-1) for of_one in logits])
+
+
+def mom_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completion: int) -> torch.Tensor:
+    """The same without logits. Prompt tokens are -100, so that nothing of them is scored."""
+    labels = ids.clone()
+    labels[:, :-completion] = -100
+    return mom_compile.token_log_probs(model, ids, mask, labels=labels).log_probs[:, -completion:]
+
+
+def per_token_term(
+    log_probs: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, advantages: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities `[B, C]` and an advantage for each sequence `[B]` to the term that is averaged, `[B, C]`."""
+    ratio = (log_probs - old).exp()
+    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[:, None])
+    away = reference - log_probs
+    return -gain + BETA * (away.exp() - away - 1)
+
+
+def small_policy() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, max_position_embeddings=32_768)).eval()
+
+
+@torch.no_grad()
+def after_a_step(model: Any) -> Any:
+    """A copy whose weights are a little further on."""
+    torch.manual_seed(1)
+    policy = copy.deepcopy(model)
+    for parameter in policy.parameters():
+        parameter.add_(torch.randn_like(parameter) * 1e-3)
+    return policy
+
+
+def samples(batch: int, prompt: int, completion: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random prompts of unequal length, padded on the left as TRL does, with completions behind them."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, vocabulary, (batch, prompt + completion), generator=generator)
+    begins = torch.arange(batch)[:, None] * (prompt // (2 * batch))
+    mask = (torch.arange(prompt + completion)[None, :] >= begins).long()
+    return ids * mask, mask
+
+
+def work(spec: dict[str, Any]) -> None:
+    measure.watch_cpu()
+    if spec["model"] is None:
+        reference = small_policy()
+    else:
+        from transformers import AutoModelForCausalLM
+
+        reference = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval()
+    policy = after_a_step(reference)
+    completion = spec["completion"]
+    ids, mask = samples(spec["batch"], spec["prompt"], completion, reference.config.vocab_size)
+    advantages = torch.linspace(-1, 1, spec["batch"])
+    log_probs: LogProbs = mom_log_probs if spec["backend"] == "mom" else plain_log_probs
+    if spec["backend"] == "inductor":
+        log_probs = torch.compile(plain_log_probs)
+
+    def term() -> torch.Tensor:
+        # The reference's serve as the old policy's, too: the policy is one step further on than what sampled.
+        ours, theirs = (log_probs(model, ids, mask, completion) for model in (policy, reference))
+        return per_token_term(ours, theirs, theirs, advantages)
+
+    beside.run(spec["backend"], term, Path(spec["result"]))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.grpo_loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a folder or a name on the hub (default: a small Llama with random weights)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the longest prompt (default 512)")
+    parser.add_argument("--completion", type=int, default=1024, help="tokens of a completion (default 1024)")
+    parser.add_argument("--full", action="store_true", help="with stock Inductor")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if min(options.batch, options.prompt, options.completion) < 1:
+        parser.error("--batch, --prompt and --completion are at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.worker is not None:
+        work(json.loads(options.worker))
+        return 0
+    OUTPUT.mkdir(exist_ok=True)
+    shared = {name: getattr(options, name) for name in ("model", "batch", "prompt", "completion")}
+    backends = beside.FULL if options.full else beside.BACKENDS
+    specs = [{**shared, "backend": name, "result": str(OUTPUT / f"grpo-{name}.pt")} for name in backends]
+    rows = beside.compare("examples.grpo_loss", specs)
+    beside.add_differences(rows)
+    what = f"{options.batch} completions of {options.completion} tokens behind prompts of {options.prompt}"
+    beside.print_rows(f"{what}: per-token term of GRPO", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
