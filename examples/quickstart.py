@@ -1,9 +1,21 @@
-"""Compile a decoder with `backend="mom"`, check it against eager, and print what was done to it."""
+"""Compile a decoder with `backend="mom"`, check it against eager, and print what was done to it.
+
+A service that starts often keeps what was compiled: with `--artifacts FILE` a first run writes the file and the next,
+on the same kind of machine and versions, begins with it. Lengths vary there, so it is compiled for all of them at once.
+"""
+
+import argparse
+import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mom_compile
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--artifacts", type=Path, help="file to begin with, or to write")
+artifacts = parser.parse_args().artifacts
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -11,12 +23,21 @@ config = LlamaConfig(
 )
 model = LlamaForCausalLM(config).eval()
 prompt = torch.randint(config.vocab_size, (1, 4099))
+if artifacts and artifacts.exists():
+    torch.compiler.load_cache_artifacts(artifacts.read_bytes())
 
 with torch.no_grad():
     eager = model(prompt, logits_to_keep=1).logits
-    report = mom_compile.explain(model, prompt, logits_to_keep=1)  # traces the call and does not make it
-    model.compile(backend="mom")  # what generate() calls, too
+    report = mom_compile.explain(model, prompt, logits_to_keep=1)  # computes nothing; the model stays as it is
+    model.compile(backend="mom", dynamic=True if artifacts else None)  # what generate() calls, too
+    began = time.perf_counter()
     compiled = model(prompt, logits_to_keep=1).logits
+    print(f"first call: {time.perf_counter() - began:.1f} s, compiling included")
 
 print(f"largest difference from eager: {(compiled - eager).abs().max():.1e}")
 print(report)
+if artifacts and not artifacts.exists():
+    saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None, "nothing was compiled"
+    artifacts.write_bytes(saved[0])
+    print(f"wrote {artifacts}: {len(saved[0]) / 2**20:.1f} MiB")

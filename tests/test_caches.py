@@ -11,10 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run(backend: str, cache: Path) -> dict[str, float]:
+def run(backend: str, cache: Path, *more: str) -> dict[str, float]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "passes")])
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "tests.cache_child", backend]
+    command = [sys.executable, "-m", "tests.cache_child", backend, *more]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -38,3 +38,12 @@ def test_ours_first(tmp_path):
     assert max(ours["difference"], stock["difference"]) < 1e-5
     # Nothing of ours is served to stock Inductor.
     assert (stock["autograd_hits"], stock["autograd_misses"]) == (0, 1)
+
+
+def test_what_was_compiled_can_be_taken_to_another_machine(tmp_path):
+    """By PyTorch's own artifacts, into an empty cache: a service starts with them."""
+    file = str(tmp_path / "artifacts")
+    first, second = (run("mom", tmp_path / name, file) for name in ("one", "other"))
+    assert first["graph_misses"] > 0 and first["graph_hits"] == 0
+    assert second["graph_hits"] == first["graph_misses"] and second["graph_misses"] == 0
+    assert second["loops"] == 1 and second["difference"] < 1e-5
