@@ -122,7 +122,8 @@ def test_eighteen_layers_are_told_in_a_few_lines_alike_ones_with_how_many_there_
     text = str(found)
     assert len(text.splitlines()) <= 25
     assert loops_told(text) == len(found[0].stages) >= 18
-    assert re.search(r"12 x +attention to a window of 16 tokens: .*stage_1-2, ", text)
+    # Before transformers 5.23 one of them leaves more than the others: the positions' cosines and sines.
+    assert re.search(r"1[12] x +attention to a window of 16 tokens: .*stage_1", text)
     assert re.search(r"5 x +attention to all tokens: ", text)
     assert len(found.details().splitlines()) > 90 and found.details().count("alive meanwhile") == len(found[0].stages)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 def test_snippets_run_as_printed(monkeypatch, capsys):
     """In order, as a reader would paste them; the model that the first one loads is a tiny one."""
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mom_compile
 from mom_passes.errors import CannotChunk
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.rules import Dim, Rows, claim_for
@@ -127,3 +128,18 @@ def test_a_scan_of_an_input_is_computed_once() -> None:
 
 def test_compiled_for_every_length() -> None:
     check_every_length(program(["mlp", "causal", "cumsum", "mlp", "cumprod"]))
+
+
+def test_a_running_sum_may_be_read_again_where_it_is_made():
+    """Compiled: what is handed on must not be there before everything has read what was handed over."""
+    torch._dynamo.reset()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        total = (x @ x.new_ones(8, 8)).cumsum(1)
+        return total * torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+
+    x = torch.randn(2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(program, backend="mom", options={"mini_seq_len": 8, "strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), program(x))
+    assert mom_compile.reports()[-1].stages

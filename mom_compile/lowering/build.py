@@ -144,6 +144,7 @@ class Lowering:
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
+        templates += [layout.carry(loop.inputs[i]) for i in loop.carries]  # type: ignore[arg-type]
         values_of_symbols = {LENGTH: layout.literal}
         run, extra, left = self._compile(
             _writing_body(loop), templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS
@@ -279,11 +280,12 @@ def _in_expressions(port: Any) -> Any:
 def _writing_body(loop: Loop) -> fx.Graph:
     """The loop's body with one more argument per new value, a place that it fills instead of returning rows.
 
-    What is written over an operand goes to that operand's rows, and what a carry hands on to the carry, the same
-    arguments, so that Inductor knows to read them first.
+    What is written over an operand goes to that operand's rows, the same argument, so that Inductor knows to read them
+    first. What a carry hands on has a place of its own: everything else in the body may read the carry, in any order.
 
-    Before:  def body(start, count, x_rows, w): ...; return (k, y)              y goes over x
-    After:   def body(start, count, x_rows, w, k_place): ...; k_place.copy_(k); x_rows.copy_(y); return ()
+    Before:  def body(start, count, x_rows, w, total): ...; return (k, y, more)            y goes over x
+    After:   def body(start, count, x_rows, w, total, k_place, total_next): ...
+                 k_place.copy_(k); total_next.copy_(more); x_rows.copy_(y); return ()
     """
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -292,7 +294,7 @@ def _writing_body(loop: Loop) -> fx.Graph:
             values[node] = graph.node_copy(node)
     inputs = list(values.values())[2:]
     places = [add_input(graph, f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
-    places += [inputs[i] for i in loop.carries]
+    places += [add_input(graph, f"{inputs[i].name}_next") for i in loop.carries]
     for node in loop.body.graph.nodes:
         if node.op == "output":
             _write(graph, loop, places, [values[rows] for rows in node.args[0]])
@@ -305,7 +307,7 @@ def _writing_body(loop: Loop) -> fx.Graph:
 def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
     """What is written over an input goes last: another value may be a view of it."""
     stored = loop.stored
-    over = [i >= len(stored) or stored[i].over is not None for i in range(len(places))]
+    over = [i < len(stored) and stored[i].over is not None for i in range(len(places))]
     for i in sorted(range(len(places)), key=over.__getitem__):
         value = values[i]
         if i < len(stored) and not stored[i].dim.plain:

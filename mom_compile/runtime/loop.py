@@ -11,7 +11,7 @@ import torch
 
 from mom_passes.graph.sizes import Size
 from mom_passes.loops.loop import split_rows
-from mom_passes.loops.ports import CarryIn, In, Out, RowsIn, Stored, TensorType
+from mom_passes.loops.ports import CarryIn, Final, In, Out, RowsIn, Stored, TensorType
 from mom_passes.rules import Dim
 
 
@@ -32,8 +32,9 @@ class Sizes:
 class CompiledLoop:
     """`loop([*symbols, length, *operands])` returns one tensor for each output.
 
-    `body` takes `[*symbols, start, count, *inputs, *rows of what is stored]` and fills the last, except for what is
-    written over an operand: this it writes to the operand's rows. What a carry hands on it writes to the carry.
+    `body` takes `[*symbols, start, count, *inputs, *rows of what is stored, *next of each carry]` and fills these rows
+    and carries, except for what is written over an operand: this it writes to the operand's rows. A carry has two
+    places, of which one is read and one filled in turn.
     Of the loop's symbols it is passed the first `body_symbols` (the others only give shapes).
     """
 
@@ -49,12 +50,11 @@ class CompiledLoop:
         symbols = tuple(arguments[: self.symbols])
         length, *operands = arguments[self.symbols :]
         arguments.clear()
-        for i, port in enumerate(self.inputs):
-            if isinstance(port, CarryIn):
-                operands[i] = _own(operands[i], port.type)
-        results = [
-            self._place(output, operands, symbols) if isinstance(output, Stored) else operands[output.carry]
-            for output in self.outputs
+        carried = {i: port for i, port in enumerate(self.inputs) if isinstance(port, CarryIn)}
+        for i, port in carried.items():
+            operands[i] = _own(operands[i], port.type)
+        results: list[Any] = [
+            self._place(output, operands, symbols) if isinstance(output, Stored) else None for output in self.outputs
         ]
         template = [*symbols[: self.body_symbols], 0, 0, *operands]
         first = len(template) - len(operands)
@@ -63,6 +63,8 @@ class CompiledLoop:
             for i, port in enumerate(self.inputs)
             if isinstance(port, RowsIn)
         ]
+        # What is filled next, by where the body is given the carry.
+        ahead = {first + i: torch.empty_like(operands[i]) for i in carried}
         del operands
         new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
         places = [self._along(output.dim, result, symbols)[:2] for output, result in new]  # type: ignore[union-attr]
@@ -72,8 +74,14 @@ class CompiledLoop:
             for at, tensor, index, plain in rows:
                 given[at] = tensor.narrow(index, start, count) if plain else _folded(tensor, index, start, count)
             given += [tensor.narrow(index, start, count) for tensor, index in places]
+            given += ahead.values()
             self.body(given)
-        return tuple(results)
+            for at in ahead:
+                template[at], ahead[at] = ahead[at], template[at]
+        return tuple(
+            template[first + output.carry] if isinstance(output, Final) else result
+            for output, result in zip(self.outputs, results, strict=True)
+        )
 
     def _place(self, output: Stored, operands: Sequence[Any], symbols: tuple[int, ...]) -> torch.Tensor:
         if output.over is not None:
