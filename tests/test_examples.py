@@ -37,7 +37,7 @@ def harness_answer(model: Any, context: list[int], continuation: list[int]) -> t
 # ------------------------------------------------------------------------------------------------ the harness
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_requests_are_answered_as_the_harness_answers_them(batch_size: int, eager_pieces: None) -> None:
     model = small_model("Llama")
     asked = [request(n, *sizes) for n, sizes in enumerate([(1, 30), (20, 1), (7, 40), (30, 2), (5, 5)])]
@@ -53,6 +53,7 @@ def test_requests_are_answered_as_the_harness_answers_them(batch_size: int, eage
         assert greedy == expected[1] == (number == len(asked) - 1)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_too_long_is_cut_on_the_left(eager_pieces: None) -> None:
     model = small_model("Llama")
     asked = request(0, 50, 10)
