@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,6 +42,7 @@ def test_ours_first(tmp_path):
     assert (stock["autograd_hits"], stock["autograd_misses"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_can_be_taken_to_another_machine(tmp_path):
     """By PyTorch's own artifacts, into an empty cache: a service starts with them."""
     file = str(tmp_path / "artifacts")
