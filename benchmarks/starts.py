@@ -15,7 +15,6 @@ import json
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,9 +53,8 @@ def _backend(name: str) -> Row:
 
 
 def _timed(fn: Callable[[], Any]) -> Row:
-    before, began = _processor(), time.perf_counter()
-    fn()
-    return {"seconds": time.perf_counter() - began, "processor": _processor() - before}
+    before = _processor()
+    return {"seconds": measure.seconds(fn), "processor": _processor() - before}
 
 
 def _processor() -> float:

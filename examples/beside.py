@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
+from examples.demo import OUTPUT
 
 Row = dict[str, Any]
 BACKENDS = ("eager", "mom")
@@ -45,6 +46,16 @@ def compare(module: str, specs: Sequence[Mapping[str, Any]], say: Callable[[str]
 
         rows += workers.run_worker(module, spec, on_step=on_step)
     return rows
+
+
+def tell(name: str, title: str, shared: Mapping[str, Any], *, full: bool) -> None:
+    """In the parent: `examples.<name>` by each backend, and their rows side by side. `full`: by stock Inductor, too."""
+    OUTPUT.mkdir(exist_ok=True)
+    backends = FULL if full else BACKENDS
+    specs = [{**shared, "backend": backend, "result": str(OUTPUT / f"{name}-{backend}.pt")} for backend in backends]
+    rows = compare(f"examples.{name}", specs)
+    add_differences(rows)
+    print_rows(title, rows)
 
 
 def add_differences(rows: Sequence[Row]) -> None:

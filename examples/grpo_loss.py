@@ -23,7 +23,6 @@ import torch
 import mom_compile
 from benchmarks import measure
 from examples import beside
-from examples.demo import OUTPUT
 
 #: A vocabulary in proportion to the width as in small models of today: logits are by far the largest value.
 SMALL = {
@@ -130,14 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         work(json.loads(options.worker))
         return 0
-    OUTPUT.mkdir(exist_ok=True)
     shared = {name: getattr(options, name) for name in ("model", "batch", "prompt", "completion")}
-    backends = beside.FULL if options.full else beside.BACKENDS
-    specs = [{**shared, "backend": name, "result": str(OUTPUT / f"grpo-{name}.pt")} for name in backends]
-    rows = beside.compare("examples.grpo_loss", specs)
-    beside.add_differences(rows)
     what = f"{options.batch} completions of {options.completion} tokens behind prompts of {options.prompt}"
-    beside.print_rows(f"{what}: per-token term of GRPO", rows)
+    beside.tell("grpo_loss", f"{what}: per-token term of GRPO", shared, full=options.full)
     return 0
 
 

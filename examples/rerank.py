@@ -21,7 +21,6 @@ import torch
 
 from benchmarks import measure
 from examples import beside
-from examples.demo import OUTPUT
 
 #: Ids of "yes" and "no" in the model with random weights.
 ANSWERS = (1, 2)
@@ -123,14 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         work(json.loads(options.worker))
         return 0
-    OUTPUT.mkdir(exist_ok=True)
     shared = {name: getattr(options, name) for name in ("model", "documents", "shortest", "longest", "layers")}
-    backends = beside.FULL if options.full else beside.BACKENDS
-    specs = [{**shared, "backend": name, "result": str(OUTPUT / f"rerank-{name}.pt")} for name in backends]
-    rows = beside.compare("examples.rerank", specs)
-    beside.add_differences(rows)
-    title = f"{options.documents} documents of {options.shortest} to {options.longest} tokens"
-    beside.print_rows(f"{title}: log-odds of yes", rows)
+    what = f"{options.documents} documents of {options.shortest} to {options.longest} tokens"
+    beside.tell("rerank", f"{what}: log-odds of yes", shared, full=options.full)
     return 0
 
 

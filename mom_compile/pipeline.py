@@ -159,26 +159,23 @@ def _is_decode_step(gm: fx.GraphModule) -> bool:
 def rows_on_demand(state: State) -> str:
     """Slices along the tokens move up: the last layer runs on the rows that somebody needs."""
     assert state.dims is not None
-    narrowed = demanded_rows(state.gm, state.dims)
-    if narrowed is state.gm:
-        return "every row is needed"
-    state.gm = narrowed
-    state.dims = _token_dims(state)
-    if state.dims is None:
-        raise NotWorthwhile("nearly all work is on the few rows that somebody needs")
-    return f"{len(state.dims.rowwise)} row-wise values are left"
+    return _narrowed(state, demanded_rows(state.gm, state.dims), "every row is needed", "that somebody needs")
 
 
 def picks_on_demand(state: State) -> str:
     """Rows picked by an index tensor likewise: the last layer runs on them alone."""
     assert state.dims is not None
-    picked = picked_rows(state.gm, state.dims)
-    if picked is state.gm:
-        return "no pick has moved"
-    state.gm = picked
+    return _narrowed(state, picked_rows(state.gm, state.dims), "no pick has moved", "that are picked")
+
+
+def _narrowed(state: State, gm: fx.GraphModule, nothing: str, which: str) -> str:
+    """Go on with a graph in which fewer rows are computed, if it is another."""
+    if gm is state.gm:
+        return nothing
+    state.gm = gm
     state.dims = _token_dims(state)
     if state.dims is None:
-        raise NotWorthwhile("nearly all work is on the few rows that are picked")
+        raise NotWorthwhile(f"nearly all work is on the few rows {which}")
     return f"{len(state.dims.rowwise)} row-wise values are left"
 
 

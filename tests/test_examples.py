@@ -181,7 +181,7 @@ SMALL_RUNS = {
 @pytest.mark.slow
 def test_an_example_runs(module: Any, monkeypatch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From its command line, in workers of its own."""
-    monkeypatch.setattr(module, "OUTPUT", tmp_path)
+    monkeypatch.setattr(beside, "OUTPUT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["example"])
     assert module.main(SMALL_RUNS[module]) == 0
     printed = capsys.readouterr().out

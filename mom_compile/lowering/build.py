@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -31,7 +32,7 @@ from mom_compile.lowering.layouts import (
     LoopLayout,
     Symbols,
     dense_strides,
-    order_if_dense,
+    of_any_length,
 )
 from mom_compile.lowering.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
@@ -116,25 +117,15 @@ class Lowering:
     ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]] | None:
         """The piece of a run of operators; None if with its literals as symbols it is none that Inductor compiles."""
         graph = _subgraph(step.nodes, step.ins, step.outs)
-        templates = [self._general(node, literals) for node in step.ins]
+        templates = [
+            of_any_length(self, node, partial(literals.size, node)) if literals.length else self.template(node)
+            for node in step.ins
+        ]
         values = dict.fromkeys(literals.facts, literals.length)
         found = self._compile(graph, templates, step.name, values, literals.facts, literals)
         if literals.length and self.report.eager_pieces.pop(step.name, None) is not None:
             return None
         return found
-
-    def _general(self, node: fx.Node, literals: Literals) -> Template:
-        """What a piece assumes of an input, with the captured length as a symbol where it is dense."""
-        template = self.template(node)
-        if not literals.length or not isinstance(template, TensorTemplate) or node.name in self.static_inputs:
-            return template
-        shape = tuple(expr(literals.size(size, node, i)) for i, size in enumerate(node.meta["val"].shape))
-        if shape == template.shape:
-            return template
-        order = self.layouts[node].type.dense if node in self.layouts else order_if_dense(node.meta["val"])
-        if order is None:
-            return template
-        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
 
     # --- loops ---
 

@@ -67,11 +67,11 @@ class Literals:
     def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
         return {symbol: SymbolFacts(self.length, 2) for symbol in (self.shared, *self.own.values())}
 
-    def size(self, size: Any, node: fx.Node | None = None, dim: int = 0) -> Any:
-        """A number as an expression of the length if it is that, or one more or less."""
+    def size(self, node: fx.Node | None, size: Any, dim: int = 0) -> Any:
+        """A number, `node`'s along `dim` or nobody's, as an expression of the length if it is within one of it."""
         if not self.length or type(size) is not int or abs(size - self.length) > 1:
             return size
-        symbol = self.own.get((node, dim), self.shared) if node is not None else self.shared
+        symbol = self.shared if node is None else self.own.get((node, dim), self.shared)
         return symbol + (size - self.length)
 
 
@@ -182,7 +182,7 @@ class _Rewriting:
         return self._node(self.sizes[value], value) if isinstance(value, fx.Node) and value in self.sizes else value
 
     def _literal(self, value: Any) -> Any:
-        known = self.literals.size(value)
+        known = self.literals.size(None, value)
         return value if known is value else self._node(known.xreplace(self.names), value)
 
     def _node(self, size: sympy.Expr, otherwise: Any) -> Any:

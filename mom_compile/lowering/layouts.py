@@ -9,7 +9,7 @@ place          A view of a stored value's rows, which the body fills.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import sympy
@@ -74,20 +74,9 @@ class LoopLayout:
         return self.lowering.symbols.check(expr(size))
 
     def whole(self, node: fx.Node) -> Template:
-        template = self.lowering.template(node)
-        if isinstance(template, SizeTemplate) or node.name in self.lowering.static_inputs or self.literal is None:
-            return template
-        return self._general(node, template)
-
-    def _general(self, node: fx.Node, template: TensorTemplate) -> TensorTemplate:
-        """A dense tensor's sizes that equal the length, and its strides with them, as `length`."""
-        value = node.meta["val"]
-        lengths = [i for i, size in enumerate(value.shape) if isinstance(size, int) and size == self.literal]
-        order = self.lowering.layouts[node].type.dense if node in self.lowering.layouts else order_if_dense(value)
-        if not lengths or order is None:
-            return template
-        shape = tuple(LENGTH if i in lengths else expr(size) for i, size in enumerate(value.shape))
-        return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
+        if self.literal is None:
+            return self.lowering.template(node)
+        return of_any_length(self.lowering, node, lambda size, _: LENGTH if size == self.literal else size)
 
     def rows(self, node: fx.Node, dim: Dim) -> Template:
         full = self.whole(node)
@@ -124,6 +113,19 @@ class LoopLayout:
             per_outer = sympy.expand(step * inner * (LENGTH if self.literal is not None else expr(self.length)))
             strides[dim.index : dim.index + 1] = [per_outer, sympy.expand(step * inner), step]
         return TensorTemplate(tuple(shape), tuple(strides), type.dtype, type.device)
+
+
+def of_any_length(source: TemplateSource, node: fx.Node, size_of: Callable[[int, int], Any]) -> Template:
+    """The template of a value, with what `size_of(number, dimension)` says in place of sizes that are numbers, and the
+    strides with them where it is dense. Parameters and what is not dense stay as they are."""
+    template, value = source.template(node), node.meta["val"]
+    if isinstance(template, SizeTemplate) or node.name in source.static_inputs:
+        return template
+    shape = tuple(expr(size_of(n, i) if isinstance(n, int) else n) for i, n in enumerate(value.shape))
+    order = source.layouts[node].type.dense if node in source.layouts else order_if_dense(value)
+    if shape == template.shape or order is None:
+        return template
+    return TensorTemplate(shape, dense_strides(shape, order), template.dtype, template.device)
 
 
 def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from mom_compile.report.record import Record, moved_rows
+from mom_compile.report.record import Record, host_share, moved_rows, own_share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import in_units
 from mom_passes.program.program import LoopStep
@@ -76,9 +76,9 @@ def _stage_lines(stage: StageReport) -> list[str]:
 
 def _kv_lines(record: Record) -> list[str]:
     lines = [f"keys or values left on the device: {name}: {reason}" for name, reason in record.on_device.items()]
-    if record.on_host and record.fallback is None:
-        layers = len({value.layer for value in record.on_host})
-        size = sum(value.bytes_per_token for value in record.on_host)
+    share = host_share(record)
+    if share is not None:
+        layers, size = share
         lines.append(f"to the host: {moved_rows(record)} of {layers} layers, {size} B/token")
     return lines
 
@@ -86,7 +86,7 @@ def _kv_lines(record: Record) -> list[str]:
 def _own_lines(record: Record) -> list[str]:
     if not record.own_rows:
         return []
-    own, of = sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
+    own, of = own_share(record)
     names = [f"{rows.name} of {rows.base}" for rows in record.own_rows[:4]]
     names += ["..."] if len(record.own_rows) > len(names) else []
     return [f"rows of their own: {len(record.own_rows)} parts ({', '.join(names)}), {in_units(own)} of {in_units(of)}"]

@@ -122,6 +122,18 @@ class Record:
         return [output.name for stage in self.stages for output in stage.crossing]
 
 
+def host_share(record: Record) -> tuple[int, int] | None:
+    """Of how many layers keys and values leave for the host, and their bytes per token; None where none does."""
+    if not record.on_host or record.fallback is not None:
+        return None
+    return len({value.layer for value in record.on_host}), sum(value.bytes_per_token for value in record.on_host)
+
+
+def own_share(record: Record) -> tuple[int, int]:
+    """Bytes of the rows that are copied out of larger values, and of these values."""
+    return sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
+
+
 def moved_rows(record: Record) -> str:
     """What leaves for the host, in words."""
     rows = "new rows" if all(value.has_past for value in record.on_host) else "rows"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mom_compile.report.details import eager_lines
-from mom_compile.report.record import DECODE_STEP, Record, moved_rows
+from mom_compile.report.record import DECODE_STEP, Record, host_share, moved_rows, own_share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import counted, in_units
 
@@ -111,9 +111,9 @@ def _kv_lines(record: Record) -> list[str]:
         names.setdefault(reason, []).append(name)
     lines = [f"{len(found)} keys or values stay on the device: {reason}" for reason, found in names.items()]
     lines = _at_most(lines)
-    if record.on_host and record.fallback is None:
-        layers = len({value.layer for value in record.on_host})
-        size = sum(value.bytes_per_token for value in record.on_host)
+    share = host_share(record)
+    if share is not None:
+        layers, size = share
         lines.append(f"to the host: {moved_rows(record)} of {counted(layers, 'layer')}, {in_units(size)} a token")
     return lines
 
@@ -121,7 +121,7 @@ def _kv_lines(record: Record) -> list[str]:
 def _own_lines(record: Record) -> list[str]:
     if not record.own_rows:
         return []
-    own, of = sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
+    own, of = own_share(record)
     parts = f"{counted(len(record.own_rows), 'part')} of larger values, windows of a cache say"
     return [f"{parts}, kept without the rest: {in_units(own)} of {in_units(of)}"]
 

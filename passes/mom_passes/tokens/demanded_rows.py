@@ -31,10 +31,9 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.errors import CannotChunk, PassError
-from mom_passes.graph.aliasing import is_mutation
+from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.edit import copy_call, emit, fake_value, size_node
+from mom_passes.graph.edit import emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
@@ -43,6 +42,7 @@ from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.views import is_cut
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.in_part import InPart, dead
 
 aten = torch.ops.aten
 
@@ -149,7 +149,7 @@ def needed_rows(gm: fx.GraphModule, dims: TokenDims) -> Needs:
 
 def _demands_of(reader: fx.Node, needs: Needs) -> list[tuple[fx.Node, Span | None]]:
     """What a reader, itself needed in part or whole, needs of each operand."""
-    if _dead(reader):
+    if dead(reader):
         return []
     inputs = [n for n in reader.all_input_nodes if is_tensor(n)]
     if reader.op != "call_function":
@@ -172,10 +172,6 @@ def _along_its_own(node: fx.Node, need: Need, dims: TokenDims) -> bool:
     return isinstance(need, Rows) and (node not in dims.carriers or dims.carriers[node].dim == need.dim)
 
 
-def _dead(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.users and not is_mutation(node)
-
-
 def demanded_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
     """A new graph in which slices along the tokens have moved up; the same graph where there are none."""
     needs = needed_rows(gm, dims)
@@ -184,55 +180,29 @@ def demanded_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
     return _Narrower(gm, needs).run()
 
 
-class _Narrower:
+class _Narrower(InPart[Piece]):
     def __init__(self, gm: fx.GraphModule, needs: Needs) -> None:
-        self.gm = gm
+        super().__init__(gm)
         self.needs = needs
         self.sliced = _where_to_slice(gm, needs)
-        self.graph = fx.Graph()
-        self.whole: dict[fx.Node, fx.Node] = {}
-        self.pieces: dict[Piece, fx.Node] = {}
 
-    def run(self) -> fx.GraphModule:
-        for node in self.gm.graph.nodes:
-            if node.op == "output":
-                output = self.graph.output(fx.map_arg(node.args[0], self._whole))
-                output.meta = dict(node.meta)
-            elif _dead(node) or self.needs.narrowed(node) is not None:
-                continue  # what is narrowed is emitted where it is read
-            elif not self._emit_slice(node):
-                self.whole[node] = copy_call(self.graph, node, self._whole)
-        self.graph.eliminate_dead_code()
-        narrowed = fx.GraphModule(self.gm, self.graph)
-        narrowed.meta = dict(self.gm.meta)
-        return narrowed
+    def is_in_part(self, node: fx.Node) -> bool:
+        return self.needs.narrowed(node) is not None
 
-    def _whole(self, node: fx.Node) -> fx.Node:
-        if node not in self.whole:
-            raise PassError(f"{node.name} is needed whole after all")
-        return self.whole[node]
-
-    def _emit_slice(self, node: fx.Node) -> bool:
+    def taken(self, node: fx.Node) -> fx.Node | None:
         """A token slice of a narrowed value: what is left to cut off."""
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or self.needs.narrowed(source) is None:
-            return False
+            return None
         carrier = self.needs.dims.carriers[source]
         span = span_of(node, carrier.dim, carrier.length)
         assert span is not None
         rows = self.rows((source, carrier.dim, span))
         if node.target is aten.select.int:
             rows = emit(self.graph, aten.select.int, (rows, carrier.dim.index, 0))
-        self.whole[node] = rows
-        return True
+        return rows
 
-    def rows(self, piece: Piece) -> fx.Node:
-        """The new graph's node for some rows of an old value."""
-        if piece not in self.pieces:
-            self.pieces[piece] = self._emit_rows(piece)
-        return self.pieces[piece]
-
-    def _emit_rows(self, piece: Piece) -> fx.Node:
+    def make(self, piece: Piece) -> fx.Node:
         node, dim, span = piece
         own = self.needs.narrowed(node)
         if own is not None and own != span:

@@ -27,10 +27,9 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.errors import CannotChunk, PassError
-from mom_passes.graph.aliasing import is_mutation
+from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import overloads, prims
-from mom_passes.graph.edit import copy_call, emit, fake_value, size_node
+from mom_passes.graph.edit import emit, fake_value, size_node
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, expr, is_one, same
 from mom_passes.graph.values import operands, value_of
@@ -41,6 +40,7 @@ from mom_passes.rules.factories import pointwise_claim
 from mom_passes.rules.view import locate
 from mom_passes.tokens.demanded_rows import bytes_per_row
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.in_part import InPart, dead
 from mom_passes.tokens.picked_queries import masked_call, may_be_masked
 from mom_passes.tokens.picks import Pick, Picks, pick_of
 
@@ -141,7 +141,7 @@ def picked_values(gm: fx.GraphModule, dims: TokenDims) -> PickedValues:
     if not picks:
         return values
     for node in reversed(gm.graph.nodes):
-        if _dead(node):
+        if dead(node):
             continue
         if not _may_be_picked(values, node):
             values.found[node] = None
@@ -167,10 +167,6 @@ def _may_be_picked(values: PickedValues, node: fx.Node) -> bool:
     return True
 
 
-def _dead(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.users and not is_mutation(node)
-
-
 def picked_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
     """A new graph in which picks have moved up; the same graph where there are none, or nothing to gain."""
     values = picked_values(gm, dims)
@@ -179,52 +175,29 @@ def picked_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
     return _Mover(gm, values).run()
 
 
-class _Mover:
+class _Mover(InPart[Piece]):
     def __init__(self, gm: fx.GraphModule, values: PickedValues) -> None:
-        self.gm = gm
+        super().__init__(gm)
         self.values = values
         self.gathered = _where_to_gather(gm, values)
-        self.graph = fx.Graph()
-        self.whole: dict[fx.Node, fx.Node] = {}
-        self.pieces: dict[Piece, fx.Node] = {}
         self.numbers: dict[Picks, fx.Node] = {}
 
-    def run(self) -> fx.GraphModule:
-        for node in self.gm.graph.nodes:
-            if node.op == "output":
-                output = self.graph.output(fx.map_arg(node.args[0], self._whole))
-                output.meta = dict(node.meta)
-            elif _dead(node) or self.values.picked(node) is not None:
-                continue  # what is picked is emitted where it is read
-            elif not self._emit_pick(node):
-                self.whole[node] = copy_call(self.graph, node, self._whole)
-        self.graph.eliminate_dead_code()
-        moved = fx.GraphModule(self.gm, self.graph)
-        moved.meta = dict(self.gm.meta)
-        return moved
+    def is_in_part(self, node: fx.Node) -> bool:
+        return self.values.picked(node) is not None
 
-    def _whole(self, node: fx.Node) -> fx.Node:
-        if node not in self.whole:
-            raise PassError(f"{node.name} is needed whole after all")
-        return self.whole[node]
-
-    def _emit_pick(self, node: fx.Node) -> bool:
+    def taken(self, node: fx.Node) -> fx.Node | None:
         """A pick of a picked value: that value, in the shape that the pick gave its rows."""
         pick = self.values.picks.get(node)
-        if pick is None or self.values.picked(pick.source) is None:
-            return False
+        if pick is None or not self.is_in_part(pick.source):
+            return None
         rows = self.rows(Piece(pick.source, pick.dim, pick.batch, pick.picks))
-        self.whole[node] = self._reshape(rows, list(value_of(node).shape))
-        return True
+        return self._reshape(rows, list(value_of(node).shape))
 
-    def rows(self, piece: Piece) -> fx.Node:
-        """The new graph's node for a piece of an old value."""
-        if piece not in self.pieces:
-            made = self.values.picked(piece.node) is not None or piece not in self.gathered
-            self.pieces[piece] = self._make(piece) if made else self._gather(piece)
-        return self.pieces[piece]
+    def make(self, piece: Piece) -> fx.Node:
+        again = self.is_in_part(piece.node) or piece not in self.gathered
+        return self._run_on_pieces(piece) if again else self._gather(piece)
 
-    def _make(self, piece: Piece) -> fx.Node:
+    def _run_on_pieces(self, piece: Piece) -> fx.Node:
         """The piece's operator, run on pieces."""
         node = piece.node
         claim = claim_for(node, piece.dim)
