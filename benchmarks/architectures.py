@@ -15,7 +15,7 @@ Results are kept in benchmarks/results/architectures.json as they come, and what
 `--redo`. docs/architectures.md is made from it (`--page` makes nothing else).
 
 Pieces run eagerly (`without_codegen`), which is everything but Inductor's code generation. `--compile` measures instead
-what memory stock Inductor and mom take for 2048 tokens.
+what memory stock Inductor and mom take for 2048 tokens (`--backends mom --redo`: mom's anew).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks.small_configs import exceptions
 from benchmarks.text_decoders import composites
 from benchmarks.workers import run_worker
 
+BACKENDS = ("inductor", "mom")
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 #: Telling kinds first: a sweep that is cut short has seen something of everything.
 FIRST = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "mistral", "falcon", "bloom", "gpt2",
@@ -89,6 +90,8 @@ class Results:
             those = self.decoders if composites else self.types
             before = those.get(name, {})
             kept = {k: v for k, v in before.items() if not replace or k in ("peaks", "compile_seconds")}
+            if "peaks" in entry:
+                entry = {**entry, "peaks": {**before.get("peaks", {}), **entry["peaks"]}}
             those[name] = {**kept, **entry, **({"composites": list(composites)} if composites else {})}
             self.save()
 
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types alone")
     parser.add_argument("--redo", action="store_true", help="also those that are there already")
     parser.add_argument("--compile", action="store_true", help="peak memory, with Inductor's code")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="with --compile: whose")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1 or 2)", choices=(1, 2))
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a type")
     parser.add_argument("--page", action="store_true", help="only make the page from the results")
@@ -141,12 +145,18 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
     decoders = {} if options.compile else found.decoders
     done = {**results.types, **results.decoders}
     wanted = [name for name in (*known, *decoders) if not options.only or name in options.only]
-    wanted = [name for name in wanted if options.redo or key not in done.get(name, {})]
+    wanted = [name for name in wanted if options.redo or missing(done.get(name, {}), key, options)]
     results.stamp = {**measure.machine(), "threads": 1, "types": len(known), "decoders": len(found.decoders)}
     results.known = dict(found.known)
     wanted = [name for name in wanted if not set_apart(name, decoders.get(name, []), results, key)]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda part: run_types(part, decoders, results, options), deal(wanted, options.jobs)))
+
+
+def missing(found: Mapping[str, Any], key: str, options: argparse.Namespace) -> bool:
+    """Whether something of a type is to be measured. One that was set apart, or ended, has no peaks."""
+    peaks = found.get("peaks", {})
+    return key not in found or bool(options.compile and peaks and any(name not in peaks for name in options.backends))
 
 
 def set_apart(name: str, composites: Sequence[str], results: Results, key: str) -> bool:
@@ -177,8 +187,9 @@ def run_types(
             results.add(name, fresh[name], replace=not options.compile, composites=decoders.get(name, []))
             print(f"{name}: {summary(fresh[name])}", flush=True)
 
-    types = [(name, next(iter(decoders.get(name, [])), None)) for name in names]
-    spec = {"types": types, "compile": options.compile, "timeout": options.timeout}
+    backends = options.backends if options.compile else []
+    types = [(name, next(iter(decoders.get(name, [])), None), backends) for name in names]
+    spec = {"types": types, "timeout": options.timeout}
     if names:
         run_worker("benchmarks.architectures_worker", spec, on_row=take)
 

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,14 +284,14 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
             uses[use]["stock_error"] = said(error)
 
 
-def run_peaks(name: str) -> None:
-    """Rows for the peak memory of a prefill, cache kept, logits of the last token."""
+def run_peaks(name: str, backends: Sequence[str]) -> None:
+    """Rows for the peak memory of a prefill under some backends, cache kept, logits of the last token."""
     measure.watch_cpu()
     model = build(Subject(name), REALISTIC, torch.float32)
     inputs = accepted(model, **words(model, 1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
     peaks: dict[str, dict[str, Any]] = {}
     wanted = Caller(model, None)(inputs).logits
-    for backend in ("inductor", "mom"):
+    for backend in backends:
         step(backend)
         peaks[backend] = _peak(model, backend, inputs, wanted)
         row({"type": name, "peaks": peaks})
@@ -310,23 +310,24 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
         return {"error": said(error)}
 
 
-def run_one(subject: Subject, compiled: bool) -> None:
+def run_one(subject: Subject, backends: Sequence[str]) -> None:
+    """What `backends` need; in all uses where there are none."""
     torch._dynamo.reset()
     with torch.no_grad():
-        if compiled:
-            run_peaks(subject.name)
+        if backends:
+            run_peaks(subject.name, backends)
         else:
             with everything_in_float64():
                 run_uses(subject)
 
 
-def in_a_child(subject: Subject, compiled: bool, timeout: float) -> str | None:
+def in_a_child(subject: Subject, backends: Sequence[str], timeout: float) -> str | None:
     """Run one type in a fork of this process, in which everything is imported and nothing has run. How it failed."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run_one(subject, compiled)
+            run_one(subject, backends)
             status = 0
         except BaseException as error:
             row({"type": subject.name, "ended": said(error)})
@@ -349,11 +350,11 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for name, composite in spec["types"]:
+    for name, composite, backends in spec["types"]:
         began = time.monotonic()
-        failed = in_a_child(Subject(name, composite), spec["compile"], spec["timeout"])
+        failed = in_a_child(Subject(name, composite), backends, spec["timeout"])
         ended = {} if failed is None else {"ended": failed}
-        key = "compile_seconds" if spec["compile"] else "seconds"
+        key = "compile_seconds" if backends else "seconds"
         row({"type": name, **ended, key: round(time.monotonic() - began, 1)})
     return 0
 

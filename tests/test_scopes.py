@@ -95,6 +95,15 @@ def test_a_wide_value_makes_mini_sequences_shorter_and_never_starves_the_product
     assert RowLimit(1024).rows_of(1 << 40) == 1024
 
 
+def test_a_short_prompt_has_shorter_mini_sequences_but_never_shorter_than_products_want():
+    limit = RowLimit(512, 1 << 30, enough=256)
+    lengths = (500, 512, 513, 2048, 2056, 3000, 4096, 100_000)
+    assert [limit.rows_of(1, length=length) for length in lengths] == [512, 512, 256, 256, 257, 375, 512, 512]
+    assert limit.rows_of(1 << 23, length=2048) == 128  # as short as one of its values asks
+    assert RowLimit(512, 1 << 30, enough=1024).rows_of(1, length=2048) == 512  # never longer for it
+    assert RowLimit(512, enough=256).rows_of(1, length=2048) == 512  # the user has said so
+
+
 H100 = RowLimit(1024, 128 << 20, ExpertRows(300, 512 << 20))
 
 

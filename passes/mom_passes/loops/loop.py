@@ -33,6 +33,10 @@ FEWEST_ROWS = 128
 #: A loop whose experts ask for longer mini-sequences has at least so many.
 FEWEST_ITERATIONS = 4
 
+#: A mini-sequence is at most this part of the tokens, where that leaves it enough rows: what it holds for a while is
+#: then small beside what lives at full length.
+LARGEST_SHARE = 8
+
 
 @dataclass(frozen=True)
 class ExpertRows:
@@ -48,12 +52,14 @@ class RowLimit:
 
     A loop that ends in the logits of a large vocabulary so gets shorter mini-sequences than one that ends in keys. One
     that holds experts gets longer ones: each product has the rows of the tokens that chose its expert, and every
-    expert's matrices are read once for each mini-sequence.
+    expert's matrices are read once for each mini-sequence. One over few tokens gets shorter ones, of `enough` rows at
+    least.
     """
 
     rows: int
     bytes: int | None = None
     experts: ExpertRows | None = None
+    enough: int | None = None
 
     def rows_of(self, widest: int, *, spread: float = 1, length: int = 0) -> int:
         """Rows for a loop over `length` tokens whose widest value takes `widest` bytes per token.
@@ -63,6 +69,8 @@ class RowLimit:
         if self.bytes is None:
             return self.rows
         rows, most = self.rows, self.bytes
+        if self.enough is not None and length > rows:
+            rows = min(rows, max(self.enough, math.ceil(length / LARGEST_SHARE)))
         if self.experts is not None and spread > 1:
             rows = max(rows, min(math.ceil(self.experts.rows * spread), length // FEWEST_ITERATIONS))
             most = max(most, self.experts.bytes)
