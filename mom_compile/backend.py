@@ -17,20 +17,16 @@ import torch
 from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
+from mom_compile.cache_key import cache_tag
+from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, REPORTS, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.pieces import PieceCache, first_line, run_eagerly
+from mom_compile.lowering.pieces import first_line, run_eagerly
 from mom_compile.memory.policy import fits_for_long, kv_place, offloads
-from mom_compile.notices import (
-    forget,
-    warn_of_device_kv,
-    warn_of_gradients,
-    warn_of_ignored_kv,
-    warn_of_versions,
-    warn_once,
-)
+from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
+from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import InnerCompile, capture, look_at_the_cpu, mark_boxed, stock_inner_compile
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.program.layers import by_layers
@@ -39,15 +35,6 @@ from mom_passes.program.rewritten import Rewritten
 from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
 
 log = logging.getLogger(__name__)
-
-#: Compiled pieces of this process, shared by all models and sequence lengths.
-_PIECES = PieceCache()
-
-NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
-
-#: Reports of the graphs compiled in this process, oldest first; at most this many are kept.
-_REPORTS: list[Report] = []
-_MOST_REPORTS = 256
 
 
 def mom(
@@ -63,14 +50,13 @@ def mom(
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         look_at_the_cpu()
     inner = functools.partial(compile_graph, options=parsed)
-    return capture(gm, example_inputs, inner, dict(parsed.inductor))
+    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=cache_tag(parsed))
 
 
 def _reset() -> None:
     """Forget compiled pieces, reports and what was warned of; `torch._dynamo.reset()` calls it."""
     forget()
-    _PIECES.clear()
-    _REPORTS.clear()
+    forget_compiled()
 
 
 mom.reset = _reset  # type: ignore[attr-defined]
@@ -78,7 +64,7 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 def reports() -> list[Report]:
     """What was done to each graph compiled so far in this process, oldest first."""
-    return list(_REPORTS)
+    return list(REPORTS)
 
 
 def compile_graph(
@@ -88,11 +74,10 @@ def compile_graph(
     options: Options,
     stock: InnerCompile = stock_inner_compile,
     **kwargs: Any,
-) -> Any:
+) -> CompiledGraph:
     """Inductor's `inner_compile` hook: an ATen graph to a boxed callable, ours or stock Inductor's."""
     report = Report(nodes=len(gm.graph.nodes))
-    _REPORTS.append(report)
-    del _REPORTS[:-_MOST_REPORTS]
+    keep(report)
     program = None
     report.fallback = not_ours = why_stock(gm, options, kwargs)
     if not_ours is None:
@@ -109,25 +94,14 @@ def compile_graph(
             report.failed = True
             report.fallback = f"{type(error).__name__}: {error}"
             log.debug("our passes failed", exc_info=True)
-    log.info("%s", report.headline)
-    warn_of(gm, options, report, not_ours)
+    attends = any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)
+    told = Told(report, options, not_ours, attends, compute_device(gm))
+    told.warn()
     if program is not None:
-        return program
+        return CompiledGraph(program, told)
     if options.scope == "none" or not kwargs.get("is_inference"):
-        return stock(gm, example_inputs, **kwargs)
-    return stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs))
-
-
-def warn_of(gm: fx.GraphModule, options: Options, report: Report, not_ours: str | None) -> None:
-    """Failures of ours, and requests that are not honoured. That a graph is as good as it gets is no such thing."""
-    if report.failed:
-        warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
-    if not_ours == NEEDS_GRADIENTS:
-        warn_of_gradients()
-    elif options.kv_offload not in (False, "auto"):
-        warn_of_device_kv(options.kv_offload, report.on_device)
-        if not_ours is not None and any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes):
-            warn_of_ignored_kv(options.kv_offload, not_ours)
+        return CompiledGraph(stock(gm, example_inputs, **kwargs), told)
+    return CompiledGraph(stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs)), told)
 
 
 def stock_or_eager(
@@ -199,7 +173,7 @@ def _symbolic(value: Any) -> list[Any]:
 
 def build_program(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, kwargs: Mapping[str, Any]
-) -> Callable[[list[Any]], Any]:
+) -> Program:
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
     static = static_input_names(gm, kwargs)
     rewritten = rewrite(gm, options, report, static)
@@ -208,7 +182,7 @@ def build_program(
 
 def build_layers(
     gm: fx.GraphModule, options: Options, report: Report, kwargs: Mapping[str, Any]
-) -> Callable[[list[Any]], Any] | None:
+) -> Program | None:
     """A graph without loops whose layers share their pieces; None where stock Inductor compiles it as a whole.
 
     CUDA graphs record a graph as a whole.
@@ -224,18 +198,11 @@ def build_layers(
     return program
 
 
-def _lowered(
-    rewritten: Rewritten, options: Options, report: Report, static: Collection[str]
-) -> Callable[[list[Any]], Any]:
+def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Collection[str]) -> Program:
     kv = kv_place(rewritten, options, static)
-    program = Lowering(
-        rewritten, static_inputs=static, patches=options.inductor, cache=_PIECES, report=report, kv=kv
+    return Lowering(
+        rewritten, static_inputs=static, patches=options.inductor, cache=PIECES, report=report, kv=kv
     ).program()
-
-    def run(inputs: list[Any]) -> tuple[Any, ...]:
-        return program(inputs)
-
-    return mark_boxed(run)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:
@@ -249,9 +216,9 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         scope=options.scope,
         kv_on_host=offloads(options, device),
     )
-    staying = fits_for_long(rewritten, options, static)
-    if staying is not None:
-        report.describe_staying(staying)
+    report.for_long = fits_for_long(rewritten, options, static)
+    if report.for_long is not None and report.for_long.fits:
+        report.describe_staying(str(report.for_long))
         raise NotWorthwhile(rewritten.no_loops)
     acting = _acting(gm)
     if len(_acting(rewritten.gm)) < len(acting):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import threading
 import types
@@ -24,15 +25,21 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.aot_autograd_result import CompiledForward
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.virtualized import V
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_any as tree_any
@@ -114,16 +121,104 @@ def undisturbed() -> Iterator[None]:
 
 
 def capture(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inner_compile: InnerCompile, patches: dict[str, Any]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inner_compile: InnerCompile,
+    patches: dict[str, Any],
+    *,
+    cache_tag: str | None = None,
 ) -> Callable[..., Any]:
     """Inductor's front half: AOTAutograd, decompositions and joint-graph passes, then `inner_compile`.
 
-    AOTAutogradCache keys on the graph and not on `inner_compile`: it would hand us stock Inductor's artifact,
-    and stock Inductor ours. With the cache off for this call we neither read nor write it.
+    With a `cache_tag`, `inner_compile` returns a `Storable`, which AOTAutogradCache keeps and hands out in place of all
+    that: for the same graph, settings, guards and tag. It keys on the graph and not on `inner_compile`: without a tag
+    it would hand us stock Inductor's artifact, and stock Inductor ours, so that it is off then.
     """
-    with functorch_config.patch(enable_autograd_cache=False):
+    with contextlib.ExitStack() as stack:
+        if cache_tag is None or not _cacheable(gm, example_inputs):
+            stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        else:
+            users = compiler_config.cache_key_tag
+            stack.enter_context(_tagged(f"{users} {cache_tag}"))
+            # An entry holds what `inner_compile` returned, not the key of an FX graph.
+            stack.enter_context(functorch_config.patch(bundled_autograd_cache=True))
+            inner_compile = functools.partial(_as_users_have_it, inner_compile, users)
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
         return compiled
+
+
+def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
+    """With this in the keys of PyTorch's compile caches."""
+    patch: Any = compiler_config.patch  # type: ignore[attr-defined]
+    return patch(cache_key_tag=tag)  # type: ignore[no-any-return]
+
+
+def _as_users_have_it(inner_compile: InnerCompile, tag: str, *args: Any, **kwargs: Any) -> Any:
+    """Pieces are shared by all tags, and are in the FX graph cache, which bundling would leave out."""
+    with _tagged(tag), functorch_config.patch(bundled_autograd_cache=False):
+        return inner_compile(*args, **kwargs)
+
+
+def _cacheable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Graphs without gradients, and without tensors of their own: of these only the metadata would be in the key."""
+    if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs):
+        return False
+    own: list[Any] = [*gm.parameters(), *gm.buffers()]
+    own += [vars(gm).get(str(n.target).split(".")[0]) for n in gm.graph.nodes if n.op == "get_attr"]
+    return not any(isinstance(value, torch.Tensor) for value in own)
+
+
+class NotStorable(BypassAOTAutogradCache):
+    """AOTAutogradCache leaves a graph out, and says so in its log. Loading, it compiles the graph anew."""
+
+
+class Storable(OutputCode):
+    """What AOTAutogradCache keeps: compiled code that AOTAutograd calls with one list, which it may empty.
+
+    A subclass implements `__call__(inputs)`, `stored() -> bytes` and `load(data, example_inputs, settings)`. `stored`
+    and `load` raise `NotStorable` where that cannot be done.
+    """
+
+    data: bytes | None = None
+
+    def __init__(self) -> None:
+        # AOTAutograd's wrappers copy what an object has, not what its class has.
+        self._boxed_call = True
+
+    def stored(self) -> bytes:
+        raise NotImplementedError
+
+    def load(self, data: bytes, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def prepare_for_serialization(self) -> None:
+        """Called on a copy, which is pickled."""
+        data = self.stored()
+        self.__dict__.clear()
+        self.data = data
+
+    def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any) -> None:
+        """Called on what was unpickled."""
+        data, self.data = self.data, None
+        assert data is not None
+        self._boxed_call = True
+        self.load(data, example_inputs, graph_kwargs)
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Kernels are in the entries of the pieces."""
+
+
+def stored_stock(compiled: Any) -> Any:
+    """What stands for stock Inductor's code, to be pickled: its key in the FX graph cache. Raises `NotStorable`."""
+    key = getattr(compiled, "_fx_graph_cache_key", None)
+    if not isinstance(compiled, CompiledFxGraph) or key is None:
+        raise NotStorable("what stock Inductor made is in no cache")
+    return CompiledForward((key, list(compiled._fx_graph_cache_debug_lines or ())), compiled.guards_expr)
+
+
+def loaded_stock(stored: Any, example_inputs: Sequence[Any], settings: Any) -> Any:
+    """Stock Inductor's code by its key. Raises where the cache has lost it: AOTAutogradCache then compiles anew."""
+    return stored.post_compile(stored.load(example_inputs), settings)
 
 
 def floats_are_constants() -> contextlib.AbstractContextManager[None]:

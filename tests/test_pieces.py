@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mom_compile import reports
 from mom_compile.backend import why_stock
 from mom_compile.config import parse_options
-from mom_compile.lowering.pieces import PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
+from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
 from mom_compile.report import Report
 from mom_compile.torch_compat import codegen_settings
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
@@ -306,7 +306,8 @@ def test_a_later_variant_is_compiled_as_the_first_was(monkeypatch: pytest.Monkey
     four, one = sympy.Integer(4), sympy.Integer(1)
     shape = (TensorTemplate((four, four), (four, one), torch.float32, torch.device("cpu")),)
     with inductor_config.patch(emulate_precision_casts=True):
-        piece = PieceCache().get(graph, shape, {}, {}, codegen_settings(), Report(), "piece")
+        piece = Piece(fx.GraphModule(torch.nn.Module(), graph), shape, {}, {})
+        piece = PieceCache().get(piece, codegen_settings(), Report(), "piece")
     piece.compile()
     assert seen == [True, True]
 

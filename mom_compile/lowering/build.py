@@ -34,10 +34,11 @@ from mom_compile.lowering.layouts import (
     dense_strides,
     of_any_length,
 )
-from mom_compile.lowering.pieces import PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
+from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
+from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.host.steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
@@ -101,9 +102,10 @@ class Lowering:
                 run, arguments = copy_step(step.node, self.kv, self._leaving, self._deciding)
                 self._call(step, run, arguments)
             else:
-                constant = step.node.op == "get_attr"
-                run = _constant(attribute(self.gm, str(step.node.target))) if constant else _caller(step.node)
-                self._call(step, run, list(step.ins))
+                node = step.node
+                constant = node.op == "get_attr"
+                call = Constant(attribute(self.gm, str(node.target))) if constant else OperatorCall.of(node)
+                self._call(step, call, list(step.ins))
         return self._assemble()
 
     # --- operators between loops ---
@@ -189,9 +191,9 @@ class Lowering:
         """
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
-        piece = self.cache.get(
-            graph, form.templates, form.symbols, self.patches, self.settings, self.report, name
-        )
+        gm = fx.GraphModule(torch.nn.Module(), graph)
+        new = Piece(gm, tuple(form.templates), form.symbols, dict(self.patches))
+        piece = self.cache.get(new, self.settings, self.report, name)
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]
         return piece, extra, form.left
 
@@ -333,19 +335,3 @@ def _of_inputs(loop: Loop, left: Sequence[bool]) -> tuple[list[In], list[Out]]:
         return port if port.over is None else replace(port, over=now[port.over])
 
     return list(itertools.compress(loop.inputs, left)), [renumbered(port) for port in loop.outputs]
-
-
-def _constant(value: Any) -> Callable[[list[Any]], tuple[Any]]:
-    return lambda _: (value,)
-
-
-def _caller(node: fx.Node) -> Callable[[list[Any]], tuple[Any]]:
-    """A step that calls one node's target on the values of its distinct inputs."""
-    inputs = list(node.all_input_nodes)
-
-    def call(arguments: list[Any]) -> tuple[Any]:
-        known = dict(zip(inputs, arguments, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        return (node.target(*args, **kwargs),)  # type: ignore[operator]
-
-    return call

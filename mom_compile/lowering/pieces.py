@@ -76,14 +76,15 @@ def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
 class Piece:
     """A compiled piece. `piece(inputs)` may empty the list.
 
-    The first `len(symbols)` inputs are the values of its symbols, in order.
+    The first `len(symbols)` inputs are the values of its symbols, in order. It is pickled as what is to be compiled,
+    without what has been.
     """
 
     gm: fx.GraphModule
     templates: tuple[Template, ...]
     symbols: dict[sympy.Symbol, SymbolFacts]
     patches: Mapping[str, Any]
-    settings: CodegenSettings
+    settings: CodegenSettings | None = None
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
     eager_reason: str | None = None
@@ -95,12 +96,24 @@ class Piece:
             run = self._choose(values)
         return run(inputs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
+        return {**what, "patches": dict(self.patches)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        gm = fx.GraphModule(torch.nn.Module(), state["graph"])
+        self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
+
+    def key(self) -> str:
+        return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
+
     def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
         """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason."""
         sizes = SymbolicSizes()
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
+            assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings):
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
@@ -172,35 +185,25 @@ class PieceCache:
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, str], Piece] = {}
 
-    def get(
-        self,
-        graph: fx.Graph,
-        templates: Sequence[Template],
-        symbols: dict[sympy.Symbol, SymbolFacts],
-        patches: Mapping[str, Any],
-        settings: CodegenSettings,
-        report: Report,
-        name: str,
-    ) -> Piece:
-        """The piece of this structure, compiled now if it is new. Symbols must be numbered already."""
-        key = (settings.key, structural_key(graph, templates, patches, symbols))
-        piece = self._pieces.get(key)
-        if piece is None:
+    def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+        """The piece that is like this one, which is not compiled: itself, compiled now, if it is new."""
+        key = (settings.key, piece.key())
+        found = self._pieces.get(key)
+        if found is None:
             began = time.perf_counter()
-            gm = fx.GraphModule(torch.nn.Module(), graph)
-            piece = Piece(gm, tuple(templates), symbols, dict(patches), settings)
+            piece.settings = settings
             piece.compile()
             seconds = time.perf_counter() - began
             report.compiled_pieces.append(name)
             report.compile_seconds += seconds
             log.debug("compiled %s in %.1f s", name, seconds)
-            self._pieces[key] = piece
+            found = self._pieces[key] = piece
         else:
             report.bodies_shared += 1
             log.debug("%s shares a compiled piece", name)
-        if piece.eager_reason is not None:
-            report.eager_pieces[name] = piece.eager_reason
-        return piece
+        if found.eager_reason is not None:
+            report.eager_pieces[name] = found.eager_reason
+        return found
 
     def clear(self) -> None:
         self._pieces.clear()

@@ -11,6 +11,7 @@ from torch import fx
 from mom_compile.config import Options
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Needed, Residency
+from mom_compile.report.record import HEADROOM, ForLong
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
@@ -18,9 +19,6 @@ from mom_passes.graph.sizes import count_hint
 from mom_passes.ops.transfers import FETCH, FETCH_START
 from mom_passes.program.memory import Leaving, leaving
 from mom_passes.program.rewritten import Rewritten
-
-#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
-HEADROOM = 2
 
 
 def offloads(options: Options, device: torch.device) -> bool:
@@ -30,8 +28,8 @@ def offloads(options: Options, device: torch.device) -> bool:
     return bool(options.kv_offload)
 
 
-def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str]) -> str | None:
-    """Why "auto" leaves a graph without loops to stock Inductor, or None: all keys and values fit, and will for long.
+def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str]) -> ForLong | None:
+    """Whether "auto" leaves a graph without loops to stock Inductor; None where that is no question.
 
     Between loops copies cost nothing. A decode step that moves layers out when they no longer fit is cut at each of
     them, which costs time at every step; if anything is on the host already, it has to be.
@@ -45,10 +43,7 @@ def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str
     kept = sum(rewritten.memory.number(plan.storages[value].bytes) for value in values)
     on_device = kept + 2 * kept // _layers(values.values())
     needed = _static_bytes(gm, static) + HEADROOM * on_device
-    budget = options.budget_bytes or _free_bytes(compute_device(gm))
-    if needed > budget:
-        return None
-    return f"weights and {HEADROOM} times the present cache take {needed} bytes, {budget} may be used"
+    return ForLong(needed, budget_of(options, compute_device(gm)))
 
 
 def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
@@ -57,7 +52,7 @@ def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) ->
     values = leaving(rewritten.plan).values()
     residency = None
     if options.kv_offload == "auto" and values:
-        budget = options.budget_bytes or _free_bytes(device)
+        budget = budget_of(options, device)
         weights, needed = _static_bytes(rewritten.gm, static), Needed.by(rewritten.memory)
         residency = Residency(budget, weights, needed, _layers(values))
     return KVPlace(device, placement_of(options, device), residency)
@@ -72,6 +67,11 @@ def placement_of(options: Options, device: torch.device) -> Placement:
     tier = str(options.kv_offload) if options.kv_offload in TIERS else MEMORY
     folder = None if options.kv_dir is None else Path(options.kv_dir)
     return Placement(tier, folder, pin_for(device) if device.type == "cuda" else None)
+
+
+def budget_of(options: Options, device: torch.device) -> int:
+    """Bytes of a device that may be used: those that the user gives, or what is free now."""
+    return options.budget_bytes or _free_bytes(device)
 
 
 def _free_bytes(device: torch.device) -> int:

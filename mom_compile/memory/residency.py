@@ -12,35 +12,37 @@ sizes    The values that a run gives the symbols of its graph: how many sequence
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 
-from mom_passes.graph.size_values import function_of
+from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.program.memory import Memory
 
 
 @dataclass(frozen=True)
 class Needed:
-    """Bytes of the device, as a function of the values of `symbols`."""
+    """Bytes of the device, as a function of the values of `symbols`: the most of `functions`."""
 
     symbols: tuple[sympy.Symbol, ...]
-    bytes: Callable[[tuple[int, ...]], int]
+    functions: tuple[SizeFunction, ...]
+    _last: list[tuple[tuple[int, ...], int]] = field(default_factory=list, repr=False, compare=False)
 
     @staticmethod
     def by(found: Memory) -> Needed:
         """The peak of a program. It is asked for each value that may leave: sympy itself would take milliseconds."""
         moments = list(dict.fromkeys(moment.bytes for moment in found.moments))
         symbols = tuple(sorted({symbol for size in moments for symbol in size.free_symbols}, key=str))
-        functions = [function_of(size, symbols) for size in moments]
+        return Needed(symbols, tuple(function_of(size, symbols) for size in moments))
 
-        @functools.lru_cache(maxsize=1)  # all values of a run ask for the same sizes
-        def most(sizes: tuple[int, ...]) -> int:
-            return max((function(sizes) for function in functions), default=0)
-
-        return Needed(symbols, most)
+    def bytes(self, sizes: tuple[int, ...]) -> int:
+        """All values of a run ask for the same sizes: the last answer is kept."""
+        for known, answer in self._last:
+            if known == sizes:
+                return answer
+        most = max((function(sizes) for function in self.functions), default=0)
+        self._last[:] = [(sizes, most)]
+        return most
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mom_compile.report.details import details
@@ -34,6 +35,11 @@ class Report(Record):
         self.stages = [stage_report(moment, self.memory) for moment in moments]
         self.tokens = self.memory.tokens
         self.peak = shares(rewritten, self.keys_and_values)
+
+    def to_store(self) -> Report:
+        """What of this another process can say that reads the compiled graph: not what was done for it in this one."""
+        own = {"passes": [], "compiled_pieces": [], "bodies_shared": 0, "compile_seconds": 0.0, "graph": None}
+        return replace(self, **own, from_cache=True)  # type: ignore[arg-type]
 
     def describe_kv(self, offload: KVOffload) -> None:
         self.on_device = dict(offload.left_out)
@@ -68,7 +74,7 @@ class Report(Record):
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""
         if self.graph is None:
-            return ""
+            return "# compiled by an earlier process: explain() shows the code" if self.from_cache else ""
         parts = [self.graph.print_readable(print_output=False)]
         for name, loop in loops(self.graph):
             parts.append(f"# the body of {name}\n{loop.body.code.strip()}")

@@ -25,7 +25,8 @@ def details(record: Record) -> list[str]:
     lines += _kv_lines(record) + _own_lines(record) + eager_lines(record)
     if record.compiled_pieces or record.bodies_shared:
         compiled = f"{len(record.compiled_pieces)} pieces compiled in {record.compile_seconds:.1f} s"
-        lines.append(f"{compiled}, {record.bodies_shared} shared")
+        kept = "; the graph is from the compile cache" if record.from_cache else ""
+        lines.append(f"{compiled}, {record.bodies_shared} shared{kept}")
     return lines
 
 

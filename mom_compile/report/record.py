@@ -36,6 +36,26 @@ class PassReport:
     change: str
 
 
+#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
+HEADROOM = 2
+
+
+@dataclass(frozen=True)
+class ForLong:
+    """What "auto" asks of a device once: whether it has `needed` bytes, so that all keys and values may stay for long.
+    `budget` is what it had."""
+
+    needed: int
+    budget: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.budget
+
+    def __str__(self) -> str:
+        return f"weights and {HEADROOM} times the present cache take {self.needed} bytes, {self.budget} may be used"
+
+
 @dataclass
 class Record:
     """What is known of one captured graph.
@@ -54,12 +74,14 @@ class Record:
     keys_and_values  names of all values that attentions read as such
     memory         what the program needs, step by step, as expressions in the sizes of the graph
     on_host        keys and values that leave for the host
+    for_long       whether all keys and values of a decode step may stay, where "auto" had to ask
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
     work           multiply-adds of all matrix products and attentions, at the captured sizes
     work_outside   those of them that run on the full sequence, by operator as in `left_out`
     layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
+    from_cache     whether this process read it from the compile cache: no pass has run, and there is no code to show
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
 
@@ -78,6 +100,7 @@ class Record:
     keys_and_values: frozenset[str] = frozenset()
     memory: Memory | None = None
     on_host: list[KVReport] = field(default_factory=list)
+    for_long: ForLong | None = None
     on_device: dict[str, str] = field(default_factory=dict)
     own_rows: list[OwnRows] = field(default_factory=list)
     eager_pieces: dict[str, str] = field(default_factory=dict)
@@ -87,6 +110,7 @@ class Record:
     bodies_shared: int = 0
     layer_pieces: int = 0
     compile_seconds: float = 0.0
+    from_cache: bool = False
     graph: fx.GraphModule | None = None
 
     @property

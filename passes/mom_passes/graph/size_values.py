@@ -86,6 +86,9 @@ class SympyCall:
     def __call__(self, *args: Any) -> Any:
         return number(self.function(*(sympy.sympify(arg) for arg in args)))
 
+    def __reduce__(self) -> Any:
+        return _sympy_call, (self.function,)
+
 
 @functools.cache
 def _sympy_call(function: Any) -> SympyCall:
@@ -164,8 +167,27 @@ def evaluate(size: Size | sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> in
     return interpret(_expression(size), values.get, lambda value: value, lambda _, target, args: target(*args))
 
 
-def function_of(size: Size | sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Callable[[Sequence[Any]], Any]:
+class SizeFunction:
+    """A size as a function of the values of `symbols`, in their order. It is pickled as what it computes."""
+
+    def __init__(self, size: sympy.Basic, symbols: tuple[sympy.Symbol, ...]) -> None:
+        self.size = size
+        self.symbols = symbols
+        self._compute = _function(size, symbols)
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        return self._compute(values)
+
+    def __reduce__(self) -> Any:
+        return SizeFunction, (self.size, self.symbols)
+
+
+def function_of(size: Size | sympy.Basic, symbols: Sequence[sympy.Symbol]) -> SizeFunction:
     """A size as a function of the values of `symbols`, in their order. Raises `PassError` for any other symbol."""
+    return SizeFunction(_expression(size), tuple(symbols))
+
+
+def _function(size: sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Callable[[Sequence[Any]], Any]:
     position = {symbol: i for i, symbol in enumerate(symbols)}
 
     def known(part: sympy.Basic) -> Callable[[Sequence[Any]], Any] | None:
@@ -180,7 +202,7 @@ def function_of(size: Size | sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Ca
             return lambda values: target(left(values), right(values))
         return lambda values: target(*(arg(values) for arg in args))
 
-    return interpret(_expression(size), known, constant, apply)
+    return interpret(size, known, constant, apply)
 
 
 def _expression(size: Any) -> sympy.Basic:

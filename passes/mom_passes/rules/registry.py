@@ -225,6 +225,21 @@ def registered() -> dict[Any, OperatorFacts]:
     return {target: facts for target, facts in known if target is not None}
 
 
+def foreign_rules() -> list[Any]:
+    """Operators of which something is known from elsewhere than this package."""
+    own = __name__.partition(".")[0]
+
+    def module(function: Any) -> str:
+        function = getattr(function, "func", function)  # of a `functools.partial`
+        return str(getattr(function, "__module__", "")).partition(".")[0]
+
+    return [
+        target
+        for target, facts in _FACTS.items()
+        if any(module(given) != own for given in (facts.rule, facts.candidates, facts.work) if given is not None)
+    ]
+
+
 def _defined(name: str) -> Any:
     """The operator overload that prints as `name`, or None."""
     namespace, operator_name, overload = name.split(".")

@@ -1,0 +1,144 @@
+"""A graph compiled by us: what runs, the report on it, and how both are stored for another process.
+
+    compiled here          passes and lowering made the program, or stock Inductor the code
+    read from the cache    the program is linked with this process's pieces, which Inductor's cache has, and with what
+                           the device has free now; its report says what the process said that compiled it
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mom_compile.config import Options
+from mom_compile.lowering.pieces import Piece, PieceCache
+from mom_compile.lowering.storing import dumps, loads
+from mom_compile.memory.policy import budget_of
+from mom_compile.memory.residency import Stays
+from mom_compile.notices import warn_of_device_kv, warn_of_gradients, warn_of_ignored_kv, warn_once
+from mom_compile.report import Report
+from mom_compile.runtime.host.steps import Offload
+from mom_compile.runtime.loop import CompiledLoop
+from mom_compile.runtime.program import Program, Step
+from mom_compile.torch_compat import NotStorable, Storable, codegen_settings, loaded_stock, stored_stock
+
+log = logging.getLogger(__name__)
+
+NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
+
+#: Compiled pieces of this process, shared by all models and sequence lengths.
+PIECES = PieceCache()
+
+#: Reports of the graphs compiled in this process, oldest first; at most `MOST_REPORTS` are kept.
+REPORTS: list[Report] = []
+MOST_REPORTS = 256
+
+
+def keep(report: Report) -> None:
+    REPORTS.append(report)
+    del REPORTS[:-MOST_REPORTS]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What there is to say of a graph: `not_ours` is why it was none for us, `attends` whether it has attentions,
+    `device` where it computes."""
+
+    report: Report
+    options: Options
+    not_ours: str | None
+    attends: bool
+    device: torch.device
+
+    def warn(self) -> None:
+        """Of failures of ours, and of requests that are not honoured. That a graph is as good as it gets is no such
+        thing."""
+        report, asked = self.report, self.options.kv_offload
+        log.info("%s", report.headline)
+        if report.failed:
+            warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
+        if self.not_ours == NEEDS_GRADIENTS:
+            warn_of_gradients()
+        elif asked not in (False, "auto"):
+            warn_of_device_kv(asked, report.on_device)
+            if self.not_ours is not None and self.attends:
+                warn_of_ignored_kv(asked, self.not_ours)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """`code` is a program, or what stands for stock Inductor's code."""
+
+    code: Any
+    told: Told
+
+
+class CompiledGraph(Storable):
+    """`run` takes one list and may empty it: a program of ours, or what stock Inductor made."""
+
+    def __init__(self, run: Callable[[list[Any]], Any], told: Told) -> None:
+        super().__init__()
+        self.run = run
+        self.told = told
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.run(inputs)
+
+    def stored(self) -> bytes:
+        """What failed is not kept: it may have been this process's own trouble."""
+        report = self.told.report
+        if report.failed or report.eager_pieces:
+            raise NotStorable("something of ours failed")
+        code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
+        return dumps(_Stored(code, replace(self.told, report=report.to_store())))
+
+    def load(self, data: bytes, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
+        found: _Stored = loads(data)
+        told, report = found.told, found.told.report
+        asked = report.for_long
+        if asked is not None and replace(asked, budget=budget_of(told.options, told.device)).fits != asked.fits:
+            raise NotStorable("the device has other room for keys and values than when this was compiled")
+        if isinstance(found.code, Program):
+            self.run = _linked(found.code, told.options, report)
+        else:
+            self.run = loaded_stock(found.code, example_inputs, settings)
+        self.told = told
+        keep(report)
+        told.warn()
+
+
+def _linked(program: Program, options: Options, report: Report) -> Program:
+    """A program that was read, with compiled pieces and this process's budget."""
+    settings = codegen_settings()
+    # Within a program one piece is one object.
+    found: dict[int, Piece] = {}
+
+    def piece(read: Any, name: str) -> Any:
+        if not isinstance(read, Piece):
+            return read
+        if id(read) not in found:
+            found[id(read)] = PIECES.get(read, settings, report, name)
+        return found[id(read)]
+
+    def linked(step: Step) -> Step:
+        run = step.run
+        if isinstance(run, CompiledLoop):
+            return replace(step, run=replace(run, body=piece(run.body, step.name)))
+        if isinstance(run, Offload) and isinstance(run.stays, Stays):
+            residency = replace(run.stays.residency, budget=budget_of(options, run.device))
+            return replace(step, run=replace(run, stays=replace(run.stays, residency=residency)))
+        return replace(step, run=piece(run, step.name))
+
+    return replace(program, steps=tuple(map(linked, program.steps)))
+
+
+def forget_compiled() -> None:
+    """Forget pieces and reports."""
+    PIECES.clear()
+    REPORTS.clear()
+
+

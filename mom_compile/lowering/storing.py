@@ -1,0 +1,154 @@
+"""A lowered program, and the report on it, as bytes that another process reads.
+
+    fx.Graph       the nodes as they are called, with their names: from these Inductor's cache knows a piece again
+    OpOverload     its name
+    SymInt         its expression: what it was in one process means nothing in another
+    of a report    of a step its name, of a graph's node its name; loops and what is computed are told, not kept
+
+Whatever else cannot be pickled, a function made within another say, makes a program one that is not stored.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_compile.torch_compat import FakeTensor, NotStorable, OpOverload
+from mom_passes.graph.sizes import expr
+from mom_passes.loops.loop import Loop
+from mom_passes.program.program import Compute
+
+aggregate: Any = fx.node.map_aggregate
+
+#: Bytes of a constant of the graph, beyond which a program that has it is not stored.
+LARGEST_CONSTANT = 1 << 20
+
+
+def dumps(value: Any) -> bytes:
+    """Raises `NotStorable` with the reason."""
+    written = io.BytesIO()
+    try:
+        _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    except NotStorable:
+        raise
+    except Exception as error:
+        raise NotStorable(f"a program cannot be stored: {type(error).__name__}: {error}") from error
+    return written.getvalue()
+
+
+def loads(data: bytes) -> Any:
+    """Raises `NotStorable` for what cannot be read, from another version say: it is then compiled anew."""
+    try:
+        return pickle.loads(data)
+    except Exception as error:
+        raise NotStorable(f"a stored program cannot be read: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Told:
+    """A node of a graph that is not stored: its name, for who reads a report."""
+
+    name: str
+    op: str
+    target: str
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """In a stored node's arguments, the node of this number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _StoredNode:
+    """`eager` marks a custom operator's, whose operands as captured Inductor takes strides from."""
+
+    name: str
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    eager: bool
+
+
+def _graph(graph: fx.Graph) -> Any:
+    number: dict[fx.Node, int] = {}
+    stored = []
+
+    def told(value: Any) -> Any:
+        return _Ref(number[value]) if isinstance(value, fx.Node) else value
+
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            raise NotStorable(f"a piece has a part of its own, {node.target}")
+        args, kwargs = aggregate((node.args, node.kwargs), told)
+        stored.append(_StoredNode(node.name, node.op, node.target, args, kwargs, "eager_input_vals" in node.meta))
+        number[node] = len(number)
+    return _restored, (stored,)
+
+
+def _restored(stored: Sequence[_StoredNode]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def given(value: Any) -> Any:
+        return nodes[value.number] if isinstance(value, _Ref) else value
+
+    for node in stored:
+        args, kwargs = aggregate((node.args, node.kwargs), given)
+        made = graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+        if node.eager:
+            made.meta["eager_input_vals"] = None  # filled in when values are
+        nodes.append(made)
+    return graph
+
+
+def _operator(operator: Any) -> Any:
+    return _named, (operator.namespace, str(operator).split(".")[1], str(operator).split(".")[2])
+
+
+def _named(namespace: str, name: str, overload: str) -> Any:
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def _tensor(value: torch.Tensor) -> Any:
+    if isinstance(value, FakeTensor) or type(value) is not torch.Tensor or value.nbytes > LARGEST_CONSTANT:
+        raise NotStorable(f"a program has a constant of type {type(value).__name__} and {value.nbytes} bytes")
+    return NotImplemented
+
+
+def _refused(value: Any) -> Any:
+    raise NotStorable(f"a program holds a {type(value).__name__}")
+
+
+#: By type: what pickles it, as `__reduce__` would.
+_RULES: dict[type, Callable[[Any], Any]] = {
+    fx.Graph: _graph,
+    fx.Node: lambda node: (Told, (node.name, node.op, str(node.target))),
+    fx.GraphModule: _refused,
+    Loop: lambda _: (_nothing, ()),
+    Compute: lambda step: (Compute, (step.name, (), (), ())),
+    OpOverload: _operator,
+    torch.SymInt: lambda size: (_itself, (expr(size),)),
+}
+
+
+def _nothing() -> None:
+    return None
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        rule = _tensor if isinstance(value, torch.Tensor) else _RULES.get(type(value))
+        return NotImplemented if rule is None else rule(value)
