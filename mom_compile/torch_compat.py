@@ -6,6 +6,7 @@ A new PyTorch release should cost this one file. Checked with torch 2.11 to 2.14
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -33,6 +34,7 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
+from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -138,25 +140,37 @@ def capture(
         if cache_tag is None or not _cacheable(gm, example_inputs):
             stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
         else:
-            users = compiler_config.cache_key_tag
-            stack.enter_context(_tagged(f"{users} {cache_tag}"))
-            # An entry holds what `inner_compile` returned, not the key of an FX graph.
-            stack.enter_context(functorch_config.patch(bundled_autograd_cache=True))
-            inner_compile = functools.partial(_as_users_have_it, inner_compile, users)
+            stack.enter_context(_storing(cache_tag))
+            inner_compile = functools.partial(_for_pieces, inner_compile)
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
         return compiled
 
 
+#: What the user has in the keys of PyTorch's compile caches.
+_users_tag: contextvars.ContextVar[str] = contextvars.ContextVar("_users_tag", default="")
+
+
+@contextlib.contextmanager
+def _storing(cache_tag: str) -> Iterator[None]:
+    """An entry holds what `inner_compile` returned, not the key of an FX graph, and has `cache_tag` in its key."""
+    users = compiler_config.cache_key_tag
+    before = _users_tag.set(users)
+    try:
+        with _tagged(f"{users} {cache_tag}"), functorch_config.patch(bundled_autograd_cache=True):
+            yield
+    finally:
+        _users_tag.reset(before)
+
+
 def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
-    """With this in the keys of PyTorch's compile caches."""
     patch: Any = compiler_config.patch  # type: ignore[attr-defined]
     return patch(cache_key_tag=tag)  # type: ignore[no-any-return]
 
 
-def _as_users_have_it(inner_compile: InnerCompile, tag: str, *args: Any, **kwargs: Any) -> Any:
+def _for_pieces(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Pieces are shared by all tags, and are in the FX graph cache, which bundling would leave out."""
-    with _tagged(tag), functorch_config.patch(bundled_autograd_cache=False):
-        return inner_compile(*args, **kwargs)
+    with _tagged(_users_tag.get()), functorch_config.patch(bundled_autograd_cache=False):
+        return function(*args, **kwargs)
 
 
 def _cacheable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
@@ -202,7 +216,7 @@ class Storable(OutputCode):
         data, self.data = self.data, None
         assert data is not None
         self._boxed_call = True
-        self.load(data, example_inputs, graph_kwargs)
+        _for_pieces(self.load, data, example_inputs, graph_kwargs)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Kernels are in the entries of the pieces."""
@@ -390,7 +404,21 @@ def _plain_after_a_first_call(compiled: Any) -> Callable[[list[Any]], Any]:
         now, call = call, getattr(compiled, "current_callable", None) or compiled
         return now(inputs)
 
+    run.compiled = compiled  # type: ignore[attr-defined]
     return run
+
+
+def stored_piece(run: Any) -> Any:
+    """What stands for a compiled piece, to be pickled: its key in the FX graph cache. Raises `NotStorable`."""
+    return stored_stock(getattr(run, "compiled", None))
+
+
+def loaded_piece(stored: Any) -> Callable[[list[Any]], Any]:
+    """A compiled piece by its key, as `SymbolicSizes.compile` made it. Raises where the cache has lost it."""
+    settings = {"cudagraphs": BoxedBool(False), "boxed_forward_device_index": None, "is_backward": False}
+    # Not in the context of the graph that is being captured: it would take the piece's strides for its own.
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))), torch.no_grad():
+        return _plain_after_a_first_call(loaded_stock(stored, (), settings))
 
 
 def keep_output_strides(graph: fx.Graph) -> None:

@@ -28,16 +28,17 @@ if __name__ == "__main__":
         saved = torch.compiler.save_cache_artifacts()
         assert saved is not None
         artifacts.write_bytes(saved[0])
-    loops = 0
+    loops, read = 0, False
     if backend == "mom":
         from mom_compile import reports
 
-        loops = len(reports()[-1].stages)
+        loops, read = len(reports()[-1].stages), reports()[-1].from_cache
     counters = torch._dynamo.utils.counters
     json.dump(
         {
             "difference": difference,
             "loops": loops,
+            "read": read,
             "autograd_hits": counters["aot_autograd"]["autograd_cache_hit"],
             "autograd_misses": counters["aot_autograd"]["autograd_cache_miss"],
             "autograd_saves": counters["aot_autograd"]["autograd_cache_saved"],

@@ -15,6 +15,9 @@ from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 # Its own handler goes by itself; pytest puts its own on all loggers that do not propagate.
 logging.getLogger("torch.__trace").propagate = True
 
+# A graph that an earlier test, or an earlier run, has compiled would be read from the disk: tests compile theirs.
+torch._functorch.config.enable_autograd_cache = False
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -23,8 +23,16 @@ import torch
 from torch import fx
 
 from mom_compile.report import Report
-from mom_compile.torch_compat import CodegenSettings, SymbolicSizes, inductor_as_of
+from mom_compile.torch_compat import (
+    CodegenSettings,
+    NotStorable,
+    SymbolicSizes,
+    inductor_as_of,
+    loaded_piece,
+    stored_piece,
+)
 from mom_passes.graph.edit import copy_graph
+from mom_passes.graph.size_values import SizeFunction, function_of
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +61,28 @@ class SymbolFacts:
     minimum: int
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What compiled code relies on, in the symbols of its piece. It is asked for all sizes that a run has not seen:
+    sympy itself would take a fifth of a millisecond."""
+
+    assumed: tuple[sympy.Basic, ...]
+    functions: tuple[SizeFunction, ...]
+
+    @staticmethod
+    def of(assumed: Sequence[sympy.Basic], symbols: Sequence[sympy.Symbol]) -> Conditions | None:
+        """None: it holds for all sizes."""
+        return Conditions(tuple(assumed), tuple(function_of(a, symbols) for a in assumed)) if assumed else None
+
+    def __call__(self, values: Sequence[int]) -> bool:
+        return all(function(values) for function in self.functions)
+
+
 @dataclass
 class Variant:
     run: Callable[[list[Any]], Any]
     #: None: holds for all sizes.
-    holds: Callable[..., bool] | None
+    holds: Conditions | None
 
 
 def first_line(error: Exception) -> str:
@@ -77,7 +102,7 @@ class Piece:
     """A compiled piece. `piece(inputs)` may empty the list.
 
     The first `len(symbols)` inputs are the values of its symbols, in order. It is pickled as what is to be compiled,
-    without what has been.
+    with the keys of what has been.
     """
 
     gm: fx.GraphModule
@@ -88,6 +113,8 @@ class Piece:
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
     eager_reason: str | None = None
+    #: Of a piece that was read: what stands in Inductor's cache for each variant, with its conditions.
+    kept: list[tuple[Any, Conditions | None]] = field(default_factory=list)
 
     def __call__(self, inputs: list[Any]) -> Any:
         values = tuple(inputs[: len(self.symbols)])
@@ -98,14 +125,32 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
-        return {**what, "patches": dict(self.patches)}
+        return {**what, "patches": dict(self.patches), "kept": self.kept or self._stored()}
+
+    def _stored(self) -> list[tuple[Any, Conditions | None]]:
+        """Nothing where Inductor's cache has not all of it: it will be compiled."""
+        try:
+            return [(stored_piece(variant.run), variant.holds) for variant in self.variants]
+        except NotStorable:
+            return []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
+        self.kept = state["kept"]
 
     def key(self) -> str:
         return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
+
+    def make(self) -> None:
+        """Read from Inductor's cache what an earlier process compiled, or compile it."""
+        try:
+            self.variants = [Variant(loaded_piece(stored), holds) for stored, holds in self.kept]
+        except Exception:
+            log.debug("a piece is not in Inductor's cache any more", exc_info=True)
+        self.kept = []
+        if not self.variants:
+            self.compile()
 
     def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
         """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason."""
@@ -133,7 +178,7 @@ class Piece:
             # Compiled code assumes sizes of two and more (it would have specialised on one).
             return self._remember(values, self.run_eagerly)
         for variant in self.variants:
-            if variant.holds is None or variant.holds(*values):
+            if variant.holds is None or variant.holds(values):
                 return self._remember(values, variant.run)
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         self.compile(dict(zip(self.symbols, values, strict=True)))
@@ -165,18 +210,12 @@ class Piece:
                 made.append(sizes.tensor(shape, stride, template.dtype, template.device))
         return made
 
-    def _condition(self, sizes: SymbolicSizes) -> Callable[..., bool] | None:
-        assumed = sizes.assumptions()
-        if not assumed:
-            return None
-        log.debug("a compiled piece relies on %s", assumed)
-        symbols = [sizes.symbols[s.name] for s in self.symbols]
-
-        def holds(*values: int) -> bool:
-            known = dict(zip(symbols, values, strict=True))
-            return all(condition.xreplace(known) == sympy.true for condition in assumed)
-
-        return holds
+    def _condition(self, sizes: SymbolicSizes) -> Conditions | None:
+        own = {sizes.symbols[s.name]: s for s in self.symbols}
+        assumed = [condition.xreplace(own) for condition in sizes.assumptions()]
+        if assumed:
+            log.debug("a compiled piece relies on %s", assumed)
+        return Conditions.of(assumed, list(self.symbols))
 
 
 class PieceCache:
@@ -192,7 +231,7 @@ class PieceCache:
         if found is None:
             began = time.perf_counter()
             piece.settings = settings
-            piece.compile()
+            piece.make()
             seconds = time.perf_counter() - began
             report.compiled_pieces.append(name)
             report.compile_seconds += seconds
