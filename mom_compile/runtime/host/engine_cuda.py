@@ -14,6 +14,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ from mom_compile.runtime.host.backings.pinned import Pin
 from mom_compile.runtime.host.engine import CopyEngine, Done
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.seams import between_seams, same_layout
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,18 @@ def _forget_error(device: torch.device) -> None:
         torch.ones(1, device=device)
 
 
+#: Pinned for every context of the process: any of its devices may copy from there.
+PORTABLE = 1
+
+
 @functools.cache
 def pin_for(device: torch.device) -> Pin:
     """What pins a range of host addresses, and undoes it. Raises `HostMemoryError` where the driver refuses."""
 
     def pin(address: int, size: int) -> Callable[[], None]:
-        runtime = torch.cuda.cudart()
+        runtime, process = torch.cuda.cudart(), os.getpid()
         with torch.cuda.device(device):
-            code = int(runtime.cudaHostRegister(address, size, 0))
+            code = int(runtime.cudaHostRegister(address, size, PORTABLE))
         if code != 0:
             _forget_error(device)
             raise HostMemoryError(
@@ -156,8 +164,15 @@ def pin_for(device: torch.device) -> Pin:
             )
 
         def unpin() -> None:
-            torch.cuda.synchronize(device)
-            runtime.cudaHostUnregister(address)
+            if os.getpid() != process:
+                return  # a fork has no CUDA, and what is pinned is its parent's
+            with torch.cuda.device(device):
+                torch.cuda.synchronize(device)
+                code = int(runtime.cudaHostUnregister(address))
+            if code != 0:
+                # Raised from a finaliser it would reach nobody.
+                _forget_error(device)
+                log.warning("%d bytes of host memory could not be unpinned (CUDA error %d)", size, code)
 
         return unpin
 
