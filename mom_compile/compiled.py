@@ -17,11 +17,12 @@ import torch
 from mom_compile.config import Options
 from mom_compile.lowering.pieces import Piece, PieceCache
 from mom_compile.lowering.storing import dumps, loads
-from mom_compile.memory.policy import budget_of
+from mom_compile.memory.policy import budget_of, placement_of
 from mom_compile.memory.residency import Stays
 from mom_compile.notices import warn_of_device_kv, warn_of_gradients, warn_of_ignored_kv, warn_once
 from mom_compile.report import Report
-from mom_compile.runtime.host.steps import Offload
+from mom_compile.report.record import ForLong
+from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
 from mom_compile.torch_compat import NotStorable, Storable, codegen_settings, loaded_stock, stored_stock
@@ -100,7 +101,7 @@ class CompiledGraph(Storable):
         found: _Stored = loads(data)
         told, report = found.told, found.told.report
         asked = report.for_long
-        if asked is not None and replace(asked, budget=budget_of(told.options, told.device)).fits != asked.fits:
+        if asked is not None and asked.fits != _asked_now(asked, told).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
             self.run = _linked(found.code, told.options, report)
@@ -109,6 +110,11 @@ class CompiledGraph(Storable):
         self.told = told
         keep(report)
         told.warn()
+
+
+def _asked_now(asked: ForLong, told: Told) -> ForLong:
+    """The same of this process's device."""
+    return replace(asked, budget=budget_of(told.options, told.device, asked.weights))
 
 
 def _linked(program: Program, options: Options, report: Report) -> Program:
@@ -125,12 +131,15 @@ def _linked(program: Program, options: Options, report: Report) -> Program:
         return found[id(read)]
 
     def linked(step: Step) -> Step:
-        run = step.run
+        run: Any = step.run
         if isinstance(run, CompiledLoop):
             return replace(step, run=replace(run, body=piece(run.body, step.name)))
+        if isinstance(run, Offload | Append):
+            run = replace(run, placement=placement_of(options, run.device))
         if isinstance(run, Offload) and isinstance(run.stays, Stays):
-            residency = replace(run.stays.residency, budget=budget_of(options, run.device))
-            return replace(step, run=replace(run, stays=replace(run.stays, residency=residency)))
+            residency = run.stays.residency
+            residency = replace(residency, budget=budget_of(options, run.device, residency.weights))
+            run = replace(run, stays=replace(run.stays, residency=residency))
         return replace(step, run=piece(run, step.name))
 
     return replace(program, steps=tuple(map(linked, program.steps)))

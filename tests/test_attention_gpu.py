@@ -18,11 +18,27 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("conditions", ["", *CONDITIONS])
 def test_what_is_said_of_keys(conditions: str, dtype: torch.dtype, window: int | None) -> None:
-    case = Case(3, 2, 2, 50, 200, 64, 64, 100, True, window, None, (False,) * 4, "head-major", dtype, 0, conditions)
+    check(Case(3, 2, 2, 50, 200, 64, 64, 100, True, window, None, (False,) * 4, "head-major", dtype, 0, conditions))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "own dtype"])
+@pytest.mark.parametrize(("rows", "start"), [(64, 0), (50, 100), (1, 149)])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_grouped_heads_in_prefill_and_decode(
+    dtype: torch.dtype, group: int, rows: int, start: int, mask: str | None
+) -> None:
+    """The first mini-sequence, a later one and a decode step, as a cache stores keys and values."""
+    broadcast = (False, True, False, False)
+    sizes = (2, 2, group, rows, start + rows, 64, 64, start)
+    check(Case(*sizes, True, None, mask, broadcast, "token-major", dtype, 0))
+
+
+def check(case: Case) -> None:
     call = case.call()
     # What `mom.spans` has found stays on the host.
     moved = {k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"}
     result = run(replace(call, **moved))
     assert result.transpose(1, 2).is_contiguous()
-    tolerance, expected = TOLERANCE[dtype], attention_reference(in_float64(call))
+    tolerance, expected = TOLERANCE[case.dtype], attention_reference(in_float64(call))
     torch.testing.assert_close(result.double().cpu(), expected, atol=tolerance, rtol=tolerance)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from benchmarks.models import keeping
 from mom_compile import HostTensor, empty_host_pool, host_memory
+from mom_compile.config import parse_options
+from mom_compile.memory import policy
+from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.steps import Append, Offload
 from tests.models import prompt, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
@@ -32,17 +40,60 @@ def test_generate_keeps_its_cache_in_pinned_memory_and_gives_the_same_tokens(nam
         assert layer.keys.host.is_pinned()
 
 
-def test_copies_are_in_order_with_the_computation_on_both_sides():
-    engine = engine_for(torch.device("cuda"))
-    host = torch.empty(1 << 24).pin_memory()
+@torch.no_grad()
+def told(model: Any, tokens: int, steps: int) -> tuple[torch.Tensor, DynamicCache]:
+    """The last logits after a prompt and after each of some tokens that are given, `[steps + 1, B, vocabulary]`."""
+    device, cache = model.device, DynamicCache()
+    given = prompt(2, tokens + steps)["input_ids"].to(device)
+    logits = []
+    for portion in given.split([tokens, *[1] * steps], dim=1):
+        logits.append(model(input_ids=portion, **keeping(cache, model), logits_to_keep=1).logits[:, -1])
+    return torch.stack(logits), cache
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
+def test_what_a_model_says_is_as_near_to_float64_as_eager_modes_is(name, dtype):
+    """In bfloat16 by FlashAttention with grouped heads, in float32 by another kernel."""
+    model = small_model(name).to(dtype)
+    exact, _ = told(copy.deepcopy(model).double(), 300, 6)
+    model = model.cuda()
+    eager, _ = told(model, 300, 6)
+    model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64, "strict": True})
+    ours, cache = told(model, 300, 6)
+    assert all(isinstance(layer.keys, HostTensor) and layer.keys.dtype == dtype for layer in cache.layers)
+    distance, eagers = ((logits.cpu().double() - exact).norm() for logits in (ours, eager))
+    assert 0 < distance <= 1.5 * eagers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_are_in_order_with_the_computation_on_both_sides(dtype):
+    """In both directions, each on a stream of its own, on the same rows."""
+    engine, size = engine_for(torch.device("cuda")), 1 << 24
+    host = torch.empty(size, dtype=dtype).pin_memory()
     for value in range(20):
-        source = torch.full((1 << 24,), float(value), device="cuda")
+        source = torch.full((size,), float(value), dtype=dtype, device="cuda")
         out = engine.to_host(host, source, None)
         del source
-        torch.full((1 << 24,), -1.0, device="cuda")  # would take the source's memory if it were free
-        back = torch.empty(1 << 24, device="cuda")
-        engine.to_device(back, host, out).wait()
+        torch.full((size,), -1.0, dtype=dtype, device="cuda")  # would take the source's memory if it were free
+        back = torch.empty(size, dtype=dtype, device="cuda")
+        engine.to_device(back, host, out.done).wait()
         assert float(back.min()) == float(back.max()) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
+    device, rows = torch.device("cuda", 0), 3 * BLOCK // (2 * 64 * dtype.itemsize)
+    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+    new = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
+    (host,) = Offload(2, device, place)([new[0], 0])
+    for more in new[1:]:
+        (host,) = Append(2, device, place)([host.host, more, 0])
+    expected = torch.cat(new, 2)
+    assert torch.equal(host.fetch(), expected)
+    assert torch.equal(host.to(torch.float64), expected.double())
+    assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
+    assert torch.equal(host.cpu(), expected.cpu())
 
 
 def test_pinned_memory_is_given_back_on_demand():

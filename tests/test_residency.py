@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import pytest
 import sympy
@@ -11,14 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from mom_compile import explain
-from mom_compile.config import parse_bytes, parse_options
+from mom_compile import backend, explain
+from mom_compile.config import Options, parse_bytes, parse_options
+from mom_compile.memory import policy
+from mom_compile.memory.attention import ATTENTION, BIASES, most_of_attention
+from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Needed, Residency, Stays
+from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
 from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.program import Call, Place, Storage, Why
+from mom_passes.program.rewritten import Rewritten
 from tests.models import tiny
 
 numbers = st.integers(0, 1 << 40)
+CUDA = torch.device("cuda", 0)
 
 
 BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
@@ -93,6 +100,110 @@ def test_what_a_model_needs_is_the_peak_that_its_program_says():
         sizes = tuple(scale * int(memory.hints[symbol]) - (scale == 7) for symbol in needed.symbols)
         named = {symbol: sympy.Integer(size) for symbol, size in zip(needed.symbols, sizes, strict=True)}
         assert len(sizes) == 2 and needed.bytes(sizes) == memory.number(memory.peak, named)
+
+
+# --- what there is of a CUDA device, by given numbers ---
+
+GIB = 1 << 30
+
+
+def device_of(monkeypatch: pytest.MonkeyPatch, total: int, others: int, allocated: int, cached: int) -> None:
+    """A device of `total` bytes: other processes have `others`, this one's tensors and PyTorch's cache the rest."""
+    free = total - others - allocated - cached
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated + cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+
+
+@pytest.mark.parametrize(
+    ("others", "allocated", "cached", "may_be_used"),
+    [
+        (0, 16, 0, 80),  # our weights alone: all of it
+        (0, 16, 30, 80),  # what PyTorch keeps for itself is as good as free
+        (0, 46, 0, 50),  # tensors of others in this process are not
+        (20, 46, 10, 30),  # nor what other processes have
+    ],
+)
+def test_what_a_graph_may_use_of_a_device(monkeypatch, others, allocated, cached, may_be_used):
+    device_of(monkeypatch, 80 * GIB, others * GIB, allocated * GIB, cached * GIB)
+    margin = 80 * GIB // policy.MARGIN_SHARE
+    assert policy.available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
+
+
+def test_a_small_device_keeps_a_margin_too(monkeypatch):
+    device_of(monkeypatch, 2 * GIB, 0, GIB, 0)
+    assert policy.available_bytes(CUDA, weights=GIB) == 2 * GIB - policy.LEAST_MARGIN
+
+
+def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
+    """Of two sequences of 300 tokens, four heads of 8, in mini-sequences of at most 64."""
+    found: list[Rewritten] = []
+
+    def keep(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
+        found.append(rewritten)
+        return policy.kv_place(rewritten, options, static)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "kv_place", keep)
+        model = tiny("Llama", num_hidden_layers=3)
+        model.compile(backend="mom", options={"mini_seq_len": 64, "kv_offload": True, "strict": True})
+        with torch.no_grad():
+            model(input_ids=torch.randint(3, 64, (2, 300)), use_cache=True, logits_to_keep=1)
+    (rewritten,) = found
+    return rewritten
+
+
+@pytest.mark.usefixtures("eager_pieces")
+def test_layers_that_stay_leave_room_for_weights_program_and_attention(monkeypatch):
+    rewritten = rewritten_prefill(monkeypatch)
+    device_of(monkeypatch, 8 * GIB, 0, 2 * GIB, GIB)
+    monkeypatch.setattr(policy, "compute_device", lambda gm: CUDA)
+    monkeypatch.setattr(policy, "_static_bytes", lambda gm, static, device: GIB)
+    residency = policy.kv_place(rewritten, parse_options({"kv_offload": "auto"}), ()).residency
+    assert residency is not None
+    assert (residency.weights, residency.budget) == (GIB, 7 * GIB - policy.LEAST_MARGIN)
+    own = 2 * 4 * 64 * (8 + 1) * 4  # a mini-sequence's result once more, and its logsumexp
+    assert residency.needed.bytes(()) == rewritten.memory.number(rewritten.memory.peak) + own
+    asked = policy.kv_place(rewritten, parse_options({"kv_offload": "auto", "memory_budget": "3GiB"}), ()).residency
+    assert asked is not None and asked.budget == 3 * GIB
+
+
+def test_weights_that_are_elsewhere_take_nothing_of_a_device():
+    graph = fx.Graph()
+    for name, device in (("here", "meta"), ("there", "cpu"), ("input", "meta")):
+        graph.placeholder(name).meta["val"] = torch.empty(10, device=device)
+    graph.output(())
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    assert policy._static_bytes(gm, {"here", "there"}, torch.device("meta")) == 40
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "keys", "blocks_of"),
+    [
+        (100, None, False, 0),
+        (100, (2, 1, 1, 100), False, BLOCK_BYTES),
+        (100, None, True, BLOCK_BYTES),
+        (1 << 20, None, True, FEWEST_ROWS * 2 * (1 << 20) * 2),  # of two sequences, in bfloat16
+        (1 << 20, (1, 4, 1, 1 << 20), True, FEWEST_ROWS * 4 * (1 << 20) * 2),
+    ],
+)
+def test_what_attention_takes_for_itself(tokens, mask, keys, blocks_of):
+    graph = fx.Graph()
+
+    def given(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> fx.Node:
+        node = graph.placeholder(name)
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        return node
+
+    q, k, v = given("q", 2, 4, 50, 64), given("k", 2, 2, tokens, 64), given("v", 2, 2, tokens, 64)
+    operands = [q, k, v, None if mask is None else given("mask", *mask), 0, True, 1.0, None]
+    conditions = [given("keys", 2, tokens, dtype=torch.bool) if keys else None, None, None, None]
+    result = graph.call_function(ATTENTION, (*operands, *conditions))
+    result.meta["val"] = torch.empty(2, 4, 50, 64, dtype=torch.bfloat16, device="meta")
+    graph.output((result,))
+    rewritten = Rewritten.of(fx.GraphModule(torch.nn.Module(), graph))
+    own = 2 * 4 * 50 * (4 + 2 * 64)
+    assert rewritten.memory.number(most_of_attention(rewritten.plan)) == own + BIASES * blocks_of
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import sympy
 import torch
 from torch import fx
 
 from mom_compile.config import Options
+from mom_compile.memory.attention import most_of_attention
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Needed, Residency
 from mom_compile.report.record import HEADROOM, ForLong
@@ -19,6 +21,10 @@ from mom_passes.graph.sizes import count_hint
 from mom_passes.ops.transfers import FETCH, FETCH_START
 from mom_passes.program.memory import Leaving, leaving
 from mom_passes.program.rewritten import Rewritten
+
+#: Of a device, what is left to what nobody counts: one part in so many, but not less than that many bytes. The
+#: allocator rounds up and its segments have holes, cuBLAS keeps a workspace for each stream, and kernels are loaded.
+MARGIN_SHARE, LEAST_MARGIN = 32, 256 << 20
 
 
 def offloads(options: Options, device: torch.device) -> bool:
@@ -42,8 +48,9 @@ def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str
         return None
     kept = sum(rewritten.memory.number(plan.storages[value].bytes) for value in values)
     on_device = kept + 2 * kept // _layers(values.values())
-    needed = _static_bytes(gm, static) + HEADROOM * on_device
-    return ForLong(needed, budget_of(options, compute_device(gm)))
+    device = compute_device(gm)
+    weights = _static_bytes(gm, static, device)
+    return ForLong(weights + HEADROOM * on_device, weights, budget_of(options, device, weights))
 
 
 def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
@@ -52,9 +59,10 @@ def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) ->
     values = leaving(rewritten.plan).values()
     residency = None
     if options.kv_offload == "auto" and values:
-        budget = budget_of(options, device)
-        weights, needed = _static_bytes(rewritten.gm, static), Needed.by(rewritten.memory)
-        residency = Residency(budget, weights, needed, _layers(values))
+        weights = _static_bytes(rewritten.gm, static, device)
+        beside = most_of_attention(rewritten.plan) if device.type == "cuda" else sympy.S.Zero
+        needed = Needed.by(rewritten.memory, beside)
+        residency = Residency(budget_of(options, device, weights), weights, needed, _layers(values))
     return KVPlace(device, placement_of(options, device), residency)
 
 
@@ -69,18 +77,25 @@ def placement_of(options: Options, device: torch.device) -> Placement:
     return Placement(tier, folder, pin_for(device) if device.type == "cuda" else None)
 
 
-def budget_of(options: Options, device: torch.device) -> int:
-    """Bytes of a device that may be used: those that the user gives, or what is free now."""
-    return options.budget_bytes or _free_bytes(device)
+def available_bytes(device: torch.device, weights: int) -> int:
+    """What a graph may use of a CUDA device for everything, `weights` that are there already included:
+
+        free + (reserved - allocated) + weights - margin
+
+    What PyTorch has reserved and not handed out is as good as free. What it has handed out is not: beside our weights
+    that is other models, other caches and the caller's tensors.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + cached + weights - max(LEAST_MARGIN, total // MARGIN_SHARE))
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What this process may use of a device: what is free, and what PyTorch has reserved already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device))
+def budget_of(options: Options, device: torch.device, weights: int) -> int:
+    """Bytes of the device for everything: those asked for, or those that are to be had."""
+    return available_bytes(device, weights) if options.budget_bytes is None else options.budget_bytes
 
 
-def _static_bytes(gm: fx.GraphModule, static: Collection[str]) -> int:
-    """Parameters and buffers."""
+def _static_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.device) -> int:
+    """Parameters and buffers on the device."""
     values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
-    return sum(count_hint(value.shape) * value.element_size() for value in values)
+    return sum(count_hint(value.shape) * value.element_size() for value in values if value.device == device)

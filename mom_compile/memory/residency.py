@@ -29,9 +29,10 @@ class Needed:
     _last: list[tuple[tuple[int, ...], int]] = field(default_factory=list, repr=False, compare=False)
 
     @staticmethod
-    def by(found: Memory) -> Needed:
-        """The peak of a program. It is asked for each value that may leave: sympy itself would take milliseconds."""
-        moments = list(dict.fromkeys(moment.bytes for moment in found.moments))
+    def by(found: Memory, beside: sympy.Expr = sympy.S.Zero) -> Needed:
+        """The peak of a program, and what its kernels take `beside` it. It is asked for each value that may leave:
+        sympy itself would take milliseconds."""
+        moments = list(dict.fromkeys(moment.bytes + beside for moment in found.moments))
         symbols = tuple(sorted({symbol for size in moments for symbol in size.free_symbols}, key=str))
         return Needed(symbols, tuple(function_of(size, symbols) for size in moments))
 

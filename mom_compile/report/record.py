@@ -43,9 +43,10 @@ HEADROOM = 2
 @dataclass(frozen=True)
 class ForLong:
     """What "auto" asks of a device once: whether it has `needed` bytes, so that all keys and values may stay for long.
-    `budget` is what it had."""
+    `budget` is what it had for everything, its `weights` included."""
 
     needed: int
+    weights: int
     budget: int
 
     @property

@@ -1,79 +1,140 @@
-"""Copies on a CUDA stream of their own, with an event in each direction. Written without a GPU; never run on one yet.
+"""Copies on CUDA streams of their own, with an event in each direction. Never run on a GPU yet: proved on simulated
+streams (`tests/no_gpu/streams.py`), which every wait in here is taken away from in turn.
 
     compute stream:  ... ready ---------------------- wait(done) ...
     copy stream:          wait(ready)  copy  done
 
 `record_stream` is not used: memory it holds back comes free late and fragments. A ticket keeps both tensors until the
-computation has been told to wait for the copy; memory that is then freed can only be reused after it.
-The host is never made to wait, except by `synchronize`.
+stream that owns them has been told to wait for the copy; memory that is then freed can only be reused after it.
+The host is never made to wait, except by `synchronize`, where it gathers rows that lie apart, and after an exception.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from mom_compile.runtime.host.backings.pinned import Pin
-from mom_compile.runtime.host.engine import CopyEngine, Ticket
+from mom_compile.runtime.host.engine import CopyEngine, Done
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.seams import between_seams, same_layout
 
+log = logging.getLogger(__name__)
 
-class StreamTicket:
-    def __init__(self, done: torch.cuda.Event, device: torch.device, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._done = done
-        self._device = device
-        self._tensors: tuple[torch.Tensor, ...] = tensors
 
-    def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._done)
-        self._tensors = ()
+@dataclass(frozen=True)
+class StreamDone:
+    event: torch.cuda.Event
 
     def synchronize(self) -> None:
-        self._done.synchronize()
-        self.wait()
+        self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A copy whose ticket was dropped before anybody waited for it, and what it copies."""
+
+    event: torch.cuda.Event
+    tensors: tuple[torch.Tensor, ...]
+
+
+class StreamTicket:
+    """`owner` is the stream that computed when the copy was asked for: the tensors' memory goes back to it."""
+
+    def __init__(self, engine: CudaEngine, done: StreamDone, owner: torch.cuda.Stream) -> None:
+        self.done = done
+        self._engine = engine
+        self._owner = owner
+        self.tensors: tuple[torch.Tensor, ...] = ()
+
+    def wait(self) -> None:
+        reader = torch.cuda.current_stream(self._engine.device)
+        if reader != self._owner:
+            reader.wait_event(self.done.event)
+        self.release()
 
     def release(self) -> None:
-        self.wait()
+        self._owner.wait_event(self.done.event)
+        self.tensors = ()
 
     def __del__(self) -> None:
-        # Dropped without a wait (an exception in between): the tensors' memory must still not be reused too early.
-        if self._tensors:
-            self.wait()
+        # Dropped without a wait (an exception in between): the memory must not be reused too early. No stream is made
+        # to wait here: whoever forgot to would not be seen.
+        if self.tensors:
+            self._engine.abandoned.append(Abandoned(self.done.event, self.tensors))
 
 
 class CudaEngine(CopyEngine):
-    """One stream for both directions, so that copies of the same rows stay in order. An error ends the process' use of
-    the device, so `after` needs no attention."""
+    """A queue for each direction, since a link carries both at once. Copies of the same rows stay in order: each waits
+    for the one `after`. An error ends the process' use of the device, so tickets need not pass one on."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.arriving = torch.cuda.Stream(device)
+        self.departing = torch.cuda.Stream(device)
+        #: Appended to by finalisers, so without a lock.
+        self.abandoned: collections.deque[Abandoned] = collections.deque()
 
-    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Ticket | None) -> StreamTicket:
-        compute = torch.cuda.current_stream(self.device)
-        staged = source
-        if target.device.type == "cpu" and not same_layout(target, source):
-            # A strided copy to the host would go row by row; the device transposes faster.
-            staged = torch.empty_like(target, device=self.device).copy_(source)
+    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> StreamTicket:
+        self._forget_finished()
+        owner = torch.cuda.current_stream(self.device)
+        queue = self.departing if to_host else self.arriving
+        if not same_layout(target, source):
+            source = _on_device(target, source) if to_host else _gathered(source, after)
         ready, done = torch.cuda.Event(), torch.cuda.Event()
-        ready.record(compute)
-        self.stream.wait_event(ready)
-        with torch.cuda.stream(self.stream):
-            for to, rows in _pieces(target, staged):
-                to.copy_(rows, non_blocking=True)
-        done.record(self.stream)
-        return StreamTicket(done, self.device, (target, staged))
+        ticket = StreamTicket(self, StreamDone(done), owner)
+        ready.record(owner)
+        queue.wait_event(ready)
+        if isinstance(after, StreamDone):
+            queue.wait_event(after.event)
+        elif after is not None:  # the engine of another kind of device had these rows
+            after.synchronize()
+        ticket.tensors = (target, source)
+        pieces = between_seams(target, source) if to_host else ((b, a) for a, b in between_seams(source, target))
+        try:
+            with torch.cuda.stream(queue):
+                for to, rows in pieces:
+                    to.copy_(rows, non_blocking=True)
+        finally:
+            done.record(queue)
+        return ticket
+
+    def settle(self) -> None:
+        """Nothing stays queued, nor keeps memory, after an exception either."""
+        super().settle()
+        with contextlib.suppress(IndexError):  # there are no more, or another thread was quicker
+            while True:
+                one = self.abandoned.popleft()  # its tensors live until then
+                one.event.synchronize()
+
+    def _forget_finished(self) -> None:
+        """Whoever dropped a ticket late is not waited for: what is not done stays."""
+        with contextlib.suppress(IndexError):
+            for _ in range(len(self.abandoned)):
+                one = self.abandoned.popleft()
+                if not one.event.query():
+                    self.abandoned.append(one)
 
 
-def _pieces(target: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    if target.device.type == "cpu":
-        return between_seams(target, source)
-    return ((to, rows) for rows, to in between_seams(source, target))
+def _on_device(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """A source in the layout that rows have on the host: a strided copy to there would go row by row, and the device
+    transposes faster."""
+    return torch.empty_like(target, device=source.device).copy_(source)
+
+
+def _gathered(source: torch.Tensor, after: Done | None) -> torch.Tensor:
+    """Rows that lie apart, side by side: the host does that itself, once they are there."""
+    if after is not None:
+        after.synchronize()
+    return source.clone()
 
 
 def _forget_error(device: torch.device) -> None:
@@ -82,14 +143,18 @@ def _forget_error(device: torch.device) -> None:
         torch.ones(1, device=device)
 
 
+#: Pinned for every context of the process: any of its devices may copy from there.
+PORTABLE = 1
+
+
 @functools.cache
 def pin_for(device: torch.device) -> Pin:
     """What pins a range of host addresses, and undoes it. Raises `HostMemoryError` where the driver refuses."""
 
     def pin(address: int, size: int) -> Callable[[], None]:
-        runtime = torch.cuda.cudart()
+        runtime, process = torch.cuda.cudart(), os.getpid()
         with torch.cuda.device(device):
-            code = int(runtime.cudaHostRegister(address, size, 0))
+            code = int(runtime.cudaHostRegister(address, size, PORTABLE))
         if code != 0:
             _forget_error(device)
             raise HostMemoryError(
@@ -99,8 +164,15 @@ def pin_for(device: torch.device) -> Pin:
             )
 
         def unpin() -> None:
-            torch.cuda.synchronize(device)
-            runtime.cudaHostUnregister(address)
+            if os.getpid() != process:
+                return  # a fork has no CUDA, and what is pinned is its parent's
+            with torch.cuda.device(device):
+                torch.cuda.synchronize(device)
+                code = int(runtime.cudaHostUnregister(address))
+            if code != 0:
+                # Raised from a finaliser it would reach nobody.
+                _forget_error(device)
+                log.warning("%d bytes of host memory could not be unpinned (CUDA error %d)", size, code)
 
         return unpin
 

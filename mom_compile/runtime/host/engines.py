@@ -16,8 +16,18 @@ def engine_for(device: torch.device) -> CopyEngine:
         device = torch.device("cuda", torch.cuda.current_device())
     engine = _ENGINES.get(device)
     if engine is None:
-        engine = _ENGINES[device] = _make(device)
+        engine = _ENGINES.setdefault(device, _make(device))  # of two threads one makes it
     return engine
+
+
+def beside(device: torch.device) -> CopyEngine | None:
+    """The engine of a device that has memory of its own. None where the host reads and writes there itself, and for a
+    device that has no engine."""
+    try:
+        engine = engine_for(device)
+    except NotImplementedError:
+        return None
+    return None if engine.in_host_memory else engine
 
 
 def _make(device: torch.device) -> CopyEngine:

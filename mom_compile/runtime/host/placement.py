@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import Backing
@@ -25,11 +26,17 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Placement:
-    """The tier of new stores, and what tiers may ask for: a folder, and what pins memory for a device's sake."""
+    """The tier of new stores, and what tiers may ask for: a folder, and what pins memory for a device's sake.
+
+    It is pickled without what pins: this is one process's own.
+    """
 
     tier: str = MEMORY
     directory: Path | None = None
     pin: Pin | None = None
+
+    def __reduce__(self) -> Any:
+        return Placement, (self.tier, self.directory)
 
     def backing(self) -> Backing:
         """What is behind one new region. Raises `KeyError` for a tier that there is not."""

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, whole_blocks
-from mom_compile.runtime.host.engine import Ticket
+from mom_compile.runtime.host.engine import CopyError, Done
 from mom_compile.runtime.host.limits import HostMemoryError, available_memory
 
 #: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
@@ -51,8 +51,8 @@ class HostRegion:
 
     def __init__(self, capacity: int, backing: Backing, least: int | None = None) -> None:
         self.backing = backing
-        #: The last copy that reads or writes here. Copies are in order, so those before it are done when it is.
-        self.pending: Ticket | None = None
+        #: The last copy that reads or writes here. Each waits for the one before, so all are done when it is.
+        self.pending: Done | None = None
         self.low = self.high = 0
         fewest = capacity if least is None else least
         #: All addresses as bytes.
@@ -115,10 +115,18 @@ class HostRegion:
         yield first, end
 
     def wait(self) -> None:
-        """Until the host may read and write here itself."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.synchronize()
+        """Until the host may read and write here itself. Raises `CopyError` if rows could not be copied.
+
+        The last copy stays `pending`: another thread that asks meanwhile waits for it too.
+        """
+        if self.pending is not None:
+            self.pending.synchronize()
+
+    def abandon(self) -> None:
+        """Until nobody copies here any more, whose rows nobody will read: whether they are right does not matter."""
+        with contextlib.suppress(CopyError):
+            self.wait()
+        self.pending = None
 
     def close(self) -> None:
         """Give pins back. Views of the bytes must not be used afterwards."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import mom_passes.ops  # noqa: F401  defines mom::fetch
-from mom_compile.runtime.host.engine import Ticket
-from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.engine import CopyEngine, Ticket
+from mom_compile.runtime.host.engines import beside, engine_for
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
@@ -45,13 +45,7 @@ class FetchStart:
         arguments.clear()
         held = host.shape[self.dim]
         buffer = buffer_like(host, rows, self.dim, self.device)
-        store = store_of(host)
-        after = store.region.pending if store is not None else None
-        ticket = engine_for(self.device).to_device(buffer.narrow(self.dim, 0, held), host, after)
-        if store is not None:
-            # Whoever writes over these rows waits until they have been read.
-            store.region.pending = ticket
-        return (Arriving(buffer, ticket),)
+        return (Arriving(buffer, _arrive(buffer.narrow(self.dim, 0, held), host, engine_for(self.device))),)
 
 
 @dataclass(frozen=True)
@@ -149,12 +143,28 @@ def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch
     region = lease.store.region
     target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
     target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
-    region.pending = engine_for(device).to_host(target, rows, region.pending)
+    region.pending = engine_for(device).to_host(target, rows, region.pending).done
+
+
+def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
+    """Begin to copy rows to a device. Whoever writes over them on the host waits until they have been read."""
+    store = store_of(host)
+    if store is None:
+        return engine.to_device(target, host, None)
+    ticket = engine.to_device(target, host, store.region.pending)
+    store.region.pending = ticket.done
+    return ticket
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    settle(host)
-    return fetch_reference(host, device)
+    """Through the engine, as in a program: beside the host, and never in one piece across two pinned ranges."""
+    engine = beside(device)
+    if engine is None:
+        settle(host)
+        return fetch_reference(host, device)
+    target = torch.empty_like(host, device=device)
+    _arrive(target, host, engine).wait()
+    return target
 
 
 LIBRARY.impl("fetch", _fetch, "CPU")

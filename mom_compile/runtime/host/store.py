@@ -162,7 +162,7 @@ def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
     for i, (pooled, region) in enumerate(_POOL):
         if pooled == placement and region.capacity >= capacity:
             _POOL.pop(i)
-            region.wait()  # a device may still read what the dead store had
+            region.abandon()  # a device may still read what the dead store had
             return region
     try:
         return HostRegion(capacity, placement.backing(), least)
@@ -193,7 +193,7 @@ def empty_host_pool() -> None:
     """Give pinned host memory back that no cache uses."""
     while _POOL:
         _, region = _POOL.pop()
-        region.wait()
+        region.abandon()
         region.close()
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mom_compile.runtime.host.doors import Doors
+from mom_compile.runtime.host.engines import beside
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of, without_base
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
@@ -228,12 +229,16 @@ def _rearranged(func: Any, args: Any, kwargs: Any) -> HostTensor:
 
 
 def _copied(source: HostTensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """To another device or dtype: straight from the host."""
-    target = {name: value for name, value in kwargs.items() if value is not None}
+    """To another device or dtype. What an engine brings is changed there; what the host holds anyway, on the host."""
     # Not behind our back: the rows may be written over as soon as this has returned.
-    target = {"device": source.device, **target, "non_blocking": False}
-    copied: torch.Tensor = aten._to_copy.default(source.settled(), **target)
-    return copied
+    asked = {name: value for name, value in kwargs.items() if value is not None} | {"non_blocking": False}
+    device = torch.device(asked.get("device", source.device))
+    if beside(device) is None:
+        copied: torch.Tensor = aten._to_copy.default(source.settled(), **{**asked, "device": device})
+        return copied
+    fetched: torch.Tensor = torch.ops.mom.fetch(source.host, device)
+    changed = asked.keys() - {"device", "non_blocking", "layout"}
+    return aten._to_copy.default(fetched, **asked) if changed else fetched
 
 
 def token_dim(tensor: torch.Tensor) -> int:

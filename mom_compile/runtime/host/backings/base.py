@@ -77,10 +77,11 @@ def whole_blocks(block: int, size: int) -> int:
     return -(-max(size, 1) // block) * block
 
 
-def as_bytes(memory: mmap.mmap) -> torch.Tensor:
-    """A mapping as a tensor that keeps it. Also in inference mode it is one that may be written to afterwards."""
+def as_bytes(memory: mmap.mmap, first: int = 0, size: int = -1) -> torch.Tensor:
+    """A mapping, or `size` bytes of it, as a tensor that keeps it and begins its storage. Also in inference mode it is
+    one that may be written to afterwards."""
     with torch.inference_mode(False):
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=size)
 
 
 def reserve_addresses(capacity: int, least: int) -> mmap.mmap:

@@ -1,0 +1,341 @@
+"""What a cache goes through, as short stories on simulated streams: each uses the real engine, steps and host tensors.
+
+A story is told what simulation it is in, does its work and says what it expects to see. Between them they need every
+wait and every record of `mom_compile.runtime.host`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from mom_compile.runtime.host.backings.base import BLOCK
+from mom_compile.runtime.host.engine import MOST_LEAVING
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
+from mom_compile.runtime.host.store import empty_host_pool, store_of
+from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.runtime.program import Program, Slot, Step
+from tests.no_gpu.streams import CPU, SimStream, Simulation
+
+Story = Callable[[Simulation], None]
+ROW = (1, 2, 64)
+
+
+def values(tokens: int, seed: int = 0, head_major: bool = False) -> torch.Tensor:
+    """`[1, 2, tokens, 64]`, of small whole numbers: sums are exact. Rows of tokens outermost, or heads."""
+    count = torch.arange(tokens * 128, dtype=torch.float32).add(seed).remainder(251)
+    return count.view(1, 2, tokens, 64) if head_major else count.view(tokens, 1, 2, 64).permute(1, 2, 0, 3)
+
+
+def place(sim: Simulation) -> Placement:
+    return Placement(pin=sim.pin)
+
+
+def offload(sim: Simulation, value: torch.Tensor) -> HostTensor:
+    (host,) = Offload(2, CPU, place(sim))([value, 0])
+    assert isinstance(host, HostTensor)
+    return host
+
+
+def append(sim: Simulation, host: HostTensor, rows: torch.Tensor, first: int = 0) -> HostTensor:
+    (longer,) = Append(2, CPU, place(sim))([host.host, rows, first])
+    return longer
+
+
+def fetch(host: HostTensor, rows: torch.Tensor) -> torch.Tensor:
+    """The host's rows and new ones on the device, as decode has them."""
+    (arriving,) = FetchStart(2, CPU)([host.host, rows.shape[2]])
+    (buffer,) = FetchWait(2)([arriving, rows])
+    return buffer
+
+
+def a_prompt_leaves_and_steps_bring_it_back(sim: Simulation) -> None:
+    expected = values(40) + 1
+    host = offload(sim, values(40) + 1)
+    for step in range(4):
+        new = values(1, step) + 1
+        expected = torch.cat([expected, new], 2)
+        sim.expect(fetch(host, new), expected)
+        host = append(sim, host, new)
+    Settle(CPU)()
+    sim.expect(host.settled(), expected, by_host=True)
+
+
+def a_prompt_that_is_stored_by_heads_leaves(sim: Simulation) -> None:
+    host = offload(sim, values(40, head_major=True) + 1)
+    sim.expect(host.fetch(), values(40, head_major=True) + 1)
+
+
+def many_layers_leave_and_die_at_once(sim: Simulation) -> None:
+    """No more than a few are on the device at a time."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    hosts = []
+    for layer in range(8):
+        value = values(40, layer) + 1
+        alive.append(weakref.ref(value.untyped_storage()))
+        hosts.append(offload(sim, value))
+        del value
+        assert sum(storage() is not None for storage in alive) <= MOST_LEAVING
+    Settle(CPU)()
+    assert not any(storage() is not None for storage in alive)
+    for layer, host in enumerate(hosts):
+        sim.expect(host.fetch(), values(40, layer) + 1)
+
+
+def a_buffer_is_had_where_another_died(sim: Simulation) -> None:
+    """What a fetch writes to was the computation's a moment ago."""
+    hosts = [offload(sim, values(40, layer) + 1) for layer in range(3)]
+    for layer, host in enumerate(hosts):
+        seen = fetch(host, values(1))
+        sim.expect(seen[:, :, :40] * 2, (values(40, layer) + 1) * 2)
+        del seen
+
+
+def rows_arrive_while_others_of_them_leave(sim: Simulation) -> None:
+    """Both directions at once, on the same rows: what leaves last is brought back next, and written over last."""
+    old, new = values(40) + 1, values(2, 7) + 1
+    host = offload(sim, values(40) + 1)
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])  # nobody has waited for them to leave
+    shorter = host[:, :, :38]
+    del host
+    gc.collect()
+    longer = append(sim, shorter, values(2, 7) + 1)  # over rows that are being read
+    (buffer,) = FetchWait(2)([arriving, None])
+    sim.expect(buffer, old)
+    sim.expect(longer.fetch(), torch.cat([old[:, :, :38], new], 2))
+
+
+def the_host_reads(sim: Simulation) -> None:
+    host = offload(sim, values(5) + 1)
+    sim.expect(host.settled(), values(5) + 1, by_host=True)
+    host = offload(sim, values(5) + 1)
+    assert host[:, :, 1].tolist() == (values(5) + 1)[:, :, 1].tolist()
+    assert repr(offload(sim, values(5) + 1)).startswith(f"HostTensor({values(5) + 1!r}")
+    for read in (lambda h: f"{h[0, 0, 0, 0]:.0f}", lambda h: torch.save(h, "/dev/null")):
+        read(offload(sim, values(5) + 1))
+    for rearranged in (
+        lambda h: h.clone(),
+        lambda h: h.index_select(0, torch.tensor([0])),
+        lambda h: h[torch.tensor([0])],
+    ):
+        sim.expect(rearranged(offload(sim, values(5) + 1)).fetch(), values(5) + 1)
+
+
+def the_host_writes(sim: Simulation) -> None:
+    """Over rows that arrive and rows that are still being read."""
+    host = offload(sim, values(5) + 1)
+    host.mul_(2)
+    sim.expect(host.fetch(), (values(5) + 1) * 2)
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])
+    host.zero_()
+    (buffer,) = FetchWait(2)([arriving, None])
+    sim.expect(buffer, (values(5) + 1) * 2)
+
+
+def two_continue_one_cache(sim: Simulation) -> None:
+    host = offload(sim, values(5) + 1)
+    one = append(sim, host, values(1, 3) + 1)
+    other = append(sim, host, values(1, 9) + 1)  # rows behind it are the first one's: moved by the host
+    for longer, seed in ((one, 3), (other, 9)):
+        sim.expect(longer.fetch(), torch.cat([values(5) + 1, values(1, seed) + 1], 2))
+
+
+def rows_of_a_dead_cache_are_the_next_ones(sim: Simulation) -> None:
+    """Pinned memory is used again: by the host, while a copy to it was under way."""
+    host = offload(sim, values(5) + 1)
+    kept = append(sim, host, values(1) + 1)
+    dead = offload(sim, values(6, 5) + 1)
+    Settle(CPU)()
+    del dead
+    gc.collect()
+    other = append(sim, host, values(1, 9) + 1)  # a fork, in the dead one's memory
+    sim.expect(other.fetch(), torch.cat([values(5) + 1, values(1, 9) + 1], 2))
+    sim.expect(kept.fetch(), torch.cat([values(5) + 1, values(1) + 1], 2))
+
+
+def memory_is_unpinned(sim: Simulation) -> None:
+    """By whoever empties the pool, and at the end of a process, when nobody has waited."""
+    host = offload(sim, values(5) + 1)
+    Settle(CPU)()
+    del host
+    gc.collect()
+    assert sim.runtime.ranges
+    empty_host_pool()
+    assert not sim.runtime.ranges
+    store = store_of(offload(sim, values(5) + 1).host)
+    assert store is not None
+    store.region.close()
+    assert not sim.runtime.ranges
+
+
+class OfAnotherKind:
+    """A copy of an engine without streams: it is done when the host has waited for it."""
+
+    def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.copy = (target, source)
+
+    def synchronize(self) -> None:
+        target, source = self.copy
+        target.copy_(source)
+
+
+def rows_come_from_another_kind_of_device(sim: Simulation) -> None:
+    host = offload(sim, values(5))
+    store = store_of(host.host)
+    assert store is not None
+    store.region.wait()
+    store.region.pending = OfAnotherKind(host.host, values(5) + 1)
+    sim.expect(host.fetch(), values(5) + 1)
+
+
+def rows_across_seams(sim: Simulation) -> None:
+    """Of three ranges, each pinned by a call of its own, both ways and whoever asks."""
+    rows = BLOCK // 512
+    host = offload(sim, values(rows - 50) + 1)
+    host = append(sim, host, values(rows, 1) + 1)
+    host = append(sim, host, values(100, 2) + 1)
+    expected = torch.cat([values(rows - 50), values(rows, 1), values(100, 2)], 2) + 1
+    assert len(sim.runtime.ranges) > 1
+    sim.expect(fetch(host, values(1))[:, :, :-1], expected)
+    sim.expect(host.fetch(), expected)
+    sim.expect(host + 1, expected + 1)
+    sim.expect(host.to(torch.float64), expected.double())
+    sim.expect(host.to(CPU, copy=True), expected)
+    sim.expect(host[:, 1:].to(torch.float64), expected[:, 1:].double())
+
+
+def heads_alone_are_brought(sim: Simulation) -> None:
+    """Rows that lie apart are gathered by the host, which waits for them first."""
+    sim.expect(offload(sim, values(5) + 1)[:, 1:].fetch(), values(5)[:, 1:] + 1)
+
+
+def another_stream_computes(sim: Simulation) -> None:
+    """A cache from one stream is continued on another. The first has its memory back only when it may."""
+    host = offload(sim, values(40) + 1)
+    (arriving,) = FetchStart(2, CPU)([host.host, 1])
+    other = sim.stream()
+    with torch.cuda.stream(other):
+        other.wait_stream(sim.default)
+        (buffer,) = FetchWait(2)([arriving, None])
+        sim.expect(buffer[:, :, :40] + 0, values(40) + 1)
+        for layer in range(MOST_LEAVING + 1):  # the first one's tickets are let go from here
+            host = append(sim, host, values(1, layer) + 1)
+        Settle(CPU)()
+    sim.default.wait_stream(other)
+    del buffer, arriving
+    sim.expect(host.fetch(), torch.cat([values(40), *(values(1, i) for i in range(MOST_LEAVING + 1))], 2) + 1)
+
+
+def another_stream_waits_for_what_was_fetched(sim: Simulation) -> None:
+    """It has been told nothing by the one that asked for the copy."""
+    host = offload(sim, values(40) + 1)
+    other = sim.stream()
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])
+    with torch.cuda.stream(other):
+        (buffer,) = FetchWait(2)([arriving, None])
+        sim.expect(buffer, values(40) + 1)
+    sim.default.wait_stream(other)
+
+
+def two_threads_read(sim: Simulation) -> None:
+    """What one has waited for tells the other nothing."""
+    host = offload(sim, values(5) + 1)
+    first = sim.thread(lambda: sim.expect(host.settled(), values(5) + 1, by_host=True))
+    second = sim.thread(lambda: sim.expect(host.settled(), values(5) + 1, by_host=True))
+    first.join()
+    second.join()
+
+
+def two_threads_have_a_cache_each(sim: Simulation) -> None:
+    def decode(seed: int, stream: SimStream) -> None:
+        with torch.cuda.stream(stream):
+            expected = values(40, seed) + 1
+            host = offload(sim, values(40, seed) + 1)
+            for step in range(MOST_LEAVING + 1):
+                new = values(1, step) + 1
+                expected = torch.cat([expected, new], 2)
+                sim.expect(fetch(host, new), expected)
+                host = append(sim, host, new)
+            Settle(CPU)()
+            sim.expect(host.fetch(), expected)
+
+    threads = [sim.thread(lambda seed=seed: decode(seed, sim.stream())) for seed in range(2)]
+    for thread in threads:
+        thread.join()
+
+
+def a_program_fails(sim: Simulation) -> None:
+    """Copies that nobody has waited for: nothing stays queued, and no memory is used too early."""
+
+    def fail(arguments: list[object]) -> tuple[object, ...]:
+        raise ZeroDivisionError
+
+    host, start, end = offload(sim, values(40) + 1), FetchStart(2, CPU), Settle(CPU)
+    steps = (
+        Step("start", start, (Slot(0), 0), (1,), ()),
+        Step("leave", Offload(2, CPU, place(sim)), (Slot(2), 0), (3,), (2,)),
+        Step("fail", fail, (Slot(1),), (4,), ()),
+    )
+    program, value = Program(steps, 5, (), (Slot(4),), end), values(40, 1) + 1
+    alive = weakref.ref(value.untyped_storage())
+    inputs = [host.host, None, value, None, None]
+    del value
+    with contextlib.suppress(ZeroDivisionError):
+        program(inputs)
+    assert not sim.engine.abandoned
+    assert not any(stream.queue for stream in sim.streams)
+    assert alive() is None
+    sim.expect(host.fetch(), values(40) + 1)
+
+
+def a_ticket_is_dropped(sim: Simulation) -> None:
+    """Its memory is kept until the copy is done, and no stream is made to wait for that."""
+    host = offload(sim, values(40) + 1)
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])
+    alive = weakref.ref(arriving.buffer.untyped_storage())
+    del arriving
+    gc.collect()
+    assert alive() is not None
+    sim.synchronize()
+    sim.expect(host.fetch(), values(40) + 1)
+    assert alive() is None
+
+
+STORIES: tuple[Story, ...] = (
+    a_prompt_leaves_and_steps_bring_it_back,
+    a_prompt_that_is_stored_by_heads_leaves,
+    many_layers_leave_and_die_at_once,
+    a_buffer_is_had_where_another_died,
+    rows_arrive_while_others_of_them_leave,
+    the_host_reads,
+    the_host_writes,
+    two_continue_one_cache,
+    rows_of_a_dead_cache_are_the_next_ones,
+    memory_is_unpinned,
+    rows_come_from_another_kind_of_device,
+    rows_across_seams,
+    heads_alone_are_brought,
+    another_stream_computes,
+    another_stream_waits_for_what_was_fetched,
+    two_threads_read,
+    two_threads_have_a_cache_each,
+    a_program_fails,
+    a_ticket_is_dropped,
+)
+
+
+def tell(story: Story, sim: Simulation) -> None:
+    """A story from its beginning, with nothing left of those before."""
+    gc.collect()
+    empty_host_pool()
+    with sim:
+        try:
+            story(sim)
+        finally:
+            gc.collect()
+            empty_host_pool()

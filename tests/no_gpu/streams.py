@@ -1,0 +1,506 @@
+"""CUDA's streams, events and pinned memory, simulated in a CPU build: the real copy engine runs on them.
+
+Terms
+-----
+agent     Whoever touches memory in an order of its own: a stream, or a thread of the host.
+clock     How far an agent knows that others have come: `{agent: number of its last operation that is done}`.
+lazy      A stream that the engine has made. Its copies wait in a queue and run when somebody waits for them (`latest`),
+          or at any moment before that (`at_times`). Other streams compute, at once.
+
+    compute:  clock learns what a wait tells it; an operation is checked against all that touched the same bytes
+    event:    a copy of its stream's clock
+    free:     memory goes back to the stream that it was had from, which must know of every access to it
+
+Two accesses to the same bytes, one of them a write, of which the later does not know the earlier, are a problem: some
+order of the device would run them the other way round. So is memory that is freed before a copy has run, one copy
+across two pinned ranges, and a range that is unpinned under a copy. Problems are collected, since what is found in a
+finaliser cannot be raised there; the end of the simulation raises them.
+
+    with Simulation(latest) as sim:           # the engine of the CPU is a CudaEngine now
+        ...                                   # every operator in here is an operation of the current stream
+        with torch.cuda.stream(sim.stream()): ...
+        sim.thread(work).join()
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from mom_compile.runtime.host import engines, steps
+from mom_compile.runtime.host.engine_cuda import CudaEngine, pin_for
+from mom_compile.runtime.host.store import store_of
+from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.runtime.host.write import mutated, returns_view
+from mom_compile.runtime.program import Program
+from mom_passes.ops.transfers import FETCH
+from mom_passes.torch_compat import packet_of, schema_of
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+COPY = aten.copy_.default
+#: Operators that make memory and write nothing: what is read there before it is written is seen.
+EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.empty_permuted.default)
+#: Operators whose result the host waits for.
+ASKED = (aten._local_scalar_dense.default, aten.equal.default)
+POISON = 0xA5
+
+
+class Found(AssertionError):
+    """The simulation has seen something that a device may do otherwise than was meant."""
+
+
+class Clock(dict[str, int]):
+    def learn(self, other: Clock) -> None:
+        for agent, at in other.items():
+            self[agent] = max(at, self.get(agent, 0))
+
+    def step(self, agent: str) -> tuple[str, int]:
+        self[agent] = self.get(agent, 0) + 1
+        return agent, self[agent]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Bytes `[first, end)` of a storage, by an operation of an agent."""
+
+    stamp: tuple[str, int]
+    write: bool
+    first: int
+    end: int
+    what: str
+
+    def known_to(self, clock: Clock) -> bool:
+        agent, at = self.stamp
+        return clock.get(agent, 0) >= at
+
+    def replaced_by(self, later: Access) -> bool:
+        """Whether who orders itself behind `later` is ordered behind this too."""
+        return later.first <= self.first and self.end <= later.end and (later.write or not self.write)
+
+
+@dataclass
+class Memory:
+    """A storage. `owner` is the stream that it was had from, None for the host's."""
+
+    address: int
+    owner: SimStream | None
+    accesses: list[Access] = field(default_factory=list)
+
+    @property
+    def on_host(self) -> bool:
+        return self.owner is None
+
+
+@dataclass
+class Queued:
+    """A copy that has not run, and does not keep what it copies."""
+
+    target: Rows
+    source: Rows
+
+    def run(self, sim: Simulation) -> None:
+        with _disable_current_modes(), torch.inference_mode():
+            target, source = self.target.alive(), self.source.alive()
+            for tensor, name in ((target, "target"), (source, "source")):
+                if tensor is None:
+                    sim.problem(f"the {name} of a copy was freed before it ran")
+            if target is not None and source is not None:
+                target.copy_(source)
+
+
+class Rows:
+    """What a tensor shows, without its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = weakref.ref(tensor.untyped_storage())
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self.stride, self.offset = tensor.stride(), tensor.storage_offset()
+
+    def alive(self) -> torch.Tensor | None:
+        storage = self.storage()
+        if storage is None:
+            return None
+        with torch.inference_mode(False):
+            return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
+
+
+#: Called whenever something is asked of the device; it may run what is queued.
+Schedule = Callable[["Simulation"], None]
+
+
+def latest(sim: Simulation) -> None:
+    """Nothing runs before it is waited for."""
+
+
+def at_times(pattern: Sequence[bool]) -> Schedule:
+    """The pattern over and over says at each moment whether a queue goes on by a copy."""
+    choices = itertools.cycle(pattern or [False])
+
+    def some(sim: Simulation) -> None:
+        for stream in sim.streams:
+            if stream.queue and next(choices):
+                stream.go_on()
+
+    return some
+
+
+class SimStream:
+    """In place of `torch.cuda.Stream`."""
+
+    def __init__(self, sim: Simulation, lazy: bool) -> None:
+        self.sim, self.lazy = sim, lazy
+        self.name = f"{'copies' if lazy else 'compute'} {len(sim.streams)}"
+        self.clock = Clock()
+        self.queue: collections.deque[Queued | SimEvent] = collections.deque()
+        self.issued = self.done = 0
+        sim.streams.append(self)
+
+    def put(self, one: Queued | SimEvent) -> None:
+        self.queue.append(one)
+        self.issued += 1
+
+    def go_on(self) -> None:
+        one = self.queue.popleft()
+        self.done += 1
+        one.run() if isinstance(one, SimEvent) else one.run(self.sim)
+
+    def run_to(self, at: int) -> None:
+        while self.done < at:
+            self.go_on()
+
+    def wait_event(self, event: SimEvent) -> None:
+        self.sim.moment()
+        self.clock.learn(event.clock)
+        # A queue that waits goes no further meanwhile; who computes at once has waited.
+        self.put(event) if self.lazy else event.run()
+
+    def wait_stream(self, other: SimStream) -> None:
+        event = SimEvent(self.sim)
+        event.record(other)
+        self.wait_event(event)
+
+
+class SimEvent:
+    """In place of `torch.cuda.Event`. One that was not recorded is done, as on a device."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.stream: SimStream | None = None
+        self.at = 0
+        self.clock = Clock()
+
+    def record(self, stream: SimStream | None = None) -> None:
+        self.sim.moment()
+        self.stream = stream or self.sim.current
+        self.stream.clock.learn(self.sim.thread_clock)
+        self.at, self.clock = self.stream.issued, Clock(self.stream.clock)
+
+    def run(self) -> None:
+        if self.stream is not None:
+            self.stream.run_to(self.at)
+
+    def synchronize(self) -> None:
+        self.sim.moment()
+        self.run()
+        self.sim.thread_clock.learn(self.clock)
+
+    def query(self) -> bool:
+        self.sim.moment()
+        done = self.stream is None or self.stream.done >= self.at
+        if done:
+            self.sim.thread_clock.learn(self.clock)
+        return done
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, sim: Simulation) -> None:
+        super().__init__()
+        self.sim = sim
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, HostTensor) for kind in types):
+            return NotImplemented  # what it does itself is seen then
+        return self.sim.operate(func, args, kwargs or {})
+
+
+class _Runtime:
+    """In place of `torch.cuda.cudart()`: ranges that are pinned."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.ranges: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.ranges[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.sim.unpinned(address, self.ranges.pop(address))
+        return 0
+
+
+class Thread:
+    """Work of another thread, which is done before `sim.thread` returns and yet unordered with what follows, up to
+    `join`: what a wait of one thread tells it, another does not know."""
+
+    def __init__(self, sim: Simulation, work: Callable[[], None]) -> None:
+        self.sim, self.errors = sim, list[BaseException]()
+        self.clock = Clock(sim.thread_clock)
+        thread = threading.Thread(target=self._run, args=(work,))
+        thread.start()
+        thread.join()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        self.sim.local.clock = self.clock
+        try:
+            with self.sim.recording():
+                work()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def join(self) -> None:
+        if self.errors:
+            raise self.errors[0]
+        self.sim.thread_clock.learn(self.clock)
+
+
+class Simulation:
+    """While it lasts, the copy engine for the CPU is the one for CUDA, on simulated streams.
+
+    With `everything=False` only what runs in a program (or on a stream of the engine) is seen: Dynamo traces nothing
+    while operators are watched.
+    """
+
+    def __init__(self, schedule: Schedule = latest, everything: bool = True) -> None:
+        self.schedule, self.everything = schedule, everything
+        self.problems: list[str] = []
+        self.streams: list[SimStream] = []
+        self.local = threading.local()
+        self.memories: dict[int, Memory] = {}
+        self.runtime = _Runtime(self)
+        self.default = SimStream(self, lazy=False)
+        self._stack = contextlib.ExitStack()
+        self._threads = itertools.count()
+        self.active = False
+
+    # --- its beginning and end ---
+
+    def __enter__(self) -> Simulation:
+        for name, instead in (
+            ("Stream", lambda device=None: SimStream(self, lazy=True)),
+            ("Event", lambda **_: SimEvent(self)),
+            ("current_stream", lambda device=None: self.current),
+            ("stream", self.within),
+            ("device", contextlib.nullcontext),
+            ("synchronize", lambda device=None: self.synchronize()),
+            ("cudart", lambda: self.runtime),
+        ):
+            self._stack.enter_context(mock.patch.object(torch.cuda, name, instead))
+        self.engine = CudaEngine(CPU)
+        self._pin = pin_for.__wrapped__(CPU)
+        self._stack.enter_context(mock.patch.dict(engines._ENGINES, {CPU: self.engine}))
+        self.active = True
+        if self.everything:
+            self._stack.enter_context(self.recording())
+        else:
+            run = Program.__call__
+            self._stack.enter_context(mock.patch.object(Program, "__call__", lambda *given: self._recorded(run, given)))
+        return self
+
+    def _recorded(self, run: Callable[..., Any], given: Any) -> Any:
+        with self.recording():
+            return run(*given)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.close()
+        self.active = False
+        for stream in self.streams:
+            stream.run_to(stream.issued)
+        if kind is None and self.problems:
+            raise Found("\n".join(dict.fromkeys(self.problems)))
+
+    # --- for tests ---
+
+    def stream(self) -> SimStream:
+        """Another stream that computes."""
+        return SimStream(self, lazy=False)
+
+    def thread(self, work: Callable[[], None]) -> Thread:
+        return Thread(self, work)
+
+    def pin(self, address: int, size: int) -> Callable[[], None]:
+        """As for a device. What outlives the simulation is not unpinned: there is no device then."""
+        undo = self._pin(address, size)
+        return lambda: undo() if self.active else None
+
+    def expect(self, actual: torch.Tensor, expected: torch.Tensor, by_host: bool = False) -> None:
+        """What is read now, by the current stream or by the host; it waits for nothing."""
+        self.moment()
+        self._touch([(actual, False)], "a look at a result", by_host)
+        with _disable_current_modes():
+            if not torch.equal(actual, expected):
+                self.problem("a result is not what it should be")
+
+    def recording(self) -> contextlib.AbstractContextManager[Any]:
+        return _Recording(self)
+
+    def synchronize(self) -> None:
+        self.moment()
+        for stream in self.streams:
+            stream.run_to(stream.issued)
+            self.thread_clock.learn(stream.clock)
+
+    # --- who acts ---
+
+    @property
+    def current(self) -> SimStream:
+        return getattr(self.local, "stream", self.default)
+
+    @property
+    def thread_clock(self) -> Clock:
+        if not hasattr(self.local, "clock"):
+            self.local.clock = Clock()
+        return self.local.clock
+
+    @property
+    def thread_name(self) -> str:
+        if not hasattr(self.local, "name"):
+            self.local.name = f"thread {next(self._threads)}"
+        return self.local.name
+
+    @contextlib.contextmanager
+    def within(self, stream: SimStream) -> Iterator[None]:
+        before, self.local.stream = self.current, stream
+        try:
+            with contextlib.nullcontext() if self.everything else self.recording():
+                yield
+        finally:
+            self.local.stream = before
+
+    def moment(self) -> None:
+        self.schedule(self)
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+
+    # --- what is done ---
+
+    def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        schema = schema_of(func)
+        if func is FETCH:  # of several operators, each of which is seen
+            with self.recording():
+                return steps._fetch(*args, **kwargs)
+        if schema is None or returns_view(schema) or packet_of(func) is aten.set_:
+            return func(*args, **kwargs)
+        self.moment()
+        stream = self.current
+        written = {id(tensor) for tensor in mutated(schema, args, kwargs)}
+        given = () if func in EMPTY else tree_leaves((args, kwargs))
+        touched = [(value, id(value) in written) for value in given if torch.is_tensor(value)]
+        hosts = [self.memory(tensor).on_host for tensor, _ in touched]
+        asynchronous = func is COPY and self._asynchronous(*args, **kwargs)
+        if asynchronous and stream.lazy:
+            self._touch(touched, "a copy")
+            stream.put(Queued(Rows(args[0]), Rows(args[1])))
+            return args[0]
+        stream.run_to(stream.issued)
+        result = func(*args, **kwargs)
+        made = [(value, True) for value in tree_leaves(result) if torch.is_tensor(value) and not self.knows(value)]
+        if func in EMPTY:
+            Rows(result).alive().untyped_storage().fill_(POISON)  # type: ignore[union-attr]
+        by_host = bool(hosts) and all(hosts) and func is not aten._to_copy.default
+        for tensor, _ in made:
+            self.memory(tensor, by_host)
+        self._touch([*touched, *made], str(func), by_host)
+        if func in ASKED or (any(hosts) and not asynchronous):
+            self.thread_clock.learn(stream.clock)
+        return result
+
+    def _asynchronous(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
+        """From or to memory that is not pinned a driver copies before it returns, whatever it was asked for."""
+        ranges = self.runtime.ranges.items()
+        hosts = [tensor.data_ptr() for tensor in (target, source) if self.memory(tensor).on_host]
+        return non_blocking and all(any(a <= host < a + size for a, size in ranges) for host in hosts)
+
+    def _touch(self, touched: Sequence[tuple[torch.Tensor, bool]], what: str, by_host: bool = False) -> None:
+        """One operation, of the current stream or of the host itself."""
+        agent, clock = (self.thread_name, self.thread_clock) if by_host else (self.current.name, self.current.clock)
+        clock.learn(self.thread_clock)
+        stamp = clock.step(agent)
+        for tensor, write in touched:
+            first, end = _extent(tensor)
+            memory = self.memory(tensor)
+            if memory.on_host and not by_host:
+                self._check_seams(memory.address + first, memory.address + end)
+            if first < end:
+                self._access(memory, Access(stamp, write, first, end, f"{what} ({agent})"), clock)
+
+    def _access(self, memory: Memory, new: Access, clock: Clock) -> None:
+        kept = []
+        for old in memory.accesses:
+            overlap = old.first < new.end and new.first < old.end
+            known = old.known_to(clock)
+            if overlap and (old.write or new.write) and not known:
+                self.problem(f"{new.what} does not wait for {old.what}, which touches the same bytes")
+            if not (known and old.replaced_by(new)):
+                kept.append(old)
+        memory.accesses = [*kept, new]
+
+    # --- memory ---
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.memories
+
+    def memory(self, tensor: torch.Tensor, by_host: bool = False) -> Memory:
+        """What is known of a tensor's storage. One that is seen for the first time has just been had, by the host for
+        what it computes itself."""
+        storage = tensor.untyped_storage()
+        found = self.memories.get(storage._cdata)
+        if found is None:
+            found = self.memories[storage._cdata] = Memory(storage.data_ptr(), self.current)
+            weakref.finalize(storage, self._freed, storage._cdata).atexit = False
+        if by_host or store_of(tensor) is not None:
+            found.owner = None
+        return found
+
+    def _freed(self, number: int) -> None:
+        memory = self.memories.pop(number)
+        clock = Clock(self.thread_clock)
+        if memory.owner is not None:
+            clock.learn(memory.owner.clock)
+        for access in memory.accesses:
+            if self.active and not access.known_to(clock):
+                self.problem(f"memory is freed, and nothing has waited for {access.what}")
+
+    def unpinned(self, address: int, size: int) -> None:
+        for memory in self.memories.values():
+            for access in memory.accesses if memory.on_host else ():
+                first, end = memory.address + access.first, memory.address + access.end
+                if first < address + size and address < end and not access.known_to(self.thread_clock):
+                    self.problem(f"memory is unpinned, and nothing has waited for {access.what}")
+
+    def _check_seams(self, first: int, end: int) -> None:
+        within = [a for a, size in self.runtime.ranges.items() if first < a + size and a < end]
+        if len(within) > 1:
+            self.problem(f"one copy of {end - first} bytes lies across {len(within)} pinned ranges")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """From the first byte that a tensor shows to the last, in its storage."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.storage_offset()
+    return first * tensor.element_size(), (first + last + 1) * tensor.element_size()

@@ -1,0 +1,154 @@
+"""Pinned host memory, with stand-ins for the calls of the CUDA runtime: what it is asked for, where and when."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from mom_compile.runtime.host import engine_cuda
+from mom_compile.runtime.host.backings.base import BLOCK
+from mom_compile.runtime.host.backings.pinned import HUGE_PAGE, Pinned
+from mom_compile.runtime.host.engine_cuda import PORTABLE, pin_for
+from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.region import HostRegion
+
+SECOND = torch.device("cuda", 1)
+
+
+@dataclass
+class Runtime:
+    """Notes calls, with the device that is current then, and answers with a code."""
+
+    code: int = 0
+    current: torch.device | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.calls.append(("pin", address, size, flags, self.current))
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unpin", address, self.current))
+        return self.code
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "device", made.device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.calls.append(("synchronize", device)))
+    monkeypatch.setattr(engine_cuda, "_forget_error", lambda device: made.calls.append(("error forgotten", device)))
+    return made
+
+
+def test_memory_is_pinned_for_all_devices_and_unpinned_on_its_own_when_that_is_idle(runtime: Runtime) -> None:
+    undo = pin_for(SECOND)(4096, 8192)
+    assert runtime.calls == [("pin", 4096, 8192, PORTABLE, SECOND)]
+    runtime.calls.clear()
+    undo()
+    assert runtime.calls == [("synchronize", SECOND), ("unpin", 4096, SECOND)]
+    assert runtime.current is None
+
+
+def test_what_a_driver_refuses_is_an_error_that_says_what_to_do(runtime: Runtime) -> None:
+    runtime.code = 2
+    with pytest.raises(HostMemoryError, match=r"8192 bytes .* cannot be pinned \(CUDA error 2\); .*ulimit -l"):
+        pin_for(SECOND)(4096, 8192)
+    assert runtime.calls[-1] == ("error forgotten", SECOND)
+
+
+def test_what_cannot_be_unpinned_is_told_and_raises_nowhere(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    undo, runtime.code = pin_for(SECOND)(4096, 8192), 713
+    with caplog.at_level(logging.WARNING):
+        undo()
+    assert "8192 bytes of host memory could not be unpinned (CUDA error 713)" in caplog.text
+    assert runtime.calls[-1] == ("error forgotten", SECOND)
+
+
+def in_a_fork(work: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_unpins_nothing_of_its_parents(runtime: Runtime) -> None:
+    undo = pin_for(SECOND)(4096, 8192)
+    runtime.calls.clear()
+    assert in_a_fork(lambda: undo() is None and not runtime.calls)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    first: int
+    end: int
+    flags: frozenset[str]
+
+
+def mapping_of(address: int) -> Mapping | None:
+    """What the kernel has at an address of this process."""
+    found: Mapping | None = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "VmFlags" and found is not None:
+            return Mapping(found.first, found.end, frozenset(rest.split()))
+        if "-" in name:
+            first, end = (int(part, 16) for part in line.split()[0].split("-"))
+            found = Mapping(first, end, frozenset()) if first <= address < end else None
+    return None
+
+
+@pytest.fixture
+def region(runtime: Runtime) -> Iterator[HostRegion]:
+    made = HostRegion(8 * BLOCK, Pinned(pin_for(SECOND)))
+    yield made
+    made.close()
+
+
+def test_pinned_pages_are_huge_ones_and_whole(region: HostRegion) -> None:
+    address = region.bytes.data_ptr()
+    assert address % HUGE_PAGE == 0
+    assert region.bytes.untyped_storage().data_ptr() == address  # stores are known by it
+    mapping = mapping_of(address)
+    assert mapping is not None and address + region.capacity <= mapping.end
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in mapping.flags
+
+
+def test_a_fork_has_no_pinned_pages(region: HostRegion) -> None:
+    region.commit(BLOCK)
+    address = region.bytes.data_ptr()
+    region.bytes[:BLOCK] = 1
+    assert "dc" in mapping_of(address).flags  # type: ignore[union-attr]
+    assert in_a_fork(lambda: mapping_of(address) is None)
+    assert in_a_fork(lambda: mapping_of(torch.ones(1).data_ptr()) is not None)
+
+
+def test_a_region_pins_what_it_commits_and_unpins_it_with_its_last_use(runtime: Runtime) -> None:
+    region = HostRegion(8 * BLOCK, Pinned(pin_for(SECOND)))
+    region.commit(BLOCK)
+    region.commit(BLOCK + 1)
+    address = region.bytes.data_ptr()
+    assert [call[1:3] for call in runtime.calls] == [(address, BLOCK), (address + BLOCK, BLOCK)]
+    runtime.calls.clear()
+    del region
+    gc.collect()
+    assert {call[1] for call in runtime.calls if call[0] == "unpin"} == {address, address + BLOCK}

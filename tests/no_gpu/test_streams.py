@@ -1,0 +1,214 @@
+"""The real copy engine on simulated streams: right however late its copies run, and wrong without any of its waits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from benchmarks.models import keeping
+from mom_compile import HostTensor
+from mom_compile.memory import policy
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.steps import FetchWait
+from mom_compile.runtime.host.store import empty_host_pool
+from tests.models import tiny
+from tests.no_gpu.sabotage import Cut, cuts
+from tests.no_gpu.stories import STORIES, Story, offload, tell, values
+from tests.no_gpu.streams import CPU, Found, Schedule, Simulation, at_times, latest
+
+#: Calls that wait and that these streams do not need, with what else there is.
+ELSEWHERE = {
+    "steps._fetch: settle(host)": "where the host's memory is the device's: tests/test_kv_races.py",
+    "tensor._copied: source.settled()": "likewise: tests/test_host_tensor.py",
+    "store.empty_host_pool: region.abandon()": "unpinning waits for the whole device; memory of another kind needs it",
+}
+ORDERS = st.lists(st.booleans(), max_size=40)
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+def test_copies_that_run_as_late_as_their_waits_allow_change_nothing(story: Story) -> None:
+    tell(story, Simulation(latest))
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
+    @settings(max_examples=5, deadline=None, derandomize=True, database=None)
+    @given(ORDERS)
+    def at(order: list[bool]) -> None:
+        tell(story, Simulation(at_times(order)))
+
+    at()
+
+
+def caught() -> str | None:
+    """The first story that goes wrong."""
+    for story in STORIES:
+        try:
+            tell(story, Simulation(latest))
+        except AssertionError:
+            return story.__name__
+    return None
+
+
+@pytest.mark.parametrize("cut", cuts(), ids=str)
+def test_without_any_one_wait_some_story_goes_wrong(cut: Cut) -> None:
+    with cut.made():
+        assert (caught() is None) == (str(cut) in ELSEWHERE)
+
+
+def test_what_need_not_be_waited_for_is_in_the_code() -> None:
+    assert ELSEWHERE.keys() <= {str(cut) for cut in cuts()}
+    assert len(cuts()) > 20
+
+
+# --- what the simulation sees, each by itself ---
+
+
+def unordered(sim: Simulation) -> None:
+    x = torch.ones(4)
+    with torch.cuda.stream(sim.stream()):
+        x.mul_(2)
+
+
+def read_by_another_thread(sim: Simulation) -> None:
+    host = offload(sim, values(5))
+    sim.thread(host.settled).join()
+    sim.thread(lambda: sim.expect(host.host, values(5), by_host=True))  # it is not told of the one that has waited
+    sim.thread_clock.clear()
+    sim.expect(host.host, values(5), by_host=True)
+
+
+def source_freed(sim: Simulation) -> None:
+    x, y = torch.ones(4), torch.empty(4)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(sim.default)
+        y.copy_(x, non_blocking=True)
+    del x
+    sim.synchronize()
+
+
+def target_reused(sim: Simulation) -> None:
+    """Freed to a stream that knows of the copy, but not of the computation that reads what it brought."""
+    x, other = torch.ones(4), sim.stream()
+    other.wait_stream(sim.default)
+    with torch.cuda.stream(other):
+        y = x + 1
+    del x, y
+
+
+def unset_memory(sim: Simulation) -> None:
+    sim.expect(torch.empty(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seen"),
+    [
+        (unordered, "does not wait for"),
+        (read_by_another_thread, "does not wait for a copy"),
+        (source_freed, "the source of a copy was freed before it ran"),
+        (target_reused, "memory is freed, and nothing has waited for"),
+        (unset_memory, "not what it should be"),
+    ],
+)
+def test_the_simulation_sees(wrong: Callable[[Simulation], None], seen: str) -> None:
+    with pytest.raises(Found, match=seen):
+        tell(wrong, Simulation(latest))
+
+
+def test_events_order_what_would_not_be_ordered() -> None:
+    with Simulation(latest) as sim:
+        x, other = torch.ones(4), sim.stream()
+        other.wait_stream(sim.default)
+        with torch.cuda.stream(other):
+            x.mul_(2)
+        sim.default.wait_stream(other)
+        x.mul_(2)
+
+
+# --- a whole model ---
+
+
+class Told:
+    """A model and its cache, in one simulation after another. What is compiled stays, and pins in the present one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sim: Simulation | None = None
+        monkeypatch.setattr(policy, "placement_of", lambda options, device: Placement(pin=self.pin))
+        self.reference = self.model()
+        self.compiled = self.model()
+        options = {"kv_offload": True, "mini_seq_len": 16, "strict": True}
+        self.compiled.compile(backend="mom", dynamic=True, options=options)
+
+    @staticmethod
+    def model() -> torch.nn.Module:
+        return tiny("Llama", max_position_embeddings=256, num_hidden_layers=3).double()
+
+    def pin(self, address: int, size: int) -> Callable[[], None]:
+        assert self.sim is not None
+        return self.sim.pin(address, size)
+
+    def under(self, schedule: Schedule, check: Callable[[list[torch.Tensor], list[torch.Tensor]], None]) -> None:
+        gc.collect()
+        empty_host_pool()
+        expected, _ = self.tell(self.reference)
+        with Simulation(schedule, everything=False) as self.sim:
+            try:
+                got, cache = self.tell(self.compiled)
+                assert all(isinstance(layer.keys, HostTensor) for layer in cache.layers)
+                assert not self.sim.engine.abandoned
+                assert len(self.sim.runtime.ranges) >= 2 * len(cache.layers)
+                check(got, expected)
+            finally:
+                cache = None
+                gc.collect()
+                empty_host_pool()
+
+    @torch.no_grad()
+    def tell(self, model: torch.nn.Module) -> tuple[list[torch.Tensor], DynamicCache]:
+        """Logits after a prompt of 40 tokens and after a few more, two of which are taken back."""
+        generator, cache, logits = torch.Generator().manual_seed(3), DynamicCache(), []
+        for step, count in enumerate((40, 1, 1, 1, 1)):
+            if step == 3:
+                cache.crop(-2)
+            ids = torch.randint(3, 64, (2, count), generator=generator)
+            logits.append(model(ids, **keeping(cache, model), logits_to_keep=1).logits)
+        return logits, cache
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, eager_pieces: None) -> Iterator[Told]:
+    with torch._dynamo.config.patch(recompile_limit=32):
+        yield Told(monkeypatch)
+
+
+def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: Told) -> None:
+    told.under(latest, same)
+
+    @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(ORDERS)
+    def at(order: list[bool]) -> None:
+        told.under(at_times(order), same)
+
+    at()
+    (forgotten,) = (cut for cut in cuts() if cut.function == f"{FetchWait.__name__}.__call__")
+    with forgotten.made(), pytest.raises(Found, match="does not wait for a copy"):
+        told.under(latest, lambda got, expected: None)
+
+
+def test_the_engine_for_a_cpu_is_its_own_again_after_a_simulation() -> None:
+    from mom_compile.runtime.host.engines import engine_for
+
+    with Simulation() as sim:
+        assert engine_for(CPU) is sim.engine
+    assert engine_for(CPU) is not sim.engine
