@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 from benchmarks.without_codegen import pieces_run_eagerly
-from mom_compile import cache_key, chunk_rule, reports
+from mom_compile import cache_key, chunk_rule, compiled, reports
 from mom_compile.config import Options
 from mom_compile.notices import MomWarning
 from mom_passes.rules import registry
@@ -183,6 +183,25 @@ def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, optio
         texts.append((text.tolist(), [bool(report.on_host) for report in reports()]))
     assert all(report.from_cache for report in reports()), [str(report) for report in reports()]
     assert texts[0] == texts[1] and any(texts[0][1])
+
+
+def test_a_step_left_on_the_device_is_compiled_anew_where_its_cache_does_not_fit(compiled_cache, monkeypatch):
+    """What "auto" decided once, by what the device had free, is asked again; so is how many layers stay."""
+
+    def generated() -> list[tuple[str, bool]]:
+        torch._dynamo.reset()
+        model = small_model("Llama")
+        model.compile(backend="mom", options={"mini_seq_len": 8, "strict": True, "memory_budget": "1GiB"})
+        model.generate(ids(1, 40), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        return [(report.kind, report.from_cache) for report in reports()]
+
+    kinds = [kind for kind, _ in generated()]
+    assert kinds[:2] == ["prefill", "decode step"]
+    assert generated() == [(kind, True) for kind in kinds]
+    monkeypatch.setattr(compiled, "budget_of", lambda options, device, weights: 1)
+    # All keys and values of the prefill leave now, and the steps with a cache on the host are other graphs.
+    assert generated()[0] == ("prefill", True)
+    assert reports()[1].on_host and not reports()[1].from_cache
 
 
 def test_what_needs_gradients_is_not_stored(cache):

@@ -191,8 +191,8 @@ def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
     needed = sum(node.meta["val"].nbytes for node in weights) + 2 * (3 + 2) * layer
     for budget, fits in ((needed, True), (needed - 1, False)):
         options = parse_options({"kv_offload": "auto", "memory_budget": budget}, None)
-        reason = fits_for_long(step, options, {node.name for node in weights})
-        assert (reason is not None) is fits
+        asked = fits_for_long(step, options, {node.name for node in weights})
+        assert asked is not None and asked.fits is fits
         assert fits_for_long(replace(step, no_loops=None), options, {node.name for node in weights}) is None
     assert fits_for_long(step, parse_options({"kv_offload": True}, None), ()) is None
 
