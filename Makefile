@@ -63,10 +63,10 @@ QUICK := $(wildcard tests/test_rules_*.py) $(addprefix tests/test_, attention_ke
 quick: $(VENV)/.extra-test
 	@$(PYTEST) -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(QUICK) $(ARGS)
 
-test: lint
+test: lint $(VENV)/.extra-test-triton
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
-sweep: $(VENV)/.extra-test
+sweep: $(VENV)/.extra-test $(VENV)/.extra-test-triton
 	@$(PYTEST) -n $(WORKERS) --dist worksteal -m slow --timeout 3600 $(ARGS)
 
 clean:

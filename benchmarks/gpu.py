@@ -1,17 +1,19 @@
 """The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
 
 1. the tests marked `gpu`, in a subprocess with a time limit;
-2. the KV cache on the device against the KV cache on the host (`benchmarks.kv`), Llama-3-8B's shape in bf16, a prompt
-   of 128k tokens: seconds of the prefill, milliseconds of a decode step, the share of the link's bandwidth it reaches;
-3. the same shape, prefill of 16k, 64k and 144k tokens, last-token logits, under
-   mom, stock Inductor and eager: peak above the weights (`torch.cuda.max_memory_allocated`) and time.
+2. the KV cache on the device against the KV cache on the host (`benchmarks.kv`), Llama-3-8B's shape in bf16, the
+   longest prompt of up to 128k tokens that is expected to be done in its share of the time: seconds of the prefill,
+   milliseconds of a decode step, the share of the link's bandwidth it reaches;
+3. the same shape, prefill of 16k, 64k and 144k tokens, last-token logits, under mom, stock Inductor and eager: peak
+   above the weights (`torch.cuda.max_memory_allocated`), what the allocator had of the device
+   (`torch.cuda.max_memory_reserved`), and time.
 
-Each backend has a process of its own and goes through the lengths upwards; running out of memory is a figure
-too. Every finished cell is written at once, so that being cut off loses nothing, and the order is such that what
-is lost first is eager. All of it keeps to one time budget.
+Each backend has a process of its own and goes through the lengths upwards; running out of memory is a figure too, while
+compiling as well. Every finished cell is written at once, so that being cut off loses nothing, and the order is such
+that what is lost first is eager. All of it keeps to one time budget, of which each part has a share (`limits`).
 
-No KV cache is kept (`--cache` keeps it). When traced without one, Hugging Face's packed-sequence check builds an
-S x S mask, which an eager run does not: compare stock Inductor with `--cache` as well.
+The KV cache is kept (`--no-cache`: it is not). When traced without one, Hugging Face's packed-sequence check builds an
+S x S mask, 20 GiB at 144k tokens, which an eager run does not: stock Inductor would be measured with that.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,50 @@ from benchmarks.measure import MIB
 
 Row = dict[str, Any]
 NO_DEVICE = 2
+
+#: Prompts for the KV cache's figures, the longest that fits into its time.
+KV_TOKENS = (128 * 1024, 64 * 1024, 32 * 1024, 16 * 1024, 8 * 1024)
+#: How often `benchmarks.kv` runs the prefill, and seconds that the rest of one of its two workers may take: making the
+#: model, compiling two graphs, decoding. Expected, not measured.
+KV_PREFILLS, KV_REST = 5, 75.0
+#: FLOPS of bf16 that a prefill is expected to reach at least, of the slowest device meant (an A100, less than half).
+EXPECTED_FLOPS = 130e12
+
+
+def limits(budget: float, *, tests: bool, kv: bool) -> dict[str, float]:
+    """Seconds of each part; prefill has what the others leave, if they take all of theirs."""
+    parts = {"tests": budget / 6 if tests else 0.0, "kv": budget * 0.4 if kv else 0.0}
+    return {**parts, "prefill": budget - sum(parts.values())}
+
+
+def prefill_seconds(shape: Mapping[str, int], layers: int, tokens: int) -> float:
+    """What a prefill is expected to take: its products and causal attention at `EXPECTED_FLOPS`."""
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    grouped = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    products = 2 * tokens * (2 * width * width + 2 * width * grouped + 3 * width * inner)
+    attention = 2 * tokens * tokens * width
+    return layers * (products + attention) / EXPECTED_FLOPS
+
+
+def kv_tokens(shape: Mapping[str, int], layers: int, most: int, limit: float) -> int:
+    """The longest of `KV_TOKENS` up to `most` for which both workers should finish within `limit`; 0: none."""
+    each = limit / 2 - KV_REST
+    fitting = (n for n in KV_TOKENS if n <= most and KV_PREFILLS * prefill_seconds(shape, layers, n) <= each)
+    return next(fitting, 0)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says of the device's memory, if that is why it was raised, however often it was wrapped: what a
+    compiler raises has the reason behind it, or only in its message."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        lines = [line for line in str(cause).splitlines() if "out of memory" in line.lower()]
+        if isinstance(cause, torch.cuda.OutOfMemoryError) or lines:
+            return f"out of memory: {(lines or [type(cause).__name__])[0].strip()}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def worker(spec: Row) -> None:
@@ -52,8 +98,11 @@ def worker(spec: Row) -> None:
         workers.step(f"{size} tokens")
         try:
             cell |= measure_cell(compiled, models.tokens(model, size), spec)
-        except torch.cuda.OutOfMemoryError as error:
-            cell["error"] = f"out of memory: {str(error).splitlines()[0]}"
+        except Exception as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            cell["error"] = reason
         if "error" in cell and device == "cuda":
             torch.cuda.empty_cache()
         workers.row(cell)
@@ -68,7 +117,9 @@ def measure_cell(compiled: Any, ids: torch.Tensor, spec: Row) -> Row:
     first = measure.seconds(call, device)
     report = measure.peak_bytes(call, device)
     times = [measure.seconds(call, device) for _ in range(spec["repeats"])]
-    return {"first": first, "peak": report.peak, "kept": report.kept, "seconds": times}
+    return {
+        "first": first, "peak": report.peak, "kept": report.kept, "reserved": report.reserved, "seconds": times
+    }  # fmt: skip
 
 
 def run_gpu_tests(limit: float) -> Row:
@@ -84,7 +135,12 @@ def run_gpu_tests(limit: float) -> Row:
 
 def kv_rows(options: argparse.Namespace, limit: float) -> list[Row]:
     """The KV cache on the device and on the host, in that order."""
-    arguments = ["--seq", str(options.kv_seq), "--layers", str(options.layers), "--shape", options.shape]
+    from benchmarks import models
+
+    tokens = kv_tokens(models.SHAPES[options.shape], options.layers, options.kv_seq, limit)
+    if not tokens:
+        raise workers.WorkerFailed(f"no prompt is expected to be done within {limit:.0f} s")
+    arguments = ["--seq", str(tokens), "--layers", str(options.layers), "--shape", options.shape]
     arguments += ["--dtype", "bfloat16", "--device", options.device, "--backends", "mom", "mom-host"]
     parsed = kv.parse(arguments)
     rows = kv.run(parsed, timeout=limit / 2)
@@ -97,11 +153,13 @@ def show(cell: Row) -> str:
     if "error" in cell:
         return head + cell["error"]
     best = min(cell["seconds"])
-    return head + f"peak {cell['peak'] / MIB:9.0f} MiB, {best:7.2f} s (first call {cell['first']:.0f} s)"
+    reserved = f", {cell['reserved'] / MIB:.0f} MiB reserved" if cell["reserved"] is not None else ""
+    return head + f"peak {cell['peak'] / MIB:9.0f} MiB{reserved}, {best:7.2f} s (first call {cell['first']:.0f} s)"
 
 
 def run(options: argparse.Namespace, target: Path) -> Row:
     end = time.monotonic() + options.budget
+    seconds = limits(options.budget, tests=not options.skip_tests, kv=bool(options.kv_seq))
     machine = measure.machine()
     results: Row = {
         "machine": machine,
@@ -120,11 +178,11 @@ def run(options: argparse.Namespace, target: Path) -> Row:
 
     print(measure.describe_machine(machine), flush=True)
     if not options.skip_tests:
-        results["tests"] = run_gpu_tests(options.budget / 4)
+        results["tests"] = run_gpu_tests(seconds["tests"])
         write()
         print(*results["tests"]["tail"], sep="\n", flush=True)
     try:
-        results["kv"] = kv_rows(options, options.budget / 2) if options.kv_seq else []
+        results["kv"] = kv_rows(options, seconds["kv"]) if options.kv_seq else []
     except workers.WorkerFailed as failed:
         results.setdefault("failures", []).append({"backend": "kv", "error": str(failed)})
         print(f"kv: {failed}", flush=True)
@@ -148,12 +206,12 @@ def run(options: argparse.Namespace, target: Path) -> Row:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Prefill figures on a GPU.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16 * 1024, 64 * 1024, 144 * 1024])
-    parser.add_argument("--kv-seq", type=int, default=128 * 1024, help="prompt for the KV cache's figures; 0: none")
+    parser.add_argument("--kv-seq", type=int, default=128 * 1024, help="longest prompt for the KV cache; 0: none")
     parser.add_argument("--backends", nargs="+", default=["mom", "inductor", "eager"])
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--cache", action="store_true", help="keep the KV cache")
+    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="keep the KV cache")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")

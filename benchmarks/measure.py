@@ -38,11 +38,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class PeakReport:
-    """Bytes above what was live at the start of the measured function."""
+    """Bytes above what was live at the start of the measured function.
+
+    `reserved` is the most that PyTorch's allocator had of the device meanwhile, all of it; None on a CPU.
+    """
 
     peak: int
     kept: int
     device: str
+    reserved: int | None = None
 
     def __str__(self) -> str:
         return f"peak {self.peak / MIB:.1f} MiB, kept {self.kept / MIB:.1f} MiB ({self.device})"
@@ -120,8 +124,9 @@ def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> PeakReport:
     result = fn()
     torch.cuda.synchronize(device)
     peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    reserved = torch.cuda.max_memory_reserved(device)
     del result
-    return PeakReport(peak - before, after - before, str(device))
+    return PeakReport(peak - before, after - before, str(device), reserved)
 
 
 def shown_and_held(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:

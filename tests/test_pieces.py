@@ -21,6 +21,7 @@ from mom_compile.config import parse_options
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
 from mom_compile.report import Report
 from mom_compile.torch_compat import codegen_settings
+from mom_passes.loops.ports import COUNT
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 
 W = weights_of(torch.float64)
@@ -291,6 +292,25 @@ def test_a_piece_is_shared_under_one_configuration_and_not_with_another() -> Non
     first, second, third = reports()
     assert second.bodies_shared == len(first.compiled_pieces) and not second.compiled_pieces
     assert third.compiled_pieces == first.compiled_pieces
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize("tokens", [9, 41, 400])
+def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint of `count`: from it Inductor takes block sizes and how wide an index is. Never the length itself."""
+    hints = []
+    get = PieceCache.get
+
+    def seen(cache: PieceCache, graph: fx.Graph, templates: Any, symbols: Any, *more: Any) -> Any:
+        hints.extend(facts.hint for symbol, facts in symbols.items() if symbol == COUNT)
+        return get(cache, graph, templates, symbols, *more)
+
+    monkeypatch.setattr(PieceCache, "get", seen)
+    with torch.no_grad():
+        torch.compile(block, backend="mom", options=MINI)(inputs(tokens))
+    assert hints and set(hints) == {MINI["mini_seq_len"]}
 
 
 @pytest.mark.usefixtures("fresh")

@@ -133,7 +133,7 @@ class Lowering:
 
     def _lower_loop(self, step: LoopStep) -> None:
         node, loop = step.node, step.loop
-        layout = LoopLayout(self, loop.length)
+        layout = LoopLayout(self, loop.length, loop.rows)
         templates: list[Template] = [SizeTemplate(START), SizeTemplate(COUNT)]
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]

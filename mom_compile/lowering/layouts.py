@@ -58,15 +58,18 @@ class TemplateSource(Protocol):
 class LoopLayout:
     """Templates of a body's inputs. Where the graph's length is a number, it becomes the symbol `length` here."""
 
-    def __init__(self, lowering: TemplateSource, length: Size) -> None:
+    def __init__(self, lowering: TemplateSource, length: Size, mini_seq_len: int) -> None:
         self.lowering = lowering
         self.length = length
+        self.mini_seq_len = mini_seq_len
         self.literal = length if isinstance(length, int) else None
 
     def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
-        """Hints for the symbols of a loop: a first and a usual mini-sequence."""
+        """Hints for the symbols of a loop: a first and a full mini-sequence. Inductor tunes for them, and takes 64 bits
+        for an index where 32 would not do for the hint. `count` is never all of the length: they are two sizes."""
         length = hint(self.length)
-        return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(max(2, length // 2), 2)}
+        count = max(2, min(self.mini_seq_len, length - 1))
+        return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(count, 2)}
 
     def size(self, size: Size) -> sympy.Expr:
         if self.literal is not None and isinstance(size, int) and size == self.literal:

@@ -1,28 +1,57 @@
 """`mom::attention` on CUDA. Not yet run on a GPU: written against PyTorch's sources and documentation.
 
-Three ways, fastest first:
+`tests/no_gpu` runs it on tensors without data, which shows what is called and what is allocated, and with stand-ins for
+PyTorch's kernels.
 
-    FlashAttention      fp16 and bf16, no mask: grouped heads, windows and lower-right causality natively
-    lower-right SDPA    float32 without a mask or window: `torch.nn.attention.bias.causal_lower_right`
-    SDPA with a bias    everything else, in blocks of rows
+Four ways, fastest first (`way_of` chooses):
+
+    flash       fp16 and bf16, no mask: grouped heads, windows and causality from the lower right corner natively. Where
+                FlashAttention 3 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
+    efficient   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
+    bias        the same kernel with a bias for what else is masked, in blocks of rows
+    math        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
 
 Keys after the last row are cut off first, so that "lower right" is where the rows stand. Where keys have conditions,
 each query mostly sees one range of them (`attention_spans`), and the first two ways do.
+
+Kernels without grouped heads are given each key head as a batch entry of its own, seen by all of its query heads: a
+view. Repeated, keys and values of 150,000 tokens would be some gigabytes in every call.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from enum import Enum
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from mom_compile.runtime.attention.rows import bias_bytes_per_row, in_blocks, token_major
+from mom_compile.runtime.attention.rows import (
+    BlockKernel,
+    bias_bytes_per_row,
+    in_blocks,
+    math_bytes_per_row,
+    math_kernel,
+    token_major,
+)
 from mom_compile.runtime.attention.spans import attention_in_spans
 from mom_passes.ops.attention import AttentionCall
 
 FLASH = torch.ops.aten._flash_attention_forward.default
+EFFICIENT = torch.ops.aten._efficient_attention_forward.default
+
+#: How `EFFICIENT` is told what is masked.
+NOT_MASKED, CAUSAL_LOWER_RIGHT = 0, 2
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Way(Enum):
+    FLASH = "flash"
+    EFFICIENT = "efficient"
+    BIAS = "bias"
+    MATH = "math"
 
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:
@@ -33,18 +62,29 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
     tokens, end = call.tokens, call.start + call.rows
     if tokens == 0 or 0 in call.query.shape[:3]:
         return call.output().zero_()
-    plain = call.mask is None and not call.has_conditions and (end <= tokens or not call.is_causal)
+    way = way_of(call)
     if call.is_causal and end < tokens:
         call = replace(call, key=call.key[:, :, :end], value=call.value[:, :, :end])  # no more is read of the others
-    if plain and takes_flash(call):
+    if way is Way.FLASH:
         return _flash(call)
-    # Once, not for each block of rows.
-    call = replace(call, key=_all_heads(call.query, call.key), value=_all_heads(call.query, call.value))
-    if plain and call.is_causal and call.felt_window is None:
-        bias = causal_lower_right(call.rows, call.tokens)
-        result = scaled_dot_product_attention(call.query, call.key, call.value, bias, scale=call.scale)
-        return token_major(result, call)
-    return in_blocks(_sdpa, call, bias_bytes_per_row(call))
+    if way is Way.EFFICIENT:
+        kernel = _efficient_causal if call.is_causal else _efficient
+        return token_major(_grouped(kernel, call.query, call.key, call.value, None, call.scale), call)
+    if way is Way.BIAS:
+        return in_blocks(_efficient_grouped, call, max(bias_bytes_per_row(call), _bytes_of_aligned(call)))
+    return in_blocks(math_kernel, call, math_bytes_per_row(call))
+
+
+def way_of(call: AttentionCall) -> Way:
+    """The one place that chooses a kernel: by what is masked, and by what device and dtype allow."""
+    plain = call.mask is None and not call.has_conditions
+    if call.is_causal and call.start + call.rows > call.tokens:
+        plain = False  # rows further down than all keys: no corner is where they stand
+    if plain and takes_flash(call):
+        return Way.FLASH
+    if not takes_efficient(call):
+        return Way.MATH
+    return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
 
 
 def takes_flash(call: AttentionCall) -> bool:
@@ -52,7 +92,7 @@ def takes_flash(call: AttentionCall) -> bool:
     query, key, value = call.query, call.key, call.value
     channels = query.shape[-1]
     return (
-        query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in HALF
         and channels == value.shape[-1]
         and channels % 8 == 0
         and channels <= 256
@@ -62,36 +102,102 @@ def takes_flash(call: AttentionCall) -> bool:
     )
 
 
+def takes_efficient(call: AttentionCall) -> bool:
+    """Heads of whole groups of 16 bytes, adjacent in memory: no device needs more. bf16 from Ampere on."""
+    query, tensors = call.query, (call.query, call.key, call.value)
+    return (
+        query.dtype in (torch.float32, *HALF)
+        and all(t.dtype == query.dtype and t.stride(-1) == 1 for t in tensors)
+        and all(t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+        and (query.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0))
+    )
+
+
 def _flash(call: AttentionCall) -> torch.Tensor:
     """The kernel works on `[B, tokens, heads, D]` and is causal from the lower right corner."""
     q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
     window = call.felt_window if call.is_causal else None
-    left = None if window is None else window - 1
-    right = None if window is None else 0
+    # What is registered in place of FlashAttention 2 need not know windows: no word of one that is not there.
+    sight = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     sizes = (q.shape[1], k.shape[1])
-    result = FLASH(
-        q, k, v, None, None, *sizes, 0.0, call.is_causal, False,
-        scale=call.scale, window_size_left=left, window_size_right=right,
-    )[0]  # fmt: skip
+    result = FLASH(q, k, v, None, None, *sizes, 0.0, call.is_causal, False, scale=call.scale, **sight)[0]
     return token_major(result.transpose(1, 2), call)
 
 
-def _sdpa(
+def _efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    masked: int = NOT_MASKED,
+) -> torch.Tensor:
+    """As many heads of keys as of queries. A row that sees nothing is zeroed: the kernel does not promise that."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    added = None
+    if bias is not None:
+        added = _aligned(bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])).expand(*query.shape[:3], -1)
+    result = EFFICIENT(q, k, v, added, None, None, None, None, 0.0, masked, False, scale=scale)[0].transpose(1, 2)
+    return result if bias is None else result.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def _efficient_causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """One block of rows; keys and values have as many heads as the query.
+    return _efficient(query, key, value, bias, scale, CAUSAL_LOWER_RIGHT)
 
-    A row that sees nothing is zeroed: not every kernel behind SDPA does that.
+
+def _efficient_grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    return _grouped(_efficient, query, key, value, bias, scale)
+
+
+#: The kernel reads a bias in groups of 16 bytes: where rows begin elsewhere, it is copied to rows of so many values.
+ALIGNED = 8
+
+
+def _aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The same values, adjacent in the last dimension, each row at a multiple of `ALIGNED` from the storage's start."""
+    if bias.stride(-1) == 1 and not any(n % ALIGNED for n in (bias.storage_offset(), *bias.stride()[:-1])):
+        return bias
+    return pad(bias, (0, -bias.shape[-1] % ALIGNED)).narrow(-1, 0, bias.shape[-1])
+
+
+def _bytes_of_aligned(call: AttentionCall) -> int:
+    """What that copy of a mask takes for each row."""
+    return 0 if call.mask is None else math.prod(call.mask.shape[:-2]) * call.tokens * call.query.element_size()
+
+
+def _grouped(
+    kernel: BlockKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """`kernel`, which knows no grouped heads, on grouped heads. `[B, H, R, Dv]`, token-major where heads are grouped.
+
+    For each entry of the batch, keys `[G, T, D]` are a batch of G with one head, expanded to the H / G that see it.
     """
+    batch, heads, rows, _ = query.shape
+    groups = key.shape[1]
+    if groups == heads:
+        return kernel(query, key, value, bias, scale)
+    result = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+    for i in range(batch):
+        q, out = (t[i].unflatten(0, (groups, -1)) for t in (query, result))
+        k, v = (t[i].unsqueeze(1).expand(-1, heads // groups, -1, -1) for t in (key, value))
+        out.copy_(kernel(q, k, v, _bias_of_entry(bias, i, groups), scale))
+    return result
+
+
+def _bias_of_entry(bias: torch.Tensor | None, i: int, groups: int) -> torch.Tensor | None:
+    """`[B or 1, H or 1, R or 1, T]` to what broadcasts to `[G, H / G, R, T]`."""
     if bias is None:
-        return scaled_dot_product_attention(query, key, value, scale=scale)
-    if bias.dtype != query.dtype:
-        bias = bias.to(query.dtype)
-    result = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    return result.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0.0)
-
-
-def _all_heads(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Key or value heads repeated for each of their query heads, for kernels without grouped heads."""
-    group = query.shape[1] // tensor.shape[1]
-    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
+        return None
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(0)
+    own = bias[i if bias.shape[0] > 1 else 0]
+    return own.unsqueeze(0) if own.shape[0] == 1 else own.unflatten(0, (groups, -1))

@@ -2,8 +2,8 @@
 
 Terms
 -----
-mini-sequence   A run of consecutive tokens that one iteration works on. The last ones may be one row shorter,
-                and none is a single row (compiled code specialises on size one).
+mini-sequence   A run of consecutive tokens that one iteration works on. All have the same length but the last, which
+                may be shorter; none is a single row (compiled code specialises on size one).
 body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *carries)` (see `ports`).
 
     stored, total = loop(length, *operands)         one operand for each input
@@ -78,17 +78,23 @@ class RowLimit:
 
 
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into mini-sequences `(start, count)` of nearly equal size, none of a single row.
+    """Cut `length` tokens into mini-sequences `(start, count)` at multiples of `mini_seq_len`, none of a single row.
 
-    >>> split_rows(10, 4)
-    [(0, 4), (4, 3), (7, 3)]
+    Their shapes do not depend on the length, but for the last: libraries that plan for a shape plan once. A row that
+    would be alone at the end gets another one from before it or, where that had but two, joins them.
+
+    >>> split_rows(11, 4)
+    [(0, 4), (4, 4), (8, 3)]
+    >>> split_rows(9, 4)
+    [(0, 4), (4, 3), (7, 2)]
     """
-    pieces = max(1, min(-(-length // mini_seq_len), length // 2))
-    small, longer = divmod(length, pieces)
-    cuts = [0]
-    for i in range(pieces):
-        cuts.append(cuts[-1] + small + (i < longer))
-    return [(a, b - a) for a, b in itertools.pairwise(cuts)]
+    cuts = [*range(0, max(1, length), mini_seq_len), length]
+    if length > 1 and cuts[-1] - cuts[-2] == 1:
+        if mini_seq_len > 2:
+            cuts[-2] -= 1
+        else:
+            del cuts[-2]
+    return [(first, last - first) for first, last in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,8 @@ class Moment:
 
     @property
     def count(self) -> sympy.Expr:
-        """The rows of the longest mini-sequence: as many as there must be, nearly alike (see `split_rows`)."""
-        return sympy.ceiling(self.length / sympy.ceiling(self.length / self.rows)) if self.rows else sympy.S.Zero
+        """The rows of the longest mini-sequence (see `split_rows`)."""
+        return sympy.Min(self.length, self.rows) if self.rows else sympy.S.Zero
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,194 @@
+"""`mom::attention` on CUDA without a GPU: what it computes, which operators of PyTorch it calls, what it allocates.
+
+computes    on CPU tensors, with stand-ins that do what is documented of PyTorch's kernels and ask for no less
+calls       on meta tensors: every operator checks its arguments against the schema that this PyTorch has
+allocates   there too, at the size of a prefill of 147,456 tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mom_compile.runtime.attention import cuda
+from mom_compile.runtime.attention import rows as attention_rows
+from mom_compile.runtime.attention.cuda import ALIGNED, CAUSAL_LOWER_RIGHT, NOT_MASKED, attention_cuda
+from mom_compile.runtime.attention.rows import BLOCK_BYTES
+from mom_passes.ops.attention import AttentionCall, attention_reference
+from tests.test_attention_kernels import TOLERANCE, Case, cases, conditioned, in_float64
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hopper() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        yield
+
+
+# --- computes ---
+
+
+def flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cum_q: None, cum_k: None, max_q: int, max_k: int,
+    dropout: float, is_causal: bool, debug: bool, *, scale: float, **sight: int,
+) -> tuple[torch.Tensor]:  # fmt: skip
+    """`[B, tokens, heads, D]`; causal and windows from the lower right corner."""
+    assert (max_q, max_k, dropout, debug) == (query.shape[1], key.shape[1], 0.0, False)
+    window = sight["window_size_left"] + 1 if sight else None
+    assert not sight or sight["window_size_right"] == 0
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    made = attention_reference(AttentionCall(q, k, v, None, max_k - max_q, is_causal, scale, window))
+    return (made.transpose(1, 2),)
+
+
+def efficient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, cum_q: None, cum_k: None,
+    max_q: None, max_k: None, dropout: float, masked: int, with_sums: bool, *, scale: float,
+) -> tuple[torch.Tensor]:  # fmt: skip
+    """`[B, tokens, heads, D]`, as many heads of keys as of queries. A row that sees nothing is NaN, to be seen."""
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert all(t.stride(-1) == 1 and t.dtype == query.dtype for t in (query, key, value))
+    assert masked in (NOT_MASKED, CAUSAL_LOWER_RIGHT) and not (masked and bias is not None)
+    rows, keys = query.shape[1], key.shape[1]
+    if bias is not None:
+        assert bias.shape == (query.shape[0], query.shape[2], rows, keys) and bias.dtype == query.dtype
+        assert bias.stride(-1) == 1 and not any(step % ALIGNED for step in (bias.storage_offset(), *bias.stride()[:-1]))
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    made = attention_reference(AttentionCall(q, k, v, bias, keys - rows, masked == CAUSAL_LOWER_RIGHT, scale))
+    if bias is not None:
+        made = made.masked_fill((bias == -torch.inf).all(-1, keepdim=True), torch.nan)
+    return (made.transpose(1, 2),)
+
+
+def assert_matches_definition(case: Case, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> None:
+    call = replace(case, dtype=dtype).call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "FLASH", flash)
+        patch.setattr(cuda, "EFFICIENT", efficient)
+        patch.setattr(attention_rows, "BLOCK_BYTES", block_bytes)
+        patch.setattr(attention_rows, "FEWEST_ROWS", 3)
+        result = attention_cuda(call)
+    expected = attention_reference(in_float64(call))
+    assert result.dtype == dtype and result.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("block_bytes", [1, BLOCK_BYTES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_matches_its_definition(block_bytes: int, dtype: torch.dtype, case: Case) -> None:
+    assert_matches_definition(case, dtype, block_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(conditioned())
+@settings(max_examples=40, deadline=None)
+def test_what_is_said_of_keys_is_what_a_mask_would_say(dtype: torch.dtype, case: Case) -> None:
+    assert_matches_definition(case, dtype)
+
+
+# --- calls and allocates ---
+
+TOKENS, ROWS, HEADS, GROUPS, CHANNELS = 147_456, 1024, 32, 8, 128
+
+
+class Calls(TorchDispatchMode):
+    """What is called, and how large the largest tensor is that is made: not a view, nor an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+        self.largest_by = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        made = result if isinstance(result, tuple) else (result,)
+        for described, value in zip(func._schema.returns, made, strict=False):
+            size = value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+            if described.alias_info is None and size > self.largest:
+                self.largest, self.largest_by = size, str(func)
+        return result
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The last rows of a prefill."""
+
+    dtype: torch.dtype
+    #: The operator of PyTorch that has to be called, None for those of products and softmax.
+    kernel: str | None
+    window: int | None = None
+    masked: bool = False
+    padded: bool = False
+    is_causal: bool = True
+    channels: int = CHANNELS
+
+    def call(self) -> AttentionCall:
+        def tensor(heads: int, tokens: int) -> torch.Tensor:
+            return torch.empty(1, tokens, heads, self.channels, device="meta", dtype=self.dtype).transpose(1, 2)
+
+        query, key, value = tensor(HEADS, ROWS), tensor(GROUPS, TOKENS), tensor(GROUPS, TOKENS)
+        mask = torch.empty(1, 1, ROWS, TOKENS, device="meta", dtype=torch.bool) if self.masked else None
+        keys = torch.empty(1, TOKENS, device="meta", dtype=torch.bool) if self.padded else None
+        return AttentionCall(
+            query, key, value, mask, TOKENS - ROWS, self.is_causal, self.channels**-0.5, self.window, keys=keys
+        )
+
+
+FLASH, EFFICIENT = "_flash_attention_forward", "_efficient_attention_forward"
+ATTENTIONS = {
+    "causal, half": Attention(HALF, FLASH),
+    "window, half": Attention(HALF, FLASH, window=4096),
+    "not causal, half": Attention(HALF, FLASH, is_causal=False),
+    "head of 512, half": Attention(HALF, EFFICIENT, channels=512),
+    "causal, float32": Attention(torch.float32, EFFICIENT),
+    "not causal, float32": Attention(torch.float32, EFFICIENT, is_causal=False),
+    "window, float32": Attention(torch.float32, EFFICIENT, window=4096),
+    "mask, half": Attention(HALF, EFFICIENT, masked=True, is_causal=False),
+    "mask, float32": Attention(torch.float32, EFFICIENT, masked=True),
+    "padding with holes, half": Attention(HALF, EFFICIENT, padded=True),
+    "float64": Attention(torch.float64, None),
+    "head of 12, half": Attention(HALF, None, channels=12),
+}
+
+
+def calls_of(attention: Attention) -> Calls:
+    with torch.no_grad():
+        call = attention.call()
+        with Calls() as calls:
+            result = attention_cuda(call)
+    assert result.shape == call.query.shape and result.transpose(1, 2).is_contiguous()
+    return calls
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_operators_of_pytorch_take_what_they_are_given(name: str) -> None:
+    """A wrong argument raises: operators check the schema that this PyTorch has, on tensors without data too."""
+    attention = ATTENTIONS[name]
+    called = {kernel for kernel in calls_of(attention).names if "attention" in kernel}
+    assert called == ({attention.kernel} if attention.kernel else set())
+
+
+@pytest.mark.parametrize("name", [name for name, attention in ATTENTIONS.items() if attention.kernel])
+def test_neither_keys_nor_values_are_copied_and_no_mask_is_as_long(name: str) -> None:
+    """What is made is as large as the rows of the query, or a block of a mask."""
+    attention = ATTENTIONS[name]
+    rows = ROWS * HEADS * attention.channels * attention.dtype.itemsize
+    calls = calls_of(attention)
+    assert calls.largest <= max(rows, 2 * BLOCK_BYTES), calls.largest_by
+    assert calls.largest < GROUPS * TOKENS * attention.channels * attention.dtype.itemsize / 4
