@@ -19,6 +19,7 @@ from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
 from mom_passes.graph.sizes import hint, is_one
+from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.kv_offload import KVOffload, kv_offload
@@ -157,7 +158,7 @@ def _is_decode_step(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.target in values:
             values[node.target].append(node.args[node.target is EMBEDDING].meta["val"])
-    values[MOM_ATTENTION] += [node.args[0].meta["val"] for node in flex_attentions(gm)]
+    values[MOM_ATTENTION] += [value_of(operands(node)[0]) for node in flex_attentions(gm)]
     tokens = [query.shape[2] for query in values[MOM_ATTENTION]]
     tokens = tokens or [indices.shape[-1] for indices in values[EMBEDDING] if indices.dim()]
     return bool(tokens) and all(is_one(count) for count in tokens)

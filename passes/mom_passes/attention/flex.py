@@ -12,8 +12,8 @@ Before:  score = get_attr sdpa_score0; mask = get_attr sdpa_mask0
          out = flex_attention(q, k, v, score, (S, S, counts, .., 128, 128, mask), scale, options, captured, captured)
 After:   out = FlexAttention(score, mask)(q, k, v, None, (None, None, counts, .., 128, 128, None), scale, ...)
 
-Inductor compiles it between loops, where the graphs are put back (`graphs_put_back`). Its queries are not cut: the block
-mask counts them in blocks from the first, and so does what the graphs are told.
+Inductor compiles it between loops, where the graphs are put back (`graphs_put_back`). Its queries are not cut: the
+block mask counts them in blocks from the first, and so does what the graphs are told.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mom_passes.rules.factories import checked
 from mom_passes.torch_compat import FLEX_ATTENTION
 
 #: Where its graphs stand among its arguments, and the block mask: there its own lengths come first, its graph last.
-_SCORE, _MASK = 3, 4
+_SCORE, _MASK, _ARGUMENTS = 3, 4, 9
 
 _WHY = {
     BATCH: "its score and mask functions are told the number of the batch entry",
@@ -93,21 +93,23 @@ def _refuse(node: fx.Node, dim: Dim) -> Claim:
 
 def _work(node: fx.Node) -> int:
     """Products of all queries with all keys, and of their weights with all values: blocks that are masked count too."""
-    query, key = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    operands: Any = node.args
+    query, key = operands[0].meta["val"], operands[1].meta["val"]
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
 
 def _graphs_of(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The attributes that a call of flex_attention is given for its score and its mask; None for any other call."""
-    if node.target is not FLEX_ATTENTION or len(node.args) <= _MASK or node.kwargs:
+    if node.target is not FLEX_ATTENTION or len(node.args) != _ARGUMENTS:
         return None
-    score, block_mask = node.args[_SCORE], node.args[_MASK]
-    mask = block_mask[-1] if isinstance(block_mask, tuple) and block_mask else None
-    graphs = (score, mask)
-    read = all(isinstance(n, fx.Node) and n.op == "get_attr" for n in graphs)
-    if not read or not all(isinstance(attribute(gm, str(n.target)), fx.GraphModule) for n in graphs):  # type: ignore[union-attr]
-        return None
-    return graphs  # type: ignore[return-value]
+    args: Any = node.args
+    score, mask = args[_SCORE], args[_MASK][-1]
+    return (score, mask) if _is_graph(gm, score) and _is_graph(gm, mask) else None
+
+
+def _is_graph(gm: fx.GraphModule, node: Any) -> bool:
+    reads = isinstance(node, fx.Node) and node.op == "get_attr"
+    return reads and isinstance(attribute(gm, str(node.target)), fx.GraphModule)
 
 
 def is_read_by_flex_alone(gm: fx.GraphModule, graph: fx.Node) -> bool:
@@ -127,7 +129,8 @@ def outline_flex(gm: fx.GraphModule) -> int:
         names = (str(graphs[0].target), str(graphs[1].target))
         if names not in known:
             known[names] = FlexAttention(*(attribute(gm, name) for name in names))
-        query, key, value, _, block_mask, *others = node.args
+        args: Any = node.args
+        query, key, value, _, block_mask, *others = args
         lengths = (query.meta["val"].shape[2], key.meta["val"].shape[2])
         own = [None if _is(n, size) else n for n, size in zip(block_mask[:2], lengths, strict=True)]
         node.target = known[names]
@@ -154,7 +157,8 @@ def graphs_put_back(gm: fx.GraphModule) -> fx.GraphModule:
     found = list(flex_attentions(gm))
     for i, node in enumerate(found):
         call: Any = node.target
-        query, key, value, _, block_mask, scale, options, of_score, of_mask = node.args
+        args: Any = node.args
+        query, key, value, _, block_mask, scale, options, of_score, of_mask = args
         number = _number(query, call.counted_in)
         place = [number] * 4
         with gm.graph.inserting_before(node):
@@ -191,7 +195,7 @@ def _attribute(gm: fx.GraphModule, name: str, graph: fx.GraphModule, given: list
 
 def _length(value: fx.Node) -> Any:
     """How many queries or keys a value has: a number, or a node that reads it off."""
-    size = value_of(value).shape[2]
+    size: Any = value_of(value).shape[2]
     if isinstance(size, int):
         return size
     node = value.graph.call_function(aten.sym_size.int, (value, 2))

@@ -2,8 +2,8 @@
 
 Terms
 -----
-attention   `mom.attention`, FlexAttention, one of PyTorch's, or the two batched products that one is written as: queries by keys,
-            and the exponentials of what comes of it by values.
+attention   `mom.attention`, FlexAttention, one of PyTorch's, or the two batched products that one is written as:
+            queries by keys, and the exponentials of what comes of it by values.
 itself      An attention reads the value itself, if through views, copies and casts; else what is made of its rows,
             row by row (latents, which a product expands to keys and values).
 

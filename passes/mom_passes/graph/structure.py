@@ -1,6 +1,6 @@
-"""A graph as text: equal for graphs that compute the same from inputs of the same kind, whatever their nodes are called.
+"""A graph as text: equal for graphs that compute the same, whatever their nodes are called.
 
-    def f(x, y): z = add(x, 1); return mul(z, y)    ->    placeholder, placeholder, add (%0, 1), mul (%2, %1), output (%3)
+    def f(x, y): z = add(x, 1); return mul(z, y)   ->   placeholder, placeholder, add (%0, 1), mul (%2, %1), output (%3)
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class _Sweep:
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
             if found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1:
-                apart = all(carrier.dim.index in facts(node).apart for carrier in carried)
+                factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_activation(n)]
+                apart = bool(factors) and all(dim.index in facts(node).apart for dim in factors)
                 self.batched += apart
                 self.barriers += not apart
             self._restart_after(node, carried)
