@@ -28,11 +28,12 @@ from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import InnerCompile, capture, look_at_the_cpu, mark_boxed, stock_inner_compile
+from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
-from mom_passes.torch_compat import SYMBOLIC, has_hint, schema_of
+from mom_passes.torch_compat import FLEX_ATTENTION, SYMBOLIC, has_hint, schema_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def compile_graph(
             report.failed = True
             report.fallback = f"{type(error).__name__}: {error}"
             log.debug("our passes failed", exc_info=True)
-    attends = any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)
+    attends = any(map(_attends, gm.graph.nodes))
     told = Told(report, options, not_ours, attends, compute_device(gm))
     told.warn()
     if program is not None:
@@ -102,6 +103,10 @@ def compile_graph(
     if options.scope == "none" or not kwargs.get("is_inference"):
         return CompiledGraph(stock(gm, example_inputs, **kwargs), told)
     return CompiledGraph(stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs)), told)
+
+
+def _attends(node: fx.Node) -> bool:
+    return node.target is FLEX_ATTENTION or "scaled_dot_product" in str(node.target)
 
 
 def stock_or_eager(
@@ -141,7 +146,11 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
     """What in a graph is not for us, by name, or None."""
     devices: dict[torch.device, None] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_module" or (node.op == "get_attr" and isinstance(_attribute(gm, node), torch.nn.Module)):
+        if node.op == "call_module" or (
+            node.op == "get_attr"
+            and isinstance(attribute(gm, str(node.target)), torch.nn.Module)
+            and not is_read_by_flex_alone(gm, node)
+        ):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return f"{users} calls a graph of its own, {node.target}"
         values = node.meta.get("val")
@@ -158,10 +167,6 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
     if len(accelerators) > 1:
         return f"the graph computes on several accelerators: {', '.join(accelerators)}"
     return None
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    return attribute(gm, str(node.target))
 
 
 def _symbolic(value: Any) -> list[Any]:
@@ -189,6 +194,8 @@ def build_layers(
     """
     if kwargs.get("cudagraphs"):
         return None
+    gm = copy_graph(gm)
+    outline_flex(gm)
     plan = by_layers(gm)
     if plan is None:
         return None

@@ -12,12 +12,14 @@ import torch
 from torch import fx
 
 from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
+from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
 from mom_passes.graph.sizes import hint, is_one
+from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.kv_offload import KVOffload, kv_offload
@@ -78,6 +80,11 @@ class State:
 
 
 Step = Callable[[State], str]
+
+
+def flex_attention_as_one(state: State) -> str:
+    """FlexAttention, which is called with graphs of its own, as one operator each."""
+    return f"{outline_flex(state.gm)} calls"
 
 
 def layouts_as_they_are(state: State) -> str:
@@ -151,6 +158,7 @@ def _is_decode_step(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.target in values:
             values[node.target].append(node.args[node.target is EMBEDDING].meta["val"])
+    values[MOM_ATTENTION] += [value_of(operands(node)[0]) for node in flex_attentions(gm)]
     tokens = [query.shape[2] for query in values[MOM_ATTENTION]]
     tokens = tokens or [indices.shape[-1] for indices in values[EMBEDDING] if indices.dim()]
     return bool(tokens) and all(is_one(count) for count in tokens)
@@ -268,6 +276,7 @@ def residual_in_place(state: State) -> str:
 
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
 TO_LOOPS: tuple[Step, ...] = (
+    flex_attention_as_one,
     layouts_as_they_are,
     slices_of_everything,
     canonical_attention,

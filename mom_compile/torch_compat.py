@@ -336,6 +336,9 @@ class SymbolicSizes:
 
     def __init__(self) -> None:
         self.env = ShapeEnv()
+        # Symbols are called s800, s801, ... Else they are s0 to s99 by a hash of their names, and where Inductor writes
+        # FlexAttention in C++ it replaces `ks2`, say, by another name as text: also in `ks24`.
+        self.env.unique_ids.update(range(800))
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.symbols: dict[str, sympy.Symbol] = {}
 

@@ -43,6 +43,7 @@ from mom_compile.runtime.host.steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import codegen_settings, keep_output_strides
+from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import add_input, attribute
 from mom_passes.graph.size_values import function_of
@@ -111,7 +112,11 @@ class Lowering:
     # --- operators between loops ---
 
     def _lower_piece(self, step: Compute) -> None:
-        run, extra, left = self._compile_piece(step, self.literals) or self._compile_piece(step, NO_LITERALS)  # type: ignore[misc]
+        # A block mask has numbers of blocks: FlexAttention of one length is no other's, and Inductor writes C++ for it
+        # as captured that does not compile where a size that a score reads is a symbol and the blocks are numbers.
+        flex = any(isinstance(node.target, FlexAttention) for node in step.nodes)
+        literals = NO_LITERALS if flex else self.literals
+        run, extra, left = self._compile_piece(step, literals) or self._compile_piece(step, NO_LITERALS)  # type: ignore[misc]
         self._call(step, run, [*extra, *itertools.compress(step.ins, left)])
 
     def _compile_piece(

@@ -31,8 +31,10 @@ from mom_compile.torch_compat import (
     loaded_piece,
     stored_piece,
 )
+from mom_passes.attention.flex import graphs_put_back
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
+from mom_passes.graph.structure import lines_of
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ class Piece:
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings):
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
-                run = sizes.compile(copy_graph(self.gm), inputs, dict(self.patches))
+                run = sizes.compile(graphs_put_back(copy_graph(self.gm)), inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
             self.eager_reason = first_line(error)
@@ -252,35 +254,7 @@ def structural_key(
     graph: fx.Graph, templates: Sequence[Template], patches: Mapping[str, Any], symbols: Mapping[sympy.Symbol, Any]
 ) -> str:
     """Equal for graphs that compute the same from inputs of the same kind, whatever their nodes are called."""
-    numbers: dict[fx.Node, str] = {}
     lines = [repr(sorted(patches.items(), key=str)), repr([s.name for s in symbols]), repr(list(templates))]
     lines.append(repr([fact.minimum for fact in symbols.values()]))
-    for node in graph.nodes:
-        args = fx.node.map_aggregate((node.args, node.kwargs), lambda arg: _printed(arg, numbers))
-        numbers[node] = f"%{len(numbers)}"
-        target = "" if node.op in ("placeholder", "output") else _printed(node.target, numbers)
-        lines.append(f"{node.op} {target} {args!r}")
-    return "\n".join(lines)
-
-
-#: What prints as nothing else does.
-_LITERALS = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-def _printed(arg: Any, numbers: Mapping[fx.Node, str]) -> Any:
-    """An argument or target as a key shows it: operators by identity, since two may bear the same name.
-
-    The piece holds what it was made from, so that no other object gets the same address.
-    """
-    if isinstance(arg, fx.Node):
-        return _Bare(numbers[arg])
-    return arg if isinstance(arg, _LITERALS) else _Bare(f"{arg}@{id(arg)}")
-
-
-class _Bare(str):
-    """Printed as it is in a key, where a string has quotes."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
+    # The piece holds what it was made from.
+    return "\n".join([*lines, *lines_of(graph)])

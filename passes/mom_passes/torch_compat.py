@@ -17,6 +17,9 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+#: FlexAttention: an operator that is called with graphs of its own, in whose place a captured graph reads attributes.
+FLEX_ATTENTION: Any = torch.ops.higher_order.flex_attention
+
 #: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -2,8 +2,8 @@
 
 Terms
 -----
-attention   `mom.attention`, one of PyTorch's, or the two batched products that one is written as: queries by keys,
-            and the exponentials of what comes of it by values.
+attention   `mom.attention`, FlexAttention, one of PyTorch's, or the two batched products that one is written as:
+            queries by keys, and the exponentials of what comes of it by values.
 itself      An attention reads the value itself, if through views, copies and casts; else what is made of its rows,
             row by row (latents, which a product expands to keys and values).
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.values import operands
@@ -65,7 +66,7 @@ def attentions(gm: fx.GraphModule) -> list[Attention]:
             continue
         if node.target is MOM_ATTENTION:
             found.append(_fused(node, argument(node, "key"), argument(node, "value")))
-        elif "scaled_dot_product" in str(node.target):
+        elif isinstance(node.target, FlexAttention) or "scaled_dot_product" in str(node.target):
             found.append(_fused(node, *node.args[1:3]))
         else:
             found += _as_products(node)

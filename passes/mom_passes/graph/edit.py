@@ -14,7 +14,7 @@ from torch import fx
 
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
-from mom_passes.graph.values import is_tensor
+from mom_passes.graph.values import is_tensor, tensors_of
 from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
 
 aten = torch.ops.aten
@@ -123,8 +123,8 @@ def copy_call(graph: fx.Graph, node: fx.Node, new_of: Callable[[fx.Node], fx.Nod
 
 
 def _is_laid_out_otherwise(old: fx.Node, new: fx.Node) -> bool:
-    a, b = old.meta.get("val"), new.meta.get("val")
-    return a is not b and isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and strides_differ(a, b)
+    pairs = zip(tensors_of(old), tensors_of(new), strict=False)
+    return any(a is not b and strides_differ(a, b) for a, b in pairs)
 
 
 def strides_differ(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,12 +10,15 @@ A graph that writes to its inputs stays whole: Inductor writes where it computes
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import sympy
 from torch import fx
 
+from mom_passes.attention.flex import FlexAttention
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.sizes import Size, expr
+from mom_passes.graph.structure import Structured
 from mom_passes.graph.values import tensors_of
 from mom_passes.program.program import Compute, Program
 from mom_passes.program.schedule import schedule
@@ -24,7 +27,7 @@ from mom_passes.rules.attention import SDPA
 
 def by_layers(gm: fx.GraphModule) -> Program | None:
     """The program of a graph cut behind its attentions; None where at most half of its pieces would be shared."""
-    ends = {node for node in gm.graph.nodes if node.target in SDPA}
+    ends = {node for node in gm.graph.nodes if node.target in SDPA or isinstance(node.target, FlexAttention)}
     if len(ends) < 3 or any(is_mutation(node) for node in gm.graph.nodes):
         return None
     program = schedule(gm, ends)
@@ -36,7 +39,12 @@ def _likeness(step: Compute) -> Hashable:
     """Equal for pieces that may be the same: operators and sizes, in order, whatever symbols are called."""
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     ins = tuple(_shapes(node, names) for node in step.ins)
-    return ins, tuple((node.target, _shapes(node, names)) for node in step.nodes)
+    return ins, tuple((_operator(node.target), _shapes(node, names)) for node in step.nodes)
+
+
+def _operator(target: Any) -> Hashable:
+    """What a call does: every layer's has graphs of its own, which may be the same."""
+    return target.structure if isinstance(target, Structured) else target
 
 
 def _shapes(node: fx.Node, names: dict[sympy.Symbol, sympy.Symbol]) -> Hashable:

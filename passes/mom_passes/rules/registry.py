@@ -86,6 +86,7 @@ class OperatorFacts:
     alias            how its result lies to its operand's storage
     work             multiply-adds, for what is not `recompute`; None: those of a matrix product
     size_arguments   names of arguments that are sizes: there, and only there, a literal equal to a length means it
+    apart            dims along which its rows have nothing to do with each other, although they cannot be cut
     """
 
     rule: Rule | None = None
@@ -94,6 +95,7 @@ class OperatorFacts:
     alias: Alias = Alias.NONE
     work: Work | None = None
     size_arguments: tuple[str, ...] = ()
+    apart: tuple[int, ...] = ()
 
     def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
         """The rule's claim, checked; `in_order` takes one that has a state.

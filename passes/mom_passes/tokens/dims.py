@@ -103,7 +103,11 @@ class _Sweep:
         if isinstance(found, str):
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
-            self.barriers += found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1
+            if found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1:
+                factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_activation(n)]
+                apart = bool(factors) and all(dim.index in facts(node).apart for dim in factors)
+                self.batched += apart
+                self.barriers += not apart
             self._restart_after(node, carried)
             return
         dim, claim, length = found[0]
@@ -229,6 +233,7 @@ class _Sweep:
         """The result of a mixing operator may still have one row per token: carry on from there."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
+            self._restart_with_items(node)
             return
         if any(n in self.worked for n in operands(node)):
             self.worked.add(node)
@@ -244,11 +249,25 @@ class _Sweep:
                 self.carriers[node] = Carrier(Dim(index if index in sizes else sizes[0]), carrier.length)
                 return
 
+    def _restart_with_items(self, node: fx.Node) -> None:
+        """Of what an attention returns at once, go on with what has a row for each query; its work is these rows'."""
+        query = self.carriers.get(operands(node)[0]) if matmul_work(node) else None
+        items = [user for user in node.users if user.target is operator.getitem]
+        found = [item for item in items if query is not None and _has_rows(item, query)]
+        self.carriers.update(dict.fromkeys(found, query))  # type: ignore[arg-type]
+        self.worked.update(found)
+        self.work += matmul_work(node) if found else 0
+
 
 def _cuts_or_adds_rows(node: fx.Node, index: int) -> bool:
     if node.target not in (aten.slice.Tensor, aten.cat.default):
         return False
     return axis(argument(node, "dim"), value_of(node).dim()) == index
+
+
+def _has_rows(item: fx.Node, carrier: Carrier) -> bool:
+    shape, index = value_of(item).shape, carrier.dim.index
+    return carrier.dim.plain and index < len(shape) and same(shape[index], carrier.length)
 
 
 def _candidates(node: fx.Node, dims: list[list[tuple[Dim, Size]]]) -> list[tuple[Dim, Size]]:
