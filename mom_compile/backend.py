@@ -18,7 +18,7 @@ from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
 from mom_compile.cache_key import cache_tag
-from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, REPORTS, CompiledGraph, Told, forget_compiled, keep
+from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import first_line, run_eagerly
@@ -65,7 +65,7 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 def reports() -> list[Report]:
     """What was done to each graph compiled so far in this process, oldest first."""
-    return list(REPORTS)
+    return [told.report for told in TOLD]
 
 
 def compile_graph(
@@ -78,9 +78,10 @@ def compile_graph(
 ) -> CompiledGraph:
     """Inductor's `inner_compile` hook: an ATen graph to a boxed callable, ours or stock Inductor's."""
     report = Report(nodes=len(gm.graph.nodes))
-    keep(report)
-    program = None
     report.fallback = not_ours = why_stock(gm, options, kwargs)
+    told = Told(report, options, not_ours, any(map(_attends, gm.graph.nodes)), compute_device(gm))
+    keep(told)
+    program = None
     if not_ours is None:
         try:
             try:
@@ -95,8 +96,6 @@ def compile_graph(
             report.failed = True
             report.fallback = f"{type(error).__name__}: {error}"
             log.debug("our passes failed", exc_info=True)
-    attends = any(map(_attends, gm.graph.nodes))
-    told = Told(report, options, not_ours, attends, compute_device(gm))
     told.warn()
     if program is not None:
         return CompiledGraph(program, told)

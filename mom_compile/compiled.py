@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,16 +34,6 @@ NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or t
 
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
-
-#: Reports of the graphs compiled in this process, oldest first; at most `MOST_REPORTS` are kept.
-REPORTS: list[Report] = []
-MOST_REPORTS = 256
-
-
-def keep(report: Report) -> None:
-    REPORTS.append(report)
-    del REPORTS[:-MOST_REPORTS]
-
 
 @dataclass(frozen=True)
 class Told:
@@ -70,6 +61,16 @@ class Told:
                 warn_of_ignored_kv(asked, self.not_ours)
 
 
+#: Of the graphs compiled in this process, oldest first; at most `MOST_TOLD` are kept.
+TOLD: list[Told] = []
+MOST_TOLD = 256
+
+
+def keep(told: Told) -> None:
+    TOLD.append(told)
+    del TOLD[:-MOST_TOLD]
+
+
 @dataclass(frozen=True)
 class _Stored:
     """`code` is a program, or what stands for stock Inductor's code."""
@@ -79,23 +80,26 @@ class _Stored:
 
 
 class CompiledGraph(Storable):
-    """`run` takes one list and may empty it: a program of ours, or what stock Inductor made."""
+    """`run` takes one list and may empty it: a program of ours, or what stock Inductor made.
+
+    It is stored at once, if at all, and holds no report: this has the whole graph, with all values and symbols.
+    """
 
     def __init__(self, run: Callable[[list[Any]], Any], told: Told) -> None:
         super().__init__()
         self.run = run
-        self.told = told
+        self.told = weakref.ref(told)
 
     def __call__(self, inputs: Any) -> Any:
         return self.run(inputs)
 
     def stored(self) -> bytes:
         """What failed is not kept: it may have been this process's own trouble."""
-        report = self.told.report
-        if report.failed or report.eager_pieces:
+        told = self.told()
+        if told is None or told.report.failed or told.report.eager_pieces:
             raise NotStorable("something of ours failed")
         code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
-        return dumps(_Stored(code, replace(self.told, report=report.to_store())))
+        return dumps(_Stored(code, replace(told, report=told.report.to_store())))
 
     def load(self, data: bytes, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
         found: _Stored = loads(data)
@@ -107,8 +111,8 @@ class CompiledGraph(Storable):
             self.run = _linked(found.code, told.options, report)
         else:
             self.run = loaded_stock(found.code, example_inputs, settings)
-        self.told = told
-        keep(report)
+        self.told = weakref.ref(told)
+        keep(told)
         told.warn()
 
 
@@ -148,6 +152,6 @@ def _linked(program: Program, options: Options, report: Report) -> Program:
 def forget_compiled() -> None:
     """Forget pieces and reports."""
     PIECES.clear()
-    REPORTS.clear()
+    TOLD.clear()
 
 
