@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.without_codegen import pieces_run_eagerly
 from mom_compile import cache_key, chunk_rule, compiled, reports
@@ -212,6 +213,28 @@ def test_what_needs_gradients_is_not_stored(cache):
             torch.compile(model, backend="mom")(ids(1, 20), 1).sum().backward()
         assert not reports()[-1].from_cache
     assert not list(cache.glob("aotautograd/*/*"))
+
+
+def test_functions_within_a_graph_are_compiled_anew(cache):
+    """FlexAttention's: two that differ are two graphs, and none is read for the other."""
+    query, weight = torch.randn(1, 2, 40, 16), torch.randn(16, 16)
+
+    def attended(shift: int) -> torch.Tensor:
+        def score(value, batch, head, q, k):
+            return value + shift * (q - k)
+
+        def attend(query):
+            return (flex_attention(query @ weight, query @ weight, query, score_mod=score) @ weight).relu()
+
+        torch._dynamo.reset()
+        options = {"mini_seq_len": 8, "strict": True}
+        with torch.no_grad():
+            found = torch.compile(attend, backend="mom", options=options)(query)
+        assert reports()[-1].stages and not reports()[-1].from_cache
+        return found
+
+    first, other, again = (attended(shift) for shift in (1, 2, 1))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
 class Scaled(torch.nn.Module):

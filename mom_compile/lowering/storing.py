@@ -21,6 +21,7 @@ from torch import fx
 
 from mom_compile.torch_compat import FakeTensor, NotStorable, OpOverload
 from mom_passes.graph.sizes import expr
+from mom_passes.graph.structure import Structured
 from mom_passes.loops.loop import Loop
 from mom_passes.program.program import Compute
 
@@ -124,15 +125,10 @@ def _tensor(value: torch.Tensor) -> Any:
     return NotImplemented
 
 
-def _refused(value: Any) -> Any:
-    raise NotStorable(f"a program holds a {type(value).__name__}")
-
-
 #: By type: what pickles it, as `__reduce__` would.
 _RULES: dict[type, Callable[[Any], Any]] = {
     fx.Graph: _graph,
     fx.Node: lambda node: (Told, (node.name, node.op, str(node.target))),
-    fx.GraphModule: _refused,
     Loop: lambda _: (_nothing, ()),
     Compute: lambda step: (Compute, (step.name, (), (), ())),
     OpOverload: _operator,
@@ -150,5 +146,8 @@ def _itself(value: Any) -> Any:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.nn.Module | Structured):
+            # Graphs within an operator are known by what has an address in this process alone.
+            raise NotStorable(f"a program holds a {type(value).__name__}")
         rule = _tensor if isinstance(value, torch.Tensor) else _RULES.get(type(value))
         return NotImplemented if rule is None else rule(value)
