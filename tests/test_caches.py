@@ -47,6 +47,7 @@ def test_stock_inductor_first(tmp_path):
     assert ours_again["graph_hits"] == ours["graph_misses"] > 0 and ours_again["graph_misses"] == 0
 
 
+@pytest.mark.slow
 def test_ours_first(tmp_path):
     ours, stock = (run(b, tmp_path) for b in ("mom", "inductor"))
     assert ours["loops"] == 1
@@ -70,8 +71,10 @@ def test_what_was_compiled_can_be_taken_to_another_machine(tmp_path):
 
 @pytest.fixture
 def compiled_cache(fresh, tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty compile cache, which is on."""
+    """An empty compile cache, which is on, and no rules but our own: other tests may have made some."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    foreign = registry.foreign_rules()
+    monkeypatch.setattr(registry, "_FACTS", {k: facts for k, facts in registry._FACTS.items() if k not in foreign})
     with functorch_config.patch(enable_autograd_cache=True):
         yield tmp_path
 
@@ -87,7 +90,7 @@ def prefill(tokens: int = 37, **options) -> tuple[Any, Any]:
     """A compiled prefill as a process that starts now makes it: its result, and the report on it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = TinyDecoder(layers=2).eval()
+    model = TinyDecoder(layers=1).eval()
     fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True, **options})
     with torch.no_grad():
         found = fast(ids(1, tokens), 1)
@@ -99,7 +102,7 @@ def test_a_graph_is_read_with_its_report(cache):
     (first, compiled), (second, read) = prefill(), prefill()
     assert torch.equal(first, second)
     assert (compiled.from_cache, read.from_cache) == (False, True)
-    assert read.stages == compiled.stages and len(read.stages) == 2
+    assert len(read.stages) == 1 and str(read.stages) == str(compiled.stages)
     assert str(read) == str(compiled) and read.expected_peak_bytes == compiled.expected_peak_bytes > 0
     assert not read.passes and "explain" in read.code() and "compile cache" in read.details()
 
@@ -109,7 +112,7 @@ def test_every_length_reads_its_own_graph(cache):
 
     def lengths(*tokens):
         torch._dynamo.reset()
-        model = TinyDecoder(layers=2).eval()
+        model = TinyDecoder(layers=1).eval()
         fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True})
         with torch.no_grad():
             for count in tokens:
@@ -137,7 +140,6 @@ def test_another_version_of_the_sources_reads_nothing(cache, monkeypatch):
 
 def test_with_a_rule_of_the_users_own_nothing_is_stored(cache, monkeypatch):
     """Nothing tells whether it is the same one in another process."""
-    monkeypatch.setattr(registry, "_FACTS", dict(registry._FACTS))
     chunk_rule("mylib::not_there")(lambda node, dim: None)
     assert cache_key.cache_tag(Options()) is None
     prefill()
@@ -172,7 +174,9 @@ def test_a_request_that_is_not_honoured_is_told_of_a_graph_that_is_read_too(comp
         assert reports()[-1].from_cache == read
 
 
-@pytest.mark.parametrize("options", [{"kv_offload": True}, {"memory_budget": 1 << 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"kv_offload": True}, pytest.param({"memory_budget": 150_000}, marks=pytest.mark.slow)], ids=str
+)
 def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, options):
     """All of them, and those that do not fit: prefill and decode of an unmodified `generate()`."""
     texts = []
@@ -186,6 +190,7 @@ def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, optio
     assert texts[0] == texts[1] and any(texts[0][1])
 
 
+@pytest.mark.slow
 def test_a_step_left_on_the_device_is_compiled_anew_where_its_cache_does_not_fit(compiled_cache, monkeypatch):
     """What "auto" decided once, by what the device had free, is asked again; so is how many layers stay."""
 

@@ -99,10 +99,11 @@ def slow_copies():
     engine.delay = None
 
 
-def test_random_delays_in_every_copy_change_nothing(slow_copies):
+@pytest.mark.parametrize("runs", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_delays_in_every_copy_change_nothing(slow_copies, runs):
     model = compiled_model()
 
-    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=runs, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(stories)
     def same(story):
         assert not differs(model, story)

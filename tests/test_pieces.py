@@ -303,9 +303,9 @@ def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
     hints = []
     get = PieceCache.get
 
-    def seen(cache: PieceCache, graph: fx.Graph, templates: Any, symbols: Any, *more: Any) -> Any:
-        hints.extend(facts.hint for symbol, facts in symbols.items() if symbol == COUNT)
-        return get(cache, graph, templates, symbols, *more)
+    def seen(cache: PieceCache, piece: Piece, *more: Any) -> Any:
+        hints.extend(facts.hint for symbol, facts in piece.symbols.items() if symbol == COUNT)
+        return get(cache, piece, *more)
 
     monkeypatch.setattr(PieceCache, "get", seen)
     with torch.no_grad():

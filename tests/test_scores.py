@@ -200,9 +200,9 @@ def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) 
     seen: list[int] = []
     capture = backend.capture
 
-    def counting(gm: torch.fx.GraphModule, *given: Any) -> Any:
+    def counting(gm: torch.fx.GraphModule, *given: Any, **named: Any) -> Any:
         seen.append(len(gm.graph.nodes))
-        return capture(gm, *given)
+        return capture(gm, *given, **named)
 
     monkeypatch.setattr(backend, "capture", counting)
     model = small_model("Llama")
