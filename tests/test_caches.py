@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import flex_attention
+from torch.torch_version import TorchVersion
 
 from benchmarks.without_codegen import pieces_run_eagerly
 from mom_compile import cache_key, chunk_rule, compiled, reports
 from mom_compile.config import Options
 from mom_compile.notices import MomWarning
+from mom_compile.report import DECODE_STEP
 from mom_passes.rules import registry
 from tests.models import TinyDecoder, ids, small_model
 
@@ -186,7 +188,9 @@ def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, optio
         model.compile(backend="mom", options={"mini_seq_len": 8, "strict": True, **options})
         text = model.generate(ids(1, 40), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         texts.append((text.tolist(), [bool(report.on_host) for report in reports()]))
-    assert all(report.from_cache for report in reports()), [str(report) for report in reports()]
+    # PyTorch 2.11 has no key for a tensor of a class of ours: steps with a cache on the host are compiled anew.
+    known = TorchVersion(torch.__version__) >= (2, 12) or "memory_budget" in options
+    assert [report.from_cache or (report.kind == DECODE_STEP and not known) for report in reports()] == [True] * 3
     assert texts[0] == texts[1] and any(texts[0][1])
 
 
