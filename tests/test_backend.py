@@ -37,7 +37,9 @@ def assert_same(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("batch", "lengths"), [(1, (37, 61, 9, 2, 1)), (2, (37, 61))])
+@pytest.mark.parametrize(
+    ("batch", "lengths"), [(1, (37, 61, 9, 2, 1)), pytest.param(2, (37, 61), marks=pytest.mark.slow)]
+)
 def test_compiled_prefill_equals_eager_for_every_length(batch, lengths):
     model = TinyDecoder().eval()
     fast = compiled(model)

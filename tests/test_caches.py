@@ -88,6 +88,9 @@ def cache(compiled_cache) -> Iterator[Path]:
         yield compiled_cache
 
 
+SLOWER: list[dict[str, Any]] = [{"scope": "mlp"}, {"inductor": {"epilogue_fusion": False}}]
+
+
 def prefill(tokens: int = 37, **options) -> tuple[Any, Any]:
     """A compiled prefill as a process that starts now makes it: its result, and the report on it."""
     torch._dynamo.reset()
@@ -126,7 +129,9 @@ def test_every_length_reads_its_own_graph(cache):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"mini_seq_len": 9}, {"scope": "mlp"}, {"inductor": {"epilogue_fusion": False}}], ids=str
+    "changed",
+    [{"mini_seq_len": 9}, *(pytest.param(more, marks=pytest.mark.slow) for more in SLOWER)],
+    ids=str,
 )
 def test_other_options_read_nothing(cache, changed):
     prefill()
@@ -149,11 +154,12 @@ def test_with_a_rule_of_the_users_own_nothing_is_stored(cache, monkeypatch):
     assert not list(cache.glob("aotautograd/*/*"))
 
 
-@pytest.mark.parametrize("folder", ["aotautograd", "fxgraph"])
-def test_a_spoiled_entry_is_compiled_anew(compiled_cache, folder):
+@pytest.mark.parametrize(("folder", "pieces"), [("aotautograd", "cache"), ("fxgraph", "compiled_cache")])
+def test_a_spoiled_entry_is_compiled_anew(folder, pieces, request):
     """Cut off, as by a full disk. Where only pieces are lost the program is read, and they are compiled."""
+    cache = request.getfixturevalue(pieces)
     prefill()
-    entries = [path for path in compiled_cache.glob(f"{folder}/**/*") if path.is_file()]
+    entries = [path for path in cache.glob(f"{folder}/**/*") if path.is_file()]
     assert entries
     for path in entries:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

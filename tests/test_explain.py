@@ -450,6 +450,7 @@ print(report, report.code(), schedule(report.graph), report.memory.peak, sep="\\
 """
 
 
+@pytest.mark.slow
 def test_the_same_graph_gives_the_same_program_whatever_the_hash_seed():
     plans = []
     for seed in ("1", "2"):

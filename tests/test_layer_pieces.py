@@ -51,6 +51,7 @@ def decode_graph(layers: int = LAYERS, tokens: int = 20) -> fx.GraphModule:
     return capture(step, token=ids(1, 1)).gm
 
 
+@pytest.mark.slow
 def test_layers_of_a_decode_step_share_their_pieces_and_those_of_other_lengths() -> None:
     model = tiny("Llama", num_hidden_layers=LAYERS)
     expected = [generate(model, tokens) for tokens in (21, 38)]

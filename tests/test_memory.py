@@ -124,7 +124,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("family", [f if f == "Llama" else pytest.param(f, marks=pytest.mark.slow) for f in SHAPES])
-@pytest.mark.parametrize("kv_offload", [False, True])
+@pytest.mark.parametrize("kv_offload", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("fresh")
 def test_the_expected_peak_is_what_is_measured(family, kv_offload):
     """At two lengths, and at the second by the expression that was found at the first."""

@@ -49,7 +49,7 @@ def kept(logits, inputs):
 #: With one, what is quick are those that differ in kind: windows, biases, norms, heads, a float32 softmax.
 QUICK = {
     ("one", False): {"Llama", "Gemma3Text", "GPT2"},
-    ("padded", True): {"Llama", "Mistral", "Gemma3Text", "Gemma2", "GPT2", "Falcon", "Bloom"},
+    ("padded", True): {"Llama", "Gemma3Text", "GPT2", "Falcon", "Bloom"},
 }
 CASES = [
     pytest.param(name, *case, marks=[] if name in quick else [pytest.mark.slow])
@@ -178,7 +178,7 @@ STEPS_RUN_EAGERLY = TorchVersion(torch.__version__) < (2, 12)
 
 @pytest.mark.filterwarnings(*["ignore:Inductor could not compile a graph"] * STEPS_RUN_EAGERLY)
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", sweep(["Llama", "Gemma3Text", "GPT2"], quick={"Gemma3Text"}))
+@pytest.mark.parametrize("name", sweep(["Llama", "Gemma3Text", "GPT2"], quick=()))
 def test_a_compiled_family_generates_what_eager_generates(name):
     model = small_model(name)
     inputs = prompt(2, 37, padded=True)

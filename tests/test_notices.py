@@ -83,6 +83,7 @@ def test_with_a_cache_on_the_host_the_lines_say_what_leaves(lines):
 # --- gradients ---
 
 
+@pytest.mark.slow
 def test_a_call_with_gradients_is_one_warning_that_says_what_to_do(lines):
     def train():
         model = compiled(TinyDecoder(layers=1))

@@ -258,6 +258,7 @@ def test_several_rows_of_each_and_the_same_of_all(eager_pieces: None) -> None:
         assert mom_compile.reports()[-1].stages
 
 
+@pytest.mark.slow
 def test_picks_save_memory_and_are_checked_where_they_are_compiled() -> None:
     """Through Inductor: what is out of range raises there, too."""
     model = small_model("Llama")

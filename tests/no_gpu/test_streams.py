@@ -192,6 +192,7 @@ def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: Told) -> None:
     told.under(latest, same)
 
