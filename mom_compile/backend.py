@@ -193,8 +193,9 @@ def build_layers(
     """
     if kwargs.get("cudagraphs"):
         return None
-    gm = copy_graph(gm)
-    outline_flex(gm)
+    if gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION):
+        gm = copy_graph(gm)
+        outline_flex(gm)
     plan = by_layers(gm)
     if plan is None:
         return None

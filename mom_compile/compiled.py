@@ -35,6 +35,7 @@ NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or t
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
 
+
 @dataclass(frozen=True)
 class Told:
     """What there is to say of a graph: `not_ours` is why it was none for us, `attends` whether it has attentions,
@@ -96,8 +97,11 @@ class CompiledGraph(Storable):
     def stored(self) -> bytes:
         """What failed is not kept: it may have been this process's own trouble."""
         told = self.told()
-        if told is None or told.report.failed or told.report.eager_pieces:
+        if told is None:
+            raise NotStorable("its report is gone")
+        if told.report.failed or told.report.eager_pieces:
             raise NotStorable("something of ours failed")
+        # A copy, without what a program keeps once it has run.
         code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
         return dumps(_Stored(code, replace(told, report=told.report.to_store())))
 
@@ -153,5 +157,3 @@ def forget_compiled() -> None:
     """Forget pieces and reports."""
     PIECES.clear()
     TOLD.clear()
-
-

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.pieces import Conditions, Piece, SizeTemplate, SymbolFacts
-from mom_compile.lowering.storing import LARGEST_CONSTANT, Told, dumps, loads
+from mom_compile.lowering.storing import LARGEST_CONSTANT, NodeName, dumps, loads
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.torch_compat import FakeTensorMode, NotStorable, SymbolicSizes
 from mom_passes.graph.size_values import function_of
@@ -81,7 +81,7 @@ def test_numbers_that_are_sizes_are_told_as_expressions():
 
 def test_a_node_that_is_not_stored_is_told_by_name():
     node = graph().find_nodes(op="call_function", target=aten.cat.default)[0]
-    assert loads(dumps(node)) == Told("cat_default", "call_function", "aten.cat.default")
+    assert loads(dumps(node)) == NodeName("cat_default", "call_function", "aten.cat.default")
 
 
 def test_a_small_constant_is_kept():

@@ -68,13 +68,12 @@ class Conditions:
     """What compiled code relies on, in the symbols of its piece. It is asked for all sizes that a run has not seen:
     sympy itself would take a fifth of a millisecond."""
 
-    assumed: tuple[sympy.Basic, ...]
     functions: tuple[SizeFunction, ...]
 
     @staticmethod
     def of(assumed: Sequence[sympy.Basic], symbols: Sequence[sympy.Symbol]) -> Conditions | None:
         """None: it holds for all sizes."""
-        return Conditions(tuple(assumed), tuple(function_of(a, symbols) for a in assumed)) if assumed else None
+        return Conditions(tuple(function_of(a, symbols) for a in assumed)) if assumed else None
 
     def __call__(self, values: Sequence[int]) -> bool:
         return all(function(values) for function in self.functions)

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from mom_compile.runtime.calls import filled, numbered
 from mom_compile.torch_compat import FakeTensor, NotStorable, OpOverload
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.structure import Structured
 from mom_passes.loops.loop import Loop
 from mom_passes.program.program import Compute
-
-aggregate: Any = fx.node.map_aggregate
 
 #: Bytes of a constant of the graph, beyond which a program that has it is not stored.
 LARGEST_CONSTANT = 1 << 20
@@ -52,19 +51,12 @@ def loads(data: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Told:
+class NodeName:
     """A node of a graph that is not stored: its name, for who reads a report."""
 
     name: str
     op: str
     target: str
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """In a stored node's arguments, the node of this number."""
-
-    number: int
 
 
 @dataclass(frozen=True)
@@ -82,14 +74,10 @@ class _StoredNode:
 def _graph(graph: fx.Graph) -> Any:
     number: dict[fx.Node, int] = {}
     stored = []
-
-    def told(value: Any) -> Any:
-        return _Ref(number[value]) if isinstance(value, fx.Node) else value
-
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             raise NotStorable(f"a piece has a part of its own, {node.target}")
-        args, kwargs = aggregate((node.args, node.kwargs), told)
+        args, kwargs = numbered(node, number)
         stored.append(_StoredNode(node.name, node.op, node.target, args, kwargs, "eager_input_vals" in node.meta))
         number[node] = len(number)
     return _restored, (stored,)
@@ -98,12 +86,8 @@ def _graph(graph: fx.Graph) -> Any:
 def _restored(stored: Sequence[_StoredNode]) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-
-    def given(value: Any) -> Any:
-        return nodes[value.number] if isinstance(value, _Ref) else value
-
     for node in stored:
-        args, kwargs = aggregate((node.args, node.kwargs), given)
+        args, kwargs = filled((node.args, node.kwargs), nodes)
         made = graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         if node.eager:
             made.meta["eager_input_vals"] = None  # filled in when values are
@@ -128,7 +112,7 @@ def _tensor(value: torch.Tensor) -> Any:
 #: By type: what pickles it, as `__reduce__` would.
 _RULES: dict[type, Callable[[Any], Any]] = {
     fx.Graph: _graph,
-    fx.Node: lambda node: (Told, (node.name, node.op, str(node.target))),
+    fx.Node: lambda node: (NodeName, (node.name, node.op, str(node.target))),
     Loop: lambda _: (_nothing, ()),
     Compute: lambda step: (Compute, (step.name, (), (), ())),
     OpOverload: _operator,

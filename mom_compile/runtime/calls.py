@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,27 @@ aggregate: Any = fx.node.map_aggregate
 
 @dataclass(frozen=True)
 class Argument:
-    """The step's argument of this number."""
+    """The value of this number: in a step, its argument."""
 
     number: int
+
+
+def numbered(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Any:
+    """A node's arguments, positional and by keyword, with an `Argument` for each node among them."""
+
+    def told(value: Any) -> Any:
+        return Argument(numbers[value]) if isinstance(value, fx.Node) else value
+
+    return aggregate((node.args, node.kwargs), told)
+
+
+def filled(arguments: Any, values: Sequence[Any]) -> Any:
+    """What `numbered` gave, with values in place of their numbers."""
+
+    def given(value: Any) -> Any:
+        return values[value.number] if isinstance(value, Argument) else value
+
+    return aggregate(arguments, given)
 
 
 @dataclass(frozen=True)
@@ -29,19 +47,11 @@ class OperatorCall:
     @staticmethod
     def of(node: fx.Node) -> OperatorCall:
         """A node's call, on the values of its distinct inputs."""
-        number = {given: Argument(i) for i, given in enumerate(node.all_input_nodes)}
-
-        def told(value: Any) -> Any:
-            return number[value] if isinstance(value, fx.Node) else value
-
-        args, kwargs = aggregate((node.args, node.kwargs), told)
+        args, kwargs = numbered(node, {given: i for i, given in enumerate(node.all_input_nodes)})
         return OperatorCall(node.target, args, dict(kwargs))  # type: ignore[arg-type]
 
     def __call__(self, arguments: list[Any]) -> tuple[Any]:
-        def given(value: Any) -> Any:
-            return arguments[value.number] if isinstance(value, Argument) else value
-
-        args, kwargs = aggregate((self.args, self.kwargs), given)
+        args, kwargs = filled((self.args, self.kwargs), arguments)
         return (self.target(*args, **kwargs),)
 
 
