@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
+from mom_compile.runtime.attention import ways
 from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.ways import Way, prefers_cudnn, way_of
 from mom_passes.ops.attention import AttentionCall, attention_reference
@@ -40,9 +41,10 @@ def test_grouped_heads_in_prefill_and_decode(
 @pytest.mark.parametrize(("rows", "start"), [(256, 3 * BLOCK), (128, BLOCK + 77), (130, BLOCK)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_keys_before_the_rows(
-    dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int
+    dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Hopper and later cuDNN reads those, where there is a recent one; flash does where the rows are 130."""
+    monkeypatch.setattr(ways, "NUMBERS", 0)  # few, so that the definition is soon computed
     sizes = (batch, groups, group, rows, start + rows + 9, 64, 64, start)
     case = Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0)
     check(case)

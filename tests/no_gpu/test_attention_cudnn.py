@@ -61,7 +61,9 @@ def prefill(
     return AttentionCall(query, key, value, None, start, is_causal, channels**-0.5, window)
 
 
-LATE = prefill(BLOCK, ROWS)
+#: Enough of them, in multiples of 128.
+MANY = 512
+LATE = prefill(BLOCK, MANY)
 
 
 @pytest.mark.parametrize(
@@ -69,24 +71,27 @@ LATE = prefill(BLOCK, ROWS)
     [
         (LATE, Way.CUDNN),
         (prefill(20 * BLOCK, 2048, after=5000, batch=3), Way.CUDNN),
-        (prefill(BLOCK + 77, ROWS), Way.CUDNN),
-        (prefill(BLOCK, ROWS, dtype=torch.float16), Way.CUDNN),
-        (prefill(BLOCK, ROWS, groups=1), Way.CUDNN),
-        (prefill(BLOCK, ROWS, groups=HEADS, channels=64), Way.CUDNN),
-        (prefill(BLOCK, ROWS, window=BLOCK + ROWS), Way.CUDNN),  # which no row feels
+        (prefill(BLOCK + 77, MANY), Way.CUDNN),
+        (prefill(BLOCK, MANY, dtype=torch.float16), Way.CUDNN),
+        (prefill(BLOCK, MANY, groups=1), Way.CUDNN),
+        (prefill(BLOCK, 2 * MANY, groups=HEADS, channels=64), Way.CUDNN),
+        (prefill(BLOCK, MANY, window=BLOCK + MANY), Way.CUDNN),  # which no row feels
         # the first mini-sequence, and others with too few keys before them
         (prefill(0, 2048), Way.FLASH),
-        (prefill(BLOCK - 1, ROWS), Way.FLASH),
+        (prefill(BLOCK - 1, MANY), Way.FLASH),
         # the last mini-sequence, a token of a decode step
-        (prefill(BLOCK, ROWS + 1), Way.FLASH),
+        (prefill(BLOCK, MANY + 1), Way.FLASH),
         (prefill(BLOCK, 1), Way.FLASH),
-        (prefill(BLOCK, ROWS, window=4096), Way.FLASH),
-        (prefill(BLOCK, ROWS, is_causal=False), Way.FLASH),
+        # so few numbers that launches take longer
+        (prefill(BLOCK, MANY - ROWS, batch=4), Way.FLASH),
+        (prefill(BLOCK, MANY, channels=64), Way.FLASH),
+        (prefill(BLOCK, MANY, window=4096), Way.FLASH),
+        (prefill(BLOCK, MANY, is_causal=False), Way.FLASH),
         # strides that say how many keys there are
-        (prefill(BLOCK, ROWS, layout="head-major"), Way.FLASH),
+        (prefill(BLOCK, MANY, layout="head-major"), Way.FLASH),
         # more channels than this cuDNN is said to take
-        (prefill(BLOCK, ROWS, channels=256), Way.FLASH),
-        (prefill(BLOCK, ROWS, dtype=torch.float32), Way.EFFICIENT),
+        (prefill(BLOCK, MANY, channels=256), Way.FLASH),
+        (prefill(BLOCK, MANY, dtype=torch.float32), Way.EFFICIENT),
         (replace(LATE, keys=torch.empty(1, LATE.tokens, device="meta", dtype=torch.bool)), Way.BIAS),
     ],
 )
@@ -122,7 +127,7 @@ def test_who_says_no_to_cudnn_gets_flash(no: str, monkeypatch: pytest.MonkeyPatc
     elif no == "not for this call":
         monkeypatch.setattr(ways, "can_use_cudnn_attention", lambda params: False)
     elif no == "another flash":
-        monkeypatch.setattr(torch.nn.attention._registry, "_FLASH_ATTENTION_ACTIVE", ("FA3", None))
+        monkeypatch.setattr(ways, "current_flash_attention_impl", lambda: "FA3")
     else:
         monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert way_of(LATE) is Way.FLASH
@@ -138,6 +143,7 @@ class Kernels:
         kernels_of_pytorch(patch)
         patch.setattr(attention_cudnn, "BLOCK", block)
         patch.setattr(ways, "ROWS", rows)
+        patch.setattr(ways, "NUMBERS", 0)
         self.cudnn: list[int] = []
         self.flash: list[int] = []
         patch.setattr(attention_cudnn, "CUDNN", self._cudnn)
@@ -334,7 +340,7 @@ LARGE = {
     "600,000 tokens": prefill(598_016, 1024, after=960),
     "a batch": prefill(120_000, 2048, batch=2),
 }
-OTHERS = {"first": prefill(0, 1024), "many": prefill(BLOCK, ROWS, batch=8), "odd": prefill(BLOCK, ROWS + 1)}
+OTHERS = {"first": prefill(0, 1024), "many": prefill(BLOCK, MANY, batch=8), "odd": prefill(BLOCK, MANY + 1)}
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -24,6 +24,9 @@ Why `BLOCK` is 8192. For each of the R x H x D numbers of a result, a key takes 
 float32: 24 bytes for each number, 7.2 picoseconds at 3.35 TB/s. 1500 keys pay for it; of what 8192 save, merging takes
 a sixth. Below 8192 keys nothing changes: flash reads them all.
 
+Why a result has at least `NUMBERS`. A part takes the host a dozen operators, by estimate 80 microseconds; for 2 million
+numbers the shortest block saves as much.
+
 Rows are whole multiples of `ROWS`: mini-sequences are, and of the lengths of last ones, of which every prompt may have
 another, few are.
 """
@@ -45,6 +48,8 @@ CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 BLOCK = 8192
 #: Rows of a tile of the kernels.
 ROWS = 128
+#: Of a result, R x H x D.
+NUMBERS = 1 << 21
 
 
 def blocks_before(start: int) -> list[tuple[int, int]]:

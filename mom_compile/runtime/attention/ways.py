@@ -27,7 +27,7 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import current_flash_attention_impl
 
-from mom_compile.runtime.attention.cudnn import ROWS, blocks_before, keys_keep_their_place
+from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, blocks_before, keys_keep_their_place
 from mom_passes.ops.attention import AttentionCall
 
 HALF = (torch.float16, torch.bfloat16)
@@ -60,6 +60,8 @@ def way_of(call: AttentionCall) -> Way:
 def takes_cudnn(call: AttentionCall) -> bool:
     """Of what flash takes: cheapest question first, since most calls of a short prompt stop there."""
     if not call.is_causal or call.felt_window is not None or call.rows % ROWS != 0:
+        return False
+    if call.query[0].numel() < NUMBERS:
         return False
     blocks = blocks_before(call.start)
     if not blocks or not prefers_cudnn(call.query.device):
