@@ -51,6 +51,9 @@ MOST_STACK = 64
 #: Of all configurations, how many may have more: Triton 3.6 spills in one of six that a rotary embedding has.
 MOST_SPILLED = 0.05 if Version(triton.__version__) < Version("3.7") else 0.0
 
+#: Before transformers 5.23 the angles of positions are a product, made once, whose tokens are its last dimension.
+ANGLES_ARE_A_PRODUCT = STEPS_HAVE_MASKS = Version(transformers.__version__) < Version("5.23")
+
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
 ATTENTION = "torch.ops.mom.attention.default"
 #: Of a decode step, which goes as it is to stock Inductor's kernels.
@@ -146,7 +149,7 @@ def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch)
     found = compiled(case, monkeypatch)
     every_piece_is_compiled(found)
     every_kernel_is_a_binary_that_keeps_to_its_registers(found)
-    no_index_is_wider_than_it_need_be(found)
+    no_index_is_wider_than_it_need_be(found, case)
     pieces_hold_for_other_lengths(found, case)
     nothing_runs_beside_kernels_but_attention_and_products(found, case)
     alike_layers_share_a_body(found, case)
@@ -174,13 +177,16 @@ def every_kernel_is_a_binary_that_keeps_to_its_registers(found: Compiled) -> Non
     assert len(spilled) <= MOST_SPILLED * len(kernels), [(kernel.name, kernel.stack) for kernel in spilled]
 
 
-def no_index_is_wider_than_it_need_be(found: Compiled) -> None:
+def no_index_is_wider_than_it_need_be(found: Compiled, case: Case) -> None:
     """A mini-sequence has fewer than 2^31 values, and so has a layer's past at these lengths. What runs once behind the
     loops may reach into more: the last row of 600,000 of the residual stream. (A position may be 64 bits wide: that is
-    a value.)"""
+    a value. Where a decode step has a mask, its model repeats keys for all heads, and those may be more than 2^31.)"""
     pieces = found.report.compiled_pieces
     for kernel in found.made.kernels:
         if found.report.stages and not pieces[kernel.wrapper].startswith("stage"):
+            continue
+        repeats_keys = case.kind == "decode" and STEPS_HAVE_MASKS and "_clone_expand_" in kernel.name
+        if repeats_keys and case.tokens * 4096 >= 2**31:
             continue
         assert not re.search(r"program_id\(\d\)\.to\(tl\.int64\)", kernel.source), kernel.name
         sizes = [name for name, type in kernel.signature.items() if name.endswith("numel") and type == "i64"]
@@ -232,6 +238,10 @@ LAUNCHES = {
     ),
 }
 
+if ANGLES_ARE_A_PRODUCT:
+    # Gemma-3's norms of heads do not fuse with a rotation that reads them so. One of its layers makes another's angles.
+    LAUNCHES["gemma3"] += Counter({"triton": 4, "extern_kernels.bmm": 1})
+
 
 def bodies_launch_no_more_than_they_need(found: Compiled, case: Case) -> None:
     bodies = {name: launches for name, launches in found.launches.items() if name.startswith("stage_")}
@@ -265,7 +275,7 @@ LLAMA = {
 
 
 def llama_launches_what_is_said(found: Compiled, case: Case) -> None:
-    """Copies to the host launch nothing. Before transformers 5.23 angles are a product, and a step has a mask."""
-    if case.shape == "llama" and Version(transformers.__version__) >= Version("5.23"):
+    """Copies to the host launch nothing. (Where angles are a product, a decode step has a mask, too.)"""
+    if case.shape == "llama" and not ANGLES_ARE_A_PRODUCT:
         said = LLAMA["decode" if case.kind == "decode" else "prefill"]
         assert list(found.launches.values()) == said, found.launches
