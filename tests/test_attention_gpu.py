@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
-from mom_passes.ops.attention import attention_reference
+from mom_compile.runtime.attention import ways
+from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
+from mom_compile.runtime.attention.ways import Way, prefers_cudnn, way_of
+from mom_passes.ops.attention import AttentionCall, attention_reference
 from tests.test_attention_kernels import CONDITIONS, TOLERANCE, Case, in_float64, run
 
 pytestmark = pytest.mark.gpu
@@ -34,11 +37,29 @@ def test_grouped_heads_in_prefill_and_decode(
     check(Case(*sizes, True, None, mask, broadcast, "token-major", dtype, 0))
 
 
+@pytest.mark.parametrize(("batch", "groups", "group"), [(1, 2, 4), (2, 4, 1)])
+@pytest.mark.parametrize(("rows", "start"), [(256, 3 * BLOCK), (128, BLOCK + 77), (130, BLOCK)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_keys_before_the_rows(
+    dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper and later cuDNN reads those, where there is a recent one; flash does where the rows are 130."""
+    monkeypatch.setattr(ways, "NUMBERS", 0)  # few, so that the definition is soon computed
+    sizes = (batch, groups, group, rows, start + rows + 9, 64, 64, start)
+    case = Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0)
+    check(case)
+    way = way_of(on_device(case.call()))
+    assert way is (Way.CUDNN if prefers_cudnn(torch.device("cuda")) and rows % ROWS == 0 else Way.FLASH)
+
+
+def on_device(call: AttentionCall) -> AttentionCall:
+    """What `mom.spans` has found stays on the host."""
+    return replace(call, **{k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"})
+
+
 def check(case: Case) -> None:
     call = case.call()
-    # What `mom.spans` has found stays on the host.
-    moved = {k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"}
-    result = run(replace(call, **moved))
+    result = run(on_device(call))
     assert result.transpose(1, 2).is_contiguous()
     tolerance, expected = TOLERANCE[case.dtype], attention_reference(in_float64(call))
     torch.testing.assert_close(result.double().cpu(), expected, atol=tolerance, rtol=tolerance)

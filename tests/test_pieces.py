@@ -295,6 +295,26 @@ def test_a_piece_is_shared_under_one_configuration_and_not_with_another() -> Non
 
 
 @pytest.mark.usefixtures("eager_pieces")
+def test_alike_layers_share_a_body_whose_operands_are_made_in_another_order() -> None:
+    """The first layer reads what was there before the angles of positions; the others what was made behind them."""
+
+    def decoder(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        x = ROWWISE["mlp"](x, W)
+        turned = angles @ W.bias[:, None]  # a product, which is made once for all layers
+        for _ in range(4):
+            x = x + ATTENTION["causal"](x * turned, W)
+        return x
+
+    x, angles = inputs(40), inputs(40).flip(1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(decoder, backend="mom", options=MINI)(x, angles), decoder(x, angles))
+    report = reports()[-1]
+    bodies = [name for name in report.compiled_pieces if name.startswith("stage")]
+    assert len(report.stages) == 5
+    assert len(bodies) == 3, "before the first attention, between two, behind the last"
+
+
+@pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize("tokens", [9, 41, 400])
 def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
     tokens: int, monkeypatch: pytest.MonkeyPatch

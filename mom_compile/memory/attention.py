@@ -6,10 +6,12 @@ R, T    Rows of the query, in a loop those of a mini-sequence; keys.
 
     logsumexp           B x H x R numbers in float32: every kernel returns them
     another layout      the result once more, where the kernel's is not what the operator promises
+    parts               of attention in parts (`runtime/attention/cudnn.py`), for one entry of the batch: the result in
+                        float32, another part's as it is made, and `SUMS` times its logsumexp while they are merged
     bias                where there is a mask or a condition: `BIASES` blocks of it, as it is made, converted and
                         aligned, each of `BLOCK_BYTES`, or of `FEWEST_ROWS` rows where those are more
 
-This is a bound, read off `runtime/attention/cuda.py`; no GPU has confirmed it.
+This is a bound, read off `runtime/attention/`; no GPU has confirmed it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
+from mom_compile.runtime.attention.ways import HALF
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START
@@ -29,11 +33,13 @@ from mom_passes.program.program import Compute, LoopStep, Program
 
 ATTENTION = torch.ops.mom.attention.default
 BIASES = 3
+#: Of both parts and of their union, and two shares.
+SUMS = 5
 
 
 def most_of_attention(program: Program) -> sympy.Expr:
     """The most bytes that one attention of a program takes for itself, in the sizes of its graph."""
-    return sympy.Max(0, *dict.fromkeys(_own_bytes(node, loop) for node, loop in _attentions(program)), evaluate=False)
+    return sympy.Max(0, *dict.fromkeys(own_bytes(node, loop) for node, loop in _attentions(program)), evaluate=False)
 
 
 def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
@@ -44,18 +50,35 @@ def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
         yield from ((node, loop) for node in (loop.body.graph.nodes if loop else nodes) if node.target is ATTENTION)
 
 
-def _own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
+def own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
     query, key, value, mask = (_type(argument) for argument in node.args[:4])
     batch, heads, length, _ = (expr(size) for size in query.shape)
     size = query.dtype.itemsize
     result = batch * heads * length * expr(value.shape[-1]) * size
     own = batch * heads * length * torch.float32.itemsize + result
+    if _may_be_in_parts(node, loop):
+        own = sympy.Max(own, _bytes_of_parts(query, value), evaluate=False)
     conditions = [argument for argument in node.args[8:11] if argument is not None]
     if mask is not None or conditions:
         repeats = expr(product(mask.shape[:-2])) if mask is not None else sympy.S.One
         repeats = sympy.Max(repeats, batch) if conditions else repeats
         own += BIASES * sympy.Max(BLOCK_BYTES, FEWEST_ROWS * repeats * expr(key.shape[2]) * size)
     return own if loop is None else own.xreplace({COUNT: sympy.Integer(loop.rows), START: expr(loop.length)})
+
+
+def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:
+    """As far as can be told without a device: `runtime/attention/ways.py`."""
+    query, mask, start, is_causal = _type(node.args[0]), node.args[3], node.args[4], node.args[5]
+    if mask is not None or not is_causal or query.dtype not in HALF:
+        return False
+    rows = query.shape[2] if loop is None else loop.rows
+    far = not isinstance(start, int) or start >= BLOCK
+    return far and (not isinstance(rows, int) or rows % ROWS == 0)
+
+
+def _bytes_of_parts(query: Any, value: Any) -> sympy.Expr:
+    wide = torch.float32.itemsize
+    return expr(product(query.shape[1:3])) * (expr(value.shape[-1]) * (wide + query.dtype.itemsize) + SUMS * wide)
 
 
 def _type(argument: Any) -> Any:

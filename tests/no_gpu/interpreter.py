@@ -5,6 +5,7 @@ interpreter lacks:
 
     libdevice       its functions are stubs that return None: PyTorch's stand in
     max2, min2      reductions whose combine function is Inductor's own are interpreted element by element: NumPy's do
+    indices         Triton 3.6 makes them of arrays of one number, which NumPy 2.5 does not convert
     configurations  it would take a kernel's first: the one with the largest blocks has the fewest programs to interpret
 """
 
@@ -45,6 +46,7 @@ def prepare() -> None:
     for name in TESTS:
         setattr(libdevice, name, _through_torch(getattr(torch, name), tl.int32))
     triton_helpers.max2, triton_helpers.min2 = _reduced(np.max), _reduced(np.min)
+    interpreter._patch_lang_tensor = _with_indices(interpreter._patch_lang_tensor)
     init, run = CachingAutotuner.__init__, CachingAutotuner.run
 
     def with_largest_blocks(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +58,16 @@ def prepare() -> None:
         return run(self, *args, **kwargs)
 
     CachingAutotuner.__init__, CachingAutotuner.run = with_largest_blocks, counted
+
+
+def _with_indices(patch: Callable[..., None]) -> Callable[..., None]:
+    """What gives tensors their methods while a kernel is interpreted."""
+
+    def run(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return run
 
 
 def _block(config: Any) -> int:

@@ -9,71 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mom_compile.runtime.attention import cuda
 from mom_compile.runtime.attention import rows as attention_rows
-from mom_compile.runtime.attention.cuda import ALIGNED, CAUSAL_LOWER_RIGHT, NOT_MASKED, attention_cuda
+from mom_compile.runtime.attention.cuda import attention_cuda
 from mom_compile.runtime.attention.rows import BLOCK_BYTES
 from mom_passes.ops.attention import AttentionCall, attention_reference
+from tests.no_gpu.attention import Calls, kernels_of_pytorch, on_device
 from tests.test_attention_kernels import TOLERANCE, Case, cases, conditioned, in_float64
 
 HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hopper() -> Iterator[None]:
+def ampere() -> Iterator[None]:
+    """No cuDNN is preferred there; `test_attention_cudnn` is of devices where it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        on_device(patch, (8, 0))
         yield
 
 
 # --- computes ---
 
 
-def flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cum_q: None, cum_k: None, max_q: int, max_k: int,
-    dropout: float, is_causal: bool, debug: bool, *, scale: float, **sight: int,
-) -> tuple[torch.Tensor]:  # fmt: skip
-    """`[B, tokens, heads, D]`; causal and windows from the lower right corner."""
-    assert (max_q, max_k, dropout, debug) == (query.shape[1], key.shape[1], 0.0, False)
-    window = sight["window_size_left"] + 1 if sight else None
-    assert not sight or sight["window_size_right"] == 0
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    made = attention_reference(AttentionCall(q, k, v, None, max_k - max_q, is_causal, scale, window))
-    return (made.transpose(1, 2),)
-
-
-def efficient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, cum_q: None, cum_k: None,
-    max_q: None, max_k: None, dropout: float, masked: int, with_sums: bool, *, scale: float,
-) -> tuple[torch.Tensor]:  # fmt: skip
-    """`[B, tokens, heads, D]`, as many heads of keys as of queries. A row that sees nothing is NaN, to be seen."""
-    assert query.shape[2] == key.shape[2] == value.shape[2]
-    assert all(t.stride(-1) == 1 and t.dtype == query.dtype for t in (query, key, value))
-    assert masked in (NOT_MASKED, CAUSAL_LOWER_RIGHT) and not (masked and bias is not None)
-    rows, keys = query.shape[1], key.shape[1]
-    if bias is not None:
-        assert bias.shape == (query.shape[0], query.shape[2], rows, keys) and bias.dtype == query.dtype
-        assert bias.stride(-1) == 1 and not any(step % ALIGNED for step in (bias.storage_offset(), *bias.stride()[:-1]))
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    made = attention_reference(AttentionCall(q, k, v, bias, keys - rows, masked == CAUSAL_LOWER_RIGHT, scale))
-    if bias is not None:
-        made = made.masked_fill((bias == -torch.inf).all(-1, keepdim=True), torch.nan)
-    return (made.transpose(1, 2),)
-
-
 def assert_matches_definition(case: Case, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> None:
     call = replace(case, dtype=dtype).call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "FLASH", flash)
-        patch.setattr(cuda, "EFFICIENT", efficient)
+        kernels_of_pytorch(patch)
         patch.setattr(attention_rows, "BLOCK_BYTES", block_bytes)
         patch.setattr(attention_rows, "FEWEST_ROWS", 3)
         result = attention_cuda(call)
@@ -103,26 +68,6 @@ def test_what_is_said_of_keys_is_what_a_mask_would_say(dtype: torch.dtype, case:
 # --- calls and allocates ---
 
 TOKENS, ROWS, HEADS, GROUPS, CHANNELS = 147_456, 1024, 32, 8, 128
-
-
-class Calls(TorchDispatchMode):
-    """What is called, and how large the largest tensor is that is made: not a view, nor an argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.largest = 0
-        self.largest_by = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        made = result if isinstance(result, tuple) else (result,)
-        for described, value in zip(func._schema.returns, made, strict=False):
-            size = value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
-            if described.alias_info is None and size > self.largest:
-                self.largest, self.largest_by = size, str(func)
-        return result
 
 
 @dataclass(frozen=True)

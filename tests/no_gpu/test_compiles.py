@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from packaging.version import Version
 
 from mom_compile.backend import _reset as forget_pieces
 from mom_compile.backend import compile_graph, reports
@@ -24,6 +25,7 @@ from tests.no_gpu.graphs import graph_of
 from tests.no_gpu.target import A100, H100, Gpu, Made, pretended
 
 transformers = pytest.importorskip("transformers")
+triton = pytest.importorskip("triton")
 
 PLACES = {"max_position_embeddings": 1 << 20}
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -44,7 +46,13 @@ SHAPES: dict[str, Callable[[], Any]] = {
 #: A thread of a full block of 512 may have so many registers; more would leave multiprocessors half empty.
 MOST_REGISTERS = 128
 #: Bytes of a thread's stack. Sine and cosine keep 32 there, for angles so large that their reduction needs a table.
+#: Inductor's autotuner runs no configuration with more if another has less: that is 16 registers, spilled.
 MOST_STACK = 64
+#: Of all configurations, how many may have more: Triton 3.6 spills in one of six that a rotary embedding has.
+MOST_SPILLED = 0.05 if Version(triton.__version__) < Version("3.7") else 0.0
+
+#: Before transformers 5.23 the angles of positions are a product, made once, whose tokens are its last dimension.
+ANGLES_ARE_A_PRODUCT = STEPS_HAVE_MASKS = Version(transformers.__version__) < Version("5.23")
 
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
 ATTENTION = "torch.ops.mom.attention.default"
@@ -141,12 +149,13 @@ def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch)
     found = compiled(case, monkeypatch)
     every_piece_is_compiled(found)
     every_kernel_is_a_binary_that_keeps_to_its_registers(found)
-    no_index_is_wider_than_it_need_be(found)
+    no_index_is_wider_than_it_need_be(found, case)
     pieces_hold_for_other_lengths(found, case)
     nothing_runs_beside_kernels_but_attention_and_products(found, case)
     alike_layers_share_a_body(found, case)
     if case.kind != "decode":
         bodies_launch_no_more_than_they_need(found, case)
+    llama_launches_what_is_said(found, case)
 
 
 def every_piece_is_compiled(found: Compiled) -> None:
@@ -156,19 +165,28 @@ def every_piece_is_compiled(found: Compiled) -> None:
 
 
 def every_kernel_is_a_binary_that_keeps_to_its_registers(found: Compiled) -> None:
-    for kernel in found.made.kernels:
+    """What may be launched of it, in any configuration; what the autotuner will not launch is rare."""
+    kernels = found.made.kernels
+    for kernel in kernels:
         assert kernel.cubin[:4] == b"\x7fELF", kernel.name
         assert 0 < kernel.registers <= MOST_REGISTERS, f"{kernel.name}: {kernel.registers} registers"
-        assert kernel.stack <= MOST_STACK, f"{kernel.name}: {kernel.stack} bytes of stack"
+    spilled = [kernel for kernel in kernels if kernel.stack > MOST_STACK]
+    kept = {(kernel.wrapper, kernel.name) for kernel in kernels if kernel.stack <= MOST_STACK}
+    for kernel in spilled:
+        assert (kernel.wrapper, kernel.name) in kept, f"{kernel.name}: {kernel.stack} bytes of stack"
+    assert len(spilled) <= MOST_SPILLED * len(kernels), [(kernel.name, kernel.stack) for kernel in spilled]
 
 
-def no_index_is_wider_than_it_need_be(found: Compiled) -> None:
+def no_index_is_wider_than_it_need_be(found: Compiled, case: Case) -> None:
     """A mini-sequence has fewer than 2^31 values, and so has a layer's past at these lengths. What runs once behind the
     loops may reach into more: the last row of 600,000 of the residual stream. (A position may be 64 bits wide: that is
-    a value.)"""
+    a value. Where a decode step has a mask, its model repeats keys for all heads, and those may be more than 2^31.)"""
     pieces = found.report.compiled_pieces
     for kernel in found.made.kernels:
         if found.report.stages and not pieces[kernel.wrapper].startswith("stage"):
+            continue
+        repeats_keys = case.kind == "decode" and STEPS_HAVE_MASKS and "_clone_expand_" in kernel.name
+        if repeats_keys and case.tokens * 4096 >= 2**31:
             continue
         assert not re.search(r"program_id\(\d\)\.to\(tl\.int64\)", kernel.source), kernel.name
         sizes = [name for name, type in kernel.signature.items() if name.endswith("numel") and type == "i64"]
@@ -220,6 +238,10 @@ LAUNCHES = {
     ),
 }
 
+if ANGLES_ARE_A_PRODUCT:
+    # Gemma-3's norms of heads do not fuse with a rotation that reads them so. One of its layers makes another's angles.
+    LAUNCHES["gemma3"] += Counter({"triton": 4, "extern_kernels.bmm": 1})
+
 
 def bodies_launch_no_more_than_they_need(found: Compiled, case: Case) -> None:
     bodies = {name: launches for name, launches in found.launches.items() if name.startswith("stage_")}
@@ -227,3 +249,33 @@ def bodies_launch_no_more_than_they_need(found: Compiled, case: Case) -> None:
     for name, launches in bodies.items():
         assert launches[ATTENTION] == 1, name
         assert not launches - LAUNCHES[case.shape], f"{name}: {launches}"
+
+
+FLASH = "torch.ops.aten._scaled_dot_product_flash_attention.default"
+
+
+def launched(products: int, kernels: int, attention: str | None = None) -> Counter[str]:
+    return Counter({"extern_kernels.mm": products, "triton": kernels}) + Counter([attention] if attention else [])
+
+
+#: Llama's pieces: up to the first attention's keys and values, a layer, from the last attention on.
+#:
+#:     products    Query, key, value, output, gate, up, down: seven to a layer. The head is one more. Of a prefill's
+#:                 last layer one row is computed, apart from its keys and values.
+#:     prefill     Before the first attention: embedding and norm; rotated keys into their place; values into theirs,
+#:                 a copy, since Inductor gives a product a buffer of its own. A layer: the norm once more, which is
+#:                 cheaper than to keep it for all tokens; rotated queries; sum and norm; silu and product; sum and
+#:                 norm; keys; values.
+#:     decode      Before the first: embedding and norm, angles, rotated query, a row joined to keys and one to
+#:                 values. A layer: sum and norm; silu and product; sum and norm; query, keys and values as before.
+LLAMA = {
+    "prefill": [launched(2, 3), launched(7, 7, ATTENTION), launched(6, 5, ATTENTION)],
+    "decode": [launched(3, 5, FLASH), launched(7, 6, FLASH), launched(5, 3)],
+}
+
+
+def llama_launches_what_is_said(found: Compiled, case: Case) -> None:
+    """Copies to the host launch nothing. (Where angles are a product, a decode step has a mask, too.)"""
+    if case.shape == "llama" and not ANGLES_ARE_A_PRODUCT:
+        said = LLAMA["decode" if case.kind == "decode" else "prefill"]
+        assert list(found.launches.values()) == said, found.launches

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.attention.rows import (
     bias_bytes_per_row,
     in_blocks,
@@ -27,8 +28,6 @@ from mom_compile.runtime.attention.rows import (
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
 from mom_passes.ops.attention import AttentionCall
-
-Part = tuple[torch.Tensor, torch.Tensor]
 
 #: Below this window, split keys make more kernel calls than a bias costs.
 NARROW_WINDOW = 128
@@ -135,14 +134,3 @@ def _from_the_other_end(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     """Row `i` sees key `i` and later ones: causal, read backwards."""
     result, log_sum_exp = flash(query.flip(2), key.flip(2), value.flip(2), scale, is_causal=True)
     return result.flip(2), log_sum_exp.flip(2)
-
-
-def merge(parts: Iterator[Part]) -> torch.Tensor:
-    """Attention over the union of the parts' keys; at most two results live at a time. In float32 at least."""
-    merged, merged_lse = next(parts)
-    for result, log_sum_exp in parts:
-        merged = merged.to(merged_lse.dtype)
-        share = torch.sigmoid(log_sum_exp - merged_lse).unsqueeze(-1)
-        merged = merged.lerp_(result.to(merged.dtype), share)
-        merged_lse = torch.logaddexp(merged_lse, log_sum_exp)
-    return merged

@@ -3,16 +3,11 @@
 `tests/no_gpu` runs it on tensors without data, which shows what is called and what is allocated, and with stand-ins for
 PyTorch's kernels.
 
-Four ways, fastest first (`way_of` chooses):
-
-    flash       fp16 and bf16, no mask: grouped heads, windows and causality from the lower right corner natively. Where
-                FlashAttention 3 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
-    efficient   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
-    bias        the same kernel with a bias for what else is masked, in blocks of rows
-    math        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
+Which of PyTorch's kernels computes a call is chosen in `ways.py`. `flash.py` and `cudnn.py` call theirs; the others are
+called here.
 
 Keys after the last row are cut off first, so that "lower right" is where the rows stand. Where keys have conditions,
-each query mostly sees one range of them (`attention_spans`), and the first two ways do.
+each query mostly sees one range of them (`attention_in_spans`), and the ways without a mask do.
 
 Kernels without grouped heads are given each key head as a batch entry of its own, seen by all of its query heads: a
 view. Repeated, keys and values of 150,000 tokens would be some gigabytes in every call.
@@ -22,11 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from enum import Enum
 
 import torch
 from torch.nn.functional import pad
 
+from mom_compile.runtime.attention.cudnn import in_parts
+from mom_compile.runtime.attention.flash import flash
 from mom_compile.runtime.attention.rows import (
     BlockKernel,
     bias_bytes_per_row,
@@ -36,22 +32,13 @@ from mom_compile.runtime.attention.rows import (
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
+from mom_compile.runtime.attention.ways import Way, way_of
 from mom_passes.ops.attention import AttentionCall
 
-FLASH = torch.ops.aten._flash_attention_forward.default
 EFFICIENT = torch.ops.aten._efficient_attention_forward.default
 
 #: How `EFFICIENT` is told what is masked.
 NOT_MASKED, CAUSAL_LOWER_RIGHT = 0, 2
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-class Way(Enum):
-    FLASH = "flash"
-    EFFICIENT = "efficient"
-    BIAS = "bias"
-    MATH = "math"
 
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:
@@ -66,62 +53,15 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
     if call.is_causal and end < tokens:
         call = replace(call, key=call.key[:, :, :end], value=call.value[:, :, :end])  # no more is read of the others
     if way is Way.FLASH:
-        return _flash(call)
+        return token_major(flash(call)[0], call)
+    if way is Way.CUDNN:
+        return in_parts(call)
     if way is Way.EFFICIENT:
         kernel = _efficient_causal if call.is_causal else _efficient
         return token_major(_grouped(kernel, call.query, call.key, call.value, None, call.scale), call)
     if way is Way.BIAS:
         return in_blocks(_efficient_grouped, call, max(bias_bytes_per_row(call), _bytes_of_aligned(call)))
     return in_blocks(math_kernel, call, math_bytes_per_row(call))
-
-
-def way_of(call: AttentionCall) -> Way:
-    """The one place that chooses a kernel: by what is masked, and by what device and dtype allow."""
-    plain = call.mask is None and not call.has_conditions
-    if call.is_causal and call.start + call.rows > call.tokens:
-        plain = False  # rows further down than all keys: no corner is where they stand
-    if plain and takes_flash(call):
-        return Way.FLASH
-    if not takes_efficient(call):
-        return Way.MATH
-    return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
-
-
-def takes_flash(call: AttentionCall) -> bool:
-    """FlashAttention 2: half precision, one head size in multiples of 8 up to 256, Ampere or later."""
-    query, key, value = call.query, call.key, call.value
-    channels = query.shape[-1]
-    return (
-        query.dtype in HALF
-        and channels == value.shape[-1]
-        and channels % 8 == 0
-        and channels <= 256
-        and all(t.stride(-1) == 1 for t in (query, key, value))
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def takes_efficient(call: AttentionCall) -> bool:
-    """Heads of whole groups of 16 bytes, adjacent in memory: no device needs more. bf16 from Ampere on."""
-    query, tensors = call.query, (call.query, call.key, call.value)
-    return (
-        query.dtype in (torch.float32, *HALF)
-        and all(t.dtype == query.dtype and t.stride(-1) == 1 for t in tensors)
-        and all(t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
-        and (query.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0))
-    )
-
-
-def _flash(call: AttentionCall) -> torch.Tensor:
-    """The kernel works on `[B, tokens, heads, D]` and is causal from the lower right corner."""
-    q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
-    window = call.felt_window if call.is_causal else None
-    # What is registered in place of FlashAttention 2 need not know windows: no word of one that is not there.
-    sight = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    sizes = (q.shape[1], k.shape[1])
-    result = FLASH(q, k, v, None, None, *sizes, 0.0, call.is_causal, False, scale=call.scale, **sight)[0]
-    return token_major(result.transpose(1, 2), call)
 
 
 def _efficient(

@@ -77,6 +77,7 @@ class Body:
         self.rows = [i for i in members if isinstance(i.need, Rows) and i not in computed]
         kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
         self.whole = [i for i in members if isinstance(i.need, All) and demands.kinds[i] in kinds and is_tensor(i.node)]
+        self._order_by_use(members)
         self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
         numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
         self.sizes += [i for i in numbers if i not in self.sizes]
@@ -94,6 +95,18 @@ class Body:
         self._drop_unused_sizes()
         self.inputs, self.operands = self._ports(len(stored))
         self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
+
+    def _order_by_use(self, members: list[Instance]) -> None:
+        """What is read first comes first: alike layers have alike bodies, in whatever order their operands are made.
+
+        One layer's hidden states are an embedding, which is there before the angles of positions that all layers read;
+        another's are made behind those.
+        """
+        given = {*self.rows, *self.whole}
+        reads = (operand for i in members if i not in given for operand in self.demands.inputs.get(i, ()))
+        first = {operand: number for number, operand in enumerate(dict.fromkeys(reads))}
+        for instances in (self.rows, self.whole):
+            instances.sort(key=lambda i: first.get(i, len(first)))
 
     # --- ports ---
 

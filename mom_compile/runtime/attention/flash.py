@@ -1,0 +1,24 @@
+"""PyTorch's flash operator on CUDA, and what has been registered in its place. Not yet run on a GPU.
+
+It works on `[B, tokens, heads, D]`, takes grouped heads and windows, and is causal from the lower right corner.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mom_compile.runtime.attention.merging import Part
+from mom_passes.ops.attention import AttentionCall
+
+FLASH = torch.ops.aten._flash_attention_forward.default
+
+
+def flash(call: AttentionCall) -> Part:
+    """Result `[B, H, R, D]`, token-major, and log-sum-exp `[B, H, R]`. If causal, the last row is the last key's."""
+    q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
+    window = call.felt_window if call.is_causal else None
+    # What is registered in place of FlashAttention 2 need not know windows: no word of one that is not there.
+    sight = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    sizes = (q.shape[1], k.shape[1])
+    result, log_sum_exp, *_ = FLASH(q, k, v, None, None, *sizes, 0.0, call.is_causal, False, scale=call.scale, **sight)
+    return result.transpose(1, 2), log_sum_exp

@@ -1,0 +1,110 @@
+"""Which of PyTorch's kernels computes an attention on CUDA: by what is masked, dtype, device and version.
+
+`way_of` is the one place that chooses. Not yet run on a GPU.
+
+    CUDNN       fp16 and bf16, causal, no mask or window, many keys before the rows: cuDNN for those, flash for the rest
+                (`cudnn.py`), where stock PyTorch would take cuDNN first
+    FLASH       fp16 and bf16, no mask: grouped heads, windows and causality from the lower right corner natively. Where
+                FlashAttention 3 or 4 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
+    EFFICIENT   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
+    BIAS        the same kernel with a bias for what else is masked, in blocks of rows
+    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
+
+Stock PyTorch takes cuDNN first (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in its C++ `sdp_utils.cpp` for CUDA)
+with compute capability 9.0, 10.0 or 10.3 and cuDNN later than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Older
+ones were wrong for lengths that 128 does not divide. Its order of kernels cannot be asked for: it is made when the
+first attention is dispatched. What PyTorch asks of a call it is asked itself (`can_use_cudnn_attention`): head sizes,
+128 at most or with later versions 256, and whether cuDNN may be used, which it may not where algorithms must be
+deterministic.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+
+import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import current_flash_attention_impl
+
+from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, blocks_before, keys_keep_their_place
+from mom_passes.ops.attention import AttentionCall
+
+HALF = (torch.float16, torch.bfloat16)
+
+CUDNN_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
+#: As `torch.backends.cudnn.version()` has it; later ones are meant.
+CUDNN_AFTER = 91500
+
+
+class Way(Enum):
+    CUDNN = "cudnn"
+    FLASH = "flash"
+    EFFICIENT = "efficient"
+    BIAS = "bias"
+    MATH = "math"
+
+
+def way_of(call: AttentionCall) -> Way:
+    """How a call is computed that has rows and keys."""
+    plain = call.mask is None and not call.has_conditions
+    if call.is_causal and call.start + call.rows > call.tokens:
+        plain = False  # rows further down than all keys: no corner is where they stand
+    if plain and takes_flash(call):
+        return Way.CUDNN if takes_cudnn(call) else Way.FLASH
+    if not takes_efficient(call):
+        return Way.MATH
+    return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
+
+
+def takes_cudnn(call: AttentionCall) -> bool:
+    """Of what flash takes: cheapest question first, since most calls of a short prompt stop there."""
+    if not call.is_causal or call.felt_window is not None or call.rows % ROWS != 0:
+        return False
+    if call.query[0].numel() < NUMBERS:
+        return False
+    blocks = blocks_before(call.start)
+    if not blocks or not prefers_cudnn(call.query.device):
+        return False
+    if not (keys_keep_their_place(call.key) and keys_keep_their_place(call.value)):
+        return False
+    first, count = blocks[0]
+    key, value = (t.narrow(2, first, count) for t in (call.key, call.value))
+    return can_use_cudnn_attention(SDPAParams(call.query, key, value, None, 0.0, False, True))
+
+
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether stock PyTorch would take cuDNN before flash there. Who has activated another flash wants that one."""
+    return (
+        torch.cuda.get_device_capability(device) in CUDNN_CAPABILITIES
+        and (torch.backends.cudnn.version() or 0) > CUDNN_AFTER
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
+        and current_flash_attention_impl() is None
+    )
+
+
+def takes_flash(call: AttentionCall) -> bool:
+    """FlashAttention 2: half precision, one head size in multiples of 8 up to 256, Ampere or later."""
+    query, key, value = call.query, call.key, call.value
+    channels = query.shape[-1]
+    return (
+        query.dtype in HALF
+        and channels == value.shape[-1]
+        and channels % 8 == 0
+        and channels <= 256
+        and all(t.stride(-1) == 1 for t in (query, key, value))
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def takes_efficient(call: AttentionCall) -> bool:
+    """Heads of whole groups of 16 bytes, adjacent in memory: no device needs more. bf16 from Ampere on."""
+    query, tensors = call.query, (call.query, call.key, call.value)
+    return (
+        query.dtype in (torch.float32, *HALF)
+        and all(t.dtype == query.dtype and t.stride(-1) == 1 for t in tensors)
+        and all(t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+        and (query.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(query.device) >= (8, 0))
+    )
