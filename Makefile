@@ -38,8 +38,9 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml constraints.txt
 demo: $(VENV)/.extra-demo
 	@$(BIN)/python -m examples.demo $(ARGS)
 
+# Every way to prefill beside every other, and docs/benchmarks.md of it.
 bench: $(VENV)/.extra-bench
-	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+	@$(BIN)/python -m benchmarks.suite $(ARGS)
 
 bench-kv: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.kv $(ARGS)

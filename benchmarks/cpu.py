@@ -1,4 +1,4 @@
-"""The CPU figures of docs/figures.md (`make bench`): peak memory and time of a prefill, and compile time.
+"""The CPU figures of docs/figures.md (`python -m benchmarks.cpu`): peak memory and time of a prefill, and compile time.
 
 Prefill: one process holds the model and every backend; the calls are timed in turn (A B B A ...), and the
 medians compared. It is measured twice. Without a KV cache Hugging Face's packed-sequence check, when traced,

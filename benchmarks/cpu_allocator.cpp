@@ -1,4 +1,5 @@
-// Counts every byte PyTorch's CPU allocator hands out, on any thread, with the peak.
+// Counts every byte PyTorch's CPU allocator hands out, on any thread, with the peak; beyond a limit, if one is set,
+// it raises what a GPU's allocator raises.
 //
 // torch.profiler's memory events were tried first. They miss Python threads other than the one that
 // started the profiler (2.11, 2.13), miss the release of memory allocated before it started, and slow
@@ -8,6 +9,7 @@
 // matmul, stacks); on a GPU `torch.cuda.max_memory_allocated` does not count their like either.
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <mutex>
@@ -20,6 +22,7 @@ std::mutex& mutex = *new std::mutex;
 std::unordered_map<void*, int64_t>& sizes = *new std::unordered_map<void*, int64_t>;
 int64_t live = 0;
 int64_t peak = 0;
+int64_t limit = -1; // bytes that may be live; -1: as many as there are
 c10::Allocator* inner = nullptr;
 
 void forget_and_free(void* pointer) {
@@ -39,6 +42,13 @@ void forget_and_free(void* pointer) {
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      TORCH_CHECK_WITH(
+          OutOfMemoryError,
+          limit < 0 || live + static_cast<int64_t>(bytes) <= limit,
+          "out of memory: ", bytes, " bytes asked for, ", live, " of ", limit, " are in use");
+    }
     void* pointer = inner->raw_allocate(bytes);
     if (pointer != nullptr) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -79,6 +89,11 @@ int64_t live_bytes() {
 int64_t peak_bytes() {
   std::lock_guard<std::mutex> lock(mutex);
   return peak;
+}
+
+void set_limit(int64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex);
+  limit = bytes;
 }
 
 void reset_peak() {

@@ -1,125 +1,125 @@
 """The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
 
 1. the tests marked `gpu`, in a subprocess with a time limit;
-2. the KV cache on the device against the KV cache on the host (`benchmarks.kv`), Llama-3-8B's shape in bf16, the
-   longest prompt of up to 128k tokens that is expected to be done in its share of the time: seconds of the prefill,
-   milliseconds of a decode step, the share of the link's bandwidth it reaches;
-3. the same shape, prefill of 16k, 64k and 144k tokens, last-token logits, under mom, stock Inductor and eager: peak
-   above the weights (`torch.cuda.max_memory_allocated`), what the allocator had of the device
-   (`torch.cuda.max_memory_reserved`), and time.
+2. `PARTS`, each a process: Llama-3-8B's shape in bf16 by one method (`benchmarks/methods.py`) at lengths upwards, the
+   most telling first: what the MOM paper measured (144k, then 155k to 455k), under 80 GiB, then under 24 GiB, uncapped
+   at last. Peak above the weights (`torch.cuda.max_memory_allocated`), what the allocator had of the device
+   (`max_memory_reserved`), time to first token, decode steps and the bytes that they move.
 
-Each backend has a process of its own and goes through the lengths upwards; running out of memory is a figure too, while
-compiling as well. Every finished cell is written at once, so that being cut off loses nothing, and the order is such
-that what is lost first is eager. All of it keeps to one time budget, of which each part has a share (`limits`).
-
-The KV cache is kept (`--no-cache`: it is not). When traced without one, Hugging Face's packed-sequence check builds an
-S x S mask, 20 GiB at 144k tokens, which an eager run does not: stock Inductor would be measured with that.
+All of it keeps to one budget of time (`--budget`). A length that is not expected to be done in what is left waits for
+the next run, which goes on where this one ended: results are read from benchmarks/results/ and written, whole, to
+`$OUT` or there, after every length. So a cut loses at most the length under way. Running out of memory is a result,
+while compiling as well. The page is made with them: `python -m benchmarks.suite --page`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kv, measure, workers
+from benchmarks import measure, physical
 from benchmarks.measure import MIB
+from benchmarks.methods import METHODS, Setup
+from benchmarks.results_file import OtherMachine, Results
+from benchmarks.workers import Worker, WorkerFailed
 
 Row = dict[str, Any]
 NO_DEVICE = 2
+K, GIB = 1024, 1 << 30
+FOLDER = Path(__file__).with_name("results")
 
-#: Prompts for the KV cache's figures, the longest that fits into its time.
-KV_TOKENS = (128 * 1024, 64 * 1024, 32 * 1024, 16 * 1024, 8 * 1024)
-#: How often `benchmarks.kv` runs the prefill, and seconds that the rest of one of its two workers may take: making the
-#: model, compiling two graphs, decoding. Expected, not measured.
-KV_PREFILLS, KV_REST = 5, 75.0
 #: FLOPS of bf16 that a prefill is expected to reach at least, of the slowest device meant (an A100, less than half).
 EXPECTED_FLOPS = 130e12
+#: Seconds that a process is expected to take beside its prefills: making the model, compiling, decoding.
+EXPECTED_REST = 75.0
+#: Prefills of a length: the first one, the one whose peak is measured, and `REPEATS` timed ones; from `ONCE` tokens on
+#: one is all, after two short ones for which the graphs are compiled.
+REPEATS, ONCE = 2, 300 * K
+SHORT = (8 * K, 12 * K)
+STEPS = 8
 
 
-def limits(budget: float, *, tests: bool, kv: bool) -> dict[str, float]:
-    """Seconds of each part; prefill has what the others leave, if they take all of theirs."""
-    parts = {"tests": budget / 6 if tests else 0.0, "kv": budget * 0.4 if kv else 0.0}
-    return {**parts, "prefill": budget - sum(parts.values())}
+@dataclass(frozen=True)
+class Part:
+    """A process: one method, lengths upwards, with at most so many bytes of the device, weights included."""
+
+    method: str
+    lengths: tuple[int, ...]
+    memory: int | None = None
+
+    def key(self, tokens: int) -> str:
+        limit = "" if self.memory is None else f" in {self.memory >> 30} GiB"
+        return f"{self.method} {tokens}{limit}"
 
 
-def prefill_seconds(shape: Mapping[str, int], layers: int, tokens: int) -> float:
-    """What a prefill is expected to take: its products and causal attention at `EXPECTED_FLOPS`."""
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    grouped = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    products = 2 * tokens * (2 * width * width + 2 * width * grouped + 3 * width * inner)
-    attention = 2 * tokens * tokens * width
-    return layers * (products + attention) / EXPECTED_FLOPS
+PARTS = (
+    Part("mom", (16 * K, 64 * K, 144 * K)),
+    Part("inductor", (16 * K, 64 * K, 144 * K)),
+    Part("mom-host", (144 * K, 455 * K), 80 * GIB),
+    Part("eager", (16 * K, 144 * K)),
+    Part("mlp", (144 * K, 305 * K, 455 * K), 80 * GIB),
+    Part("chunked", (144 * K, 350 * K), 80 * GIB),
+    Part("mom", (305 * K, 455 * K), 80 * GIB),
+    Part("inductor", (155 * K, 165 * K, 200 * K), 80 * GIB),
+    Part("chunked-offload", (16 * K, 64 * K, 144 * K), 80 * GIB),
+    Part("offload", (144 * K,), 80 * GIB),
+    Part("prefill-only", (144 * K, 455 * K), 80 * GIB),
+    Part("mom-host", (128 * K, 256 * K), 24 * GIB),
+    Part("inductor", (32 * K, 64 * K), 24 * GIB),
+    Part("chunked-offload", (32 * K, 64 * K), 24 * GIB),
+    Part("mom-host", (1000 * K,), 80 * GIB),
+    Part("mom-host", (1500 * K, 2000 * K)),
+)
 
 
-def kv_tokens(shape: Mapping[str, int], layers: int, most: int, limit: float) -> int:
-    """The longest of `KV_TOKENS` up to `most` for which both workers should finish within `limit`; 0: none."""
-    each = limit / 2 - KV_REST
-    fitting = (n for n in KV_TOKENS if n <= most and KV_PREFILLS * prefill_seconds(shape, layers, n) <= each)
-    return next(fitting, 0)
+def expected_seconds(setup: Setup) -> float:
+    """What one length is expected to take, its compiling apart."""
+    calls = 1 if setup.tokens >= ONCE else 2 + REPEATS
+    return calls * physical.prefill_flops(setup) / EXPECTED_FLOPS
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """What an error says of the device's memory, if that is why it was raised, however often it was wrapped: what a
-    compiler raises has the reason behind it, or only in its message."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        lines = [line for line in str(cause).splitlines() if "out of memory" in line.lower()]
-        if isinstance(cause, torch.cuda.OutOfMemoryError) or lines:
-            return f"out of memory: {(lines or [type(cause).__name__])[0].strip()}"
-        cause = cause.__cause__ or cause.__context__
-    return None
+def due(part: Part, setup: Setup, results: Results, left: float) -> tuple[int, ...]:
+    """Lengths of a part that are still to be measured and are expected to be done within `left` seconds."""
+    lengths: list[int] = []
+    left -= EXPECTED_REST
+    for tokens in part.lengths:
+        left -= expected_seconds(replace(setup, tokens=tokens))
+        if part.key(tokens) not in results.cells and left >= 0:
+            lengths.append(tokens)
+    return tuple(lengths)
 
 
-def worker(spec: Row) -> None:
-    from benchmarks import models
-
-    device = spec["device"]
-    if device == "cpu":
-        measure.watch_cpu()
-    workers.step("model")
-    dtype = torch.bfloat16
-    model = models.llama(spec["shape"], spec["layers"], dtype=dtype, device=device, seq=max(spec["sizes"]))
-    # The first length compiles a graph of its own, the second one with a symbolic length that serves the third.
-    compiled = model if spec["backend"] == "eager" else torch.compile(model, backend=spec["backend"])
-    for size in spec["sizes"]:
-        cell: Row = {"backend": spec["backend"], "tokens": size}
-        workers.step(f"{size} tokens")
-        try:
-            cell |= measure_cell(compiled, models.tokens(model, size), spec)
-        except Exception as error:
-            reason = out_of_memory(error)
-            if reason is None:
-                raise
-            cell["error"] = reason
-        if "error" in cell and device == "cuda":
-            torch.cuda.empty_cache()
-        workers.row(cell)
-
-
-def measure_cell(compiled: Any, ids: torch.Tensor, spec: Row) -> Row:
-    """First call (compiles), one for the peak, then the timed ones."""
-    from benchmarks import models
-
-    call = partial(models.prefill, compiled, ids, cache=spec["cache"])
-    device = spec["device"]
-    first = measure.seconds(call, device)
-    report = measure.peak_bytes(call, device)
-    times = [measure.seconds(call, device) for _ in range(spec["repeats"])]
-    return {
-        "first": first, "peak": report.peak, "kept": report.kept, "reserved": report.reserved, "seconds": times
-    }  # fmt: skip
+def run_part(part: Part, setup: Setup, lengths: Sequence[int], left: float) -> Iterator[Row]:
+    """A row for each length; the last one may say why there are no more."""
+    warm_up = SHORT if min(lengths) >= ONCE else ()
+    spec: Row = {"method": part.method, "setup": asdict(setup), "lengths": [*warm_up, *lengths], "limit": None}
+    spec |= {"repeats": REPEATS, "steps": STEPS, "once": ONCE}
+    if part.memory is not None:
+        spec["memory"] = part.memory
+    # Otherwise fragments of one length's memory are lost to the next.
+    env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    missing = list(lengths)
+    try:
+        with Worker("benchmarks.cells", spec, timeout=left, env=env) as worker:
+            for _ in warm_up:
+                worker.row()
+            for tokens in lengths:
+                row = worker.row()
+                missing.remove(tokens)
+                yield row
+    except WorkerFailed as failed:
+        if "ran longer than" not in str(failed):
+            yield {"tokens": missing[0], "error": str(failed)}
 
 
 def run_gpu_tests(limit: float) -> Row:
@@ -133,108 +133,77 @@ def run_gpu_tests(limit: float) -> Row:
     return {"status": status, "seconds": time.monotonic() - start, "tail": output.splitlines()[-15:]}
 
 
-def kv_rows(options: argparse.Namespace, limit: float) -> list[Row]:
-    """The KV cache on the device and on the host, in that order."""
-    from benchmarks import models
-
-    tokens = kv_tokens(models.SHAPES[options.shape], options.layers, options.kv_seq, limit)
-    if not tokens:
-        raise workers.WorkerFailed(f"no prompt is expected to be done within {limit:.0f} s")
-    arguments = ["--seq", str(tokens), "--layers", str(options.layers), "--shape", options.shape]
-    arguments += ["--dtype", "bfloat16", "--device", options.device, "--backends", "mom", "mom-host"]
-    parsed = kv.parse(arguments)
-    rows = kv.run(parsed, timeout=limit / 2)
-    kv.print_rows(rows, parsed)
-    return rows
+def show(row: Row) -> str:
+    memory = f" in {row['memory'] >> 30} GiB" if row["memory"] else ""
+    head = f"{row['method']:>15} {row['setup']['tokens']:>8} tokens{memory}: "
+    if "error" in row:
+        return head + str(row["error"]).splitlines()[0]
+    reserved = f", {row['reserved'] / MIB:.0f} MiB reserved" if row["reserved"] is not None else ""
+    first = "" if row["first"] is None else f" (first call {row['first']:.0f} s)"
+    step = f", {min(row['step']) * 1e3:.0f} ms a token" if row.get("step") else ""
+    return head + f"peak {row['peak'] / MIB:9.0f} MiB{reserved}, {min(row['seconds']):7.2f} s{first}{step}"
 
 
-def show(cell: Row) -> str:
-    head = f"{cell['backend']:>9} {cell['tokens']:>7} tokens: "
-    if "error" in cell:
-        return head + cell["error"]
-    best = min(cell["seconds"])
-    reserved = f", {cell['reserved'] / MIB:.0f} MiB reserved" if cell["reserved"] is not None else ""
-    return head + f"peak {cell['peak'] / MIB:9.0f} MiB{reserved}, {best:7.2f} s (first call {cell['first']:.0f} s)"
-
-
-def run(options: argparse.Namespace, target: Path) -> Row:
+def run(options: argparse.Namespace, results: Results) -> None:
     end = time.monotonic() + options.budget
-    seconds = limits(options.budget, tests=not options.skip_tests, kv=bool(options.kv_seq))
-    machine = measure.machine()
-    results: Row = {
-        "machine": machine,
-        "options": {name: value for name, value in vars(options).items() if name != "worker"},
-        "tests": None,
-        "cells": [],
-    }
-
-    def write() -> None:
-        target.write_text(json.dumps(results, indent=2) + "\n")
-
-    def keep(cell: Row) -> None:
-        results["cells"].append(cell)
-        write()
-        print(show(cell), flush=True)
-
-    print(measure.describe_machine(machine), flush=True)
+    print(measure.describe_machine(results.data["machine"]), flush=True)
     if not options.skip_tests:
-        results["tests"] = run_gpu_tests(seconds["tests"])
-        write()
-        print(*results["tests"]["tail"], sep="\n", flush=True)
-    try:
-        results["kv"] = kv_rows(options, seconds["kv"]) if options.kv_seq else []
-    except workers.WorkerFailed as failed:
-        results.setdefault("failures", []).append({"backend": "kv", "error": str(failed)})
-        print(f"kv: {failed}", flush=True)
-    write()
-    for backend in options.backends:
+        results.data["tests"] = run_gpu_tests(options.budget / 6)
+        results.write()
+        print(*results.data["tests"]["tail"], sep="\n", flush=True)
+    base = Setup(options.shape, options.layers, 0, dtype="bfloat16", device=options.device)
+    if results.data["rates"] is None:
+        results.data["rates"] = asdict(physical.measure_rates(base.device, base.dtype))
+        results.write()
+    for part in PARTS:
         left = end - time.monotonic()
-        spec = {name: getattr(options, name) for name in ("shape", "layers", "sizes", "repeats", "cache", "device")}
-        # Otherwise fragments of one length's memory are lost to the next.
-        env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-        try:
-            if left <= 0:
-                raise workers.WorkerFailed("no time left")
-            workers.run_worker("benchmarks.gpu", spec | {"backend": backend}, timeout=left, env=env, on_row=keep)
-        except workers.WorkerFailed as failed:
-            results.setdefault("failures", []).append({"backend": backend, "error": str(failed)})
-            write()
-            print(f"{backend}: {failed}", flush=True)
-    return results
+        lengths = due(part, base, results, left)
+        if part.method not in options.methods or not lengths:
+            continue
+        longest = replace(base, tokens=max(lengths))
+        for row in run_part(part, longest, lengths, left):
+            setup = asdict(replace(base, tokens=row["tokens"]))
+            whole = {"method": part.method, "setup": setup, "limit": None, "memory": part.memory, **row}
+            results.keep(part.key(row["tokens"]), whole)
+            print(show(whole), flush=True)
+    waiting = [key for part in PARTS for key in map(part.key, part.lengths) if key not in results.cells]
+    print(f"{len(waiting)} lengths wait for the next run" + (f", {waiting[0]} first" if waiting else ""))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Prefill figures on a GPU.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16 * 1024, 64 * 1024, 144 * 1024])
-    parser.add_argument("--kv-seq", type=int, default=128 * 1024, help="longest prompt for the KV cache; 0: none")
-    parser.add_argument("--backends", nargs="+", default=["mom", "inductor", "eager"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="keep the KV cache")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+#: Of a GPU's host little matters, and machines that are lent differ in it.
+OF_A_HOST = ("date", "mom_compile", "cpu", "cores", "threads", "system")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.worker is not None:
-        worker(json.loads(options.worker))
-        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device and a CUDA build of PyTorch; none found", file=sys.stderr)
         return NO_DEVICE
-    folder = Path(os.environ.get("OUT") or Path(__file__).with_name("results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"gpu-{measure.machine()['date']}.json"
-    results = run(options, target)
-    print(f"written to {target}")
-    tests = results["tests"]
-    passed = tests is None or tests["status"] == "0"
-    return 0 if passed and not results.get("failures") else 1
+    machine = measure.machine()
+    name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', machine.get('gpu', 'none').lower())}.json"
+    folder = Path(os.environ.get("OUT") or FOLDER)
+    try:
+        results = Results(folder / name, machine, (FOLDER / name,), may_differ=OF_A_HOST)
+    except OtherMachine as other:
+        print(other, file=sys.stderr)
+        return NO_DEVICE
+    run(options, results)
+    print(f"written to {results.path}")
+    tests = results.data.get("tests")
+    errors = [str(row["error"]) for row in results.cells.values() if "error" in row]
+    failed = [error for error in errors if not error.startswith("out of memory")]
+    return 0 if (tests is None or tests["status"] == "0") and not failed else 1
 
 
 if __name__ == "__main__":

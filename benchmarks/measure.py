@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +63,8 @@ class _CpuCounter:
         self.live: Callable[[], int] = library.live_bytes
         self.peak: Callable[[], int] = library.peak_bytes
         self.reset_peak: Callable[[], None] = library.reset_peak
+        library.set_limit.argtypes = [ctypes.c_int64]
+        self.set_limit: Callable[[int], None] = library.set_limit
 
 
 def _build_allocator() -> Path:
@@ -93,6 +96,53 @@ def _cpu_counter() -> _CpuCounter:
 def watch_cpu() -> None:
     """Start counting. Only what is allocated from here on is seen, so call it before the model is built."""
     _cpu_counter()
+
+
+def live_bytes(device: str | torch.device = "cpu") -> int:
+    """Bytes that are live now; on a CPU those allocated since `watch_cpu`."""
+    device = torch.device(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _cpu_counter().live()
+
+
+@contextmanager
+def at_most(size: int | None, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Within it, `size` bytes above what is live now are all there is: more raises `torch.OutOfMemoryError`.
+
+    On CUDA the limit is one on all that the allocator has of the device, live or not, as it is on a smaller card.
+    None: no limit.
+    """
+    device = torch.device(device)
+    if size is None:
+        yield
+    elif device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + size) / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    else:
+        counter = _cpu_counter()
+        gc.collect()
+        counter.set_limit(counter.live() + size)
+        try:
+            yield
+        finally:
+            counter.set_limit(-1)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says of the device's memory, if that is why it was raised, however often it was wrapped: what a
+    compiler raises has the reason behind it, or only in its message."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        lines = [line for line in str(cause).splitlines() if "out of memory" in line.lower()]
+        if isinstance(cause, torch.OutOfMemoryError) or lines:
+            return f"out of memory: {(lines or [type(cause).__name__])[0].strip()}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> PeakReport:

@@ -1,0 +1,139 @@
+"""A process that measures one method: the figures of cells, or the longest prompt in a limit.
+
+It prints a row for each length, shortest first. Then it answers `time` with the seconds of one more prefill of the last
+length, so that several such processes can be timed in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import measure, workers
+from benchmarks.longest import longest
+from benchmarks.methods import METHODS, Method, Setup
+from benchmarks.models import keeping
+
+#: Decode steps before the timed ones: the first compiles, the second makes lengths dynamic.
+WARM_UP = 3
+#: How many of the largest logits are told, to compare methods by.
+TOLD = 8
+Row = dict[str, Any]
+Call = Callable[[], tuple[torch.Tensor, Any]]
+
+
+def worker(spec: Row) -> None:
+    """Rows of a method.
+
+    `spec` has a `setup`, of whose tokens `lengths` stand in the place; how many calls are timed (`repeats`), from how
+    many `once` tokens on there is but one, and decode `steps`; bytes above the weights (`limit`) or with them
+    (`memory`). With `longest` it is the search's.
+    """
+    setup, method = Setup(**spec["setup"]), METHODS[spec["method"]]
+    if setup.device == "cpu":
+        measure.watch_cpu()
+    workers.step("model")
+    model = setup.model(more=spec["steps"] + 2 * WARM_UP)
+    method.prepare(model)
+    if "memory" in spec:
+        spec["limit"] = spec["memory"] - measure.live_bytes(setup.device)
+    if "longest" in spec:
+        workers.row(find_longest(method, model, setup, spec))
+        return
+    for tokens in spec["lengths"]:
+        at = replace(setup, tokens=tokens)
+        call = partial(method.prefill, model, at.ids(model))
+        workers.step(f"{tokens} tokens")
+        workers.row({"method": method.name, "tokens": tokens} | _or_why_not(partial(figures, call, model, at, spec)))
+    for question in workers.questions():
+        if question == "time":
+            workers.row({"seconds": measure.seconds(call, setup.device)})
+
+
+def _or_why_not(measured: Callable[[], Row]) -> Row:
+    """Figures; or that there was not enough memory, which is a figure too."""
+    try:
+        return measured()
+    except Exception as error:
+        reason = measure.out_of_memory(error)
+        if reason is None:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"error": reason}
+
+
+def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
+    """First call, peak, decode and, where they are asked for, timed calls; from `once` tokens on one call for all."""
+    once = setup.tokens >= spec.get("once", setup.tokens + 1)
+    results: list[tuple[torch.Tensor, Any]] = []
+    with measure.at_most(spec["limit"], setup.device):
+        first = None if once else measure.seconds(call, setup.device)
+        began = time.perf_counter()
+        report = measure.peak_bytes(lambda: results.append(call()), setup.device)
+        seconds = [time.perf_counter() - began] if once else []
+        logits, cache = results.pop()
+        values, found = logits[0, -1].float().topk(TOLD)
+        row = {
+            "first": first, "peak": report.peak, "kept": report.kept, "reserved": report.reserved,
+            "logits": values.tolist(), "ids": found.tolist(),
+        }  # fmt: skip
+        del logits
+        if spec["steps"]:
+            workers.step(f"{setup.tokens} tokens, decode")
+            row |= decode(model, cache, setup, spec["steps"])
+        del cache
+        seconds += [measure.seconds(call, setup.device) for _ in range(0 if once else spec["repeats"])]
+    return row | {"seconds": seconds}
+
+
+def decode(model: Any, cache: Any, setup: Setup, steps: int) -> Row:
+    """Seconds of steps of one token for each sequence, the peak of one, and bytes that a step moves."""
+    from mom_compile import host_memory
+    from mom_compile.runtime.host.engines import engine_for
+
+    token = torch.full((setup.batch, 1), 7, device=setup.device)
+    kept = keeping(cache, model)
+
+    @torch.no_grad()
+    def step() -> None:
+        model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
+
+    for _ in range(WARM_UP):
+        step()
+    traffic = engine_for(torch.device(setup.device)).traffic
+    before = copy.copy(traffic)
+    times = [measure.seconds(step, setup.device) for _ in range(steps)]
+    moved = {name: (getattr(traffic, name) - getattr(before, name)) / steps for name in ("to_host", "to_device")}
+    return {"step": times, "step_peak": measure.peak_bytes(step, setup.device).peak, "host": host_memory().rows} | moved
+
+
+def find_longest(method: Method, model: Any, setup: Setup, spec: Row) -> Row:
+    """The longest prompt whose prefill runs with `limit` bytes above the weights."""
+    tried: list[Row] = []
+
+    def peak_at(tokens: int) -> int | None:
+        workers.step(f"{tokens} tokens")
+        call = partial(method.prefill, model, replace(setup, tokens=tokens).ids(model))
+
+        def peak() -> Row:
+            with measure.at_most(spec["limit"], setup.device):
+                return {"peak": measure.peak_bytes(call, setup.device).peak}
+
+        tried.append({"tokens": tokens} | _or_why_not(peak))
+        return tried[-1].get("peak")
+
+    found = longest(peak_at, spec["limit"], **spec["longest"])
+    return {"method": method.name, "fits": found.fits, "fails": found.fails, "tried": tried}
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[sys.argv.index("--worker") + 1]))

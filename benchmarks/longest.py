@@ -1,0 +1,48 @@
+"""The longest prompt that fits: a search over lengths, each tried for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: The search ends when what fits and what does not are this close, as a share of the length.
+CLOSE = 1 / 50
+#: No length is tried that is so many times what is known to fit: a guess from a short prompt is a bad one.
+AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Longest:
+    """`fits` tokens were tried and fit, `fails` did not; None: nothing that was tried failed."""
+
+    fits: int
+    fails: int | None
+
+
+def longest(peak_at: Callable[[int], int | None], limit: int, *, first: int, grain: int, most: int) -> Longest:
+    """Bisection between the longest length seen to fit into `limit` bytes and the shortest seen not to.
+
+    `peak_at(n)` is the peak of a prompt of `n` tokens, None where it ran out of memory. As long as nothing failed the
+    next length is where the peak would pass the limit if it grew with the length alone. Lengths are multiples of
+    `grain`, from `first` to `most`.
+    """
+    fits, fails, length = 0, None, first
+    while True:
+        peak = peak_at(length)
+        if peak is None or peak > limit:
+            fails = length
+        else:
+            fits = length
+        if fails is None:
+            if fits >= most:
+                return Longest(fits, None)
+            assert peak is not None
+            length = min(most, max(fits + grain, _rounded(fits * min(AT_ONCE, 1.01 * limit / peak), grain)))
+        elif fails - fits <= max(grain, int(fits * CLOSE)):
+            return Longest(fits, fails)
+        else:
+            length = max(fits + grain, _rounded((fits + fails) / 2, grain))
+
+
+def _rounded(length: float, grain: int) -> int:
+    return int(length) // grain * grain

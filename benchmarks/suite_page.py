@@ -1,0 +1,206 @@
+"""docs/benchmarks.md, made of what `benchmarks.suite` and `benchmarks.gpu` measured and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import physical
+from benchmarks.measure import MIB, describe_machine
+from benchmarks.methods import CHUNK, METHODS, Setup
+from benchmarks.physical import Rates
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+Row = Mapping[str, Any]
+#: What ours is compared to.
+BASE, PAPER = "inductor", "mlp"
+
+_HEAD = """# Benchmarks
+
+Every way to prefill a long prompt beside every other, all with the logits of the last token only and the cache kept.
+
+{stamp}.
+
+`make bench` (`python -m benchmarks.suite`) measures and makes this page; what is in `benchmarks/results/suite-cpu.json`
+is not run again unless with `--fresh`, and `--page` makes the page alone. Each figure comes from a process of its own,
+with an empty compile cache. When all methods of a table have run, their processes are timed in turn, one prefill each
+(A B C, C B A, ...); times are medians of {repeats}. Peaks are bytes of PyTorch's allocator above the weights, exact.
+Running out of memory, or of time, is a result.
+
+| method | what it is |
+|---|---|
+{methods}
+
+On a CPU device and host are the same memory. What is on the host is in pages of its own that the allocator does not
+count, as on a GPU: *ours, the cache on the host* shows what a device would have to hold, not what this machine saves.
+An offloaded cache of Hugging Face moves to the CPU, which here is no move: those two wait for a GPU. A chunk has
+{chunk} tokens.
+
+*The least* is what no way of computing it can do without (`benchmarks/physical.py`): bytes that live at once, the
+residual stream and the cache (with the cache on the host, keys and values of one layer); operations, over the
+{gflops:.0f} GFLOPS that a square product reaches here; for decoding, weights and cache once, over the
+{bandwidth:.1f} GB/s that a copy reads and writes.
+"""
+
+_NO_GPU = """# GPUs
+
+None of the CUDA code has run on one yet. `python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape
+in bf16, and its figures will stand here.
+"""
+
+_PREFILL_HEADINGS = (
+    "method", "first call", "time to first token", "of the least", "of Inductor's", "peak above the weights",
+    "of the least", "of Inductor's", "decode", "logits off eager's",
+)  # fmt: skip
+
+
+def write(source: Path, page: Path = PAGE) -> str:
+    """Make the page of the results in `source` and of the GPUs' beside it; a line of what it has."""
+    page.write_text(text_of(source))
+    return f"{page.name}: {len(json.loads(source.read_text())['cells'])} figures of the CPU"
+
+
+def text_of(source: Path) -> str:
+    results = json.loads(source.read_text())
+    rates = Rates(**results["rates"])
+    cells: Sequence[Row] = list(results["cells"].values())
+    repeats = max((len(cell.get("seconds", ())) for cell in cells), default=0)
+    methods = "\n".join(f"| {method.name} | {method.what} |" for method in METHODS.values())
+    head = _HEAD.format(
+        stamp=describe_machine(results["machine"]), repeats=repeats, methods=methods, chunk=CHUNK,
+        gflops=rates.flops / 1e9, bandwidth=rates.bandwidth / 1e9,
+    )  # fmt: skip
+    parts = [head, *prefill_tables(cells, rates), longest_table(cells)]
+    gpus = [json.loads(file.read_text()) for file in sorted(source.parent.glob("gpu-*.json"))]
+    parts += [_NO_GPU] if not gpus else [part for gpu in gpus for part in gpu_tables(gpu)]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def gpu_tables(results: Row) -> list[str]:
+    """All that one GPU measured."""
+    rates = Rates(**results["rates"])
+    said = f"# {results['machine']['gpu']}\n\n`python -m benchmarks.gpu`: {describe_machine(results['machine'])}.\n"
+    said += f"A product reaches {rates.flops / 1e12:.0f} TFLOPS, a copy {rates.bandwidth / 1e12:.2f} TB/s."
+    return [said, *prefill_tables(list(results["cells"].values()), rates)]
+
+
+# ------------------------------------------------------------------------------------------------- prefill
+
+
+def prefill_tables(cells: Sequence[Row], rates: Rates) -> list[str]:
+    """A table for each setup and for each limit of the device's memory."""
+    tables: dict[tuple[Setup, int | None], dict[str, Row]] = {}
+    for cell in cells:
+        if cell["limit"] is None:
+            tables.setdefault((Setup(**cell["setup"]), cell.get("memory")), {})[cell["method"]] = cell
+    return [prefill_table(setup, memory, rows, rates) for (setup, memory), rows in tables.items()]
+
+
+def prefill_table(setup: Setup, memory: int | None, rows: Mapping[str, Row], rates: Rates) -> str:
+    """A row for each method at one setup."""
+    what = f"{setup.batch} sequences of {setup.tokens:,} tokens" if setup.batch > 1 else f"{setup.tokens:,} tokens"
+    lines = [f"## {what}" + (f", in {memory >> 30} GiB" if memory else ""), ""]
+    lines.append(f"Llama of {setup.layers} layers, {_shape(setup)}, {setup.dtype}.")
+    lines += ["", *_table_head(_PREFILL_HEADINGS)]
+    lines += [_prefill_row(setup, name, rows, rates) for name in METHODS if name in rows]
+    lines.append(_least_row(setup, rates))
+    return "\n".join(lines)
+
+
+def _shape(setup: Setup) -> str:
+    from benchmarks.models import SHAPES
+
+    shape = SHAPES[setup.shape]
+    return (
+        f"hidden {shape['hidden_size']}, intermediate {shape['intermediate_size']}, "
+        f"{shape['num_attention_heads']} heads, {shape['num_key_value_heads']} of them with keys and values, "
+        f"vocabulary {shape['vocab_size']:,}"
+    )
+
+
+def _table_head(headings: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+
+
+def _prefill_row(setup: Setup, name: str, rows: Mapping[str, Row], rates: Rates) -> str:
+    """Figures, beside the least and beside Inductor's."""
+    row, base, eager = rows[name], rows.get(BASE, {}), rows.get("eager", {})
+    if "error" in row:
+        return f"| {name} | {reason(row)} " + "| " * (len(_PREFILL_HEADINGS) - 2) + "|"
+    seconds = _median(row)
+    least = physical.prefill_flops(setup) / rates.flops
+    live = physical.live_bytes(setup, cache_on_host=METHODS[name].keeps_cache_on_host)
+    columns = [
+        name,
+        "" if row["first"] is None else f"{row['first']:.1f} s",
+        "" if seconds is None else f"{seconds:.2f} s",
+        _times(seconds, least),
+        _times(seconds, _median(base)),
+        f"{row['peak'] / MIB:,.1f} MiB",
+        _times(row["peak"], live),
+        _times(row["peak"], base.get("peak")),
+        f"{setup.batch / statistics.median(row['step']):,.1f} tokens/s" if row.get("step") else "",
+        _apart(row, eager),
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+def _least_row(setup: Setup, rates: Rates) -> str:
+    live = [physical.live_bytes(setup, cache_on_host=host) / MIB for host in (False, True)]
+    seconds = physical.prefill_flops(setup) / rates.flops
+    decode = setup.batch * rates.bandwidth / physical.decode_bytes(setup)
+    peaks = f"{live[0]:,.1f} MiB; cache on the host {live[1]:,.1f}"
+    return f"| *the least* | | {seconds:.2f} s | | | {peaks} | | | {decode:,.1f} tokens/s | |"
+
+
+def reason(row: Row) -> str:
+    """Why there is no figure, in a few words."""
+    said = str(row["error"]).splitlines()[0]
+    return "out of memory" if said.startswith("out of memory") else said
+
+
+def _median(row: Row) -> float | None:
+    return statistics.median(row["seconds"]) if row.get("seconds") else None
+
+
+def _times(value: float | None, base: float | None) -> str:
+    return f"{value / base:.2f}x" if value and base else ""
+
+
+def _apart(row: Row, eager: Row) -> str:
+    """How far the largest logits are from eager mode's; that they are not the same tokens' where they are not."""
+    if row is eager or "logits" not in eager:
+        return ""
+    if row["ids"] != eager["ids"]:
+        return "others are largest"
+    return f"{max(abs(a - b) for a, b in zip(row['logits'], eager['logits'], strict=True)):.0e}"
+
+
+# ------------------------------------------------------------------------------------------------- longest
+
+
+def longest_table(cells: Sequence[Row]) -> str:
+    """The longest prompt of each method within the limit."""
+    found = {cell["method"]: cell for cell in cells if cell.get("limit") is not None}
+    if not found:
+        return ""
+    setup, limit = Setup(**next(iter(found.values()))["setup"]), next(iter(found.values()))["limit"]
+    lines = [f"## The longest prompt in {limit // MIB} MiB above the weights", ""]
+    lines.append(f"Llama of {setup.layers} layers, {_shape(setup)}, {setup.dtype}. Beyond the limit allocating raises;")
+    lines.append("every length was tried: *fits* ran, *fails* was the shortest that did not.")
+    lines += ["", *_table_head(("method", "fits", "fails", "of Inductor's", "of the paper's"))]
+    lines += [_longest_row(name, found) for name in METHODS if name in found]
+    return "\n".join(lines)
+
+
+def _longest_row(name: str, found: Mapping[str, Row]) -> str:
+    row = found[name]
+    if "error" in row:
+        return f"| {name} | {reason(row)} | | | |"
+    fails = f"{row['fails']:,}" if row["fails"] is not None else "nothing tried did"
+    ratios = (_times(row["fits"], found.get(other, {}).get("fits")) for other in (BASE, PAPER))
+    return f"| {name} | {row['fits']:,} tokens | {fails} | {' | '.join(ratios)} |"
+
