@@ -36,13 +36,14 @@ from mom_compile.lowering.layouts import (
 )
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
+from mom_compile.lowering.turned import turn_once
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.host.steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import codegen_settings, keep_output_strides
+from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import add_input, attribute
@@ -50,7 +51,7 @@ from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
-from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored
+from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
@@ -143,16 +144,19 @@ class Lowering:
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
         templates += [layout.carry(loop.inputs[i]) for i in loop.carries]  # type: ignore[arg-type]
+        graph, of_inputs = _writing_body(loop), slice(2, 2 + len(loop.inputs))
+        templates, turned = turn_once(graph, templates, _are_whole(loop, len(templates)))
         values_of_symbols = {LENGTH: layout.literal}
         run, extra, left = self._compile(
-            _writing_body(loop), templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS
+            graph, templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS, UNCHECKED
         )
-        left = left[2 : 2 + len(loop.inputs)]
+        left, turned = left[of_inputs], turned[of_inputs]
         sizes = _sizes_in_a_run(loop)
         values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
         functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
         inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in _of_inputs(loop, left))
-        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions))
+        turns = tuple(i for i, turns in enumerate(itertools.compress(turned, left)) if turns)
+        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions), turns)
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
@@ -187,17 +191,18 @@ class Lowering:
         values: Mapping[sympy.Symbol, int | None],
         facts: Mapping[sympy.Symbol, SymbolFacts],
         literals: Literals,
+        patches: Mapping[str, Any] = {},
     ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]]:
         """The compiled piece, the arguments that give its symbols their values, to be passed first, and which of its
         inputs it is passed: not the sizes that it computes from these.
 
         `facts` and `values` are of the symbols that the graph has not. `start` and `count` change with every iteration:
-        a loop passes them itself, after the others.
+        a loop passes them itself, after the others. The user's own `patches` of Inductor's options win.
         """
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        new = Piece(gm, tuple(form.templates), form.symbols, dict(self.patches))
+        new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches})
         piece = self.cache.get(new, self.settings, self.report, name)
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]
         return piece, extra, form.left
@@ -248,6 +253,12 @@ class Lowering:
         return Program(
             tuple(steps), len(self.slots), tuple(unread), outputs, Settle(self.kv.device) if copies else None
         )
+
+
+def _are_whole(loop: Loop, count: int) -> list[bool]:
+    """Which of a body's arguments are whole values."""
+    of_inputs = [isinstance(port, WholeIn) for port in loop.inputs]
+    return [False, False, *of_inputs, *[False] * (count - 2 - len(of_inputs))]
 
 
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:

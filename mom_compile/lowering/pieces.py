@@ -12,6 +12,7 @@ the key is the graph, with names and symbols numbered in order of appearance, an
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from mom_compile.torch_compat import (
     CodegenSettings,
     NotStorable,
     SymbolicSizes,
+    assert_layout,
     inductor_as_of,
     loaded_piece,
     stored_piece,
@@ -123,6 +125,29 @@ class Piece:
         if run is None:
             run = self._choose(values)
         return run(inputs)
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Raises `AssertionError` where an input is laid out otherwise than compiled code takes for granted. It checks
+        that itself, unless it is a loop's body: a loop asks once for all its mini-sequences."""
+        functions, layouts = self._layouts
+        values = inputs[: len(self.symbols)]
+        sizes = [function(values) for function in functions]
+        for value, layout in zip(inputs, layouts, strict=True):
+            if layout is not None:
+                shape, stride = layout
+                assert_layout(value, tuple([sizes[i] for i in shape]), tuple([sizes[i] for i in stride]))
+
+    @functools.cached_property
+    def _layouts(self) -> tuple[list[SizeFunction], list[tuple[list[int], list[int]] | None]]:
+        """Distinct sizes, and of each tensor which of them are its shape and strides."""
+        known: dict[sympy.Expr, int] = {}
+
+        def numbers(sizes: Sequence[sympy.Expr]) -> list[int]:
+            return [known.setdefault(size, len(known)) for size in sizes]
+
+        tensors = (t if isinstance(t, TensorTemplate) else None for t in self.templates)
+        layouts = [None if t is None else (numbers(t.shape), numbers(t.stride)) for t in tensors]
+        return [function_of(size, list(self.symbols)) for size in known], layouts
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
