@@ -430,6 +430,15 @@ def keep_output_strides(graph: fx.Graph) -> None:
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
 
 
+def mark_stored(node: fx.Node) -> None:
+    """Make Inductor store a node's value, which its readers would otherwise compute again, each for itself.
+
+    The mark is Inductor's own (`fx_passes/decompose_mem_bound_mm.py`). It is no part of FxGraphCache's keys: what an
+    earlier version has stored of a graph is as right, and slower.
+    """
+    node.meta["inductor_realize_to_strides"] = True
+
+
 def least_value(size: torch.SymInt) -> int:
     """The least value a symbol can have (2 for the sizes that Dynamo makes dynamic)."""
     bounds = size.node.shape_env.var_to_range.get(size.node.expr)

@@ -23,6 +23,7 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.lowering.once import is_worthwhile, store_once
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
     CodegenSettings,
@@ -37,6 +38,7 @@ from mom_passes.attention.flex import graphs_put_back
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
+from mom_passes.loops.ports import COUNT
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +167,10 @@ class Piece:
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
         self.kept = state["kept"]
 
+    @property
+    def _devices(self) -> set[torch.device]:
+        return {template.device for template in self.templates if isinstance(template, TensorTemplate)}
+
     def key(self) -> str:
         return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
 
@@ -187,7 +193,11 @@ class Piece:
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings):
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
-                run = sizes.compile(graphs_put_back(copy_graph(self.gm)), inputs, dict(self.patches))
+                gm = graphs_put_back(copy_graph(self.gm))
+                # In a loop's body: in a decode step a kernel more would take longer.
+                if COUNT in self.symbols and is_worthwhile(self._devices):
+                    store_once(gm.graph)
+                run = sizes.compile(gm, inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
             self.eager_reason = first_line(error)

@@ -146,6 +146,7 @@ def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch)
     nothing_runs_beside_kernels_but_attention_and_products(found, case)
     alike_layers_share_a_body(found, case)
     if case.kind != "decode":
+        positions_have_a_sine_once_and_not_for_each_head(found)
         bodies_launch_no_more_than_they_need(found, case)
 
 
@@ -173,6 +174,18 @@ def no_index_is_wider_than_it_need_be(found: Compiled) -> None:
         assert not re.search(r"program_id\(\d\)\.to\(tl\.int64\)", kernel.source), kernel.name
         sizes = [name for name, type in kernel.signature.items() if name.endswith("numel") and type == "i64"]
         assert not sizes, f"{kernel.name}: {sizes}"
+
+
+def positions_have_a_sine_once_and_not_for_each_head(found: Compiled) -> None:
+    """In a body one kernel computes them, which reads no product: queries and keys are products."""
+    pieces = found.report.compiled_pieces
+    dear = {(k.wrapper, k.name): k for k in found.made.kernels if re.search(r"\b(sin|cos)\(", k.source)}
+    of_bodies = [key for key in dear if pieces[key[0]].startswith("stage")]
+    bodies = {i for i, name in enumerate(pieces) if name.startswith("stage")}
+    assert {wrapper for wrapper, _ in of_bodies} == bodies
+    assert len(of_bodies) == len(bodies), [name for _, name in of_bodies]
+    for key in of_bodies:
+        assert "mm" not in key[1] and "_unsafe_view" not in key[1], f"{key[1]} reads a product of all heads"
 
 
 def pieces_hold_for_other_lengths(found: Compiled, case: Case) -> None:
@@ -208,11 +221,11 @@ def alike_layers_share_a_body(found: Compiled, case: Case) -> None:
 
 #: Of a layer's body: its attention, then all up to the next layer's keys and values.
 LAUNCHES = {
-    "llama": Counter({"triton": 7, "extern_kernels.mm": 7, ATTENTION: 1}),
-    "gemma3": Counter({"triton": 7, "extern_kernels.mm": 7, ATTENTION: 1}),
+    "llama": Counter({"triton": 8, "extern_kernels.mm": 7, ATTENTION: 1}),
+    "gemma3": Counter({"triton": 8, "extern_kernels.mm": 7, ATTENTION: 1}),
     "mixtral": Counter(
         {
-            "triton": 12,
+            "triton": 13,
             "extern_kernels.mm": 5,
             "extern_kernels._grouped_mm": 2,
             **dict.fromkeys({ATTENTION, *SORTING}, 1),
