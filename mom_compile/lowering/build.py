@@ -37,6 +37,7 @@ from mom_compile.lowering.layouts import (
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
 from mom_compile.lowering.turned import turn_once
+from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
@@ -144,7 +145,7 @@ class Lowering:
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
         templates += [layout.carry(loop.inputs[i]) for i in loop.carries]  # type: ignore[arg-type]
-        graph, of_inputs = _writing_body(loop), slice(2, 2 + len(loop.inputs))
+        graph, of_inputs = writing_body(loop), slice(2, 2 + len(loop.inputs))
         templates, turned = turn_once(graph, templates, _are_whole(loop, len(templates)))
         values_of_symbols = {LENGTH: layout.literal}
         run, extra, left = self._compile(
@@ -284,50 +285,6 @@ def _in_expressions(port: Any) -> Any:
     if isinstance(port, RowsIn | Stored):
         changed["dim"] = Dim(port.dim.index, plain(port.dim.outer), plain(port.dim.inner))
     return replace(port, **changed)
-
-
-def _writing_body(loop: Loop) -> fx.Graph:
-    """The loop's body with one more argument per new value, a place that it fills instead of returning rows.
-
-    What is written over an operand goes to that operand's rows, the same argument, so that Inductor knows to read them
-    first. What a carry hands on has a place of its own: everything else in the body may read the carry, in any order.
-
-    Before:  def body(start, count, x_rows, w, total): ...; return (k, y, more)            y goes over x
-    After:   def body(start, count, x_rows, w, total, k_place, total_next): ...
-                 k_place.copy_(k); total_next.copy_(more); x_rows.copy_(y); return ()
-    """
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in loop.body.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = graph.node_copy(node)
-    inputs = list(values.values())[2:]
-    places = [add_input(graph, f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
-    places += [add_input(graph, f"{inputs[i].name}_next") for i in loop.carries]
-    for node in loop.body.graph.nodes:
-        if node.op == "output":
-            _write(graph, loop, places, [values[rows] for rows in node.args[0]])
-            graph.output(())
-        elif node.op != "placeholder":
-            values[node] = graph.node_copy(node, values.__getitem__)
-    return graph
-
-
-def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
-    """What is written over an input goes last: another value may be a view of it."""
-    stored = loop.stored
-    over = [i < len(stored) and stored[i].over is not None for i in range(len(places))]
-    for i in sorted(range(len(places)), key=over.__getitem__):
-        value = values[i]
-        if i < len(stored) and not stored[i].dim.plain:
-            shape = _unfolded_shape(graph, stored[i], places[i])
-            value = graph.call_function(aten.reshape.default, (value, shape))
-        graph.call_function(aten.copy_.default, (places[i], value))
-
-
-def _unfolded_shape(graph: fx.Graph, output: Stored, place: fx.Node) -> list[Any]:
-    """The place's own sizes."""
-    return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.type.shape) + 2)]
 
 
 def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:

@@ -57,6 +57,7 @@ def the_layers_loop(profile: bool = False) -> dict[str, Any]:
     ):
         warnings.simplefilter("ignore")  # of a kernel that is replaced
         library.impl("attention", as_operator(AttentionCall.output), "CPU", allow_override=True)
+        library.impl("product_into", nothing, "CPU", allow_override=True)
         with mock.patch.object(CompiledLoop, "__call__", remember):
             compiled(input_ids=ids(1, ROWS * ITERATIONS), use_cache=False)
         loop, arguments = calls[1]  # the first is of the embedding and the first keys alone

@@ -46,7 +46,10 @@ MOST_REGISTERS = 128
 #: Bytes of a thread's stack. Sine and cosine keep 32 there, for angles so large that their reduction needs a table.
 MOST_STACK = 64
 
+#: A product that writes to where its result is kept.
+INTO_ITS_PLACE = "torch.ops.mom.product_into.default"
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
+PRODUCTS |= {INTO_ITS_PLACE}
 ATTENTION = "torch.ops.mom.attention.default"
 #: Of a decode step, which goes as it is to stock Inductor's kernels.
 ATTENTIONS = {ATTENTION} | {
@@ -221,12 +224,14 @@ def alike_layers_share_a_body(found: Compiled, case: Case) -> None:
 
 #: Of a layer's body: its attention, then all up to the next layer's keys and values.
 LAUNCHES = {
-    "llama": Counter({"triton": 8, "extern_kernels.mm": 7, ATTENTION: 1}),
-    "gemma3": Counter({"triton": 8, "extern_kernels.mm": 7, ATTENTION: 1}),
+    "llama": Counter({"triton": 7, "extern_kernels.mm": 6, INTO_ITS_PLACE: 1, ATTENTION: 1}),
+    # One more where queries are of a window and the next layer's keys are not: their positions have other angles.
+    "gemma3": Counter({"triton": 8, "extern_kernels.mm": 6, INTO_ITS_PLACE: 1, ATTENTION: 1}),
     "mixtral": Counter(
         {
-            "triton": 13,
-            "extern_kernels.mm": 5,
+            "triton": 12,
+            "extern_kernels.mm": 4,
+            INTO_ITS_PLACE: 1,
             "extern_kernels._grouped_mm": 2,
             **dict.fromkeys({ATTENTION, *SORTING}, 1),
         }
