@@ -27,8 +27,8 @@ BLOCK_ROWS = 128
 #: Times over that computing with a matrix takes as long as reading it.
 OVER_READING = 4
 #: Seconds of the host for one body. 107 microseconds of Python were measured with the launches stubbed, of a whole call
-#: on a slow core (torch 2.13.0). A loop's own part has gone from 40 to 25 microseconds since, on a faster one
-#: (`tests/no_gpu/overhead.py`); launches come on top, which nobody has measured: it stays until somebody does.
+#: on a slow core (torch 2.13.0). A body's time in its loop alone has gone from 41 to 29 microseconds since, on
+#: a faster one (`tests/no_gpu/overhead.py`); launches come on top, which nobody has measured: it stays until then.
 HOST_SECONDS = 107e-6
 #: Of the peak, what large products reach.
 REACHED = 0.65
