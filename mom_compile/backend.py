@@ -17,11 +17,12 @@ import torch
 from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
-from mom_compile.cache_key import cache_tag
+from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import first_line, run_eagerly
+from mom_compile.memory.layer_rows import properties_of, with_rows_for
 from mom_compile.memory.policy import fits_for_long, kv_place, offloads
 from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
@@ -51,7 +52,8 @@ def mom(
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         look_at_the_cpu()
     inner = functools.partial(compile_graph, options=parsed)
-    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=cache_tag(parsed))
+    tag = cache_tag(parsed, devices_of(example_inputs))
+    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag)
 
 
 def _reset() -> None:
@@ -223,6 +225,8 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         scope=options.scope,
         kv_on_host=offloads(options, device),
     )
+    if device.type == "cuda" and options.mini_seq_len == "auto":
+        rewritten, report.rows = with_rows_for(rewritten, properties_of(device), static)
     report.for_long = fits_for_long(rewritten, options, static)
     if report.for_long is not None and report.for_long.fits:
         report.describe_staying(str(report.for_long))

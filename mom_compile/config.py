@@ -16,7 +16,8 @@ from mom_passes.loops.loop import ExpertRows, RowLimit
 #: Tokens per mini-sequence with `mini_seq_len="auto"`, by type of device, until the memory model chooses it.
 #: CPU: at the shape of `make bench`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and 2048
 #: at 2.12, all in the same time within a tenth (`python -m benchmarks.cpu --only prefill --backends mom-512 mom-1024
-#: mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured: a GPU wants more rows to a kernel.
+#: mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured. Of a CUDA device this only says which prompts are
+#: too short for loops, and the rows of graphs without weights or with experts: for it there is `memory/layer_rows.py`.
 DEFAULT_MINI_SEQ_LEN = {"cpu": 512}
 DEFAULT_ELSEWHERE = 1024
 

@@ -36,13 +36,15 @@ from mom_compile.lowering.layouts import (
 )
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
+from mom_compile.lowering.turned import turn_once
+from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.host.steps import Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import codegen_settings, keep_output_strides
+from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import add_input, attribute
@@ -50,7 +52,7 @@ from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
-from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored
+from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
@@ -143,16 +145,19 @@ class Lowering:
         templates += [layout.input(port, operand) for port, operand in zip(loop.inputs, loop.bind(node), strict=True)]
         templates += [layout.place(output) for output in loop.stored if output.over is None]
         templates += [layout.carry(loop.inputs[i]) for i in loop.carries]  # type: ignore[arg-type]
+        graph, of_inputs = writing_body(loop), slice(2, 2 + len(loop.inputs))
+        templates, turned = turn_once(graph, templates, _are_whole(loop, len(templates)))
         values_of_symbols = {LENGTH: layout.literal}
         run, extra, left = self._compile(
-            _writing_body(loop), templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS
+            graph, templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS, UNCHECKED
         )
-        left = left[2 : 2 + len(loop.inputs)]
+        left, turned = left[of_inputs], turned[of_inputs]
         sizes = _sizes_in_a_run(loop)
         values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
         functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
         inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in _of_inputs(loop, left))
-        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions))
+        turns = tuple(i for i, turns in enumerate(itertools.compress(turned, left)) if turns)
+        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions), turns)
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
@@ -187,17 +192,18 @@ class Lowering:
         values: Mapping[sympy.Symbol, int | None],
         facts: Mapping[sympy.Symbol, SymbolFacts],
         literals: Literals,
+        patches: Mapping[str, Any] = {},
     ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]]:
         """The compiled piece, the arguments that give its symbols their values, to be passed first, and which of its
         inputs it is passed: not the sizes that it computes from these.
 
         `facts` and `values` are of the symbols that the graph has not. `start` and `count` change with every iteration:
-        a loop passes them itself, after the others.
+        a loop passes them itself, after the others. The user's own `patches` of Inductor's options win.
         """
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        new = Piece(gm, tuple(form.templates), form.symbols, dict(self.patches))
+        new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches})
         piece = self.cache.get(new, self.settings, self.report, name)
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]
         return piece, extra, form.left
@@ -250,6 +256,12 @@ class Lowering:
         )
 
 
+def _are_whole(loop: Loop, count: int) -> list[bool]:
+    """Which of a body's arguments are whole values."""
+    of_inputs = [isinstance(port, WholeIn) for port in loop.inputs]
+    return [False, False, *of_inputs, *[False] * (count - 2 - len(of_inputs))]
+
+
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:
     """Those that a run asks for: the shapes of what is stored, and how tokens are laid out."""
     new = [output for output in loop.stored if output.over is None]
@@ -273,50 +285,6 @@ def _in_expressions(port: Any) -> Any:
     if isinstance(port, RowsIn | Stored):
         changed["dim"] = Dim(port.dim.index, plain(port.dim.outer), plain(port.dim.inner))
     return replace(port, **changed)
-
-
-def _writing_body(loop: Loop) -> fx.Graph:
-    """The loop's body with one more argument per new value, a place that it fills instead of returning rows.
-
-    What is written over an operand goes to that operand's rows, the same argument, so that Inductor knows to read them
-    first. What a carry hands on has a place of its own: everything else in the body may read the carry, in any order.
-
-    Before:  def body(start, count, x_rows, w, total): ...; return (k, y, more)            y goes over x
-    After:   def body(start, count, x_rows, w, total, k_place, total_next): ...
-                 k_place.copy_(k); total_next.copy_(more); x_rows.copy_(y); return ()
-    """
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in loop.body.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = graph.node_copy(node)
-    inputs = list(values.values())[2:]
-    places = [add_input(graph, f"{o.name}_place") if o.over is None else inputs[o.over] for o in loop.stored]
-    places += [add_input(graph, f"{inputs[i].name}_next") for i in loop.carries]
-    for node in loop.body.graph.nodes:
-        if node.op == "output":
-            _write(graph, loop, places, [values[rows] for rows in node.args[0]])
-            graph.output(())
-        elif node.op != "placeholder":
-            values[node] = graph.node_copy(node, values.__getitem__)
-    return graph
-
-
-def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
-    """What is written over an input goes last: another value may be a view of it."""
-    stored = loop.stored
-    over = [i < len(stored) and stored[i].over is not None for i in range(len(places))]
-    for i in sorted(range(len(places)), key=over.__getitem__):
-        value = values[i]
-        if i < len(stored) and not stored[i].dim.plain:
-            shape = _unfolded_shape(graph, stored[i], places[i])
-            value = graph.call_function(aten.reshape.default, (value, shape))
-        graph.call_function(aten.copy_.default, (places[i], value))
-
-
-def _unfolded_shape(graph: fx.Graph, output: Stored, place: fx.Node) -> list[Any]:
-    """The place's own sizes."""
-    return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.type.shape) + 2)]
 
 
 def _subgraph(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:

@@ -12,6 +12,7 @@ the key is the graph, with names and symbols numbered in order of appearance, an
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,13 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.lowering.once import is_worthwhile, store_once
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
     CodegenSettings,
     NotStorable,
     SymbolicSizes,
+    assert_layout,
     inductor_as_of,
     loaded_piece,
     stored_piece,
@@ -35,6 +38,7 @@ from mom_passes.attention.flex import graphs_put_back
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
+from mom_passes.loops.ports import COUNT
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +128,29 @@ class Piece:
             run = self._choose(values)
         return run(inputs)
 
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Raises `AssertionError` where an input is laid out otherwise than compiled code takes for granted. It checks
+        that itself, unless it is a loop's body: a loop asks once for all its mini-sequences."""
+        functions, layouts = self._layouts
+        values = inputs[: len(self.symbols)]
+        sizes = [function(values) for function in functions]
+        for value, layout in zip(inputs, layouts, strict=True):
+            if layout is not None:
+                shape, stride = layout
+                assert_layout(value, tuple([sizes[i] for i in shape]), tuple([sizes[i] for i in stride]))
+
+    @functools.cached_property
+    def _layouts(self) -> tuple[list[SizeFunction], list[tuple[list[int], list[int]] | None]]:
+        """Distinct sizes, and of each tensor which of them are its shape and strides."""
+        known: dict[sympy.Expr, int] = {}
+
+        def numbers(sizes: Sequence[sympy.Expr]) -> list[int]:
+            return [known.setdefault(size, len(known)) for size in sizes]
+
+        tensors = (t if isinstance(t, TensorTemplate) else None for t in self.templates)
+        layouts = [None if t is None else (numbers(t.shape), numbers(t.stride)) for t in tensors]
+        return [function_of(size, list(self.symbols)) for size in known], layouts
+
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
         return {**what, "patches": dict(self.patches), "kept": self.kept or self._stored()}
@@ -139,6 +166,10 @@ class Piece:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
         self.kept = state["kept"]
+
+    @property
+    def _devices(self) -> set[torch.device]:
+        return {template.device for template in self.templates if isinstance(template, TensorTemplate)}
 
     def key(self) -> str:
         return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
@@ -162,7 +193,11 @@ class Piece:
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings):
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
-                run = sizes.compile(graphs_put_back(copy_graph(self.gm)), inputs, dict(self.patches))
+                gm = graphs_put_back(copy_graph(self.gm))
+                # In a loop's body: in a decode step a kernel more would take longer.
+                if COUNT in self.symbols and is_worthwhile(self._devices):
+                    store_once(gm.graph)
+                run = sizes.compile(gm, inputs, dict(self.patches))
         except Exception as error:
             log.debug("Inductor could not compile a piece", exc_info=True)
             self.eager_reason = first_line(error)

@@ -1,5 +1,7 @@
 """How many rows a mini-sequence should have on a GPU: a rule of what is known of devices and models. NEVER MEASURED.
 
+What a graph's layers are, and which of its loops get these rows, says `layer_rows`.
+
 Terms
 -----
 intensity   A product with a matrix reads each of its values once for all rows, and computes two operations with it for
@@ -24,7 +26,9 @@ from dataclasses import dataclass
 BLOCK_ROWS = 128
 #: Times over that computing with a matrix takes as long as reading it.
 OVER_READING = 4
-#: Seconds of Python for one body, measured with the launches stubbed: 107 microseconds on a slow core (torch 2.13.0).
+#: Seconds of the host for one body. 107 microseconds of Python were measured with the launches stubbed, of a whole call
+#: on a slow core (torch 2.13.0). A body's time in its loop alone has gone from 41 to 29 microseconds since, on
+#: a faster one (`tests/no_gpu/overhead.py`); launches come on top, which nobody has measured: it stays until then.
 HOST_SECONDS = 107e-6
 #: Of the peak, what large products reach.
 REACHED = 0.65
@@ -39,29 +43,58 @@ SHARE = 0.1
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's dense FLOPS in bf16 with float32 sums, bytes per second of its memory, and multiprocessors."""
+    """A GPU's dense FLOPS in bf16 with float32 sums, bytes per second of its memory, multiprocessors, and compute
+    capability (90 is 9.0)."""
 
     flops: float
     bandwidth: float
     multiprocessors: int
+    capability: int
 
 
 #: By what `torch.cuda.get_device_name()` contains. Sources: NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM and
 #: the H200 SXM (dense, half of what is printed "with sparsity"), and the Ada GPU architecture whitepaper, appendix A.
 DEVICES = {
-    "A100": Device(312e12, 2.039e12, 108),
-    "H100": Device(989.4e12, 3.35e12, 132),
-    "H200": Device(989.4e12, 4.8e12, 132),
-    "RTX 4090": Device(165.2e12, 1.008e12, 128),
+    "A100": Device(312e12, 2.039e12, 108, 80),
+    "H100": Device(989.4e12, 3.35e12, 132, 90),
+    "H200": Device(989.4e12, 4.8e12, 132, 90),
+    "RTX 4090": Device(165.2e12, 1.008e12, 128, 89),
 }
 
 
 @dataclass(frozen=True)
+class Properties:
+    """What a GPU says of itself."""
+
+    name: str
+    multiprocessors: int
+    capability: int
+
+
+def device_of(gpu: Properties) -> tuple[Device, str]:
+    """A GPU's figures and, in words, whose they are.
+
+    One that is not in the table is taken for that of the table with the nearest compute capability, an older one if two
+    are as near, with as much of its FLOPS and bandwidth as it has of its multiprocessors.
+    """
+    for name, device in DEVICES.items():
+        if name in gpu.name:
+            return device, gpu.name
+    name, like = min(DEVICES.items(), key=lambda item: (abs(item[1].capability - gpu.capability), item[1].capability))
+    part = gpu.multiprocessors / like.multiprocessors
+    own = Device(like.flops * part, like.bandwidth * part, gpu.multiprocessors, gpu.capability)
+    of = f"{gpu.multiprocessors} of the {like.multiprocessors} multiprocessors of an {name}"
+    return own, f"{gpu.name}, taken for {of}"
+
+
+@dataclass(frozen=True)
 class Layer:
-    """What a body of one layer computes: query heads, and its products as `(inputs, outputs)`."""
+    """What a body of one layer computes: query heads (0: it attends to nothing), its products as `(inputs, outputs)`,
+    and how many sequences it has rows of at once."""
 
     heads: int
     products: tuple[tuple[int, int], ...]
+    sequences: int = 1
 
     @property
     def parameters(self) -> int:
@@ -69,12 +102,13 @@ class Layer:
 
 
 def rows_for(device: Device, layer: Layer, *, row_bytes: int = 0, full_bytes: int = 0) -> int:
-    """Rows of a mini-sequence. `row_bytes` is what it holds for each of its rows, `full_bytes` what lives at full
-    length; where either is 0, memory is no limit."""
-    wave = BLOCK_ROWS * max(1, 2 * device.multiprocessors // layer.heads)
-    first = math.ceil(max(for_intensity(device), for_launches(device, layer)) / wave)
+    """Rows of a mini-sequence, of each sequence. `row_bytes` is what it holds for each of its rows, `full_bytes` what
+    lives at full length; where either is 0, memory is no limit."""
+    wave = BLOCK_ROWS * (max(1, 2 * device.multiprocessors // (layer.heads * layer.sequences)) if layer.heads else 1)
+    need = max(for_intensity(device), for_launches(device, layer)) / layer.sequences
+    first = math.ceil(need / wave)
     waves = range(first, 2 * first + 1)
-    filled = [filled_by_products(device, layer.products, n * wave) for n in waves]
+    filled = [filled_by_products(device, layer.products, n * wave * layer.sequences) for n in waves]
     rows = next(n * wave for n, part in zip(waves, filled, strict=True) if part >= FULL_ENOUGH * max(filled))
     if row_bytes and full_bytes:
         most = int(SHARE * full_bytes) // row_bytes

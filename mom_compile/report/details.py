@@ -17,6 +17,8 @@ def details(record: Record) -> list[str]:
         lines = [f"{record.kind}, graph of {record.nodes} nodes: {verdict} to stock Inductor: {record.fallback}"]
         return lines + _kv_lines(record) + _own_lines(record) + eager_lines(record)
     lines = _head(record)
+    if record.rows:
+        lines.append(f"mini-sequences: {record.rows}")
     for stage in record.stages:
         lines += _stage_lines(stage)
     if record.left_out:

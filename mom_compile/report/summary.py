@@ -29,7 +29,7 @@ def summary(record: Record) -> list[str]:
         return [_left_alone(record), *_kv_lines(record), *_own_lines(record), *eager_lines(record)]
     lines = _saved(record)
     if record.stages:
-        lines += _loop_lines(record.stages)
+        lines += _loop_lines(record.stages, record.rows)
     if record.left_out:
         lines += _left_out(record.left_out)
     return lines + _kv_lines(record) + _own_lines(record) + eager_lines(record)
@@ -62,13 +62,14 @@ def _saved(record: Record) -> list[str]:
     return lines
 
 
-def _loop_lines(stages: Sequence[StageReport]) -> list[str]:
+def _loop_lines(stages: Sequence[StageReport], rows: str) -> list[str]:
     alike: dict[str, list[str]] = {}
     for stage in stages:
         alike.setdefault(_in_a_line(stage), []).append(stage.name)
     merged = ", alike ones in one line" if len(alike) < len(stages) else ""
     lines = [f"  {len(names):2} x  {text} ({', '.join(_ranges(names))})" for text, names in alike.items()]
-    return [f"{counted(len(stages), 'loop')} over mini-sequences{merged}:", *_at_most(lines)]
+    why = [f"  {rows}"] if rows else []
+    return [f"{counted(len(stages), 'loop')} over mini-sequences{merged}:", *_at_most(lines), *why]
 
 
 def _in_a_line(stage: StageReport) -> str:

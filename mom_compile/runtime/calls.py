@@ -51,8 +51,16 @@ class OperatorCall:
         return OperatorCall(node.target, args, dict(kwargs))  # type: ignore[arg-type]
 
     def __call__(self, arguments: list[Any]) -> tuple[Any]:
-        args, kwargs = filled((self.args, self.kwargs), arguments)
+        args = [_given(value, arguments) for value in self.args]
+        kwargs = {name: _given(value, arguments) for name, value in self.kwargs.items()}
         return (self.target(*args, **kwargs),)
+
+
+def _given(value: Any, arguments: Sequence[Any]) -> Any:
+    """The same of one argument. Most are tensors and numbers: going through all of them takes longer than a view."""
+    if type(value) is Argument:
+        return arguments[value.number]
+    return filled(value, arguments) if isinstance(value, (tuple, list, dict)) else value
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,14 @@ class NoGuard:
         pass
 
 
+def _no_device(index: int) -> None:
+    """A plain function: a mock would take longer than what it stands for."""
+
+
 @contextlib.contextmanager
 def _without_a_device() -> Iterator[None]:
-    with mock.patch.object(torch.cuda, "_DeviceGuard", NoGuard), mock.patch.object(torch.cuda, "set_device"):
+    patch = mock.patch.object
+    with patch(torch.cuda, "_DeviceGuard", NoGuard), patch(torch.cuda, "set_device", _no_device):
         yield
 
 

@@ -71,7 +71,9 @@ class Gpu:
 
 
 H100 = Gpu("pretended H100", 9, 0, 132, 232448, 233472, 50 << 20)
+H200 = Gpu("pretended H200", 9, 0, 132, 232448, 233472, 50 << 20, total_memory=141 << 30)
 A100 = Gpu("pretended A100", 8, 0, 108, 166912, 167936, 40 << 20)
+RTX_4090 = Gpu("pretended RTX 4090", 8, 9, 128, 101376, 102400, 72 << 20, total_memory=24 << 30)
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,13 @@ def _patches_of_torch(gpu: Gpu) -> list[Any]:
         cuda("is_bf16_supported", True),
         cuda("_lazy_init", None),
         mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _the_stream, create=True),
     ]
+
+
+def _the_stream(device: int) -> int:
+    """A plain function: a mock would take longer than what it stands for."""
+    return 0
 
 
 def _patches_of_inductor(made: Made) -> list[Any]:

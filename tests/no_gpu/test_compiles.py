@@ -54,7 +54,10 @@ MOST_SPILLED = 0.05 if Version(triton.__version__) < Version("3.7") else 0.0
 #: Before transformers 5.23 the angles of positions are a product, made once, whose tokens are its last dimension.
 ANGLES_ARE_A_PRODUCT = STEPS_HAVE_MASKS = Version(transformers.__version__) < Version("5.23")
 
+#: A product that writes to where its result is kept.
+INTO_ITS_PLACE = "torch.ops.mom.product_into.default"
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
+PRODUCTS |= {INTO_ITS_PLACE}
 ATTENTION = "torch.ops.mom.attention.default"
 #: Of a decode step, which goes as it is to stock Inductor's kernels.
 ATTENTIONS = {ATTENTION} | {
@@ -154,6 +157,7 @@ def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch)
     nothing_runs_beside_kernels_but_attention_and_products(found, case)
     alike_layers_share_a_body(found, case)
     if case.kind != "decode":
+        positions_have_a_sine_once_and_not_for_each_head(found)
         bodies_launch_no_more_than_they_need(found, case)
     llama_launches_what_is_said(found, case)
 
@@ -193,6 +197,18 @@ def no_index_is_wider_than_it_need_be(found: Compiled, case: Case) -> None:
         assert not sizes, f"{kernel.name}: {sizes}"
 
 
+def positions_have_a_sine_once_and_not_for_each_head(found: Compiled) -> None:
+    """In a body one kernel computes them, which reads no product: queries and keys are products."""
+    pieces = found.report.compiled_pieces
+    dear = {(k.wrapper, k.name): k for k in found.made.kernels if re.search(r"\b(sin|cos)\(", k.source)}
+    of_bodies = [key for key in dear if pieces[key[0]].startswith("stage")]
+    bodies = {i for i, name in enumerate(pieces) if name.startswith("stage")}
+    assert {wrapper for wrapper, _ in of_bodies} == bodies
+    assert len(of_bodies) == len(bodies), [name for _, name in of_bodies]
+    for key in of_bodies:
+        assert "mm" not in key[1] and "_unsafe_view" not in key[1], f"{key[1]} reads a product of all heads"
+
+
 def pieces_hold_for_other_lengths(found: Compiled, case: Case) -> None:
     """What was compiled for one length relies on no size but that indices fit in 32 bits."""
     assert found.assumed
@@ -226,12 +242,14 @@ def alike_layers_share_a_body(found: Compiled, case: Case) -> None:
 
 #: Of a layer's body: its attention, then all up to the next layer's keys and values.
 LAUNCHES = {
-    "llama": Counter({"triton": 7, "extern_kernels.mm": 7, ATTENTION: 1}),
-    "gemma3": Counter({"triton": 7, "extern_kernels.mm": 7, ATTENTION: 1}),
+    "llama": Counter({"triton": 7, "extern_kernels.mm": 6, INTO_ITS_PLACE: 1, ATTENTION: 1}),
+    # One more where queries are of a window and the next layer's keys are not: their positions have other angles.
+    "gemma3": Counter({"triton": 8, "extern_kernels.mm": 6, INTO_ITS_PLACE: 1, ATTENTION: 1}),
     "mixtral": Counter(
         {
             "triton": 12,
-            "extern_kernels.mm": 5,
+            "extern_kernels.mm": 4,
+            INTO_ITS_PLACE: 1,
             "extern_kernels._grouped_mm": 2,
             **dict.fromkeys({ATTENTION, *SORTING}, 1),
         }

@@ -51,7 +51,8 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
         return call.output().zero_()
     way = way_of(call)
     if call.is_causal and end < tokens:
-        call = replace(call, key=call.key[:, :, :end], value=call.value[:, :, :end])  # no more is read of the others
+        key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
+        call = replace(call, key=key, value=value)
     if way is Way.FLASH:
         return token_major(flash(call)[0], call)
     if way is Way.CUDNN:

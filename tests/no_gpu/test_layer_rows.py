@@ -1,0 +1,99 @@
+"""What the rule for rows says on GPUs that are not there, of graphs as they are captured. Nothing is compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from mom_compile.backend import rewrite, static_input_names
+from mom_compile.cache_key import cache_tag, devices_of
+from mom_compile.config import parse_options
+from mom_compile.report import Report
+from tests.no_gpu.graphs import Graph, graph_of
+from tests.no_gpu.target import A100, H100, H200, RTX_4090, Gpu, pretended
+from tests.no_gpu.test_compiles import SHAPES
+
+transformers = pytest.importorskip("transformers")
+
+ROWS = {A100: 1536, H100: 2048, H200: 2048, RTX_4090: 2048}
+#: An L40S, which nobody has recorded.
+UNKNOWN = Gpu("pretended L40S", 8, 9, 142, 101376, 102400, 96 << 20)
+
+
+def graph(shape: str = "llama", tokens: int = 147_456, sequences: int = 1, **inputs: Any) -> Graph:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16).eval()
+    ids = torch.empty(sequences, tokens, dtype=torch.long)
+    given = {"use_cache": True, "logits_to_keep": 1, **inputs}
+    return graph_of(model, lambda: {"input_ids": ids, **given}).on_cuda()
+
+
+def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:
+    report = Report()
+    parsed = parse_options({"kv_offload": False, **options})
+    with pretended(gpu):
+        found = rewrite(captured.gm, parsed, report, static_input_names(captured.gm, captured.more))
+    report.describe(found)
+    return report
+
+
+def rows_of(report: Report) -> list[int]:
+    """Of the most loops first."""
+    return [rows for rows, _ in Counter(stage.mini_seq_len for stage in report.stages).most_common()]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Graph:
+    return graph()
+
+
+@pytest.mark.parametrize("gpu", ROWS, ids=lambda gpu: gpu.name)
+def test_llama_3_8b_has_the_rows_that_the_rule_says_for_its_layers(llama: Graph, gpu: Gpu) -> None:
+    rows = ROWS[gpu]
+    report = report_of(llama, gpu)
+    assert rows_of(report) == [rows]
+    assert f"{rows} tokens at a time for 32 heads and 218 million weights a layer on {gpu.name}" in str(report)
+    assert report.rows in report.details()
+
+
+def test_a_stored_program_is_another_gpus_no_more_than_another_options(llama: Graph) -> None:
+    tags = []
+    for gpu in (H100, H200, A100):
+        with pretended(gpu):
+            tags.append(cache_tag(parse_options({}), devices_of(llama.example_inputs)))
+    assert len(set(tags)) == 3 and None not in tags
+    assert devices_of([torch.empty(2), 3]) == []
+
+
+def test_an_unknown_gpu_is_taken_for_a_known_one_of_its_kind(llama: Graph) -> None:
+    report = report_of(llama, UNKNOWN)
+    assert "pretended L40S, taken for 142 of the 128 multiprocessors of an RTX 4090" in report.rows
+    assert rows_of(report) == [2048]
+
+
+def test_rows_that_are_given_are_kept(llama: Graph) -> None:
+    report = report_of(llama, H100, mini_seq_len=640)
+    assert rows_of(report) == [640] and not report.rows
+
+
+def test_of_several_sequences_each_has_its_part_of_the_rows() -> None:
+    report = report_of(graph(tokens=32_768, sequences=8), H100)
+    assert rows_of(report) == [256]
+    assert "8 sequences" in report.rows
+
+
+def test_a_short_prompt_without_a_cache_has_rows_for_a_tenth_of_what_lives_at_full_length() -> None:
+    report = report_of(graph(tokens=16_384, use_cache=False), H100)
+    assert "fewer where they would hold more than a tenth" in report.rows
+    full = max(sum(value.bytes for value in stage.live) for stage in report.stages)
+    assert all(stage.mini_seq_len % 128 == 0 for stage in report.stages)
+    assert all(stage.iteration_bytes <= full / 10 for stage in report.stages)
+
+
+def test_experts_keep_the_rows_of_their_own_rule() -> None:
+    report = report_of(graph("mixtral"), H100)
+    assert not report.rows
+    assert rows_of(report)[0] == 1200  # 300 rows for each of 8 experts, of which 2 are chosen
