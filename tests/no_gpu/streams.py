@@ -13,8 +13,8 @@ lazy      A stream that the engine has made. Its copies wait in a queue and run 
 
 Two accesses to the same bytes, one of them a write, of which the later does not know the earlier, are a problem: some
 order of the device would run them the other way round. So is memory that is freed before a copy has run, one copy
-across two pinned ranges, and a range that is unpinned under a copy. Problems are collected, since what is found in a
-finaliser cannot be raised there; the end of the simulation raises them.
+across two pinned ranges or to memory that is still to be pinned, and a range that is unpinned under a copy. Problems
+are collected, since what is found in a finaliser cannot be raised there; the end of the simulation raises them.
 
     with Simulation(latest) as sim:           # the engine of the CPU is a CudaEngine now
         ...                                   # every operator in here is an operation of the current stream
@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from mom_compile.runtime.host import engines, steps
+from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.engine_cuda import CudaEngine, pin_for
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
@@ -236,15 +237,24 @@ class _Recording(TorchDispatchMode):
 
 
 class _Runtime:
-    """In place of `torch.cuda.cudart()`: ranges that are pinned."""
+    """In place of `torch.cuda.cudart()`: ranges that are pinned.
+
+    `call` stands for what a driver does meanwhile, on whichever thread asks, and answers with its code.
+    """
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.ranges: dict[int, int] = {}
+        self.call: Callable[[], int] = lambda: 0
+        #: By which thread each call was made.
+        self.threads: list[str] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.ranges[address] = size
-        return 0
+        self.threads.append(threading.current_thread().name)
+        code = self.call()
+        if code == 0:
+            self.ranges[address] = size
+        return code
 
     def cudaHostUnregister(self, address: int) -> int:
         self.sim.unpinned(address, self.ranges.pop(address))
@@ -430,9 +440,14 @@ class Simulation:
 
     def _asynchronous(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
         """From or to memory that is not pinned a driver copies before it returns, whatever it was asked for."""
-        ranges = self.runtime.ranges.items()
-        hosts = [tensor.data_ptr() for tensor in (target, source) if self.memory(tensor).on_host]
-        return non_blocking and all(any(a <= host < a + size for a, size in ranges) for host in hosts)
+        ranges = list(self.runtime.ranges.items())
+        hosts = [tensor for tensor in (target, source) if self.memory(tensor).on_host]
+        pinned = [any(a <= host.data_ptr() < a + size for a, size in ranges) for host in hosts]
+        for host, has_been in zip(hosts, pinned, strict=True):
+            store = store_of(host)
+            if store is not None and isinstance(store.region.backing, Pinned) and not has_been:
+                self.problem("a copy does not wait until its memory is pinned")
+        return non_blocking and all(pinned)
 
     def _touch(self, touched: Sequence[tuple[torch.Tensor, bool]], what: str, by_host: bool = False) -> None:
         """One operation, of the current stream or of the host itself."""
@@ -492,7 +507,7 @@ class Simulation:
                     self.problem(f"memory is unpinned, and nothing has waited for {access.what}")
 
     def _check_seams(self, first: int, end: int) -> None:
-        within = [a for a, size in self.runtime.ranges.items() if first < a + size and a < end]
+        within = [a for a, size in list(self.runtime.ranges.items()) if first < a + size and a < end]
         if len(within) > 1:
             self.problem(f"one copy of {end - first} bytes lies across {len(within)} pinned ranges")
 

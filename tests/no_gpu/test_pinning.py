@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from mom_compile.runtime.host import engine_cuda
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.backings.pinned import HUGE_PAGE, Pinned
+from mom_compile.runtime.host.backings.registration import PIECE, REGISTRAR
 from mom_compile.runtime.host.engine_cuda import PORTABLE, pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.region import HostRegion
@@ -28,8 +30,13 @@ class Runtime:
     """Notes calls, with the device that is current then, and answers with a code."""
 
     code: int = 0
-    current: torch.device | None = None
     calls: list[tuple[object, ...]] = field(default_factory=list)
+    #: A device is current in a thread.
+    local: threading.local = field(default_factory=threading.local)
+
+    @property
+    def current(self) -> torch.device | None:
+        return getattr(self.local, "current", None)
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls.append(("pin", address, size, flags, self.current))
@@ -41,9 +48,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
-        before, self.current = self.current, device
+        before, self.local.current = self.current, device
         yield
-        self.current = before
+        self.local.current = before
 
 
 @pytest.fixture
@@ -140,6 +147,28 @@ def test_a_fork_has_no_pinned_pages(region: HostRegion) -> None:
     assert "dc" in mapping_of(address).flags  # type: ignore[union-attr]
     assert in_a_fork(lambda: mapping_of(address) is None)
     assert in_a_fork(lambda: mapping_of(torch.ones(1).data_ptr()) is not None)
+
+
+def test_memory_that_is_pinned_ahead_is_pinned_on_its_own_device_too(runtime: Runtime) -> None:
+    region = HostRegion(8 * BLOCK, Pinned(pin_for(SECOND)))
+    region.commit_ahead(BLOCK)
+    REGISTRAR.finish()
+    address = region.bytes.data_ptr()
+    assert runtime.calls == [("pin", address, BLOCK, PORTABLE, SECOND)]
+    region.commit(BLOCK)
+    assert len(runtime.calls) == 1
+    region.close()
+    assert runtime.calls[1:] == [("synchronize", SECOND), ("unpin", address, SECOND)]
+
+
+def test_a_large_range_is_pinned_in_pieces_that_are_seams(runtime: Runtime) -> None:
+    region = HostRegion(4 * PIECE, Pinned(pin_for(SECOND)))
+    region.commit(2 * PIECE + BLOCK)
+    address = region.bytes.data_ptr()
+    pins = [call[1:3] for call in runtime.calls]
+    assert pins[:3] == [(address, PIECE), (address + PIECE, PIECE), (address + 2 * PIECE, BLOCK)]
+    assert list(region.between_seams(0, 2 * PIECE + 1)) == [(0, PIECE), (PIECE, 2 * PIECE), (2 * PIECE, 2 * PIECE + 1)]
+    region.close()
 
 
 def test_a_region_pins_what_it_commits_and_unpins_it_with_its_last_use(runtime: Runtime) -> None:

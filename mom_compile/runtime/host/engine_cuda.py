@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_compile.runtime.host.backings.pinned import Pin
+from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.engine import CopyEngine, Done
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.seams import between_seams, same_layout

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, as_bytes, reserve_addresses
+from mom_compile.runtime.host.backings.registration import PIECE, REGISTRAR, Pin, Registration
+from mom_compile.runtime.host.limits import HostMemoryError
 
 #: Of x86 and of ARM: a whole number of blocks. The last one may be pinned in part, and is there as a whole.
 HUGE_PAGE = 2 * BLOCK
 
-#: Pins `(address, size)` and returns what undoes it. Raises `HostMemoryError`.
-Pin = Callable[[int, int], Callable[[], None]]
+
+@dataclass(frozen=True)
+class _Range:
+    """What one commit pins: bytes `[first, end)` of the region."""
+
+    first: int
+    end: int
+    registration: Registration
 
 
 class Pinned(Backing):
@@ -22,11 +30,14 @@ class Pinned(Backing):
 
     block = BLOCK
     reusable = True
+    goes_ahead = True
 
     def __init__(self, pin: Pin) -> None:
         super().__init__()
         self.pin = pin
-        self._undo: list[Callable[[], None]] = []
+        self._ranges: list[_Range] = []
+        #: How far all is pinned.
+        self._ready = 0
 
     def reserve(self, capacity: int, least: int) -> torch.Tensor:
         """Of huge pages where the kernel has them: it pins page by page. The first one begins where one may begin.
@@ -45,9 +56,45 @@ class Pinned(Backing):
         return addresses
 
     def commit(self, first: int, size: int) -> None:
-        self._undo.append(self.pin(self.address + first, size))
-        self.seams.append(first + size)
+        self._begin(first, size)
+        self._wait(first + size)
+
+    def commit_ahead(self, first: int, size: int) -> None:
+        REGISTRAR.put(self._begin(first, size))
+
+    def ready(self, end: int) -> int:
+        try:
+            self._wait(end)
+        except HostMemoryError:
+            return self._ready
+        return end
+
+    def _begin(self, first: int, size: int) -> Registration:
+        registration = Registration(self.pin, self.address + first, size, self.memory)
+        self._ranges.append(_Range(first, first + size, registration))
+        self.seams += [*range(first + PIECE, first + size, PIECE), first + size]
+        return registration
+
+    def _wait(self, end: int) -> None:
+        """Raises `HostMemoryError`; what cannot be pinned is not committed then, nor what comes behind it."""
+        if end <= self._ready:
+            return
+        for one in self._ranges:
+            if self._ready <= one.first < end:
+                try:
+                    one.registration.need()
+                except BaseException:
+                    self._drop(one.first)
+                    raise
+                self._ready = one.end
+
+    def _drop(self, first: int) -> None:
+        """Everything from there on."""
+        dropped = [one for one in self._ranges if one.first >= first]
+        self._ranges = [one for one in self._ranges if one.first < first]
+        self.seams[:] = [seam for seam in self.seams if seam <= first]
+        for one in dropped:
+            one.registration.drop()
 
     def close(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._drop(0)
