@@ -130,9 +130,12 @@ class Ledger:
         if found is None:
             found = self.memories[storage._cdata] = Memory(storage.data_ptr(), self.device.current)
             weakref.finalize(storage, self._freed, storage._cdata).atexit = False
-        if by_host or store_of(tensor) is not None:
+        if by_host or store_of(tensor) is not None or self._pinned(storage.data_ptr()):
             found.owner = None
         return found
+
+    def _pinned(self, address: int) -> bool:
+        return any(first <= address < first + size for first, size in self.device.ranges)
 
     def _freed(self, number: int) -> None:
         memory = self.memories.pop(number)

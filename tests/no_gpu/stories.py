@@ -7,20 +7,24 @@ wait and every record of `mom_compile.runtime.host`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
 
-from mom_compile.runtime.host import region
+from mom_compile.runtime.host import bounce, region
 from mom_compile.runtime.host import store as store_module
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.backings.registration import REGISTRAR
-from mom_compile.runtime.host.engine import MOST_LEAVING
+from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError
+from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
@@ -40,7 +44,7 @@ def values(tokens: int, seed: int = 0, head_major: bool = False) -> torch.Tensor
 
 
 def place(sim: Simulation) -> Placement:
-    return Placement(pin=sim.pin)
+    return sim.placement or Placement(pin=sim.pin)
 
 
 def offload(sim: Simulation, value: torch.Tensor) -> HostTensor:
@@ -296,6 +300,7 @@ def a_program_fails(sim: Simulation) -> None:
         program(inputs)
     assert not sim.engine.abandoned
     assert not any(stream.queue for stream in sim.streams)
+    assert not any(errands.queue for errands in sim.errands)
     assert alive() is None
     sim.expect(host.fetch(), values(40) + 1)
 
@@ -405,6 +410,108 @@ def the_next_layers_memory_is_pinned_meanwhile(sim: Simulation) -> None:
             sim.problem(f"{len(own)} layers' memory is pinned by who launches, {host_memory().pooled} bytes in vain")
 
 
+def in_files(story: Story) -> Story:
+    """The same cache in a file, through buffers that hold 13 rows and a half."""
+
+    def told(sim: Simulation) -> None:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(bounce, "STAGE", 6912):
+            sim.placement = Placement("disk", Path(folder))
+            story(sim)
+
+    told.__name__ = f"{story.__name__}_in_files"
+    return told
+
+
+def error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except CopyError as error:
+        return str(error)
+    return "none"
+
+
+def a_files_ticket_is_dropped(sim: Simulation) -> None:
+    """Its memory is kept until the thread has read the file and the device has what it read."""
+    host = offload(sim, values(40) + 1)
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])
+    alive = weakref.ref(arriving.buffer.untyped_storage())
+    del arriving
+    gc.collect()
+    assert alive() is not None
+    Settle(CPU)()
+    assert alive() is None
+    sim.expect(host.fetch(), values(40) + 1)
+
+
+def a_disk_is_full(sim: Simulation) -> None:
+    """In the middle of a copy: who reads those rows is told, who reads others is not, and all goes on."""
+    kept, value = offload(sim, values(40, 1) + 1), values(40) + 1
+    Settle(CPU)()
+    alive, calls = weakref.ref(value.untyped_storage()), iter((False, True))
+    write = Extent.write
+
+    def full(extent: Extent, view: memoryview) -> None:
+        if next(calls, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(extent, view)
+
+    with mock.patch.object(Extent, "write", full):
+        host = offload(sim, value)
+        del value
+        Settle(CPU)()
+    assert alive() is None
+    assert not sim.engine.abandoned
+    assert not any(errands.queue for errands in sim.errands)
+    longer = append(sim, host, values(1) + 1)
+    for read in (host.fetch, longer.fetch, host.settled, longer.settled):
+        if "No space left on device" not in error_of(read):
+            sim.problem("rows that are not there are read")
+    sim.expect(kept.fetch(), values(40, 1) + 1)
+    sim.expect(offload(sim, values(40, 2) + 1).fetch(), values(40, 2) + 1)
+
+
+def a_disk_cannot_be_read(sim: Simulation) -> None:
+    """When the device has been sent a part: its buffer is not used again before that has arrived."""
+    host = offload(sim, values(40) + 1)
+    calls, read = iter((False, True)), Extent.read
+
+    def broken(extent: Extent, view: memoryview) -> None:
+        if next(calls, False):
+            raise OSError(errno.EIO, "Input/output error")
+        read(extent, view)
+
+    with mock.patch.object(Extent, "read", broken):
+        (arriving,) = FetchStart(2, CPU)([host.host, 0])
+        given = [arriving, None]
+        del arriving
+        if "Input/output error" not in error_of(lambda: FetchWait(2)(given)):
+            sim.problem("rows that are not there are read")
+    gc.collect()
+    sim.expect(offload(sim, values(40, 2) + 1).fetch(), values(40, 2) + 1)
+
+
+IN_FILES: tuple[Story, ...] = (
+    a_prompt_leaves_and_steps_bring_it_back,
+    a_prompt_that_is_stored_by_heads_leaves,
+    many_layers_leave_and_die_at_once,
+    a_buffer_is_had_where_another_died,
+    rows_arrive_while_others_of_them_leave,
+    the_host_reads,
+    the_host_writes,
+    two_continue_one_cache,
+    rows_come_from_another_kind_of_device,
+    heads_alone_are_brought,
+    another_stream_computes,
+    another_stream_waits_for_what_was_fetched,
+    two_threads_read,
+    two_threads_have_a_cache_each,
+    a_program_fails,
+    a_files_ticket_is_dropped,
+    a_disk_is_full,
+    a_disk_cannot_be_read,
+)
+
+
 STORIES: tuple[Story, ...] = (
     a_prompt_leaves_and_steps_bring_it_back,
     a_prompt_that_is_stored_by_heads_leaves,
@@ -425,6 +532,7 @@ STORIES: tuple[Story, ...] = (
     two_threads_have_a_cache_each,
     a_program_fails,
     a_ticket_is_dropped,
+    *map(in_files, IN_FILES),
     the_next_rows_memory_is_pinned_meanwhile,
     memory_cannot_be_pinned_ahead,
     the_next_layers_memory_is_pinned_meanwhile,

@@ -39,12 +39,14 @@ from torch.utils._pytree import tree_leaves
 from mom_compile.runtime.host import engines, steps
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.engine_cuda import CudaEngine, pin_for
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.write import mutated, returns_view
 from mom_compile.runtime.program import Program
 from mom_passes.ops.transfers import FETCH
 from mom_passes.torch_compat import packet_of, schema_of
+from tests.no_gpu.errands import SimErrands, seen_by
 from tests.no_gpu.ledger import Clock, Ledger
 
 CPU = torch.device("cpu")
@@ -110,6 +112,9 @@ def at_times(pattern: Sequence[bool]) -> Schedule:
         for stream in sim.streams:
             if stream.queue and next(choices):
                 stream.go_on()
+        for errands in sim.errands if not sim.running else ():
+            if errands.queue and next(choices):
+                errands.go_on()
 
     return some
 
@@ -254,6 +259,9 @@ class Simulation:
         self.schedule, self.everything = schedule, everything
         self.problems: list[str] = []
         self.streams: list[SimStream] = []
+        self.errands: list[SimErrands] = []
+        #: How many errands are being run, one within another where it waits for that.
+        self.running = 0
         self.local = threading.local()
         self.ledger = Ledger(self)
         self.runtime = _Runtime(self)
@@ -261,6 +269,8 @@ class Simulation:
         self._stack = contextlib.ExitStack()
         self._threads = itertools.count()
         self.active = False
+        #: Where stories keep a cache, if not in pinned memory.
+        self.placement: Placement | None = None
 
     # --- its beginning and end ---
 
@@ -275,8 +285,9 @@ class Simulation:
             ("cudart", lambda: self.runtime),
         ):
             self._stack.enter_context(mock.patch.object(torch.cuda, name, instead))
-        self.engine = CudaEngine(CPU)
         self._pin = pin_for.__wrapped__(CPU)
+        self.engine = CudaEngine(CPU, self.pin, lambda name: SimErrands(self, name))
+        self._stack.enter_context(seen_by(self))
         self._stack.enter_context(mock.patch.dict(engines._ENGINES, {CPU: self.engine}))
         self.active = True
         if self.everything:
@@ -291,6 +302,9 @@ class Simulation:
             return run(*given)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for errands in self.errands:
+            while errands.queue:
+                errands.go_on()
         self._stack.close()
         self.active = False
         for stream in self.streams:
@@ -355,6 +369,24 @@ class Simulation:
                 yield
         finally:
             self.local.stream = before
+
+    @contextlib.contextmanager
+    def acting_as(self, name: str, clock: Clock) -> Iterator[None]:
+        """As a thread that does not compute."""
+        before = dict(self.local.__dict__)
+        self.local.__dict__.clear()
+        self.local.name, self.local.clock = name, clock
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.local.__dict__.clear()
+            self.local.__dict__.update(before)
+
+    def host_moves(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Bytes, by a call of the system."""
+        self._touch([(target, True), (source, False)], "a file's copy", by_host=True)
 
     def moment(self) -> None:
         self.schedule(self)

@@ -69,6 +69,21 @@ class Extent:
         first, end = max(first, self.first), min(end, self.first + self.size)
         return Extent(self.file, self.offset + first - self.first, first, end - first) if first < end else None
 
+    def write(self, view: memoryview) -> None:
+        """All of it. Who has it mapped sees that. Raises `OSError` where the disk is full or broken."""
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self.file.number, view[done:], self.offset + done)
+
+    def read(self, view: memoryview) -> None:
+        """All of it. Raises `OSError` where the disk is broken."""
+        done = 0
+        while done < len(view):
+            more = os.preadv(self.file.number, [view[done:]], self.offset + done)
+            if more == 0:
+                raise OSError(errno.EIO, "the file ends before the rows do")
+            done += more
+
     def give_back(self) -> None:
         self.file.give_back(self.offset, self.size)
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mom_compile.runtime.host.backings.in_file import InFile
+from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import AHEAD_FROM, TOTALS, HostRegion
@@ -104,6 +106,13 @@ class HostStore:
         count = math.prod(self.row)
         typed = self.region.bytes[: self.capacity * self.row_bytes].view(self.dtype)
         return typed[first * count : end * count].view(end - first, *self.row)
+
+    def extents(self, first: int, end: int) -> tuple[Extent, ...]:
+        """Where bytes `[first, end)` of the region are in their file. Whoever asks has a lease of them."""
+        backing = self.region.backing
+        assert isinstance(backing, InFile)
+        with self._lock:
+            return backing.parts(first, end)
 
     @property
     def used_bytes(self) -> int:

@@ -55,6 +55,12 @@ class Pinned(Backing):
                     self.memory.madvise(getattr(mmap, advice))
         return addresses
 
+    def view(self) -> memoryview:
+        """All addresses, for calls of the system."""
+        addresses = as_bytes(self.memory)
+        first = self.address - addresses.data_ptr()
+        return memoryview(self.memory)[first:]
+
     def commit(self, first: int, size: int) -> None:
         self._begin(first, size)
         self._wait(first + size)
