@@ -77,6 +77,7 @@ class HostRegion:
 
         Those that will be needed next are begun ahead, where the backing can.
         """
+        self.check()
         if size > self.capacity:
             raise HostMemoryError(f"{size} bytes of keys or values do not fit in the {self.capacity} reserved for them")
         self._settle_ahead(size)
@@ -157,11 +158,22 @@ class HostRegion:
 
         The last copy stays `pending`: another thread that asks meanwhile waits for it too.
         """
+        self.check()
         if self.pending is not None:
             self.pending.synchronize()
 
+    def check(self) -> None:
+        """Raises `RuntimeError` where this process is a fork and has none of the bytes: reading them would end it."""
+        if self.backing.lost:
+            raise RuntimeError(
+                "these keys or values are in pinned memory, and a forked process has none of its parent's: copy them "
+                "before the fork (tensor.fetch().cpu()), or start the process by multiprocessing's 'spawn'"
+            )
+
     def abandon(self) -> None:
         """Until nobody copies here any more, whose rows nobody will read: whether they are right does not matter."""
+        if self.backing.lost:
+            return
         with contextlib.suppress(CopyError):
             self.wait()
         self.pending = None

@@ -153,6 +153,7 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
     store = store_of(host)
     if store is None:
         return engine.to_device(target, host, None)
+    store.region.check()
     ticket = engine.to_device(target, host, store.region.pending)
     store.region.pending = ticket.done
     return ticket

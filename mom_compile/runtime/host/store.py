@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -166,6 +167,10 @@ _STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictiona
 #: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
 #: the last one did.
 _POOL: list[tuple[Placement, HostRegion]] = []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_POOL.clear)  # a fork has nothing of them
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:

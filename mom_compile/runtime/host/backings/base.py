@@ -41,6 +41,7 @@ class Backing:
     on_disk    whether it takes disk space rather than host memory
     reusable   whether making one is so slow that a dead store's is kept for the next cache
     goes_ahead whether it can commit beside the caller
+    lost       whether this process is a fork, which has nothing of it
     seams      ends of ranges that a driver may not copy across, ascending
     """
 
@@ -48,6 +49,7 @@ class Backing:
     on_disk = False
     reusable = False
     goes_ahead = False
+    lost = False
 
     def __init__(self) -> None:
         self.seams: list[int] = []

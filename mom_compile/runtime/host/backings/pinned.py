@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+import weakref
 from dataclasses import dataclass
 
 import torch
 
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, as_bytes, reserve_addresses
 from mom_compile.runtime.host.backings.registration import PIECE, REGISTRAR, Pin, Registration
+from mom_compile.runtime.host.file import hold
 from mom_compile.runtime.host.limits import HostMemoryError
 
 #: Of x86 and of ARM: a whole number of blocks. The last one may be pinned in part, and is there as a whole.
 HUGE_PAGE = 2 * BLOCK
+
+
+#: Mappings of this process, and where they begin.
+_NOT_IN_FORKS: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+
+
+def _hold_addresses() -> None:
+    for memory, address in _NOT_IN_FORKS.items():
+        with contextlib.suppress(OSError):
+            hold(address, len(memory))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hold_addresses)
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Pinned(Backing):
     def __init__(self, pin: Pin) -> None:
         super().__init__()
         self.pin = pin
+        self._process = os.getpid()
         self._ranges: list[_Range] = []
         #: How far all is pinned.
         self._ready = 0
@@ -43,17 +61,23 @@ class Pinned(Backing):
         """Of huge pages where the kernel has them: it pins page by page. The first one begins where one may begin.
 
         A fork does not have them. Pages that both had would be copied when one of them is written, and a device that
-        copies to the old page would write where its process does not look.
+        copies to the old page would write where its process does not look. What it has there instead is no memory, and
+        is kept: it would otherwise take the addresses for others, and lose those when the last view of them dies.
         """
         self.memory = reserve_addresses(capacity + HUGE_PAGE, least + HUGE_PAGE)
         first = -as_bytes(self.memory).data_ptr() % HUGE_PAGE
         addresses = as_bytes(self.memory, first, len(self.memory) - HUGE_PAGE)
         self.address = addresses.data_ptr()
+        _NOT_IN_FORKS[self.memory] = self.address - first
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
                 with contextlib.suppress(OSError):  # a kernel without it
                     self.memory.madvise(getattr(mmap, advice))
         return addresses
+
+    @property
+    def lost(self) -> bool:  # type: ignore[override]
+        return self._process != os.getpid()
 
     def view(self) -> memoryview:
         """All addresses, for calls of the system."""
