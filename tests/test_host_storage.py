@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from mom_compile.runtime.host import store as host_storage
 from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK, SMALL_BLOCK
 from mom_compile.runtime.host.backings.pinned import Pinned
+from mom_compile.runtime.host.backings.registration import REGISTRAR
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import MEMORY, Placement
-from mom_compile.runtime.host.region import MARGIN, HostRegion
+from mom_compile.runtime.host.region import AHEAD_FROM, MARGIN, HostRegion
 from mom_compile.runtime.host.seams import between_seams, same_layout
 from mom_compile.runtime.host.store import (
     HostStore,
@@ -32,6 +34,7 @@ from mom_compile.runtime.host.store import (
     empty_host_pool,
     host_memory,
     lease_of,
+    prepare,
     without_base,
 )
 
@@ -551,6 +554,49 @@ def test_pinned_memory_grows_by_a_share_of_itself_or_by_what_can_be_had():
     region.commit(40 * BLOCK)
     region.commit(40 * BLOCK + 1)
     assert region.committed == 41 * BLOCK
+
+
+def test_pinned_memory_grows_ahead_by_a_share_once_half_of_the_last_is_used():
+    region = HostRegion(100 * BLOCK, Pinned(Pins()))
+    region.commit(40 * BLOCK)
+    assert region.committed == 43 * BLOCK
+    region.commit(41 * BLOCK)
+    assert region.committed == 43 * BLOCK
+    region.commit(42 * BLOCK)
+    assert region.committed == 46 * BLOCK
+    region.commit(99 * BLOCK)
+    assert region.committed == region.capacity
+    region.close()
+
+
+def test_memory_that_is_small_is_not_had_ahead():
+    region = HostRegion(100 * BLOCK, Pinned(Pins()))
+    region.commit(AHEAD_FROM - BLOCK)
+    assert region.committed == AHEAD_FROM - BLOCK
+    empty_host_pool()
+    store, _lease = store_with(rows_of(4), Placement(pin=Pins()))
+    prepare(store, 2)
+    assert host_memory().pooled == 0
+
+
+def test_what_is_being_pinned_is_no_more_available(monkeypatch):
+    monkeypatch.setattr(host_region, "available_memory", lambda: MARGIN + 60 * BLOCK)
+    pins, go = Pins(), threading.Event()
+
+    def slow(address: int, size: int):
+        assert threading.current_thread() is threading.main_thread() or go.wait(10)
+        return pins(address, size)
+
+    one, other = HostRegion(100 * BLOCK, Pinned(slow)), HostRegion(100 * BLOCK, Pinned(slow))
+    one.commit_ahead(BLOCK)  # holds the thread up
+    one.commit_ahead(41 * BLOCK)
+    with pytest.raises(HostMemoryError, match=f"{21 * BLOCK} bytes of host memory"):
+        other.commit(21 * BLOCK)
+    go.set()
+    REGISTRAR.finish()
+    other.commit(21 * BLOCK)  # what is pinned now is not counted twice
+    REGISTRAR.finish()
+    assert sum(pins.ranges.values()) == one.committed + other.committed
 
 
 @pytest.mark.parametrize(

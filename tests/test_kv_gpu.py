@@ -15,6 +15,7 @@ from mom_compile import HostTensor, empty_host_pool, host_memory
 from mom_compile.config import parse_options
 from mom_compile.memory import policy
 from mom_compile.runtime.host.backings.base import BLOCK
+from mom_compile.runtime.host.bounce import STAGE
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.steps import Append, Offload
 from tests.models import prompt, small_model
@@ -94,6 +95,33 @@ def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
     assert torch.equal(host.to(torch.float64), expected.double())
     assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
     assert torch.equal(host.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_in_a_file_come_back_whole(dtype, tmp_path):
+    """Several buffers long, and no multiple of one; in several parts of the file."""
+    device, rows = torch.device("cuda", 0), 3 * STAGE // (2 * 64 * dtype.itemsize) + 11
+    place = policy.placement_of(parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)}), device)
+    new = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
+    (host,) = Offload(2, device, place)([new[0], 0])
+    for more in new[1:]:
+        (host,) = Append(2, device, place)([host.host, more, 0])
+    expected = torch.cat(new, 2)
+    assert torch.equal(host.fetch(), expected)
+    assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
+    assert torch.equal(host.cpu(), expected.cpu())
+
+
+def test_memory_that_is_pinned_ahead_takes_copies():
+    """Of the next layers, in pieces, and of rows that are appended."""
+    device, rows, dtype = torch.device("cuda", 0), 1 << 18, torch.bfloat16  # 64 MiB
+    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+    values = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
+    hosts = [Offload(2, device, place, ahead=2 - layer)([value, 0])[0] for layer, value in enumerate(values)]
+    for layer, (host, value) in enumerate(zip(hosts, values, strict=True)):
+        new = torch.randn(1, 2, 1 + (rows // 10) * layer, 64, dtype=dtype, device=device)
+        (longer,) = Append(2, device, place)([host.host, new, 0])
+        assert torch.equal(longer.fetch(), torch.cat([value, new], 2))
 
 
 def test_pinned_memory_is_given_back_on_demand():

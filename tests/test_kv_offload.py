@@ -22,7 +22,7 @@ from mom_compile import HostMemoryError, HostTensor, MomWarning, host_memory
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.steps import Append, FetchStart
+from mom_compile.runtime.host.steps import Append, FetchStart, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Step, observing
 from tests.models import FAMILIES, prompt, small_model, sweep
@@ -174,6 +174,18 @@ def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
     assert traffic.to_host - before.to_host == (41 + 8) * row
     assert traffic.to_device - before.to_device == sum(range(41, 41 + 8)) * row
     assert traffic.on_host == before.on_host
+
+
+def test_memory_for_the_next_layer_is_had_ahead_and_none_behind_the_last():
+    ahead: list[int] = []
+
+    def watch(step: Step, results: Sequence[Any]) -> None:
+        if isinstance(step.run, Offload):
+            ahead.append(step.run.ahead)
+
+    with observing(watch):
+        generate(compiled("Llama"), prompt(1, 41), max_new_tokens=1)
+    assert ahead == [2, 2, 2, 2, 1, 0]  # keys and values of three layers
 
 
 class Rooms:

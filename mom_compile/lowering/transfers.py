@@ -10,8 +10,12 @@ from torch import fx
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Stays
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload
+from mom_passes.graph.sizes import expr
 from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
+
+#: Values for which host memory is made ready while a layer computes: its keys and its values.
+AHEAD = 2
 
 
 def copy_step(
@@ -37,6 +41,16 @@ def copy_step(
         own = values[node].bytes_per_token
         of_layer = sum(other.bytes_per_token for other in values.values() if other.layer == layer)
         stays = Stays(place.residency, values[node].layer, of_layer, own)
-    return Offload(dim, place.device, place.placement, stays), [value, first, *sizes]  # type: ignore[arg-type]
+    ahead = min(AHEAD, _later_alike(node))
+    return Offload(dim, place.device, place.placement, stays, ahead), [value, first, *sizes]  # type: ignore[arg-type]
 
 
+def _later_alike(node: fx.Node) -> int:
+    """How many values of the same type leave behind one."""
+    leaving = list(node.graph.find_nodes(op="call_function", target=OFFLOAD))
+    return sum(_type(other) == _type(node) for other in leaving[leaving.index(node) + 1 :])
+
+
+def _type(node: fx.Node) -> tuple[object, ...]:
+    value = node.meta["val"]
+    return value.dtype, tuple(expr(size) for size in value.shape)

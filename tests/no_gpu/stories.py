@@ -7,17 +7,28 @@ wait and every record of `mom_compile.runtime.host`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import tempfile
+import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
 
+from mom_compile.runtime.host import bounce, region
+from mom_compile.runtime.host import store as store_module
 from mom_compile.runtime.host.backings.base import BLOCK
-from mom_compile.runtime.host.engine import MOST_LEAVING
+from mom_compile.runtime.host.backings.registration import REGISTRAR
+from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError
+from mom_compile.runtime.host.file import Extent
+from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
-from mom_compile.runtime.host.store import empty_host_pool, store_of
+from mom_compile.runtime.host.store import empty_host_pool, host_memory, store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.program import Program, Slot, Step
 from tests.no_gpu.streams import CPU, SimStream, Simulation
@@ -33,7 +44,7 @@ def values(tokens: int, seed: int = 0, head_major: bool = False) -> torch.Tensor
 
 
 def place(sim: Simulation) -> Placement:
-    return Placement(pin=sim.pin)
+    return sim.placement or Placement(pin=sim.pin)
 
 
 def offload(sim: Simulation, value: torch.Tensor) -> HostTensor:
@@ -289,6 +300,7 @@ def a_program_fails(sim: Simulation) -> None:
         program(inputs)
     assert not sim.engine.abandoned
     assert not any(stream.queue for stream in sim.streams)
+    assert not any(errands.queue for errands in sim.errands)
     assert alive() is None
     sim.expect(host.fetch(), values(40) + 1)
 
@@ -304,6 +316,200 @@ def a_ticket_is_dropped(sim: Simulation) -> None:
     sim.synchronize()
     sim.expect(host.fetch(), values(40) + 1)
     assert alive() is None
+
+
+ROWS_OF_A_BLOCK = BLOCK // 512
+PINNING = "mom-registration"
+
+
+@contextlib.contextmanager
+def small_ranges_ahead() -> Iterator[None]:
+    """As if a block took long to pin."""
+    with mock.patch.object(region, "AHEAD_FROM", BLOCK), mock.patch.object(store_module, "AHEAD_FROM", BLOCK):
+        yield
+
+
+def nearly_two_blocks(sim: Simulation) -> HostTensor:
+    """A cache with room for a few rows in its second block: the third is begun to be pinned."""
+    return offload(sim, values(2 * ROWS_OF_A_BLOCK - 4) + 1)
+
+
+def the_next_rows_memory_is_pinned_meanwhile(sim: Simulation) -> None:
+    """On another thread: this one goes on, while there is room, for as long as that takes."""
+    launched = threading.Event()
+    with small_ranges_ahead():
+        sim.runtime.call = lambda: 0 if threading.current_thread().name != PINNING or launched.wait(5) else 999
+        host = nearly_two_blocks(sim)
+        expected = values(2 * ROWS_OF_A_BLOCK - 4) + 1
+        for step in range(4):
+            host = append(sim, host, values(1, step) + 1)
+            expected = torch.cat([expected, values(1, step) + 1], 2)
+        launched.set()  # within five seconds, or a driver that is asked to pin says no
+        host = append(sim, host, values(1, 9) + 1)
+        sim.expect(host.fetch(), torch.cat([expected, values(1, 9) + 1], 2))
+    if sim.runtime.threads[1:] != [PINNING] * (len(sim.runtime.threads) - 1) or len(sim.runtime.threads) < 2:
+        sim.problem("memory is pinned by who launches")
+
+
+def rows_are_written_where_memory_is_being_pinned(sim: Simulation) -> None:
+    """Who gets there first waits for it."""
+    begun = threading.Event()
+
+    def slow() -> int:
+        if threading.current_thread().name == PINNING:
+            begun.set()
+            time.sleep(0.3)
+        return 0
+
+    with small_ranges_ahead():
+        sim.runtime.call = slow
+        host = nearly_two_blocks(sim)
+        assert begun.wait(5)
+        host = append(sim, host, values(9, 1) + 1)
+        sim.expect(host.fetch(), torch.cat([values(2 * ROWS_OF_A_BLOCK - 4), values(9, 1)], 2) + 1)
+
+
+def memory_cannot_be_pinned_ahead(sim: Simulation) -> None:
+    """Nobody is told before it is needed. Then it is tried again; what is refused leaves the cache as it was."""
+    refuse, asked = True, threading.Event()
+
+    def refused() -> int:
+        asked.set()
+        return 2 if refuse else 0
+
+    with small_ranges_ahead():
+        host = nearly_two_blocks(sim)
+        REGISTRAR.finish()
+        sim.runtime.call, expected = refused, values(2 * ROWS_OF_A_BLOCK - 4) + 1
+        host = append(sim, host, values(ROWS_OF_A_BLOCK, 1) + 1)  # the third block is nearly full: a fourth is begun
+        expected = torch.cat([expected, values(ROWS_OF_A_BLOCK, 1) + 1], 2)
+        assert asked.wait(5)
+        with contextlib.suppress(HostMemoryError):
+            append(sim, host, values(9, 2) + 1)
+            sim.problem("rows went to memory that cannot be pinned")
+        sim.expect(host.fetch(), expected)
+        refuse = False
+        host = append(sim, host, values(9, 2) + 1)
+        sim.expect(host.fetch(), torch.cat([expected, values(9, 2) + 1], 2))
+
+
+def the_next_layers_memory_is_pinned_meanwhile(sim: Simulation) -> None:
+    """Of keys and of values, while this layer's leave; no more than there are layers."""
+
+    def leave(layer: int, ahead: int) -> HostTensor:
+        (host,) = Offload(2, CPU, place(sim), ahead=ahead)([values(3 * ROWS_OF_A_BLOCK, layer) + 1, 0])
+        REGISTRAR.finish()
+        return host
+
+    with small_ranges_ahead():
+        hosts = [leave(layer, min(2, 3 - layer)) for layer in range(4)]
+        for layer, host in enumerate(hosts):
+            sim.expect(host.fetch(), values(3 * ROWS_OF_A_BLOCK, layer) + 1)
+        own = [name for name in sim.runtime.threads if name != PINNING]
+        if len(own) != 1 or host_memory().pooled != 0:
+            sim.problem(f"{len(own)} layers' memory is pinned by who launches, {host_memory().pooled} bytes in vain")
+
+
+def in_files(story: Story) -> Story:
+    """The same cache in a file, through buffers that hold 13 rows and a half."""
+
+    def told(sim: Simulation) -> None:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(bounce, "STAGE", 6912):
+            sim.placement = Placement("disk", Path(folder))
+            story(sim)
+
+    told.__name__ = f"{story.__name__}_in_files"
+    return told
+
+
+def error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except CopyError as error:
+        return str(error)
+    return "none"
+
+
+def a_files_ticket_is_dropped(sim: Simulation) -> None:
+    """Its memory is kept until the thread has read the file and the device has what it read."""
+    host = offload(sim, values(40) + 1)
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])
+    alive = weakref.ref(arriving.buffer.untyped_storage())
+    del arriving
+    gc.collect()
+    assert alive() is not None
+    Settle(CPU)()
+    assert alive() is None
+    sim.expect(host.fetch(), values(40) + 1)
+
+
+def a_disk_is_full(sim: Simulation) -> None:
+    """In the middle of a copy: who reads those rows is told, who reads others is not, and all goes on."""
+    kept, value = offload(sim, values(40, 1) + 1), values(40) + 1
+    Settle(CPU)()
+    alive, calls = weakref.ref(value.untyped_storage()), iter((False, True))
+    write = Extent.write
+
+    def full(extent: Extent, view: memoryview) -> None:
+        if next(calls, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(extent, view)
+
+    with mock.patch.object(Extent, "write", full):
+        host = offload(sim, value)
+        del value
+        Settle(CPU)()
+    assert alive() is None
+    assert not sim.engine.abandoned
+    assert not any(errands.queue for errands in sim.errands)
+    longer = append(sim, host, values(1) + 1)
+    for read in (host.fetch, longer.fetch, host.settled, longer.settled):
+        if "No space left on device" not in error_of(read):
+            sim.problem("rows that are not there are read")
+    sim.expect(kept.fetch(), values(40, 1) + 1)
+    sim.expect(offload(sim, values(40, 2) + 1).fetch(), values(40, 2) + 1)
+
+
+def a_disk_cannot_be_read(sim: Simulation) -> None:
+    """When the device has been sent a part: its buffer is not used again before that has arrived."""
+    host = offload(sim, values(40) + 1)
+    calls, read = iter((False, True)), Extent.read
+
+    def broken(extent: Extent, view: memoryview) -> None:
+        if next(calls, False):
+            raise OSError(errno.EIO, "Input/output error")
+        read(extent, view)
+
+    with mock.patch.object(Extent, "read", broken):
+        (arriving,) = FetchStart(2, CPU)([host.host, 0])
+        given = [arriving, None]
+        del arriving
+        if "Input/output error" not in error_of(lambda: FetchWait(2)(given)):
+            sim.problem("rows that are not there are read")
+    gc.collect()
+    sim.expect(offload(sim, values(40, 2) + 1).fetch(), values(40, 2) + 1)
+
+
+IN_FILES: tuple[Story, ...] = (
+    a_prompt_leaves_and_steps_bring_it_back,
+    a_prompt_that_is_stored_by_heads_leaves,
+    many_layers_leave_and_die_at_once,
+    a_buffer_is_had_where_another_died,
+    rows_arrive_while_others_of_them_leave,
+    the_host_reads,
+    the_host_writes,
+    two_continue_one_cache,
+    rows_come_from_another_kind_of_device,
+    heads_alone_are_brought,
+    another_stream_computes,
+    another_stream_waits_for_what_was_fetched,
+    two_threads_read,
+    two_threads_have_a_cache_each,
+    a_program_fails,
+    a_files_ticket_is_dropped,
+    a_disk_is_full,
+    a_disk_cannot_be_read,
+)
 
 
 STORIES: tuple[Story, ...] = (
@@ -326,6 +532,11 @@ STORIES: tuple[Story, ...] = (
     two_threads_have_a_cache_each,
     a_program_fails,
     a_ticket_is_dropped,
+    *map(in_files, IN_FILES),
+    the_next_rows_memory_is_pinned_meanwhile,
+    memory_cannot_be_pinned_ahead,
+    the_next_layers_memory_is_pinned_meanwhile,
+    rows_are_written_where_memory_is_being_pinned,
 )
 
 
@@ -337,5 +548,6 @@ def tell(story: Story, sim: Simulation) -> None:
         try:
             story(sim)
         finally:
+            REGISTRAR.finish()
             gc.collect()
             empty_host_pool()

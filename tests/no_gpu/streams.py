@@ -2,19 +2,17 @@
 
 Terms
 -----
-agent     Whoever touches memory in an order of its own: a stream, or a thread of the host.
-clock     How far an agent knows that others have come: `{agent: number of its last operation that is done}`.
+clock     What an agent, a stream or a thread of the host, knows of the others (see `ledger.py`).
 lazy      A stream that the engine has made. Its copies wait in a queue and run when somebody waits for them (`latest`),
           or at any moment before that (`at_times`). Other streams compute, at once.
 
     compute:  clock learns what a wait tells it; an operation is checked against all that touched the same bytes
     event:    a copy of its stream's clock
-    free:     memory goes back to the stream that it was had from, which must know of every access to it
 
 Two accesses to the same bytes, one of them a write, of which the later does not know the earlier, are a problem: some
 order of the device would run them the other way round. So is memory that is freed before a copy has run, one copy
-across two pinned ranges, and a range that is unpinned under a copy. Problems are collected, since what is found in a
-finaliser cannot be raised there; the end of the simulation raises them.
+across two pinned ranges or to memory that is still to be pinned, and a range that is unpinned under a copy. Problems
+are collected, since what is found in a finaliser cannot be raised there; the end of the simulation raises them.
 
     with Simulation(latest) as sim:           # the engine of the CPU is a CudaEngine now
         ...                                   # every operator in here is an operation of the current stream
@@ -30,7 +28,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -39,13 +37,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from mom_compile.runtime.host import engines, steps
+from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.engine_cuda import CudaEngine, pin_for
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.write import mutated, returns_view
 from mom_compile.runtime.program import Program
 from mom_passes.ops.transfers import FETCH
 from mom_passes.torch_compat import packet_of, schema_of
+from tests.no_gpu.errands import SimErrands, seen_by
+from tests.no_gpu.ledger import Clock, Ledger
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -59,48 +61,6 @@ POISON = 0xA5
 
 class Found(AssertionError):
     """The simulation has seen something that a device may do otherwise than was meant."""
-
-
-class Clock(dict[str, int]):
-    def learn(self, other: Clock) -> None:
-        for agent, at in other.items():
-            self[agent] = max(at, self.get(agent, 0))
-
-    def step(self, agent: str) -> tuple[str, int]:
-        self[agent] = self.get(agent, 0) + 1
-        return agent, self[agent]
-
-
-@dataclass(frozen=True)
-class Access:
-    """Bytes `[first, end)` of a storage, by an operation of an agent."""
-
-    stamp: tuple[str, int]
-    write: bool
-    first: int
-    end: int
-    what: str
-
-    def known_to(self, clock: Clock) -> bool:
-        agent, at = self.stamp
-        return clock.get(agent, 0) >= at
-
-    def replaced_by(self, later: Access) -> bool:
-        """Whether who orders itself behind `later` is ordered behind this too."""
-        return later.first <= self.first and self.end <= later.end and (later.write or not self.write)
-
-
-@dataclass
-class Memory:
-    """A storage. `owner` is the stream that it was had from, None for the host's."""
-
-    address: int
-    owner: SimStream | None
-    accesses: list[Access] = field(default_factory=list)
-
-    @property
-    def on_host(self) -> bool:
-        return self.owner is None
 
 
 @dataclass
@@ -152,6 +112,9 @@ def at_times(pattern: Sequence[bool]) -> Schedule:
         for stream in sim.streams:
             if stream.queue and next(choices):
                 stream.go_on()
+        for errands in sim.errands if not sim.running else ():
+            if errands.queue and next(choices):
+                errands.go_on()
 
     return some
 
@@ -236,18 +199,27 @@ class _Recording(TorchDispatchMode):
 
 
 class _Runtime:
-    """In place of `torch.cuda.cudart()`: ranges that are pinned."""
+    """In place of `torch.cuda.cudart()`: ranges that are pinned.
+
+    `call` stands for what a driver does meanwhile, on whichever thread asks, and answers with its code.
+    """
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.ranges: dict[int, int] = {}
+        self.call: Callable[[], int] = lambda: 0
+        #: By which thread each call was made.
+        self.threads: list[str] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.ranges[address] = size
-        return 0
+        self.threads.append(threading.current_thread().name)
+        code = self.call()
+        if code == 0:
+            self.ranges[address] = size
+        return code
 
     def cudaHostUnregister(self, address: int) -> int:
-        self.sim.unpinned(address, self.ranges.pop(address))
+        self.sim.ledger.unpinned(address, self.ranges.pop(address))
         return 0
 
 
@@ -287,13 +259,18 @@ class Simulation:
         self.schedule, self.everything = schedule, everything
         self.problems: list[str] = []
         self.streams: list[SimStream] = []
+        self.errands: list[SimErrands] = []
+        #: How many errands are being run, one within another where it waits for that.
+        self.running = 0
         self.local = threading.local()
-        self.memories: dict[int, Memory] = {}
+        self.ledger = Ledger(self)
         self.runtime = _Runtime(self)
         self.default = SimStream(self, lazy=False)
         self._stack = contextlib.ExitStack()
         self._threads = itertools.count()
         self.active = False
+        #: Where stories keep a cache, if not in pinned memory.
+        self.placement: Placement | None = None
 
     # --- its beginning and end ---
 
@@ -308,8 +285,9 @@ class Simulation:
             ("cudart", lambda: self.runtime),
         ):
             self._stack.enter_context(mock.patch.object(torch.cuda, name, instead))
-        self.engine = CudaEngine(CPU)
         self._pin = pin_for.__wrapped__(CPU)
+        self.engine = CudaEngine(CPU, self.pin, lambda name: SimErrands(self, name))
+        self._stack.enter_context(seen_by(self))
         self._stack.enter_context(mock.patch.dict(engines._ENGINES, {CPU: self.engine}))
         self.active = True
         if self.everything:
@@ -324,6 +302,9 @@ class Simulation:
             return run(*given)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for errands in self.errands:
+            while errands.queue:
+                errands.go_on()
         self._stack.close()
         self.active = False
         for stream in self.streams:
@@ -389,8 +370,31 @@ class Simulation:
         finally:
             self.local.stream = before
 
+    @contextlib.contextmanager
+    def acting_as(self, name: str, clock: Clock) -> Iterator[None]:
+        """As a thread that does not compute."""
+        before = dict(self.local.__dict__)
+        self.local.__dict__.clear()
+        self.local.name, self.local.clock = name, clock
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.local.__dict__.clear()
+            self.local.__dict__.update(before)
+
+    def host_moves(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Bytes, by a call of the system."""
+        self._touch([(target, True), (source, False)], "a file's copy", by_host=True)
+
     def moment(self) -> None:
         self.schedule(self)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """What is pinned now: addresses and sizes. Another thread may pin."""
+        return list(self.runtime.ranges.items())
 
     def problem(self, text: str) -> None:
         self.problems.append(text)
@@ -409,7 +413,7 @@ class Simulation:
         written = {id(tensor) for tensor in mutated(schema, args, kwargs)}
         given = () if func in EMPTY else tree_leaves((args, kwargs))
         touched = [(value, id(value) in written) for value in given if torch.is_tensor(value)]
-        hosts = [self.memory(tensor).on_host for tensor, _ in touched]
+        hosts = [self.ledger.memory(tensor).on_host for tensor, _ in touched]
         asynchronous = func is COPY and self._asynchronous(*args, **kwargs)
         if asynchronous and stream.lazy:
             self._touch(touched, "a copy")
@@ -417,12 +421,13 @@ class Simulation:
             return args[0]
         stream.run_to(stream.issued)
         result = func(*args, **kwargs)
-        made = [(value, True) for value in tree_leaves(result) if torch.is_tensor(value) and not self.knows(value)]
+        tensors = [value for value in tree_leaves(result) if torch.is_tensor(value)]
+        made = [(value, True) for value in tensors if not self.ledger.knows(value)]
         if func in EMPTY:
             Rows(result).alive().untyped_storage().fill_(POISON)  # type: ignore[union-attr]
         by_host = bool(hosts) and all(hosts) and func is not aten._to_copy.default
         for tensor, _ in made:
-            self.memory(tensor, by_host)
+            self.ledger.memory(tensor, by_host)
         self._touch([*touched, *made], str(func), by_host)
         if func in ASKED or (any(hosts) and not asynchronous):
             self.thread_clock.learn(stream.clock)
@@ -430,77 +435,16 @@ class Simulation:
 
     def _asynchronous(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
         """From or to memory that is not pinned a driver copies before it returns, whatever it was asked for."""
-        ranges = self.runtime.ranges.items()
-        hosts = [tensor.data_ptr() for tensor in (target, source) if self.memory(tensor).on_host]
-        return non_blocking and all(any(a <= host < a + size for a, size in ranges) for host in hosts)
+        hosts = [tensor for tensor in (target, source) if self.ledger.memory(tensor).on_host]
+        pinned = [any(a <= host.data_ptr() < a + size for a, size in self.ranges) for host in hosts]
+        for host, has_been in zip(hosts, pinned, strict=True):
+            store = store_of(host)
+            if store is not None and isinstance(store.region.backing, Pinned) and not has_been:
+                self.problem("a copy does not wait until its memory is pinned")
+        return non_blocking and all(pinned)
 
     def _touch(self, touched: Sequence[tuple[torch.Tensor, bool]], what: str, by_host: bool = False) -> None:
         """One operation, of the current stream or of the host itself."""
         agent, clock = (self.thread_name, self.thread_clock) if by_host else (self.current.name, self.current.clock)
         clock.learn(self.thread_clock)
-        stamp = clock.step(agent)
-        for tensor, write in touched:
-            first, end = _extent(tensor)
-            memory = self.memory(tensor)
-            if memory.on_host and not by_host:
-                self._check_seams(memory.address + first, memory.address + end)
-            if first < end:
-                self._access(memory, Access(stamp, write, first, end, f"{what} ({agent})"), clock)
-
-    def _access(self, memory: Memory, new: Access, clock: Clock) -> None:
-        kept = []
-        for old in memory.accesses:
-            overlap = old.first < new.end and new.first < old.end
-            known = old.known_to(clock)
-            if overlap and (old.write or new.write) and not known:
-                self.problem(f"{new.what} does not wait for {old.what}, which touches the same bytes")
-            if not (known and old.replaced_by(new)):
-                kept.append(old)
-        memory.accesses = [*kept, new]
-
-    # --- memory ---
-
-    def knows(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.memories
-
-    def memory(self, tensor: torch.Tensor, by_host: bool = False) -> Memory:
-        """What is known of a tensor's storage. One that is seen for the first time has just been had, by the host for
-        what it computes itself."""
-        storage = tensor.untyped_storage()
-        found = self.memories.get(storage._cdata)
-        if found is None:
-            found = self.memories[storage._cdata] = Memory(storage.data_ptr(), self.current)
-            weakref.finalize(storage, self._freed, storage._cdata).atexit = False
-        if by_host or store_of(tensor) is not None:
-            found.owner = None
-        return found
-
-    def _freed(self, number: int) -> None:
-        memory = self.memories.pop(number)
-        clock = Clock(self.thread_clock)
-        if memory.owner is not None:
-            clock.learn(memory.owner.clock)
-        for access in memory.accesses:
-            if self.active and not access.known_to(clock):
-                self.problem(f"memory is freed, and nothing has waited for {access.what}")
-
-    def unpinned(self, address: int, size: int) -> None:
-        for memory in self.memories.values():
-            for access in memory.accesses if memory.on_host else ():
-                first, end = memory.address + access.first, memory.address + access.end
-                if first < address + size and address < end and not access.known_to(self.thread_clock):
-                    self.problem(f"memory is unpinned, and nothing has waited for {access.what}")
-
-    def _check_seams(self, first: int, end: int) -> None:
-        within = [a for a, size in self.runtime.ranges.items() if first < a + size and a < end]
-        if len(within) > 1:
-            self.problem(f"one copy of {end - first} bytes lies across {len(within)} pinned ranges")
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """From the first byte that a tensor shows to the last, in its storage."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.storage_offset()
-    return first * tensor.element_size(), (first + last + 1) * tensor.element_size()
+        self.ledger.touch(clock.step(agent), clock, touched, what, by_host)

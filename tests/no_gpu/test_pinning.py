@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import mmap
 import os
+import pickle
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +17,17 @@ import pytest
 import torch
 
 from mom_compile.runtime.host import engine_cuda
-from mom_compile.runtime.host.backings.base import BLOCK
+from mom_compile.runtime.host.backings.base import BLOCK, as_bytes
 from mom_compile.runtime.host.backings.pinned import HUGE_PAGE, Pinned
+from mom_compile.runtime.host.backings.registration import PIECE, REGISTRAR
 from mom_compile.runtime.host.engine_cuda import PORTABLE, pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import HostRegion
+from mom_compile.runtime.host.steps import Append, FetchStart, Offload
+from mom_compile.runtime.host.store import empty_host_pool
 
+CPU = torch.device("cpu")
 SECOND = torch.device("cuda", 1)
 
 
@@ -28,8 +36,13 @@ class Runtime:
     """Notes calls, with the device that is current then, and answers with a code."""
 
     code: int = 0
-    current: torch.device | None = None
     calls: list[tuple[object, ...]] = field(default_factory=list)
+    #: A device is current in a thread.
+    local: threading.local = field(default_factory=threading.local)
+
+    @property
+    def current(self) -> torch.device | None:
+        return getattr(self.local, "current", None)
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls.append(("pin", address, size, flags, self.current))
@@ -41,19 +54,22 @@ class Runtime:
 
     @contextlib.contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
-        before, self.current = self.current, device
+        before, self.local.current = self.current, device
         yield
-        self.current = before
+        self.local.current = before
 
 
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    empty_host_pool()
     made = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", made.device)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.calls.append(("synchronize", device)))
     monkeypatch.setattr(engine_cuda, "_forget_error", lambda device: made.calls.append(("error forgotten", device)))
-    return made
+    yield made
+    gc.collect()
+    empty_host_pool()
 
 
 def test_memory_is_pinned_for_all_devices_and_unpinned_on_its_own_when_that_is_idle(runtime: Runtime) -> None:
@@ -138,8 +154,76 @@ def test_a_fork_has_no_pinned_pages(region: HostRegion) -> None:
     address = region.bytes.data_ptr()
     region.bytes[:BLOCK] = 1
     assert "dc" in mapping_of(address).flags  # type: ignore[union-attr]
-    assert in_a_fork(lambda: mapping_of(address) is None)
-    assert in_a_fork(lambda: mapping_of(torch.ones(1).data_ptr()) is not None)
+    assert in_a_fork(lambda: "rd" not in mapping_of(address).flags)  # type: ignore[union-attr]
+    assert in_a_fork(lambda: "rd" in mapping_of(torch.ones(1).data_ptr()).flags)  # type: ignore[union-attr]
+
+
+def test_a_fork_puts_nothing_where_pinned_pages_were(region: HostRegion) -> None:
+    """The last view of them gives the addresses back."""
+    region.commit(BLOCK)
+    address, view = region.bytes.data_ptr(), [region.bytes]
+
+    def others() -> list[mmap.mmap]:
+        made = [mmap.mmap(-1, region.capacity) for _ in range(20)]
+        assert not any(address <= as_bytes(one).data_ptr() < address + region.capacity for one in made)
+        view.clear()
+        return made
+
+    assert in_a_fork(lambda: all(one.write_byte(1) is None for one in others()))
+
+
+def raises(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except RuntimeError as error:
+        return "a forked process has none of its parent's" in str(error)
+    return False
+
+
+def test_a_cache_in_pinned_memory_is_an_error_in_a_fork_whatever_is_asked_of_it(runtime: Runtime) -> None:
+    place, value = Placement(pin=pin_for(SECOND)), torch.ones(1, 2, 5, 64)
+    (dead,) = Offload(2, CPU, place)([value, 0])
+    (host,) = Offload(2, CPU, place)([value, 0])
+    host.settled()
+    del dead
+    gc.collect()
+    for asked in (
+        lambda: host.settled(),
+        lambda: host.fetch(),
+        lambda: host + 1,
+        lambda: repr(host),
+        lambda: host[:, :, 1:].tolist(),
+        lambda: host.clone(),
+        lambda: host.mul_(2),
+        lambda: pickle.dumps(host),
+        lambda: FetchStart(2, CPU)([host.host, 1]),
+        lambda: Append(2, CPU, place)([host.host, value, 0]),
+    ):
+        assert in_a_fork(lambda asked=asked: raises(asked))
+    assert in_a_fork(lambda: torch.equal(Offload(2, CPU, place)([value, 0])[0].fetch(), value))  # one of its own
+    assert torch.equal(host.fetch(), value)
+
+
+def test_memory_that_is_pinned_ahead_is_pinned_on_its_own_device_too(runtime: Runtime) -> None:
+    region = HostRegion(8 * BLOCK, Pinned(pin_for(SECOND)))
+    region.commit_ahead(BLOCK)
+    REGISTRAR.finish()
+    address = region.bytes.data_ptr()
+    assert runtime.calls == [("pin", address, BLOCK, PORTABLE, SECOND)]
+    region.commit(BLOCK)
+    assert len(runtime.calls) == 1
+    region.close()
+    assert runtime.calls[1:] == [("synchronize", SECOND), ("unpin", address, SECOND)]
+
+
+def test_a_large_range_is_pinned_in_pieces_that_are_seams(runtime: Runtime) -> None:
+    region = HostRegion(4 * PIECE, Pinned(pin_for(SECOND)))
+    region.commit(2 * PIECE + BLOCK)
+    address = region.bytes.data_ptr()
+    pins = [call[1:3] for call in runtime.calls]
+    assert pins[:3] == [(address, PIECE), (address + PIECE, PIECE), (address + 2 * PIECE, BLOCK)]
+    assert list(region.between_seams(0, 2 * PIECE + 1)) == [(0, PIECE), (PIECE, 2 * PIECE), (2 * PIECE, 2 * PIECE + 1)]
+    region.close()
 
 
 def test_a_region_pins_what_it_commits_and_unpins_it_with_its_last_use(runtime: Runtime) -> None:

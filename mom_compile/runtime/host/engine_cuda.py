@@ -6,7 +6,8 @@ streams (`tests/no_gpu/streams.py`), which every wait in here is taken away from
 
 `record_stream` is not used: memory it holds back comes free late and fragments. A ticket keeps both tensors until the
 stream that owns them has been told to wait for the copy; memory that is then freed can only be reused after it.
-The host is never made to wait, except by `synchronize`, where it gathers rows that lie apart, and after an exception.
+The host is never made to wait, except by `synchronize`, where it gathers rows that lie apart, after an exception, and
+for a file (`bounce.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_compile.runtime.host.backings.pinned import Pin
+from mom_compile.runtime.host.backings.registration import Pin
+from mom_compile.runtime.host.bounce import FileDone, Way, in_file
 from mom_compile.runtime.host.engine import CopyEngine, Done
+from mom_compile.runtime.host.errands import Errands
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.seams import between_seams, same_layout
 
@@ -36,29 +39,35 @@ class StreamDone:
     def synchronize(self) -> None:
         self.event.synchronize()
 
+    def finished(self) -> bool:
+        """Nobody touches what was copied any more."""
+        return self.event.query()
+
+    finish = synchronize
+
 
 @dataclass(frozen=True)
 class Abandoned:
     """A copy whose ticket was dropped before anybody waited for it, and what it copies."""
 
-    event: torch.cuda.Event
+    done: StreamDone | FileDone
     tensors: tuple[torch.Tensor, ...]
 
 
 class StreamTicket:
     """`owner` is the stream that computed when the copy was asked for: the tensors' memory goes back to it."""
 
-    def __init__(self, engine: CudaEngine, done: StreamDone, owner: torch.cuda.Stream) -> None:
+    def __init__(self, engine: CudaEngine, done: StreamDone | FileDone, owner: torch.cuda.Stream) -> None:
         self.done = done
         self._engine = engine
         self._owner = owner
         self.tensors: tuple[torch.Tensor, ...] = ()
 
     def wait(self) -> None:
+        self.release()
         reader = torch.cuda.current_stream(self._engine.device)
         if reader != self._owner:
             reader.wait_event(self.done.event)
-        self.release()
 
     def release(self) -> None:
         self._owner.wait_event(self.done.event)
@@ -68,18 +77,37 @@ class StreamTicket:
         # Dropped without a wait (an exception in between): the memory must not be reused too early. No stream is made
         # to wait here: whoever forgot to would not be seen.
         if self.tensors:
-            self._engine.abandoned.append(Abandoned(self.done.event, self.tensors))
+            self._engine.abandoned.append(Abandoned(self.done, self.tensors))
+
+
+class FileTicket(StreamTicket):
+    """What streams may wait for is there when the thread that reads or writes the file has come so far."""
+
+    done: FileDone
+
+    def wait(self) -> None:
+        super().wait()
+        self.done.check()
+
+    def release(self) -> None:
+        self.done.errand.wait()
+        super().release()
 
 
 class CudaEngine(CopyEngine):
     """A queue for each direction, since a link carries both at once. Copies of the same rows stay in order: each waits
     for the one `after`. An error ends the process' use of the device, so tickets need not pass one on."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, pin: Pin | None = None, errands: Callable[[str], Errands] = Errands
+    ) -> None:
         super().__init__()
         self.device = device
         self.arriving = torch.cuda.Stream(device)
         self.departing = torch.cuda.Stream(device)
+        pin = pin or pin_for(device)
+        self._from_files = Way(self.arriving, pin, errands("mom-files-to-device"))
+        self._to_files = Way(self.departing, pin, errands("mom-device-to-files"))
         #: Appended to by finalisers, so without a lock.
         self.abandoned: collections.deque[Abandoned] = collections.deque()
 
@@ -89,9 +117,15 @@ class CudaEngine(CopyEngine):
         queue = self.departing if to_host else self.arriving
         if not same_layout(target, source):
             source = _on_device(target, source) if to_host else _gathered(source, after)
-        ready, done = torch.cuda.Event(), torch.cuda.Event()
-        ticket = StreamTicket(self, StreamDone(done), owner)
+        ready = torch.cuda.Event()
         ready.record(owner)
+        if in_file(target if to_host else source):
+            way = self._to_files if to_host else self._from_files
+            ticket: StreamTicket = FileTicket(self, way.copy(target, source, ready, after, to_host), owner)
+            ticket.tensors = (target, source)
+            return ticket
+        done = torch.cuda.Event()
+        ticket = StreamTicket(self, StreamDone(done), owner)
         queue.wait_event(ready)
         if isinstance(after, StreamDone):
             queue.wait_event(after.event)
@@ -113,14 +147,14 @@ class CudaEngine(CopyEngine):
         with contextlib.suppress(IndexError):  # there are no more, or another thread was quicker
             while True:
                 one = self.abandoned.popleft()  # its tensors live until then
-                one.event.synchronize()
+                one.done.finish()
 
     def _forget_finished(self) -> None:
         """Whoever dropped a ticket late is not waited for: what is not done stays."""
         with contextlib.suppress(IndexError):
             for _ in range(len(self.abandoned)):
                 one = self.abandoned.popleft()
-                if not one.event.query():
+                if not one.done.finished():
                     self.abandoned.append(one)
 
 

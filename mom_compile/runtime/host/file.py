@@ -39,8 +39,8 @@ _PUNCH_A_HOLE = 0x01 | 0x02  # keep the size, punch
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
-def _map(address: int, size: int, flags: int, file: int, offset: int) -> None:
-    mapped = _LIBC.mmap(address, size, _READ_WRITE, flags | _FIXED, file, offset)
+def _map(address: int, size: int, flags: int, file: int, offset: int, protection: int = _READ_WRITE) -> None:
+    mapped = _LIBC.mmap(address, size, protection, flags | _FIXED, file, offset)
     if mapped == ctypes.c_void_p(-1).value:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -49,6 +49,11 @@ def _map(address: int, size: int, flags: int, file: int, offset: int) -> None:
 def unmap(address: int, size: int) -> None:
     """Addresses that are reserved and have nothing behind them."""
     _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0)
+
+
+def hold(address: int, size: int) -> None:
+    """Addresses that nothing else may be put at, and that nobody may read."""
+    _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0, protection=0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,21 @@ class Extent:
         """What lies within `[first, end)` of the region."""
         first, end = max(first, self.first), min(end, self.first + self.size)
         return Extent(self.file, self.offset + first - self.first, first, end - first) if first < end else None
+
+    def write(self, view: memoryview) -> None:
+        """All of it. Who has it mapped sees that. Raises `OSError` where the disk is full or broken."""
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self.file.number, view[done:], self.offset + done)
+
+    def read(self, view: memoryview) -> None:
+        """All of it. Raises `OSError` where the disk is broken."""
+        done = 0
+        while done < len(view):
+            more = os.preadv(self.file.number, [view[done:]], self.offset + done)
+            if more == 0:
+                raise OSError(errno.EIO, "the file ends before the rows do")
+            done += more
 
     def give_back(self) -> None:
         self.file.give_back(self.offset, self.size)

@@ -18,7 +18,8 @@ from typing import Any
 from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import Backing
 from mom_compile.runtime.host.backings.in_file import InFile
-from mom_compile.runtime.host.backings.pinned import Pin, Pinned
+from mom_compile.runtime.host.backings.pinned import Pinned
+from mom_compile.runtime.host.backings.registration import Pin
 
 #: The tier of `kv_offload=True` and `"auto"`.
 MEMORY = "memory"

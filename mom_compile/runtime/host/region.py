@@ -21,12 +21,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, whole_blocks
+from mom_compile.runtime.host.backings.registration import REGISTRAR
 from mom_compile.runtime.host.engine import CopyError, Done
 from mom_compile.runtime.host.limits import HostMemoryError, available_memory
 
 #: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
 #: as much: decoding seldom pays for a system call, and no more than two such shares are held in vain.
 SHARE = 16
+
+#: What pins so few bytes at a time takes less than a launch: nothing to do ahead.
+AHEAD_FROM = SHARE * BLOCK
 
 #: Host memory that is left to everybody else.
 MARGIN = 256 << 20
@@ -54,6 +58,8 @@ class HostRegion:
         #: The last copy that reads or writes here. Each waits for the one before, so all are done when it is.
         self.pending: Done | None = None
         self.low = self.high = 0
+        #: The end from which it was last tried to grow ahead: if that is refused, it is not tried again from there.
+        self._tried_ahead = -1
         fewest = capacity if least is None else least
         #: All addresses as bytes.
         self.bytes = backing.reserve(whole_blocks(BLOCK, capacity), whole_blocks(BLOCK, fewest))
@@ -67,11 +73,41 @@ class HostRegion:
         return self.high - self.low
 
     def commit(self, size: int) -> None:
-        """Back the bytes up to `size`. Raises `HostMemoryError`, and then nothing has changed."""
-        if size <= self.high:
-            return
+        """Back the bytes up to `size`. Raises `HostMemoryError`, and then nothing has changed.
+
+        Those that will be needed next are begun ahead, where the backing can.
+        """
+        self.check()
         if size > self.capacity:
             raise HostMemoryError(f"{size} bytes of keys or values do not fit in the {self.capacity} reserved for them")
+        self._settle_ahead(size)
+        if size > self.high:
+            self._commit_more(size)
+        self._grow_ahead(size)
+
+    def commit_ahead(self, size: int) -> None:
+        """Begin to back the bytes up to `size`, in whole blocks, of a region that is new. Raises `HostMemoryError`."""
+        self._commit_next(min(whole_blocks(self.backing.block, size), self.capacity) - self.high, ahead=True)
+
+    def _settle_ahead(self, size: int) -> None:
+        """What was begun ahead is there, up to `size`, or else is not committed: it will be tried again."""
+        asked = min(size, self.high)
+        ready = self.backing.ready(asked)
+        if ready < asked:
+            self._account.add(ready - self.high)
+            self.high = ready
+
+    def _grow_ahead(self, size: int) -> None:
+        """By the next share of what is held, when half of the last one is used."""
+        if not self.backing.goes_ahead or self.committed < AHEAD_FROM or self._tried_ahead == self.high:
+            return
+        share = whole_blocks(self.backing.block, self.committed // SHARE)
+        if self.high - size < share // 2 and self.high < self.capacity:
+            self._tried_ahead = self.high
+            with contextlib.suppress(HostMemoryError):
+                self._commit_next(min(share, self.capacity - self.high), ahead=True)
+
+    def _commit_more(self, size: int) -> None:
         room = self.capacity - self.high
         wanted = min(whole_blocks(self.backing.block, size) - self.high, room)
         more = min(whole_blocks(self.backing.block, self.committed // SHARE), room) if self.committed else 0
@@ -79,11 +115,14 @@ class HostRegion:
             with contextlib.suppress(HostMemoryError):
                 return self._commit_next(more)
         self._commit_next(wanted)
+        if more > wanted:
+            self._tried_ahead = self.high  # there is hardly any left
 
-    def _commit_next(self, size: int) -> None:
+    def _commit_next(self, size: int, ahead: bool = False) -> None:
         if not self.backing.on_disk:
             _check_available(size)
-        self.backing.commit(self.high, size)
+        commit = self.backing.commit_ahead if ahead else self.backing.commit
+        commit(self.high, size)
         self.high += size
         self._account.add(size)
 
@@ -119,11 +158,22 @@ class HostRegion:
 
         The last copy stays `pending`: another thread that asks meanwhile waits for it too.
         """
+        self.check()
         if self.pending is not None:
             self.pending.synchronize()
 
+    def check(self) -> None:
+        """Raises `RuntimeError` where this process is a fork and has none of the bytes: reading them would end it."""
+        if self.backing.lost:
+            raise RuntimeError(
+                "these keys or values are in pinned memory, and a forked process has none of its parent's: copy them "
+                "before the fork (tensor.fetch().cpu()), or start the process by multiprocessing's 'spawn'"
+            )
+
     def abandon(self) -> None:
         """Until nobody copies here any more, whose rows nobody will read: whether they are right does not matter."""
+        if self.backing.lost:
+            return
         with contextlib.suppress(CopyError):
             self.wait()
         self.pending = None
@@ -155,6 +205,8 @@ def _release(backing: Backing, account: _Account) -> None:
 
 def _check_available(wanted: int) -> None:
     available = available_memory()
+    if available is not None:
+        available = max(0, available - REGISTRAR.left)  # what will be taken meanwhile
     if available is not None and wanted + MARGIN > available:
         raise HostMemoryError(
             f"{wanted} bytes of host memory for keys and values cannot be had: {available} are available, "

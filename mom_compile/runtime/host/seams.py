@@ -29,7 +29,7 @@ def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[tor
     if len(runs) == 1:
         yield host, other
         return
-    one, two = _as_bytes(host), _as_bytes(other)
+    one, two = as_bytes(host), as_bytes(other)
     for first, end in runs:
         yield one[first - begin : end - begin], two[first - begin : end - begin]
 
@@ -54,5 +54,6 @@ def _in_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(_order(tensor))
 
 
-def _as_bytes(dense: torch.Tensor) -> torch.Tensor:
+def as_bytes(dense: torch.Tensor) -> torch.Tensor:
+    """All of a dense tensor, in the order of its storage."""
     return _in_order(dense).view(-1).view(torch.uint8)

@@ -18,7 +18,7 @@ import mom_passes.ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.host.engine import CopyEngine, Ticket
 from mom_compile.runtime.host.engines import beside, engine_for
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of
+from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare, settle, store_of
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
 from mom_passes.ops.library import LIBRARY
 from mom_passes.ops.transfers import buffer_like, fetch_reference
@@ -101,13 +101,14 @@ class Offload:
     """`[value, first, *sizes]` to rows `[first:]` of a device value, on the host.
 
     `stays(sizes, bytes)` says whether rows that take so many bytes stay on the device after all, in a run of a graph
-    with these sizes.
+    with these sizes. `ahead` is how many values of the same kind leave next: memory for them is made ready meanwhile.
     """
 
     dim: int
     device: torch.device
     placement: Placement
     stays: Callable[[tuple[int, ...], int], bool] | None = None
+    ahead: int = 0
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
         value, first, *sizes = arguments
@@ -120,6 +121,7 @@ class Offload:
         store = HostStore(row, value.dtype, held - first, self.placement)
         lease = Lease(store, 0, held - first)
         _leave(lease, 0, leaving, self.dim, self.device)
+        prepare(store, self.ahead)
         return (host_tensor(lease, self.dim, self.device),)
 
 
@@ -151,6 +153,7 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
     store = store_of(host)
     if store is None:
         return engine.to_device(target, host, None)
+    store.region.check()
     ticket = engine.to_device(target, host, store.region.pending)
     store.region.pending = ticket.done
     return ticket

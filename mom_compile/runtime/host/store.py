@@ -16,7 +16,9 @@ Who copies rows holds a lease of them, also for a copy that still runs: nobody c
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,9 +26,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mom_compile.runtime.host.backings.in_file import InFile
+from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.region import TOTALS, HostRegion
+from mom_compile.runtime.host.region import AHEAD_FROM, TOTALS, HostRegion
 
 #: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
 #: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
@@ -104,6 +108,13 @@ class HostStore:
         typed = self.region.bytes[: self.capacity * self.row_bytes].view(self.dtype)
         return typed[first * count : end * count].view(end - first, *self.row)
 
+    def extents(self, first: int, end: int) -> tuple[Extent, ...]:
+        """Where bytes `[first, end)` of the region are in their file. Whoever asks has a lease of them."""
+        backing = self.region.backing
+        assert isinstance(backing, InFile)
+        with self._lock:
+            return backing.parts(first, end)
+
     @property
     def used_bytes(self) -> int:
         """Bytes of the rows from the first that is shown to the last."""
@@ -153,8 +164,13 @@ class HostStore:
 _STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictionary()
 
 
-#: Regions of dead stores that are slow to make, pinned ones: the next prompt needs as much as the last one did.
+#: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
+#: the last one did.
 _POOL: list[tuple[Placement, HostRegion]] = []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_POOL.clear)  # a fork has nothing of them
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
@@ -171,6 +187,20 @@ def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
             raise
         empty_host_pool()
         return HostRegion(capacity, placement.backing(), least)
+
+
+def prepare(store: HostStore, count: int) -> None:
+    """Have memory ready for so many stores like one that has just been made, where it takes long to have it: those of
+    the next layer. It is in the pool, like that of dead stores. Where it cannot be had now, it is asked for again."""
+    region, placement, size = store.region, store.placement, store.used_bytes
+    if not region.backing.goes_ahead or size < AHEAD_FROM:
+        return
+    fitting = sum(pooled == placement and other.capacity >= region.capacity for pooled, other in _POOL)
+    with contextlib.suppress(HostMemoryError):
+        for _ in range(count - fitting):
+            ready = HostRegion(region.capacity, placement.backing())
+            ready.commit_ahead(size)
+            _POOL.append((placement, ready))
 
 
 def _give_back(placement: Placement, region: HostRegion) -> None:

@@ -4,6 +4,7 @@ Terms
 -----
 reserve   Take addresses and no memory. A 64-bit process has more of them than any machine has bytes.
 commit    Put something behind the next bytes. What has been committed never moves.
+ahead     Commit what nobody needs yet, beside the caller, where that takes long. Before use it is asked for: `ready`.
 release   Take it away again, at either end of what is committed.
 close     Give back what outlives the addresses, a pin say. What goes with them needs no closing.
 
@@ -39,12 +40,16 @@ class Backing:
     block      what is committed at a time, at least: pages, and so many that `BLOCK` is a multiple
     on_disk    whether it takes disk space rather than host memory
     reusable   whether making one is so slow that a dead store's is kept for the next cache
+    goes_ahead whether it can commit beside the caller
+    lost       whether this process is a fork, which has nothing of it
     seams      ends of ranges that a driver may not copy across, ascending
     """
 
     block = SMALL_BLOCK
     on_disk = False
     reusable = False
+    goes_ahead = False
+    lost = False
 
     def __init__(self) -> None:
         self.seams: list[int] = []
@@ -63,6 +68,17 @@ class Backing:
     def commit(self, first: int, size: int) -> None:
         """Back bytes `[first, first + size)`. Raises `HostMemoryError`, and then nothing has changed."""
         raise NotImplementedError
+
+    def commit_ahead(self, first: int, size: int) -> None:
+        """Begin to, and return at once: what is refused is known when it is asked for. Of what `goes_ahead`."""
+        raise NotImplementedError
+
+    def ready(self, end: int) -> int:
+        """Wait for what was committed ahead, up to byte `end`: how far all is there now.
+
+        Less than `end` means that the bytes from there on were refused, and nothing is committed there any more.
+        """
+        return end
 
     def release(self, first: int, size: int) -> bool:
         """Give them back. Nobody reads or writes there. False if that cannot be done; then nothing has changed."""

@@ -43,6 +43,13 @@ class InFile(Backing):
             ) from error
         self.extents.append(extent)
 
+    def parts(self, first: int, end: int) -> tuple[Extent, ...]:
+        """Where bytes `[first, end)` are, in order. They stay there while somebody shows them."""
+        found = (extent.part(first, end) for extent in self.extents)
+        parts = tuple(sorted((part for part in found if part is not None), key=lambda part: part.first))
+        assert sum(part.size for part in parts) == end - first, "rows that are shown are in the file"
+        return parts
+
     def release(self, first: int, size: int) -> bool:
         try:
             unmap(self.address + first, size)

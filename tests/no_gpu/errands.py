@@ -1,0 +1,86 @@
+"""A thread that runs errands and moves files' rows, simulated: each errand as late as somebody waits for it, or at any
+moment before that.
+
+It is an agent of its own. What the one who gave an errand knew then, the thread knows when it runs it; what that tells
+it, those know who have waited for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from mom_compile.runtime.host.bounce import Buffer, FileRows
+from mom_compile.runtime.host.errands import Errand, Errands
+from tests.no_gpu.ledger import Clock
+
+if TYPE_CHECKING:
+    from tests.no_gpu.streams import Simulation
+
+
+class SimErrand(Errand):
+    def __init__(self, errands: SimErrands, work: Callable[[], None], clock: Clock) -> None:
+        super().__init__(work)
+        self.errands, self.clock = errands, clock
+
+    @property
+    def ran(self) -> bool:
+        self.errands.sim.moment()
+        if super().ran:
+            self.errands.sim.thread_clock.learn(self.clock)
+        return super().ran
+
+    def wait(self) -> None:
+        self.errands.sim.moment()
+        while not super().ran:
+            self.errands.go_on()
+        self.errands.sim.thread_clock.learn(self.clock)
+
+
+class SimErrands(Errands):
+    """In place of a thread."""
+
+    def __init__(self, sim: Simulation, name: str) -> None:
+        super().__init__(name)
+        self.sim = sim
+        self.queue: collections.deque[SimErrand] = collections.deque()
+        self.clock = Clock()
+        sim.errands.append(self)
+
+    def put(self, work: Callable[[], None]) -> Errand:
+        self.sim.moment()
+        errand = SimErrand(self, work, Clock(self.sim.thread_clock))
+        self.queue.append(errand)
+        return errand
+
+    def go_on(self) -> None:
+        errand = self.queue.popleft()
+        self.clock.learn(errand.clock)
+        with self.sim.acting_as(self.name, self.clock):
+            errand.run()
+        errand.clock = Clock(self.clock)
+
+
+def seen_by(sim: Simulation) -> contextlib.AbstractContextManager[Any]:
+    """While this lasts, what is written to files and read from them is what the host does to both sides."""
+
+    def of(name: str) -> Any:
+        move = getattr(FileRows, name)
+
+        def moved(rows: FileRows, buffer: Buffer) -> None:
+            here = buffer.bytes[: rows.bytes.numel()]
+            sim.moment()
+            sim.host_moves(rows.bytes, here) if name == "write" else sim.host_moves(here, rows.bytes)
+            move(rows, buffer)
+
+        return mock.patch.object(FileRows, name, moved)
+
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with of("write"), of("read"):
+            yield
+
+    return both()

@@ -1,0 +1,230 @@
+"""Pages are registered ahead on a thread of their own: who needs them has them, who drops them waits for nobody."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from mom_compile.runtime.host.backings import registration
+from mom_compile.runtime.host.backings.registration import Registrar, Registration
+from mom_compile.runtime.host.limits import HostMemoryError
+
+LIMIT = 10.0
+
+
+class Driver:
+    """Registers pieces of a hundred bytes. `gate` holds up each call of another thread than the one that made it."""
+
+    def __init__(self, refuse: tuple[int, ...] = ()) -> None:
+        self.refuse = refuse
+        self.calls: list[tuple[int, str]] = []
+        self.ranges: set[int] = set()
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.here = threading.current_thread()
+        self.within: Callable[[], None] = lambda: None
+
+    def __call__(self, address: int, size: int) -> Callable[[], None]:
+        self.calls.append((address, threading.current_thread().name))
+        if threading.current_thread() is not self.here:
+            self.begun.set()
+            assert self.gate.wait(LIMIT)
+        self.within()
+        if address in self.refuse:
+            raise HostMemoryError(f"{size} bytes at {address} are refused")
+        self.ranges.add(address)
+        return lambda: self.ranges.remove(address)
+
+
+@pytest.fixture(autouse=True)
+def _pieces_of_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "PIECE", 100)
+
+
+def test_who_asks_ahead_goes_on_at_once() -> None:
+    driver, registrar = Driver(), Registrar()
+    registrar.put(Registration(driver, 0, 300, None))
+    assert driver.begun.wait(LIMIT)
+    assert not driver.ranges  # and we are here
+    driver.gate.set()
+    registrar.finish()
+    assert driver.ranges == {0, 100, 200}
+    assert {thread for _, thread in driver.calls} == {"mom-registration"}
+
+
+def test_who_needs_a_range_waits_for_one_piece_and_does_the_rest() -> None:
+    driver, registrar = Driver(), Registrar()
+    one = Registration(driver, 0, 450, None)
+    registrar.put(one)
+    assert driver.begun.wait(LIMIT)
+    threading.Timer(0.05, driver.gate.set).start()
+    one.need()
+    assert driver.ranges == {0, 100, 200, 300, 400}
+    assert [thread for _, thread in driver.calls][-1] == driver.here.name
+    registrar.finish()
+    assert len(driver.calls) == 5
+
+
+def test_what_is_needed_does_not_wait_for_what_was_asked_for_before() -> None:
+    driver, registrar = Driver(), Registrar()
+    before, one = Registration(driver, 0, 100, None), Registration(driver, 1000, 100, None)
+    registrar.put(before)
+    registrar.put(one)
+    assert driver.begun.wait(LIMIT)
+    one.need()
+    assert driver.ranges == {1000}
+    driver.gate.set()
+    registrar.finish()
+
+
+def test_launches_get_pauses_as_long_as_pieces() -> None:
+    driver, registrar = Driver(), Registrar()
+    driver.gate.set()
+    driver.within = lambda: time.sleep(0.02)
+    began = time.monotonic()
+    registrar.put(Registration(driver, 0, 500, None))
+    registrar.finish()
+    assert time.monotonic() - began >= 9 * 0.02
+
+
+def test_a_refusal_is_told_to_who_needs_the_range_and_what_waits_is_not_tried() -> None:
+    driver, registrar = Driver(refuse=(100,)), Registrar()
+    one, other = Registration(driver, 0, 300, None), Registration(driver, 1000, 100, None)
+    registrar.put(one)
+    registrar.put(other)
+    driver.gate.set()
+    registrar.finish()
+    assert [address for address, _ in driver.calls] == [0, 100]
+    assert registrar.left == 0
+    for refused in (one, one, other):
+        with pytest.raises(HostMemoryError, match="100 bytes at 100 are refused"):
+            refused.need()
+    one.drop()
+    assert not driver.ranges
+    registrar.put(Registration(driver, 2000, 100, None))  # others are tried again
+    registrar.finish()
+    assert driver.ranges == {2000}
+
+
+def test_what_is_no_refusal_ends_no_thread_and_is_an_error_of_who_needs_the_range() -> None:
+    def broken(address: int, size: int) -> Callable[[], None]:
+        raise ZeroDivisionError("broken")
+
+    registrar, one = Registrar(), Registration(broken, 0, 300, None)
+    registrar.put(one)
+    registrar.finish()
+    with pytest.raises(HostMemoryError, match="broken") as found:
+        one.need()
+    assert isinstance(found.value.__cause__, ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        Registration(broken, 0, 300, None).need()
+
+
+def test_what_is_dropped_under_way_is_undone_by_who_registers_it() -> None:
+    driver, registrar = Driver(), Registrar()
+    one = Registration(driver, 0, 300, None)
+    registrar.put(one)
+    assert driver.begun.wait(LIMIT)
+    one.drop()  # waits for nobody
+    driver.gate.set()
+    registrar.finish()
+    assert len(driver.calls) == 1
+    assert not driver.ranges
+
+
+def test_a_finaliser_may_drop_a_range_on_the_thread_that_registers_it() -> None:
+    driver, registrar = Driver(), Registrar()
+    one = Registration(driver, 0, 300, None)
+    driver.within = one.drop
+    driver.gate.set()
+    registrar.put(one)
+    registrar.finish()
+    assert len(driver.calls) == 1
+    assert not driver.ranges
+
+
+def test_addresses_are_kept_until_nobody_registers_them() -> None:
+    class Memory:
+        pass
+
+    driver, registrar, memory = Driver(), Registrar(), Memory()
+    alive = weakref.ref(memory)
+    one = Registration(driver, 0, 300, memory)
+    registrar.put(one)
+    assert driver.begun.wait(LIMIT)
+    one.drop()
+    del one, memory
+    assert alive() is not None
+    driver.gate.set()
+    registrar.finish()
+    assert alive() is None
+
+
+def test_no_thread_is_there_when_there_is_nothing_to_do() -> None:
+    driver, registrar = Driver(), Registrar()
+    driver.gate.set()
+    for address in (0, 1000):
+        one = Registration(driver, address, 100, None)
+        registrar.put(one)
+        registrar.finish()
+        assert "mom-registration" not in [thread.name for thread in threading.enumerate()]
+    assert driver.ranges == {0, 1000}
+
+
+def test_what_is_on_its_way_is_counted() -> None:
+    driver, registrar = Driver(), Registrar()
+    one, other = Registration(driver, 0, 300, None), Registration(driver, 1000, 150, None)
+    registrar.put(one)
+    registrar.put(other)
+    assert driver.begun.wait(LIMIT)
+    assert registrar.left == 200 + 150  # a piece is being taken
+    one.drop()
+    assert registrar.left == 150
+    driver.gate.set()
+    registrar.finish()
+    assert registrar.left == 0
+
+
+AT_THE_END = """
+import time, threading
+from mom_compile.runtime.host.backings import registration
+registration.PIECE = 100
+begun = threading.Event()
+def pin(address, size):
+    begun.set()
+    time.sleep(0.2)
+    print("pinned", address, flush=True)
+    return lambda: print("undone", address, flush=True)
+registration.REGISTRAR.put(registration.Registration(pin, 0, 10**6, None))
+registration.REGISTRAR.put(registration.Registration(pin, 10**7, 10**6, None))
+assert begun.wait(10)
+"""
+
+
+def test_a_process_that_ends_finishes_one_piece_and_begins_no_other() -> None:
+    found = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.splitlines() == ["pinned 0", "undone 0"]
+
+
+def test_a_fork_registers_on_a_thread_of_its_own() -> None:
+    driver = Driver()
+    registration.REGISTRAR.put(Registration(driver, 0, 100, None))
+    assert driver.begun.wait(LIMIT)
+    child = os.fork()
+    if child == 0:
+        own = Driver()
+        own.gate.set()
+        registration.REGISTRAR.put(Registration(own, 0, 200, None))
+        registration.REGISTRAR.finish()
+        os._exit(0 if own.ranges == {0, 100} and not driver.ranges else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    driver.gate.set()
+    registration.REGISTRAR.finish()
+    assert driver.ranges == {0}
