@@ -38,6 +38,9 @@ NO_DEVICE = 2
 K, GIB = 1024, 1 << 30
 FOLDER = Path(__file__).with_name("results")
 
+#: Where the tests marked `gpu` are: to look for them everywhere takes longer than to run them.
+GPU_TESTS = ("tests/test_attention_gpu.py", "tests/test_kv_gpu.py", "tests/test_measure.py")
+
 #: FLOPS of bf16 that a prefill is expected to reach at least, of the slowest device meant (an A100, less than half).
 EXPECTED_FLOPS = 130e12
 #: Seconds that a process is expected to take beside its prefills: making the model, compiling, decoding.
@@ -123,7 +126,7 @@ def run_part(part: Part, setup: Setup, lengths: Sequence[int], left: float) -> I
 
 
 def run_gpu_tests(limit: float) -> Row:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
     start = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)

@@ -63,7 +63,8 @@ class Method:
 
 
 def _mom(**options: Any) -> dict[str, Any]:
-    return {"backend": "mom", "options": {"kv_offload": False, **options}}
+    """Strict: what stock Inductor computed in our place would be no figure of ours."""
+    return {"backend": "mom", "options": {"kv_offload": False, "strict": True, **options}}
 
 
 METHODS = {

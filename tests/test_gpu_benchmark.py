@@ -60,6 +60,12 @@ def test_the_parts_do_not_measure_one_thing_twice() -> None:
     assert {part.memory for part in PARTS} == {None, 24 * GIB, 80 * GIB}
 
 
+def test_no_gpu_test_is_left_out() -> None:
+    folder = Path(__file__).parent
+    marked = {file.name for file in folder.rglob("test_*.py") if f"mark.{'gpu'}" in file.read_text()}
+    assert marked == {Path(name).name for name in gpu.GPU_TESTS}
+
+
 class Fake:
     """A worker of which every length takes no time, but for those that fail."""
 
