@@ -47,8 +47,8 @@ residual stream and the cache (with the cache on the host, keys and values of on
 
 _NO_GPU = """# GPUs
 
-None of the CUDA code has run on one yet. `python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape
-in bf16, and its figures will stand here.
+`python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape in bf16; it has not run yet, and its
+figures will stand here. What a first look on an H200 found is in [figures.md](figures.md).
 """
 
 _PREFILL_HEADINGS = (

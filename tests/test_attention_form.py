@@ -336,3 +336,55 @@ def test_padded_bias_of_the_efficient_operator() -> None:
     (node,) = attentions(attention_form(gm))
     assert argument(node, "mask").op == "placeholder"
     assert argument(node, "scale") == 0.5
+
+
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
+
+
+def for_cudnn(dtype: torch.dtype, said: Callable[[], torch.Tensor], fill: float = -65504.0) -> fx.Node:
+    """The attention into which one becomes that SDPA had filled a boolean mask of for cuDNN. Shapes only."""
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t.to(dtype)) for t in tensors()]
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return FLASH(q, k, v, attn_mask=torch.where(said(), 0.0, torch.scalar_tensor(fill, dtype=dtype)), scale=0.5)[0]
+
+    gm = trace(function, *fakes)
+    (node,) = gm.graph.find_nodes(op="call_function", target=FLASH)
+    query, key, value = node.args[:3]
+    node.target, node.args = CUDNN, (query, key, value, node.kwargs["attn_mask"], False)
+    node.kwargs = {"scale": 0.5}
+    gm.recompile()
+    (found,) = attentions(attention_form(gm))
+    return found
+
+
+def causal() -> torch.Tensor:
+    at = torch.arange(S)
+    return (at <= at[:, None])[None, None]
+
+
+def padded() -> torch.Tensor:
+    seen = torch.arange(S) >= torch.tensor([[2], [0]])
+    return causal() & seen[:, None, None, :]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_boolean_mask_that_was_filled_for_cudnn_is_one_again(dtype: torch.dtype) -> None:
+    """-65504, in bf16 -65536, stands for -inf there, which some versions of cuDNN do not take."""
+    node = for_cudnn(dtype, causal)
+    assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_so_are_keys_that_are_padding(dtype: torch.dtype) -> None:
+    """Rows that see nothing are zero, as every other kernel of SDPA has them."""
+    node = for_cudnn(dtype, padded)
+    assert argument(node, "is_causal") is True
+    mask = argument(node, "mask")
+    assert mask is None or mask.meta["val"].dtype == torch.bool
+
+
+def test_another_number_is_no_fill_of_cudnns() -> None:
+    node = for_cudnn(torch.bfloat16, causal, fill=-100.0)
+    assert argument(node, "mask").meta["val"].dtype == torch.bfloat16 and argument(node, "is_causal") is False

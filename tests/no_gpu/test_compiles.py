@@ -272,22 +272,26 @@ def bodies_launch_no_more_than_they_need(found: Compiled, case: Case) -> None:
 FLASH = "torch.ops.aten._scaled_dot_product_flash_attention.default"
 
 
-def launched(products: int, kernels: int, attention: str | None = None) -> Counter[str]:
-    return Counter({"extern_kernels.mm": products, "triton": kernels}) + Counter([attention] if attention else [])
+#: A product that is written to its place among all tokens' rows.
+INTO = "torch.ops.mom.product_into.default"
+
+
+def launched(products: int, kernels: int, *others: str) -> Counter[str]:
+    return Counter({"extern_kernels.mm": products, "triton": kernels}) + Counter(others)
 
 
 #: Llama's pieces: up to the first attention's keys and values, a layer, from the last attention on.
 #:
 #:     products    Query, key, value, output, gate, up, down: seven to a layer. The head is one more. Of a prefill's
 #:                 last layer one row is computed, apart from its keys and values.
-#:     prefill     Before the first attention: embedding and norm; rotated keys into their place; values into theirs,
-#:                 a copy, since Inductor gives a product a buffer of its own. A layer: the norm once more, which is
-#:                 cheaper than to keep it for all tokens; rotated queries; sum and norm; silu and product; sum and
-#:                 norm; keys; values.
+#:     prefill     Before the first attention: embedding and norm; sine and cosine; rotated keys into their place.
+#:                 Values are a product that goes into theirs. A layer: the norm once more, which is cheaper than to
+#:                 keep it for all tokens; sine and cosine; rotated queries; sum and norm; silu and product; sum and
+#:                 norm; keys.
 #:     decode      Before the first: embedding and norm, angles, rotated query, a row joined to keys and one to
 #:                 values. A layer: sum and norm; silu and product; sum and norm; query, keys and values as before.
 LLAMA = {
-    "prefill": [launched(2, 3), launched(7, 7, ATTENTION), launched(6, 5, ATTENTION)],
+    "prefill": [launched(1, 3, INTO), launched(6, 7, ATTENTION, INTO), launched(6, 5, ATTENTION)],
     "decode": [launched(3, 5, FLASH), launched(7, 6, FLASH), launched(5, 3)],
 }
 

@@ -1,4 +1,4 @@
-"""`mom::attention` on CUDA. Not yet run on a GPU: written against PyTorch's sources and documentation.
+"""`mom::attention` on CUDA. Its tests ran on an H200: written against PyTorch's sources and documentation.
 
 `tests/no_gpu` runs it on tensors without data, which shows what is called and what is allocated, and with stand-ins for
 PyTorch's kernels.

@@ -1,4 +1,4 @@
-"""cuDNN's attention for the keys before a mini-sequence, flash for what is near it. Not yet run on a GPU.
+"""cuDNN's attention for the keys before a mini-sequence, flash for what is near it. Its tests ran on an H200.
 
 Rows `[start, start + R)` see the keys before them whole, which is what cuDNN is faster at, and are causal in their own,
 which its operator is from the upper left corner alone. So the keys are read in parts, merged by their log-sum-exps:
@@ -20,9 +20,9 @@ grow by a mini-sequence each time. With mini-sequences of 2048 rows,
 all layers and prompts have the same: the strides of a block are made those of keys that are alone (`_alone`).
 
 Why `BLOCK` is 8192. For each of the R x H x D numbers of a result, a key takes 4 FLOPs; at 350 TFLOPS with flash and
-600 with cuDNN, as reported for an H100, cuDNN saves 4.8 femtoseconds of that. Another part is read and merged in
-float32: 24 bytes for each number, 7.2 picoseconds at 3.35 TB/s. 1500 keys pay for it; of what 8192 save, merging takes
-a sixth. Below 8192 keys nothing changes: flash reads them all.
+600 with cuDNN, assumed for an H100 and in keeping with what is reported, cuDNN saves 4.8 femtoseconds of that. Another
+part is read and merged in float32: 24 bytes for each number, 7.2 picoseconds at 3.35 TB/s. 1500 keys pay for it; of
+what 8192 save, merging takes a sixth. Below 8192 keys nothing changes: flash reads them all.
 
 Why a result has at least `NUMBERS`. A part takes the host a dozen operators, by estimate 80 microseconds; for 2 million
 numbers the shortest block saves as much.

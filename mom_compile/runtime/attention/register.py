@@ -1,7 +1,7 @@
 """Kernels of `mom::attention`, registered for CPU and CUDA when this module is imported.
 
 They replace the reference of `mom_passes.ops.attention` under the same name; other devices keep the reference.
-The CUDA kernel has not yet been run on a GPU.
+The CUDA kernel's tests have passed on an H200 (docs/figures.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Copies on CUDA streams of their own, with an event in each direction. Never run on a GPU yet: proved on simulated
+"""Copies on CUDA streams of their own, with an event in each direction. Its tests ran on an H200; proved on simulated
 streams (`tests/no_gpu/streams.py`), which every wait in here is taken away from in turn.
 
     compute stream:  ... ready ---------------------- wait(done) ...

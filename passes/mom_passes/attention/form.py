@@ -95,6 +95,9 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
         return None
     name = SDPA[node.target]
     mask = given[name] if name is not None else None
+    # A row that sees nothing is zero then, as with every other kernel of SDPA; cuDNN would ignore the mask there.
+    if mask is not None and "cudnn" in str(node.target):
+        mask = masks.boolean(mask)
     # The math operator adds a boolean mask as numbers.
     if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
         return None

@@ -28,6 +28,9 @@ RULES: dict[Any, Rule] = {}
 WIDE = (torch.int64, torch.int32)
 #: What stands for -inf in masks, whatever dtype the mask had when it was filled.
 SMALLEST = {torch.finfo(d).min for d in (torch.float64, torch.float32, torch.bfloat16)}
+#: What SDPA writes for the false of a boolean mask where it takes cuDNN: -65504, in the mask's dtype
+#: (`convert_boolean_attn_mask_cudnn`), since some versions of cuDNN do not take -inf.
+FOR_CUDNN = {torch.float16: -65504.0, torch.bfloat16: -65536.0}
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
@@ -57,6 +60,8 @@ def constant(value: Any, dtype: torch.dtype) -> Value:
         return Additive(TRUE)
     if value == -math.inf or value == torch.finfo(dtype).min or value in SMALLEST:
         return Additive(FALSE, float(value))
+    if dtype in FOR_CUDNN and value in FOR_CUDNN.values():  # rounded to bf16 or not yet
+        return Additive(FALSE, FOR_CUDNN[dtype])
     return None
 
 

@@ -32,7 +32,7 @@ from torch import fx
 import mom_passes.attention.mask_views  # noqa: F401  registers its rules
 from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Affine, Flag, Lookup, Truth, Value
 from mom_passes.attention.mask_form import MaskForm, mask_form
-from mom_passes.attention.mask_operators import RULES, WIDE, aten, constant
+from mom_passes.attention.mask_operators import FOR_CUDNN, RULES, WIDE, aten, constant
 from mom_passes.graph.sizes import same
 
 
@@ -51,13 +51,17 @@ class MaskAnalysis:
             return mask_form(value.visible, meta.shape, value.lowest)
         return None
 
-    def condition(self, mask: fx.Node) -> fx.Node | None:
-        """The boolean of an additive `where(condition, 0, -inf)`, if it has the mask's shape."""
+    def boolean(self, mask: fx.Node) -> fx.Node:
+        """The boolean mask that SDPA has filled for cuDNN; any other mask as it is."""
+        return self.condition(mask, FOR_CUDNN.get(mask.meta["val"].dtype, -math.inf)) or mask
+
+    def condition(self, mask: fx.Node, lowest: float = -math.inf) -> fx.Node | None:
+        """The boolean of an additive `where(condition, 0, lowest)`, if it has the mask's shape."""
         if mask.target is not aten.where.self:
             return None
         condition, *fills = mask.args
         assert isinstance(condition, fx.Node)
-        if [self._given(fill) for fill in fills] != [Additive(TRUE), Additive(FALSE)]:
+        if [self._given(fill) for fill in fills] != [Additive(TRUE), Additive(FALSE, lowest)]:
             return None
         before, after = condition.meta["val"].shape, mask.meta["val"].shape
         alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
