@@ -6,7 +6,6 @@ length, so that several such processes can be timed in turn.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
@@ -18,12 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks import measure, workers
+from benchmarks.decoding import WARM_UP, decode
 from benchmarks.longest import longest
 from benchmarks.methods import METHODS, Method, Setup
-from benchmarks.models import keeping
 
-#: Decode steps before the timed ones: the first compiles, the second makes lengths dynamic.
-WARM_UP = 3
 #: How many of the largest logits are told, to compare methods by.
 TOLD = 8
 Row = dict[str, Any]
@@ -88,32 +85,10 @@ def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
         }  # fmt: skip
         del logits
         if spec["steps"]:
-            workers.step(f"{setup.tokens} tokens, decode")
-            row |= decode(model, cache, setup, spec["steps"])
+            row |= decode(model, cache, spec["steps"], batch=setup.batch, device=setup.device)
         del cache
         seconds += [measure.seconds(call, setup.device) for _ in range(0 if once else spec["repeats"])]
     return row | {"seconds": seconds}
-
-
-def decode(model: Any, cache: Any, setup: Setup, steps: int) -> Row:
-    """Seconds of steps of one token for each sequence, the peak of one, and bytes that a step moves."""
-    from mom_compile import host_memory
-    from mom_compile.runtime.host.engines import engine_for
-
-    token = torch.full((setup.batch, 1), 7, device=setup.device)
-    kept = keeping(cache, model)
-
-    @torch.no_grad()
-    def step() -> None:
-        model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
-
-    for _ in range(WARM_UP):
-        step()
-    traffic = engine_for(torch.device(setup.device)).traffic
-    before = copy.copy(traffic)
-    times = [measure.seconds(step, setup.device) for _ in range(steps)]
-    moved = {name: (getattr(traffic, name) - getattr(before, name)) / steps for name in ("to_host", "to_device")}
-    return {"step": times, "step_peak": measure.peak_bytes(step, setup.device).peak, "host": host_memory().rows} | moved
 
 
 def find_longest(method: Method, model: Any, setup: Setup, spec: Row) -> Row:

@@ -16,7 +16,6 @@ allocator does not see. On a GPU the bandwidth from pinned host memory is measur
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -29,12 +28,11 @@ from typing import Any
 import torch
 
 from benchmarks import measure, workers
+from benchmarks.decoding import WARM_UP, decode
 from benchmarks.measure import MIB
 
 BACKENDS = ("eager", "inductor", "mom", "mom-host", "mom-disk")
 RESULTS = Path(__file__).with_name("results")
-#: Decode steps before the timed ones: the first compiles, the second makes lengths dynamic.
-WARM_UP = 3
 Row = dict[str, Any]
 
 
@@ -59,7 +57,8 @@ def worker(spec: Row) -> None:
         row = {"backend": spec["backend"], "prefill": min(measure.seconds(prefill, device) for _ in range(2))}
         report = measure.peak_bytes(prefill, device)
         row |= {"prefill_peak": report.peak, "cache": report.kept, "expected_peak": expected_peak()}
-        workers.row(row | decode(model, prefill()[1], spec))
+        steps = decode(model, prefill()[1], spec["new"], device=device)
+        workers.row(row | steps | _bandwidth(device))
 
 
 def _backend(name: str, folder: str) -> Row:
@@ -74,37 +73,6 @@ def expected_peak() -> int | None:
     from mom_compile import reports
 
     return next((report.expected_peak_bytes for report in reports() if report.stages), None)
-
-
-def decode(model: Any, cache: Any, spec: Row) -> Row:
-    """Steps of one token each over a cache; the last figures are those of the last step."""
-    from benchmarks.models import keeping
-    from mom_compile import host_memory
-    from mom_compile.runtime.host.engines import engine_for
-
-    device = torch.device(spec["device"])
-    token = torch.tensor([[7]], device=device)
-
-    kept = keeping(cache, model)
-
-    @torch.no_grad()
-    def step() -> None:
-        model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
-
-    workers.step("compile decode")
-    for _ in range(WARM_UP):
-        step()
-    workers.step("decode")
-    traffic = engine_for(device).traffic
-    before = copy.copy(traffic)
-    times = [measure.seconds(step, spec["device"]) for _ in range(spec["new"])]
-    row = {
-        "step": times,
-        "to_host": (traffic.to_host - before.to_host) / spec["new"],
-        "to_device": (traffic.to_device - before.to_device) / spec["new"],
-        "host": host_memory().rows,
-    }
-    return row | {"step_peak": measure.peak_bytes(step, spec["device"]).peak} | _bandwidth(spec["device"])
 
 
 def _bandwidth(device: str) -> Row:

@@ -82,15 +82,20 @@ def test_copies_are_in_order_with_the_computation_on_both_sides(dtype):
         assert float(back.min()) == float(back.max()) == value
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
-    device, rows = torch.device("cuda", 0), 3 * BLOCK // (2 * 64 * dtype.itemsize)
-    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+def in_three_parts(rows, dtype, device, place):
+    """Rows that have left and to which others were added twice, as they are on the host and as they should be."""
     new = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
     (host,) = Offload(2, device, place)([new[0], 0])
     for more in new[1:]:
         (host,) = Append(2, device, place)([host.host, more, 0])
-    expected = torch.cat(new, 2)
+    return host, torch.cat(new, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
+    device, rows = torch.device("cuda", 0), 3 * BLOCK // (2 * 64 * dtype.itemsize)
+    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+    host, expected = in_three_parts(rows, dtype, device, place)
     assert torch.equal(host.fetch(), expected)
     assert torch.equal(host.to(torch.float64), expected.double())
     assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
@@ -102,11 +107,7 @@ def test_rows_in_a_file_come_back_whole(dtype, tmp_path):
     """Several buffers long, and no multiple of one; in several parts of the file."""
     device, rows = torch.device("cuda", 0), 3 * STAGE // (2 * 64 * dtype.itemsize) + 11
     place = policy.placement_of(parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)}), device)
-    new = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
-    (host,) = Offload(2, device, place)([new[0], 0])
-    for more in new[1:]:
-        (host,) = Append(2, device, place)([host.host, more, 0])
-    expected = torch.cat(new, 2)
+    host, expected = in_three_parts(rows, dtype, device, place)
     assert torch.equal(host.fetch(), expected)
     assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
     assert torch.equal(host.cpu(), expected.cpu())

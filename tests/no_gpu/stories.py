@@ -305,14 +305,20 @@ def a_program_fails(sim: Simulation) -> None:
     sim.expect(host.fetch(), values(40) + 1)
 
 
-def a_ticket_is_dropped(sim: Simulation) -> None:
-    """Its memory is kept until the copy is done, and no stream is made to wait for that."""
+def with_a_ticket_dropped(sim: Simulation) -> tuple[HostTensor, Callable[[], object]]:
+    """What is on the host, and the memory to which it was on its way when the ticket went: it is still there."""
     host = offload(sim, values(40) + 1)
     (arriving,) = FetchStart(2, CPU)([host.host, 0])
     alive = weakref.ref(arriving.buffer.untyped_storage())
     del arriving
     gc.collect()
     assert alive() is not None
+    return host, alive
+
+
+def a_ticket_is_dropped(sim: Simulation) -> None:
+    """Its memory is kept until the copy is done, and no stream is made to wait for that."""
+    host, alive = with_a_ticket_dropped(sim)
     sim.synchronize()
     sim.expect(host.fetch(), values(40) + 1)
     assert alive() is None
@@ -432,12 +438,7 @@ def error_of(work: Callable[[], object]) -> str:
 
 def a_files_ticket_is_dropped(sim: Simulation) -> None:
     """Its memory is kept until the thread has read the file and the device has what it read."""
-    host = offload(sim, values(40) + 1)
-    (arriving,) = FetchStart(2, CPU)([host.host, 0])
-    alive = weakref.ref(arriving.buffer.untyped_storage())
-    del arriving
-    gc.collect()
-    assert alive() is not None
+    host, alive = with_a_ticket_dropped(sim)
     Settle(CPU)()
     assert alive() is None
     sim.expect(host.fetch(), values(40) + 1)
