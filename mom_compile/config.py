@@ -14,15 +14,16 @@ from mom_compile.torch_compat import UserError, inductor_option_names, mode_opti
 from mom_passes.loops.loop import ExpertRows, RowLimit
 
 #: Tokens per mini-sequence with `mini_seq_len="auto"`, by type of device, until the memory model chooses it.
-#: CPU: at the shape of `make bench`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and 2048
-#: at 2.12, all in the same time within a tenth (`python -m benchmarks.cpu --only prefill --backends mom-512 mom-1024
-#: mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured. Of a CUDA device this only says which prompts are
-#: too short for loops, and the rows of graphs without weights or with experts: for it there is `memory/layer_rows.py`.
+#: CPU: at the shape of `benchmarks.cpu`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and
+#: 2048 at 2.12, all in the same time within a tenth (`python -m benchmarks.cpu --only prefill --backends mom-512
+#: mom-1024 mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured. Of a CUDA device this only says which
+#: prompts are too short for loops, and the rows of graphs without weights or with experts: for it there is
+#: `memory/layer_rows.py`.
 DEFAULT_MINI_SEQ_LEN = {"cpu": 512}
 DEFAULT_ELSEWHERE = 1024
 
 #: Rows that the mini-sequences of a short prompt have at least, with `mini_seq_len="auto"`, by type of device. At the
-#: shape of `make bench` 256 rows take 1.05 times the time of 512, 128 rows 1.2 times (`--backends mom-128 mom-256
+#: shape of `benchmarks.cpu` 256 rows take 1.05 times the time of 512, 128 rows 1.2 times (`--backends mom-128 mom-256
 #: mom-512`; torch 2.13.0, 2 cores). Elsewhere fewer rows than the default were never measured.
 SHORT_MINI_SEQ_LEN = {"cpu": 256}
 

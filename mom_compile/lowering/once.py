@@ -11,8 +11,8 @@ Told by structure: a value that has a sine or cosine for each of its elements is
 It has the rows of a mini-sequence, and no heads.
 
 On GPUs alone, whose float32 sine is slow for angles as large as positions are; that was never measured. On a CPU it
-makes no difference: 2 layers of the shape of `make bench` took 1.02, 1.01 and 0.98 times as long (S = 4096 twice, and
-8192; medians of pairs).
+makes no difference: 2 layers of the shape of `benchmarks.cpu` took 1.02, 1.01 and 0.98 times as long (S = 4096 twice,
+and 8192; medians of pairs).
 """
 
 from __future__ import annotations
