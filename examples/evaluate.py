@@ -10,11 +10,13 @@ With mom its `HFLM` answers log-likelihood requests by `token_log_probs`; that i
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import sys
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +87,25 @@ def evaluate(lm: Any, documents: Sequence[str]) -> Row:
 # ---------------------------------------------------------------------------------------------------- workers
 
 
-def english(tokenizer: Any, documents: int, tokens: int) -> list[str]:
-    """Documents of about so many tokens each, one behind the other."""
+def english_texts() -> Iterator[str]:
+    """English text that Python ships: its language reference, then what its library's modules say of themselves."""
     from pydoc_data.topics import topics
 
-    ids = tokenizer("\n\n".join(topics.values()), add_special_tokens=False).input_ids
-    if len(ids) < documents * tokens:
+    yield from topics.values()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def english(tokenizer: Any, documents: int, tokens: int) -> list[str]:
+    """Documents of about so many tokens each, one behind the other."""
+    ids: list[int] = []
+    for text in filter(None, english_texts()):
+        ids += tokenizer(text + "\n\n", add_special_tokens=False).input_ids
+        if len(ids) >= documents * tokens:
+            break
+    else:
         raise ValueError(f"Python ships {len(ids)} tokens of text, and {documents} documents of {tokens} are asked for")
     return [tokenizer.decode(ids[n * tokens : (n + 1) * tokens]) for n in range(documents)]
 

@@ -10,9 +10,12 @@ from mom_compile.explain import explain
 from mom_compile.notices import MomWarning
 from mom_compile.report import Report
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.store import HostMemory, empty_host_pool, host_memory
+from mom_compile.runtime.host.store import empty_host_pool
 from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.runtime.host.usage import HostMemory, host_memory
+from mom_compile.runtime.host.weight import HostWeight
 from mom_compile.scores import TokenScores, token_log_probs
+from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weights
 from mom_passes.errors import CannotChunk
 from mom_passes.rules import All, Claim, Dim, Past, Rows
 from mom_passes.rules import register as chunk_rule
@@ -20,6 +23,7 @@ from mom_passes.rules import register as chunk_rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "MomWarning", "Past", "Report",
-    "Rows", "TokenScores", "chunk_rule", "empty_host_pool", "explain", "host_memory", "reports", "token_log_probs",
+    "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MomWarning",
+    "OffloadedWeights", "Past", "Report", "Rows", "TokenScores", "chunk_rule", "empty_host_pool", "explain",
+    "host_memory", "load_offloaded", "offload_weights", "reports", "token_log_probs",
 ]  # fmt: skip

@@ -24,16 +24,19 @@ from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
+from mom_passes.host.weights import weights_arrive, whole_weights
 from mom_passes.loops.demands import DemandGraph, Kind, build_demands
 from mom_passes.loops.insert import insert_loops
 from mom_passes.loops.loop import FEWEST_ROWS, RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.spans import SPANS
+from mom_passes.ops.transfers import FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
+from mom_passes.program.slots import reuse_slots
 from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -64,6 +67,8 @@ class State:
     kv_on_host: bool = False
     kv: KVValues | None = None
     offload: KVOffload | None = None
+    #: The waits for weights that arrive from the host.
+    weights: tuple[fx.Node, ...] = ()
     dims: TokenDims | None = None
     demands: DemandGraph | None = None
     stages: Stages | None = None
@@ -85,6 +90,11 @@ Step = Callable[[State], str]
 def flex_attention_as_one(state: State) -> str:
     """FlexAttention, which is called with graphs of its own, as one operator each."""
     return f"{outline_flex(state.gm)} calls"
+
+
+def weights_as_they_lie(state: State) -> str:
+    """Weights on the host are fetched once each, as they lie there, and seen otherwise on the device."""
+    return f"{whole_weights(state.gm)} weights on the host"
 
 
 def layouts_as_they_are(state: State) -> str:
@@ -204,7 +214,7 @@ def follow_demands(state: State) -> str:
     state.report.left_out = {
         _named(n): state.together.get(n.name, why)
         for n, why in state.dims.mixing.items()
-        if n in whole and n.target not in (operator.getitem, SPANS)
+        if n in whole and n.target not in (operator.getitem, SPANS, FETCH_ROWS)
     }
     return f"{len(state.demands.order)} instances"
 
@@ -256,9 +266,20 @@ def keys_and_values_to_host(state: State) -> str:
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
 
 
+def weights_for_their_stretch(state: State) -> str:
+    """Weights on the host arrive before the loop, or the stretch between two attentions, that reads them."""
+    state.weights = weights_arrive(state.gm)
+    return f"{len(state.weights)} weights arrive"
+
+
 def copies_one_layer_ahead(state: State) -> str:
-    """What comes back begins to do so while the layer before computes."""
-    return f"{overlap(state.gm)} layers arrive"
+    """What comes to the device begins to do so while the layer before computes."""
+    return f"{overlap(state.gm, state.weights)} layers arrive"
+
+
+def weights_in_place_of_others(state: State) -> str:
+    """What arrives lies where a weight was that nobody reads any more."""
+    return f"{reuse_slots(state.gm, state.weights)} of {len(state.weights)} weights take another's place"
 
 
 def rows_of_their_own(state: State) -> str:
@@ -277,6 +298,7 @@ def residual_in_place(state: State) -> str:
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
 TO_LOOPS: tuple[Step, ...] = (
     flex_attention_as_one,
+    weights_as_they_lie,
     layouts_as_they_are,
     slices_of_everything,
     canonical_attention,
@@ -292,7 +314,13 @@ TO_LOOPS: tuple[Step, ...] = (
 )
 #: What only looks at the graph: there is nothing to verify behind it.
 ANALYSES: frozenset[Step] = frozenset({find_keys_and_values, find_tokens, mlp_alone, follow_demands, cut_stages})
-BETWEEN_LOOPS: tuple[Step, ...] = (regions_put_back, keys_and_values_to_host, copies_one_layer_ahead)
+BETWEEN_LOOPS: tuple[Step, ...] = (
+    regions_put_back,
+    keys_and_values_to_host,
+    weights_for_their_stretch,
+    copies_one_layer_ahead,
+    weights_in_place_of_others,
+)
 #: What decides which storage a value has, once it is known what leaves: what is copied out of a value does not hold it.
 STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place)
 
@@ -321,7 +349,7 @@ def run_pipeline(
     except NotWorthwhile as decision:
         no_loops = decision
     _run(BETWEEN_LOOPS, state, skip)
-    if no_loops is not None and not state.offload:
+    if no_loops is not None and not state.offload and not state.weights:
         raise no_loops
     _run(STORAGE, state, skip)
     log.debug("rewritten graph:\n%s", state.gm.code)

@@ -19,8 +19,8 @@ ROOMS = {
         "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat", "versions", "runtime", "timeline notices config report pipeline stand_ins cache_key",
-        "memory", "lowering", "compiled", "backend", "explain scores",
+        "torch_compat", "versions", "notices", "runtime", "timeline config report pipeline stand_ins cache_key",
+        "memory", "lowering", "compiled", "backend", "explain scores weights",
     ),
 }  # fmt: skip
 #: The only files that may touch what is not public in PyTorch, so that a new PyTorch is two files to look at.

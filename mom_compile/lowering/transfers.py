@@ -9,9 +9,9 @@ from torch import fx
 
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Stays
-from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload
+from mom_compile.runtime.host.steps import Append, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.sizes import expr
-from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.ops.transfers import APPEND, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
 
 #: Values for which host memory is made ready while a layer computes: its keys and its values.
@@ -26,8 +26,11 @@ def copy_step(
     `values` are those that leave whole, `sizes` the graph's sizes that decide whether they do.
     """
     if node.target is FETCH_START:
-        host, rows, dim, device = node.args
-        return FetchStart(dim, device), [host, rows]  # type: ignore[arg-type]
+        host, rows, dim, device, *over = node.args
+        return FetchStart(dim, device), [host, rows, *over]  # type: ignore[arg-type]
+    if node.target is FETCH_ROWS:
+        host, rows, device = node.args
+        return FetchRows(device), [host, rows]  # type: ignore[arg-type]
     if node.target is FETCH_WAIT:
         buffer, new, dim = node.args
         return FetchWait(dim), [buffer, new]  # type: ignore[arg-type]

@@ -69,7 +69,8 @@ def is_typed(gm: fx.GraphModule) -> str | None:
 def host_values_are_moved_only(gm: fx.GraphModule) -> str | None:
     """What is on the host is read by transfers and returned, and every copy to the device is waited for, once."""
     for node in gm.graph.nodes:
-        if node.target is FETCH_START and [user.target for user in node.users] != [FETCH_WAIT]:
+        readers = [user.target for user in node.users if user.target is not FETCH_START]
+        if node.target is FETCH_START and readers != [FETCH_WAIT]:
             return f"{node.name} is read before it is filled, or never waited for"
         if node.target in (APPEND, OFFLOAD) and any(user.op != "output" for user in node.users):
             return f"{node.name} is on the host and is read on the device"

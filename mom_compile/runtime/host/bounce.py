@@ -24,14 +24,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.engine import CopyError, Done
 from mom_compile.runtime.host.errands import Errand, Errands
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.seams import as_bytes
-from mom_compile.runtime.host.store import store_of
+from mom_compile.runtime.host.holders import holder_of
 
 #: 0.2 milliseconds of a link and 1 or 2 of a disk's cache: a call, an event and a thread that wakes up (0.03) are
 #: little beside it, and a copy's first rows are soon on their way. Four are pinned for as long as there is an engine.
@@ -182,8 +181,8 @@ class Way:
 
 def in_file(host: torch.Tensor) -> bool:
     """Whether a tensor shows rows that are kept in a file."""
-    store = store_of(host)
-    return store is not None and isinstance(store.region.backing, InFile)
+    holder = holder_of(host)
+    return holder is not None and holder.in_file
 
 
 def in_pieces(host: torch.Tensor, other: torch.Tensor) -> list[Piece]:
@@ -192,11 +191,11 @@ def in_pieces(host: torch.Tensor, other: torch.Tensor) -> list[Piece]:
 
 
 def _pieces(host: torch.Tensor, other: torch.Tensor) -> Iterator[Piece]:
-    store = store_of(host)
-    assert store is not None
-    begin = host.data_ptr() - store.region.bytes.data_ptr()
+    holder = holder_of(host)
+    assert holder is not None
+    begin = host.data_ptr() - holder.region.bytes.data_ptr()
     one, two = as_bytes(host), as_bytes(other)
     for first in range(0, one.numel(), STAGE):
         rows = one[first : first + STAGE]
-        extents = store.extents(begin + first, begin + first + rows.numel())
+        extents = holder.extents(begin + first, begin + first + rows.numel())
         yield FileRows(rows, extents), two[first : first + STAGE]

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 
 import torch
 
-from mom_compile.runtime.host.store import store_of
+from mom_compile.runtime.host.holders import holder_of
 
 
 def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of a store and as many elsewhere, in the same layout, as pairs of pieces that each lie within one pinned
+    """Rows that are held on the host and as many elsewhere, in the same layout, as pairs of pieces that each lie within one pinned
     range. Anything else is one piece."""
-    store = store_of(host)
-    if store is None or not same_layout(host, other):
+    holder = holder_of(host)
+    if holder is None or not same_layout(host, other):
         yield host, other
         return
-    begin = host.data_ptr() - store.region.bytes.data_ptr()
-    runs = list(store.region.between_seams(begin, begin + host.numel() * host.element_size()))
+    begin = host.data_ptr() - holder.region.bytes.data_ptr()
+    runs = list(holder.region.between_seams(begin, begin + host.numel() * host.element_size()))
     if len(runs) == 1:
         yield host, other
         return

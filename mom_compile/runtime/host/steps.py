@@ -1,5 +1,6 @@
-"""The steps of a program that move keys and values: what the `mom::` copy operators become.
+"""The steps of a program that move keys and values, and weights: what the `mom::` copy operators become.
 
+FetchRows    chosen rows of a table, to the device
 FetchStart   begins a copy to the device and goes on
 FetchWait        waits for it and writes the new rows behind the old ones, where they are
 Append      new rows to the host, behind those that are there; returns what the cache holds
@@ -18,7 +19,8 @@ import mom_passes.ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.host.engine import CopyEngine, Ticket
 from mom_compile.runtime.host.engines import beside, engine_for
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare, settle, store_of
+from mom_compile.runtime.host.holders import READERS, holder_of, settle
+from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
 from mom_passes.ops.library import LIBRARY
 from mom_passes.ops.transfers import buffer_like, fetch_reference
@@ -34,17 +36,32 @@ class Arriving:
 
 
 @dataclass(frozen=True)
+class FetchRows:
+    """`[host, rows]` to `host[rows]` on the device."""
+
+    device: torch.device
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        host, rows = arguments
+        arguments.clear()
+        return (_fetch_rows(host, rows, self.device),)
+
+
+@dataclass(frozen=True)
 class FetchStart:
-    """`[host, rows]` to a device buffer that has the host's rows, soon, and room for more."""
+    """`[host, rows]` to a device buffer that has the host's rows, soon, and room for more.
+
+    `[host, rows, over]` to the buffer of another copy, which is as large and which nobody reads any more.
+    """
 
     dim: int
     device: torch.device
 
     def __call__(self, arguments: list[Any]) -> tuple[Arriving]:
-        host, rows = arguments
+        host, rows, *over = arguments
         arguments.clear()
         held = host.shape[self.dim]
-        buffer = buffer_like(host, rows, self.dim, self.device)
+        buffer = over[0].buffer if over else buffer_like(host, rows, self.dim, self.device)
         return (Arriving(buffer, _arrive(buffer.narrow(self.dim, 0, held), host, engine_for(self.device))),)
 
 
@@ -132,6 +149,7 @@ class Settle:
     device: torch.device
 
     def __call__(self) -> None:
+        READERS.end()
         engine_for(self.device).settle()
 
 
@@ -150,12 +168,13 @@ def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch
 
 def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
     """Begin to copy rows to a device. Whoever writes over them on the host waits until they have been read."""
-    store = store_of(host)
-    if store is None:
+    holder = holder_of(host)
+    if holder is None:
         return engine.to_device(target, host, None)
-    store.region.check()
-    ticket = engine.to_device(target, host, store.region.pending)
-    store.region.pending = ticket.done
+    holder.region.check()
+    READERS.begin(holder)
+    ticket = engine.to_device(target, host, holder.region.pending)
+    holder.region.pending = ticket.done
     return ticket
 
 
@@ -170,4 +189,22 @@ def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return target
 
 
+def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that."""
+    engine = beside(device)
+    settle(host)
+    if engine is None:
+        return host[rows]
+    at = rows.cpu()
+    at = torch.where(at < 0, at + host.shape[0], at)
+    chosen = host.new_empty([*at.shape, *host.shape[1:]], pin_memory=True)
+    torch.index_select(host, 0, at.flatten(), out=chosen.view(-1, *host.shape[1:]))
+    target = torch.empty_like(chosen, device=device)
+    engine.to_device(target, chosen, None).wait()
+    return target
+
+
 LIBRARY.impl("fetch", _fetch, "CPU")
+LIBRARY.impl("fetch_weight", _fetch, "CPU")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("fetch_rows", _fetch_rows, _key)

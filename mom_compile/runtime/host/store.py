@@ -22,37 +22,20 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.file import Extent
+from mom_compile.runtime.host.holders import HOLDERS, hold, holder_of
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.region import AHEAD_FROM, TOTALS, HostRegion
+from mom_compile.runtime.host.region import AHEAD_FROM, HostRegion
 
 #: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
 #: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
 RESERVED_ROWS = 1 << 20
 MOST_RESERVED_BYTES = 16 << 30
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """What keys and values take on the host now, in bytes.
-
-    rows      what they are
-    memory    host memory that are held for them, `pooled` of which are pinned and wait for the next cache
-    disk      likewise in files
-    stores    how many tensors of keys or of values there are
-    """
-
-    rows: int
-    memory: int
-    disk: int
-    pooled: int
-    stores: int
 
 
 class Lease:
@@ -93,7 +76,7 @@ class HostStore:
         weakref.finalize(self, _give_back, placement, self.region)
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._lock = threading.Lock()
-        _STORES[self.region.bytes.untyped_storage().data_ptr()] = self
+        hold(self)
 
     def rows(self, first: int, end: int) -> torch.Tensor:
         """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them.
@@ -107,6 +90,10 @@ class HostStore:
         count = math.prod(self.row)
         typed = self.region.bytes[: self.capacity * self.row_bytes].view(self.dtype)
         return typed[first * count : end * count].view(end - first, *self.row)
+
+    @property
+    def in_file(self) -> bool:
+        return isinstance(self.region.backing, InFile)
 
     def extents(self, first: int, end: int) -> tuple[Extent, ...]:
         """Where bytes `[first, end)` of the region are in their file. Whoever asks has a lease of them."""
@@ -158,10 +145,6 @@ class HostStore:
         behind = lease.first * self.row_bytes - self.region.low
         stale = behind > 2 * self.region.slack(lease.rows * self.row_bytes)
         return free and not stale and lease.end + rows <= self.capacity
-
-
-#: Stores by the address of their storage, as long as they live.
-_STORES: weakref.WeakValueDictionary[int, HostStore] = weakref.WeakValueDictionary()
 
 
 #: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
@@ -229,16 +212,8 @@ def empty_host_pool() -> None:
 
 def store_of(tensor: torch.Tensor) -> HostStore | None:
     """The store whose rows a tensor shows, or None for any other tensor."""
-    if tensor.device.type != "cpu":
-        return None
-    return _STORES.get(tensor.untyped_storage().data_ptr())
-
-
-def settle(tensor: torch.Tensor) -> None:
-    """Until the host may read and write a tensor's rows itself."""
-    store = store_of(tensor)
-    if store is not None:
-        store.region.wait()
+    holder = holder_of(tensor)
+    return holder if isinstance(holder, HostStore) else None
 
 
 def without_base(view: torch.Tensor) -> torch.Tensor:
@@ -260,8 +235,6 @@ def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Leas
     return None if within else Lease(store, first, first + tensor.shape[dim], root)
 
 
-def host_memory() -> HostMemory:
-    """What keys and values take on the host now."""
-    stores = list(_STORES.values())
-    pooled = sum(region.committed for _, region in _POOL)
-    return HostMemory(sum(s.used_bytes for s in stores), TOTALS.memory, TOTALS.disk, pooled, len(stores))
+def pooled_bytes() -> int:
+    """Pinned host memory that waits for the next cache."""
+    return sum(region.committed for _, region in _POOL)

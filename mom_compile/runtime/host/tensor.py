@@ -26,7 +26,8 @@ import torch
 from mom_compile.runtime.host.doors import Doors
 from mom_compile.runtime.host.engines import beside
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.store import HostStore, Lease, lease_of, settle, store_of, without_base
+from mom_compile.runtime.host.holders import settle
+from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
 from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
 from mom_passes.torch_compat import schema_of
@@ -82,11 +83,41 @@ class HostTensor(Doors, torch.Tensor):
             return _write(func, args, kwargs)
         if returns_view(schema) and isinstance(args[0], HostTensor):
             return _view(func, args, kwargs)
-        if func in _ON_HOST and isinstance(args[0], HostTensor) and not args[0].traced:
-            return _rearranged(func, args, kwargs)
-        if func is aten._to_copy.default and not args[0].traced:
-            return _copied(args[0], kwargs)
+        own = args[0].answer(func, args, kwargs) if args and isinstance(args[0], HostTensor) else NotImplemented
+        if own is not NotImplemented:
+            return own
         return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
+
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator on this one gives that does not bring it to the device; else `NotImplemented`."""
+        if self.traced:
+            return NotImplemented
+        if func in _ON_HOST:
+            return _rearranged(func, args, kwargs)
+        return _copied(self, kwargs) if func is aten._to_copy.default else NotImplemented
+
+    def seen(self, view: torch.Tensor) -> HostTensor:
+        """A view of the inner tensor. Whole rows of fewer tokens (a cropped cache) are leased for themselves, so that
+        the others can go."""
+        if self.traced:
+            return HostTensor(view, self.device)
+        lease = None
+        if self.lease is not None and view.dim() == self.dim():
+            lease = lease_of(view, token_dim(view), self.lease.root)
+        return _holding(view, lease or self.lease, self.device)
+
+    def apart(self) -> HostTensor:
+        """The same, of nothing."""
+        return _holding(self.host, self.lease, self.device)
+
+    def check_may_be_written(self, func: Any) -> None:
+        """Raises `RuntimeError` where somebody else would see it, or reads it now."""
+        own = self.lease
+        if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.held()):
+            raise RuntimeError(
+                f"{func} would change keys or values on the host that another tensor shows too: "
+                "a longer or a shorter state of the same cache is still in use. Write into a clone()"
+            )
 
     @property
     def traced(self) -> bool:
@@ -150,9 +181,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def _let_go(part: Any) -> Any:
     """A part that does not hold on to what it was cut from: autograd would note that as its base."""
-    if isinstance(part, HostTensor) and not part.traced:
-        return _holding(part.host, part.lease, part.device)
-    return part
+    return part.apart() if isinstance(part, HostTensor) and not part.traced else part
 
 
 def _is_host(value: Any) -> bool:
@@ -167,18 +196,8 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
     result = func(source.host, *args[1:], **kwargs)
     if not isinstance(result, torch.Tensor):
-        return type(result)(_view_of(source, one) for one in result)
-    return _view_of(source, result)
-
-
-def _view_of(source: HostTensor, view: torch.Tensor) -> HostTensor:
-    """Whole rows of fewer tokens (a cropped cache) are leased for themselves, so that the others can go."""
-    if source.traced:
-        return HostTensor(view, source.device)
-    lease = None
-    if source.lease is not None and view.dim() == source.dim():
-        lease = lease_of(view, token_dim(view), source.lease.root)
-    return _holding(view, lease or source.lease, source.device)
+        return type(result)(source.seen(one) for one in result)
+    return source.seen(result)
 
 
 def _holding(view: torch.Tensor, lease: Lease | None, device: torch.device) -> HostTensor:
@@ -196,20 +215,11 @@ def _write(func: Any, args: Any, kwargs: Any) -> Any:
             continue
         if tensor.traced:
             raise RuntimeError(
-                f"{func} writes into keys or values that are kept on the host, inside a compiled function; "
-                "do it outside, or compile with kv_offload=False"
+                f"{func} writes into what is kept on the host, keys, values or weights, inside a compiled function; "
+                "do it outside, or keep it on the device"
             )
-        _check_unshared(tensor, func)
+        tensor.check_may_be_written(func)
     return write(func, args, kwargs, lambda value: value.settled() if isinstance(value, HostTensor) else None)
-
-
-def _check_unshared(tensor: HostTensor, func: Any) -> None:
-    own = tensor.lease
-    if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.held()):
-        raise RuntimeError(
-            f"{func} would change keys or values on the host that another tensor shows too: "
-            "a longer or a shorter state of the same cache is still in use. Write into a clone()"
-        )
 
 
 def _to_host(value: Any) -> Any:

@@ -1,10 +1,11 @@
-"""`mom::` operators that move keys and values between the device and host memory, with a reference each.
+"""`mom::` operators that move keys and values, and weights, between the device and host memory, with a reference each.
 
 Terms
 -----
-host         A tensor in host memory, seen as the device's `[B, H, T, D]` but stored token-major: rows of tokens
-             outermost, so that appending a row never moves another.
+host         A tensor in host memory. Keys and values are seen as the device's `[B, H, T, D]` but stored token-major:
+             rows of tokens outermost, so that appending a row never moves another. Weights lie as they are.
 buffer       A device buffer with the host's rows and space for the rows to come.
+over         A buffer that nobody reads any more, in whose storage the next one of its kind is.
 
     prefill   host = offload(k, 2, 0, layer)               rows leave as soon as they are complete
     decode    buffer = fetch_start(host, 1, 2, device)      begins the copy; one layer ahead
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from mom_passes.ops.library import LIBRARY
 
@@ -29,8 +31,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("fetch(Tensor host, Device device) -> Tensor", tags=_TAGS)
 """All of a host tensor on the device, in the host's layout."""
 
-LIBRARY.define("fetch_start(Tensor host, SymInt rows, int dim, Device device) -> Tensor", tags=_TAGS)
-"""A token-major device buffer with the host's rows and `rows` more, unset, along `dim`."""
+LIBRARY.define("fetch_weight(Tensor host, Device device) -> Tensor", tags=_TAGS)
+"""All of a weight on the device, in the host's layout. A graph is captured with it; a pass says when it arrives."""
+
+LIBRARY.define("fetch_rows(Tensor host, Tensor rows, Device device) -> Tensor", tags=_TAGS)
+"""`host[rows]` on the device: rows of a table that stays on the host."""
+
+LIBRARY.define("fetch_start(Tensor host, SymInt rows, int dim, Device device, Tensor? over=None) -> Tensor", tags=_TAGS)
+"""A token-major device buffer with the host's rows and `rows` more, unset, along `dim`; it may lie in `over`."""
 
 LIBRARY.define("fetch_wait(Tensor buffer, Tensor? new, int dim) -> Tensor", tags=_TAGS)
 """The buffer with its last rows set to `new`; with None, just what has arrived."""
@@ -42,15 +50,22 @@ LIBRARY.define("offload(Tensor value, int dim, SymInt first, int layer=0) -> Ten
 """Rows `[first:]` of a device value, on the host. `layer` is whose attention reads it: what stays is told by layers."""
 
 FETCH = torch.ops.mom.fetch.default
+FETCH_WEIGHT = torch.ops.mom.fetch_weight.default
+FETCH_ROWS = torch.ops.mom.fetch_rows.default
 FETCH_START = torch.ops.mom.fetch_start.default
 FETCH_WAIT = torch.ops.mom.fetch_wait.default
 APPEND = torch.ops.mom.append.default
 OFFLOAD = torch.ops.mom.offload.default
 
 #: What a runtime runs between compiled pieces, never inside one.
-COPIES = frozenset({FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
+COPIES = frozenset({FETCH_ROWS, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
 
 HOST = torch.device("cpu")
+
+
+def taken_over(start: fx.Node) -> fx.Node | None:
+    """The buffer in whose storage the one that a `fetch_start` makes is, or None."""
+    return start.args[4] if len(start.args) > 4 else None  # type: ignore[return-value]
 
 
 def token_major(shape: Sequence[Any], dim: int, like: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -74,7 +89,13 @@ def fetch_reference(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(host, device=device).copy_(host)
 
 
-def fetch_start_reference(host: torch.Tensor, rows: int, dim: int, device: torch.device) -> torch.Tensor:
+def fetch_rows_reference(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return host[rows.to(HOST)].to(device)
+
+
+def fetch_start_reference(
+    host: torch.Tensor, rows: int, dim: int, device: torch.device, over: torch.Tensor | None = None
+) -> torch.Tensor:
     buffer = buffer_like(host, rows, dim, device)
     buffer.narrow(dim, 0, host.shape[dim]).copy_(host)
     return buffer
@@ -102,8 +123,18 @@ def _fetch_fake(host, device):  # type: ignore[no-untyped-def]
     return torch.empty_like(host, device=device)
 
 
+@torch.library.register_fake("mom::fetch_weight", lib=LIBRARY)
+def _fetch_weight_fake(host, device):  # type: ignore[no-untyped-def]
+    return torch.empty_like(host, device=device)
+
+
+@torch.library.register_fake("mom::fetch_rows", lib=LIBRARY)
+def _fetch_rows_fake(host, rows, device):  # type: ignore[no-untyped-def]
+    return host.new_empty([*rows.shape, *host.shape[1:]], device=device)
+
+
 @torch.library.register_fake("mom::fetch_start", lib=LIBRARY)
-def _fetch_start_fake(host, rows, dim, device):  # type: ignore[no-untyped-def]
+def _fetch_start_fake(host, rows, dim, device, over=None):  # type: ignore[no-untyped-def]
     return buffer_like(host, rows, dim, device)
 
 
@@ -125,6 +156,8 @@ def _offload_fake(value, dim, first, layer=0):  # type: ignore[no-untyped-def]
 
 for _name, _reference in (
     ("fetch", fetch_reference),
+    ("fetch_weight", fetch_reference),
+    ("fetch_rows", fetch_rows_reference),
     ("fetch_start", fetch_start_reference),
     ("fetch_wait", fetch_wait_reference),
     ("append", append_reference),

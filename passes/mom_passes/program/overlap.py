@@ -2,7 +2,8 @@
 
 Terms
 -----
-layer   Waits with no use of one between them: keys and values that one layer reads.
+layer   Waits with no use of one between them: keys and values that one layer reads, or weights of one stretch. Those
+        of keys and values and those of weights are two queues, each one layer ahead.
 
     for each layer that arrives:
         its waits, and the appends of the same new rows, stand side by side: one piece lies between two layers
@@ -11,39 +12,46 @@ layer   Waits with no use of one between them: keys and values that one layer re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import fx
 
 from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT
 
 
-def overlap(gm: fx.GraphModule) -> int:
-    """Move the copies of a graph, in place; returns how many layers arrive."""
-    layers = _waits_by_layer(gm.graph)
-    for waits in layers:
-        _side_by_side(gm.graph, waits)
+def overlap(gm: fx.GraphModule, weights: Collection[fx.Node] = ()) -> int:
+    """Move the copies of a graph, in place; returns how many layers arrive. `weights` are the waits for weights."""
+    waits = gm.graph.find_nodes(op="call_function", target=FETCH_WAIT)
+    layers = _waits_by_layer(gm.graph, [wait for wait in waits if wait not in weights])
+    for of_layer in layers:
+        _side_by_side(gm.graph, of_layer)
+    _one_ahead(gm.graph, layers)
+    of_weights = _waits_by_layer(gm.graph, [wait for wait in waits if wait in weights])
+    _one_ahead(gm.graph, of_weights)
+    gm.recompile()
+    return len(layers) + len(of_weights)
+
+
+def _one_ahead(graph: fx.Graph, layers: Sequence[Sequence[fx.Node]]) -> None:
     for before, waits in zip([None, *layers], layers, strict=False):
-        anchor = before[0] if before is not None else _first_copy(gm.graph)
+        anchor = before[0] if before is not None else _first_copy(graph)
         for wait in waits:
             buffer = wait.args[0]
             assert isinstance(buffer, fx.Node)
             if buffer is not anchor:
                 anchor.prepend(buffer)
-    gm.recompile()
-    return len(layers)
 
 
 def _first_copy(graph: fx.Graph) -> fx.Node:
     return next(node for node in graph.nodes if node.target is FETCH_START)
 
 
-def _waits_by_layer(graph: fx.Graph) -> list[list[fx.Node]]:
+def _waits_by_layer(graph: fx.Graph, waits: Collection[fx.Node]) -> list[list[fx.Node]]:
     """Waits in order; those with no use of one between them are one layer's."""
     layers: list[list[fx.Node]] = []
     used: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target is FETCH_WAIT:
+        if node in waits:
             if not layers or not used.isdisjoint(layers[-1]):
                 layers.append([])
             layers[-1].append(node)

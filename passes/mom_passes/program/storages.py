@@ -1,6 +1,7 @@
 """Which storage each value of a rewritten graph lies in.
 
     view, item, result of a write or of a wait    -> that of what it is made of
+    what arrives where another has been           -> that one's
     what a loop writes over an operand            -> the operand's
     anything else                                 -> its own
 
@@ -19,7 +20,7 @@ from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop, loop_nodes
-from mom_passes.ops.transfers import APPEND, FETCH_WAIT, OFFLOAD
+from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD, taken_over
 from mom_passes.program.program import Place, Storage
 
 #: A copy that is waited for is where it was begun, what a write returns is what it has written to, and several values
@@ -51,6 +52,8 @@ def _stored_in(node: fx.Node, loops: dict[fx.Node, Loop]) -> fx.Node | None:
 def shares_with(node: fx.Node) -> fx.Node | None:
     """The operand whose storage a result is in, None if it has its own. Of a loop's results, its ports say it."""
     source = node.args[0] if node.args else None
+    if node.target is FETCH_START:
+        return taken_over(node)
     if node.op == "call_function" and node.target in _WITHIN:
         return source if isinstance(source, fx.Node) else None
     return seen_from(node)

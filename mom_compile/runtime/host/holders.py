@@ -1,0 +1,90 @@
+"""Who holds bytes of host memory that a device copies from or to: found by the storage that a tensor shows.
+
+A holder of keys and values is a store, one of weights holds what their storage is. Copies ask both the same few things.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from mom_compile.runtime.host.engine import Done
+from mom_compile.runtime.host.file import Extent
+
+
+class Region(Protocol):
+    """The bytes of one storage. `pending` is the last copy that reads or writes there."""
+
+    bytes: torch.Tensor
+    pending: Done | None
+
+    def check(self) -> None:
+        """Raises `RuntimeError` where this process has none of the bytes."""
+
+    def wait(self) -> None:
+        """Until the host may read and write there itself. Raises `CopyError`."""
+
+    def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Bytes `[first, end)` as runs that each lie within one pinned range."""
+
+
+class Holder(Protocol):
+    @property
+    def region(self) -> Region: ...
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the bytes are a file's: a driver would not copy them beside the computation."""
+
+    def extents(self, first: int, end: int) -> tuple[Extent, ...]:
+        """Where bytes `[first, end)` of the region are in their file."""
+
+
+#: By the address of their storage, as long as they live.
+HOLDERS: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
+
+
+def hold(holder: Holder) -> None:
+    """From now on `holder_of` finds it."""
+    HOLDERS[holder.region.bytes.untyped_storage().data_ptr()] = holder
+
+
+def holder_of(tensor: torch.Tensor) -> Holder | None:
+    """Who holds the bytes that a tensor shows, or None for any other tensor."""
+    if tensor.device.type != "cpu":
+        return None
+    return HOLDERS.get(tensor.untyped_storage().data_ptr())
+
+
+class Readers:
+    """Which holders running programs read, by the thread that runs them: nobody else may write there meanwhile."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, weakref.WeakSet[Holder]] = {}
+
+    def begin(self, holder: Holder) -> None:
+        """The program of this thread reads it, from now on to its end."""
+        self._by_thread.setdefault(threading.get_ident(), weakref.WeakSet()).add(holder)
+
+    def end(self) -> None:
+        """The program of this thread has ended."""
+        self._by_thread.pop(threading.get_ident(), None)
+
+    def elsewhere(self, holder: Holder) -> bool:
+        """Whether a program of another thread reads it."""
+        own = threading.get_ident()
+        return any(thread != own and holder in held for thread, held in list(self._by_thread.items()))
+
+
+READERS = Readers()
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Until the host may read and write a tensor's bytes itself."""
+    holder = holder_of(tensor)
+    if holder is not None:
+        holder.region.wait()

@@ -1,0 +1,47 @@
+"""What is held on the host now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mom_compile.runtime.host.holders import HOLDERS
+from mom_compile.runtime.host.region import TOTALS
+from mom_compile.runtime.host.store import HostStore, pooled_bytes
+from mom_compile.runtime.host.weight_bytes import WeightBytes
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What keys and values, and weights, take on the host now, in bytes.
+
+    rows      keys and values
+    memory    host memory that is held for them, `pooled` of which is pinned and waits for the next cache
+    disk      likewise in files
+    stores    how many tensors of keys or of values there are
+    weights   host memory that weights are in
+    mapped    the size of the files that weights are mapped from: memory holds of them what it has room for
+    """
+
+    rows: int
+    memory: int
+    disk: int
+    pooled: int
+    stores: int
+    weights: int
+    mapped: int
+
+
+def host_memory() -> HostMemory:
+    """What is held on the host now."""
+    holders = list(HOLDERS.values())
+    stores = [holder for holder in holders if isinstance(holder, HostStore)]
+    weights = [holder for holder in holders if isinstance(holder, WeightBytes)]
+    return HostMemory(
+        rows=sum(store.used_bytes for store in stores),
+        memory=TOTALS.memory,
+        disk=TOTALS.disk,
+        pooled=pooled_bytes(),
+        stores=len(stores),
+        weights=sum(one.size for one in weights if not one.in_file),
+        mapped=sum(one.size for one in weights if one.in_file),
+    )

@@ -1,0 +1,119 @@
+"""The safetensors files of a folder, mapped: their tensors by name, of which nothing has been read yet.
+
+    8 bytes: n, the size of the header | n bytes of JSON: name -> dtype, shape, data_offsets | the tensors' bytes
+
+https://github.com/huggingface/safetensors#format. The library maps files too, but writable: a limit on memory counts
+such a mapping as if all of it were written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mom_compile.runtime.host.weight_bytes import WeightBytes, map_file
+
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+#: The size of the header's size.
+_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` show the files' bytes; `holders` keep them."""
+
+    directory: Path
+    tensors: dict[str, torch.Tensor]
+    holders: tuple[WeightBytes, ...]
+
+    @staticmethod
+    def open(directory: Path) -> Checkpoint:
+        """Raises `ValueError` that names the file which is missing, cut short or none of this format."""
+        tensors: dict[str, torch.Tensor] = {}
+        holders = []
+        for path in _files(directory):
+            holder, found = _mapped(path)
+            tensors |= found
+            holders.append(holder)
+        return Checkpoint(directory, tensors, tuple(holders))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self.tensors.get(name)
+
+
+def _files(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise ValueError(f"{str(directory)!r} is not a folder; it has to be one with safetensors files")
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{str(index)!r} is no index of safetensors files: {error!r}") from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"{str(index)!r} names {missing[0]!r}, which is missing: download the checkpoint again")
+        return [directory / name for name in names]
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{str(directory)!r} has no safetensors files: save the model with save_pretrained first")
+    return found
+
+
+def _mapped(path: Path) -> tuple[WeightBytes, dict[str, torch.Tensor]]:
+    header, begin = _header(path)
+    size = path.stat().st_size
+    # A tensor that the file ends before would end the process when it is read.
+    for name, entry in header.items():
+        if begin + entry["data_offsets"][1] > size:
+            raise ValueError(
+                f"{str(path)!r} ends at byte {size}, before {name} does (byte {begin + entry['data_offsets'][1]}): "
+                "it was cut short, download it again"
+            )
+    holder = map_file(path)
+    tensors = {}
+    for name, entry in header.items():
+        shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} in {str(path)!r} is of type {entry['dtype']}, which this PyTorch has not")
+        tensors[name] = _seen(holder, begin + entry["data_offsets"][0], shape, dtype)
+    return holder, tensors
+
+
+def _seen(holder: WeightBytes, first: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the file. One that does not begin at a multiple of its elements' size is copied."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = holder.region.bytes[first : first + size]
+    if first % dtype.itemsize:
+        raw = raw.clone()
+    with torch.inference_mode(False):
+        return raw.view(dtype).view(shape)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """By name what the file says of each tensor, and where their bytes begin."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_PREFIX), "little")
+        text = file.read(length) if _PREFIX + length <= size else b""
+    try:
+        found = json.loads(text)
+        found.pop("__metadata__", None)
+        for entry in found.values():
+            first, end = entry["data_offsets"]
+            assert 0 <= first <= end and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{str(path)!r} is no safetensors file, or was cut short: its header cannot be read") from error
+    return found, _PREFIX + length

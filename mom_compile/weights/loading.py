@@ -1,0 +1,54 @@
+"""`load_offloaded`: a checkpoint of transformers whose weights stay in its files until they are used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mom_compile.weights.checkpoint import Checkpoint
+from mom_compile.weights.offload import offload_weights
+
+
+def load_offloaded(
+    path: str | Path,
+    device: torch.device | str,
+    *,
+    memory_budget: int | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    keep: Collection[str] = (),
+    **config: Any,
+) -> Any:
+    """The model in a local folder, in evaluation mode, on `device`; what does not fit into `memory_budget` bytes there
+    is mapped from the safetensors files and read as it is used.
+
+    transformers loads it, from mapped tensors: it renames them, and what it has to change (another `dtype`, experts
+    that are put together) is held in memory. `config` replaces values of the model's configuration, as in
+    `AutoConfig.from_pretrained`. No code of the folder is run. The rest is as in `offload_weights`.
+
+    Raises `ValueError` where a file is missing or cut short, or the folder's architecture is not in transformers.
+    """
+    import transformers
+
+    folder = Path(path)
+    files = Checkpoint.open(folder)
+    settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **config)
+    kind = _class_of(transformers, settings, folder)
+    model = kind.from_pretrained(None, config=settings, state_dict=dict(files.tensors), dtype=dtype)
+    with contextlib.suppress(OSError):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    model.eval()
+    offload_weights(model, device, memory_budget=memory_budget, keep=keep)
+    return model
+
+
+def _class_of(transformers: Any, settings: Any, folder: Path) -> Any:
+    names = settings.architectures or []
+    found = [getattr(transformers, name, None) for name in names]
+    if not found or found[0] is None:
+        said = f"{names[0]!r} is not in transformers {transformers.__version__}" if names else "it names none"
+        raise ValueError(f"the architecture of {str(folder)!r} cannot be loaded: {said}, and no remote code is run")
+    return found[0]

@@ -1,0 +1,205 @@
+"""Weights that are kept on the host arrive for the stretch of a graph that reads them.
+
+Terms
+-----
+weight    An input in host memory that the graph reads through `fetch_weight`.
+stretch   What lies between two attentions, or one loop: with a loop for each layer, the rest of one layer and the
+          projections of the next.
+group     The weights that are first read in one stretch: they arrive together. Two groups are on the device at most,
+          so that a group is no larger than a layer: what is larger (a layer and a head, say) arrives in parts.
+
+Before:  a = mm(x, permute(fetch_weight(w0))); ...; b = mm(y, permute(fetch_weight(w1)))
+After:   buffer0 = fetch_start(w0); buffer1 = fetch_start(w1)
+         arrived0 = fetch_wait(buffer0); arrived1 = fetch_wait(buffer1); a = mm(x, permute(arrived0)); ...
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mom_passes.attention.flex import FlexAttention
+from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
+from mom_passes.graph.sizes import count_hint
+from mom_passes.graph.values import is_size
+from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
+from mom_passes.rules.attention import SDPA
+from mom_passes.rules.views import relabels
+
+aten = torch.ops.aten
+
+ATTENTIONS = SDPA.keys() | {MOM_ATTENTION}
+
+
+# ---------------------------------------------------------------------------------------------- as they are captured
+
+
+def whole_weights(gm: fx.GraphModule) -> int:
+    """Fetch each weight once, as it lies on the host, and see it otherwise on the device; in place.
+
+    A graph is captured with a fetch for each reader, of whatever view of the weight that reads. How many weights.
+    """
+    graph, fetched = gm.graph, dict[fx.Node, fx.Node]()
+    for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
+        base, views = _views_of_an_input(node.args[0])
+        if base is None:
+            continue
+        if base not in fetched:
+            with graph.inserting_before(behind(_last_input(graph))):
+                fetched[base] = emit(graph, FETCH_WEIGHT, (base, node.args[1]))
+        if node is fetched[base]:
+            continue
+        with graph.inserting_before(node):
+            seen = fetched[base]
+            for view in views:
+                env = {view.args[0]: seen}
+                seen = graph.node_copy(view, lambda n, env=env: env.get(n, n))  # type: ignore[misc]
+                seen.meta["val"] = fake_value(seen)
+            if strides_differ(seen.meta["val"], node.meta["val"]):
+                seen = emit(graph, aten.clone.default, (seen,), {"memory_format": torch.contiguous_format})
+        node.replace_all_uses_with(seen)
+        graph.erase_node(node)
+    _erase_unread_views(graph)
+    return len(fetched)
+
+
+def _last_input(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
+def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
+    views: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.op == "call_function" and relabels(node):
+        views.append(node)
+        node = node.args[0]
+    return (node if isinstance(node, fx.Node) and node.op == "placeholder" else None), views[::-1]
+
+
+def _erase_unread_views(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and relabels(node):
+            graph.erase_node(node)
+
+
+# ------------------------------------------------------------------------------------------------ when they arrive
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that is fetched, the views of it, and where it is read first."""
+
+    fetch: fx.Node
+    views: tuple[fx.Node, ...]
+    first: fx.Node
+
+    @property
+    def bytes(self) -> int:
+        value = self.fetch.meta["val"]
+        return count_hint(value.shape) * int(value.element_size())
+
+
+def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """Let every weight arrive before its stretch, with its group. Returns the waits, in the order they are."""
+    graph = gm.graph
+    weights = [_weight(node) for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT) if node.users]
+    waits: list[fx.Node] = []
+    for group in _groups(graph, weights):
+        waits += _arrive(graph, group)
+    for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
+        graph.erase_node(node)
+    gm.recompile()
+    return tuple(waits)
+
+
+def _weight(fetch: fx.Node) -> _Weight:
+    views: list[fx.Node] = []
+    readers: list[fx.Node] = []
+    pending = [fetch]
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "call_function" and relabels(user):
+                views.append(user)
+                pending.append(user)
+            else:
+                readers.append(user)
+    return _Weight(fetch, tuple(sorted(set(views))), min(readers))
+
+
+def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
+    """The waits of a group, side by side before its first reader, and behind them the views of what has arrived."""
+    anchor = min(weight.first for weight in group)
+    waits = []
+    for weight in group:
+        host, device = weight.fetch.args
+        with graph.inserting_before(_first_operator(graph)):
+            start = emit(graph, FETCH_START, (host, 0, _outermost(host), device))
+        with graph.inserting_before(anchor):
+            waits.append(emit(graph, FETCH_WAIT, (start, None, _outermost(host))))
+        weight.fetch.replace_all_uses_with(waits[-1])
+    for weight in group:
+        for view in weight.views:
+            anchor.prepend(view)
+    return waits
+
+
+def _first_operator(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr") and not is_size(node))
+
+
+def _outermost(host: object) -> int:
+    """The dimension that is outermost in storage: a buffer with it in front lies as the host does."""
+    assert isinstance(host, fx.Node)
+    strides = host.meta["val"].stride()
+    return max(range(len(strides)), key=lambda dim: (strides[dim], -dim), default=0)
+
+
+def _groups(graph: fx.Graph, weights: Sequence[_Weight]) -> list[list[_Weight]]:
+    """In the order in which they are read."""
+    stretch = _stretches(graph)
+    by_stretch: dict[int, list[_Weight]] = {}
+    for weight in sorted(weights, key=lambda weight: weight.first):
+        by_stretch.setdefault(stretch[weight.first], []).append(weight)
+    most = _most_at_once(graph, by_stretch.values())
+    return [part for group in by_stretch.values() for part in _in_parts(group, most)]
+
+
+def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
+    """By node, the number of its stretch."""
+    found: dict[fx.Node, int] = {}
+    number = 0
+    for node in graph.nodes:
+        loop = node.op == "call_module"
+        number += loop
+        found[node] = number
+        number += loop or node.target in ATTENTIONS or isinstance(node.target, FlexAttention)
+    return found
+
+
+def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
+    """Bytes of the largest group that cannot be parted, or of one like most others."""
+    sizes = [sum(weight.bytes for weight in group) for group in groups]
+    inseparable: dict[fx.Node, int] = {}
+    for group in groups:
+        for weight in group:
+            inseparable[weight.first] = inseparable.get(weight.first, 0) + weight.bytes
+    return max(max(inseparable.values(), default=0), int(statistics.median_high(sizes)) if sizes else 0)
+
+
+def _in_parts(group: Sequence[_Weight], most: int) -> list[list[_Weight]]:
+    """A group in runs of at most so many bytes; what one operator reads arrives at once."""
+    parts: list[list[_Weight]] = []
+    size = 0
+    for weight in group:
+        together = bool(parts) and parts[-1][-1].first is weight.first
+        if not parts or (not together and size + weight.bytes > most):
+            parts.append([])
+            size = 0
+        parts[-1].append(weight)
+        size += weight.bytes
+    return parts

@@ -1,0 +1,66 @@
+"""Device buffers for weights are used again: what arrives lies where a weight of the same kind was that nobody reads.
+
+    for each copy to the device, in order:
+        it takes over a buffer of the same shape, strides and dtype whose last reader stands before it
+
+So two layers of weights have room of their own, whatever else is allocated and freed between them.
+
+Before:  b0 = fetch_start(w0); b1 = fetch_start(w1); ... last reader of b0 ...; b2 = fetch_start(w2)
+After:   the same, with b2 = fetch_start(w2, over=b0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+
+from torch import fx
+
+from mom_passes.graph.aliasing import may_be_a_view
+from mom_passes.graph.values import bytes_of, is_tensor
+from mom_passes.rules.work import matmul_work
+
+
+def reuse_slots(gm: fx.GraphModule, waits: Collection[fx.Node]) -> int:
+    """Decide it for the copies that these waits end, in place; returns how many take another's place."""
+    starts = {wait.args[0]: wait for wait in waits}
+    last = {start: _last_reader(start) for start in starts}
+    free: dict[Hashable, list[fx.Node]] = {}
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for start, reader in last.items():
+        dying.setdefault(reader, []).append(start)  # type: ignore[arg-type]
+    reused = 0
+    for node in gm.graph.nodes:
+        if node in starts:
+            waiting = free.get(_kind(node))
+            if waiting:
+                node.args = (*node.args, waiting.pop(0))
+                reused += 1
+        for start in dying.get(node, ()):
+            free.setdefault(_kind(start), []).append(start)
+    gm.recompile()
+    return reused
+
+
+def _kind(start: fx.Node) -> Hashable:
+    value = start.meta["val"]
+    return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
+
+
+def _last_reader(start: fx.Node) -> fx.Node:
+    """The last node that may read a buffer; the graph's end where it is returned."""
+    last, pending, seen = start, [start], {start}
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            last = max(last, user)
+            if user not in seen and _may_be_in(value, user):
+                seen.add(user)
+                pending.append(user)
+    return last
+
+
+def _may_be_in(value: fx.Node, user: fx.Node) -> bool:
+    """Whether what is made of a value may lie in its storage: a compiler drops what computes nothing, `x + 0` say."""
+    if user.op != "call_function" or not is_tensor(user) or matmul_work(user):
+        return False
+    return may_be_a_view(user) or bytes_of(user) == bytes_of(value)
