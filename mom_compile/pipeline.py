@@ -22,6 +22,7 @@ from mom_passes.graph.sizes import hint, is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.host.chosen import only_what_is_used
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
 from mom_passes.host.weights import weights_arrive, whole_weights
@@ -31,7 +32,7 @@ from mom_passes.loops.loop import FEWEST_ROWS, RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.spans import SPANS
-from mom_passes.ops.transfers import FETCH_ROWS
+from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
@@ -254,6 +255,11 @@ def loops_over_mini_sequences(state: State) -> str:
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 
 
+def only_what_is_needed(state: State) -> str:
+    """Of weights on the host: matrices of the experts that are chosen, rows that are looked up."""
+    return f"of {only_what_is_used(state.gm)} weights on the host a part arrives"
+
+
 def regions_put_back(state: State) -> str:
     """What was outlined and is in no loop is computed as it was."""
     return f"{inline_regions(state.gm)} regions"
@@ -315,6 +321,7 @@ TO_LOOPS: tuple[Step, ...] = (
 #: What only looks at the graph: there is nothing to verify behind it.
 ANALYSES: frozenset[Step] = frozenset({find_keys_and_values, find_tokens, mlp_alone, follow_demands, cut_stages})
 BETWEEN_LOOPS: tuple[Step, ...] = (
+    only_what_is_needed,
     regions_put_back,
     keys_and_values_to_host,
     weights_for_their_stretch,
@@ -349,11 +356,15 @@ def run_pipeline(
     except NotWorthwhile as decision:
         no_loops = decision
     _run(BETWEEN_LOOPS, state, skip)
-    if no_loops is not None and not state.offload and not state.weights:
+    if no_loops is not None and not state.offload and not _reads_weights_on_the_host(state):
         raise no_loops
     _run(STORAGE, state, skip)
     log.debug("rewritten graph:\n%s", state.gm.code)
-    return Rewritten.of(state.gm, None if no_loops is None else str(no_loops))
+    return Rewritten.of(state.gm, None if no_loops is None else str(no_loops), state.weights)
+
+
+def _reads_weights_on_the_host(state: State) -> bool:
+    return bool(state.weights) or any(node.target in (FETCH_ROWS, FETCH_CHOSEN) for node in state.gm.graph.nodes)
 
 
 def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:

@@ -9,9 +9,9 @@ from torch import fx
 
 from mom_compile.memory.place import KVPlace
 from mom_compile.memory.residency import Stays
-from mom_compile.runtime.host.steps import Append, FetchRows, FetchStart, FetchWait, Offload
+from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.sizes import expr
-from mom_passes.ops.transfers import APPEND, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.ops.transfers import APPEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
 
 #: Values for which host memory is made ready while a layer computes: its keys and its values.
@@ -28,9 +28,10 @@ def copy_step(
     if node.target is FETCH_START:
         host, rows, dim, device, *over = node.args
         return FetchStart(dim, device), [host, rows, *over]  # type: ignore[arg-type]
-    if node.target is FETCH_ROWS:
-        host, rows, device = node.args
-        return FetchRows(device), [host, rows]  # type: ignore[arg-type]
+    if node.target in (FETCH_ROWS, FETCH_CHOSEN):
+        host, which, device = node.args
+        step = FetchRows if node.target is FETCH_ROWS else FetchChosen
+        return step(device), [host, which]  # type: ignore[arg-type]
     if node.target is FETCH_WAIT:
         buffer, new, dim = node.args
         return FetchWait(dim), [buffer, new]  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class Report(Record):
 
     def describe(self, rewritten: Rewritten) -> None:
         self.graph, self.memory, self.no_loops = rewritten.gm, rewritten.memory, rewritten.no_loops
+        self.weights = rewritten.weights
         moments = [moment for moment in self.memory.moments if isinstance(moment.step, LoopStep)]
         self.stages = [stage_report(moment, self.memory) for moment in moments]
         self.tokens = self.memory.tokens

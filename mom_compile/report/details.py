@@ -24,7 +24,7 @@ def details(record: Record) -> list[str]:
     if record.left_out:
         lines.append("on the full sequence, between loops:")
         lines += [f"  {name}: {reason}" for name, reason in record.left_out.items()]
-    lines += _kv_lines(record) + _own_lines(record) + eager_lines(record)
+    lines += _kv_lines(record) + _weight_lines(record) + _own_lines(record) + eager_lines(record)
     if record.compiled_pieces or record.bodies_shared:
         compiled = f"{len(record.compiled_pieces)} pieces compiled in {record.compile_seconds:.1f} s"
         kept = "; the graph is from the compile cache" if record.from_cache else ""
@@ -84,6 +84,16 @@ def _kv_lines(record: Record) -> list[str]:
         layers, size = share
         lines.append(f"to the host: {moved_rows(record)} of {layers} layers, {size} B/token")
     return lines
+
+
+def _weight_lines(record: Record) -> list[str]:
+    if record.weights is None:
+        return []
+    return [
+        f"arrives from the host: {in_units(arrival.bytes)}, hidden behind {2 * arrival.work_before / 1e9:.3g} GFLOP: "
+        f"{', '.join(arrival.names)}"
+        for arrival in record.weights.arrivals
+    ]
 
 
 def _own_lines(record: Record) -> list[str]:

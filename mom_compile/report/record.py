@@ -11,6 +11,7 @@ from mom_compile.report.stages import StageReport
 from mom_passes.program.memory import Memory
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
+from mom_passes.program.traffic import WeightTraffic
 
 #: What a graph is for. One that attends to nothing has no name: what lies between two breaks, say.
 PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
@@ -76,6 +77,7 @@ class Record:
     keys_and_values  names of all values that attentions read as such
     memory         what the program needs, step by step, as expressions in the sizes of the graph
     on_host        keys and values that leave for the host
+    weights        what arrives of weights that are kept on the host, or None
     for_long       whether all keys and values of a decode step may stay, where "auto" had to ask
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
@@ -103,6 +105,7 @@ class Record:
     keys_and_values: frozenset[str] = frozenset()
     memory: Memory | None = None
     on_host: list[KVReport] = field(default_factory=list)
+    weights: WeightTraffic | None = None
     for_long: ForLong | None = None
     on_device: dict[str, str] = field(default_factory=dict)
     own_rows: list[OwnRows] = field(default_factory=list)
@@ -138,6 +141,12 @@ class Record:
         An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
         """
         return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
+
+    def exposed_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """How long a run waits for weights on a link and a device of so much, at the captured sizes: what of their
+        copies is not hidden behind the compute before it. 0 where none is on the host."""
+        arrivals = self.weights.arrivals if self.weights is not None else ()
+        return sum(arrival.exposed(bytes_per_second, flops_per_second) for arrival in arrivals)
 
     @property
     def floor_bytes_per_token(self) -> int:

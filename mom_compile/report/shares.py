@@ -16,6 +16,7 @@ from torch import fx
 from mom_compile.report.stages import live_value
 from mom_passes.loops.loop import Loop
 from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.ops.transfers import FETCH_CHOSEN
 from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.program import LoopStep, Storage
 from mom_passes.program.rewritten import Rewritten
@@ -25,6 +26,7 @@ IN_USE = "keys and values in use"
 RETURNED = "results that are returned"
 HIDDEN = "hidden states"
 OTHER = "values without tokens, made once"
+WEIGHTS = "weights on the way"
 BETWEEN = "what is computed between loops"
 
 
@@ -45,7 +47,8 @@ def shares(rewritten: Rewritten, keys_and_values: Collection[str]) -> tuple[Shar
     total = {_own(moment): found.number(moment.own)}
     for storage in moment.alive:
         is_kv = _stored_as(storage.node, made_by) in keys_and_values
-        what = _purpose(storage, moment, found, is_kv=is_kv, is_returned=storage in returned)
+        is_weight = storage.node in rewritten.arriving or storage.node.target is FETCH_CHOSEN
+        what = WEIGHTS if is_weight else _purpose(storage, moment, found, is_kv=is_kv, is_returned=storage in returned)
         total[what] = total.get(what, 0) + found.number(storage.bytes)
     made = [Share(what, size) for what, size in total.items() if size]
     return tuple(sorted(made, key=lambda share: -share.bytes))

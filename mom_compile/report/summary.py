@@ -32,7 +32,7 @@ def summary(record: Record) -> list[str]:
         lines += _loop_lines(record.stages, record.rows)
     if record.left_out:
         lines += _left_out(record.left_out)
-    return lines + _kv_lines(record) + _own_lines(record) + eager_lines(record)
+    return lines + _kv_lines(record) + _weight_lines(record) + _own_lines(record) + eager_lines(record)
 
 
 def _left_alone(record: Record) -> str:
@@ -116,6 +116,32 @@ def _kv_lines(record: Record) -> list[str]:
     if share is not None:
         layers, size = share
         lines.append(f"to the host: {moved_rows(record)} of {counted(layers, 'layer')}, {in_units(size)} a token")
+    return lines
+
+
+#: What a link is compared with: a PCIe 4.0 x16 carries 25 GB/s of its 32, and a device that computes 100 TFLOP/s in 16
+#: bits is a middling one.
+LINK, RATE = 25e9, 100e12
+
+
+def _weight_lines(record: Record) -> list[str]:
+    """What arrives of weights, and what of that a run would wait for."""
+    found = record.weights
+    if found is None:
+        return []
+    whole = sum(arrival.bytes for arrival in found.arrivals)
+    parts = [f"{in_units(whole)} in {counted(len(found.arrivals), 'group')}"] if whole else []
+    parts += [f"{in_units(found.rows)} of rows that are looked up"] if found.rows else []
+    parts += [f"{in_units(found.chosen)} of experts that are chosen, at most"] if found.chosen else []
+    each = "token" if record.kind == DECODE_STEP else record.kind
+    lines = [f"weights on the host: each {each} brings {' and '.join(parts)}"]
+    if whole:
+        takes, waits = whole / LINK, record.exposed_seconds(LINK, RATE)
+        exposed = [a for a in found.arrivals if a.exposed(LINK, RATE) > 0]
+        lines.append(
+            f"  a link of {LINK / 1e9:.0f} GB/s takes {takes:.2g} s for that; at {RATE / 1e12:.0f} TFLOP/s {waits:.2g} "
+            f"s of it are not hidden behind compute, of {counted(len(exposed), 'group')}"
+        )
     return lines
 
 

@@ -115,5 +115,5 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             first, end = entry["data_offsets"]
             assert 0 <= first <= end and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{str(path)!r} is no safetensors file, or was cut short: its header cannot be read") from error
+        raise ValueError(f"{str(path)!r} is no safetensors file or was cut short: its header cannot be read") from error
     return found, _PREFIX + length

@@ -120,8 +120,8 @@ def split(found: Parameters, buffers: int, budget: int) -> tuple[list[Unit], lis
     least = found.resident_bytes + buffers + 2 * largest
     if budget < least:
         raise ValueError(
-            f"memory_budget={budget} bytes ({in_units(budget)}) cannot hold two layers of this model and what has to be "
-            f"on the device beside them: the smallest budget is {least} bytes ({in_units(least)})"
+            f"memory_budget={budget} bytes ({in_units(budget)}) cannot hold two layers of this model and what has to "
+            f"be on the device beside them: the smallest budget is {least} bytes ({in_units(least)})"
         )
     stay = residents(layers, room - 2 * largest)
     names = {unit.name for unit in stay}
@@ -141,9 +141,7 @@ def _checked_device(device: torch.device | str) -> torch.device:
     if target.type == "cuda":
         if not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device={device!r} does not exist here: {torch.cuda.device_count()} CUDA devices do")
-        if target.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-    return target
+    return torch.device("cuda", torch.cuda.current_device()) if str(target) == "cuda" else target
 
 
 def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
@@ -265,9 +263,9 @@ def _hosted_again(model: nn.Module, keys: Any) -> None:
     if made is None:
         return
     for module, own, parameter, name in _named(model):
-        if name.startswith(made.units) and type(parameter) is nn.Parameter and parameter.device.type == "cpu":
-            if parameter.dim() >= 2 and made.device.type != "cpu":
-                module._parameters[own] = _parameter(host_weight(parameter.detach(), made.device), parameter)
+        was_there = name.startswith(made.units) and parameter.dim() >= 2 and made.device.type != "cpu"
+        if was_there and type(parameter) is nn.Parameter and parameter.device.type == "cpu":
+            module._parameters[own] = _parameter(host_weight(parameter.detach(), made.device), parameter)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, str]]:

@@ -29,8 +29,8 @@ from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.engine import CopyError, Done
 from mom_compile.runtime.host.errands import Errand, Errands
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.seams import as_bytes
 from mom_compile.runtime.host.holders import holder_of
+from mom_compile.runtime.host.seams import as_bytes
 
 #: 0.2 milliseconds of a link and 1 or 2 of a disk's cache: a call, an event and a thread that wakes up (0.03) are
 #: little beside it, and a copy's first rows are soon on their way. Four are pinned for as long as there is an engine.

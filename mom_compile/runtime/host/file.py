@@ -25,6 +25,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mom_compile.runtime.host.limits import HostMemoryError
 
@@ -56,11 +57,19 @@ def hold(address: int, size: int) -> None:
     _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0, protection=0)
 
 
+class OpenFile(Protocol):
+    """A file that is open as `number`, parts of which may be given back."""
+
+    number: int
+
+    def give_back(self, offset: int, size: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Extent:
     """Bytes `[offset, offset + size)` of a file, behind the bytes of a region that begin at `first`."""
 
-    file: HostFile
+    file: OpenFile
     offset: int
     first: int
     size: int

@@ -1,6 +1,7 @@
 """The steps of a program that move keys and values, and weights: what the `mom::` copy operators become.
 
 FetchRows    chosen rows of a table, to the device
+FetchChosen  the matrices of some experts, to the device
 FetchStart   begins a copy to the device and goes on
 FetchWait        waits for it and writes the new rows behind the old ones, where they are
 Append      new rows to the host, behind those that are there; returns what the cache holds
@@ -18,8 +19,8 @@ import torch
 import mom_passes.ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.host.engine import CopyEngine, Ticket
 from mom_compile.runtime.host.engines import beside, engine_for
-from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.holders import READERS, holder_of, settle
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
 from mom_passes.ops.library import LIBRARY
@@ -45,6 +46,18 @@ class FetchRows:
         host, rows = arguments
         arguments.clear()
         return (_fetch_rows(host, rows, self.device),)
+
+
+@dataclass(frozen=True)
+class FetchChosen:
+    """`[host, keys]` to a device buffer like the host's, of which the entries `keys` are set."""
+
+    device: torch.device
+
+    def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor]:
+        host, keys = arguments
+        arguments.clear()
+        return (_fetch_chosen(host, keys, self.device),)
 
 
 @dataclass(frozen=True)
@@ -191,10 +204,12 @@ def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The host chooses them itself: it has to know which ones, and so waits for the device that computed that."""
-    engine = beside(device)
+    engine = engine_for(device)
     settle(host)
-    if engine is None:
-        return host[rows]
+    if engine.in_host_memory:
+        found = host[rows]
+        engine.traffic.to_device += found.numel() * found.element_size()
+        return found
     at = rows.cpu()
     at = torch.where(at < 0, at + host.shape[0], at)
     chosen = host.new_empty([*at.shape, *host.shape[1:]], pin_memory=True)
@@ -204,7 +219,18 @@ def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) ->
     return target
 
 
+def _fetch_chosen(host: torch.Tensor, keys: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Each entry once, however often it was chosen."""
+    engine = engine_for(device)
+    buffer = torch.empty_like(host, device=device)
+    tickets = [_arrive(buffer[key], host[key], engine) for key in sorted(set(keys.flatten().tolist()))]
+    for ticket in tickets:
+        ticket.wait()
+    return buffer
+
+
 LIBRARY.impl("fetch", _fetch, "CPU")
 LIBRARY.impl("fetch_weight", _fetch, "CPU")
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("fetch_rows", _fetch_rows, _key)
+    LIBRARY.impl("fetch_chosen", _fetch_chosen, _key)

@@ -27,7 +27,7 @@ import torch
 
 from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.holders import HOLDERS, hold, holder_of
+from mom_compile.runtime.host.holders import hold, holder_of
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import AHEAD_FROM, HostRegion

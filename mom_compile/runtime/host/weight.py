@@ -24,8 +24,10 @@ from mom_compile.runtime.host.holders import READERS
 from mom_compile.runtime.host.store import without_base
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.weight_bytes import WeightBytes, bytes_under
+from mom_compile.torch_compat import make_wrapper
 
 aten = torch.ops.aten
+EMBEDDING = aten.embedding.default
 
 NOT_COMPILED = (
     "weights that are kept on the host are fetched one by one, each where it is used: right, and slow. Compile the "
@@ -39,6 +41,13 @@ class HostWeight(HostTensor):
     lease: WeightBytes | None  # type: ignore[assignment]
 
     @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device, lease: WeightBytes | None = None) -> HostWeight:
+        made: HostWeight = make_wrapper(cls, inner, device)
+        made.host = inner
+        made.lease = lease
+        return made
+
+    @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], device: str, size: Any, stride: Any) -> HostWeight:
         return HostWeight(inner["host"], torch.device(device), getattr(inner["host"], "_lease", None))
 
@@ -46,8 +55,8 @@ class HostWeight(HostTensor):
         return f"HostWeight({self.device})"
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        rows = _rows(func, args, kwargs)
-        if rows is not None and not isinstance(rows, HostTensor):
+        rows = _rows(func, args)
+        if rows is not None and not isinstance(rows, HostTensor) and not (self.traced and func is not EMBEDDING):
             return torch.ops.mom.fetch_rows(self.host, rows, self.device)
         if self.traced:
             return NotImplemented
@@ -137,9 +146,9 @@ def _rebuild(plain: torch.Tensor, device: torch.device, parameter: bool) -> torc
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def _rows(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+def _rows(func: Any, args: Any) -> torch.Tensor | None:
     """The index tensor by which an operator takes rows of a table, or None."""
-    if func is aten.embedding.default:
+    if func is EMBEDDING:
         return args[1]  # type: ignore[no-any-return]
     if func is aten.index_select.default and args[1] == 0:
         return args[2]  # type: ignore[no-any-return]

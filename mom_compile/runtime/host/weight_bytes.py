@@ -2,7 +2,7 @@
 
 Terms
 -----
-pin       For a CUDA device's sake pages are pinned where they are: a second copy of a model is what nobody has room for.
+pin       For a CUDA device's sake pages are pinned where they are: nobody has room for a second copy of a model.
 mapped    The file's bytes seen as memory, read-only: pages are read when they are needed and dropped when memory is.
 
 Unlike rows of a cache these never grow and are seldom written: a holder has one region, all of its storage.

@@ -36,6 +36,7 @@ from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.folds import FOLDS, identity, total_dtype
 from mom_passes.rules.view import TO_THE_END
+from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.region import Region
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ class Body:
     """Builds one iteration: `module`, the ports `inputs` and the operand that each wants.
 
     `widest` is the most bytes that one token of a value made here takes, `spread` how many tokens give each of its
-    experts a row.
+    experts a row, `work` the multiply-adds of all its iterations.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Body:
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
         self.widest = max(map(widest_per_token, made), default=1)
         self.spread = max((i.node.target.spread for i in made if isinstance(i.node.target, Region)), default=1)
+        self.work = sum(matmul_work(i.node) for i in made)
         self._placeholders()
         for instance in members:
             if instance not in self.env:

@@ -142,7 +142,7 @@ class _Rewriter:
         ]
         outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
         rows = self.limit.rows_of(body.widest, spread=body.spread, length=hint(length))
-        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread)
+        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread, body.work)
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):
             name = f"{name}_{len(self.graph.nodes)}"

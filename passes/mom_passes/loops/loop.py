@@ -103,7 +103,7 @@ class Loop:
 
     `inputs` follow the body's placeholders behind `start` and `count`, `outputs` are what the loop returns.
     `widest` is the most bytes per token that one value of the body takes, `spread` how many tokens give each of its
-    experts a row (1: it has none).
+    experts a row (1: it has none), `work` the multiply-adds of all of it at the captured sizes.
     """
 
     stage: int
@@ -114,6 +114,7 @@ class Loop:
     body: fx.GraphModule
     widest: int
     spread: float = 1
+    work: int = 0
 
     @property
     def carries(self) -> dict[int, CarryIn]:

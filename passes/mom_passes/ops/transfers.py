@@ -37,6 +37,9 @@ LIBRARY.define("fetch_weight(Tensor host, Device device) -> Tensor", tags=_TAGS)
 LIBRARY.define("fetch_rows(Tensor host, Tensor rows, Device device) -> Tensor", tags=_TAGS)
 """`host[rows]` on the device: rows of a table that stays on the host."""
 
+LIBRARY.define("fetch_chosen(Tensor host, Tensor keys, Device device) -> Tensor", tags=_TAGS)
+"""A buffer like the host's of which entries `keys` along dimension 0 are set, and no others."""
+
 LIBRARY.define("fetch_start(Tensor host, SymInt rows, int dim, Device device, Tensor? over=None) -> Tensor", tags=_TAGS)
 """A token-major device buffer with the host's rows and `rows` more, unset, along `dim`; it may lie in `over`."""
 
@@ -52,13 +55,14 @@ LIBRARY.define("offload(Tensor value, int dim, SymInt first, int layer=0) -> Ten
 FETCH = torch.ops.mom.fetch.default
 FETCH_WEIGHT = torch.ops.mom.fetch_weight.default
 FETCH_ROWS = torch.ops.mom.fetch_rows.default
+FETCH_CHOSEN = torch.ops.mom.fetch_chosen.default
 FETCH_START = torch.ops.mom.fetch_start.default
 FETCH_WAIT = torch.ops.mom.fetch_wait.default
 APPEND = torch.ops.mom.append.default
 OFFLOAD = torch.ops.mom.offload.default
 
 #: What a runtime runs between compiled pieces, never inside one.
-COPIES = frozenset({FETCH_ROWS, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
+COPIES = frozenset({FETCH_ROWS, FETCH_CHOSEN, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
 
 HOST = torch.device("cpu")
 
@@ -91,6 +95,13 @@ def fetch_reference(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def fetch_rows_reference(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host[rows.to(HOST)].to(device)
+
+
+def fetch_chosen_reference(host: torch.Tensor, keys: torch.Tensor, device: torch.device) -> torch.Tensor:
+    chosen = torch.zeros_like(host, device=device)
+    at = keys.to(HOST)
+    chosen[at.to(device)] = host[at].to(device)
+    return chosen
 
 
 def fetch_start_reference(
@@ -133,6 +144,11 @@ def _fetch_rows_fake(host, rows, device):  # type: ignore[no-untyped-def]
     return host.new_empty([*rows.shape, *host.shape[1:]], device=device)
 
 
+@torch.library.register_fake("mom::fetch_chosen", lib=LIBRARY)
+def _fetch_chosen_fake(host, keys, device):  # type: ignore[no-untyped-def]
+    return torch.empty_like(host, device=device)
+
+
 @torch.library.register_fake("mom::fetch_start", lib=LIBRARY)
 def _fetch_start_fake(host, rows, dim, device, over=None):  # type: ignore[no-untyped-def]
     return buffer_like(host, rows, dim, device)
@@ -158,6 +174,7 @@ for _name, _reference in (
     ("fetch", fetch_reference),
     ("fetch_weight", fetch_reference),
     ("fetch_rows", fetch_rows_reference),
+    ("fetch_chosen", fetch_chosen_reference),
     ("fetch_start", fetch_start_reference),
     ("fetch_wait", fetch_wait_reference),
     ("append", append_reference),

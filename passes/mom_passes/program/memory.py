@@ -23,7 +23,7 @@ from torch import fx
 from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
-from mom_passes.ops.transfers import APPEND, FETCH_START, OFFLOAD
+from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program.held import Costs, most_held
 from mom_passes.program.lives import Lives, lives
 from mom_passes.program.program import Compute, LoopStep, Place, Program, Step, Storage, Transfer
@@ -153,29 +153,4 @@ def leaving(program: Program) -> dict[fx.Node, Leaving]:
             size = count_hint(value.shape) * value.element_size()
             found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
     return found
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a run of a program moves, as expressions in its sizes."""
-
-    to_host: sympy.Expr
-    to_device: sympy.Expr
-
-
-def traffic(program: Program) -> Traffic:
-    """What leaves for the host and what arrives: of an append only the new rows, of a fetch only the old ones."""
-    to_host: Any = sympy.Integer(0)
-    to_device: Any = sympy.Integer(0)
-    for step in program.steps:
-        if not isinstance(step, Transfer):
-            continue
-        node = step.node
-        if node.target is FETCH_START:
-            to_device += bytes_of_value(node.args[0])  # type: ignore[arg-type]
-        elif node.target is OFFLOAD:
-            to_host += bytes_of_value(node)
-        elif node.target is APPEND:
-            to_host += bytes_of_value(node.args[1])  # type: ignore[arg-type]
-    return Traffic(sympy.expand(to_host), sympy.expand(to_device))
 

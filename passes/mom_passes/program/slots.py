@@ -22,12 +22,12 @@ from mom_passes.rules.work import matmul_work
 
 def reuse_slots(gm: fx.GraphModule, waits: Collection[fx.Node]) -> int:
     """Decide it for the copies that these waits end, in place; returns how many take another's place."""
-    starts = {wait.args[0]: wait for wait in waits}
+    starts = {start for wait in waits for start in wait.all_input_nodes}
     last = {start: _last_reader(start) for start in starts}
     free: dict[Hashable, list[fx.Node]] = {}
     dying: dict[fx.Node, list[fx.Node]] = {}
     for start, reader in last.items():
-        dying.setdefault(reader, []).append(start)  # type: ignore[arg-type]
+        dying.setdefault(reader, []).append(start)
     reused = 0
     for node in gm.graph.nodes:
         if node in starts:
