@@ -138,9 +138,8 @@ def _checked_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device={device!r} is not valid: {str(error).splitlines()[0]}") from None
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: weights can be kept on the host for a CUDA device, or for 'cpu'")
-    if target.type == "cuda":
-        if not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device={device!r} does not exist here: {torch.cuda.device_count()} CUDA devices do")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r} does not exist here: {torch.cuda.device_count()} CUDA devices do")
     return torch.device("cuda", torch.cuda.current_device()) if str(target) == "cuda" else target
 
 
