@@ -87,7 +87,7 @@ def write_checkpoint(folder: Path, size: int) -> None:
     for name, parameter in model.named_parameters():
         part = name.split(".")[2] if ".layers." in name else "rest"
         files.setdefault(f"model-{part}.safetensors", {})[name] = parameter
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, named in files.items():
         made = {
             name: torch.ones(p.shape) if p.dim() == 1 else torch.randn(p.shape, generator=generator) * 0.02
@@ -245,10 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in RUNS:
         # Compilers that Inductor starts count for themselves, and its own pool of them would not fit.
         env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        rows += workers.run_worker(
-            "examples.larger_than_the_device", {**spec, "run": name}, env=env,
-            on_step=lambda text, name=name: print(f"{name}: {text}"),
-        )  # fmt: skip
+
+        def on_step(text: str, name: str = name) -> None:
+            print(f"{name}: {text}")
+
+        rows += workers.run_worker("examples.larger_than_the_device", {**spec, "run": name}, env=env, on_step=on_step)
     print("\n".join(["", *report(rows, spec)]))
     print(measure.describe_machine())
     return 0 if rows[0]["text"] == rows[1]["text"] else 1
