@@ -194,6 +194,9 @@ def _fetched(value: Any) -> Any:
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
+    if func is aten.as_strided.default and len(args) > 3 and args[3] is not None:
+        # Counted from where its storage begins: the wrapper has one of its own.
+        args = (*args[:3], args[3] - source.storage_offset() + source.host.storage_offset())
     result = func(source.host, *args[1:], **kwargs)
     if not isinstance(result, torch.Tensor):
         return type(result)(source.seen(one) for one in result)
