@@ -63,7 +63,7 @@ def _files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(index)!r} is no index of safetensors files: {error!r}") from error
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:

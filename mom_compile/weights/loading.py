@@ -37,7 +37,7 @@ def load_offloaded(
     files = Checkpoint.open(folder)
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **config)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no configuration that transformers can read: {error}") from error
     kind = _class_of(transformers, settings, folder)
     model, info = kind.from_pretrained(
