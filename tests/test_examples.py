@@ -12,6 +12,7 @@ import torch
 
 import mom_compile
 from examples import beside, evaluate, grpo_loss, rerank
+from examples import larger_than_the_device as larger
 from examples.scored_requests import answers, padded
 from mom_compile.scores import token_log_probs
 from tests.models import SMALL, ids, small_model
@@ -206,3 +207,43 @@ def test_rows_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     beside.print_rows("a title", rows)
     printed = capsys.readouterr().out
     assert "25.0 MiB" in printed and "0.250x" in printed and "2.5e-01" in printed and "…" not in printed
+
+
+# ------------------------------------------------------------------------------- larger than the device
+
+
+def test_a_checkpoint_of_random_weights_is_written_file_by_file(tmp_path: Path) -> None:
+    import transformers
+
+    size = 4 << 20
+    larger.write_checkpoint(tmp_path, size)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(files) == model.config.num_hidden_layers + 1 >= 4
+    assert 0.7 * size < larger.weights(model) < 1.3 * size
+
+
+def test_tokens_that_differ_are_told(tmp_path: Path) -> None:
+    row = {"allocated": 0, "prefill": 1.0, "per_token": 0.1, "moved": 7 << 20, "moved_per_token": 0, "weights": 9 << 20}
+    rows = [{**row, "run": run, "text": [4, 5]} for run in larger.RUNS]
+    spec = {"device": "cpu", "limit": 3 << 20}
+    text = "\n".join(larger.report(rows, spec))
+    assert "the tokens are the same" in text and "may allocate 3 MiB" in text and "7 MiB" in text
+    rows[1]["text"] = [4, 6]
+    assert "NOT the same" in "\n".join(larger.report(rows, spec))
+
+
+@pytest.mark.slow
+def test_a_model_of_3_gib_answers_in_half_of_that(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its process may not allocate more, and says the same as one that holds all of it."""
+    assert larger.main(["--gib", "3", "--tokens", "300", "--new-tokens", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "the tokens are the same" in text and "may allocate 1,5" in text
+
+
+def test_the_standard_library_has_english_for_a_hundred_documents() -> None:
+    from pydoc_data.topics import topics
+
+    texts = list(evaluate.english_texts())
+    assert len(texts) > len(topics) + 1000
+    assert sum(map(len, texts)) > 1_000_000

@@ -23,13 +23,13 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
+from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
 from mom_passes.graph.sizes import count_hint
 from mom_passes.graph.values import is_size
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
 from mom_passes.rules.attention import SDPA
-from mom_passes.rules.views import relabels
 
 aten = torch.ops.aten
 
@@ -75,15 +75,15 @@ def _last_input(graph: fx.Graph) -> fx.Node:
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
     """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
     views: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.op == "call_function" and relabels(node):
+    while isinstance(node, fx.Node) and (source := seen_from(node)) is not None:
         views.append(node)
-        node = node.args[0]
+        node = source
     return (node if isinstance(node, fx.Node) and node.op == "placeholder" else None), views[::-1]
 
 
 def _erase_unread_views(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and relabels(node):
+        if not node.users and seen_from(node) is not None:
             graph.erase_node(node)
 
 
@@ -122,8 +122,9 @@ def _weight(fetch: fx.Node) -> _Weight:
     readers: list[fx.Node] = []
     pending = [fetch]
     while pending:
-        for user in pending.pop().users:
-            if user.op == "call_function" and relabels(user):
+        value = pending.pop()
+        for user in value.users:
+            if seen_from(user) is value:
                 views.append(user)
                 pending.append(user)
             else:

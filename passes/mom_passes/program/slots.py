@@ -16,7 +16,8 @@ from collections.abc import Collection, Hashable
 from torch import fx
 
 from mom_passes.graph.aliasing import may_be_a_view
-from mom_passes.graph.values import bytes_of, is_tensor
+from mom_passes.graph.sizes import count_hint
+from mom_passes.graph.values import tensors_of
 from mom_passes.rules.work import matmul_work
 
 
@@ -61,6 +62,11 @@ def _last_reader(start: fx.Node) -> fx.Node:
 
 def _may_be_in(value: fx.Node, user: fx.Node) -> bool:
     """Whether what is made of a value may lie in its storage: a compiler drops what computes nothing, `x + 0` say."""
-    if user.op != "call_function" or not is_tensor(user) or matmul_work(user):
+    if user.op != "call_function" or matmul_work(user):
         return False
-    return may_be_a_view(user) or bytes_of(user) == bytes_of(value)
+    return may_be_a_view(user) or not _sizes(user).isdisjoint(_sizes(value))
+
+
+def _sizes(node: fx.Node) -> set[int]:
+    """Bytes of each of the tensors that it stands for."""
+    return {count_hint(value.shape) * int(value.element_size()) for value in tensors_of(node)}

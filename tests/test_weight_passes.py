@@ -1,0 +1,265 @@
+"""Weights on the host in a rewritten graph: each arrives once, one stretch ahead, in one of two layers' slots."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import mom_compile
+from mom_compile.runtime.host.engines import engine_for
+from mom_passes.graph.values import bytes_of
+from mom_passes.host.weights import _in_parts, _Weight
+from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, FETCH_WEIGHT, taken_over
+from mom_passes.program.traffic import Arrival
+from tests.models import SMALL, TinyDecoder, ids, prompt, small_model
+
+CPU = torch.device("cpu")
+STRICT = {"strict": True, "mini_seq_len": 32}
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def least_budget(model: torch.nn.Module) -> int:
+    """What two layers and all that has to be on the device take, as the error says that names it."""
+    with pytest.raises(ValueError, match=r"the smallest budget is (\d+) bytes") as refused:
+        mom_compile.offload_weights(model, "cpu", memory_budget=1)
+    return int(str(refused.value).split("the smallest budget is ")[1].split()[0])
+
+
+def offloaded(model: Any) -> Any:
+    """With as much on the host as there can be."""
+    mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    return model
+
+
+@cache
+def explained(family: str, kind: str) -> Any:
+    """The report of a prefill, or of the decode step behind it."""
+    model = small_model(family)
+    inputs = prompt(1, 100)
+    if kind == "prefill":
+        return mom_compile.explain(offloaded(model), **inputs, logits_to_keep=1, options=STRICT)[0]
+    with torch.no_grad():
+        past = model(**inputs).past_key_values
+    offloaded(model)
+    return mom_compile.explain(model, input_ids=ids(1, 1), past_key_values=past, options=STRICT)[0]
+
+
+def starts(report: Any) -> list[fx.Node]:
+    return [node for node in report.graph.graph.nodes if node.target is FETCH_START]
+
+
+def on_device(report: Any) -> Iterator[int]:
+    """Bytes of weights that are on their way or there, step by step."""
+    arriving = set(starts(report))
+    for moment in report.memory.moments:
+        yield sum(report.memory.number(s.bytes) for s in moment.alive if s.node in arriving)
+
+
+KINDS = [(family, kind) for family in ("Llama", "Gemma3Text", "GPT2") for kind in ("prefill", "decode")]
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_every_weight_arrives_once(family: str, kind: str) -> None:
+    report = explained(family, kind)
+    hosts = [start.args[0] for start in starts(report)]
+    assert len(hosts) >= 12
+    assert len(set(hosts)) == len(hosts)
+    assert all(host.op == "placeholder" for host in hosts)
+    assert not report.graph.graph.find_nodes(op="call_function", target=FETCH_WEIGHT)
+    assert sum(arrival.bytes for arrival in report.weights.arrivals) == sum(map(bytes_of, hosts))
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_two_layers_are_on_the_device_at_most(family: str, kind: str) -> None:
+    model = small_model(family)
+    made = mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    report = explained(family, kind)
+    most = max(on_device(report))
+    assert made.under_way // 4 < most <= made.under_way
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_a_copy_begins_before_the_stretch_before_its_own(family: str, kind: str) -> None:
+    """A stretch that computes lies between where a copy begins and where it is waited for, but for the first group."""
+    report = explained(family, kind)
+    nodes = list(report.graph.graph.nodes)
+    waits = [node for node in nodes if node.target is FETCH_WAIT and node.args[0] in starts(report)]
+    groups: list[list[fx.Node]] = []
+    for wait in waits:
+        beside = groups and not _computes(nodes[nodes.index(groups[-1][-1]) + 1 : nodes.index(wait)])
+        groups[-1].append(wait) if beside else groups.append([wait])
+    assert len(groups) >= 4
+    for group in groups[1:]:
+        for wait in group:
+            between = nodes[nodes.index(wait.args[0]) : nodes.index(wait)]
+            assert _computes(between), f"{wait.name} is waited for as soon as its copy has begun"
+
+
+def _computes(nodes: list[fx.Node]) -> bool:
+    return any(node.op == "call_module" or "mm" in str(node.target) for node in nodes)
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_a_slot_is_used_again_behind_its_last_reader(family: str, kind: str) -> None:
+    report = explained(family, kind)
+    reused = [(start, taken_over(start)) for start in starts(report) if taken_over(start) is not None]
+    assert len(reused) >= len(starts(report)) // 4
+    assert len({over for _, over in reused}) == len(reused), "a buffer was given twice"
+    for start, over in reused:
+        (wait,) = (user for user in over.users if user.target is FETCH_WAIT)
+        readers = _all_readers(wait)
+        assert readers and max(readers) < start
+        assert start.meta["val"].shape == over.meta["val"].shape
+        assert start.meta["val"].stride() == over.meta["val"].stride()
+
+
+def _all_readers(value: fx.Node) -> set[fx.Node]:
+    """Who reads it or a view of it: a view has `view`, `t`, `permute` or the like for its name."""
+    found: set[fx.Node] = set()
+    for user in value.users:
+        if getattr(user.target, "is_view", False):
+            found |= _all_readers(user)
+        elif user.target is not FETCH_START:
+            found.add(user)
+    return found
+
+
+def test_an_embedding_sends_rows_and_a_tied_one_is_fetched_for_the_head_alone() -> None:
+    model = offloaded(small_model("Llama", tie_word_embeddings=True))
+    report = mom_compile.explain(model, **prompt(2, 70), logits_to_keep=1, options=STRICT)[0]
+    (rows,) = report.graph.graph.find_nodes(op="call_function", target=FETCH_ROWS)
+    assert list(rows.meta["val"].shape) == [2, 70, SMALL.width]
+    table = rows.args[0]
+    assert [start.args[0] for start in starts(report)].count(table) == 1
+    assert report.weights.rows == 2 * 70 * SMALL.width * 4
+
+
+def test_a_decode_step_of_a_mixture_brings_the_experts_that_were_chosen() -> None:
+    experts, chosen = 16, 2
+    model = small_model("Qwen3Moe", num_experts=experts, num_experts_per_tok=chosen)
+    layers = [layer.mlp.experts for layer in model.model.layers]
+    banks = sum(bank.nbytes for layer in layers for bank in layer.parameters())
+    inputs = prompt(1, 100)
+    with torch.no_grad():
+        past = model(**inputs).past_key_values
+        step = ids(1, 1)
+        wanted = model(step, past_key_values=copy.deepcopy(past)).logits
+        offloaded(model)
+        report = mom_compile.explain(model, input_ids=step, past_key_values=copy.deepcopy(past), options=STRICT)[0]
+        assert len(report.graph.graph.find_nodes(op="call_function", target=FETCH_CHOSEN)) == 2 * len(layers)
+        model.compile(backend="mom", options=STRICT)
+        traffic = engine_for(CPU).traffic
+        for _ in range(2):
+            before = traffic.to_device
+            found = model(step, past_key_values=copy.deepcopy(past)).logits
+            moved = traffic.to_device - before
+    assert torch.allclose(found, wanted, atol=1e-5)
+    whole = sum(arrival.bytes for arrival in report.weights.arrivals)
+    assert report.weights.chosen == banks * chosen // experts
+    assert moved == whole + report.weights.rows + report.weights.chosen
+
+
+def test_a_prefill_of_a_mixture_brings_whole_banks() -> None:
+    """Every expert is some token's."""
+    model = offloaded(small_model("Qwen3Moe"))
+    report = mom_compile.explain(model, **prompt(1, 100), options=STRICT)[0]
+    banks = {tuple(b.shape) for b in model.model.layers[0].mlp.experts.parameters()}
+    fetched = [tuple(start.meta["val"].shape) for start in starts(report)]
+    assert all(fetched.count(shape) == SMALL.layers for shape in banks)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33, 100])
+@pytest.mark.parametrize("kv_offload", [False, True])
+def test_the_same_is_computed_as_with_weights_on_the_device(tokens: int, kv_offload: bool) -> None:
+    plain, moved = TinyDecoder(), offloaded(TinyDecoder())
+    options = {**STRICT, "kv_offload": kv_offload}
+    given = ids(2, tokens)
+    with torch.no_grad():
+        wanted = torch.compile(plain, backend="mom", options=options)(given, 1)
+        traffic = engine_for(CPU).traffic
+        run = torch.compile(moved, backend="mom", options=options)
+        run(given, 1)
+        before = traffic.to_device
+        found = run(given, 1)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    on_host = sum(p.nbytes for p in moved.parameters() if isinstance(p, mom_compile.HostWeight))
+    table = moved.embed.weight.nbytes
+    assert on_host > weight_bytes(plain) // 2
+    # Each weight is read once, of the table as many rows as there are tokens.
+    assert traffic.to_device - before == on_host - table + 2 * tokens * moved.embed.weight.shape[1] * 4
+
+
+def test_what_weights_leave_of_a_budget_is_for_keys_and_values() -> None:
+    """The backend's budget is for everything: what is on the host is not in it, what is under way is."""
+    model = small_model("Llama")
+    moved = offloaded(copy.deepcopy(model))
+    options = {**STRICT, "kv_offload": "auto", "memory_budget": weight_bytes(model) * 7 // 8}
+    for one, on_host in ((model, True), (moved, False)):
+        one.compile(backend="mom", options=options)
+        with torch.no_grad():
+            past = one(**prompt(1, 100), logits_to_keep=1).past_key_values
+        assert {isinstance(layer.keys, mom_compile.HostTensor) for layer in past.layers} == {on_host}
+    options["memory_budget"] = max(on_device(explained("Llama", "prefill"))) // 2
+    torch._dynamo.reset()
+    moved.compile(backend="mom", options=options)
+    with torch.no_grad():
+        past = moved(**prompt(1, 100), logits_to_keep=1).past_key_values
+    assert all(isinstance(layer.keys, mom_compile.HostTensor) for layer in past.layers)
+
+
+def test_a_part_of_a_weight_is_seen_on_the_device_as_it_was_on_the_host() -> None:
+    """A weight that is read in pieces, one of which lies apart in storage, arrives once and whole."""
+
+    class Split(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = torch.nn.Parameter(torch.randn(192, 64))
+            self.other = torch.nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second, third = self.weight.chunk(3)
+            every_other = self.weight[::2][:64]
+            return (x @ first.t()) * (x @ second.t()) + (x @ third.t()) + x @ every_other.t() + x @ self.other
+
+    plain = torch.nn.Sequential(Split(), torch.nn.Tanh(), Split(), torch.nn.Tanh(), Split())
+    moved = offloaded(copy.deepcopy(plain))
+    x = torch.randn(1, 100, 64)
+    with torch.no_grad():
+        wanted = plain(x)
+        report = mom_compile.explain(moved, x, options=STRICT)[0]
+        found = torch.compile(moved, backend="mom", options=STRICT)(x)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert len(starts(report)) == 6
+
+
+def test_what_is_not_hidden_is_told() -> None:
+    arrival = Arrival(("w",), bytes=50_000_000, work_before=10**9)
+    assert arrival.exposed(25e9, 1e12) == pytest.approx(0.0)
+    assert arrival.exposed(25e9, 1e14) == pytest.approx(0.002 - 2e-5)
+    report = explained("Llama", "decode")
+    whole = sum(a.bytes for a in report.weights.arrivals)
+    assert report.exposed_seconds(1e9, 1e30) == pytest.approx(whole / 1e9)
+    assert report.exposed_seconds(1e30, 1e9) == pytest.approx(0.0)
+    assert "weights on the host: each token brings" in str(report)
+    assert "weights on the host: each prefill brings" in str(explained("Llama", "prefill"))
+
+
+def test_a_group_that_is_too_large_arrives_in_parts() -> None:
+    graph = fx.Graph()
+    values = []
+    for size in (4, 4, 2, 8, 1):
+        node = graph.placeholder(f"w{len(values)}")
+        node.meta["val"] = torch.empty(size, dtype=torch.uint8)
+        values.append(_Weight(node, (), node))
+    parts = [[weight.bytes for weight in part] for part in _in_parts(values, 8)]
+    assert parts == [[4, 4], [2], [8], [1]]
