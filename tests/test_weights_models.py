@@ -124,7 +124,6 @@ def quantised(model: Any) -> Any:
     return model
 
 
-@pytest.mark.xfail(strict=True, reason="weights_arrive places a fetch before the cast that it is given")
 def test_a_quantised_weight_is_on_the_host_as_what_it_is_made_of() -> None:
     x = ids(1, 150)
     plain, model = quantised(decoder()), quantised(decoder())
