@@ -44,6 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -463,16 +464,20 @@ UNCHECKED: Mapping[str, Any] = {"size_asserts": False}
 no_torch_function = torch._C._disabled_torch_function_impl
 
 
-def make_wrapper(cls: type[torch.Tensor], inner: torch.Tensor, device: torch.device) -> Any:
+def make_wrapper(
+    cls: type[torch.Tensor], inner: torch.Tensor, device: torch.device, offset: int | torch.SymInt | None = None
+) -> Any:
     """A tensor of a subclass with the sizes and strides of another and no bytes of its own.
 
-    It has a storage whose address is null: like a fake tensor, it must not tell anybody.
+    It has a storage whose address is null: like a fake tensor, it must not tell anybody. Where it begins in there is
+    where the other does, or `offset`. Dynamo makes a fake of the inner tensor that begins at 0, and takes a wrapper
+    that does not for one that has been changed by `set_`.
     """
     made = torch.Tensor._make_wrapper_subclass(
         cls,
         inner.shape,
         strides=inner.stride(),
-        storage_offset=inner.storage_offset(),
+        storage_offset=inner.storage_offset() if offset is None else offset,
         dtype=inner.dtype,
         layout=inner.layout,
         device=device,

@@ -41,7 +41,7 @@ from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
-from mom_compile.runtime.host.steps import Settle
+from mom_compile.runtime.host.steps import KeepWeights, Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
@@ -252,7 +252,12 @@ class Lowering:
         outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in plan.outputs)
         copies = any(isinstance(step, Transfer) for step in plan.steps)
         return Program(
-            tuple(steps), len(self.slots), tuple(unread), outputs, Settle(self.kv.device) if copies else None
+            tuple(steps),
+            len(self.slots),
+            tuple(unread),
+            outputs,
+            Settle(self.kv.device) if copies else None,
+            KeepWeights() if copies else None,
         )
 
 

@@ -56,8 +56,8 @@ def observing(observer: Callable[[Step, Sequence[Any]], None]) -> AbstractContex
 class Program:
     """`program(inputs)` empties the list it is given and returns the graph's outputs.
 
-    `finish` is called at the end in any case. After an exception no frame of it keeps a value: a traceback that
-    somebody looks at later would otherwise hold device memory.
+    `begin` is called with the inputs first, `finish` at the end in any case. After an exception no frame of it keeps a
+    value: a traceback that somebody looks at later would otherwise hold device memory.
     """
 
     steps: tuple[Step, ...]
@@ -65,6 +65,7 @@ class Program:
     unread_inputs: tuple[int, ...]
     outputs: tuple[Any, ...]
     finish: Callable[[], None] | None = None
+    begin: Callable[[Sequence[Any]], None] | None = None
 
     @functools.cached_property
     def _calls(self) -> _Calls:
@@ -74,6 +75,8 @@ class Program:
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs))), *self._calls.constants]
         inputs.clear()
         try:
+            if self.begin is not None:
+                self.begin(values)
             self._run(values)
             return tuple(self._calls.returned(values))
         finally:

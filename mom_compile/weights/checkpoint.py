@@ -44,7 +44,10 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         holders = []
         for path in _files(directory):
-            holder, found = _mapped(path)
+            try:
+                holder, found = _mapped(path)
+            except OSError as error:
+                raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
             tensors |= found
             holders.append(holder)
         return Checkpoint(directory, tensors, tuple(holders))
@@ -60,7 +63,7 @@ def _files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(index)!r} is no index of safetensors files: {error!r}") from error
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
@@ -88,6 +91,9 @@ def _mapped(path: Path) -> tuple[WeightBytes, dict[str, torch.Tensor]]:
         shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{name} in {str(path)!r} is of type {entry['dtype']}, which this PyTorch has not")
+        first, end = entry["data_offsets"]
+        if math.prod(shape) * dtype.itemsize != end - first:
+            raise ValueError(f"{name} in {str(path)!r} is {entry['dtype']} {shape}, and has {end - first} bytes there")
         tensors[name] = _seen(holder, begin + entry["data_offsets"][0], shape, dtype)
     return holder, tensors
 
@@ -113,7 +119,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         found.pop("__metadata__", None)
         for entry in found.values():
             first, end = entry["data_offsets"]
-            assert 0 <= first <= end and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
+            assert 0 <= first <= end and isinstance(entry["dtype"], str)
+            assert all(isinstance(size, int) and size >= 0 for size in entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{str(path)!r} is no safetensors file or was cut short: its header cannot be read") from error
     return found, _PREFIX + length

@@ -35,9 +35,18 @@ def load_offloaded(
 
     folder = Path(path)
     files = Checkpoint.open(folder)
-    settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **config)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} has no configuration that transformers can read: {error}") from error
     kind = _class_of(transformers, settings, folder)
-    model = kind.from_pretrained(None, config=settings, state_dict=dict(files.tensors), dtype=dtype)
+    model, info = kind.from_pretrained(
+        None, config=settings, state_dict=dict(files.tensors), dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers.
+        raise ValueError(f"{str(folder)!r} has no {missing[0]} ({len(missing)} weights are missing): it is incomplete")
     with contextlib.suppress(OSError):
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
     model.eval()

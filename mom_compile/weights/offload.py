@@ -7,15 +7,14 @@ A unit is a layer, or what is outside the layers. Each that does not stay is rea
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from mom_compile.config import parse_bytes
 from mom_compile.memory.policy import available_bytes
@@ -23,9 +22,10 @@ from mom_compile.notices import warn_once
 from mom_compile.report.units import in_units
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import bytes_under, pin_where_they_lie
 from mom_compile.weights.checkpoint import Checkpoint
+from mom_compile.weights.living import hosted, like, live_with
+from mom_compile.weights.nested import LEAST_INNER_BYTES, fault_of, is_nested, is_on_host, leaves
 from mom_compile.weights.units import Parameters, Unit, parameters_of, residents
 
 #: Of what a device has free, the share that `memory_budget=None` leaves to the cache and to what is computed.
@@ -83,17 +83,20 @@ def offload_weights(
     target = _checked_device(device)
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} is not valid; it is a list of names of modules or parameters")
-    found = parameters_of(model, keep)
     files = Checkpoint.open(Path(directory)) if directory is not None else None
     _check_places(model, files)
+    found = parameters_of(model, keep)
     budget = _budget(memory_budget, target)
     stay, leave = split(found, _buffer_bytes(model), budget)
     tensors = _tensors(model, files)
     under_way = 2 * max((unit.bytes for unit in leave if not unit.table), default=0)
     on_host = [name for unit in leave for name in unit.names]
-    _pin([tensors[name] for name in on_host], target)
-    _place(model, tensors, set(on_host), target)
-    mapped = sum(tensors[name].nbytes for name in on_host if bytes_under(tensors[name]).in_file)
+    _check_kinds(model, on_host)
+    parts = [leaf for name in on_host for leaf in leaves(tensors[name])]
+    place = _placing(model, tensors, set(on_host), target)
+    _pin(parts, target)
+    place()
+    mapped = sum(part.nbytes for part in parts if bytes_under(part).in_file)
     made = OffloadedWeights(
         target,
         found.resident_bytes + _buffer_bytes(model) + sum(unit.bytes for unit in stay),
@@ -105,7 +108,7 @@ def offload_weights(
     )
     _OFFLOADED[model] = made
     if on_host:
-        _live_with(model)
+        live_with(model, target)
     return made
 
 
@@ -134,7 +137,7 @@ def split(found: Parameters, buffers: int, budget: int) -> tuple[list[Unit], lis
 def _checked_device(device: torch.device | str) -> torch.device:
     try:
         target = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not valid: {str(error).splitlines()[0]}") from None
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: weights can be kept on the host for a CUDA device, or for 'cpu'")
@@ -145,9 +148,11 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, HostWeight):
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} has no size yet: call the model once before its weights are offloaded")
+        if is_on_host(parameter):
             raise ValueError(f"{name} is kept on the host already: offload_weights was called on this model before")
-        found = files.get(name) if files is not None else None
+        found = _in_files(files, name, parameter)
         if found is not None and (found.shape != parameter.shape or found.dtype != parameter.dtype):
             raise ValueError(
                 f"{name} is {parameter.dtype} {list(parameter.shape)} in the model, and {found.dtype} "
@@ -176,13 +181,26 @@ def _buffer_bytes(model: nn.Module) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
+def _in_files(files: Checkpoint | None, name: str, parameter: nn.Parameter) -> torch.Tensor | None:
+    """A parameter's bytes in its file. A quantised one is not what the file has under its name."""
+    return None if files is None or is_nested(parameter) else files.get(name)
+
+
 def _tensors(model: nn.Module, files: Checkpoint | None) -> dict[str, torch.Tensor]:
     """Each parameter's bytes on the host: in its file, or where it is."""
     found = {}
     for name, parameter in model.named_parameters():
-        mapped = files.get(name) if files is not None else None
+        mapped = _in_files(files, name, parameter)
         found[name] = parameter.detach() if mapped is None else mapped
     return found
+
+
+def _check_kinds(model: nn.Module, names: Collection[str]) -> None:
+    found = dict(model.named_parameters())
+    for name in names:
+        fault = fault_of(found[name])
+        if fault is not None:
+            raise ValueError(f"{name} cannot be kept on the host: it {fault}")
 
 
 # ------------------------------------------------------------------------------------------------- where they go
@@ -201,74 +219,52 @@ def _pin(tensors: list[torch.Tensor], device: torch.device) -> None:
         )
 
 
-def _place(model: nn.Module, tensors: dict[str, torch.Tensor], on_host: set[str], device: torch.device) -> None:
-    """Parameters become what they will be; those that several modules have stay one."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for own, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                name = first[id(parameter)]
-                made[id(parameter)] = _placed(parameter, tensors[name], name in on_host, device)
-            module._parameters[own] = made[id(parameter)]
-        for own, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[own] = buffer.to(device)
+@dataclass(frozen=True)
+class _Placed:
+    """What will be in a parameter's place: another one, or itself with other bytes."""
+
+    parameter: nn.Parameter
+    data: torch.Tensor | None = None
+
+    def put(self) -> nn.Parameter:
+        if self.data is not None:
+            self.parameter.requires_grad_(False)
+            self.parameter.data = self.data
+        return self.parameter
 
 
-def _placed(parameter: nn.Parameter, tensor: torch.Tensor, stays: bool, device: torch.device) -> nn.Parameter:
+def _placing(
+    model: nn.Module, tensors: dict[str, torch.Tensor], on_host: set[str], device: torch.device
+) -> Callable[[], None]:
+    """Makes what parameters and buffers will be; and then puts all of it there. Only the first may fail.
+
+    A parameter that several modules have stays one.
+    """
+    made = {
+        id(parameter): _placed(parameter, tensors[name], name in on_host, device)
+        for name, parameter in model.named_parameters()
+    }
+    buffers = {id(buffer): buffer.to(device) for buffer in model.buffers()}
+
+    def place() -> None:
+        for module in model.modules():
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[own] = made[id(parameter)].put()
+            for own, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[own] = buffers[id(buffer)]
+
+    return place
+
+
+def _placed(parameter: nn.Parameter, tensor: torch.Tensor, stays: bool, device: torch.device) -> _Placed:
     if stays:
-        return _parameter(host_weight(tensor, device), parameter)
+        return _Placed(like(hosted(tensor, device, LEAST_INNER_BYTES if is_nested(tensor) else 0), parameter))
+    if type(parameter) is not nn.Parameter:
+        moved = parameter.to(device)
+        return _Placed(moved if isinstance(moved, nn.Parameter) else like(moved, parameter))
     moved = tensor.to(device)
     if bytes_under(tensor).in_file and device.type == "cpu":
         moved = tensor.clone()
-    if parameter.device.type != "meta":
-        parameter.requires_grad_(False)
-        parameter.data = moved
-        return parameter
-    return _parameter(moved, parameter)
-
-
-def _parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
-    """What else was noted at a parameter is noted at the new one."""
-    made = nn.Parameter(tensor, requires_grad=False)
-    for name, value in vars(like).items():
-        if name not in ("host", "lease"):
-            with contextlib.suppress(AttributeError):
-                setattr(made, name, value)
-    return made
-
-
-# ---------------------------------------------------------------------------------------------- living with them
-
-
-def _live_with(model: nn.Module) -> None:
-    """`state_dict` has plain tensors, which show the weights where they lie: what saves them needs their bytes."""
-    model.register_state_dict_post_hook(_plain_state)
-    model.register_load_state_dict_post_hook(_hosted_again)
-
-
-def _plain_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, value in state.items():
-        if isinstance(value, HostWeight):
-            state[name] = value.settled()
-
-
-def _hosted_again(model: nn.Module, keys: Any) -> None:
-    """After `load_state_dict(assign=True)`: what took a weight's place is kept where that was."""
-    made = _OFFLOADED.get(model)
-    if made is None:
-        return
-    for module, own, parameter, name in _named(model):
-        was_there = name.startswith(made.units) and parameter.dim() >= 2 and made.device.type != "cpu"
-        if was_there and type(parameter) is nn.Parameter and parameter.device.type == "cpu":
-            module._parameters[own] = _parameter(host_weight(parameter.detach(), made.device), parameter)
-
-
-def _named(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, str]]:
-    for prefix, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, own, parameter, f"{prefix}.{own}" if prefix else own
+    return _Placed(like(moved, parameter)) if parameter.device.type == "meta" else _Placed(parameter, moved)

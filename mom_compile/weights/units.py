@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from mom_compile.weights.nested import size_of
+
 #: A parameter with less than one part in so many of its unit's bytes is small.
 SMALL_SHARE = 64
 
@@ -46,7 +48,7 @@ def parameters_of(model: nn.Module, keep: Collection[str]) -> Parameters:
     """Every parameter once, by its first name. Raises `ValueError` where a name in `keep` is none of the model's."""
     named = dict(model.named_parameters())
     _check_keep(model, keep)
-    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in named.items()}
+    sizes = {name: size_of(parameter) for name, parameter in named.items()}
     units: dict[str, Unit] = {}
     totals: dict[str, int] = {}
     for name in named:

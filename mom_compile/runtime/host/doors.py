@@ -14,9 +14,9 @@ import torch
 from mom_compile.torch_compat import being_traced
 
 
-def refusal(what: str, instead: str) -> RuntimeError:
+def refusal(what: str, instead: str, of: str = "keys or values") -> RuntimeError:
     return RuntimeError(
-        f"{what} is not possible for keys or values that are kept on the host (HostTensor): "
+        f"{what} is not possible for {of} that are kept on the host (HostTensor): "
         f"they have no memory on their device. {instead}"
     )
 

@@ -10,7 +10,7 @@ Offload     a whole value to the host; returns what the cache holds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mom_compile.runtime.host.holders import READERS, holder_of, settle
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
+from mom_compile.runtime.host.weight_bytes import WeightBytes
 from mom_passes.ops.library import LIBRARY
 from mom_passes.ops.transfers import buffer_like, fetch_reference
 from mom_passes.program.parts import MOST_WASTE
@@ -156,6 +157,18 @@ class Offload:
 
 
 @dataclass(frozen=True)
+class KeepWeights:
+    """The beginning of a program: until its end nobody else writes to a weight that it is given. It would have read
+    some of them before that and some after."""
+
+    def __call__(self, inputs: Sequence[Any]) -> None:
+        for value in inputs:
+            holder = holder_of(value) if isinstance(value, torch.Tensor) else None
+            if isinstance(holder, WeightBytes):
+                READERS.begin(holder)
+
+
+@dataclass(frozen=True)
 class Settle:
     """The end of a program, however it ends: what still leaves may be freed by the device as soon as it has left."""
 
@@ -185,7 +198,6 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
     if holder is None:
         return engine.to_device(target, host, None)
     holder.region.check()
-    READERS.begin(holder)
     ticket = engine.to_device(target, host, holder.region.pending)
     holder.region.pending = ticket.done
     return ticket

@@ -29,8 +29,8 @@ from mom_compile.runtime.host.holders import settle
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
-from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
-from mom_passes.torch_compat import schema_of
+from mom_compile.torch_compat import OpOverload, make_wrapper, no_torch_function, tree_any, tree_map
+from mom_passes.torch_compat import packet_of, schema_of
 
 aten = torch.ops.aten
 
@@ -74,6 +74,9 @@ class HostTensor(Doors, torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and packet_of(func) is aten.to:
+            # Inside another subclass's operators it comes as it is called: a view, says its schema, and a cast mostly.
+            return func.decompose(*args, **kwargs)
         schema = schema_of(func)
         if schema is None:  # a higher-order operator
             return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
@@ -194,6 +197,9 @@ def _fetched(value: Any) -> Any:
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
+    if func is aten.as_strided.default and len(args) > 3 and args[3] is not None:
+        # Counted from where its storage begins: the wrapper has one of its own.
+        args = (*args[:3], args[3] - source.storage_offset() + source.host.storage_offset())
     result = func(source.host, *args[1:], **kwargs)
     if not isinstance(result, torch.Tensor):
         return type(result)(source.seen(one) for one in result)

@@ -14,11 +14,13 @@ weight anew: right and slow, and said once.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 
 from mom_compile.notices import warn_once
+from mom_compile.runtime.host.doors import refusal
 from mom_compile.runtime.host.engines import beside
 from mom_compile.runtime.host.holders import READERS
 from mom_compile.runtime.host.store import without_base
@@ -39,13 +41,25 @@ class HostWeight(HostTensor):
     """Shape, dtype and device of the parameter it is; the bytes are in `host`, on the host."""
 
     lease: WeightBytes | None  # type: ignore[assignment]
+    #: Of a weight in a file, what it has in common with its views, until it sees a copy.
+    mapped: Mapped | None
+    _inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device, lease: WeightBytes | None = None) -> HostWeight:
-        made: HostWeight = make_wrapper(cls, inner, device)
-        made.host = inner
+    def __new__(
+        cls, inner: torch.Tensor, device: torch.device, lease: WeightBytes | None = None, mapped: Mapped | None = None
+    ) -> HostWeight:
+        made: HostWeight = make_wrapper(cls, inner, device, offset=0)
+        made._inner = inner
         made.lease = lease
+        made.mapped = mapped
         return made
+
+    @property
+    def host(self) -> torch.Tensor:  # type: ignore[override]
+        if self.mapped is not None and self.mapped.copy is not None:
+            self._become(self.mapped.seen(self._inner))
+        return self._inner
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], device: str, size: Any, stride: Any) -> HostWeight:
@@ -75,25 +89,59 @@ class HostWeight(HostTensor):
     def seen(self, view: torch.Tensor) -> HostWeight:
         if self.traced:
             return HostWeight(view, self.device)
-        return _holding(view, self.lease, self.device)
+        return _holding(view, self.lease, self.device, self.mapped)
 
     def apart(self) -> HostWeight:
-        return _holding(self.host, self.lease, self.device)
+        return _holding(self.host, self.lease, self.device, self.mapped)
 
     def check_may_be_written(self, func: Any) -> None:
+        self.check_nobody_reads(func)
+        if self.lease is not None and self.lease.in_file:
+            if self.mapped is None:
+                self.mapped = Mapped(self.host)
+            self.mapped.take()
+
+    def check_nobody_reads(self, what: Any) -> None:
+        """Raises `RuntimeError` where a program of another thread does."""
         if self.lease is not None and READERS.elsewhere(self.lease):
             raise RuntimeError(
-                f"{func} would change a weight that a running model reads: wait until that has returned. "
+                f"{what} would change a weight that a running model reads: wait until that has returned. "
                 "Nothing has been changed"
             )
-        if self.lease is not None and self.lease.in_file:
-            self._become(self.settled().clone())
 
-    def _become(self, inner: torch.Tensor) -> None:
+    def _become(self, inner: torch.Tensor, mapped: Mapped | None = None) -> None:
         """From now on its bytes are these."""
         self.lease = bytes_under(inner)
-        self.host = without_base(inner)
-        self.host._lease = self.lease  # type: ignore[attr-defined]
+        self.mapped = mapped
+        self._inner = without_base(inner)
+        self._inner._lease = self.lease  # type: ignore[attr-defined]
+
+    @property
+    def data(self) -> Any:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, other: torch.Tensor) -> None:
+        """It shows the other's bytes: those in host memory where they are, others as a copy there."""
+        if (other.shape, other.dtype) != (self.shape, self.dtype):
+            raise refusal(
+                f"Assigning {other.dtype} {list(other.shape)} to .data of {self.dtype} {list(self.shape)}",
+                "Assign a new parameter to the module",
+                "weights",
+            )
+        self.check_nobody_reads("Assigning to .data")
+        plain = (other.settled() if isinstance(other, HostTensor) else other.detach()).cpu()
+        if plain.stride() != self.stride():
+            plain = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype).copy_(plain)
+        self._become(plain, other.mapped if isinstance(other, HostWeight) else None)
+
+    def plain(self) -> torch.Tensor:
+        """The bytes as a tensor on the host, shared: of a file, that tensor's alone, and not to be written."""
+        if self.lease is None or not self.lease.in_file:
+            return without_base(self.settled())
+        if self.mapped is None:
+            self.mapped = Mapped(self.host)
+        return self.mapped.plain(self.settled())
 
     def _copied(self, kwargs: dict[str, Any]) -> torch.Tensor:
         """Another dtype on the same device stays on the host; for another device it leaves."""
@@ -112,35 +160,90 @@ class HostWeight(HostTensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> HostWeight:
         copied = memo.get(id(self))
         if copied is None:
-            copied = memo[id(self)] = _like(self, host_weight(self.settled().clone(), self.device))
+            plain = without_base(self.settled())
+            in_file = self.lease is not None and self.lease.in_file
+            # Parameters that share a storage share a copy of it; a file has everything in one.
+            plain = plain.clone() if in_file else copy.deepcopy(plain, memo)
+            copied = memo[id(self)] = _like(self, host_weight(plain, self.device))
         assert isinstance(copied, HostWeight)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[Any, ...]]:
-        return _rebuild, (self.settled().clone(), self.device, isinstance(self, torch.nn.Parameter))
+        parameter = isinstance(self, torch.nn.Parameter)
+        return _rebuild, (own_storage(self.settled()), self.device, parameter, self.requires_grad)
+
+
+class Mapped:
+    """A weight in a file: tensors that show all or part of it, which is not written. Who writes takes a copy, once;
+    from then on they all see that."""
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole = whole
+        self.copy: torch.Tensor | None = None
+        self._plain: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def take(self) -> None:
+        if self.copy is None:
+            self.copy = _flat(self.whole).clone()
+
+    def seen(self, view: torch.Tensor) -> torch.Tensor:
+        """The same of the copy as a view is of the file."""
+        assert self.copy is not None
+        first = self.whole.storage_offset() * self.whole.element_size()
+        offset = (view.storage_offset() * view.element_size() - first) // view.element_size()
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.empty(0, dtype=view.dtype)
+            return made.set_(self.copy.untyped_storage(), offset, view.shape, view.stride())
+
+    def plain(self, view: torch.Tensor) -> torch.Tensor:
+        """One and the same storage for each part, as a saved file would have it."""
+        key = (view.storage_offset(), view.dtype, view.shape, view.stride())
+        if key not in self._plain:
+            self._plain[key] = own_storage(view)
+        return without_base(self._plain[key])
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements from its first to its last in memory, `[n]`."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
+
+
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as a tensor whose storage has nothing else: whoever saves or sends that takes no more, and does
+    not move ours."""
+    with torch.inference_mode(False), torch.no_grad():
+        raw = _flat(tensor.detach()).view(torch.uint8)
+        shared = torch.from_dlpack(raw) if raw.numel() else raw.clone()
+        return shared.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def host_weight(plain: torch.Tensor, device: torch.device) -> HostWeight:
     """The weight whose bytes are those of a plain tensor on the host: nothing is copied."""
-    return _holding(plain.detach(), bytes_under(plain), device)
+    holder = bytes_under(plain)
+    return _holding(plain.detach(), holder, device, Mapped(plain.detach()) if holder.in_file else None)
 
 
-def _holding(view: torch.Tensor, lease: WeightBytes | None, device: torch.device) -> HostWeight:
+def _holding(
+    view: torch.Tensor, lease: WeightBytes | None, device: torch.device, mapped: Mapped | None = None
+) -> HostWeight:
     inner = without_base(view)
     inner._lease = lease  # type: ignore[attr-defined]
     with torch.inference_mode(False):
-        return HostWeight(inner, device, lease)
+        return HostWeight(inner, device, lease, mapped)
 
 
 def _like(original: torch.Tensor, made: HostWeight) -> HostWeight:
-    return torch.nn.Parameter(made, requires_grad=False) if isinstance(original, torch.nn.Parameter) else made  # type: ignore[return-value]
+    if not isinstance(original, torch.nn.Parameter):
+        return made
+    return torch.nn.Parameter(made, requires_grad=original.requires_grad)  # type: ignore[return-value]
 
 
-def _rebuild(plain: torch.Tensor, device: torch.device, parameter: bool) -> torch.Tensor:
+def _rebuild(plain: torch.Tensor, device: torch.device, parameter: bool, requires_grad: bool) -> torch.Tensor:
     """An unpickled weight, on the host again; plain where `map_location` has put it elsewhere or its device is gone."""
     gone = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     made = plain if plain.device.type != "cpu" or gone else host_weight(plain, device)
-    return torch.nn.Parameter(made, requires_grad=False) if parameter else made
+    return torch.nn.Parameter(made, requires_grad=requires_grad) if parameter else made
 
 
 torch.serialization.add_safe_globals([_rebuild])
