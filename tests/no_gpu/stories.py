@@ -29,8 +29,8 @@ from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host.store import empty_host_pool, store_of
-from mom_compile.runtime.host.usage import host_memory
 from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.runtime.host.usage import host_memory
 from mom_compile.runtime.program import Program, Slot, Step
 from tests.no_gpu.streams import CPU, SimStream, Simulation
 

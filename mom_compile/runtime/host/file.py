@@ -25,6 +25,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mom_compile.runtime.host.limits import HostMemoryError
 
@@ -56,11 +57,20 @@ def hold(address: int, size: int) -> None:
     _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0, protection=0)
 
 
+class File(Protocol):
+    @property
+    def number(self) -> int:
+        """Its descriptor."""
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Free disk space that nothing maps any more."""
+
+
 @dataclass(frozen=True)
 class Extent:
     """Bytes `[offset, offset + size)` of a file, behind the bytes of a region that begin at `first`."""
 
-    file: HostFile
+    file: File
     offset: int
     first: int
     size: int

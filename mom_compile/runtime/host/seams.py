@@ -18,8 +18,8 @@ from mom_compile.runtime.host.holders import holder_of
 
 
 def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows that are held on the host and as many elsewhere, in the same layout, as pairs of pieces that each lie within one pinned
-    range. Anything else is one piece."""
+    """Rows that are held on the host and as many elsewhere, in the same layout, as pairs of pieces that each lie within
+    one pinned range. Anything else is one piece."""
     holder = holder_of(host)
     if holder is None or not same_layout(host, other):
         yield host, other

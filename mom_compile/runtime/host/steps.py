@@ -9,17 +9,20 @@ Offload     a whole value to the host; returns what the cache holds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import mom_passes.ops  # noqa: F401  defines mom::fetch
-from mom_compile.runtime.host.engine import CopyEngine, Ticket
+from mom_compile.runtime.host.done import CopyError, Ticket
+from mom_compile.runtime.host.engine import CopyEngine
 from mom_compile.runtime.host.engines import beside, engine_for
+from mom_compile.runtime.host.holders import READERS, holder_of, said_of, settle
+from mom_compile.runtime.host.mapped import is_mapped, read, read_rows
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.holders import READERS, holder_of, settle
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
 from mom_passes.ops.library import LIBRARY
@@ -61,6 +64,7 @@ class FetchStart:
         host, rows, *over = arguments
         arguments.clear()
         held = host.shape[self.dim]
+        _reads(host)
         buffer = over[0].buffer if over else buffer_like(host, rows, self.dim, self.device)
         return (Arriving(buffer, _arrive(buffer.narrow(self.dim, 0, held), host, engine_for(self.device))),)
 
@@ -163,7 +167,14 @@ def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch
     region = lease.store.region
     target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
     target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
-    region.pending = engine_for(device).to_host(target, rows, region.pending).done
+    region.copied(lambda after: engine_for(device).to_host(target, rows, after))
+
+
+def _reads(host: torch.Tensor) -> None:
+    """The program of this thread reads it, up to its end: nobody else may write there meanwhile."""
+    holder = holder_of(host)
+    if holder is not None:
+        READERS.begin(holder)
 
 
 def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
@@ -172,36 +183,48 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
     if holder is None:
         return engine.to_device(target, host, None)
     holder.region.check()
-    READERS.begin(holder)
-    ticket = engine.to_device(target, host, holder.region.pending)
-    holder.region.pending = ticket.done
-    return ticket
+    return holder.region.copied(lambda after: engine.to_device(target, host, after))
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Through the engine, as in a program: beside the host, and never in one piece across two pinned ranges."""
     engine = beside(device)
-    if engine is None:
-        settle(host)
-        return fetch_reference(host, device)
-    target = torch.empty_like(host, device=device)
-    _arrive(target, host, engine).wait()
-    return target
+    if engine is not None:
+        target = torch.empty_like(host, device=device)
+        _arrive(target, host, engine).wait()
+        return target
+    if is_mapped(host):
+        with _told(host):
+            return read(host)
+    settle(host)
+    return fetch_reference(host, device)
 
 
 def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that."""
+    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that. It waits
+    for no copy: nothing on a device is ever copied to a weight. Of a mapped file it reads these rows alone."""
     engine = beside(device)
-    settle(host)
-    if engine is None:
-        return host[rows]
     at = rows.cpu()
     at = torch.where(at < 0, at + host.shape[0], at)
-    chosen = host.new_empty([*at.shape, *host.shape[1:]], pin_memory=True)
+    if is_mapped(host):
+        with _told(host):
+            host, at = read_rows(host, at)
+    if engine is None:
+        return host[at]
+    chosen = engine.pinned([*at.shape, *host.shape[1:]], dtype=host.dtype)
     torch.index_select(host, 0, at.flatten(), out=chosen.view(-1, *host.shape[1:]))
     target = torch.empty_like(chosen, device=device)
     engine.to_device(target, chosen, None).wait()
     return target
+
+
+@contextlib.contextmanager
+def _told(host: torch.Tensor) -> Iterator[None]:
+    """Raises `CopyError` where a file cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CopyError(f"{said_of(host)}: {error}") from error
 
 
 LIBRARY.impl("fetch", _fetch, "CPU")

@@ -27,7 +27,7 @@ import torch
 
 from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.holders import HOLDERS, hold, holder_of
+from mom_compile.runtime.host.holders import hold, holder_of
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import AHEAD_FROM, HostRegion
@@ -64,6 +64,9 @@ class HostStore:
 
     `rows` are those that will be there at first.
     """
+
+    what = "keys or values"
+    where = "their file in kv_dir"
 
     def __init__(self, row: Sequence[int], dtype: torch.dtype, rows: int, placement: Placement) -> None:
         self.row = tuple(row)

@@ -25,8 +25,8 @@ import torch
 
 from mom_compile.runtime.host.doors import Doors
 from mom_compile.runtime.host.engines import beside
-from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.holders import settle
+from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
 from mom_compile.torch_compat import make_wrapper, no_torch_function, tree_any, tree_map
