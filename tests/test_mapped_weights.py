@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mom_compile.runtime.host.done import CopyError
 from mom_compile.runtime.host.engine import ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.steps import FetchRows, FetchStart, FetchWait
+from mom_compile.runtime.host.steps import FetchRows, FetchStart, FetchWait, Settle
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import WeightBytes, map_file
+from mom_compile.weights import offload_weights
+from tests.models import TinyDecoder
 from tests.no_gpu.at_once import CPU, STAGE, device_at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one")
@@ -193,3 +197,52 @@ def test_a_file_that_is_replaced_is_read_as_it_was(file: Weights) -> None:
     other.write_bytes(bytes(len(file.bytes)))
     other.rename(file.path)
     assert torch.equal(fetched(weight), file.expected(0, 40, 64))
+
+
+def test_a_model_whose_file_is_cut_short_fails_where_it_is_read_and_lives_on(tmp_path: Path) -> None:
+    made, ids = TinyDecoder(), torch.tensor([[5, 9, 33, 63]])
+    path = tmp_path / "model.safetensors"
+    save_file(made.state_dict(), path)
+    with torch.no_grad():
+        expected = made(ids)
+        offload_weights(made, CPU, memory_budget=100_000, directory=tmp_path)
+        assert torch.equal(made(ids), expected)
+        whole = path.read_bytes()
+        os.truncate(path, len(whole) // 4)
+        for _ in range(2):
+            with pytest.raises(CopyError, match="the file ends before the rows do"):
+                made(ids)
+        with path.open("r+b") as again:
+            again.write(whole)
+        assert torch.equal(made(ids), expected)
+
+
+def test_a_weight_that_was_fetched_by_one_thread_may_be_written_by_another(file: Weights) -> None:
+    """Unlike one that a program of another thread reads, up to its end."""
+    weight = host_weight(file.expected(0, 40, 64).clone(), CPU)
+    in_a_thread(lambda: (weight.fetch(), FetchRows(CPU)([weight.host, torch.tensor([1])])))
+    weight.zero_()
+    begun, go = threading.Event(), threading.Event()
+
+    def program() -> None:
+        (arriving,) = FetchStart(0, CPU)([weight.host, 0])
+        FetchWait(0)([arriving, None])
+        begun.set()
+        go.wait(10)
+        Settle(CPU)()
+
+    running = threading.Thread(target=program)
+    running.start()
+    assert begun.wait(10)
+    with pytest.raises(RuntimeError, match="a weight that a running model reads"):
+        weight.fill_(2)
+    go.set()
+    running.join()
+    weight.fill_(2)
+    assert weight.fetch().eq(2).all()
+
+
+def in_a_thread(work: Callable[[], object]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()

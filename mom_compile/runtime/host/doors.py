@@ -16,7 +16,7 @@ from mom_compile.torch_compat import being_traced
 
 def refusal(what: str, instead: str) -> RuntimeError:
     return RuntimeError(
-        f"{what} is not possible for keys or values that are kept on the host (HostTensor): "
+        f"{what} is not possible for keys, values or weights that are kept on the host (HostTensor): "
         f"they have no memory on their device. {instead}"
     )
 
