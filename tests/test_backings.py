@@ -23,7 +23,8 @@ from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_compile.runtime.host.steps import Append, Offload
-from mom_compile.runtime.host.store import HostStore, empty_host_pool, host_memory
+from mom_compile.runtime.host.store import HostStore, empty_host_pool
+from mom_compile.runtime.host.usage import host_memory
 from tests.backing_law import LAWS, Make, filled, noise
 
 CPU = torch.device("cpu")

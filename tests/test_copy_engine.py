@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import weakref
 
 import pytest
 import torch
 
+from mom_compile.runtime.host.backings.anonymous import Anonymous
+from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError, ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.placement import Placement
+from mom_compile.runtime.host.region import HostRegion
+from mom_compile.runtime.host.store import HostStore
+from mom_compile.runtime.host.weight_bytes import bytes_under
 
 
 @pytest.fixture
@@ -40,6 +47,83 @@ def test_copies_are_done_in_the_order_they_were_asked_for(held):
     go.set()
     tickets[-1].wait()
     assert target.tolist() == [19.0] * 3
+
+
+@pytest.fixture
+def slow_departures():
+    """An engine whose copies to the host start only when told to."""
+    engine, go = ThreadedEngine(), threading.Event()
+    engine.delay = lambda: float("to-host" in threading.current_thread().name and not go.wait(10))
+    yield engine, go
+    go.set()
+
+
+def test_what_arrives_does_not_wait_for_what_leaves(slow_departures):
+    engine, go = slow_departures
+    left, arrived = torch.zeros(4), torch.zeros(4)
+    leaving = engine.to_host(left, torch.ones(4), None)
+    engine.to_device(arrived, torch.ones(4), None).wait()
+    assert (arrived.sum(), left.sum()) == (4, 0)
+    go.set()
+    leaving.wait()
+    assert left.sum() == 4
+
+
+def test_copies_of_the_same_rows_stay_in_order_from_one_queue_to_the_other(slow_departures):
+    engine, go = slow_departures
+    rows, seen = torch.zeros(4), torch.zeros(4)
+    leaving = engine.to_host(rows, torch.ones(4), None)
+    arriving = engine.to_device(seen, rows, leaving.done)
+    again = engine.to_host(rows, torch.full((4,), 2.0), arriving.done)
+    assert not arriving.done.finished()
+    go.set()
+    again.wait()
+    assert (seen.tolist(), rows.tolist()) == ([1.0] * 4, [2.0] * 4)
+
+
+def test_chains_across_both_queues_from_several_threads_end(slow_departures):
+    """Each copy waits for one in the other queue, of another thread's as well: no two wait for each other."""
+    engine, go = slow_departures
+    region, counts = HostRegion(BLOCK, Anonymous()), []
+    region.commit(4)
+
+    def ask():
+        for i in range(200):
+            rows, other = region.bytes[:4], torch.full((4,), i % 100, dtype=torch.uint8)
+            leaves = i % 2 == 0
+            begin = engine.to_host if leaves else engine.to_device
+            region.copied(lambda after: begin(*((rows, other) if leaves else (other, rows)), after))  # noqa: B023
+        counts.append(i)
+
+    go.set()
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert counts == [199] * 4
+    region.wait()
+    assert len(set(region.bytes[:4].tolist())) == 1  # no copy was in the middle of another
+
+
+def test_who_reads_or_writes_rows_behind_several_threads_copies_waits_for_all_of_them(held):
+    engine, go = held
+    region = HostRegion(BLOCK, Anonymous())
+    region.commit(4)
+    targets = [torch.zeros(4, dtype=torch.uint8) for _ in range(8)]
+
+    def ask(target):
+        region.copied(lambda after: engine.to_device(target, region.bytes[:4].fill_(7), after))
+
+    threads = [threading.Thread(target=ask, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(target.any() for target in targets)
+    go.set()
+    region.wait()
+    assert all(target.eq(7).all() for target in targets)
 
 
 def test_a_source_may_be_dropped_at_once_and_dies_with_its_copy(held):
@@ -132,6 +216,101 @@ def test_a_forked_process_copies_with_a_thread_of_its_own():
         os._exit(0 if target.tolist() == [1.0] * 4 else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def in_a_fork(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs is no child that passes
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def fails_as_lost(work):
+    try:
+        work()
+    except CopyError as error:
+        return "under way when this process was forked" in str(error)
+    return False
+
+
+def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(held):
+    """Nobody in the fork waits for a thread that it has not: not for rows, nor for room to let others leave."""
+    engine, go = held
+    target, rows = torch.zeros(4), torch.zeros(4)
+    arriving = engine.to_device(target, torch.ones(4), None)
+    leaving = [engine.to_host(rows, torch.ones(4), None) for _ in range(MOST_LEAVING)]
+
+    def child():
+        go.set()
+        lost = fails_as_lost(arriving.wait) and fails_as_lost(leaving[0].done.synchronize)
+        behind = engine.to_device(torch.zeros(4), rows, leaving[0].done)  # of rows that are not there
+        own = torch.zeros(4)
+        engine.to_host(own, torch.ones(4), None).wait()
+        engine.settle()
+        return lost and fails_as_lost(behind.wait) and own.sum() == 4 and target.sum() == 0
+
+    assert in_a_fork(child)
+    go.set()
+    arriving.wait()
+    leaving[-1].wait()
+    assert (target.sum(), rows.sum()) == (4, 4)
+
+
+def test_a_copy_that_was_done_before_a_fork_is_done_there():
+    engine, target = ThreadedEngine(), torch.zeros(4)
+    ticket = engine.to_device(target, torch.ones(4), None)
+    ticket.wait()
+    assert in_a_fork(lambda: ticket.wait() is None and ticket.done.finished() and target.sum() == 4)
+
+
+def test_a_fork_while_another_thread_asks_for_copies_has_an_engine_that_works():
+    engine, stop = ThreadedEngine(), threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            engine.to_device(torch.zeros(4), torch.ones(4), None)
+
+    def child():
+        target = torch.zeros(4)
+        engine.to_device(target, torch.ones(4), None).wait()
+        return target.sum() == 4
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert all(in_a_fork(child) for _ in range(10))
+    finally:
+        stop.set()
+        asking.join()
+
+
+def test_an_error_keeps_nothing_of_what_was_copied():
+    engine, source = ThreadedEngine(), torch.ones(4)
+    alive = weakref.ref(source)
+    bad = engine.to_host(torch.zeros(3), source, None)
+    del source
+    with pytest.raises(CopyError, match="size of tensor"):
+        bad.wait()
+    gc.collect()
+    assert alive() is None
+
+
+def test_errors_say_what_was_copied():
+    engine = ThreadedEngine()
+    table = torch.ones(4)
+    holder = bytes_under(table)
+    with pytest.raises(CopyError, match=r"^weights could not be copied: The size of tensor"):
+        engine.to_device(torch.zeros(3), table, None).wait()
+    store = HostStore((4,), torch.float32, 2, Placement())
+    with pytest.raises(CopyError, match=r"^keys or values could not be copied: The size of tensor"):
+        engine.to_device(torch.zeros(3), store.rows(0, 1), None).wait()
+    with pytest.raises(CopyError, match=r"^rows could not be copied between device and host: The size of tensor"):
+        engine.to_device(torch.zeros(3), torch.ones(4), None).wait()
+    del holder
 
 
 def test_a_device_has_one_engine_and_an_unknown_kind_none():

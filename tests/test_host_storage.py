@@ -32,11 +32,11 @@ from mom_compile.runtime.host.store import (
     HostStore,
     Lease,
     empty_host_pool,
-    host_memory,
     lease_of,
     prepare,
     without_base,
 )
+from mom_compile.runtime.host.usage import host_memory
 
 ROW = (2, 3, 4)
 ROW_BYTES = 24 * 4

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from mom_compile.runtime.host.store import store_of
+from mom_compile.runtime.host.holders import holder_of
 
 
 class Clock(dict[str, int]):
@@ -130,7 +130,7 @@ class Ledger:
         if found is None:
             found = self.memories[storage._cdata] = Memory(storage.data_ptr(), self.device.current)
             weakref.finalize(storage, self._freed, storage._cdata).atexit = False
-        if by_host or store_of(tensor) is not None or self._pinned(storage.data_ptr()):
+        if by_host or holder_of(tensor) is not None or self._pinned(storage.data_ptr()):
             found.owner = None
         return found
 

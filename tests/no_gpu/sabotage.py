@@ -17,11 +17,24 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 
 from mom_compile.runtime import program
-from mom_compile.runtime.host import bounce, doors, engine, engine_cuda, region, steps, store, tensor
+from mom_compile.runtime.host import (
+    bounce,
+    doors,
+    engine,
+    engine_cuda,
+    holders,
+    region,
+    steps,
+    store,
+    tensor,
+    weight_bytes,
+)
 from mom_compile.runtime.host.backings import pinned
 
 #: Where somebody waits for a copy, or sees to it that somebody can.
-MODULES = (engine_cuda, bounce, engine, steps, store, region, pinned, tensor, doors, program)
+MODULES = (
+    engine_cuda, bounce, engine, steps, store, region, weight_bytes, holders, pinned, tensor, doors, program,
+)  # fmt: skip
 #: Methods and functions that wait, or note what is to be waited for. `settled` returns the rows that it has waited for.
 WAITS = {
     "wait", "wait_event", "record", "synchronize", "release", "settle", "settled", "abandon", "finish", "_let_leave",

@@ -44,7 +44,7 @@ from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.write import mutated, returns_view
 from mom_compile.runtime.program import Program
-from mom_passes.ops.transfers import FETCH
+from mom_passes.ops.transfers import FETCH, FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.torch_compat import packet_of, schema_of
 from tests.no_gpu.errands import SimErrands, seen_by
 from tests.no_gpu.ledger import Clock, Ledger
@@ -57,6 +57,12 @@ EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.d
 #: Operators whose result the host waits for.
 ASKED = (aten._local_scalar_dense.default, aten.equal.default)
 POISON = 0xA5
+#: What the host does for operators that fetch.
+FETCHES = {
+    FETCH: lambda *given: steps._fetch(*given),
+    FETCH_WEIGHT: lambda *given: steps._fetch(*given),
+    FETCH_ROWS: lambda *given: steps._fetch_rows(*given),
+}
 
 
 class Found(AssertionError):
@@ -269,6 +275,7 @@ class Simulation:
         self._stack = contextlib.ExitStack()
         self._threads = itertools.count()
         self.active = False
+        self._pinned: list[torch.Tensor] = []
         #: Where stories keep a cache, if not in pinned memory.
         self.placement: Placement | None = None
 
@@ -287,6 +294,7 @@ class Simulation:
             self._stack.enter_context(mock.patch.object(torch.cuda, name, instead))
         self._pin = pin_for.__wrapped__(CPU)
         self.engine = CudaEngine(CPU, self.pin, lambda name: SimErrands(self, name))
+        self._stack.enter_context(mock.patch.object(self.engine, "pinned", self.pinned))
         self._stack.enter_context(seen_by(self))
         self._stack.enter_context(mock.patch.dict(engines._ENGINES, {CPU: self.engine}))
         self.active = True
@@ -325,6 +333,15 @@ class Simulation:
         """As for a device. What outlives the simulation is not unpinned: there is no device then."""
         undo = self._pin(address, size)
         return lambda: undo() if self.active else None
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory that PyTorch has pinned. It notes the copies from there itself, and uses it again when they are done:
+        here, not before the end."""
+        made = torch.empty(shape, dtype=dtype)
+        self._pinned.append(made)
+        if made.nbytes:
+            self.runtime.ranges[made.data_ptr()] = made.nbytes
+        return made
 
     def expect(self, actual: torch.Tensor, expected: torch.Tensor, by_host: bool = False) -> None:
         """What is read now, by the current stream or by the host; it waits for nothing."""
@@ -403,9 +420,9 @@ class Simulation:
 
     def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
         schema = schema_of(func)
-        if func is FETCH:  # of several operators, each of which is seen
+        if func in FETCHES:  # of several operators, each of which is seen
             with self.recording():
-                return steps._fetch(*args, **kwargs)
+                return FETCHES[func](*args, **kwargs)
         if schema is None or returns_view(schema) or packet_of(func) is aten.set_:
             return func(*args, **kwargs)
         self.moment()

@@ -6,8 +6,6 @@ That copies of a device that come late change nothing is told by `stories.py`.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import random
 import threading
@@ -18,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mom_compile.runtime.host import bounce, engines
+from mom_compile.runtime.host import bounce
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.bounce import in_file
@@ -30,38 +28,13 @@ from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
-
-CPU = torch.device("cpu")
-STAGE = 4096
-
-
-class AtOnce:
-    """A stream, and an event: nothing is ever to be waited for."""
-
-    def wait_event(self, event: AtOnce) -> None: ...
-
-    def record(self, stream: AtOnce | None = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-ONE = AtOnce()
+from tests.no_gpu.at_once import CPU, STAGE, device_at_once
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaEngine]:
-    for name in ("Stream", "Event", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: ONE)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(bounce, "STAGE", STAGE)
-    made = CudaEngine(CPU, pin=lambda address, size: lambda: None)
-    monkeypatch.setitem(engines._ENGINES, CPU, made)
-    yield made
-    made.settle()
-    gc.collect()
+def engine() -> Iterator[CudaEngine]:
+    with device_at_once() as made:
+        yield made
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -22,6 +22,12 @@ from tests.models import tiny
 from tests.no_gpu.sabotage import Cut, cuts
 from tests.no_gpu.stories import STORIES, Story, offload, tell, values
 from tests.no_gpu.streams import CPU, Found, Schedule, Simulation, at_times, latest
+from tests.no_gpu.weight_stories import (
+    WEIGHT_STORIES,
+    a_slot_is_read_before_its_copy_is_done,
+    a_slot_is_taken_too_early,
+    a_slot_is_taken_while_another_stream_reads_it,
+)
 
 #: Calls that wait and that these streams do not need, with what else there is.
 ELSEWHERE = {
@@ -29,15 +35,16 @@ ELSEWHERE = {
     "tensor._copied: source.settled()": "likewise: tests/test_host_tensor.py",
     "store.empty_host_pool: region.abandon()": "unpinning waits for the whole device; memory of another kind needs it",
 }
+EVERY = (*STORIES, *WEIGHT_STORIES)
 ORDERS = st.lists(st.booleans(), max_size=40)
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+@pytest.mark.parametrize("story", EVERY, ids=lambda story: story.__name__)
 def test_copies_that_run_as_late_as_their_waits_allow_change_nothing(story: Story) -> None:
     tell(story, Simulation(latest))
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+@pytest.mark.parametrize("story", EVERY, ids=lambda story: story.__name__)
 def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
     @settings(max_examples=5, deadline=None, derandomize=True, database=None)
     @given(ORDERS)
@@ -50,7 +57,7 @@ def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
 def caught(cut: Cut) -> str | None:
     """The first story that goes wrong. Those of files are told first where the wait is one for files."""
     of_files = cut.module is bounce or cut.function.startswith("FileTicket")
-    for story in sorted(STORIES, key=lambda story: story.__name__.endswith("_in_files") != of_files):
+    for story in sorted(EVERY, key=lambda story: story.__name__.endswith("_in_files") != of_files):
         try:
             tell(story, Simulation(latest))
         except AssertionError:
@@ -116,6 +123,9 @@ def unset_memory(sim: Simulation) -> None:
         (source_freed, "the source of a copy was freed before it ran"),
         (target_reused, "memory is freed, and nothing has waited for"),
         (unset_memory, "not what it should be"),
+        (a_slot_is_taken_too_early, "does not wait for a copy"),
+        (a_slot_is_read_before_its_copy_is_done, "does not wait for a copy"),
+        (a_slot_is_taken_while_another_stream_reads_it, "a copy .* does not wait for aten.mul"),
     ],
 )
 def test_the_simulation_sees(wrong: Callable[[Simulation], None], seen: str) -> None:

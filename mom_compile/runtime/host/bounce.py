@@ -26,10 +26,10 @@ import torch
 
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.backings.registration import Pin
-from mom_compile.runtime.host.engine import CopyError, Done
+from mom_compile.runtime.host.done import CopyError, Done
 from mom_compile.runtime.host.errands import Errand, Errands
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.holders import holder_of
+from mom_compile.runtime.host.holders import holder_of, said_of
 from mom_compile.runtime.host.seams import as_bytes
 
 #: 0.2 milliseconds of a link and 1 or 2 of a disk's cache: a call, an event and a thread that wakes up (0.03) are
@@ -39,7 +39,7 @@ STAGE = 8 << 20
 
 @dataclass(frozen=True)
 class FileRows:
-    """Bytes of a store's rows and where they are in a file, in order."""
+    """Bytes of rows, or of a weight, and where they are in a file, in order."""
 
     bytes: torch.Tensor
     extents: tuple[Extent, ...]
@@ -74,16 +74,21 @@ Piece = tuple[FileRows, torch.Tensor]
 
 @dataclass(frozen=True)
 class FileDone:
-    """The file's rows are read, or written. `event` is recorded by the errand, behind the device's last copy."""
+    """The file's rows are read, or written. `event` is recorded by the errand, behind the device's last copy.
+
+    `failed` is how an error begins that says they could not be.
+    """
 
     errand: Errand
     event: torch.cuda.Event
+    failed: str
 
     def check(self) -> None:
         if self.errand.error is not None:
             # A new error each time: the frames of whoever waits must not live as long as the copy.
+            told = isinstance(self.errand.error, CopyError)  # by the copy before
             raise CopyError(
-                f"keys or values could not be copied to or from their file in kv_dir: {self.errand.error}"
+                str(self.errand.error) if told else f"{self.failed}: {self.errand.error}"
             ) from self.errand.error
 
     def synchronize(self) -> None:
@@ -117,7 +122,7 @@ class Way:
         move = self._leave if to_host else self._arrive
         # It keeps both tensors, and with rows on the host their lease, until it has run.
         work = functools.partial(self._copy, (target, source), move, pieces, ready, after, done)
-        return FileDone(self._errands.put(work), done)
+        return FileDone(self._errands.put(work), done, said_of(target, source))
 
     def _copy(
         self,

@@ -14,7 +14,7 @@ import torch
 from mom_compile.torch_compat import being_traced
 
 
-def refusal(what: str, instead: str, of: str = "keys or values") -> RuntimeError:
+def refusal(what: str, instead: str, of: str = "keys, values or weights") -> RuntimeError:
     return RuntimeError(
         f"{what} is not possible for {of} that are kept on the host (HostTensor): "
         f"they have no memory on their device. {instead}"

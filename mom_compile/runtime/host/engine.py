@@ -1,53 +1,30 @@
 """Copies between device and host that run beside the computation: one small interface, and an engine of threads.
 
-Terms
------
-ticket        One copy under way. It keeps both tensors alive until nobody can touch them any more.
-wait          What the computation calls before it uses a copy's result, or frees or rewrites its source.
-done          The end of a copy, to which anyone may hold on: it keeps nothing alive.
-synchronize   What the host calls before it reads or writes rows itself.
-
-Copies of the same rows are done in the order they were asked for: each is given the one before it. So whoever waits
-for the last has waited for all.
+What a ticket is, and who waits for it, is in `done.py`. Each direction is a queue: what arrives does not wait for what
+leaves. Copies of the same rows are done in the order they were asked for, where each is given the one before
+it, whichever queue that is in: whoever waits for the last has waited for all. A copy waits for earlier ones alone, so
+no two wait for each other.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import os
-import queue
-import threading
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+
+from mom_compile.runtime.host.done import CopyError, Done, Ticket
+from mom_compile.runtime.host.errands import Errand, Errands
+from mom_compile.runtime.host.holders import said_of
+from mom_compile.runtime.host.mapped import copy_rows
 
 #: Copies to the host that may be under way when another begins: keys and values of the layer before. Its stage has
 #: run meanwhile; a link that was slower than that would otherwise let more and more layers wait on the device.
 MOST_LEAVING = 2
-
-
-class CopyError(RuntimeError):
-    """A copy between device and host failed; what it should have written is not there."""
-
-
-class Done(Protocol):
-    def synchronize(self) -> None:
-        """Return when the copy is done. Raises `CopyError` if it failed."""
-
-
-class Ticket(Protocol):
-    @property
-    def done(self) -> Done: ...
-
-    def wait(self) -> None:
-        """The computation goes on only when the copy is done. Raises `CopyError` if it failed."""
-
-    def release(self) -> None:
-        """Like `wait`, for one who only wants the source's memory: whoever reads the result learns of an error."""
 
 
 @dataclass
@@ -76,6 +53,11 @@ class CopyEngine:
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> Ticket:
         raise NotImplementedError
 
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that copies may leave from, and that nobody else is given before they are done. Of a device that
+        has memory of its own."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
     def to_device(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> Ticket:
         """Copy rows to a device buffer. They must not be read before `wait`."""
         self.traffic.to_device += source.numel() * source.element_size()
@@ -103,72 +85,56 @@ class CopyEngine:
 class ThreadTicket:
     """A copy that a thread makes."""
 
-    def __init__(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> None:
-        self._copy: tuple[torch.Tensor, torch.Tensor, Done | None] | None = (target, source, after)
-        self._ran = threading.Event()
-        self._error: BaseException | None = None
+    def __init__(self, errand: Errand) -> None:
+        self._errand = errand  # what has run keeps nothing
 
     @property
     def done(self) -> ThreadTicket:
-        return self  # what has run keeps nothing
-
-    def run(self, delay: Callable[[], float] | None) -> None:
-        assert self._copy is not None
-        try:
-            if delay is not None:
-                time.sleep(delay())
-            target, source, after = self._copy
-            if after is not None:
-                after.synchronize()
-            with torch.inference_mode():
-                target.copy_(source)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._copy = None
-            target = source = after = None  # type: ignore[assignment]
-            self._ran.set()
+        return self
 
     def wait(self) -> None:
-        self._ran.wait()
-        if self._error is not None:
+        self._errand.wait()
+        error = self._errand.error
+        if error is not None:
             # A new error each time: the frames of whoever waits must not live as long as the ticket.
-            raise CopyError(f"keys or values could not be copied: {self._error!r}") from self._error
+            told = isinstance(error, CopyError)
+            raise CopyError(str(error) if told else f"rows could not be copied: {error!r}") from error
 
     def synchronize(self) -> None:
         self.wait()
 
+    def finished(self) -> bool:
+        return self._errand.ran
+
     def release(self) -> None:
-        self._ran.wait()
+        self._errand.wait()
 
 
 class ThreadedEngine(CopyEngine):
-    """For the CPU: one thread copies while the others compute. `delay()` gives seconds to sleep before each copy."""
+    """For the CPU: a thread for each direction copies while others compute. `delay()` gives seconds to sleep before
+    each copy; both threads ask it."""
 
     in_host_memory = True
 
     def __init__(self) -> None:
         super().__init__()
         self.delay: Callable[[], float] | None = None
-        self._queue: queue.SimpleQueue[ThreadTicket] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._process = os.getpid()
+        self._to_host = Errands("mom-copies-to-host")
+        self._to_device = Errands("mom-copies-to-device")
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> ThreadTicket:
-        ticket = ThreadTicket(target, source, after)
-        with self._lock:
-            if self._process != os.getpid():
-                # A fork has no threads and must not copy what its parent queued.
-                self._queue, self._thread, self._process = queue.SimpleQueue(), None, os.getpid()
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._copy_all, args=(self._queue,), name="mom-copies", daemon=True
-                )
-                self._thread.start()
-            self._queue.put(ticket)
-        return ticket
+        way = self._to_host if to_host else self._to_device
+        return ThreadTicket(way.put(functools.partial(self._copy, target, source, after)))
 
-    def _copy_all(self, waiting: queue.SimpleQueue[ThreadTicket]) -> None:
-        while True:
-            waiting.get().run(self.delay)
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> None:
+        """What a thread does. Raises `CopyError`."""
+        if self.delay is not None:
+            time.sleep(self.delay())
+        if after is not None:
+            after.synchronize()
+        try:
+            with torch.inference_mode():
+                copy_rows(target, source)
+        except Exception as error:
+            # Its frames hold tensors.
+            raise CopyError(f"{said_of(target, source)}: {error}") from error.with_traceback(None)

@@ -24,9 +24,12 @@ import torch
 
 from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.bounce import FileDone, Way, in_file
-from mom_compile.runtime.host.engine import CopyEngine, Done
+from mom_compile.runtime.host.done import CopyError, Done
+from mom_compile.runtime.host.engine import CopyEngine
 from mom_compile.runtime.host.errands import Errands
+from mom_compile.runtime.host.holders import said_of
 from mom_compile.runtime.host.limits import HostMemoryError
+from mom_compile.runtime.host.mapped import is_mapped, read
 from mom_compile.runtime.host.seams import between_seams, same_layout
 
 log = logging.getLogger(__name__)
@@ -168,7 +171,12 @@ def _gathered(source: torch.Tensor, after: Done | None) -> torch.Tensor:
     """Rows that lie apart, side by side: the host does that itself, once they are there."""
     if after is not None:
         after.synchronize()
-    return source.clone()
+    if not is_mapped(source):
+        return source.clone()
+    try:
+        return read(source)
+    except OSError as error:
+        raise CopyError(f"{said_of(source)}: {error}") from error
 
 
 def _forget_error(device: torch.device) -> None:
@@ -192,9 +200,10 @@ def pin_for(device: torch.device) -> Pin:
         if code != 0:
             _forget_error(device)
             raise HostMemoryError(
-                f"{size} bytes of host memory for keys and values cannot be pinned (CUDA error {code}); "
-                "a limit on locked memory (ulimit -l) may forbid it. kv_offload='disk' with kv_dir needs none, "
-                "kv_offload='auto' with a memory_budget keeps more layers on the device"
+                f"{size} bytes of host memory cannot be pinned (CUDA error {code}); "
+                "a limit on locked memory (ulimit -l) may forbid it. Of keys and values, kv_offload='auto' with a "
+                "memory_budget keeps more on the device, and kv_offload='disk' with kv_dir needs little; weights do "
+                "without it, more slowly"
             )
 
         def unpin() -> None:

@@ -35,4 +35,4 @@ def _make(device: torch.device) -> CopyEngine:
         return ThreadedEngine()
     if device.type == "cuda":
         return CudaEngine(device)
-    raise NotImplementedError(f"keys and values cannot be kept on the host for a device of type {device.type!r}")
+    raise NotImplementedError(f"nothing can be kept on the host for a device of type {device.type!r}")

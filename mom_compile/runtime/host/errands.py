@@ -2,13 +2,21 @@
 
     errand = errands.put(work)        returns at once
     errand.wait()                     `work()` has run, or has failed: `error`
+
+A fork has a thread of its own, begun with its first errand. What its parent had given and not done by then is `Lost`.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
+
+
+class Lost(RuntimeError):
+    """An errand of a parent process, which it had not run when it was forked."""
 
 
 class Errand:
@@ -18,6 +26,7 @@ class Errand:
         self.error: BaseException | None = None
         self._work: Callable[[], None] | None = work
         self._ran = threading.Event()
+        self._process = os.getpid()
 
     @property
     def ran(self) -> bool:
@@ -35,7 +44,10 @@ class Errand:
 
     def wait(self) -> None:
         """Until it has run. Raises nothing of its own: `error`."""
-        self._ran.wait()
+        if self._process == os.getpid():
+            self._ran.wait()
+        elif not self._ran.is_set() and self._work is not None:
+            self.error = Lost("it was under way when this process was forked, and no thread of a fork goes on with it")
 
 
 class Errands:
@@ -43,6 +55,11 @@ class Errands:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.begin_anew()
+        _ALL.add(self)
+
+    def begin_anew(self) -> None:
+        """With nothing to do, and no thread."""
         self._waiting: queue.SimpleQueue[Errand] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -60,3 +77,16 @@ class Errands:
     def _run(waiting: queue.SimpleQueue[Errand]) -> None:
         while True:
             waiting.get().run()
+
+
+_ALL: weakref.WeakSet[Errands] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """A fork has no threads, and must not do what its parent was asked for."""
+    for errands in list(_ALL):
+        errands.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

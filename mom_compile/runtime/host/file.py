@@ -57,19 +57,20 @@ def hold(address: int, size: int) -> None:
     _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0, protection=0)
 
 
-class OpenFile(Protocol):
-    """A file that is open as `number`, parts of which may be given back."""
+class File(Protocol):
+    @property
+    def number(self) -> int:
+        """Its descriptor."""
 
-    number: int
-
-    def give_back(self, offset: int, size: int) -> None: ...
+    def give_back(self, offset: int, size: int) -> None:
+        """Free disk space that nothing maps any more."""
 
 
 @dataclass(frozen=True)
 class Extent:
     """Bytes `[offset, offset + size)` of a file, behind the bytes of a region that begin at `first`."""
 
-    file: OpenFile
+    file: File
     offset: int
     first: int
     size: int

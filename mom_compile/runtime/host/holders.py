@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
-from mom_compile.runtime.host.engine import Done
+from mom_compile.runtime.host.done import Done, Ticket
 from mom_compile.runtime.host.file import Extent
+
+#: Begins a copy behind another one of the same rows, if there is one.
+Begin = Callable[[Done | None], Ticket]
 
 
 class Region(Protocol):
-    """The bytes of one storage. `pending` is the last copy that reads or writes there."""
+    """The bytes of one storage."""
 
     bytes: torch.Tensor
-    pending: Done | None
+
+    def copied(self, begin: Begin) -> Ticket:
+        """Begin a copy that reads or writes there, in order with those before it. Several threads may."""
 
     def check(self) -> None:
         """Raises `RuntimeError` where this process has none of the bytes."""
@@ -33,12 +38,19 @@ class Region(Protocol):
 
 
 class Holder(Protocol):
+    #: What it holds, as errors say it: "weights".
+    what: str
+
     @property
     def region(self) -> Region: ...
 
     @property
     def in_file(self) -> bool:
         """Whether the bytes are a file's: a driver would not copy them beside the computation."""
+
+    @property
+    def where(self) -> str:
+        """The file, as errors say it. Of what is in one."""
 
     def extents(self, first: int, end: int) -> tuple[Extent, ...]:
         """Where bytes `[first, end)` of the region are in their file."""
@@ -58,6 +70,14 @@ def holder_of(tensor: torch.Tensor) -> Holder | None:
     if tensor.device.type != "cpu":
         return None
     return HOLDERS.get(tensor.untyped_storage().data_ptr())
+
+
+def said_of(*tensors: torch.Tensor) -> str:
+    """How an error begins that tells of a copy between these."""
+    holder = next((held for held in map(holder_of, tensors) if held is not None), None)
+    if holder is None:
+        return "rows could not be copied between device and host"
+    return f"{holder.what} could not be copied" + (f" to or from {holder.where}" if holder.in_file else "")
 
 
 class Readers:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class HostMemoryError(MemoryError):
-    """Host memory or disk space for keys and values cannot be had. Says how much was asked for and what can be done."""
+    """Host memory or disk space cannot be had, or not be pinned. Says how much was asked for and what can be done."""
 
 
 def available_memory() -> int | None:

@@ -16,13 +16,15 @@ Growing by appending to a tensor would copy it, and a list of blocks is not one 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, whole_blocks
 from mom_compile.runtime.host.backings.registration import REGISTRAR
-from mom_compile.runtime.host.engine import CopyError, Done
+from mom_compile.runtime.host.done import CopyError, Done, Ticket
+from mom_compile.runtime.host.holders import Begin
 from mom_compile.runtime.host.limits import HostMemoryError, available_memory
 
 #: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
@@ -57,6 +59,7 @@ class HostRegion:
         self.backing = backing
         #: The last copy that reads or writes here. Each waits for the one before, so all are done when it is.
         self.pending: Done | None = None
+        self._asking = threading.Lock()
         self.low = self.high = 0
         #: The end from which it was last tried to grow ahead: if that is refused, it is not tried again from there.
         self._tried_ahead = -1
@@ -152,6 +155,14 @@ class HostRegion:
                 yield first, seam
                 first = seam
         yield first, end
+
+    def copied(self, begin: Begin) -> Ticket:
+        """Begin a copy behind the last one: of two threads that ask at once, the second waits for the first one's."""
+        self.check()
+        with self._asking:
+            ticket = begin(self.pending)
+            self.pending = ticket.done
+        return ticket
 
     def wait(self) -> None:
         """Until the host may read and write here itself. Raises `CopyError` if rows could not be copied.

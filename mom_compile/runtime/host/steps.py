@@ -10,16 +10,19 @@ Offload     a whole value to the host; returns what the cache holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import mom_passes.ops  # noqa: F401  defines mom::fetch
-from mom_compile.runtime.host.engine import CopyEngine, Ticket
+from mom_compile.runtime.host.done import CopyError, Ticket
+from mom_compile.runtime.host.engine import CopyEngine
 from mom_compile.runtime.host.engines import beside, engine_for
-from mom_compile.runtime.host.holders import READERS, holder_of, settle
+from mom_compile.runtime.host.holders import READERS, holder_of, said_of, settle
+from mom_compile.runtime.host.mapped import is_mapped, read, read_rows
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
 from mom_compile.runtime.host.tensor import HostTensor, host_tensor
@@ -189,7 +192,7 @@ def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch
     region = lease.store.region
     target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
     target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
-    region.pending = engine_for(device).to_host(target, rows, region.pending).done
+    region.copied(lambda after: engine_for(device).to_host(target, rows, after))
 
 
 def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
@@ -198,33 +201,37 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
     if holder is None:
         return engine.to_device(target, host, None)
     holder.region.check()
-    ticket = engine.to_device(target, host, holder.region.pending)
-    holder.region.pending = ticket.done
-    return ticket
+    return holder.region.copied(lambda after: engine.to_device(target, host, after))
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Through the engine, as in a program: beside the host, and never in one piece across two pinned ranges."""
     engine = beside(device)
-    if engine is None:
-        settle(host)
-        return fetch_reference(host, device)
-    target = torch.empty_like(host, device=device)
-    _arrive(target, host, engine).wait()
-    return target
+    if engine is not None:
+        target = torch.empty_like(host, device=device)
+        _arrive(target, host, engine).wait()
+        return target
+    if is_mapped(host):
+        with _told(host):
+            return read(host)
+    settle(host)
+    return fetch_reference(host, device)
 
 
 def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that."""
+    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that. It waits
+    for no copy: nothing on a device is ever copied to a weight. Of a mapped file it reads these rows alone."""
     engine = engine_for(device)
-    settle(host)
-    if engine.in_host_memory:
-        found = host[rows]
-        engine.traffic.to_device += found.numel() * found.element_size()
-        return found
     at = rows.cpu()
     at = torch.where(at < 0, at + host.shape[0], at)
-    chosen = host.new_empty([*at.shape, *host.shape[1:]], pin_memory=True)
+    if is_mapped(host):
+        with _told(host):
+            host, at = read_rows(host, at)
+    if engine.in_host_memory:
+        found = host[at]
+        engine.traffic.to_device += found.numel() * found.element_size()
+        return found
+    chosen = engine.pinned([*at.shape, *host.shape[1:]], dtype=host.dtype)
     torch.index_select(host, 0, at.flatten(), out=chosen.view(-1, *host.shape[1:]))
     target = torch.empty_like(chosen, device=device)
     engine.to_device(target, chosen, None).wait()
@@ -239,6 +246,15 @@ def _fetch_chosen(host: torch.Tensor, keys: torch.Tensor, device: torch.device) 
     for ticket in tickets:
         ticket.wait()
     return buffer
+
+
+@contextlib.contextmanager
+def _told(host: torch.Tensor) -> Iterator[None]:
+    """Raises `CopyError` where a file cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CopyError(f"{said_of(host)}: {error}") from error
 
 
 LIBRARY.impl("fetch", _fetch, "CPU")

@@ -65,6 +65,9 @@ class HostStore:
     `rows` are those that will be there at first.
     """
 
+    what = "keys or values"
+    where = "their file in kv_dir"
+
     def __init__(self, row: Sequence[int], dtype: torch.dtype, rows: int, placement: Placement) -> None:
         self.row = tuple(row)
         self.dtype = dtype
