@@ -18,7 +18,7 @@ from mom_compile.runtime.host.done import CopyError
 from mom_compile.runtime.host.engine import ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.steps import FetchRows, FetchStart, FetchWait, Settle
+from mom_compile.runtime.host.steps import FetchRows, FetchStart, FetchWait, KeepWeights, Settle
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import WeightBytes, map_file
 from mom_compile.weights import offload_weights
@@ -225,6 +225,7 @@ def test_a_weight_that_was_fetched_by_one_thread_may_be_written_by_another(file:
     begun, go = threading.Event(), threading.Event()
 
     def program() -> None:
+        KeepWeights()([weight.host])
         (arriving,) = FetchStart(0, CPU)([weight.host, 0])
         FetchWait(0)([arriving, None])
         begun.set()

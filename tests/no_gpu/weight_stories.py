@@ -21,7 +21,7 @@ import torch
 from mom_compile.runtime.host import weight_bytes
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.steps import Append, Arriving, FetchRows, FetchStart, FetchWait, Offload, Settle
+from mom_compile.runtime.host.steps import Append, Arriving, FetchChosen, FetchRows, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import PAGE, map_file, pin_where_they_lie
 from mom_compile.runtime.program import Program, Slot, Step
@@ -241,6 +241,17 @@ def rows_of_a_table_are_brought(sim: Simulation) -> None:
     sim.expect(wait(arriving), PLAIN[1])
 
 
+def matrices_of_chosen_experts_are_brought(sim: Simulation) -> None:
+    """Each once, while layers arrive; what is not chosen is left unset."""
+    bank, other = model(sim, 2)
+    arriving = start(other)
+    keys = torch.tensor([7, 2, 7, 19])
+    for _ in range(2):
+        (got,) = FetchChosen(CPU)([bank.host, keys])
+        sim.expect(got[keys] + 0, PLAIN[0][keys])
+    sim.expect(wait(arriving), PLAIN[1])
+
+
 def a_weight_across_seams_is_brought(sim: Simulation) -> None:
     with small_pieces():
         weights = model(sim)
@@ -357,6 +368,7 @@ IN_FILES: tuple[Story, ...] = (
     two_slots_are_all_that_is_had,
     a_program_with_weights_fails,
     rows_of_a_table_are_brought,
+    matrices_of_chosen_experts_are_brought,
     a_model_dies_while_its_weights_arrive,
     two_threads_run_one_model,
     a_checkpoint_cannot_be_read,
@@ -368,6 +380,7 @@ WEIGHT_STORIES: tuple[Story, ...] = (
     a_program_with_weights_fails,
     a_weight_is_written,
     rows_of_a_table_are_brought,
+    matrices_of_chosen_experts_are_brought,
     a_weight_across_seams_is_brought,
     weights_that_cannot_be_pinned_are_brought,
     a_model_dies_while_its_weights_arrive,
