@@ -169,7 +169,7 @@ def text(model: Any, x: torch.Tensor, tokens: int = 4) -> torch.Tensor:
 def test_a_text_is_the_same(family: str) -> None:
     """Uncompiled and compiled, prefill and decode steps."""
     x = ids(1, 70)
-    model = tiny(family, mamba_n_heads=4) if family == "Bamba" else tiny(family)
+    model = small_model(family) if family == "Bamba" else tiny(family)
     expected = text(model, x)
     offloaded(model)
     assert torch.equal(text(model, x), expected)

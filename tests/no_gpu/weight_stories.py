@@ -21,7 +21,16 @@ import torch
 from mom_compile.runtime.host import weight_bytes
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.steps import Append, Arriving, FetchChosen, FetchRows, FetchStart, FetchWait, Offload, Settle
+from mom_compile.runtime.host.steps import (
+    Append,
+    Arriving,
+    FetchChosen,
+    FetchRows,
+    FetchStart,
+    FetchWait,
+    Offload,
+    Settle,
+)
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import PAGE, map_file, pin_where_they_lie
 from mom_compile.runtime.program import Program, Slot, Step
