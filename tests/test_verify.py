@@ -268,6 +268,11 @@ def writes_before_it_reads(gm: fx.GraphModule) -> None:
     typed(gm, first, aten.copy_.default, state, typed(gm, first, aten.zeros.default, [3]))
 
 
+def writes_to_another_input(gm: fx.GraphModule) -> None:
+    end = output_of(gm)
+    typed(gm, end, aten.copy_.default, state_of(gm), typed(gm, end, aten.zeros.default, [3]))
+
+
 SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     writes_over_an_alias_of_an_input: "not its own",
     writes_over_what_a_view_shows_later: "read later by",
@@ -294,6 +299,7 @@ SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     writes_over_rows_of_another_shape: "does not fit",
     reads_what_comes_later: "malformed graph",
     writes_before_it_reads: "behind",
+    writes_to_another_input: r"writes to \['\w+'\] in place of \[\]",
 }
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.values import returns_a_tensor
-from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.graph.writes import read_behind_a_write, written_inputs
 from mom_passes.loops import laws
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import TensorType
@@ -25,15 +25,17 @@ from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
 
 @dataclass(frozen=True)
 class Contract:
-    """What a graph takes and returns: names of inputs, types of outputs (of what is no tensor, its Python type)."""
+    """What a graph takes and returns: names of inputs, types of outputs (of what is no tensor, its Python type). And
+    what it leaves behind: names of the inputs that it writes to, one for each write."""
 
     inputs: tuple[str, ...]
     outputs: tuple[TensorType | type, ...]
+    written: tuple[str, ...] = ()
 
     @staticmethod
     def of(gm: fx.GraphModule) -> Contract:
         inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-        return Contract(inputs, tuple(map(_type_of, _output_of(gm))))
+        return Contract(inputs, tuple(map(_type_of, _output_of(gm))), written_inputs(gm))
 
 
 def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
@@ -78,10 +80,14 @@ def host_values_are_moved_only(gm: fx.GraphModule) -> str | None:
 
 
 def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
-    """The same inputs, and outputs of the same number and types; what left for the host is on another device."""
+    """The same inputs and writes to them, and outputs of the same number and types; what left for the host is on
+    another device."""
     inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
     if inputs != contract.inputs:
         return f"the graph takes {list(inputs)} in place of {list(contract.inputs)}"
+    written = written_inputs(gm)
+    if written != contract.written:
+        return f"the graph writes to {list(written)} in place of {list(contract.written)}"
     outputs = _output_of(gm)
     if len(outputs) != len(contract.outputs):
         return f"the graph returns {len(outputs)} values in place of {len(contract.outputs)}"

@@ -17,7 +17,7 @@ import operator
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import is_mutation, may_be_a_view
+from mom_passes.graph.aliasing import base_of, is_mutation, may_be_a_view
 from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
@@ -52,6 +52,13 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
             if write is not None:
                 return f"{node.name} ({node.target}) reads {operand.name} behind {write.name}, which writes to it"
     return None
+
+
+def written_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Names of the inputs that are written to, one for each write, sorted."""
+    writes = (target for node in gm.graph.nodes if node.op == "call_function" and is_mutation(node)
+              for target in written_by(node))  # fmt: skip
+    return tuple(sorted(base_of(target).name for target in writes))
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import is_mutation, seen_from
 from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
 from mom_passes.graph.sizes import count_hint
 from mom_passes.graph.values import is_size
@@ -44,7 +44,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
 
     A graph is captured with a fetch for each reader, of whatever view of the weight that reads. How many weights.
     """
-    graph, fetched = gm.graph, dict[fx.Node, fx.Node]()
+    graph, fetched, seen_on_host = gm.graph, dict[fx.Node, fx.Node](), list[fx.Node]()
     for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
         base, views = _views_of_an_input(node.args[0])
         if base is None:
@@ -54,6 +54,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
                 fetched[base] = emit(graph, FETCH_WEIGHT, (base, node.args[1]))
         if node is fetched[base]:
             continue
+        seen_on_host += views
         with graph.inserting_before(node):
             seen = fetched[base]
             for view in views:
@@ -64,7 +65,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
                 seen = emit(graph, aten.clone.default, (seen,), {"memory_format": torch.contiguous_format})
         node.replace_all_uses_with(seen)
         graph.erase_node(node)
-    _erase_unread_views(graph)
+    _erase_unread(seen_on_host)
     return len(fetched)
 
 
@@ -75,16 +76,22 @@ def _last_input(graph: fx.Graph) -> fx.Node:
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
     """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
     views: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (source := seen_from(node)) is not None:
+    while isinstance(node, fx.Node) and (source := _viewed(node)) is not None:
         views.append(node)
         node = source
     return (node if isinstance(node, fx.Node) and node.op == "placeholder" else None), views[::-1]
 
 
-def _erase_unread_views(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and seen_from(node) is not None:
-            graph.erase_node(node)
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of. What is written to is one of itself, and more than that."""
+    return None if is_mutation(node) else seen_from(node)
+
+
+def _erase_unread(views: Iterable[fx.Node]) -> None:
+    """Those that only fetches read."""
+    for view in sorted(set(views), reverse=True):
+        if not view.users:
+            view.graph.erase_node(view)
 
 
 # ------------------------------------------------------------------------------------------------ when they arrive
@@ -124,7 +131,7 @@ def _weight(fetch: fx.Node) -> _Weight:
     while pending:
         value = pending.pop()
         for user in value.users:
-            if seen_from(user) is value:
+            if _viewed(user) is value:
                 views.append(user)
                 pending.append(user)
             else:
