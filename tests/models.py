@@ -13,7 +13,6 @@ to the configuration.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,12 +291,6 @@ def prompt(batch: int, tokens: int, padded: bool = False, seed: int = 0) -> dict
         mask[0, :5] = 0
         inputs["attention_mask"] = mask
     return inputs
-
-
-def cache_of(model: Any, cache: Any) -> dict[str, Any]:
-    """The argument by which a model is given its cache: some are called otherwise from transformers 5.24 on."""
-    known = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def next_token(inputs: dict[str, torch.Tensor], seed: int = 9) -> dict[str, torch.Tensor]:

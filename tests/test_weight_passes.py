@@ -12,12 +12,13 @@ import torch
 from torch import fx
 
 import mom_compile
+from benchmarks.models import keeping
 from mom_compile.runtime.host.engines import engine_for
 from mom_passes.graph.values import bytes_of
 from mom_passes.host.weights import _in_parts, _Weight
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, FETCH_WEIGHT, taken_over
 from mom_passes.program.traffic import Arrival
-from tests.models import SMALL, TinyDecoder, cache_of, ids, prompt, small_model
+from tests.models import SMALL, TinyDecoder, ids, prompt, small_model
 
 CPU = torch.device("cpu")
 STRICT = {"strict": True, "mini_seq_len": 32}
@@ -50,7 +51,7 @@ def explained(family: str, kind: str) -> Any:
     with torch.no_grad():
         past = model(**inputs).past_key_values
     offloaded(model)
-    return mom_compile.explain(model, input_ids=ids(1, 1), **cache_of(model, past), options=STRICT)[0]
+    return mom_compile.explain(model, input_ids=ids(1, 1), **keeping(past, model), options=STRICT)[0]
 
 
 def starts(report: Any) -> list[fx.Node]:
@@ -152,16 +153,16 @@ def test_a_decode_step_of_a_mixture_brings_the_experts_that_were_chosen() -> Non
     with torch.no_grad():
         past = model(**inputs).past_key_values
         step = ids(1, 1)
-        wanted = model(step, **cache_of(model, copy.deepcopy(past))).logits
+        wanted = model(step, **keeping(copy.deepcopy(past), model)).logits
         offloaded(model)
-        given = cache_of(model, copy.deepcopy(past))
+        given = keeping(copy.deepcopy(past), model)
         report = mom_compile.explain(model, input_ids=step, **given, options=STRICT)[0]
         assert len(report.graph.graph.find_nodes(op="call_function", target=FETCH_CHOSEN)) == 2 * len(layers)
         model.compile(backend="mom", options=STRICT)
         traffic = engine_for(CPU).traffic
         for _ in range(2):
             before = traffic.to_device
-            found = model(step, **cache_of(model, copy.deepcopy(past))).logits
+            found = model(step, **keeping(copy.deepcopy(past), model)).logits
             moved = traffic.to_device - before
     assert torch.allclose(found, wanted, atol=1e-5)
     whole = sum(arrival.bytes for arrival in report.weights.arrivals)
