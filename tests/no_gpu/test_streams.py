@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from benchmarks.models import keeping
 from mom_compile import HostTensor
 from mom_compile.memory import policy
-from mom_compile.runtime.host import bounce
+from mom_compile.runtime.host import bounce, weight_bytes
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.steps import FetchWait
 from mom_compile.runtime.host.store import empty_host_pool
@@ -55,9 +55,15 @@ def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
 
 
 def caught(cut: Cut) -> str | None:
-    """The first story that goes wrong. Those of files are told first where the wait is one for files."""
+    """The first story that goes wrong. Those of files are told first where the wait is one for files, and those of
+    weights where it is one for weights."""
     of_files = cut.module is bounce or cut.function.startswith("FileTicket")
-    for story in sorted(EVERY, key=lambda story: story.__name__.endswith("_in_files") != of_files):
+    of_weights = cut.module is weight_bytes or cut.function.startswith(("_fetch_", "WeightRegion"))
+
+    def unlikely(story: Story) -> tuple[bool, bool]:
+        return story.__name__.endswith("_in_files") != of_files, (story in WEIGHT_STORIES) != of_weights
+
+    for story in sorted(EVERY, key=unlikely):
         try:
             tell(story, Simulation(latest))
         except AssertionError:
@@ -65,7 +71,11 @@ def caught(cut: Cut) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("cut", cuts(), ids=str)
+#: Of those that are not needed every story is told.
+CUTS = [pytest.param(cut, marks=[pytest.mark.slow] if str(cut) in ELSEWHERE else [], id=str(cut)) for cut in cuts()]
+
+
+@pytest.mark.parametrize("cut", CUTS)
 def test_without_any_one_wait_some_story_goes_wrong(cut: Cut) -> None:
     with cut.made():
         assert (caught(cut) is None) == (str(cut) in ELSEWHERE)
