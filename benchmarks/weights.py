@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = models.llama("small", options.layers, seq=options.seq + 64)
         print("\n".join(measured("Llama shape", model, options.seq, options.repeats)), flush=True)
         del model
+        torch._dynamo.reset()
     if options.only != "llama":
         layers = max(3, options.layers // 4)
         print("\n".join(measured(f"mixture of {EXPERTS}", mixture(layers), options.seq // 4, options.repeats)))

@@ -48,7 +48,7 @@ class OffloadedWeights:
     def __str__(self) -> str:
         return (
             f"{in_units(self.resident)} of weights on {self.device}, at most {in_units(self.under_way)} under way; "
-            f"{in_units(self.on_host)} on the host are read once per prefill and per token"
+            f"{in_units(self.on_host)} on the host are read at most once per prefill and per token"
             + (f", of {in_units(self.tables)} of embeddings only rows" if self.tables else "")
             + (f"; {in_units(self.mapped)} are mapped from files" if self.mapped else "")
         )
