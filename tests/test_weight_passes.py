@@ -179,7 +179,7 @@ def test_a_prefill_of_a_mixture_brings_whole_banks() -> None:
     assert all(fetched.count(shape) == SMALL.layers for shape in banks)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 33, 100])
+@pytest.mark.parametrize("tokens", [1, 100, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (2, 33))])
 @pytest.mark.parametrize("kv_offload", [False, True])
 def test_the_same_is_computed_as_with_weights_on_the_device(tokens: int, kv_offload: bool) -> None:
     plain, moved = TinyDecoder(), offloaded(TinyDecoder())
