@@ -90,6 +90,9 @@ class Int8(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Int8({list(self.shape)})"
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["codes", "scale"], self.dtype
 
