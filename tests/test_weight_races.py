@@ -166,6 +166,7 @@ def test_without_the_wait_for_copies_the_same_stories_go_wrong(
     assert goes_wrong(compiled)
 
 
+@pytest.mark.slow
 def test_without_the_wait_for_weights_alone_they_go_wrong(compiled: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     wait = steps.FetchWait.__call__
 
