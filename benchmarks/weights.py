@@ -21,6 +21,7 @@ import mom_compile
 from benchmarks import measure, models
 from benchmarks.measure import MIB
 from mom_compile.runtime.host.engines import engine_for
+from mom_compile.weights.offload import least_budget
 
 CPU = torch.device("cpu")
 RESIDENT, ON_HOST = "on the device", "on the host"
@@ -37,15 +38,6 @@ def mixture(layers: int) -> Any:
         vocab_size=32_000, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def least_budget(model: torch.nn.Module) -> int:
-    """Two layers, and what is on the device in any case."""
-    try:
-        mom_compile.offload_weights(copy.deepcopy(model), "cpu", memory_budget=1)
-    except ValueError as refused:
-        return int(str(refused).split("the smallest budget is ")[1].split()[0])
-    raise AssertionError("a byte held a model")
 
 
 def moved(call: Callable[[], Any]) -> int:

@@ -225,7 +225,7 @@ def test_a_weight_that_was_fetched_by_one_thread_may_be_written_by_another(file:
     begun, go = threading.Event(), threading.Event()
 
     def program() -> None:
-        KeepWeights()([weight.host])
+        KeepWeights((0,))([weight.host])
         (arriving,) = FetchStart(0, CPU)([weight.host, 0])
         FetchWait(0)([arriving, None])
         begun.set()

@@ -19,6 +19,7 @@ from mom_passes.host.weights import _in_parts, _Weight
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, FETCH_WEIGHT, taken_over
 from mom_passes.program.traffic import Arrival
 from tests.models import SMALL, TinyDecoder, ids, prompt, small_model
+from tests.weights import least, offloaded
 
 CPU = torch.device("cpu")
 STRICT = {"strict": True, "mini_seq_len": 32}
@@ -26,19 +27,6 @@ STRICT = {"strict": True, "mini_seq_len": 32}
 
 def weight_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def least_budget(model: torch.nn.Module) -> int:
-    """What two layers and all that has to be on the device take, as the error says that names it."""
-    with pytest.raises(ValueError, match=r"the smallest budget is (\d+) bytes") as refused:
-        mom_compile.offload_weights(model, "cpu", memory_budget=1)
-    return int(str(refused.value).split("the smallest budget is ")[1].split()[0])
-
-
-def offloaded(model: Any) -> Any:
-    """With as much on the host as there can be."""
-    mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
-    return model
 
 
 @cache
@@ -82,7 +70,7 @@ def test_every_weight_arrives_once(family: str, kind: str) -> None:
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_two_layers_are_on_the_device_at_most(family: str, kind: str) -> None:
     model = small_model(family)
-    made = mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    made = mom_compile.offload_weights(model, "cpu", memory_budget=least(model))
     report = explained(family, kind)
     most = max(on_device(report))
     assert made.under_way // 4 < most <= made.under_way

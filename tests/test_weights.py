@@ -17,7 +17,7 @@ from mom_compile import HostWeight, MomWarning, host_memory, offload_weights
 from mom_compile.notices import forget
 from mom_compile.runtime.program import observing
 from tests.models import TinyDecoder, ids
-from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloaded, on_host
+from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloaded, on_host, parts_of_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one")
 
@@ -292,15 +292,6 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     for _ in range(2):
         close(run(model), expected)
         close(run(other), run(plain))
-
-
-def parts_of_one() -> TinyDecoder:
-    """Two weights of each layer are views of one tensor."""
-    model = decoder()
-    for layer in model.layers:
-        both = torch.cat([layer.gate.weight.data, layer.up.weight.data])
-        layer.gate.weight, layer.up.weight = (nn.Parameter(half) for half in both.split(192))
-    return model
 
 
 def test_parameters_that_share_a_storage_in_part_still_do() -> None:

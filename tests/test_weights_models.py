@@ -14,7 +14,7 @@ from torch import nn
 import mom_compile
 from mom_compile import HostWeight, host_memory, load_offloaded, offload_weights, token_log_probs
 from tests.models import ids, small_model, tiny
-from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloaded, on_host
+from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloaded, on_host, parts_of_one
 
 pytestmark = [
     pytest.mark.usefixtures("eager_pieces", "stock_is_eager"),
@@ -60,16 +60,9 @@ def test_parts_of_a_weight_and_a_transposed_one() -> None:
 
 
 def test_weights_that_are_parts_of_one_storage() -> None:
-    def made() -> Any:
-        model = decoder()
-        for layer in model.layers:
-            both = torch.cat([layer.gate.weight.data, layer.up.weight.data])
-            layer.gate.weight, layer.up.weight = (nn.Parameter(half) for half in both.split(192))
-        return model
-
     x = ids(1, 150)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(offloaded(made()))(x), made()(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(offloaded(parts_of_one()))(x), parts_of_one()(x), rtol=0, atol=1e-5)
 
 
 # --- quantised ---

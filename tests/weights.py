@@ -20,6 +20,15 @@ def decoder(**changes: Any) -> TinyDecoder:
     return TinyDecoder(**{"layers": 2, "width": 64, **changes}).eval()
 
 
+def parts_of_one() -> TinyDecoder:
+    """Two weights of each layer are views of one tensor."""
+    model = decoder()
+    for layer in model.layers:
+        both = torch.cat([layer.gate.weight.data, layer.up.weight.data])
+        layer.gate.weight, layer.up.weight = (nn.Parameter(half) for half in both.split(192))
+    return model
+
+
 def least(model: nn.Module, **asked: Any) -> int:
     """The smallest budget, as the error names it."""
     with pytest.raises(ValueError, match="the smallest budget is") as refused:

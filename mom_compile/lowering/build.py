@@ -47,12 +47,14 @@ from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
+from mom_passes.graph.aliasing import base_of
 from mom_passes.graph.edit import add_input, attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
+from mom_passes.ops.transfers import ARRIVING
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
@@ -250,14 +252,16 @@ class Lowering:
             )
         unread = [self.slots[n] for n in plan.inputs if n not in last and tensors_of(n)]
         outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in plan.outputs)
-        copies = any(isinstance(step, Transfer) for step in plan.steps)
+        transfers = [step.node for step in plan.steps if isinstance(step, Transfer)]
+        read = {base_of(node.args[0]) for node in transfers if node.target in ARRIVING}  # type: ignore[arg-type]
+        from_host = tuple(number for number, node in enumerate(plan.inputs) if node in read)
         return Program(
             tuple(steps),
             len(self.slots),
             tuple(unread),
             outputs,
-            Settle(self.kv.device) if copies else None,
-            KeepWeights() if copies else None,
+            Settle(self.kv.device) if transfers else None,
+            KeepWeights(from_host) if from_host else None,
         )
 
 

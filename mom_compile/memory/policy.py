@@ -18,16 +18,13 @@ from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.sizes import count_hint
-from mom_passes.ops.transfers import FETCH, FETCH_CHOSEN, FETCH_ROWS, FETCH_START
+from mom_passes.ops.transfers import ARRIVING, FETCH, FETCH_START
 from mom_passes.program.memory import Leaving, leaving
 from mom_passes.program.rewritten import Rewritten
 
 #: Of a device, what is left to what nobody counts: one part in so many, but not less than that many bytes. The
 #: allocator rounds up and its segments have holes, cuBLAS keeps a workspace for each stream, and kernels are loaded.
 MARGIN_SHARE, LEAST_MARGIN = 32, 256 << 20
-
-#: What reads inputs that are on the host.
-_FROM_HOST = frozenset({FETCH, FETCH_START, FETCH_ROWS, FETCH_CHOSEN})
 
 
 def offloads(options: Options, device: torch.device) -> bool:
@@ -101,5 +98,5 @@ def budget_of(options: Options, device: torch.device, weights: int) -> int:
 def _static_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.device) -> int:
     """Parameters and buffers on the device. What is read by transfers is on the host, though a CPU's is that, too."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
-    values = [n.meta["val"] for n in inputs if not (n.users and all(user.target in _FROM_HOST for user in n.users))]
+    values = [n.meta["val"] for n in inputs if not (n.users and all(user.target in ARRIVING for user in n.users))]
     return sum(count_hint(value.shape) * value.element_size() for value in values if value.device == device)

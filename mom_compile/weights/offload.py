@@ -112,21 +112,28 @@ def offload_weights(
     return made
 
 
+def least_budget(model: nn.Module, keep: Collection[str] = ()) -> int:
+    """The smallest `memory_budget` with which weights of a model can be offloaded, in bytes."""
+    return _least(parameters_of(model, keep), _buffer_bytes(model))
+
+
+def _least(found: Parameters, buffers: int) -> int:
+    """Two layers, and what is on the device in any case."""
+    return found.resident_bytes + buffers + 2 * max((unit.bytes for unit in found.layers), default=0)
+
+
 def split(found: Parameters, buffers: int, budget: int) -> tuple[list[Unit], list[Unit]]:
     """Units that stay on the device and those that do not. Raises `ValueError` where two layers do not fit."""
     every = found.resident_bytes + buffers + sum(unit.bytes for unit in found.units)
     if every <= budget:
         return list(found.units), []
-    layers = found.layers
-    room = budget - found.resident_bytes - buffers
-    largest = max((unit.bytes for unit in layers), default=0)
-    least = found.resident_bytes + buffers + 2 * largest
+    least = _least(found, buffers)
     if budget < least:
         raise ValueError(
             f"memory_budget={budget} bytes ({in_units(budget)}) cannot hold two layers of this model and what has to "
             f"be on the device beside them: the smallest budget is {least} bytes ({in_units(least)})"
         )
-    stay = residents(layers, room - 2 * largest)
+    stay = residents(found.layers, budget - least)
     names = {unit.name for unit in stay}
     return stay, [unit for unit in found.units if unit.name not in names]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -78,6 +78,15 @@ def said_of(*tensors: torch.Tensor) -> str:
     if holder is None:
         return "rows could not be copied between device and host"
     return f"{holder.what} could not be copied" + (f" to or from {holder.where}" if holder.in_file else "")
+
+
+def between(seams: Iterable[int], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Bytes `[first, end)` as runs that no seam lies within. `seams` ascend."""
+    for seam in seams:
+        if first < seam < end:
+            yield first, seam
+            first = seam
+    yield first, end
 
 
 class Readers:

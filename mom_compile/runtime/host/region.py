@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from mom_compile.runtime.host.backings.base import BLOCK, Backing, whole_blocks
 from mom_compile.runtime.host.backings.registration import REGISTRAR
 from mom_compile.runtime.host.done import CopyError, Done, Ticket
-from mom_compile.runtime.host.holders import Begin
+from mom_compile.runtime.host.holders import Begin, between
 from mom_compile.runtime.host.limits import HostMemoryError, available_memory
 
 #: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
@@ -150,11 +150,7 @@ class HostRegion:
 
     def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """Bytes `[first, end)` as runs that each lie within one pinned range."""
-        for seam in self.backing.seams:
-            if first < seam < end:
-                yield first, seam
-                first = seam
-        yield first, end
+        return between(self.backing.seams, first, end)
 
     def copied(self, begin: Begin) -> Ticket:
         """Begin a copy behind the last one: of two threads that ask at once, the second waits for the first one's."""

@@ -162,11 +162,13 @@ class Offload:
 @dataclass(frozen=True)
 class KeepWeights:
     """The beginning of a program: until its end nobody else writes to a weight that it is given. It would have read
-    some of them before that and some after."""
+    some of them before that and some after. `numbers` are those of the inputs that come from the host."""
+
+    numbers: tuple[int, ...]
 
     def __call__(self, inputs: Sequence[Any]) -> None:
-        for value in inputs:
-            holder = holder_of(value) if isinstance(value, torch.Tensor) else None
+        for number in self.numbers:
+            holder = holder_of(inputs[number])
             if isinstance(holder, WeightBytes):
                 READERS.begin(holder)
 

@@ -27,7 +27,7 @@ import torch
 from mom_compile.runtime.host.backings.registration import PIECE, Pin
 from mom_compile.runtime.host.done import CopyError, Done, Ticket
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.holders import Begin, hold, holder_of
+from mom_compile.runtime.host.holders import Begin, between, hold, holder_of
 
 PAGE = mmap.PAGESIZE
 
@@ -70,11 +70,7 @@ class WeightRegion:
             self.seams = sorted(end for end in ends if 0 < end < size)
 
     def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        for seam in self.seams:
-            if first < seam < end:
-                yield first, seam
-                first = seam
-        yield first, end
+        return between(self.seams, first, end)
 
 
 class WeightBytes:

@@ -23,10 +23,9 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import is_mutation, seen_from
+from mom_passes.graph.aliasing import is_mutation, seen_from, view_chain
 from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
-from mom_passes.graph.sizes import count_hint
-from mom_passes.graph.values import is_size
+from mom_passes.graph.values import bytes_of, is_size
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
 from mom_passes.rules.attention import SDPA
@@ -75,11 +74,9 @@ def _last_input(graph: fx.Graph) -> fx.Node:
 
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
     """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
-    views: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (source := _viewed(node)) is not None:
-        views.append(node)
-        node = source
-    return (node if isinstance(node, fx.Node) and node.op == "placeholder" else None), views[::-1]
+    assert isinstance(node, fx.Node)
+    *views, base = view_chain(node)
+    return (None if base.op != "placeholder" or any(map(is_mutation, views)) else base), views[::-1]
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
@@ -107,18 +104,19 @@ class _Weight:
 
     @property
     def bytes(self) -> int:
-        value = self.fetch.meta["val"]
-        return count_hint(value.shape) * int(value.element_size())
+        return bytes_of(self.fetch)
 
 
 def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
     """Let every weight arrive before its stretch, with its group. Returns the waits, in the order they are."""
     graph = gm.graph
-    weights = [_weight(node) for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT) if node.users]
+    fetches = graph.find_nodes(op="call_function", target=FETCH_WEIGHT)
+    if not fetches:
+        return ()
     waits: list[fx.Node] = []
-    for group in _groups(graph, weights):
+    for group in _groups(graph, [_weight(node) for node in fetches if node.users]):
         waits += _arrive(graph, group)
-    for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
+    for node in fetches:
         graph.erase_node(node)
     gm.recompile()
     return tuple(waits)

@@ -64,6 +64,9 @@ OFFLOAD = torch.ops.mom.offload.default
 #: What a runtime runs between compiled pieces, never inside one.
 COPIES = frozenset({FETCH_ROWS, FETCH_CHOSEN, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
 
+#: What reads a value on the host and brings it to the device.
+ARRIVING = frozenset({FETCH, FETCH_WEIGHT, FETCH_ROWS, FETCH_CHOSEN, FETCH_START})
+
 HOST = torch.device("cpu")
 
 

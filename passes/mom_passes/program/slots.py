@@ -23,6 +23,8 @@ from mom_passes.rules.work import matmul_work
 
 def reuse_slots(gm: fx.GraphModule, waits: Collection[fx.Node]) -> int:
     """Decide it for the copies that these waits end, in place; returns how many take another's place."""
+    if not waits:
+        return 0
     starts = {start for wait in waits for start in wait.all_input_nodes}
     last = {start: _last_reader(start) for start in starts}
     free: dict[Hashable, list[fx.Node]] = {}

@@ -1,4 +1,4 @@
-"""What a run of a program moves between host and device, and what it computes meanwhile.
+"""What a run of a program brings to the device of weights on the host, and what it computes meanwhile.
 
 Terms
 -----
@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import sympy
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import bytes_of, value_of
-from mom_passes.ops.transfers import APPEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, OFFLOAD
+from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.program import Compute, LoopStep, Program, Step, Transfer
-from mom_passes.program.storages import bytes_of_value
 from mom_passes.rules.work import matmul_work
 
 
@@ -49,31 +47,6 @@ class WeightTraffic:
     @property
     def bytes(self) -> int:
         return sum(arrival.bytes for arrival in self.arrivals) + self.rows + self.chosen
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a run moves, as expressions in its sizes. Weights are in `to_device`, too."""
-
-    to_host: sympy.Expr
-    to_device: sympy.Expr
-
-
-def traffic(program: Program) -> Traffic:
-    """What leaves for the host and what arrives: of an append only the new rows, of a fetch only the old ones."""
-    to_host = to_device = sympy.S.Zero
-    for node in (step.node for step in program.steps if isinstance(step, Transfer)):
-        if node.target is FETCH_START:
-            to_device += bytes_of_value(node.args[0])  # type: ignore[arg-type]
-        elif node.target is FETCH_ROWS:
-            to_device += bytes_of_value(node)
-        elif node.target is FETCH_CHOSEN:
-            to_device += _of_chosen(node)
-        elif node.target is OFFLOAD:
-            to_host += bytes_of_value(node)
-        elif node.target is APPEND:
-            to_host += bytes_of_value(node.args[1])  # type: ignore[arg-type]
-    return Traffic(sympy.expand(to_host), sympy.expand(to_device))
 
 
 def weight_traffic(program: Program, waits: Collection[fx.Node]) -> WeightTraffic:
