@@ -29,7 +29,7 @@ import mom_compile
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
 from examples.demo import OUTPUT
-from mom_compile.config import parse_bytes
+from mom_compile.quantities import parse_bytes
 from mom_compile.runtime.host.engines import engine_for
 
 Row = dict[str, Any]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mom_compile.quantities import parse_bytes
 from mom_compile.runtime.host.placement import MEMORY, TIERS
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
 from mom_passes.loops.loop import ExpertRows, RowLimit
@@ -44,9 +44,6 @@ MAX_MINI_SEQ_LEN = 1 << 30
 SCOPES = ("layer", "mlp", "none")
 
 KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
-
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
-          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,22 +118,6 @@ def _check_mini_seq_len(value: Any) -> None:
             f"mini_seq_len={value!r} is not valid; it is 'auto' or a whole number of tokens "
             f"from 2 to {MAX_MINI_SEQ_LEN} (a mini-sequence of one row would be specialised on)"
         )
-
-
-def parse_bytes(value: Any) -> int:
-    """Bytes of a number or of a text such as "24GiB". Raises `ValueError` for anything else."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if found is not None and found[2].upper() in _UNITS:
-        size = int(float(found[1]) * _UNITS[found[2].upper()])
-    elif isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    else:
-        size = 0
-    if size <= 0:
-        raise UserError(
-            f"memory_budget={value!r} is not valid; it is a number of bytes above 0, or a text like '24GiB'"
-        )
-    return size
 
 
 def _check_kv(options: Options) -> None:

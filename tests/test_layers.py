@@ -19,8 +19,9 @@ ROOMS = {
         "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat", "versions", "notices", "runtime", "timeline config report pipeline stand_ins cache_key",
-        "memory", "lowering", "compiled", "backend", "explain scores weights",
+        "torch_compat", "versions", "notices quantities", "runtime",
+        "timeline config report pipeline stand_ins cache_key", "memory",
+        "lowering", "compiled", "backend", "explain scores weights", "planning",
     ),
 }  # fmt: skip
 #: The only files that may touch what is not public in PyTorch, so that a new PyTorch is two files to look at.

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import mom_compile
-from mom_compile.config import parse_bytes
+from mom_compile.quantities import parse_bytes
 from tests.models import ids, tiny
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from mom_compile import backend, explain
-from mom_compile.config import Options, parse_bytes, parse_options
+from mom_compile.config import Options, parse_options
 from mom_compile.memory import policy
 from mom_compile.memory.attention import ATTENTION, BIASES, most_of_attention
 from mom_compile.memory.place import KVPlace
@@ -204,20 +204,6 @@ def test_what_attention_takes_for_itself(tokens, mask, keys, blocks_of):
     rewritten = Rewritten.of(fx.GraphModule(torch.nn.Module(), graph))
     own = 2 * 4 * 50 * (4 + 2 * 64)
     assert rewritten.memory.number(most_of_attention(rewritten.plan)) == own + BIASES * blocks_of
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("24GiB", 24 << 30), ("1.5 MiB", 3 << 19), ("7 kb", 7000), ("12", 12), (5, 5), ("80gb", 80 * 10**9)],
-)
-def test_bytes_are_read_from_numbers_and_texts(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("bad", ["", "GiB", "-3GiB", "3 XiB", "1e9", 0, -1, True, 2.5, None, [1]])
-def test_what_is_no_amount_of_bytes_is_refused(bad):
-    with pytest.raises(ValueError, match=r"memory_budget=.*24GiB"):
-        parse_bytes(bad)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""The config of a model, from a folder, a config.json or the name of a shipped shape.
+
+Nothing is downloaded, and no code that comes with a model is run: what is built is what transformers itself has for the
+config's model type.
+
+    name or path -> JSON -> fields -> config of transformers -> its text part -> (config, name, notes)
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mom_compile.planning.shapes import find_shape, nearest_shape, shapes
+
+CONFIG_NAME = "config.json"
+
+
+class PlanError(ValueError):
+    """No plan can be made of what was given. Says what is wrong with it and what can be done."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model's `config` (of transformers, its text part), what to call it, and what its reader has to know of it."""
+
+    config: Any
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def find_config(model: str | Path) -> Found:
+    """The config that a path or the name of a shipped shape stands for. A path that exists comes first.
+
+    Raises `PlanError` for one that is not there, is no JSON, or is of no model that transformers can build by itself.
+    """
+    path = Path(model)
+    if os.path.exists(path):
+        file = _file_of(path)
+        return of_fields(_read(file), file.resolve().parent.name or str(file), str(file))
+    shape = find_shape(str(model))
+    if shape is not None:
+        return of_fields(dict(shape.config), shape.name, shape.name)
+    raise PlanError(_not_there(str(model)))
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise PlanError(f"{path} is neither a folder nor a file")
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        others = sorted(entry.name for entry in path.glob("*.json"))
+        there = f"; of JSON it has {', '.join(others[:4])}" if others else ""
+        raise PlanError(
+            f"the folder {path} has no {CONFIG_NAME}{there}; give the folder that save_pretrained or a download has "
+            f"written, or the file itself"
+        )
+    return file
+
+
+def _not_there(model: str) -> str:
+    near = nearest_shape(model)
+    meant = "" if near is None else f" (did you mean {near!r}?)"
+    known = f"shipped shapes are {', '.join(shapes())}"
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".json"):
+        return (
+            f"there is no folder {model!r} here{meant}, and nothing is downloaded; `hf download {model} {CONFIG_NAME} "
+            f"--local-dir FOLDER` fetches its config.json, and {known}"
+        )
+    return f"{model!r} is no folder, no file and no shipped shape{meant}; {known}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{file} is no text in UTF-8, so no config: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{file} is no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+    except RecursionError:
+        raise PlanError(f"{file} is no config: it is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise PlanError(f"{file} is no config: it holds {_kind(fields)}, and a config is an object of named fields")
+    return fields
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
+    """The config of a config.json's fields; `where` they were found is for messages."""
+    library = _transformers()
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        hint = "" if model_type is None else f" {model_type!r}, which is no name"
+        raise PlanError(f"{where} is no config of transformers: {_lacking(hint)}; every config.json of a model has one")
+    if model_type not in library.CONFIG_MAPPING:
+        raise PlanError(_unknown_type(library, model_type, fields, where))
+    notes = []
+    if "auto_map" in fields:
+        notes.append(f"the code that comes with it (auto_map) is not run: planned is transformers' own {model_type}")
+    given = {key: value for key, value in fields.items() if key not in ("auto_map", "quantization_config")}
+    config = _built(library, model_type, given, where)
+    whole, config = config, _text_part(config, where)
+    if config is not whole:
+        notes.append(f"{model_type} has other parts beside its text model: planned is that alone, {config.model_type}")
+    nested = getattr(config, "quantization_config", None) if config is not whole else None
+    notes += _quantised(fields.get("quantization_config") or nested)
+    if nested is not None:
+        del config.quantization_config
+    _check_decoder(library, config, where)
+    return Found(config, name, tuple(notes))
+
+
+def _lacking(hint: str) -> str:
+    return f"its model_type is{hint}" if hint else "it has no model_type"
+
+
+def _unknown_type(library: ModuleType, model_type: str, fields: dict[str, Any], where: str) -> str:
+    near = difflib.get_close_matches(model_type, list(library.CONFIG_MAPPING), n=3)
+    meant = f"; the nearest that it knows are {', '.join(near)}" if near else ""
+    if "auto_map" in fields:
+        return (
+            f"{where}: transformers {library.__version__} has no model type {model_type!r}; its code comes with the "
+            f"model (auto_map), and no such code is run here. A version of transformers that has it would do{meant}"
+        )
+    return f"{where}: transformers {library.__version__} has no model type {model_type!r}{meant}"
+
+
+def _built(library: ModuleType, model_type: str, fields: dict[str, Any], where: str) -> Any:
+    try:
+        return library.AutoConfig.for_model(**{**fields, "model_type": model_type})
+    except Exception as error:  # whatever a config class raises for values that it does not take
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PlanError(f"{where} is no valid config of {model_type}: {reason}") from error
+
+
+def _text_part(config: Any, where: str) -> Any:
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError as error:
+        kind = config.model_type
+        raise PlanError(f"{where}: {kind} has several text models; give the config of one: {error}") from error
+
+
+def _quantised(given: Any) -> list[str]:
+    if not given:
+        return []
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    return [f"its checkpoint is quantised ({method or 'no method named'}); planned are unquantised weights"]
+
+
+def _check_decoder(library: ModuleType, config: Any, where: str) -> None:
+    if config.is_encoder_decoder:
+        raise PlanError(f"{where}: {config.model_type} is an encoder with a decoder; plans are for decoders alone")
+    if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise PlanError(f"{where}: transformers has no language model (AutoModelForCausalLM) of {config.model_type}")
+
+
+def _transformers() -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise PlanError("configs are read with transformers: pip install transformers") from error

@@ -1,0 +1,91 @@
+"""Amounts are read as people write them, and what is no amount is refused with what is accepted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mom_compile.quantities import MOST_BYTES, MOST_TOKENS, parse_bytes, parse_tokens
+from mom_compile.report.units import in_units
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 << 30), ("1.5 MiB", 3 << 19), ("7 kb", 7000), ("12", 12), (5, 5), ("80gb", 80 * 10**9),
+     ("80 GiB", 80 << 30), ("80G", 80 * 10**9), ("80Gi", 80 << 30), (" 0.1 TB ", 10**11), ("131,072", 131072),
+     ("1_000_000 B", 10**6), ("0.1 KiB", 102)],
+)  # fmt: skip
+def test_bytes_are_read_from_numbers_and_texts(text, size):
+    assert parse_bytes(text) == size
+
+
+NONSENSE = ["", "GiB", "-3GiB", "3 XiB", "1e9", 0, -1, True, 2.5, None, [1], "0", "0 GiB", "nan", float("nan"),
+            "inf", float("inf"), "1e400", "80 GiB 3", "1,5 GiB", "12,34", "8__0", "0x10", "٣", "1.",
+            ".5GiB", "80 80"]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [*NONSENSE, "0.5", "9" * 5000, "99999999 TiB"])
+def test_what_is_no_amount_of_bytes_is_refused(bad):
+    with pytest.raises(ValueError, match=r"memory_budget=.*24GiB"):
+        parse_bytes(bad)
+
+
+def test_a_refusal_names_the_option_that_it_was_given_for():
+    with pytest.raises(ValueError, match=r"^--device-memory='80 elephants' is not valid; .*'24GB' \(1000\)"):
+        parse_bytes("80 elephants", "--device-memory")
+    with pytest.raises(ValueError, match=r"^--seq-len='many' is not valid; .*'455k' \(1000\), '128Ki' \(1024\)"):
+        parse_tokens("many", "--seq-len")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("455k", 455_000), ("1M", 10**6), ("131072", 131072), ("128Ki", 1 << 17), ("128 ki", 1 << 17), ("1.5k", 1500),
+     ("131,072", 131072), ("1_000_000", 10**6), ("1m", 10**6), ("0.5Mi", 1 << 19), (7, 7)],
+)  # fmt: skip
+def test_tokens_are_read_from_numbers_and_texts(text, count):
+    assert parse_tokens(text) == count
+
+
+@pytest.mark.parametrize("bad", [*(value for value in NONSENSE), "80GiB", "5 kb", "9" * 5000])
+def test_what_is_no_number_of_tokens_is_refused(bad):
+    with pytest.raises(ValueError, match=r"seq_len=.*is not valid.*'455k'"):
+        parse_tokens(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("1.5", "1.5 is no whole number of tokens"), ("0.0001k", "0.1 is no whole"), ("9999T", "no model takes as many")],
+)
+def test_it_is_said_what_is_wrong_with_a_number_of_tokens(text, why):
+    with pytest.raises(ValueError, match=why):
+        parse_tokens(text)
+
+
+@given(st.integers(1, MOST_BYTES))
+def test_bytes_that_are_printed_can_be_read_again(size):
+    assert parse_bytes(size) == parse_bytes(str(size)) == parse_bytes(f"{size:,}") == size
+    # Two digits at least: 1.0 KiB stands for up to 1.05.
+    assert abs(parse_bytes(in_units(size)) - size) <= 0.05 * size + 1
+
+
+@given(st.integers(1, MOST_TOKENS))
+def test_whole_numbers_of_tokens_can_be_read_again(count):
+    assert parse_tokens(count) == parse_tokens(str(count)) == parse_tokens(f"{count:,}") == count
+
+
+@given(st.integers(1, 1000), st.sampled_from(["", "K", "M", "G"]))
+def test_a_unit_is_a_factor(count, unit):
+    assert parse_tokens(f"{count}{unit}i" if unit else str(count)) == count << 10 * ["", "K", "M", "G"].index(unit)
+    assert parse_bytes(f"{count} {unit}B") == count * 1000 ** ["", "K", "M", "G"].index(unit)
+
+
+@given(st.text(max_size=12))
+def test_no_text_at_all_is_more_than_refused(text):
+    for parse in (parse_bytes, parse_tokens):
+        message = None
+        try:
+            assert parse(text) > 0
+        except ValueError as error:
+            message = str(error)
+        assert message is None or repr(text) in message
