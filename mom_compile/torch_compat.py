@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
@@ -44,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
@@ -445,6 +447,18 @@ def least_value(size: torch.SymInt) -> int:
     bounds = size.node.shape_env.var_to_range.get(size.node.expr)
     lower = bounds.lower if bounds is not None else 0
     return int(lower) if getattr(lower, "is_Integer", False) else 0
+
+
+def bounds_of(size: torch.SymInt) -> tuple[int, int | None]:
+    """The least and the most that a graph's guards let a symbol be; None: it has no most."""
+    bounds = size.node.shape_env.var_to_range.get(size.node.expr)
+    most = getattr(bounds, "upper", None)
+    return least_value(size), int(most) if getattr(most, "is_Integer", False) else None
+
+
+def may_vary(value: torch.Tensor, dim: int) -> None:
+    """A dimension of an input to be traced as a symbol, unless the traced code needs to know it."""
+    maybe_mark_dynamic(value, dim)
 
 
 _checks: Any = torch._C._dynamo.guards

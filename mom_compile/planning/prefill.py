@@ -1,0 +1,84 @@
+"""The graph of a prefill, captured for any number of tokens: what every way to compile it is planned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from mom_compile.backend import static_input_names
+from mom_compile.planning.configs import PlanError
+from mom_compile.stand_ins import on_stand_ins
+from mom_compile.torch_compat import (
+    bounds_of,
+    capture,
+    floats_are_constants,
+    mark_boxed,
+    may_vary,
+    trace_whole,
+    undisturbed,
+)
+from mom_passes.graph.sizes import expr
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """A captured graph, which nobody changes: `static` names its parameters and buffers, `sizes` are its symbols for
+    tokens and sequences where it has any. It holds for `shortest` to `longest` tokens (None: any number): a model with
+    windows computes something else where all tokens are in one."""
+
+    graph: fx.GraphModule
+    static: frozenset[str]
+    layers: int
+    tokens: sympy.Expr
+    sequences: sympy.Expr
+    shortest: int
+    longest: int | None
+
+    def holds_for(self, seq_len: int) -> bool:
+        return self.shortest <= seq_len and (self.longest is None or seq_len <= self.longest)
+
+    def sizes(self, batch_size: int, seq_len: int) -> dict[sympy.Symbol, int]:
+        """The values of its symbols in a run."""
+        given = ((self.tokens, seq_len), (self.sequences, batch_size))
+        return {symbol: value for symbol, value in given if symbol.is_Symbol}
+
+
+def capture_prefill(model: nn.Module, layers: int, batch_size: int, seq_len: int) -> Prefill:
+    """The graph of `model(ids, use_cache=True, logits_to_keep=1)` for `ids` `[batch_size, seq_len]`, traced on
+    stand-ins: a model on the meta device takes no memory. `layers` is how many the model has.
+
+    Raises `PlanError` for a model that cannot be traced as one graph.
+    """
+    ids = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
+    given = ((ids,), {"use_cache": True, "logits_to_keep": 1})
+    found: list[tuple[fx.GraphModule, dict[str, Any]]] = []
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+        found.append((gm, kwargs))
+        return mark_boxed(lambda values: ())
+
+    with torch.no_grad(), undisturbed(), floats_are_constants(), on_stand_ins(model, given) as (args, kwargs):
+        may_vary(args[0], 1)
+        if batch_size > 1:
+            may_vary(args[0], 0)
+        broken = trace_whole(model.forward, args, kwargs, lambda gm, inputs: capture(gm, inputs, inner, {}))
+    if broken is not None or len(found) != 1:
+        raise PlanError(f"{type(model).__name__} cannot be traced as one graph: {broken or 'it computes nothing'}")
+    gm, settings = found[0]
+    return _described(gm, frozenset(static_input_names(gm, settings)), layers, seq_len)
+
+
+def _described(gm: fx.GraphModule, static: frozenset[str], layers: int, seq_len: int) -> Prefill:
+    sequences, tokens = _ids(gm, static).shape
+    shortest, longest = bounds_of(tokens) if isinstance(tokens, torch.SymInt) else (seq_len, seq_len)
+    return Prefill(gm, static, layers, expr(tokens), expr(sequences), shortest, longest)
+
+
+def _ids(gm: fx.GraphModule, static: frozenset[str]) -> torch.Tensor:
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if n.name not in static]
+    return next(value for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.int64)

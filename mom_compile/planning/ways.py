@@ -1,0 +1,202 @@
+"""What a prefill takes in each way to run it, at any length: expressions of traced models, carried on to all layers.
+
+Terms
+-----
+way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, or ours with more and more on the host.
+profile    Bytes above weights and inputs, moment by moment: after each operator in eager mode, in each step of a
+           program.
+head       The first half of a shorter model's profile: the longer one begins alike.
+tail       The rest. What a period of layers adds to its peak, it adds each time.
+
+    peak(all layers) = the most of  peak(head),  peak(tail) + periods * (peak(longer one's tail) - peak(tail))
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from mom_compile.config import Options
+from mom_compile.memory.attention import most_of_attention
+from mom_compile.memory.choose_rows import Footprint
+from mom_compile.memory.layer_rows import row_rule
+from mom_compile.memory.rows import Properties
+from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.planning.prefill import Prefill
+from mom_compile.report import Report
+from mom_passes.graph.edit import compute_device, copy_graph, emit
+from mom_passes.ops.transfers import FETCH_WEIGHT
+from mom_passes.program.memory import stock_peak
+from mom_passes.program.program import Place, Program
+from mom_passes.program.rewritten import Rewritten
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to compile: the `scope` of loops, whether the `cache` and the `weights` are on the host."""
+
+    what: str
+    scope: str = "layer"
+    cache: bool = False
+    weights: bool = False
+
+
+EAGER, INDUCTOR = "eager", "inductor"
+
+#: Those that go through our passes.
+KINDS = {
+    "mlp": Kind("the MOM paper's scope", scope="mlp"),
+    "mom": Kind("mom"),
+    "mom-cache": Kind("mom, cache on the host", cache=True),
+    "mom-weights": Kind("mom, cache and weights on the host", cache=True, weights=True),
+}
+
+
+def carried_on(profiles: Sequence[Sequence[int]], periods: int) -> int:
+    """The peak of all layers from the profiles of one model, whole, or of two, a period of layers apart."""
+    if len(profiles) == 1:
+        return max(profiles[0], default=0)
+    shorter, longer = profiles
+    head = len(shorter) // 2
+    first, second = (max(profile[head:], default=0) for profile in (shorter, longer))
+    return max(max(shorter[:head], default=0), first + periods * (second - first))
+
+
+def straight(values: Sequence[int], periods: int) -> int:
+    """What grows by as much with each period of layers."""
+    return values[0] if len(values) == 1 else values[0] + periods * (values[1] - values[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A traced model rewritten for one way. `rows` of each moment are those that the rule says for a run."""
+
+    prefill: Prefill
+    rewritten: Rewritten
+    report: Report
+    footprint: Footprint
+    host: sympy.Expr
+
+    def sizes(self, batch_size: int, seq_len: int) -> tuple[int, ...]:
+        known = {**self.rewritten.memory.hints, **self.prefill.sizes(batch_size, seq_len)}
+        return tuple(int(known[symbol]) for symbol in self.footprint.symbols)
+
+    def full(self, batch_size: int, seq_len: int) -> int:
+        """What lives at full length."""
+        return self.footprint.full(self.sizes(batch_size, seq_len))
+
+    def profile(self, batch_size: int, seq_len: int, full: int, *, fewest: bool = False) -> list[int]:
+        """Bytes of each moment, with the rows for what the whole model has at full length, or the `fewest` that there
+        may be."""
+        sizes = self.sizes(batch_size, seq_len)
+        rows = self.footprint.rows(sizes, full)
+        if fewest:
+            rows = tuple(map(min, rows, self.footprint.fewest(sizes)))
+        each = [step.bytes(sizes, count) for step, count in zip(self.footprint.steps, rows, strict=True)]
+        return [each[number] for number in self.footprint.order]
+
+    def rows(self, batch_size: int, seq_len: int, full: int) -> int:
+        """Rows of a mini-sequence, of the loop that is most frequent; 0 without loops."""
+        rows = self.footprint.rows(self.sizes(batch_size, seq_len), full)
+        found = [rows[number] for number in self.footprint.order if rows[number]]
+        return max(set(found), key=found.count, default=0)
+
+    def on_host(self, batch_size: int, seq_len: int) -> int:
+        return self.rewritten.memory.number(self.host, self.prefill.sizes(batch_size, seq_len))
+
+
+def compile_for(prefill: Prefill, kind: Kind, options: Options, gpu: Properties | None, shapes: frozenset[tuple[int, ...]]) -> Compiled | None:
+    """A traced model in one way, on a GPU or on the CPU; `shapes` are of the weights that leave. None where there is
+    nothing to gain, and stock Inductor has it."""
+    gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
+    type, report = "cpu" if gpu is None else "cuda", Report()
+    try:
+        rewritten = run_pipeline(
+            gm, static_inputs=prefill.static, limit=options.limit(type), report=report, scope=kind.scope, kv_on_host=kind.cache
+        )
+    except NotWorthwhile:
+        return None
+    report.describe(rewritten)
+    beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
+    rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
+    footprint, _ = Footprint.of(rewritten.memory, rule, beside)
+    return Compiled(prefill, rewritten, report, footprint, _bytes_on_host(rewritten.plan))
+
+
+def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) -> fx.GraphModule:
+    """As it is captured where parameters of these shapes are kept on the host: each is fetched."""
+    gm = copy_graph(prefill.graph)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    device = compute_device(gm)
+    with gm.graph.inserting_after(inputs[-1]):
+        for node in inputs:
+            if node.name in prefill.static and tuple(node.meta["val"].shape) in shapes and node.users:
+                fetched = emit(gm.graph, FETCH_WEIGHT, (node, device))
+                node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
+    gm.recompile()
+    return gm
+
+
+def _bytes_on_host(plan: Program) -> sympy.Expr:
+    found = dict.fromkeys(storage for storage in plan.storages.values() if storage.place is Place.HOST)
+    return sum((storage.bytes for storage in found), sympy.S.Zero)
+
+
+def stock_bytes(prefill: Prefill) -> sympy.Expr:
+    """The peak of a traced model as stock Inductor compiles it."""
+    found = stock_peak(copy_graph(prefill.graph))
+    return found.highest.bytes
+
+
+def longest_that_fits(peak: Callable[[int], int], budget: int, most: int) -> int:
+    """The most tokens whose peak is at most `budget` bytes, where more tokens never take less; 0 where none fit, `most`
+    where all do. Between what fits and what does not, the next length is where a straight line passes the budget, or
+    half way if that moved but one end."""
+    if peak(1) > budget:
+        return 0
+    low, high = 1, 1024
+    while high < most and peak(high) <= budget:
+        low, high = high, min(most, 4 * high)
+    if high >= most and peak(most) <= budget:
+        return most
+    moved = 0
+    while high - low > 1:
+        fits, over = peak(low), peak(high)
+        guess = low + math.floor((high - low) * (budget - fits) / max(1, over - fits))
+        guess = (low + high) // 2 if abs(moved) > 1 else min(max(guess, low + 1), high - 1)
+        if peak(guess) <= budget:
+            low, moved = guess, max(moved, 0) + 1
+        else:
+            high, moved = guess, min(moved, 0) - 1
+        moved = 0 if abs(moved) > 2 else moved
+    return low
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """Bytes of the device at the peak of a prefill, weights and inputs included, and bytes on the host beside it, at
+    any length."""
+
+    what: str
+    of_device: Callable[[int], int]
+    of_host: Callable[[int], int]
+    most: int
+
+    def peak_bytes(self, seq_len: int) -> int:
+        return self._peak(seq_len)
+
+    def host_bytes(self, seq_len: int) -> int:
+        return self.of_host(seq_len)
+
+    def max_seq_len(self, budget: int) -> int:
+        """The longest context that `budget` bytes of the device have room for; 0: none."""
+        return longest_that_fits(self._peak, budget, self.most)
+
+    @functools.cached_property
+    def _peak(self) -> Callable[[int], int]:
+        return functools.cache(self.of_device)
