@@ -15,6 +15,7 @@ from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.usage import HostMemory, host_memory
 from mom_compile.runtime.host.weight import HostWeight
 from mom_compile.scores import TokenScores, token_log_probs
+from mom_compile.timeline import measured_steps
 from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weights
 from mom_passes.errors import CannotChunk
 from mom_passes.rules import All, Claim, Dim, Past, Rows
@@ -25,5 +26,5 @@ __version__ = "0.1.0"
 __all__ = [
     "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MomWarning",
     "OffloadedWeights", "Past", "Report", "Rows", "TokenScores", "chunk_rule", "empty_host_pool", "explain",
-    "host_memory", "load_offloaded", "offload_weights", "reports", "token_log_probs",
+    "host_memory", "load_offloaded", "measured_steps", "offload_weights", "reports", "token_log_probs",
 ]  # fmt: skip

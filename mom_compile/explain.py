@@ -65,6 +65,14 @@ class Explanation:
         graphs = [text if count == 1 else f"{count} graphs alike: {text}" for text, count in counts.items()]
         return "\n".join([*self.notes, *graphs])
 
+    def __rich__(self) -> Any:
+        from mom_compile.report.rendered import rendered_graphs  # rich is only needed where it prints
+
+        alike: dict[str, list[Report]] = {}
+        for report in self.reports:
+            alike.setdefault(str(report), []).append(report)
+        return rendered_graphs(self.notes, [(len(reports), reports[0].table()) for reports in alike.values()])
+
 
 @dataclass(frozen=True)
 class _Call:

@@ -33,8 +33,10 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload as OpOverload
@@ -324,6 +326,16 @@ def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's options for a `torch.compile` mode. Raises RuntimeError for an unknown one."""
     return dict(list_mode_options(mode))
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler that Inductor would take. Raises `RuntimeError` where it finds none."""
+    return get_cpp_compiler()
+
+
+def compile_cache_folder() -> str:
+    """Where Inductor keeps what it compiles; it is made if it is not there. Raises `OSError`."""
+    return cache_dir()
 
 
 def inductor_option_names() -> set[str]:

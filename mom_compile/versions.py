@@ -26,16 +26,21 @@ def running() -> dict[str, str]:
 
 def untested(found: Mapping[str, str]) -> str | None:
     """Which of these versions are outside the tested range, in a sentence; None if none is."""
-    outside = [f"{name} {version}" for name, version in found.items() if not _is_tested(name, version)]
+    outside = [f"{name} {version}" for name, version in found.items() if not is_tested(name, version)]
     if not outside:
         return None
     tested = ", ".join(f"{name} {first} to {last}" for name, (first, last) in TESTED.items())
     return f"mom_compile is tested with {tested}; results with {' and '.join(outside)} are unverified"
 
 
-def _is_tested(name: str, version: str) -> bool:
+def is_tested(name: str, version: str) -> bool:
     first, last = TESTED[name]
     return _release(first) <= _release(version) <= _release(last)
+
+
+def is_older(name: str, version: str) -> bool:
+    """Than the first that is tested."""
+    return _release(version) < _release(TESTED[name][0])
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mom_compile.report.details import details
 from mom_compile.report.record import DECODE_STEP, GRAPH, PREFILL, SCORING, KVReport, PassReport, Record, moved_rows
 from mom_compile.report.shares import Share, shares
 from mom_compile.report.stages import LiveValue, StageReport, stage_report
 from mom_compile.report.summary import summary
+from mom_compile.report.table import ReportTable, report_table
 from mom_compile.report.units import in_units
-from mom_compile.timeline import draw_timeline
+from mom_compile.timeline import Measured, draw_timeline
 from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import loops
 from mom_passes.program.program import LoopStep
@@ -63,14 +65,25 @@ class Report(Record):
         moved = f"{moved_rows(self)} to the host, " if self.on_host else ""
         return f"{what}{moved}expected peak {in_units(self.expected_peak_bytes)}"
 
-    def plot(self, path: str | Path) -> None:
-        """Draw what the program is expected to take, step by step, to an image file. Needs matplotlib.
+    def plot(self, path: str | Path, measured: Measured | None = None) -> None:
+        """Draw what the program is expected to take, step by step, to an image file, and beside it what it took: what
+        `mom_compile.measured_steps` gave, or one number of bytes for each step. Needs matplotlib.
 
-        Raises `ValueError` for a graph that went to stock Inductor: there is no program of ours.
+        Raises `ValueError` for a graph that went to stock Inductor, since there is no program of ours, and for what was
+        measured of another program.
         """
         if self.memory is None or not self.memory.moments:
             raise ValueError(f"nothing to draw: {self.fallback or 'the graph has no program'}")
-        draw_timeline(self.memory, Path(path))
+        draw_timeline(self.memory, Path(path), measured)
+
+    def table(self) -> ReportTable:
+        """The same as `str(report)` as data."""
+        return report_table(self)
+
+    def __rich__(self) -> Any:
+        from mom_compile.report.rendered import rendered  # rich is only needed where it prints
+
+        return rendered(self.table())
 
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mom_compile.report.details import eager_lines
+from mom_compile.report.groups import LoopGroup, by_reason, loop_groups
 from mom_compile.report.record import DECODE_STEP, Record, host_share, moved_rows, own_share
+from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import counted, in_units
 
@@ -25,14 +27,46 @@ _SMALL = 0.02
 
 def summary(record: Record) -> list[str]:
     """Lines."""
-    if record.fallback is not None:
-        return [_left_alone(record), *_kv_lines(record), *_own_lines(record), *eager_lines(record)]
-    lines = _saved(record)
-    if record.stages:
+    lines = [headline(record), *no_loops(record)]
+    parts = [f"{share.what} {in_units(share.bytes)}" for share in largest(record)]
+    if parts:
+        lines.append(f"largest then: {', '.join(parts)}")
+    if record.fallback is None and record.stages:
         lines += _loop_lines(record.stages, record.rows)
-    if record.left_out:
+    if record.fallback is None and record.left_out:
         lines += _left_out(record.left_out)
-    return lines + _kv_lines(record) + _weight_lines(record) + _own_lines(record) + eager_lines(record)
+    return lines + rest(record)
+
+
+def headline(record: Record) -> str:
+    """What was saved, or why the graph was left alone."""
+    if record.fallback is not None:
+        return _left_alone(record)
+    tokens = f" of {record.tokens} tokens" if record.stages else ""
+    without = record.peak_without_loops
+    saved = "" if without is None else f", {in_units(without)} without loops"
+    peak = in_units(record.expected_peak_bytes)
+    return f"{record.kind}{tokens}: expected peak {peak}{saved} (beside weights and inputs)"
+
+
+def no_loops(record: Record) -> list[str]:
+    """Why a graph of ours has no loops, if it has none."""
+    if record.fallback is not None or record.no_loops is None:
+        return []
+    return [f"no loops: {_in_words(record, record.no_loops)}"]
+
+
+def largest(record: Record) -> list[Share]:
+    """What the expected peak is made of, without what is not worth a mention."""
+    if record.fallback is not None or not record.peak:
+        return []
+    return [share for share in record.peak if share.bytes >= _SMALL * record.peak[0].bytes]
+
+
+def rest(record: Record) -> list[str]:
+    """What there is to say beside loops and what is outside them: of keys, values, weights and failures."""
+    weights = _weight_lines(record) if record.fallback is None else []
+    return _kv_lines(record) + weights + _own_lines(record) + eager_lines(record)
 
 
 def _left_alone(record: Record) -> str:
@@ -47,62 +81,22 @@ def _in_words(record: Record, reason: str | None) -> str:
     return str(reason)
 
 
-def _saved(record: Record) -> list[str]:
-    tokens = f" of {record.tokens} tokens" if record.stages else ""
-    without = record.peak_without_loops
-    saved = "" if without is None else f", {in_units(without)} without loops"
-    peak = in_units(record.expected_peak_bytes)
-    lines = [f"{record.kind}{tokens}: expected peak {peak}{saved} (beside weights and inputs)"]
-    if record.no_loops is not None:
-        lines.append(f"no loops: {_in_words(record, record.no_loops)}")
-    if record.peak:
-        least = _SMALL * record.peak[0].bytes
-        parts = [f"{share.what} {in_units(share.bytes)}" for share in record.peak if share.bytes >= least]
-        lines.append(f"largest then: {', '.join(parts)}")
-    return lines
-
-
 def _loop_lines(stages: Sequence[StageReport], rows: str) -> list[str]:
-    alike: dict[str, list[str]] = {}
-    for stage in stages:
-        alike.setdefault(_in_a_line(stage), []).append(stage.name)
+    alike = loop_groups(stages)
     merged = ", alike ones in one line" if len(alike) < len(stages) else ""
-    lines = [f"  {len(names):2} x  {text} ({', '.join(_ranges(names))})" for text, names in alike.items()]
+    lines = [f"  {group.count:2} x  {_in_a_line(group)} ({group.ranges})" for group in alike]
     why = [f"  {rows}"] if rows else []
     return [f"{counted(len(stages), 'loop')} over mini-sequences{merged}:", *_at_most(lines), *why]
 
 
-def _in_a_line(stage: StageReport) -> str:
-    """What tells loops apart for a user."""
-    experts = f", experts with {stage.mini_seq_len / stage.spread:.0f} rows each" if stage.spread > 1 else ""
-    reduced = f", {counted(len(stage.folds), 'reduction')}" if stage.folds else ""
-    leaves = f"; a token leaves {in_units(stage.stored_per_token)}" if stage.stored_per_token else ""
-    own = f"{stage.mini_seq_len} tokens at a time take {in_units(stage.iteration_bytes)}"
-    return f"{stage.attention or 'no attention'}{experts}{reduced}: {own}{leaves}"
-
-
-def _ranges(names: Sequence[str]) -> list[str]:
-    """`stage_1, stage_2, stage_3, stage_5` as `stage_1-3, 5`; names that do not end in numbers as they are."""
-    numbers = [name.rpartition("_")[2] for name in names]
-    if not all(number.isdigit() for number in numbers):
-        return list(names)
-    runs: list[list[int]] = []
-    for number in map(int, numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return [f"{names[0].rpartition('_')[0]}_{texts[0]}", *texts[1:]]
+def _in_a_line(group: LoopGroup) -> str:
+    leaves = f"; a token leaves {in_units(group.leaves)}" if group.leaves else ""
+    return f"{group.sees}: {group.rows} tokens at a time take {in_units(group.takes)}{leaves}"
 
 
 def _left_out(left_out: dict[str, str]) -> list[str]:
     """Operators with one reason once, with how many there are."""
-    counts: dict[tuple[str, str], int] = {}
-    for name, reason in left_out.items():
-        key = (name.partition(" ")[0].removesuffix(".default"), reason)
-        counts[key] = counts.get(key, 0) + 1
-    lines = [f"  {count:2} x  {name}: {reason}" for (name, reason), count in counts.items()]
+    lines = [f"  {count:2} x  {name}: {reason}" for count, name, reason in by_reason(left_out)]
     return ["on the full sequence, between loops:", *_at_most(lines)]
 
 

@@ -1,0 +1,70 @@
+"""Loops that are alike, and operators with one reason, once: as data, for the text and the table alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mom_compile.report.stages import StageReport
+from mom_compile.report.units import counted, in_units
+
+
+@dataclass(frozen=True)
+class LoopGroup:
+    """Loops that a user cannot tell apart. `names` are theirs; `sees` says what their attentions see and what else they
+    do; `rows` tokens at a time take `takes` bytes, and each token leaves `leaves` bytes at full length."""
+
+    sees: str
+    rows: int
+    takes: int
+    leaves: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    @property
+    def ranges(self) -> str:
+        return ", ".join(_ranges(self.names))
+
+
+def loop_groups(stages: Sequence[StageReport]) -> list[LoopGroup]:
+    """In the order of the first of each. Bytes are alike where they read alike; a group has those of its first."""
+    alike: dict[tuple[str, int, str, str], LoopGroup] = {}
+    for stage in stages:
+        own = LoopGroup(_what(stage), stage.mini_seq_len, stage.iteration_bytes, stage.stored_per_token)
+        key = (own.sees, own.rows, in_units(own.takes), in_units(own.leaves))
+        group = alike.get(key, own)
+        alike[key] = replace(group, names=(*group.names, stage.name))
+    return list(alike.values())
+
+
+def _what(stage: StageReport) -> str:
+    experts = f", experts with {stage.mini_seq_len / stage.spread:.0f} rows each" if stage.spread > 1 else ""
+    reduced = f", {counted(len(stage.folds), 'reduction')}" if stage.folds else ""
+    return f"{stage.attention or 'no attention'}{experts}{reduced}"
+
+
+def _ranges(names: Sequence[str]) -> list[str]:
+    """`stage_1, stage_2, stage_3, stage_5` as `stage_1-3, 5`; names that do not end in numbers as they are."""
+    numbers = [name.rpartition("_")[2] for name in names]
+    if not all(number.isdigit() for number in numbers):
+        return list(names)
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return [f"{names[0].rpartition('_')[0]}_{texts[0]}", *texts[1:]]
+
+
+def by_reason(left_out: Mapping[str, str]) -> list[tuple[int, str, str]]:
+    """How many, which operator, and why, for operators that were left out."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, reason in left_out.items():
+        key = (name.partition(" ")[0].removesuffix(".default"), reason)
+        counts[key] = counts.get(key, 0) + 1
+    return [(count, name, reason) for (name, reason), count in counts.items()]

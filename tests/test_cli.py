@@ -1,0 +1,266 @@
+"""The command line: whole tables where they are piped, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+import mom_compile
+from mom_compile.cli import main
+from mom_compile.cli.inputs import backend_options
+from mom_compile.cli.plan import contexts, show
+from mom_compile.planning.configs import PlanError
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1 << 30
+#: The module, which its command hides.
+cli_explain = importlib.import_module("mom_compile.cli.explain")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A weight of one GiB, and so many bytes a token."""
+
+    what: str
+    each: int
+    on_host: int = 0
+
+    def peak_bytes(self, seq_len):
+        return GIB + self.each * seq_len
+
+    def host_bytes(self, seq_len):
+        return self.on_host * seq_len
+
+    def max_seq_len(self, budget):
+        return max(0, (budget - GIB) // self.each)
+
+
+@dataclass
+class Plan:
+    """What the command line reads of a plan."""
+
+    seq_len: int = 100_000
+    batch_size: int = 1
+    device: str = "H100"
+    notes: list = field(default_factory=lambda: ["100,000 tokens are more than the 8,192 it is made for"])
+    way: str = "mom"
+    formula: str = "1024*s"
+    ways: dict = field(
+        default_factory=lambda: {
+            "eager": Way("eager", 1 << 20),
+            "mom": Way("ours", 1 << 14),
+            "mom-cache": Way("ours, cache on the host", 1 << 12, 1 << 11),
+        }
+    )
+
+    @property
+    def subject(self):
+        return SimpleNamespace(
+            name="Small", model_type="llama", layers=2, parameters=5 * 10**8, weight_bytes=GIB, longest=8192,
+            dtype="bfloat16",
+        )  # fmt: skip
+
+    def seconds(self, device):
+        return f"9 s on {device}, bound by arithmetic"
+
+    def plot(self, path):
+        path.write_bytes(b"\x89PNG")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How plans were asked for; each is the same one."""
+    calls = []
+
+    def plan(model, **given):
+        given.pop("progress")("half of it")
+        calls.append((model, given))
+        return Plan(seq_len=given["seq_len"])
+
+    monkeypatch.setattr(mom_compile, "plan", plan, raising=False)
+    return calls
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_a_plan_is_asked_for_with_what_was_given(run, asked):
+    code, _, err = run(
+        "plan", "Llama-3-8B", "--seq-len", "455k", "--device-memory", "80GiB", "--batch-size", "2",
+        "--dtype", "float16", "--device", "A100", "--option", "kv_offload=true", "-o", "mini_seq_len=2048",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    given = {"seq_len": 455_000, "batch_size": 2, "dtype": "float16", "device": "A100", "kv_offload": True}
+    assert asked == [("Llama-3-8B", {**given, "mini_seq_len": 2048})]
+
+
+def test_without_a_length_it_is_the_models_own(run, asked):
+    assert run("plan", "Qwen3-30B-A3B")[0] == 0
+    assert asked[0][1]["seq_len"] == 40960
+
+
+def test_contexts_are_powers_of_two_and_the_length_itself():
+    assert contexts(455_000) == [2048 << i for i in range(8)] + [455_000]
+    assert contexts(4096) == [1024, 2048, 4096] and contexts(1025) == [1024, 1025] and contexts(7) == [7]
+
+
+def test_a_table_tells_what_does_not_fit_by_a_dash_where_there_are_no_colours(run, asked):
+    code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")
+    lines = out.splitlines()
+    row = next(line for line in lines if line.split()[:1] == ["65,536"])
+    assert code == 0 and row.split() == ["65,536", "-", "2.0", "GiB", "1.2", "GiB"]
+    row = next(line for line in lines if line.split()[:1] == ["1,024"])
+    assert row.split() == ["1,024", "2.0", "GiB", "1.0", "GiB", "1.0", "GiB"]
+    assert "-: does not fit into 4.0 GiB" in out and "\x1b" not in out
+    assert re.search(r"ours, cache on the host +786,432 +1\.5 GiB", out)
+    assert "note: 100,000 tokens are more than" in out and "time: 9 s on H100, bound by arithmetic" in out
+
+
+def test_what_does_not_fit_is_red_on_a_terminal():
+    out = io.StringIO()
+    show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), Plan(), 4 * GIB)
+    row = next(line for line in out.getvalue().splitlines() if "65,536" in line)
+    assert re.search(r"\x1b\[31m *65 GiB\x1b\[0m +2\.0 GiB", row)
+    assert "in red: does not fit into 4.0 GiB" in out.getvalue()
+
+
+def test_nothing_of_a_table_is_cut_where_it_is_piped(run, asked, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    out = run("plan", "Llama-3-8B", "--seq-len", "100k")[1]
+    assert "…" not in out and "note: 100,000 tokens are more than the 8,192 it is made for\n" in out
+    assert re.search(r"way +in 16 GiB +in 24 GiB +in 48 GiB +in 80 GiB +beside it on the host", out)
+
+
+def test_numbers_for_programs(run, asked):
+    code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB", "--json")
+    data = json.loads(out)
+    assert code == 0 and data["seq_len"] == 100_000 and data["subject"]["weight_bytes"] == GIB
+    assert data["ways"]["mom"]["peak_bytes"]["65536"] == GIB + (65536 << 14)
+    assert data["ways"]["eager"]["max_seq_len"] == {str(4 * GIB): 3072}
+
+
+def test_a_plot_is_written(run, asked, tmp_path):
+    assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--plot", str(tmp_path / "out.png"))[0] == 0
+    assert (tmp_path / "out.png").is_file()
+
+
+BAD = [
+    (("plan", "no-such-model"), "no-such-model' is no folder, no file and no shipped shape"),
+    (("plan", "llama-8b"), "did you mean 'Llama-3-8B'?"),
+    (("plan", "Llama-3-8B", "--seq-len", "many"), "--seq-len='many' is not valid; it is a whole number of tokens"),
+    (("plan", "Llama-3-8B", "--seq-len", "-5"), "--seq-len='-5' is not valid"),
+    (("plan", "Llama-3-8B", "--seq-len", "1e400"), "--seq-len='1e400' is not valid"),
+    (("plan", "Llama-3-8B", "--seq-len", "nan"), "--seq-len='nan' is not valid"),
+    (("plan", "Llama-3-8B", "--device-memory", "80 elephants"), "--device-memory='80 elephants' is not valid"),
+    (("plan", "Llama-3-8B", "--batch-size", "0"), "--batch-size"),
+    (("plan", "Llama-3-8B", "--dtype", "int4"), "'int4' is not one of 'bfloat16', 'float16', 'float32'"),
+    (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; it is NAME=VALUE"),
+    (("plan", "Llama-3-8B", "--option", "kv_ofload=true"), "(did you mean 'kv_offload'?)"),
+    (("plan", "Llama-3-8B", "--option", "seq_len=5"), "unknown option 'seq_len'"),
+    (("plan", "Llama-3-8B", "-o", "strict=true", "-o", "strict=false"), "--option strict is given twice"),
+    (("plan", "Llama-3-8B", "--option", "mini_seq_len=1"), "mini_seq_len=1 is not valid"),
+    (("plan", "Llama-3-8B", "--plot", "/no/such/folder/out.png"), "there is no folder '/no/such/folder'"),
+    (("plan", "Llama-3-8B", "--seqlen", "5"), "--seq-len"),
+    (("plan",), "Missing argument 'CONFIG'"),
+    (("explain", "Llama-3-8B", "--seq-len", "0"), "--seq-len='0' is not valid"),
+    (("explain", "no-such-model"), "no shipped shape"),
+    (("explain", "Llama-3-8B", "--option", "scope=all"), "scope='all' is not valid"),
+    (("pland",), "No such command 'pland'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "why"), BAD, ids=lambda value: " ".join(value)[:40] if value else "")
+def test_bad_input_is_one_line_on_stderr_and_code_2(run, asked, monkeypatch, arguments, why):
+    if arguments[1:2] in (("no-such-model",), ("llama-8b",)):
+        monkeypatch.setattr(mom_compile, "plan", lambda model, **given: pytest.fail("was planned"))
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and not asked
+    assert err.startswith("mom-compile: ") and err.count("\n") == 1 and why in err
+
+
+def test_what_a_plan_refuses_is_one_line_too(run, monkeypatch):
+    def refuses(model, **given):
+        raise PlanError("the weights take 15 GiB\nand the budget is 8 GiB")
+
+    monkeypatch.setattr(mom_compile, "plan", refuses, raising=False)
+    code, out, err = run("plan", "Llama-3-8B")
+    assert (code, out, err) == (2, "", "mom-compile: the weights take 15 GiB and the budget is 8 GiB\n")
+
+
+def test_a_mistake_of_ours_is_no_bad_input(monkeypatch):
+    def breaks(model, **given):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(mom_compile, "plan", breaks, raising=False)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["plan", "Llama-3-8B"])
+
+
+def test_options_are_read_as_what_they_are():
+    texts = ["kv_offload=true", "mini-seq-len=512", "scope=mlp", "kv_dir=none", "inductor.max_autotune=false",
+             "inductor.x=1.5", "memory_budget=24GiB"]  # fmt: skip
+    assert backend_options(texts) == {
+        "kv_offload": True, "mini_seq_len": 512, "scope": "mlp", "kv_dir": None,
+        "inductor": {"max_autotune": False, "x": 1.5}, "memory_budget": "24GiB",
+    }  # fmt: skip
+
+
+def test_a_small_model_is_explained_as_a_table_and_in_full(run, tmp_path, monkeypatch):
+    """Traced once."""
+    made = cli_explain.explained
+    traced = []
+
+    def explained(found, *given):
+        traced.append(given)
+        return kept[0] if kept else kept.append(made(found, *given)) or kept[0]
+
+    kept = []
+    monkeypatch.setattr(cli_explain, "explained", explained)
+    fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    code, out, err = run("explain", str(tmp_path), "--seq-len", "600", "-o", "mini_seq_len=64", "--dtype", "float16")
+    assert (code, err) == (0, "") and "\x1b" not in out
+    first, second, *_ = out.splitlines()
+    assert first == f"{tmp_path.name} (llama), a prefill of 1 x 600 tokens"
+    assert second.startswith("prefill of 600 tokens: expected peak ")
+    assert traced == [(600, 1, "float16", {"mini_seq_len": 64})]
+    assert re.search(r"attention to all tokens +stage_\d", out)
+    details = run("explain", str(tmp_path), "--seq-len", "600", "-o", "mini_seq_len=64", "--details")[1]
+    assert details.count("alive meanwhile") >= 3 and "600 tokens in mini-sequences of 64" in details
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("plan", "--help"), ("explain", "-h"), ("doctor", "-h")])
+def test_help_says_what_there_is(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "") and out.startswith("Usage: mom-compile")
+    if not arguments:
+        assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in ("plan", "explain", "doctor"))
+
+
+def test_the_script_is_the_same_as_the_module():
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mom-compile"]
+    assert script == f"{main.__module__.removesuffix('.commands')}:main"
+    command = [sys.executable, "-m", "mom_compile.cli", "plan", "--seq-len", "x", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("mom-compile: --seq-len='x' is not valid")
+    assert "Traceback" not in done.stderr
