@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from mom_compile.config import parse_bytes
-from mom_compile.memory.policy import available_bytes
+from mom_compile.memory.device_bytes import available_bytes
 from mom_compile.notices import warn_once
 from mom_compile.report.units import in_units
 from mom_compile.runtime.host.engine_cuda import pin_for
