@@ -7,6 +7,7 @@ No import is needed for that; this package is for looking inside.
 
 from mom_compile.backend import reports
 from mom_compile.explain import explain
+from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import MomWarning
 from mom_compile.report import Report
 from mom_compile.runtime.host.limits import HostMemoryError
@@ -24,7 +25,8 @@ from mom_passes.rules import register as chunk_rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MomWarning",
-    "OffloadedWeights", "Past", "Report", "Rows", "TokenScores", "chunk_rule", "empty_host_pool", "explain",
-    "host_memory", "load_offloaded", "measured_steps", "offload_weights", "reports", "token_log_probs",
+    "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
+    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Past", "Report", "Rows", "TokenScores", "chunk_rule",
+    "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "reports",
+    "token_log_probs",
 ]  # fmt: skip

@@ -22,8 +22,8 @@ from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, T
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import first_line, run_eagerly
-from mom_compile.memory.layer_rows import properties_of, with_rows_for
-from mom_compile.memory.policy import fits_for_long, kv_place, offloads
+from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
+from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
@@ -31,6 +31,7 @@ from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import InnerCompile, capture, look_at_the_cpu, mark_boxed, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.loops.loop import RowLimit
 from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
@@ -92,6 +93,8 @@ def compile_graph(
                 report.fallback = str(decision)
                 gm = for_stock(gm, report=report)
                 program = build_layers(gm, options, report, kwargs)
+        except MemoryBudgetError:
+            raise  # the user's own: stock Inductor would keep the budget no better
         except Exception as error:
             if options.strict:
                 raise
@@ -180,8 +183,9 @@ def _symbolic(value: Any) -> list[Any]:
 def build_program(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, kwargs: Mapping[str, Any]
 ) -> Program:
-    """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets."""
+    """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets, `MemoryBudgetError`."""
     static = static_input_names(gm, kwargs)
+    check_weights(gm, options, static)
     rewritten = rewrite(gm, options, report, static)
     return _lowered(rewritten, options, report, static)
 
@@ -208,7 +212,7 @@ def build_layers(
 
 
 def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Collection[str]) -> Program:
-    kv = kv_place(rewritten, options, static)
+    kv = kv_place(rewritten, options, static, rule_for(rewritten, options, static))
     return Lowering(
         rewritten, static_inputs=static, patches=options.inductor, cache=PIECES, report=report, kv=kv
     ).program()
@@ -217,16 +221,21 @@ def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Col
 def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:
     """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
     device = compute_device(gm)
-    rewritten = run_pipeline(
+    passes = functools.partial(
+        run_pipeline,
         gm,
         static_inputs=static,
-        limit=options.limit(device.type),
         report=report,
         scope=options.scope,
         kv_on_host=offloads(options, device),
     )
-    if device.type == "cuda" and options.mini_seq_len == "auto":
-        rewritten, report.rows = with_rows_for(rewritten, properties_of(device), static)
+    rewritten = passes(limit=options.limit(device.type))
+    whole = None
+    if rewritten.no_loops is None and options.mini_seq_len == "auto":
+        rewritten, report.rows, whole = with_chosen_rows(rewritten, options, static)
+    if whole is not None:
+        report.passes.clear()
+        rewritten = passes(limit=RowLimit(whole))
     report.for_long = fits_for_long(rewritten, options, static)
     if report.for_long is not None and report.for_long.fits:
         report.describe_staying(str(report.for_long))

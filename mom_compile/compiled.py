@@ -18,8 +18,9 @@ import torch
 from mom_compile.config import Options
 from mom_compile.lowering.pieces import Piece, PieceCache
 from mom_compile.lowering.storing import dumps, loads
-from mom_compile.memory.policy import budget_of, placement_of
-from mom_compile.memory.residency import Stays
+from mom_compile.memory.choice import Choice, RowsOf, Stays
+from mom_compile.memory.device_bytes import budget_of
+from mom_compile.memory.policy import placement_of
 from mom_compile.notices import warn_of_device_kv, warn_of_gradients, warn_of_ignored_kv, warn_once
 from mom_compile.report import Report
 from mom_compile.report.record import ForLong
@@ -112,7 +113,7 @@ class CompiledGraph(Storable):
         if asked is not None and asked.fits != _asked_now(asked, told).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
-            self.run = _linked(found.code, told.options, report)
+            self.run = _linked(found.code, told.options, report, told.device)
         else:
             self.run = loaded_stock(found.code, example_inputs, settings)
         self.told = weakref.ref(told)
@@ -125,11 +126,12 @@ def _asked_now(asked: ForLong, told: Told) -> ForLong:
     return replace(asked, budget=budget_of(told.options, told.device, asked.weights))
 
 
-def _linked(program: Program, options: Options, report: Report) -> Program:
+def _linked(program: Program, options: Options, report: Report, device: torch.device) -> Program:
     """A program that was read, with compiled pieces and this process's budget."""
     settings = codegen_settings()
-    # Within a program one piece is one object.
+    # Within a program one piece is one object, and one choice.
     found: dict[int, Piece] = {}
+    choices: dict[int, Choice] = {}
 
     def piece(read: Any, name: str) -> Any:
         if not isinstance(read, Piece):
@@ -138,16 +140,22 @@ def _linked(program: Program, options: Options, report: Report) -> Program:
             found[id(read)] = PIECES.get(read, settings, report, name)
         return found[id(read)]
 
+    def choice(read: Choice, device: torch.device) -> Choice:
+        if id(read) not in choices:
+            choices[id(read)] = read.with_budget(budget_of(options, device, read.weights)) if read.budget else read
+        return choices[id(read)]
+
     def linked(step: Step) -> Step:
         run: Any = step.run
         if isinstance(run, CompiledLoop):
-            return replace(step, run=replace(run, body=piece(run.body, step.name)))
+            rows = run.rows
+            if isinstance(rows, RowsOf):
+                rows = replace(rows, choice=choice(rows.choice, device))
+            return replace(step, run=replace(run, body=piece(run.body, step.name), rows=rows))
         if isinstance(run, Offload | Append):
             run = replace(run, placement=placement_of(options, run.device))
         if isinstance(run, Offload) and isinstance(run.stays, Stays):
-            residency = run.stays.residency
-            residency = replace(residency, budget=budget_of(options, run.device, residency.weights))
-            run = replace(run, stays=replace(run.stays, residency=residency))
+            run = replace(run, stays=replace(run.stays, choice=choice(run.stays.choice, device)))
         return replace(step, run=piece(run, step.name))
 
     return replace(program, steps=tuple(map(linked, program.steps)))

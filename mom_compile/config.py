@@ -11,32 +11,7 @@ from typing import Any
 from mom_compile.quantities import parse_bytes
 from mom_compile.runtime.host.placement import MEMORY, TIERS
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
-from mom_passes.loops.loop import ExpertRows, RowLimit
-
-#: Tokens per mini-sequence with `mini_seq_len="auto"`, by type of device, until the memory model chooses it.
-#: CPU: at the shape of `benchmarks.cpu`, 512 rows peak at 1.28 times what must live at full length, 1024 at 1.56 and
-#: 2048 at 2.12, all in the same time within a tenth (`python -m benchmarks.cpu --only prefill --backends mom-512
-#: mom-1024 mom-2048`; torch 2.13.0, 2 cores). Elsewhere 1024, never measured. Of a CUDA device this only says which
-#: prompts are too short for loops, and the rows of graphs without weights or with experts: for it there is
-#: `memory/layer_rows.py`.
-DEFAULT_MINI_SEQ_LEN = {"cpu": 512}
-DEFAULT_ELSEWHERE = 1024
-
-#: Rows that the mini-sequences of a short prompt have at least, with `mini_seq_len="auto"`, by type of device. At the
-#: shape of `benchmarks.cpu` 256 rows take 1.05 times the time of 512, 128 rows 1.2 times (`--backends mom-128 mom-256
-#: mom-512`; torch 2.13.0, 2 cores). Elsewhere fewer rows than the default were never measured.
-SHORT_MINI_SEQ_LEN = {"cpu": 256}
-
-#: With `mini_seq_len="auto"`, bytes that one value of a mini-sequence may take: 128 rows of logits over a vocabulary of
-#: 262,144 in float32. A product with 128 rows is already bound by arithmetic, not by reading the weights.
-DEFAULT_VALUE_BYTES = 128 << 20
-
-#: Rows that the product of one expert should have, with `mini_seq_len="auto"`, and the bytes that a value may take for
-#: their sake. Elsewhere than on a CPU by the rule of arithmetic intensity, never measured: a product of r rows with a
-#: matrix computes r FLOPs for each byte of it in 16 bits, and an H100 computes 990e12 / 3.35e12 = 295 in the time in
-#: which it reads one.
-EXPERT_ROWS = {"cpu": ExpertRows(64, 512 << 20)}
-EXPERT_ROWS_ELSEWHERE = ExpertRows(300, 512 << 20)
+from mom_passes.loops.loop import FEWEST_ROWS, RowLimit
 
 #: Beyond this no model has tokens; a larger number is a slip of the keyboard.
 MAX_MINI_SEQ_LEN = 1 << 30
@@ -74,11 +49,10 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def limit(self, device: str) -> RowLimit:
-        """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`)."""
+        """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`). With "auto" that is decided once it
+        is known what one holds: `memory/choose_rows.py`."""
         if self.mini_seq_len == "auto":
-            rows = DEFAULT_MINI_SEQ_LEN.get(device, DEFAULT_ELSEWHERE)
-            experts = EXPERT_ROWS.get(device, EXPERT_ROWS_ELSEWHERE)
-            return RowLimit(rows, DEFAULT_VALUE_BYTES, experts, SHORT_MINI_SEQ_LEN.get(device))
+            return RowLimit(FEWEST_ROWS, fewest=True)
         return RowLimit(int(self.mini_seq_len))
 
     @property

@@ -18,7 +18,7 @@ from mom_passes.attention.reads import source_of
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
-from mom_passes.graph.sizes import hint, is_one
+from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
@@ -28,7 +28,7 @@ from mom_passes.host.kv_values import KVValues, find_kv
 from mom_passes.host.weights import weights_arrive, whole_weights
 from mom_passes.loops.demands import DemandGraph, Kind, build_demands
 from mom_passes.loops.insert import insert_loops
-from mom_passes.loops.loop import FEWEST_ROWS, RowLimit, loops
+from mom_passes.loops.loop import RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.spans import SPANS
@@ -71,6 +71,8 @@ class State:
     #: The waits for weights that arrive from the host.
     weights: tuple[fx.Node, ...] = ()
     dims: TokenDims | None = None
+    #: How many sequences the graph was captured with.
+    sequences: int = 1
     demands: DemandGraph | None = None
     stages: Stages | None = None
     #: Why rows that were sorted cannot be cut, by their sort's name.
@@ -139,12 +141,17 @@ def find_tokens(state: State) -> str:
         raise NotWorthwhile("decode step: one token, nothing to cut")
     if dims is None:
         raise NotWorthwhile("no input has a dimension that carries the matmul work from its rows to the outputs' rows")
-    least = state.limit.rows if state.limit.bytes is None else min(state.limit.rows, FEWEST_ROWS)
-    if isinstance(dims.length, int) and dims.length <= least:
-        raise NotWorthwhile(f"its {dims.length} tokens fit in one mini-sequence of {state.limit.rows}")
+    state.sequences = count_hint(dims.seed.meta["val"].shape[: dims.seed_dim.index])
+    if isinstance(dims.length, int) and state.limit.fits(dims.length, state.sequences):
+        raise NotWorthwhile(in_one(dims.length, state.limit.rows))
     state.dims = dims
     state.report.token_dimension = f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
     return f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
+
+
+def in_one(tokens: int, rows: int) -> str:
+    """Why so many tokens are not cut."""
+    return f"its {tokens} tokens fit in one mini-sequence of {rows}"
 
 
 def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
@@ -247,10 +254,8 @@ def loops_over_mini_sequences(state: State) -> str:
     if state.report.kind == PREFILL and _scores_tokens(state, [n for n in multiplying if n.name not in left]):
         state.report.kind = SCORING
     made = [loop for _, loop in loops(looped)]
-    if all(isinstance(loop.length, int) and loop.length <= loop.rows for loop in made):
-        raise NotWorthwhile(
-            f"its {max(loop.length for loop in made)} tokens fit in one mini-sequence of {made[0].rows}"
-        )
+    if all(isinstance(loop.length, int) and state.limit.fits(loop.length, state.sequences) for loop in made):
+        raise NotWorthwhile(in_one(max(loop.length for loop in made), made[0].rows))  # type: ignore[type-var, arg-type]
     state.gm = looped
     return f"{before} -> {len(state.gm.graph.nodes)} nodes"
 

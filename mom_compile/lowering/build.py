@@ -38,6 +38,7 @@ from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolF
 from mom_compile.lowering.transfers import copy_step
 from mom_compile.lowering.turned import turn_once
 from mom_compile.lowering.writing import writing_body
+from mom_compile.memory.choice import KeepsBudget
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
@@ -92,8 +93,12 @@ class Lowering:
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
         self.layouts: dict[fx.Node, Stored] = {}
         self._leaving = leaving(self.plan)
-        needed = kv.residency.needed.symbols if kv.residency is not None else ()
-        self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in needed]
+        sizes = kv.choice.footprint.symbols if kv.choice is not None and self._chooses() else ()
+        self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in sizes]
+
+    def _chooses(self) -> bool:
+        """Whether anything is decided anew in each run."""
+        return bool(self.kv.rows or self._leaving or self.kv.is_for_each_run)
 
     def program(self) -> Program:
         for node in self.plan.inputs:
@@ -159,12 +164,16 @@ class Lowering:
         functions = {size: self._function(size, values) for size in sizes if not size.is_Integer}
         inputs, outputs = (tuple(map(_in_expressions, ports)) for ports in _of_inputs(loop, left))
         turns = tuple(i for i, turns in enumerate(itertools.compress(turned, left)) if turns)
-        compiled = CompiledLoop(run, loop.rows, len(values), len(extra), inputs, outputs, Sizes(functions), turns)
+        rows = self.kv.rows.get(node, loop.rows)
+        asked = self._deciding if callable(rows) else []
+        compiled = CompiledLoop(
+            run, rows, len(values), len(extra), inputs, outputs, Sizes(functions), turns, asked=len(asked)
+        )
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
         length, *operands = node.args
-        self._call(step, compiled, [*values, length, *itertools.compress(operands, left)])
+        self._call(step, compiled, [*values, *asked, length, *itertools.compress(operands, left)])
 
     def _symbols_of(self, sizes: Collection[sympy.Expr]) -> list[fx.Node]:
         """Sources of the symbols of some sizes."""
@@ -239,6 +248,10 @@ class Lowering:
         """The steps with slots in place of values. A tensor's is emptied when the last step that reads it begins."""
         plan, last = self.plan, lives(self.plan).last
         steps = []
+        if self.kv.is_for_each_run:
+            assert self.kv.choice is not None
+            sizes = tuple(Slot(self.slots[node]) for node in self._deciding)
+            steps.append(Step("memory_budget", KeepsBudget(self.kv.choice), sizes, (), ()))
         for i, (step, (run, arguments)) in enumerate(zip(plan.steps, self.steps, strict=True)):
             dying = {self.slots[n] for n in step.ins if last[n] == i and tensors_of(n)}
             steps.append(

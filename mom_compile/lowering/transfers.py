@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from mom_compile.memory.choice import Stays
 from mom_compile.memory.place import KVPlace
-from mom_compile.memory.residency import Stays
 from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.sizes import expr
 from mom_passes.ops.transfers import APPEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
@@ -41,12 +41,13 @@ def copy_step(
     assert node.target is OFFLOAD
     value, dim, first, layer = node.args
     stays = None
-    if place.residency is not None:
+    if place.choice is not None and place.choice.layers:
         own = values[node].bytes_per_token
         of_layer = sum(other.bytes_per_token for other in values.values() if other.layer == layer)
-        stays = Stays(place.residency, values[node].layer, of_layer, own)
+        stays = Stays(place.choice, values[node].layer, of_layer, own)
     ahead = min(AHEAD, _later_alike(node))
-    return Offload(dim, place.device, place.placement, stays, ahead), [value, first, *sizes]  # type: ignore[arg-type]
+    asked = sizes if stays is not None else ()
+    return Offload(dim, place.device, place.placement, stays, ahead), [value, first, *asked]  # type: ignore[arg-type]
 
 
 def _later_alike(node: fx.Node) -> int:

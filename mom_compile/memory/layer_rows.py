@@ -1,76 +1,95 @@
-"""The rows of a graph's mini-sequences on a GPU: `rows` applied to what its loops compute and hold. NEVER MEASURED.
+"""What a graph's loops compute, as far as the rows of their mini-sequences depend on it.
 
 Terms
 -----
-layer    What most of the graph's loops compute: the heads of their attention, and the weights that they multiply with.
-tenth    What a mini-sequence of one loop holds is at most a tenth of what lives at full length at the peak.
+layer      What most of the graph's loops compute: the heads of their attention, the weights they multiply with.
+sequences  How many rows a loop has of each product for one of its own: the sequences of a batch.
 
-    need = rows_for(the GPU, the layer)                        for the graph
-    rows = need, or as many as a tenth has room for            for each loop
-
-Loops keep the rows that they have where the layer holds experts (see `RowLimit`) or multiplies with no weight. Of a
-graph for all lengths nobody knows what will live at full length: it may be the longest, and the need alone counts.
+What a layer wants of a GPU says `rows`, what any device wants `bounds`, and `choose_rows` what there is memory for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from mom_compile.memory.rows import Device, Layer, Properties, device_of, rows_for
+from mom_compile.memory.bounds import rows_on
+from mom_compile.memory.choose_rows import RowRule
+from mom_compile.memory.rows import Layer, Properties, device_of, rows_for
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT, TensorType, WholeIn
 from mom_passes.ops.attention import MOM_ATTENTION
-from mom_passes.program.memory import Memory, Moment
-from mom_passes.program.program import LoopStep
+from mom_passes.program.memory import Memory
+from mom_passes.program.program import LoopStep, Step
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules.registry import facts
-
-#: Rows between which a mini-sequence's bytes are compared: what does not grow with them is not theirs.
-FEW, MANY = 1024, 2048
 
 _INDICES = (torch.int64, torch.int32, torch.bool)
 
 
-def properties_of(device: torch.device) -> Properties:
-    """Of a CUDA device. Raises what CUDA raises where there is none."""
+def properties_of(device: torch.device) -> Properties | None:
+    """Of a CUDA device, None of any other. Raises what CUDA raises where there is none."""
+    if device.type != "cuda":
+        return None
     found = torch.cuda.get_device_properties(device)
     return Properties(found.name, found.multi_processor_count, found.major * 10 + found.minor)
 
 
-def with_rows_for(rewritten: Rewritten, gpu: Properties, static: Collection[str]) -> tuple[Rewritten, str]:
-    """The same graph with the rows that the rule says, and why; `static` names its parameters and buffers."""
-    found, memory = loop_nodes(rewritten.gm), rewritten.memory
-    layer = _layer(rewritten, static)
-    if layer is None:
-        return rewritten, ""
+@dataclass(frozen=True)
+class _Computed:
+    """What a loop computes; `sequences` in the sizes of its graph."""
+
+    layer: Layer
+    sequences: sympy.Expr
+    experts: bool
+
+
+def row_rule(rewritten: Rewritten, type: str, gpu: Properties | None, static: Collection[str]) -> RowRule:
+    """What a type of device, or a GPU, wants of a graph's loops; `static` names its parameters and buffers."""
+    computed = _computed(rewritten, static)
+    return RowRule(rows_on(type, gpu, _most(computed)), {node: one.sequences for node, one in computed.items()})
+
+
+def with_rows(rewritten: Rewritten, rows: Mapping[fx.Node, int]) -> Rewritten:
+    """The same program with other rows, by the loops' nodes. The graph's own modules stay as they are."""
+    steps: dict[Step, LoopStep] = {}
+    for step in rewritten.plan.steps:
+        if isinstance(step, LoopStep):
+            steps[step] = replace(step, loop=replace(step.loop, rows=rows[step.node]))
+    found = rewritten.memory
+    moments = tuple(
+        replace(m, step=steps[m.step], rows=steps[m.step].loop.rows) if m.step in steps else m for m in found.moments
+    )
+    plan = replace(rewritten.plan, steps=tuple(steps.get(step, step) for step in rewritten.plan.steps))
+    return replace(rewritten, plan=plan, memory=replace(found, moments=moments))
+
+
+def settle_rows(rewritten: Rewritten, rows: Mapping[fx.Node, int]) -> Rewritten:
+    """The same, and the graph's modules have these rows too."""
+    settled = with_rows(rewritten, rows)
+    made = {step.node: step.loop for step in settled.plan.steps if isinstance(step, LoopStep)}
+    for node, module in loop_nodes(settled.gm):
+        module.loop = made[node]
+    return settled
+
+
+def why(rewritten: Rewritten, gpu: Properties | None, static: Collection[str], rows: Collection[int]) -> str:
+    """Why loops on a GPU have so many rows, for people; nothing where its rule has nothing to say."""
+    layer = None if gpu is None else _most(_computed(rewritten, static))
+    if gpu is None or layer is None:
+        return ""
     device, whose = device_of(gpu)
     need = rows_for(device, layer)
-    full = max(sum(memory.number(storage.bytes) for storage in moment.alive) for moment in memory.moments)
-    rows = {}
-    for moment in memory.moments:
-        if isinstance(moment.step, LoopStep) and moment.step.loop.spread == 1:
-            rows[moment.step.loop] = _rows(device, layer, moment, memory, full)
-    for _, module in found:
-        module.loop = replace(module.loop, rows=rows.get(module.loop, module.loop.rows))
     fewer = ", fewer where they would hold more than a tenth of what lives at full length"
-    cut = fewer if any(n < need for n in rows.values()) else ""
-    why = f"{need} tokens at a time for {_in_words(layer)} on {whose}{cut} (never measured)"
-    return Rewritten.of(rewritten.gm, rewritten.no_loops), why
-
-
-def _rows(device: Device, layer: Layer, moment: Moment, memory: Memory, full: int) -> int:
-    assert isinstance(moment.step, LoopStep)
-    if not isinstance(moment.step.loop.length, int):
-        return rows_for(device, layer)
-    few, many = (memory.number(moment.scratch.xreplace({COUNT: n})) for n in (FEW, MANY))
-    return rows_for(device, layer, row_bytes=(many - few) // (MANY - FEW), full_bytes=full)
+    cut = fewer if any(n < need for n in rows) else ""
+    return f"{need} tokens at a time for {_in_words(layer)} on {whose}{cut} (never measured)"
 
 
 def _in_words(layer: Layer) -> str:
@@ -79,27 +98,33 @@ def _in_words(layer: Layer) -> str:
     return f"{heads}{layer.parameters / 1e6:.0f} million weights a layer{several}"
 
 
-def _layer(rewritten: Rewritten, static: Collection[str]) -> Layer | None:
-    """Of most loops, the one that computes most if there are as many of several; None where it is none for the rule."""
+def _computed(rewritten: Rewritten, static: Collection[str]) -> dict[fx.Node, _Computed]:
     weights = _weights(rewritten.gm, static)
-    found: Counter[Layer] = Counter()
-    experts: dict[Layer, bool] = {}
-    for node, module in loop_nodes(rewritten.gm):
-        layer = layer_of(module.loop, node, weights, rewritten.memory)
-        found[layer] += 1
-        experts[layer] = module.loop.spread > 1
+    nodes = loop_nodes(rewritten.gm)
+    found = {node: _of_loop(module.loop, node, weights, rewritten.memory) for node, module in nodes}
+    # A loop that multiplies with no weights has rows of as many sequences as the others.
+    several = Counter(one.sequences for one in found.values() if one.layer.products).most_common(1)
+    of_others = several[0][0] if several else sympy.S.One
+    return {n: one if one.layer.products else replace(one, sequences=of_others) for n, one in found.items()}
+
+
+def _most(computed: Mapping[fx.Node, _Computed]) -> Layer | None:
+    """What most loops compute, the one that computes most if there are as many of several; None where it is none for
+    a rule: it multiplies with no weights, or with those of experts."""
+    found = Counter(one.layer for one in computed.values())
     if not found:
         return None
     layer = max(found, key=lambda one: (found[one], one.parameters))
-    return None if experts[layer] or not layer.products else layer
+    experts = any(one.experts for one in computed.values() if one.layer == layer)
+    return None if experts or not layer.products else layer
 
 
-def layer_of(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Memory) -> Layer:
+def _of_loop(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Memory) -> _Computed:
     """What the body of a loop computes; `weights` are values of the graph that are made of parameters alone."""
     given = list(loop.body.graph.find_nodes(op="placeholder"))[2:]
     bound = zip(given, loop.inputs, loop.bind(node), strict=True)
     whole = {own for own, port, outer in bound if isinstance(port, WholeIn) and outer in weights}
-    heads, sequences, products = 0, 1, []
+    heads, products, sequences = 0, [], set()
     for inner in loop.body.graph.nodes:
         if inner.target is MOM_ATTENTION:
             heads = memory.number(inner.args[0].meta["type"].shape[1])
@@ -108,8 +133,11 @@ def layer_of(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Me
         for matrix in _matrices(inner, whole):
             *rows, outputs = inner.meta["type"].shape
             products.append((memory.number(product(matrix.shape)) // memory.number(outputs), memory.number(outputs)))
-            sequences = max(sequences, memory.number(expr(product(rows)).xreplace({COUNT: 1})))
-    return Layer(heads, tuple(sorted(products)), sequences)
+            sequences.add(expr(product(rows)).xreplace({COUNT: sympy.S.One}))
+    # Experts' products have several rows for each row of a loop: the fewest are those of the others.
+    several = min(sequences, key=memory.number, default=sympy.S.One)
+    layer = Layer(heads, tuple(sorted(products)), memory.number(several))
+    return _Computed(layer, several, loop.spread > 1)
 
 
 def _matrices(node: fx.Node, whole: Collection[fx.Node]) -> list[TensorType]:

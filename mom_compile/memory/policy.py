@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import sympy
 import torch
 from torch import fx
 
 from mom_compile.config import Options
-from mom_compile.memory.attention import most_of_attention
+from mom_compile.memory.choice import RowsOf
+from mom_compile.memory.choose_rows import RowRule
+from mom_compile.memory.device_bytes import budget_of, static_bytes
+from mom_compile.memory.layer_rows import properties_of, row_rule, settle_rows, why
+from mom_compile.memory.make_choice import captured_sizes, make_choice
 from mom_compile.memory.place import KVPlace
-from mom_compile.memory.residency import Needed, Residency
+from mom_compile.memory.refusal import MemoryBudgetError, below_weights
 from mom_compile.report.record import HEADROOM, ForLong
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
-from mom_passes.graph.sizes import count_hint
-from mom_passes.ops.transfers import ARRIVING, FETCH, FETCH_START
-from mom_passes.program.memory import Leaving, leaving
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.ops.transfers import FETCH, FETCH_START
+from mom_passes.program.memory import leaving
 from mom_passes.program.rewritten import Rewritten
-
-#: Of a device, what is left to what nobody counts: one part in so many, but not less than that many bytes. The
-#: allocator rounds up and its segments have holes, cuBLAS keeps a workspace for each stream, and kernels are loaded.
-MARGIN_SHARE, LEAST_MARGIN = 32, 256 << 20
 
 
 def offloads(options: Options, device: torch.device) -> bool:
@@ -47,27 +46,62 @@ def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str
     if not values or any(node.target in (FETCH, FETCH_START) for node in gm.graph.nodes):
         return None
     kept = sum(rewritten.memory.number(plan.storages[value].bytes) for value in values)
-    on_device = kept + 2 * kept // _layers(values.values())
+    layers = 1 + max(value.layer for value in values.values())
+    on_device = kept + 2 * kept // layers
     device = compute_device(gm)
-    weights = _static_bytes(gm, static, device)
+    weights = static_bytes(gm, static, device)
     return ForLong(weights + HEADROOM * on_device, weights, budget_of(options, device, weights))
 
 
-def kv_place(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
-    """Where the keys and values of a rewritten graph go, by what its program needs of the device."""
+def kv_place(rewritten: Rewritten, options: Options, static: Collection[str], rule: RowRule | None = None) -> KVPlace:
+    """Where the keys and values of a rewritten graph go, and what each of its runs chooses by what it needs of the
+    device; `rule` says how many rows its mini-sequences have, None: as many as they have.
+
+    Raises `MemoryBudgetError` where a budget was asked for and a run of the captured sizes cannot keep it.
+    """
+    choice, numbers = make_choice(rewritten, options, static, rule)
+    if choice.budget is not None and choice.budget.asked:
+        choice.at(captured_sizes(choice, rewritten.memory))
+    by_run = rule is not None and (bool(choice.footprint.symbols) or choice.budget is not None)
+    rows = {node: RowsOf(choice, number) for node, number in numbers.items()} if by_run else {}
     device = compute_device(rewritten.gm)
-    values = leaving(rewritten.plan).values()
-    residency = None
-    if options.kv_offload == "auto" and values:
-        weights = _static_bytes(rewritten.gm, static, device)
-        beside = most_of_attention(rewritten.plan) if device.type == "cuda" else sympy.S.Zero
-        needed = Needed.by(rewritten.memory, beside)
-        residency = Residency(budget_of(options, device, weights), weights, needed, _layers(values))
-    return KVPlace(device, placement_of(options, device), residency)
+    return KVPlace(device, placement_of(options, device), choice, rows)
 
 
-def _layers(values: Collection[Leaving]) -> int:
-    return 1 + max(value.layer for value in values)
+def rule_for(rewritten: Rewritten, options: Options, static: Collection[str]) -> RowRule | None:
+    """What says how many rows a graph's loops have; None where it has none, or the user has said so."""
+    if rewritten.no_loops is not None or options.mini_seq_len != "auto" or not loop_nodes(rewritten.gm):
+        return None
+    device = compute_device(rewritten.gm)
+    return row_rule(rewritten, device.type, properties_of(device), static)
+
+
+def with_chosen_rows(
+    rewritten: Rewritten, options: Options, static: Collection[str]
+) -> tuple[Rewritten, str, int | None]:
+    """A graph with the rows that are chosen for a run of its captured sizes, and why in words; and how many tokens it
+    has, where none of its loops has more than one mini-sequence and it is better off without."""
+    rule = rule_for(rewritten, options, static)
+    if rule is None:
+        return rewritten, "", None
+    choice, numbers = make_choice(rewritten, options, static, rule)
+    sizes = captured_sizes(choice, rewritten.memory)
+    chosen, asked = choice.best(sizes).rows, choice.footprint.rows(sizes)
+    lengths = {node: module.loop.length for node, module in loop_nodes(rewritten.gm)}
+    literal = {node: length for node, length in lengths.items() if isinstance(length, int)}
+    whole = literal.keys() == lengths.keys() and all(n <= chosen[numbers[node]] for node, n in literal.items())
+    settled = settle_rows(rewritten, {node: chosen[number] for node, number in numbers.items()})
+    said = why(rewritten, properties_of(compute_device(rewritten.gm)), static, chosen)
+    if chosen != asked:
+        said = ", ".join(filter(None, [said, "fewer for memory_budget"]))
+    return settled, said, max(literal.values()) if whole else None
+
+
+def check_weights(gm: fx.GraphModule, options: Options, static: Collection[str]) -> None:
+    """Raises `MemoryBudgetError` where a budget was asked for that a graph's weights alone do not fit into."""
+    weights, budget = static_bytes(gm, static, compute_device(gm)), options.budget_bytes
+    if budget is not None and budget < weights:
+        raise MemoryBudgetError(below_weights(budget, weights))
 
 
 def placement_of(options: Options, device: torch.device) -> Placement:
@@ -75,28 +109,3 @@ def placement_of(options: Options, device: torch.device) -> Placement:
     tier = str(options.kv_offload) if options.kv_offload in TIERS else MEMORY
     folder = None if options.kv_dir is None else Path(options.kv_dir)
     return Placement(tier, folder, pin_for(device) if device.type == "cuda" else None)
-
-
-def available_bytes(device: torch.device, weights: int) -> int:
-    """What a graph may use of a CUDA device for everything, `weights` that are there already included:
-
-        free + (reserved - allocated) + weights - margin
-
-    What PyTorch has reserved and not handed out is as good as free. What it has handed out is not: beside our weights
-    that is other models, other caches and the caller's tensors.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached + weights - max(LEAST_MARGIN, total // MARGIN_SHARE))
-
-
-def budget_of(options: Options, device: torch.device, weights: int) -> int:
-    """Bytes of the device for everything: those asked for, or those that are to be had."""
-    return available_bytes(device, weights) if options.budget_bytes is None else options.budget_bytes
-
-
-def _static_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.device) -> int:
-    """Parameters and buffers on the device. What is read by transfers is on the host, though a CPU's is that, too."""
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
-    values = [n.meta["val"] for n in inputs if not (n.users and all(user.target in ARRIVING for user in n.users))]
-    return sum(count_hint(value.shape) * value.element_size() for value in values if value.device == device)

@@ -13,7 +13,6 @@ wave        As many blocks of a kernel as run at once. Attention has one block f
 
     need = the most of intensity, launches
     rows = the first whole number of attention's waves from `need` on in which products fill theirs well enough
-    most = what one mini-sequence holds is at most a tenth of what lives at full length
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ TILES = ((128, 256, 1.0), (128, 128, 0.88), (64, 256, 0.85), (64, 128, 0.7))
 #: How full the waves of products should be, beside the fullest that some number of attention's waves up to twice the
 #: need gives.
 FULL_ENOUGH = 0.95
-#: What a mini-sequence may hold beside what lives at full length.
-SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,19 +98,14 @@ class Layer:
         return sum(n * m for n, m in self.products)
 
 
-def rows_for(device: Device, layer: Layer, *, row_bytes: int = 0, full_bytes: int = 0) -> int:
-    """Rows of a mini-sequence, of each sequence. `row_bytes` is what it holds for each of its rows, `full_bytes` what
-    lives at full length; where either is 0, memory is no limit."""
+def rows_for(device: Device, layer: Layer) -> int:
+    """Rows of a mini-sequence, of each sequence, where memory is no limit (see `choose_rows`)."""
     wave = BLOCK_ROWS * (max(1, 2 * device.multiprocessors // (layer.heads * layer.sequences)) if layer.heads else 1)
     need = max(for_intensity(device), for_launches(device, layer)) / layer.sequences
     first = math.ceil(need / wave)
     waves = range(first, 2 * first + 1)
     filled = [filled_by_products(device, layer.products, n * wave * layer.sequences) for n in waves]
-    rows = next(n * wave for n, part in zip(waves, filled, strict=True) if part >= FULL_ENOUGH * max(filled))
-    if row_bytes and full_bytes:
-        most = int(SHARE * full_bytes) // row_bytes
-        rows = min(rows, max(BLOCK_ROWS, most // BLOCK_ROWS * BLOCK_ROWS))
-    return rows
+    return next(n * wave for n, part in zip(waves, filled, strict=True) if part >= FULL_ENOUGH * max(filled))
 
 
 def for_intensity(device: Device) -> float:

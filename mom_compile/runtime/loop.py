@@ -31,28 +31,31 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CompiledLoop:
-    """`loop([*symbols, length, *operands])` returns one tensor for each output.
+    """`loop([*symbols, *asked, length, *operands])` returns one tensor for each output.
 
     `body` takes `[*symbols, start, count, *inputs, *rows of what is stored, *next of each carry]` and fills these rows
     and carries, except for what is written over an operand: this it writes to the operand's rows. A carry has two
     places, of which one is read and one filled in turn. If it has a `check`, this is shown what the first mini-sequence
     is given: what the others are given is laid out alike.
     Of the loop's symbols it is passed the first `body_symbols` (the others only give shapes), and the inputs that are
-    `turned` transposed.
+    `turned` transposed. Its mini-sequences have as many `rows` as are given, or as are said for the run's sizes that it
+    is `asked` with, so many.
     """
 
     body: Callable[[list[Any]], Any]
-    rows: int
+    rows: int | Callable[[tuple[int, ...]], int]
     symbols: int
     body_symbols: int
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     sizes: Sizes
     turned: tuple[int, ...] = ()
+    asked: int = 0
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor, ...]:
         symbols = tuple(arguments[: self.symbols])
-        length, *operands = arguments[self.symbols :]
+        asked = tuple(arguments[self.symbols : self.symbols + self.asked])
+        length, *operands = arguments[self.symbols + self.asked :]
         arguments.clear()
         for i in self.turned:
             operands[i] = view_of(operands[i], operands[i].shape[::-1], operands[i].stride()[::-1], 0)
@@ -73,7 +76,7 @@ class CompiledLoop:
         new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
         places = [_Cut(*self._along(output.dim, result, symbols), length) for output, result in new]  # type: ignore[union-attr]
         check = getattr(self.body, "check", None)
-        for start, count in split_rows(length, self.rows):
+        for start, count in split_rows(length, self.rows(asked) if callable(self.rows) else self.rows):
             given = list(template)
             given[first - 2], given[first - 1] = start, count
             for at, cut in rows:

@@ -23,7 +23,7 @@ from torch import fx, nn
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node, strides_differ
-from mom_passes.graph.sizes import Size, hint, same
+from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.values import value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
@@ -141,7 +141,7 @@ class _Rewriter:
             for i, at in zip(totals, carries, strict=False)
         ]
         outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
-        rows = self.limit.rows_of(body.widest, spread=body.spread, length=hint(length))
+        rows = self.limit.rows
         loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread, body.work)
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):

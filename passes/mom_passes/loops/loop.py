@@ -12,7 +12,6 @@ body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *c
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,55 +25,29 @@ from mom_passes.loops.ports import CarryIn, Final, In, Out, RowsIn, Stored
 from mom_passes.rules import Dim
 from mom_passes.rules.slicing import put, take
 
-#: Fewer rows than this starve the matrix products; a loop never has fewer because its values are wide.
+#: Fewer rows than this, of all sequences together, starve the products of any device: no loop is given fewer.
 FEWEST_ROWS = 128
 
-
-#: A loop whose experts ask for longer mini-sequences has at least so many.
-FEWEST_ITERATIONS = 4
-
-#: A mini-sequence is at most this part of the tokens, where that leaves it enough rows: what it holds for a while is
-#: then small beside what lives at full length.
-LARGEST_SHARE = 8
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """What a product with one expert's matrix should have: `rows` of its own, for which a value may take `bytes`."""
-
-    rows: int
-    bytes: int
+#: Fewer rows of one sequence than this are mostly copies: of several sequences they are no matrix with one stride.
+FEWEST_OF_A_SEQUENCE = 8
 
 
 @dataclass(frozen=True)
 class RowLimit:
-    """How long a mini-sequence may be: `rows` at most, and fewer where one of its values would take more than `bytes`.
+    """How long a mini-sequence may be: `rows` of each sequence at most.
 
-    A loop that ends in the logits of a large vocabulary so gets shorter mini-sequences than one that ends in keys. One
-    that holds experts gets longer ones: each product has the rows of the tokens that chose its expert, and every
-    expert's matrices are read once for each mini-sequence. One over few tokens gets shorter ones, of `enough` rows at
-    least.
+    Where they are only the `fewest`, counted over all sequences of a batch, loops are made of whatever has more, and
+    their rows are for who knows what they hold: the memory model, once the graph is rewritten.
     """
 
     rows: int
-    bytes: int | None = None
-    experts: ExpertRows | None = None
-    enough: int | None = None
+    fewest: bool = False
 
-    def rows_of(self, widest: int, *, spread: float = 1, length: int = 0) -> int:
-        """Rows for a loop over `length` tokens whose widest value takes `widest` bytes per token.
-
-        `spread` is how many tokens it takes, on average, to give every expert a row: experts over experts chosen.
-        """
-        if self.bytes is None:
-            return self.rows
-        rows, most = self.rows, self.bytes
-        if self.enough is not None and length > rows:
-            rows = min(rows, max(self.enough, math.ceil(length / LARGEST_SHARE)))
-        if self.experts is not None and spread > 1:
-            rows = max(rows, min(math.ceil(self.experts.rows * spread), length // FEWEST_ITERATIONS))
-            most = max(most, self.experts.bytes)
-        return max(min(self.rows, FEWEST_ROWS), min(rows, most // max(1, widest)))
+    def fits(self, length: int, sequences: int = 1) -> bool:
+        """Whether so many tokens of each sequence are one mini-sequence: there is nothing to cut."""
+        if not self.fewest:
+            return length <= self.rows
+        return length < 2 * max(FEWEST_OF_A_SEQUENCE, self.rows / max(1, sequences))
 
 
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:

@@ -1,0 +1,95 @@
+"""Between how many rows a mini-sequence is efficient on a device: all that is known of devices for it, in one place.
+
+Terms
+-----
+rows        Of one sequence of a batch. Products have the rows of all sequences: bounds are counted over these.
+fewest      What a budget may ask for. Products are slower by then, which is better than no run, or than keys and values
+            that every token has to fetch.
+efficient   What a small share of memory may ask for: fewer cost time.
+most        More gain nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from mom_compile.memory.rows import BLOCK_ROWS, Device, Layer, Properties, device_of, rows_for
+from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What a product with one expert's matrix should have: `rows` of its own, for which a value may take `bytes`."""
+
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of the rows of each sequence, in multiples of `step`."""
+
+    fewest: int
+    efficient: int
+    most: int
+    step: int = 1
+
+
+class DeviceRows(Protocol):
+    """The bounds of a device, by how many sequences are computed at once; and what its experts want."""
+
+    @property
+    def experts(self) -> ExpertRows: ...
+
+    def bounds(self, sequences: int) -> Bounds: ...
+
+
+@dataclass(frozen=True)
+class CountedRows:
+    """Of a device of which only the rows of products are known, over all sequences."""
+
+    fewest: int
+    efficient: int
+    most: int
+    experts: ExpertRows
+
+    def bounds(self, sequences: int) -> Bounds:
+        fewest, efficient, most = (
+            max(FEWEST_OF_A_SEQUENCE, math.ceil(rows / sequences)) for rows in (self.fewest, self.efficient, self.most)
+        )
+        return Bounds(fewest, efficient, most)
+
+
+@dataclass(frozen=True)
+class GpuRows:
+    """Of a GPU and a layer, by the rule of `rows`: NEVER MEASURED. Attention has blocks of `BLOCK_ROWS` rows."""
+
+    device: Device
+    heads: int
+    products: tuple[tuple[int, int], ...]
+    experts: ExpertRows
+
+    def bounds(self, sequences: int) -> Bounds:
+        most = rows_for(self.device, Layer(self.heads, self.products, sequences))
+        return Bounds(BLOCK_ROWS, BLOCK_ROWS, most, BLOCK_ROWS)
+
+
+CPU = CountedRows(FEWEST_ROWS, 256, 1024, ExpertRows(64, 512 << 20))
+
+#: By the rule of arithmetic intensity, never measured: a product of r rows with a matrix computes r FLOPs for each byte
+#: of it in 16 bits, and an H100 computes 990e12 / 3.35e12 = 295 in the time in which it reads one.
+EXPERTS_ELSEWHERE = ExpertRows(300, 512 << 20)
+
+#: Never measured.
+ELSEWHERE = CountedRows(FEWEST_ROWS, FEWEST_ROWS, 1024, EXPERTS_ELSEWHERE)
+
+
+def rows_on(type: str, gpu: Properties | None, layer: Layer | None) -> DeviceRows:
+    """Of a type of device; of a GPU by what it says of itself and what most loops compute, if that is a layer."""
+    if type == "cpu":
+        return CPU
+    if gpu is None or layer is None:
+        return ELSEWHERE
+    return GpuRows(device_of(gpu)[0], layer.heads, layer.products, EXPERTS_ELSEWHERE)
