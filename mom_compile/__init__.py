@@ -9,6 +9,7 @@ from mom_compile.backend import reports
 from mom_compile.explain import explain
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import MomWarning
+from mom_compile.planning import Plan, PlanError, plan
 from mom_compile.report import Report
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.store import empty_host_pool
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
-    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Past", "Report", "Rows", "TokenScores", "chunk_rule",
-    "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "reports",
-    "token_log_probs",
+    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Past", "Plan", "PlanError", "Report", "Rows", "TokenScores",
+    "chunk_rule", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
+    "plan", "reports", "token_log_probs",
 ]  # fmt: skip

@@ -464,7 +464,7 @@ def least_value(size: torch.SymInt) -> int:
 def bounds_of(size: torch.SymInt) -> tuple[int, int | None]:
     """The least and the most that a graph's guards let a symbol be; None: it has no most."""
     bounds = size.node.shape_env.var_to_range.get(size.node.expr)
-    most = getattr(bounds, "upper", None)
+    most: Any = getattr(bounds, "upper", None)
     return least_value(size), int(most) if getattr(most, "is_Integer", False) else None
 
 

@@ -89,11 +89,13 @@ class StepSizes:
 @dataclass(frozen=True)
 class Footprint:
     """The distinct steps of a program, as functions of the values of `symbols` in a run. `device` is what the rule for
-    rows goes by; without one, loops have the rows that they have."""
+    rows goes by; without one, loops have the rows that they have. `order` has all steps, by their number among these.
+    """
 
     symbols: tuple[sympy.Symbol, ...]
     steps: tuple[StepSizes, ...]
     device: DeviceRows | None = None
+    order: tuple[int, ...] = ()
 
     @staticmethod
     def of(
@@ -109,19 +111,18 @@ class Footprint:
         sizes = [*more, *(size for key in found for size in key if isinstance(size, sympy.Basic))]
         symbols = tuple(sorted({symbol for size in sizes for symbol in size.free_symbols} - {COUNT}, key=str))
         steps = tuple(_functions(key, symbols) for key in found)
-        numbers = {
-            moment.step.node: found.index(key)
-            for moment, key in zip(memory.moments, keys, strict=True)
-            if isinstance(moment.step, LoopStep)
-        }
-        return Footprint(symbols, steps, None if rule is None else rule.device), numbers
+        number_of = {key: number for number, key in enumerate(found)}
+        order = tuple(number_of[key] for key in keys)
+        of_steps = zip(memory.moments, order, strict=True)
+        numbers = {m.step.node: number for m, number in of_steps if isinstance(m.step, LoopStep)}
+        return Footprint(symbols, steps, None if rule is None else rule.device, order), numbers
 
     def full(self, sizes: tuple[int, ...]) -> int:
         return max((int(step.kept(sizes)) for step in self.steps), default=0)
 
-    def rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """Of each step; 0 where it is no loop."""
-        full = self.full(sizes)
+    def rows(self, sizes: tuple[int, ...], full: int | None = None) -> tuple[int, ...]:
+        """Of each step; 0 where it is no loop. `full` is what lives at full length, if that is not this program's."""
+        full = self.full(sizes) if full is None else full
         return tuple(self._rows(step, step.loop, sizes, full) if step.loop is not None else 0 for step in self.steps)
 
     def fewest(self, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -124,6 +124,21 @@ def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
     return Found(config, name, tuple(notes))
 
 
+def of_config(config: Any, name: str) -> Found:
+    """A config of transformers that is there already. Raises `PlanError` where it is of no decoder."""
+    library = _transformers()
+    if not isinstance(config, library.PretrainedConfig):
+        raise PlanError(
+            f"{type(config).__name__} is nothing to plan: give a folder, a config.json, the name of a shipped shape, a "
+            f"config of transformers or a model that has one"
+        )
+    text = _text_part(config, name)
+    notes = [] if text is config else [f"planned is its text model alone, {text.model_type}"]
+    notes += _quantised(getattr(config, "quantization_config", None))
+    _check_decoder(library, text, name)
+    return Found(text, name, tuple(notes))
+
+
 def _lacking(hint: str) -> str:
     return f"its model_type is{hint}" if hint else "it has no model_type"
 

@@ -27,13 +27,14 @@ from mom_passes.graph.sizes import expr
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """A captured graph, which nobody changes: `static` names its parameters and buffers, `sizes` are its symbols for
-    tokens and sequences where it has any. It holds for `shortest` to `longest` tokens (None: any number): a model with
-    windows computes something else where all tokens are in one."""
+    """A captured graph, which nobody changes. `static` names its parameters and buffers, `tokens` and `sequences` are
+    its sizes, symbols mostly, and `captured` is how many tokens there were. It holds for `shortest` to `longest` tokens
+    (None: any number): a model with windows computes something else where all tokens are in one."""
 
     graph: fx.GraphModule
     static: frozenset[str]
     layers: int
+    captured: int
     tokens: sympy.Expr
     sequences: sympy.Expr
     shortest: int
@@ -75,8 +76,12 @@ def capture_prefill(model: nn.Module, layers: int, batch_size: int, seq_len: int
 
 def _described(gm: fx.GraphModule, static: frozenset[str], layers: int, seq_len: int) -> Prefill:
     sequences, tokens = _ids(gm, static).shape
-    shortest, longest = bounds_of(tokens) if isinstance(tokens, torch.SymInt) else (seq_len, seq_len)
-    return Prefill(gm, static, layers, expr(tokens), expr(sequences), shortest, longest)
+    shortest, longest = _bounds(tokens)
+    return Prefill(gm, static, layers, seq_len, expr(tokens), expr(sequences), shortest, longest)
+
+
+def _bounds(tokens: Any) -> tuple[int, int | None]:
+    return (tokens, tokens) if type(tokens) is int else bounds_of(tokens)
 
 
 def _ids(gm: fx.GraphModule, static: frozenset[str]) -> torch.Tensor:

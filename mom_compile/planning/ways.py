@@ -2,7 +2,7 @@
 
 Terms
 -----
-way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, or ours with more and more on the host.
+way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, ours with more and more on the host.
 profile    Bytes above weights and inputs, moment by moment: after each operator in eager mode, in each step of a
            program.
 head       The first half of a shorter model's profile: the longer one begins alike.
@@ -14,7 +14,6 @@ tail       The rest. What a period of layers adds to its peak, it adds each time
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +46,12 @@ class Kind:
 
 
 EAGER, INDUCTOR = "eager", "inductor"
+
+#: A length that is tried first, since most models are traced once for all lengths from there on; and the least.
+_FIRST, _FEWEST = 8192, 2
+
+#: One part in so many of what is above the weights a longest context leaves free: a plan is off by up to that.
+MARGIN_SHARE = 32
 
 #: Those that go through our passes.
 KINDS = {
@@ -110,14 +115,21 @@ class Compiled:
         return self.rewritten.memory.number(self.host, self.prefill.sizes(batch_size, seq_len))
 
 
-def compile_for(prefill: Prefill, kind: Kind, options: Options, gpu: Properties | None, shapes: frozenset[tuple[int, ...]]) -> Compiled | None:
+def compile_for(
+    prefill: Prefill, kind: Kind, options: Options, gpu: Properties | None, shapes: frozenset[tuple[int, ...]]
+) -> Compiled | None:
     """A traced model in one way, on a GPU or on the CPU; `shapes` are of the weights that leave. None where there is
     nothing to gain, and stock Inductor has it."""
     gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
     type, report = "cpu" if gpu is None else "cuda", Report()
     try:
         rewritten = run_pipeline(
-            gm, static_inputs=prefill.static, limit=options.limit(type), report=report, scope=kind.scope, kv_on_host=kind.cache
+            gm,
+            static_inputs=prefill.static,
+            limit=options.limit(type),
+            report=report,
+            scope=kind.scope,
+            kv_on_host=kind.cache,
         )
     except NotWorthwhile:
         return None
@@ -153,36 +165,48 @@ def stock_bytes(prefill: Prefill) -> sympy.Expr:
     return found.highest.bytes
 
 
-def longest_that_fits(peak: Callable[[int], int], budget: int, most: int) -> int:
-    """The most tokens whose peak is at most `budget` bytes, where more tokens never take less; 0 where none fit, `most`
-    where all do. Between what fits and what does not, the next length is where a straight line passes the budget, or
-    half way if that moved but one end."""
-    if peak(1) > budget:
-        return 0
-    low, high = 1, 1024
-    while high < most and peak(high) <= budget:
-        low, high = high, min(most, 4 * high)
-    if high >= most and peak(most) <= budget:
-        return most
-    moved = 0
+def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> int:
+    """The most tokens that need at most `budget` bytes, where more tokens never need less; 0 where none fit, `most`
+    where all do.
+
+    Between what fits and what does not, the next length is where a straight line passes the budget, or half way where
+    that has moved the same end twice.
+    """
+    low, high = _around(needed, budget, most)
+    turns = 0
     while high - low > 1:
-        fits, over = peak(low), peak(high)
-        guess = low + math.floor((high - low) * (budget - fits) / max(1, over - fits))
-        guess = (low + high) // 2 if abs(moved) > 1 else min(max(guess, low + 1), high - 1)
-        if peak(guess) <= budget:
-            low, moved = guess, max(moved, 0) + 1
+        fits, over = needed(low), needed(high)
+        guess = low + (high - low) * (budget - fits) // max(1, over - fits)
+        guess = (low + high) // 2 if abs(turns) == 2 else min(max(guess, low + 1), high - 1)
+        if needed(guess) <= budget:
+            low, turns = guess, max(turns, 0) % 2 + 1
         else:
-            high, moved = guess, min(moved, 0) - 1
-        moved = 0 if abs(moved) > 2 else moved
+            high, turns = guess, min(turns, 0) % -2 - 1
     return low
+
+
+def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, int]:
+    """A length that fits and one that does not, or twice the same number: the answer."""
+    first = min(_FIRST, most)
+    if needed(first) > budget:
+        if needed(_FEWEST) <= budget:
+            return _FEWEST, first
+        return (0, 0)
+    low = high = first
+    while high < most:
+        low, high = high, min(most, 8 * high)
+        if needed(high) > budget:
+            return low, high
+    return most, most
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
     """Bytes of the device at the peak of a prefill, weights and inputs included, and bytes on the host beside it, at
-    any length."""
+    any length. `weights` are those on the device."""
 
     what: str
+    weights: int
     of_device: Callable[[int], int]
     of_host: Callable[[int], int]
     most: int
@@ -194,8 +218,12 @@ class Way:
         return self.of_host(seq_len)
 
     def max_seq_len(self, budget: int) -> int:
-        """The longest context that `budget` bytes of the device have room for; 0: none."""
-        return longest_that_fits(self._peak, budget, self.most)
+        """The longest context that `budget` bytes of the device have room for, with a margin; 0: none."""
+        return longest_that_fits(self._with_margin, budget, self.most)
+
+    def _with_margin(self, seq_len: int) -> int:
+        peak = self._peak(seq_len)
+        return peak + (peak - self.weights) // MARGIN_SHARE
 
     @functools.cached_property
     def _peak(self) -> Callable[[int], int]:

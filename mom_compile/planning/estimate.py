@@ -1,0 +1,110 @@
+"""How long a prefill takes on a recorded device, by what bounds it. AN ESTIMATE: of ours, no GPU has confirmed one.
+
+    arithmetic    FLOPs of all products and attentions / (what a device computes * the share that products reach)
+    reading       mini-sequences * bytes of the weights that each reads / bandwidth of the memory
+    launching     mini-sequences * loops * the host's time for a body
+    copies out    keys and values that leave / the link;  copies in: weights that arrive / the link
+
+All of these go on at once, so the longest of them bounds the time. A multiply-add is two FLOPs; a causal attention
+computes half of what it would with all keys, one with a window as many keys a row as that has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from mom_compile.memory.rows import DEVICES, HOST_SECONDS, REACHED, Device
+from mom_compile.planning.configs import PlanError
+from mom_passes.attention.form import attention_form
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.edit import copy_graph
+from mom_passes.graph.sizes import expr, product
+from mom_passes.graph.values import value_of
+from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.rules.attention import SDPA
+from mom_passes.rules.work import products
+
+#: Bytes per second between host and device, one way. An H200's was measured; the others are what a PCIe link of their
+#: generation carries in practice, of 32 and 64 GB/s (`benchmarks/results/h200-2026-11-28.json`).
+LINKS = {"A100": 25e9, "H100": 50e9, "H200": 53.6e9, "RTX 4090": 25e9}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one prefill, what bounds them, and what each thing by itself would take."""
+
+    device: str
+    seconds: float
+    bound: str
+    parts: dict[str, float]
+
+    def __str__(self) -> str:
+        others = ", ".join(
+            f"{what} {_in_words(time)}" for what, time in self.parts.items() if what != self.bound and time
+        )
+        beside = f" ({others})" if others else ""
+        return f"about {_in_words(self.seconds)} on {self.device}, bound by {self.bound}{beside}; an estimate"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a prefill computes and moves: multiply-adds, bytes, and how often each loop runs its body."""
+
+    work: int
+    weights_read: int
+    mini_sequences: int
+    loops: int
+    to_host: int
+    to_device: int
+
+
+def device_named(name: str) -> tuple[str, Device]:
+    """A recorded device. Raises `PlanError`, which lists them, for another."""
+    for known, device in DEVICES.items():
+        if name.strip().lower() in (known.lower(), known.lower().removeprefix("rtx ")):
+            return known, device
+    raise PlanError(f"device={name!r} is none whose figures are recorded; these are {', '.join(DEVICES)}")
+
+
+def estimate(load: Load, name: str) -> Estimate:
+    known, device = device_named(name)
+    parts = {
+        "arithmetic": 2 * load.work / (device.flops * REACHED),
+        "reading weights": load.mini_sequences * load.weights_read / device.bandwidth,
+        "launching kernels": load.mini_sequences * load.loops * HOST_SECONDS,
+        "copies to the host": load.to_host / LINKS[known],
+        "copies from the host": load.to_device / LINKS[known],
+    }
+    bound = max(parts, key=parts.__getitem__)
+    return Estimate(known, parts[bound], bound, parts)
+
+
+def work_of(gm: fx.GraphModule, tokens: sympy.Expr, captured: int) -> sympy.Expr:
+    """Multiply-adds of a graph that was captured with so many tokens, in its sizes: those of products, which are known
+    for these, grow with the tokens."""
+    graph = attention_form(copy_graph(gm)).graph
+    attentions = [node for node in graph.nodes if node.target is MOM_ATTENTION]
+    others = sum(work for node, work in products(graph).items() if node.target not in (MOM_ATTENTION, *SDPA))
+    return sympy.Rational(others, captured) * tokens + sum(map(_of_attention, attentions), sympy.S.Zero)
+
+
+def _of_attention(node: fx.Node) -> sympy.Expr:
+    query, key, value = (value_of(node.args[i]) for i in range(3))  # type: ignore[arg-type]
+    window, keys = argument(node, "window"), expr(key.shape[2])
+    if window is not None:
+        keys = sympy.Min(keys, window)
+    elif argument(node, "is_causal"):
+        keys = keys / 2
+    return expr(product(query.shape[:3])) * keys * (expr(query.shape[3]) + expr(value.shape[3]))
+
+
+def _in_words(seconds: float) -> str:
+    if seconds >= 90:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    digits = 0 if seconds >= 10 else 1 - math.floor(math.log10(max(seconds, 1e-3)))
+    return f"{seconds:.{min(digits, 3)}f} s"

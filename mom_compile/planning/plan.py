@@ -1,0 +1,225 @@
+"""`plan(model, seq_len=...)`: will it fit, and what is the longest context, without a GPU and without weights.
+
+config -> model on the meta device -> two shorter ones -> prefill captured for any length
+       -> for each way: program -> memory model -> bytes at any length, of all layers
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+from mom_compile.config import Options, parse_options
+from mom_compile.planning.configs import Found, PlanError, find_config, of_config
+from mom_compile.planning.estimate import Estimate, device_named, estimate
+from mom_compile.planning.picture import draw
+from mom_compile.planning.planner import CPU, Planner
+from mom_compile.planning.subject import Subject, subject_of
+from mom_compile.planning.ways import INDUCTOR, KINDS, Way, stock_bytes
+from mom_compile.quantities import parse_bytes, parse_tokens
+from mom_compile.report import StageReport
+from mom_compile.report.units import in_units
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """What a prefill moves between host and device, in bytes: keys and values that leave, weights that arrive."""
+
+    to_host: int
+    to_device: int
+
+
+def plan(
+    model: nn.Module | str | Path | Any,
+    *,
+    seq_len: int | str,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    memory_budget: int | str | None = None,
+    device: str = "H100",
+    weights_on_host: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """What a prefill of `batch_size` sequences of `seq_len` tokens takes, with the default cache and the logits of the
+    last token, in eager mode, with stock Inductor and with ours.
+
+    model            a config of transformers, a folder or config.json, the name of a shipped shape, or a module of
+                     transformers, of which the config and dtype are read
+    seq_len          tokens, as a number or as "455k"; any other length can be asked for afterwards
+    dtype            of the weights: that of the module or config, else bfloat16
+    memory_budget    bytes of the device for everything, as a number or as "24GiB"
+    device           whose rule says how long mini-sequences are: a recorded GPU, or "cpu"
+    weights_on_host  whether weights are planned as `offload_weights` leaves them, all of them on the host
+    progress         called with a line for each thing that takes time
+    options          those of the backend: `kv_offload`, `mini_seq_len`, ...
+
+    Raises `PlanError`, a `ValueError`, for a model that cannot be planned, a device that is not known, and a budget
+    that cannot be kept: it names the smallest that can, and the longest context that the given one has room for.
+    """
+    tokens, batch = parse_tokens(seq_len), _checked_batch(batch_size)
+    parsed = parse_options({**options, "memory_budget": memory_budget})
+    say = progress or (lambda text: None)
+    if device.lower() != CPU:
+        device, _ = device_named(device)
+    found = _found(model)
+    say(f"reading {found.name}")
+    given = _dtype(dtype, model)
+    subject, weights = subject_of(found.config, found.name, given, _class_of(model))
+    planner = Planner(subject, weights, batch, device, parsed, say)
+    made = Plan(subject, tokens, batch, device, list(found.notes), planner, _way_of(parsed, weights_on_host))
+    if subject.longest is not None and tokens > subject.longest:
+        made.notes.append(f"{tokens:,} tokens are more than the {subject.longest:,} that the model is made for")
+    planner.prefills(tokens)
+    if memory_budget is not None:
+        made = replace(made, **made._within(parse_bytes(memory_budget)))
+    return made
+
+
+def _found(model: Any) -> Found:
+    if isinstance(model, str | Path):
+        return find_config(model)
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    return of_config(config, type(model).__name__)
+
+
+def _checked_batch(batch_size: Any) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise PlanError(f"batch_size={batch_size!r} is not valid; it is a whole number of sequences, 1 or more")
+    return batch_size
+
+
+def _dtype(given: torch.dtype | str | None, model: Any) -> torch.dtype | None:
+    if given is None:
+        return next(model.parameters()).dtype if isinstance(model, nn.Module) else None
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PlanError(f"dtype={given!r} is not valid; it is that of weights: 'bfloat16', 'float16', 'float32'")
+    return found
+
+
+def _class_of(model: Any) -> Any:
+    return type(model) if isinstance(model, nn.Module) else None
+
+
+def _way_of(options: Options, weights_on_host: bool) -> str:
+    if options.scope != "layer":
+        return INDUCTOR if options.scope == "none" else options.scope
+    if weights_on_host:
+        return "mom-weights"
+    return "mom-cache" if options.kv_offload not in (False, "auto") else "mom"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a prefill takes. `ways` are how it can be run, `way` is the one that the options stand for; `notes` are what
+    its reader has to know. With a `memory_budget`, `budget` is it in bytes, and keys and values of `resident_layers`
+    stay on the device."""
+
+    subject: Subject
+    seq_len: int
+    batch_size: int
+    device: str
+    notes: list[str]
+    _planner: Planner
+    way: str
+    budget: int | None = None
+    resident_layers: int | None = None
+
+    @functools.cached_property
+    def ways(self) -> dict[str, Way]:
+        return self._planner.ways()
+
+    def peak_bytes(self, seq_len: int | str | None = None) -> int:
+        """Bytes of the device at the peak, weights included."""
+        return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
+
+    def max_seq_len(self, budget: int | str | None = None) -> int:
+        """The longest context that `budget` bytes of the device have room for; 0: none. By default that of the plan."""
+        size = self.budget if budget is None else parse_bytes(budget, "budget")
+        if size is None:
+            raise PlanError("max_seq_len needs a budget: max_seq_len('80GiB')")
+        return self.ways[self.way].max_seq_len(size)
+
+    @property
+    def formula(self) -> sympy.Expr:
+        """Bytes above weights and inputs at the peak, of the models that are traced, in the symbols of their graph."""
+        made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
+        if made is None:
+            return stock_bytes(self._planner.prefills(self.seq_len)[-1])
+        return made[-1].rewritten.memory.highest.bytes
+
+    @property
+    def stages(self) -> list[StageReport]:
+        """The loops of the longer of the models that are traced; none where stock Inductor has it."""
+        made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
+        return [] if made is None else made[-1].report.stages
+
+    @property
+    def transfers(self) -> Transfers:
+        load = self._planner.load(self.way, self.seq_len)
+        return Transfers(load.to_host, load.to_device)
+
+    def seconds(self, device: str | None = None) -> Estimate:
+        """How long it takes on a recorded device. Raises `PlanError` for another."""
+        return estimate(self._planner.load(self.way, self.seq_len), self.device if device is None else device)
+
+    def plot(self, path: str | Path, memories: tuple[int, ...] = ()) -> None:
+        """Draw memory against context, with a line for each device's memory in bytes. Needs matplotlib."""
+        draw(Path(path), self.subject, self.ways, self.batch_size, self.seq_len, memories)
+
+    def summary(self) -> str:
+        """A few lines for people; `print(plan)` prints them."""
+        sizes = {way.what: way.peak_bytes(self.seq_len) for way in self.ways.values()}
+        width = max(map(len, sizes))
+        s = self.subject
+        lines = [
+            f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3g}e9 parameters, {in_units(s.weight_bytes)}",
+            *(f"note: {note}" for note in self.notes),
+            f"peak of the device for {self.batch_size} x {self.seq_len:,} tokens, weights included:",
+            *(f"  {what:{width}}  {in_units(size)}" for what, size in sizes.items()),
+        ]
+        if self.budget is not None:
+            stays = "" if self.resident_layers is None else f", keys and values of {self.resident_layers} layers stay"
+            lines.append(f"longest context in {in_units(self.budget)}: {self.max_seq_len():,} tokens{stays}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _within(self, budget: int) -> dict[str, Any]:
+        """The plan for a budget: where the cache has to go. Raises `PlanError` where it cannot be kept."""
+        options, planner = self._planner.options, self._planner
+        may_leave = options.kv_offload is not False and self.way not in (INDUCTOR, "mlp")
+        away = "mom-weights" if self.way == "mom-weights" else "mom-cache" if may_leave else self.way
+        least = planner.peak(away, self.seq_len, fewest=True)
+        if least > budget:
+            raise PlanError(self._refused(budget, least, away))
+        if away != "mom-cache" or self.way == "mom-cache":
+            return {"budget": budget}
+        whole, gone = planner.peak("mom", self.seq_len), planner.peak(away, self.seq_len)
+        layers = self.subject.layers
+        each = max(1, planner.host(away, self.seq_len) // layers)
+        stay = layers if whole <= budget else max(0, min(layers, (budget - gone) // each))
+        return {"budget": budget, "resident_layers": stay, "way": "mom" if stay == layers else away}
+
+    def _refused(self, budget: int, least: int, way: str) -> str:
+        weights = f", of which weights take {in_units(self.subject.weight_bytes)}" if way != "mom-weights" else ""
+        longest = self.ways[way].max_seq_len(budget)
+        room = f"it has room for {longest:,} tokens" if longest else "it has no room for a single token"
+        more = "" if way == "mom-weights" else self._with_weights_on_host()
+        return (
+            f"memory_budget={budget} ({in_units(budget)}) cannot be kept for {self.seq_len:,} tokens: the smallest "
+            f"that can is {least} ({in_units(least)}){weights}; {room}{more}"
+        )
+
+    def _with_weights_on_host(self) -> str:
+        least = self.ways["mom-weights"].peak_bytes(self.seq_len)
+        return f"; with the weights on the host (weights_on_host=True), {in_units(least)} are enough"

@@ -1,0 +1,151 @@
+"""The traced models of a plan, rewritten for each way and carried on to all layers, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import sympy
+
+from mom_compile.config import Options
+from mom_compile.memory.rows import DEVICES, Properties
+from mom_compile.planning.eager import eager_timeline
+from mom_compile.planning.estimate import Load, work_of
+from mom_compile.planning.prefill import Prefill, capture_prefill
+from mom_compile.planning.subject import Subject, Weights
+from mom_compile.planning.ways import (
+    EAGER,
+    INDUCTOR,
+    KINDS,
+    Compiled,
+    Way,
+    carried_on,
+    compile_for,
+    stock_bytes,
+    straight,
+)
+from mom_passes.graph.sizes import expr
+from mom_passes.program.program import LoopStep
+
+#: Bytes of a token's id.
+ID_BYTES = 8
+#: No length beyond this is looked for: no model has so many tokens.
+MOST_TOKENS = 1 << 30
+CPU = "cpu"
+
+
+class Planner:
+    """Traces and rewrites what is asked for, once."""
+
+    def __init__(
+        self, subject: Subject, weights: Weights, batch: int, device: str, options: Options, say: Callable[[str], None]
+    ) -> None:
+        self.subject, self.weights, self.batch, self.device = subject, weights, batch, device
+        self.options, self.say = options, say
+        self._told: set[str] = set()
+        self.models = [subject.build(count) for count in subject.counts]
+        self.captured: list[tuple[Prefill, ...]] = []
+        self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
+        self._stock: dict[Prefill, sympy.Expr] = {}
+        gpu = None if device.lower() == CPU else DEVICES[device]
+        self.gpu = None if gpu is None else Properties(device, gpu.multiprocessors, gpu.capability)
+
+    # --- what is traced ---
+
+    def prefills(self, seq_len: int) -> tuple[Prefill, ...]:
+        """The traced models for a length."""
+        for known in self.captured:
+            if all(prefill.holds_for(seq_len) for prefill in known):
+                return known
+        counts = " and ".join(map(str, self.subject.counts))
+        self.say(f"tracing {self.subject.name}, {counts} layers of {self.subject.layers}, {seq_len:,} tokens")
+        pairs = zip(self.models, self.subject.counts, strict=True)
+        self.captured.append(tuple(capture_prefill(model, count, self.batch, seq_len) for model, count in pairs))
+        return self.captured[-1]
+
+    def compiled(self, seq_len: int, way: str) -> list[Compiled] | None:
+        """The traced models in one of our ways; None where there is nothing to gain."""
+        found = []
+        for prefill in self.prefills(seq_len):
+            if (prefill, way) not in self._compiled:
+                self._tell(f"planning {KINDS[way].what}")
+                shapes = self.weights.shapes
+                self._compiled[prefill, way] = compile_for(prefill, KINDS[way], self.options, self.gpu, shapes)
+            found.append(self._compiled[prefill, way])
+        return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+    # --- bytes ---
+
+    def peak(self, way: str, seq_len: int, *, fewest: bool = False) -> int:
+        """Bytes of the device at the peak, weights and inputs included."""
+        beside = self.weights.all + ID_BYTES * self.batch * seq_len
+        if way == EAGER:
+            self._tell("calling it in eager mode, without data")
+            timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
+            return beside + carried_on(timelines, self.subject.periods)
+        made = None if way == INDUCTOR else self.compiled(seq_len, way)
+        if made is None:
+            return beside + straight(
+                [self._stock_peak(p, seq_len) for p in self.prefills(seq_len)], self.subject.periods
+            )
+        if KINDS[way].weights:
+            beside += self.weights.resident - self.weights.all
+        full = self._full(made, seq_len)
+        profiles = [one.profile(self.batch, seq_len, full, fewest=fewest) for one in made]
+        return beside + carried_on(profiles, self.subject.periods)
+
+    def _full(self, made: list[Compiled], seq_len: int) -> int:
+        return straight([one.full(self.batch, seq_len) for one in made], self.subject.periods)
+
+    def _stock_peak(self, prefill: Prefill, seq_len: int) -> int:
+        if prefill not in self._stock:
+            self._tell("planning stock Inductor")
+            self._stock[prefill] = stock_bytes(prefill)
+        return _number(self._stock[prefill], prefill.sizes(self.batch, seq_len))
+
+    def host(self, way: str, seq_len: int) -> int:
+        """Bytes on the host: keys and values, and weights."""
+        made = self.compiled(seq_len, way) if way in KINDS else None
+        if made is None:
+            return 0
+        cache = straight([one.on_host(self.batch, seq_len) for one in made], self.subject.periods)
+        return cache + (self.weights.all - self.weights.resident if KINDS[way].weights else 0)
+
+    def ways(self) -> dict[str, Way]:
+        words = {EAGER: "eager mode", INDUCTOR: "stock Inductor", **{name: kind.what for name, kind in KINDS.items()}}
+        return {name: self._way(name, what) for name, what in words.items()}
+
+    def _way(self, name: str, what: str) -> Way:
+        weights = self.weights.resident if name in KINDS and KINDS[name].weights else self.weights.all
+        return Way(what, weights, partial(self.peak, name), partial(self.host, name), MOST_TOKENS)
+
+    def _tell(self, text: str) -> None:
+        """Each thing once."""
+        if text not in self._told:
+            self._told.add(text)
+            self.say(text)
+
+    def load(self, way: str, seq_len: int) -> Load:
+        """What a prefill computes and moves."""
+        prefills = self.prefills(seq_len)
+        works = [_number(work_of(p.graph, p.tokens, p.captured), p.sizes(self.batch, seq_len)) for p in prefills]
+        work = straight(works, self.subject.periods)
+        made = self.compiled(seq_len, way) if way in KINDS else None
+        rows = made[-1].rows(self.batch, seq_len, self._full(made, seq_len)) if made else 0
+        weights = self.weights.all - self.weights.resident if way in KINDS and KINDS[way].weights else 0
+        return Load(
+            work,
+            self.weights.all,
+            -(-seq_len // rows) if rows else 1,
+            straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers,
+            self.host(way, seq_len) - weights,
+            weights,
+        )
+
+
+def _loops(made: Compiled) -> int:
+    return sum(isinstance(step, LoopStep) for step in made.rewritten.plan.steps)
+
+
+def _number(size: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> int:
+    return int(expr(size).xreplace({symbol: sympy.Integer(value) for symbol, value in sizes.items()}).doit())
