@@ -138,9 +138,9 @@ def test_a_table_tells_what_does_not_fit_by_a_dash_where_there_are_no_colours(ru
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")
     lines = out.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["65,536"])
-    assert code == 0 and row.split() == ["65,536", "-", "2.0", "GiB", "1.2", "GiB"]
+    assert code == 0 and row.split() == ["65,536", "-", "2.00", "1.25"]
     row = next(line for line in lines if line.split()[:1] == ["1,024"])
-    assert row.split() == ["1,024", "2.0", "GiB", "1.0", "GiB", "1.0", "GiB"]
+    assert row.split() == ["1,024", "2.00", "1.02", "1.00"]
     assert "-: does not fit into 4.0 GiB" in out and "\x1b" not in out
     assert re.search(r"ours, cache on the host +786,432 +1\.5 GiB", out)
     assert "note: 100,000 tokens are more than" in out and "time of ours: about 9 s, bound by arithmetic" in out
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_red_on_a_terminal():
     out, data = io.StringIO(), as_data(Plan(), [4 * GIB])
     show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), data, 4 * GIB)
     row = next(line for line in out.getvalue().splitlines() if "65,536" in line)
-    assert re.search(r"\x1b\[31m *65 GiB\x1b\[0m +2\.0 GiB", row)
+    assert re.search(r"\x1b\[31m *65\.0\x1b\[0m +2\.00", row)
     assert "in red: does not fit into 4.0 GiB" in out.getvalue()
 
 
@@ -181,6 +181,16 @@ def test_a_plot_has_lines_for_the_memory_that_is_given_or_for_that_of_usual_card
     for given, memories in (((), CARDS), (("--device-memory", "4GiB"), (4 * GIB,))):
         assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--plot", str(tmp_path / "out.png"), *given)[0] == 0
         assert (tmp_path / "out.png").read_text() == str(memories)
+
+
+def test_what_is_done_is_told_on_a_terminal_beside_the_results(run, asked, monkeypatch):
+    assert run("plan", "Llama-3-8B", "--seq-len", "4k")[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = run("plan", "Llama-3-8B", "--seq-len", "4k")
+    assert code == 0 and "half of it" in err and "half of it" not in out and "\x1b[" in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")[1]
+    assert re.search(r"65,536 +- +2\.00", out) and "-: does not fit" in out
 
 
 BAD = [
@@ -277,9 +287,13 @@ def test_help_says_what_there_is(run, arguments):
         assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in ("plan", "explain", "doctor"))
 
 
-def test_the_script_is_the_same_as_the_module():
+def test_the_script_is_main():
     script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mom-compile"]
     assert script == f"{main.__module__.removesuffix('.commands')}:main"
+
+
+@pytest.mark.slow
+def test_the_module_runs_by_itself():
     command = [sys.executable, "-m", "mom_compile.cli", "plan", "--seq-len", "x", "y"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("mom-compile: --seq-len='x' is not valid")

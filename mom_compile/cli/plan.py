@@ -22,8 +22,9 @@ from mom_compile.report.units import in_units
 
 #: How many contexts the table has below the longest.
 CONTEXTS = 8
+GIB = 1 << 30
 #: The memory of usual cards: what is told where no device's memory is given.
-CARDS = tuple(size << 30 for size in (16, 24, 48, 80))
+CARDS = tuple(size * GIB for size in (16, 24, 48, 80))
 #: Where a config does not say how many positions it has.
 USUAL_TOKENS = 131072
 
@@ -142,20 +143,25 @@ def _subject(data: Mapping[str, Any]) -> str:
 def _peaks(data: Mapping[str, Any], fits: int | None, colour: bool) -> Table:
     """Contexts against peaks; what does not fit is red or, without colours, a dash."""
     ways = data["ways"].values()
-    table = plain_table("context", *(way["what"] for way in ways), title="peak memory of the device", left=0)
+    unit = "GiB" if max(size for way in ways for size in way["peak_bytes"].values()) >= GIB else "MiB"
+    title = f"peak memory of the device, in {unit}"
+    table = plain_table("context", *(way["what"] for way in ways), title=title, left=0)
     for tokens in contexts(data["seq_len"]):
         sizes = [way["peak_bytes"][str(tokens)] for way in ways]
-        table.add_row(f"{tokens:,}", *(_peak(size, fits, colour) for size in sizes))
+        table.add_row(f"{tokens:,}", *(_peak(size, unit, fits, colour) for size in sizes))
     if fits is not None:
         table.caption = Text(f"{'in red' if colour else '-'}: does not fit into {in_units(fits)}")
         table.caption_justify = "left"
     return table
 
 
-def _peak(size: int, fits: int | None, colour: bool) -> Text:
+def _peak(size: int, unit: str, fits: int | None, colour: bool) -> Text:
+    """With three digits of meaning."""
+    number = size / (GIB if unit == "GiB" else GIB >> 10)
+    text = f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
     if fits is None or size <= fits:
-        return Text(in_units(size))
-    return Text(in_units(size), style="red") if colour else Text("-")
+        return Text(text)
+    return Text(text, style="red") if colour else Text("-")
 
 
 def _longest(data: Mapping[str, Any]) -> Table:
