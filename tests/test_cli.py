@@ -19,7 +19,7 @@ from rich.console import Console
 import mom_compile
 from mom_compile.cli import main
 from mom_compile.cli.inputs import backend_options
-from mom_compile.cli.plan import contexts, show
+from mom_compile.cli.plan import CARDS, as_data, contexts, show
 from mom_compile.planning.configs import PlanError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,15 @@ class Way:
 
     def max_seq_len(self, budget):
         return max(0, (budget - GIB) // self.each)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    seconds: float
+    bound: str
+
+    def __str__(self):
+        return f"about {self.seconds:.0f} s, bound by {self.bound}"
 
 
 @dataclass
@@ -72,10 +81,12 @@ class Plan:
         )  # fmt: skip
 
     def seconds(self, device):
-        return f"9 s on {device}, bound by arithmetic"
+        if device == "cpu":
+            raise PlanError("no figures of a CPU")
+        return Estimate(9.0, "arithmetic")
 
-    def plot(self, path):
-        path.write_bytes(b"\x89PNG")
+    def plot(self, path, memories):
+        path.write_text(str(memories))
 
 
 @pytest.fixture
@@ -86,7 +97,7 @@ def asked(monkeypatch):
     def plan(model, **given):
         given.pop("progress")("half of it")
         calls.append((model, given))
-        return Plan(seq_len=given["seq_len"])
+        return Plan(seq_len=given["seq_len"], device=given["device"])
 
     monkeypatch.setattr(mom_compile, "plan", plan, raising=False)
     return calls
@@ -109,8 +120,8 @@ def test_a_plan_is_asked_for_with_what_was_given(run, asked):
         "--dtype", "float16", "--device", "A100", "--option", "kv_offload=true", "-o", "mini_seq_len=2048",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    given = {"seq_len": 455_000, "batch_size": 2, "dtype": "float16", "device": "A100", "kv_offload": True}
-    assert asked == [("Llama-3-8B", {**given, "mini_seq_len": 2048})]
+    given = {"seq_len": 455_000, "batch_size": 2, "dtype": "float16", "device": "A100", "weights_on_host": False}
+    assert asked == [("Llama-3-8B", {**given, "kv_offload": True, "mini_seq_len": 2048})]
 
 
 def test_without_a_length_it_is_the_models_own(run, asked):
@@ -127,19 +138,19 @@ def test_a_table_tells_what_does_not_fit_by_a_dash_where_there_are_no_colours(ru
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")
     lines = out.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["65,536"])
-    assert code == 0 and row.split() == ["65,536", "-", "2.0", "GiB", "1.2", "GiB"]
+    assert code == 0 and row.split() == ["65,536", "-", "2.00", "1.25"]
     row = next(line for line in lines if line.split()[:1] == ["1,024"])
-    assert row.split() == ["1,024", "2.0", "GiB", "1.0", "GiB", "1.0", "GiB"]
+    assert row.split() == ["1,024", "2.00", "1.02", "1.00"]
     assert "-: does not fit into 4.0 GiB" in out and "\x1b" not in out
     assert re.search(r"ours, cache on the host +786,432 +1\.5 GiB", out)
-    assert "note: 100,000 tokens are more than" in out and "time: 9 s on H100, bound by arithmetic" in out
+    assert "note: 100,000 tokens are more than" in out and "time of ours: about 9 s, bound by arithmetic" in out
 
 
 def test_what_does_not_fit_is_red_on_a_terminal():
-    out = io.StringIO()
-    show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), Plan(), 4 * GIB)
+    out, data = io.StringIO(), as_data(Plan(), [4 * GIB])
+    show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), data, 4 * GIB)
     row = next(line for line in out.getvalue().splitlines() if "65,536" in line)
-    assert re.search(r"\x1b\[31m *65 GiB\x1b\[0m +2\.0 GiB", row)
+    assert re.search(r"\x1b\[31m *65\.0\x1b\[0m +2\.00", row)
     assert "in red: does not fit into 4.0 GiB" in out.getvalue()
 
 
@@ -147,7 +158,7 @@ def test_nothing_of_a_table_is_cut_where_it_is_piped(run, asked, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     out = run("plan", "Llama-3-8B", "--seq-len", "100k")[1]
     assert "…" not in out and "note: 100,000 tokens are more than the 8,192 it is made for\n" in out
-    assert re.search(r"way +in 16 GiB +in 24 GiB +in 48 GiB +in 80 GiB +beside it on the host", out)
+    assert re.search(r"way +in 16 GiB +in 24 GiB +in 48 GiB +in 80 GiB +then on the host", out)
 
 
 def test_numbers_for_programs(run, asked):
@@ -156,11 +167,30 @@ def test_numbers_for_programs(run, asked):
     assert code == 0 and data["seq_len"] == 100_000 and data["subject"]["weight_bytes"] == GIB
     assert data["ways"]["mom"]["peak_bytes"]["65536"] == GIB + (65536 << 14)
     assert data["ways"]["eager"]["max_seq_len"] == {str(4 * GIB): 3072}
+    assert data["ways"]["mom-cache"]["host_bytes_then"] == {str(4 * GIB): 3 << 29}
+    assert (data["seconds"], data["bound"]) == (9.0, "arithmetic")
 
 
-def test_a_plot_is_written(run, asked, tmp_path):
-    assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--plot", str(tmp_path / "out.png"))[0] == 0
-    assert (tmp_path / "out.png").is_file()
+def test_where_a_devices_speed_is_not_known_all_else_is_told(run, asked):
+    code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "4k", "--device", "cpu")
+    assert code == 0 and "no estimate: no figures of a CPU" in out and "longest context" in out
+    assert json.loads(run("plan", "Llama-3-8B", "--seq-len", "4k", "--device", "cpu", "--json")[1])["seconds"] is None
+
+
+def test_a_plot_has_lines_for_the_memory_that_is_given_or_for_that_of_usual_cards(run, asked, tmp_path):
+    for given, memories in (((), CARDS), (("--device-memory", "4GiB"), (4 * GIB,))):
+        assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--plot", str(tmp_path / "out.png"), *given)[0] == 0
+        assert (tmp_path / "out.png").read_text() == str(memories)
+
+
+def test_what_is_done_is_told_on_a_terminal_beside_the_results(run, asked, monkeypatch):
+    assert run("plan", "Llama-3-8B", "--seq-len", "4k")[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = run("plan", "Llama-3-8B", "--seq-len", "4k")
+    assert code == 0 and "half of it" in err and "half of it" not in out and "\x1b[" in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")[1]
+    assert re.search(r"65,536 +- +2\.00", out) and "-: does not fit" in out
 
 
 BAD = [
@@ -257,9 +287,13 @@ def test_help_says_what_there_is(run, arguments):
         assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in ("plan", "explain", "doctor"))
 
 
-def test_the_script_is_the_same_as_the_module():
+def test_the_script_is_main():
     script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mom-compile"]
     assert script == f"{main.__module__.removesuffix('.commands')}:main"
+
+
+@pytest.mark.slow
+def test_the_module_runs_by_itself():
     command = [sys.executable, "-m", "mom_compile.cli", "plan", "--seq-len", "x", "y"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("mom-compile: --seq-len='x' is not valid")

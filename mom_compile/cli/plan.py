@@ -22,8 +22,9 @@ from mom_compile.report.units import in_units
 
 #: How many contexts the table has below the longest.
 CONTEXTS = 8
+GIB = 1 << 30
 #: The memory of usual cards: what is told where no device's memory is given.
-CARDS = tuple(size << 30 for size in (16, 24, 48, 80))
+CARDS = tuple(size * GIB for size in (16, 24, 48, 80))
 #: Where a config does not say how many positions it has.
 USUAL_TOKENS = 131072
 
@@ -37,7 +38,8 @@ USUAL_TOKENS = 131072
 @click.option("--device", default="H100", show_default=True, help="Whose speed the time is estimated with.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw memory against context.")
 @OPTION
-@click.option("--json", "as_json", is_flag=True, help="Numbers for programs, in bytes and tokens.")
+@click.option("--weights-on-host", is_flag=True, help="Plan with weights that are kept on the host.")
+@click.option("--json", "as_json", is_flag=True, help="Numbers for programs, in bytes, tokens and seconds.")
 def plan(
     config: str,
     seq_len: int | None,
@@ -47,6 +49,7 @@ def plan(
     device: str,
     plot: Path | None,
     given: tuple[str, ...],
+    weights_on_host: bool,
     as_json: bool,
 ) -> None:
     """Will it fit, and what is the longest context? Needs neither a GPU nor weights.
@@ -57,85 +60,26 @@ def plan(
     options = backend_options(given)
     if plot is not None and not plot.absolute().parent.is_dir():
         raise click.UsageError(f"--plot {str(plot)!r}: there is no folder {str(plot.absolute().parent)!r}")
+    memories = CARDS if device_memory is None else (device_memory,)
     with bad_input():
         parse_options(options)  # before anything takes time
         if seq_len is None:
             seq_len = getattr(find_config(config).config, "max_position_embeddings", None) or USUAL_TOKENS
+        asked = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype, "device": device, **options}
         with progress(f"planning {config}") as say:
-            made = mom_compile.plan(
-                config, seq_len=seq_len, batch_size=batch_size, dtype=dtype, device=device, progress=say, **options
-            )
+            made = mom_compile.plan(config, **asked, weights_on_host=weights_on_host, progress=say)
+            data = as_data(made, memories)  # the ways are planned here
             if plot is not None:
-                made.plot(plot)
+                made.plot(plot, memories)
     if as_json:
-        click.echo(json.dumps(as_data(made, device_memory), indent=2))
+        click.echo(json.dumps(data, indent=2))
     else:
-        show(results(), made, device_memory)
+        show(results(), data, fits=device_memory)
 
 
-def contexts(seq_len: int) -> list[int]:
-    """Powers of two below a length, and the length itself."""
-    powers = [1 << power for power in range(10, (seq_len - 1).bit_length())]
-    return [*powers[-CONTEXTS:], seq_len]
-
-
-def show(console: Console, made: Any, memory: int | None) -> None:
-    """A plan as tables."""
-    console.print(Text(_subject(made), style="bold"))
-    for note in made.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
-    console.print(_peaks(made, memory, in_colour(console)))
-    console.print(_longest(made, (memory,) if memory is not None else CARDS))
-    console.print(Text(f"time: {made.seconds(made.device)}"))
-
-
-def _subject(made: Any) -> str:
-    subject = made.subject
-    longest = "" if subject.longest is None else f", made for {subject.longest:,} tokens"
-    sequences = "" if made.batch_size == 1 else f"; {made.batch_size} sequences"
-    return (
-        f"{subject.name} ({subject.model_type}): {subject.layers} layers, {subject.parameters / 1e9:.3g}e9 parameters, "
-        f"{in_units(subject.weight_bytes)} of weights in {subject.dtype}{longest}{sequences}"
-    )
-
-
-def _peaks(made: Any, memory: int | None, colour: bool) -> Table:
-    """Contexts against peaks; what does not fit is red or, without colours, a dash."""
-    table = plain_table("context", *(way.what for way in made.ways.values()), title="peak memory of the device")
-    for column in table.columns:
-        column.justify = "right"
-    for tokens in contexts(made.seq_len):
-        sizes = [way.peak_bytes(tokens) for way in made.ways.values()]
-        table.add_row(f"{tokens:,}", *(_peak(size, memory, colour) for size in sizes))
-    if memory is not None:
-        sign = "in red" if colour else "-"
-        table.caption = Text(f"{sign}: does not fit into {in_units(memory)}")
-        table.caption_justify = "left"
-    return table
-
-
-def _peak(size: int, memory: int | None, colour: bool) -> Text:
-    if memory is None or size <= memory:
-        return Text(in_units(size))
-    return Text(in_units(size), style="red") if colour else Text("-")
-
-
-def _longest(made: Any, memories: Sequence[int]) -> Table:
-    columns = [f"in {in_units(memory)}" for memory in memories]
-    table = plain_table("way", *columns, "beside it on the host", title="longest context, in tokens")
-    for key, way in made.ways.items():
-        lengths = [way.max_seq_len(memory) for memory in memories]
-        host = way.host_bytes(lengths[-1]) if lengths[-1] else 0
-        chosen = "bold" if key == made.way else ""
-        row = [f"{length:,}" if length else "nothing fits" for length in lengths]
-        table.add_row(Text(way.what, style=chosen), *row, in_units(host) if host else "")
-    return table
-
-
-def as_data(made: Any, memory: int | None) -> dict[str, Any]:
-    """A plan as JSON has it: bytes and tokens as whole numbers."""
-    lengths, memories = contexts(made.seq_len), (memory,) if memory is not None else CARDS
-    subject = made.subject
+def as_data(made: Any, memories: Sequence[int]) -> dict[str, Any]:
+    """A plan as JSON has it: bytes and tokens as whole numbers, and seconds."""
+    subject, lengths = made.subject, contexts(made.seq_len)
     names = ("name", "model_type", "layers", "parameters", "weight_bytes", "longest", "dtype")
     return {
         "subject": {name: getattr(subject, name) for name in names},
@@ -146,14 +90,89 @@ def as_data(made: Any, memory: int | None) -> dict[str, Any]:
         "way": made.way,
         "ways": {key: _way(way, lengths, memories) for key, way in made.ways.items()},
         "formula": str(made.formula),
-        "time": str(made.seconds(made.device)),
+        **_time(made),
     }
 
 
-def _way(way: Any, lengths: Sequence[int], memories: Sequence[int]) -> Mapping[str, Any]:
+def _way(way: Any, lengths: Sequence[int], memories: Sequence[int]) -> dict[str, Any]:
+    longest = {size: way.max_seq_len(size) for size in memories}
     return {
         "what": way.what,
         "peak_bytes": {str(tokens): way.peak_bytes(tokens) for tokens in lengths},
         "host_bytes": {str(tokens): way.host_bytes(tokens) for tokens in lengths},
-        "max_seq_len": {str(size): way.max_seq_len(size) for size in memories},
+        "max_seq_len": {str(size): tokens for size, tokens in longest.items()},
+        "host_bytes_then": {str(size): way.host_bytes(tokens) if tokens else 0 for size, tokens in longest.items()},
     }
+
+
+def _time(made: Any) -> dict[str, Any]:
+    """The estimate, in words and as numbers; of a device without recorded figures, a CPU, there is none."""
+    try:
+        found = made.seconds(made.device)
+    except ValueError as error:
+        return {"time": f"no estimate: {error}", "seconds": None, "bound": None}
+    return {"time": str(found), "seconds": found.seconds, "bound": found.bound}
+
+
+def contexts(seq_len: int) -> list[int]:
+    """Powers of two below a length, and the length itself."""
+    powers = [1 << power for power in range(10, (seq_len - 1).bit_length())]
+    return [*powers[-CONTEXTS:], seq_len]
+
+
+def show(console: Console, data: Mapping[str, Any], fits: int | None) -> None:
+    """A plan as tables; `fits` are the bytes that contexts have to fit into, if any were given."""
+    console.print(Text(_subject(data), style="bold"))
+    for note in data["notes"]:
+        console.print(Text(f"note: {note}", style="yellow"))
+    console.print(_peaks(data, fits, in_colour(console)))
+    console.print(_longest(data))
+    console.print(Text(f"time of {data['ways'][data['way']]['what']}: {data['time']}"))
+
+
+def _subject(data: Mapping[str, Any]) -> str:
+    subject, batch = data["subject"], data["batch_size"]
+    longest = "" if subject["longest"] is None else f", made for {subject['longest']:,} tokens"
+    sequences = "" if batch == 1 else f"; {batch} sequences"
+    return (
+        f"{subject['name']} ({subject['model_type']}): {subject['layers']} layers, {subject['parameters'] / 1e9:.3g}e9 "
+        f"parameters, {in_units(subject['weight_bytes'])} of weights in {subject['dtype']}{longest}{sequences}"
+    )
+
+
+def _peaks(data: Mapping[str, Any], fits: int | None, colour: bool) -> Table:
+    """Contexts against peaks; what does not fit is red or, without colours, a dash."""
+    ways = data["ways"].values()
+    unit = "GiB" if max(size for way in ways for size in way["peak_bytes"].values()) >= GIB else "MiB"
+    title = f"peak memory of the device, in {unit}"
+    table = plain_table("context", *(way["what"] for way in ways), title=title, left=0)
+    for tokens in contexts(data["seq_len"]):
+        sizes = [way["peak_bytes"][str(tokens)] for way in ways]
+        table.add_row(f"{tokens:,}", *(_peak(size, unit, fits, colour) for size in sizes))
+    if fits is not None:
+        table.caption = Text(f"{'in red' if colour else '-'}: does not fit into {in_units(fits)}")
+        table.caption_justify = "left"
+    return table
+
+
+def _peak(size: int, unit: str, fits: int | None, colour: bool) -> Text:
+    """With three digits of meaning."""
+    number = size / (GIB if unit == "GiB" else GIB >> 10)
+    text = f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
+    if fits is None or size <= fits:
+        return Text(text)
+    return Text(text, style="red") if colour else Text("-")
+
+
+def _longest(data: Mapping[str, Any]) -> Table:
+    """What of each way fits into each memory; in bold the way that the options stand for."""
+    ways = data["ways"]
+    memories = list(ways[data["way"]]["max_seq_len"])
+    columns = [f"in {in_units(int(size))}" for size in memories]
+    table = plain_table("way", *columns, "then on the host", title="longest context, in tokens")
+    for key, way in ways.items():
+        lengths, host = way["max_seq_len"].values(), way["host_bytes_then"][memories[-1]]
+        row = [f"{length:,}" if length else "nothing fits" for length in lengths]
+        style = "bold" if key == data["way"] else ""
+        table.add_row(Text(way["what"], style=style), *row, in_units(host) if host else "")
+    return table

@@ -55,8 +55,8 @@ def _largest(report: ReportTable) -> Table:
 
 
 def _loops(report: ReportTable) -> Table:
-    numbers = ("how many", "tokens at a time", "take", "a token leaves")
-    table = plain_table("loops over mini-sequences", "which", *numbers, left=2)
+    numbers = ("count", "tokens at a time", "take", "a token leaves")
+    table = plain_table("loops", "which", *numbers, left=2)
     for group in report.loops:
         sizes = [in_units(group.takes), in_units(group.leaves) if group.leaves else ""]
         table.add_row(Text(group.sees), Text(group.ranges), str(group.count), f"{group.rows:,}", *sizes)
@@ -66,7 +66,7 @@ def _loops(report: ReportTable) -> Table:
 
 
 def _outside(report: ReportTable) -> Table:
-    table = plain_table("on the full sequence, between loops", "why", "how many", left=2)
+    table = plain_table("between loops, on all tokens", "why", "count", left=2)
     for count, name, reason in report.outside:
         table.add_row(Text(name, style="yellow"), Text(reason), str(count))
     if report.more_outside:
