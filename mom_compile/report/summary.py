@@ -27,7 +27,7 @@ def summary(record: Record) -> list[str]:
     """Lines."""
     if record.fallback is not None:
         return [_left_alone(record), *_kv_lines(record), *_own_lines(record), *eager_lines(record)]
-    lines = _saved(record)
+    lines = [*_saved(record), *([record.refused] if record.refused else [])]
     if record.stages:
         lines += _loop_lines(record.stages, record.rows)
     if record.left_out:
