@@ -17,8 +17,9 @@ from torch import fx
 import mom_compile
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import MemoryBudgetError
+from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.bounds import CPU
-from mom_compile.memory.choice import Budget, Choice, InTokens
+from mom_compile.memory.choice import Budget, Choice, InTokens, RowsOf
 from mom_compile.memory.choose_rows import Footprint, RowRule
 from mom_compile.memory.in_tokens import TOKENS, captured_tokens, in_tokens
 from mom_compile.memory.refusal import last_that_fits
@@ -221,3 +222,20 @@ def test_explain_says_of_a_budget_that_it_cannot_be_kept_and_explains_all_the_sa
     assert "memory_budget=200000 bytes (195 KiB) cannot be kept for a prompt of 600 tokens" in str(found)
     assert found[0].stages and not found[0].failed
     assert "cannot be kept" not in str(mom_compile.explain(TinyDecoder(layers=2).eval(), ids(1, 600)))
+
+
+def test_what_is_chosen_from_is_stored_with_a_program() -> None:
+    made, number = choice(1 << 24)
+    made.at((600,))
+    read = loads(dumps(RowsOf(made, number)))
+    assert [read((tokens,)) for tokens in (600, 1200)] == [RowsOf(made, number)((tokens,)) for tokens in (600, 1200)]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_budget_cuts_what_would_be_left_whole() -> None:
+    """A prompt without two efficient mini-sequences."""
+    model, x = TinyDecoder(layers=2, width=64).eval(), ids(1, 400)
+    whole, cut = (mom_compile.explain(model, x, options=options)[0] for options in ({}, {"memory_budget": 1_000_000}))
+    assert whole.fallback == "its 400 tokens fit in one mini-sequence of 400"
+    assert {stage.mini_seq_len for stage in cut.stages} >= {FEWEST_ROWS}
+    assert "fewer for memory_budget" in str(cut)

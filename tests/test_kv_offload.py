@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -306,16 +307,27 @@ def test_one_graph_decides_by_the_sizes_of_each_run():
     options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
     model.compile(backend="mom", dynamic=True, options=options)
     resident = []
-    for batch, tokens in ((2, 41), (2, 160), (2, 240), (5, 90), (5, 300)):
+    for batch, tokens in ((2, 41), (2, 120), (2, 160), (2, 200), (2, 240), (5, 300)):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**prompt(batch, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            given = prompt(batch, tokens)
+            run = functools.partial(model, **given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if mom_compile.reports():
+                (report,) = mom_compile.reports()
+                sizes = {symbol: batch if hint == 2 else tokens for symbol, hint in report.memory.hints.items()}
+                needed = report.memory.number(report.memory.peak, sizes) + sum(x.nbytes for x in given.values())
+                if needed > room:
+                    with pytest.raises(mom_compile.MemoryBudgetError, match=f"a prompt of {tokens} tokens"):
+                        run()
+                    resident.append(-1)
+                    continue
+            run()
         (report,) = mom_compile.reports()
         sizes = {symbol: batch if hint == 2 else tokens for symbol, hint in report.memory.hints.items()}
-        fitting = (room - report.memory.number(report.memory.peak, sizes)) // (2 * batch * tokens * 2 * 16 * 8)
+        needed = report.memory.number(report.memory.peak, sizes) + sum(x.nbytes for x in given.values())
         resident.append(sum(not isinstance(layer.keys, HostTensor) for layer in cache.layers))
-        assert resident[-1] == max(0, min(3, fitting))
-    assert set(resident) == {0, 2, 3}
+        assert resident[-1] == max(0, min(3, (room - needed) // (2 * batch * tokens * 2 * 16 * 8)))
+    assert set(resident) == {-1, 0, 1, 2, 3}
 
 
 # --- caches that are not ours to move ---
