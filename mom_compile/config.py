@@ -28,8 +28,8 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 
 class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
-    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full length,
-                  but no fewer than are efficient on a device, and no more than help
+    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
+                  length, but no fewer than are efficient on a device, and no more than help
     scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
                   in the MOM paper, to compare with; "none": stock Inductor
     kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
