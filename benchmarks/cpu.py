@@ -333,7 +333,7 @@ def print_rows(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
     prompts = f"{options.batch} x S = {options.seq}"
     table = Table(title=f"Rows, {options.layers} layers ({options.shape}), float32, {prompts}, no cache")
-    for heading in ("mini_seq_len", "seconds", "/quickest", "least", "/quickest", "peak MiB", "/quickest's"):
+    for heading in ("rows", "seconds", "/best", "least", "/best", "peak MiB", "/best"):
         table.add_column(heading, justify="right")
     fixed = [row for row in rows if row["backend"] != "mom"]
     median, least = ({row["backend"]: f(row["seconds"]) for row in rows} for f in (statistics.median, min))
