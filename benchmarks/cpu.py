@@ -9,6 +9,9 @@ is mom with that mini_seq_len. `chunked`
 is Hugging Face's chunked prefill (1024 tokens at a time over a growing cache, eager). The floor is what must live
 at full length, as mom's report has it: the residual stream, keys and values of two layers, and the cache where kept.
 
+Rows, only where asked for: mini-sequences of several fixed lengths, and of the length that is chosen (`auto`), each
+beside the fixed one that takes the least time; without a cache.
+
 Growth: the same with 2 layers at two lengths. What mom needs above the floor must not depend on the length.
 
 Windows: a small Gemma 3, five of six layers with a window of 128 tokens, cache kept: its peak, what its cache shows,
@@ -110,6 +113,27 @@ def _floor() -> int:
     import mom_compile
 
     return mom_compile.reports()[-1].floor_bytes
+
+
+def rows_worker(spec: Row) -> None:
+    """Fixed mini-sequences of several lengths, and what is chosen."""
+    from benchmarks import models
+
+    measure.watch_cpu()
+    workers.step("model")
+    model = models.llama(spec["shape"], spec["layers"], seq=spec["seq"])
+    ids = models.tokens(model, spec["seq"], spec["batch"])
+    torch._dynamo.config.recompile_limit = 2 * len(spec["backends"])  # type: ignore[attr-defined]  # one code object
+    calls = {name: partial(models.prefill, _compiled(model, name), ids, cache=False) for name in spec["backends"]}
+    rows: dict[str, Row] = {}
+    for name, call in calls.items():
+        workers.step(f"compile {name}")
+        call()
+        workers.step(f"peak {name}")
+        rows[name] = {"backend": name, "peak": measure.peak_bytes(call).peak}
+    workers.step("time")
+    for name, times in measure.alternate(calls, spec["repeats"]).items():
+        workers.row(rows[name] | {"seconds": times})
 
 
 def growth_worker(spec: Row) -> None:
@@ -229,6 +253,19 @@ def _keep(row: Row) -> None:
     print(json.dumps(row), file=sys.stderr, flush=True)
 
 
+def measure_rows(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
+    spec = {
+        "kind": "rows",
+        "shape": options.shape,
+        "layers": options.layers,
+        "seq": options.seq,
+        "batch": options.batch,
+        "repeats": options.repeats,
+        "backends": [*(f"mom-{rows}" for rows in options.rows), "mom"],
+    }
+    return workers.run_worker("benchmarks.cpu", spec, on_step=partial(_announce, progress, "rows: "), on_row=_keep)
+
+
 def measure_growth(options: argparse.Namespace, progress: Callable[[str], None]) -> list[Row]:
     rows: list[Row] = []
     for seq in options.growth:
@@ -285,6 +322,32 @@ def print_prefill(rows: Sequence[Row], options: argparse.Namespace) -> None:
             f"{median:.2f}",
             _ratio(median, statistics.median(base["seconds"]) if base else None),
             f"{row['difference']:.1e}",
+        )
+    Console().print(table)
+
+
+def print_rows(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Beside the fixed length that takes the least time, and the least that others take."""
+    from rich.console import Console
+    from rich.table import Table
+
+    prompts = f"{options.batch} x S = {options.seq}"
+    table = Table(title=f"Rows, {options.layers} layers ({options.shape}), float32, {prompts}, no cache")
+    for heading in ("rows", "seconds", "/best", "least", "/best", "peak MiB", "/best"):
+        table.add_column(heading, justify="right")
+    fixed = [row for row in rows if row["backend"] != "mom"]
+    median, least = ({row["backend"]: f(row["seconds"]) for row in rows} for f in (statistics.median, min))
+    quickest = min(fixed, key=lambda row: median[row["backend"]])
+    for row in rows:
+        name = row["backend"]
+        table.add_row(
+            "auto" if name == "mom" else name.removeprefix("mom-"),
+            f"{median[name]:.2f}",
+            _ratio(median[name], median[quickest["backend"]]),
+            f"{least[name]:.2f}",
+            _ratio(least[name], min(least[one["backend"]] for one in fixed)),
+            f"{row['peak'] / MIB:.1f}",
+            _ratio(row["peak"], quickest["peak"]),
         )
     Console().print(table)
 
@@ -367,7 +430,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-layers", type=int, nargs=2, default=[4, 24], metavar=("FEW", "MANY"))
     parser.add_argument("--compile-seq", type=int, default=4096)
     parser.add_argument("--growth", type=int, nargs=2, default=[4096, 32768], metavar=("SHORT", "LONG"))
-    parser.add_argument("--only", choices=("prefill", "growth", "windows", "overhead", "compile"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="of --only rows")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of --only rows (default 1)")
+    parser.add_argument("--only", choices=("prefill", "rows", "growth", "windows", "overhead", "compile"))
     parser.add_argument("--quick", action="store_true", help="a look: S = 2048, one repeat, 2 and 6 layers")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<date>.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -384,6 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = json.loads(options.worker)
         kinds = {
             "prefill": prefill_worker,
+            "rows": rows_worker,
             "growth": growth_worker,
             "windows": windows_worker,
             "overhead": overhead_worker,
@@ -402,6 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if options.only in (None, "prefill"):
             results["prefill"] = measure_prefill(options, backends, progress)
+        if options.only == "rows":
+            results["rows"] = measure_rows(options, progress)
         if options.only in (None, "growth"):
             results["growth"] = measure_growth(options, progress)
         if options.only in (None, "windows"):
@@ -413,6 +481,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["compile"] = measure_compile(options, compiling, progress)
     if "prefill" in results:
         print_prefill(results["prefill"], options)
+    if "rows" in results:
+        print_rows(results["rows"], options)
     if "growth" in results:
         print_growth(results["growth"])
     if "windows" in results:

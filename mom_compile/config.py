@@ -25,14 +25,16 @@ KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
 class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
-    mini_seq_len  tokens per mini-sequence (at least 2), or "auto"
+    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
+                  length, but no fewer than are efficient on a device, and no more than help
     scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
                   in the MOM paper, to compare with; "none": stock Inductor
     kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
                   only those of as many layers as do not fit into `memory_budget`; False: none
     kv_dir        an existing folder that may be written to
     memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
-                  device has free (a CPU has no memory apart from the host's: there, None keeps all layers)
+                  device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
+                  tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
     strict        our own failures raise instead of falling back to stock Inductor
     inductor      Inductor options, passed through; a `mode` adds to them
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.config import Options, parse_options
+from mom_compile.memory.policy import refused
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
@@ -192,7 +193,10 @@ def _explain_graph(
     if report.fallback is None:
         try:
             try:
-                runnable = rewrite(gm, options, report, static_input_names(gm, kwargs)).gm
+                static = static_input_names(gm, kwargs)
+                rewritten = rewrite(gm, options, report, static)
+                report.refused = refused(rewritten, options, static)
+                runnable = rewritten.gm
                 report.peak_without_loops = _peak_without_loops(gm, report)
             except NotWorthwhile as decision:
                 report.fallback = str(decision)

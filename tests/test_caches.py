@@ -183,7 +183,7 @@ def test_a_request_that_is_not_honoured_is_told_of_a_graph_that_is_read_too(comp
 
 
 @pytest.mark.parametrize(
-    "options", [{"kv_offload": True}, pytest.param({"memory_budget": 150_000}, marks=pytest.mark.slow)], ids=str
+    "options", [{"kv_offload": True}, pytest.param({"memory_budget": 1_000_000}, marks=pytest.mark.slow)], ids=str
 )
 def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, options):
     """All of them, and those that do not fit: prefill and decode of an unmodified `generate()`."""

@@ -14,11 +14,13 @@ from torch import fx
 
 from mom_compile import backend, explain
 from mom_compile.config import Options, parse_options
-from mom_compile.memory import policy
+from mom_compile.memory import device_bytes, make_choice, policy
 from mom_compile.memory.attention import ATTENTION, BIASES, most_of_attention
+from mom_compile.memory.choice import Budget, Choice, Stays
+from mom_compile.memory.choose_rows import Footprint, RowRule
 from mom_compile.memory.place import KVPlace
-from mom_compile.memory.residency import Needed, Residency, Stays
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
+from mom_passes.graph.size_values import function_of
 from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.program import Call, Place, Storage, Why
 from mom_passes.program.rewritten import Rewritten
@@ -33,14 +35,16 @@ NODE = fx.Graph().placeholder("x")
 NOTHING = Call(NODE, Why.VIEW)
 
 
-def residency(budget: int, weights: int, layers: int, *moments: sympy.Expr) -> Residency:
+def choice(budget: int, weights: int, layers: int, *moments: sympy.Expr) -> Choice:
     """For a program whose moments take so many bytes."""
     made = tuple(Moment(NOTHING, (Storage(NODE, sympy.sympify(size), Place.DEVICE),), sympy.S.Zero) for size in moments)
-    return Residency(budget, weights, Needed.by(Memory(made, {})), layers)
+    footprint, _ = Footprint.of(Memory(made, {}))
+    nothing = function_of(0, footprint.symbols)
+    return Choice(footprint, weights, nothing, Budget(budget), layers, nothing)
 
 
-def stay(residency: Residency, sizes: tuple[int, ...], layer: int) -> list[int]:
-    return [i for i in range(residency.layers) if residency.stays(i, sizes, layer)]
+def stay(choice: Choice, sizes: tuple[int, ...], layer: int) -> list[int]:
+    return [i for i in range(choice.layers) if choice.stays(i, sizes, layer)]
 
 
 @given(
@@ -50,9 +54,9 @@ def stay(residency: Residency, sizes: tuple[int, ...], layer: int) -> list[int]:
     st.sampled_from([1, 3]),
 )
 def test_what_stays_fits_and_one_more_would_not(budget, weights, iteration, per_token, layers, tokens, layer, batch):
-    decides = residency(budget, weights, layers, 5 * BATCH, BATCH * (iteration + TOKENS * per_token))
+    decides = choice(budget, weights, layers, 5 * BATCH, BATCH * (iteration + TOKENS * per_token))
     sizes = dict(zip((BATCH, TOKENS), (batch, tokens), strict=True))
-    resident = len(stay(decides, tuple(sizes[symbol] for symbol in decides.needed.symbols), layer))
+    resident = len(stay(decides, tuple(sizes[symbol] for symbol in decides.footprint.symbols), layer))
     needed = weights + max(5 * batch, batch * (iteration + tokens * per_token))
     assert resident == 0 or needed + resident * layer <= budget
     assert resident == layers or needed + (resident + 1) * layer > budget
@@ -60,14 +64,14 @@ def test_what_stays_fits_and_one_more_would_not(budget, weights, iteration, per_
 
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_layers_that_stay_are_spread_evenly(layers, resident):
-    kept = stay(residency(resident, 0, layers, 0), (), 1)
+    kept = stay(choice(resident, 0, layers, 0), (), 1)
     assert len(kept) == min(resident, layers)
     gaps = {b - a for a, b in itertools.pairwise(kept)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_three_times_the_captured_batch_leaves_room_for_fewer_layers():
-    decides = residency(100, 10, 8, BATCH * (2 + TOKENS))
+    decides = choice(100, 10, 8, BATCH * (2 + TOKENS))
     assert decides.resident_layers((1, 10), 20) == 3
     assert decides.resident_layers((3, 10), 60) == 0
     last = Stays(decides, layer=7, layer_bytes=2, own_bytes=1)
@@ -77,15 +81,15 @@ def test_three_times_the_captured_batch_leaves_room_for_fewer_layers():
 def test_another_moment_may_be_the_peak_of_a_longer_prompt():
     """What is highest changes with the sizes, which no line through the captured peak tells."""
     rows = sympy.ceiling(TOKENS / sympy.ceiling(TOKENS / 4))
-    decides = residency(1000, 0, 10, 100 + TOKENS, TOKENS**2 - rows)
-    assert decides.needed.symbols == (TOKENS,)
-    assert [decides.needed.bytes((tokens,)) for tokens in (4, 5, 20, 30)] == [104, 105, 396, 896]
+    decides = choice(1000, 0, 10, 100 + TOKENS, TOKENS**2 - rows)
+    assert decides.footprint.symbols == (TOKENS,)
+    assert [decides.at((tokens,)).needed for tokens in (4, 5, 20, 30)] == [104, 105, 396, 896]
     assert [decides.resident_layers((tokens,), 100) for tokens in (4, 20, 30)] == [8, 6, 1]
 
 
 def test_a_graph_whose_sizes_were_captured_as_numbers_needs_a_number():
-    decides = residency(100, 0, 10, 40, 70)
-    assert decides.needed.symbols == () and decides.resident_layers((), 10) == 3
+    decides = choice(100, 0, 10, 40, 70)
+    assert decides.footprint.symbols == () and decides.resident_layers((), 10) == 3
 
 
 @pytest.mark.usefixtures("fresh")
@@ -95,11 +99,12 @@ def test_what_a_model_needs_is_the_peak_that_its_program_says():
         torch._dynamo.mark_dynamic(x, dim)
     options = {"mini_seq_len": 64, "kv_offload": True}
     memory = explain(model, input_ids=x, use_cache=True, logits_to_keep=1, options=options)[0].memory
-    needed = Needed.by(memory)
+    footprint, _ = Footprint.of(memory)
     for scale in (1, 2, 7):
-        sizes = tuple(scale * int(memory.hints[symbol]) - (scale == 7) for symbol in needed.symbols)
-        named = {symbol: sympy.Integer(size) for symbol, size in zip(needed.symbols, sizes, strict=True)}
-        assert len(sizes) == 2 and needed.bytes(sizes) == memory.number(memory.peak, named)
+        sizes = tuple(scale * int(memory.hints[symbol]) - (scale == 7) for symbol in footprint.symbols)
+        named = {symbol: sympy.Integer(size) for symbol, size in zip(footprint.symbols, sizes, strict=True)}
+        needed = footprint.bytes(sizes, footprint.rows(sizes))
+        assert len(sizes) == 2 and needed == memory.number(memory.peak, named)
 
 
 # --- what there is of a CUDA device, by given numbers ---
@@ -126,22 +131,22 @@ def device_of(monkeypatch: pytest.MonkeyPatch, total: int, others: int, allocate
 )
 def test_what_a_graph_may_use_of_a_device(monkeypatch, others, allocated, cached, may_be_used):
     device_of(monkeypatch, 80 * GIB, others * GIB, allocated * GIB, cached * GIB)
-    margin = 80 * GIB // policy.MARGIN_SHARE
-    assert policy.available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
+    margin = 80 * GIB // device_bytes.MARGIN_SHARE
+    assert device_bytes.available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
 
 
 def test_a_small_device_keeps_a_margin_too(monkeypatch):
     device_of(monkeypatch, 2 * GIB, 0, GIB, 0)
-    assert policy.available_bytes(CUDA, weights=GIB) == 2 * GIB - policy.LEAST_MARGIN
+    assert device_bytes.available_bytes(CUDA, weights=GIB) == 2 * GIB - device_bytes.LEAST_MARGIN
 
 
 def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
     """Of two sequences of 300 tokens, four heads of 8, in mini-sequences of at most 64."""
     found: list[Rewritten] = []
 
-    def keep(rewritten: Rewritten, options: Options, static: Collection[str]) -> KVPlace:
+    def keep(rewritten: Rewritten, options: Options, static: Collection[str], rule: RowRule | None) -> KVPlace:
         found.append(rewritten)
-        return policy.kv_place(rewritten, options, static)
+        return policy.kv_place(rewritten, options, static, rule)
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "kv_place", keep)
@@ -157,15 +162,16 @@ def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
 def test_layers_that_stay_leave_room_for_weights_program_and_attention(monkeypatch):
     rewritten = rewritten_prefill(monkeypatch)
     device_of(monkeypatch, 8 * GIB, 0, 2 * GIB, GIB)
+    monkeypatch.setattr(make_choice, "compute_device", lambda gm: CUDA)
     monkeypatch.setattr(policy, "compute_device", lambda gm: CUDA)
-    monkeypatch.setattr(policy, "_static_bytes", lambda gm, static, device: GIB)
-    residency = policy.kv_place(rewritten, parse_options({"kv_offload": "auto"}), ()).residency
-    assert residency is not None
-    assert (residency.weights, residency.budget) == (GIB, 7 * GIB - policy.LEAST_MARGIN)
+    monkeypatch.setattr(make_choice, "static_bytes", lambda gm, static, device: GIB)
+    made = policy.kv_place(rewritten, parse_options({"kv_offload": "auto"}), ()).choice
+    assert made is not None and made.budget is not None
+    assert (made.weights, made.budget.bytes, made.budget.asked) == (GIB, 7 * GIB - device_bytes.LEAST_MARGIN, False)
     own = 2 * 4 * 64 * (8 + 1) * 4  # a mini-sequence's result once more, and its logsumexp
-    assert residency.needed.bytes(()) == rewritten.memory.number(rewritten.memory.peak) + own
-    asked = policy.kv_place(rewritten, parse_options({"kv_offload": "auto", "memory_budget": "3GiB"}), ()).residency
-    assert asked is not None and asked.budget == 3 * GIB
+    assert made.at(()).needed == rewritten.memory.number(rewritten.memory.peak) + own
+    asked = policy.kv_place(rewritten, parse_options({"kv_offload": "auto", "memory_budget": "3GiB"}), ()).choice
+    assert asked is not None and asked.budget == Budget(3 * GIB, asked=True)
 
 
 def test_weights_that_are_elsewhere_take_nothing_of_a_device():
@@ -174,7 +180,7 @@ def test_weights_that_are_elsewhere_take_nothing_of_a_device():
         graph.placeholder(name).meta["val"] = torch.empty(10, device=device)
     graph.output(())
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    assert policy._static_bytes(gm, {"here", "there"}, torch.device("meta")) == 40
+    assert device_bytes.static_bytes(gm, {"here", "there"}, torch.device("meta")) == 40
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from mom_compile.memory.rows import (
     BLOCK_ROWS,
     DEVICES,
     HOST_SECONDS,
-    SHARE,
     Layer,
     filled_by_products,
     for_intensity,
@@ -55,16 +54,6 @@ def test_small_layers_need_more_rows_for_the_hosts_launches_than_for_arithmetic(
     device = DEVICES["H100"]
     assert for_launches(device, GEMMA_270M) > for_intensity(device) > for_launches(device, LLAMA_8B)
     assert rows_for(device, GEMMA_270M) >= for_launches(device, GEMMA_270M)
-
-
-@pytest.mark.parametrize("tokens", [1, 4096, 16_384, 65_536, 147_456, 1_000_000])
-def test_a_mini_sequence_holds_at_most_a_tenth_of_what_lives_at_full_length(tokens: int) -> None:
-    """Without a cache: the residual stream, keys and values of a layer; 72 KiB for each row of a mini-sequence."""
-    row, full = 72 << 10, tokens * 12 << 10
-    rows = rows_for(DEVICES["H100"], LLAMA_8B, row_bytes=row, full_bytes=full)
-    assert rows == BLOCK_ROWS or rows * row <= SHARE * full
-    assert rows % BLOCK_ROWS == 0
-    assert (rows == 2048) == (tokens >= 147_456)
 
 
 def test_a_tile_that_stands_alone_in_its_wave_leaves_the_others_idle() -> None:

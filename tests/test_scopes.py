@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mom_compile
-from mom_compile.pipeline import run_pipeline
-from mom_compile.report import Report
-from mom_passes.loops.loop import ExpertRows, RowLimit, loops
+from mom_passes.loops.loop import loops
 from tests.models import TinyDecoder, ids, prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
@@ -83,59 +80,6 @@ def test_scope_mlp_keeps_the_meaning(steps):
     rewritten, report = rewrite(gm, 4, parameter_names(gm), scope="mlp")
     torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
     assert len(report.stages) == steps.count("mlp")
-
-
-# --- how long mini-sequences are ---
-
-
-def test_a_wide_value_makes_mini_sequences_shorter_and_never_starves_the_products():
-    limit = RowLimit(1024, 1 << 20)
-    assert [limit.rows_of(width) for width in (1, 1024, 2048, 4096, 1 << 20)] == [1024, 1024, 512, 256, 128]
-    assert RowLimit(64, 1 << 20).rows_of(1 << 30) == 64
-    assert RowLimit(1024).rows_of(1 << 40) == 1024
-
-
-def test_a_short_prompt_has_shorter_mini_sequences_but_never_shorter_than_products_want():
-    limit = RowLimit(512, 1 << 30, enough=256)
-    lengths = (500, 512, 513, 2048, 2056, 3000, 4096, 100_000)
-    assert [limit.rows_of(1, length=length) for length in lengths] == [512, 512, 256, 256, 257, 375, 512, 512]
-    assert limit.rows_of(1 << 23, length=2048) == 128  # as short as one of its values asks
-    assert RowLimit(512, 1 << 30, enough=1024).rows_of(1, length=2048) == 512  # never longer for it
-    assert RowLimit(512, enough=256).rows_of(1, length=2048) == 512  # the user has said so
-
-
-H100 = RowLimit(1024, 128 << 20, ExpertRows(300, 512 << 20))
-
-
-@pytest.mark.parametrize(
-    ("experts", "chosen", "inner", "hidden", "rows"),
-    [
-        (8, 2, 14336, 4096, 1200),  # Mixtral 8x7B: 300 rows to each of 8 products
-        (128, 8, 768, 2048, 4800),  # Qwen3 30B-A3B
-        (32, 4, 2880, 2880, 2400),  # GPT-OSS 20B
-        (256, 8, 2048, 7168, 4681),  # DeepSeek V3: bytes end it, 146 rows to a product
-    ],
-)
-def test_a_loop_with_experts_has_rows_for_each_of_their_products(experts, chosen, inner, hidden, rows):
-    """In bf16. The widest value is a token's gate and up projections, or its hidden states, for every expert chosen."""
-    widest = 2 * chosen * max(2 * inner, hidden)
-    assert H100.rows_of(widest, spread=experts / chosen, length=100_000) == rows
-    assert H100.rows_of(widest, spread=experts / chosen, length=2048) == 1024  # a quarter of the tokens, or as without
-    assert RowLimit(64).rows_of(widest, spread=experts / chosen, length=100_000) == 64  # the user has said so
-
-
-def test_the_loop_that_ends_in_logits_has_the_shorter_mini_sequences():
-    weights = weights_of(torch.float64)
-
-    def program(x, *parameters):
-        w = Weights(*parameters)
-        return (F.linear(STEPS["causal"](STEPS["linear"](x, w), w), w.table).log_softmax(-1).amax(-1),)
-
-    x = torch.randn(1, 600, HIDDEN, dtype=torch.float64)
-    gm = trace(program, x, *weights)
-    limit = RowLimit(512, 512 * 16 * 8)
-    rewritten = run_pipeline(gm, static_inputs=parameter_names(gm), limit=limit, report=Report())
-    assert [loop.rows for _, loop in loops(rewritten.gm)] == [512, 128]
 
 
 # --- repeated keys ---

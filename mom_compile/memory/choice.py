@@ -13,8 +13,8 @@ sizes    The values that a run gives the symbols of its graph: how many sequence
     layers = as many as there is room for with the fewest rows
     rows   = as many as these layers leave room for, at most those that the rule says without a budget
 
-So rows go before layers do. Fewer rows cost a fifth of a prefill's time at the very most (`bounds`), once. A layer that
-leaves is brought back for every token that is generated, and a step for one token has next to nothing to hide that
+So rows go before layers do. Fewer rows cost a quarter of a prefill's time at the very most (`bounds`), once. A layer
+that leaves is brought back for every token that is generated, and a step for one token has next to nothing to hide that
 behind; in the prefill itself either is nearly free. And what the layers do not need goes back to the rows: layers are
 large, and what is left of the room when the last one fits is often all that the rows want.
 """

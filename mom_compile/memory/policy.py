@@ -97,6 +97,16 @@ def with_chosen_rows(
     return settled, said, max(literal.values()) if whole else None
 
 
+def refused(rewritten: Rewritten, options: Options, static: Collection[str]) -> str:
+    """Why a run of the captured sizes cannot keep the budget that was asked for; empty where it can."""
+    try:
+        check_weights(rewritten.gm, options, static)
+        kv_place(rewritten, options, static, rule_for(rewritten, options, static))
+    except MemoryBudgetError as error:
+        return str(error)
+    return ""
+
+
 def check_weights(gm: fx.GraphModule, options: Options, static: Collection[str]) -> None:
     """Raises `MemoryBudgetError` where a budget was asked for that a graph's weights alone do not fit into."""
     weights, budget = static_bytes(gm, static, compute_device(gm)), options.budget_bytes

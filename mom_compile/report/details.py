@@ -16,7 +16,7 @@ def details(record: Record) -> list[str]:
         verdict = "failed, so it went" if record.failed else "went"
         lines = [f"{record.kind}, graph of {record.nodes} nodes: {verdict} to stock Inductor: {record.fallback}"]
         return lines + _kv_lines(record) + _own_lines(record) + eager_lines(record)
-    lines = _head(record)
+    lines = [*_head(record), *([record.refused] if record.refused else [])]
     if record.rows:
         lines.append(f"mini-sequences: {record.rows}")
     for stage in record.stages:

@@ -69,6 +69,7 @@ class Record:
     stages         the loops, in the order they run
     left_out       operator -> why it runs on the full sequence
     no_loops       why nothing runs over mini-sequences although the graph is ours, or None
+    refused        why a `memory_budget` that was asked for cannot be kept, where `explain` has found that; else empty
     rows           why mini-sequences have the rows that they have, where a rule says it for a GPU; else empty
     tokens         how many tokens the longest loop had when it was captured
     peak_without_loops  what `expected_peak_bytes` would be if the captured operators ran one by one on all tokens, by
@@ -98,6 +99,7 @@ class Record:
     passes: list[PassReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     no_loops: str | None = None
+    refused: str = ""
     rows: str = ""
     tokens: int = 0
     peak_without_loops: int | None = None

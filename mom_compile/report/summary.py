@@ -27,7 +27,7 @@ _SMALL = 0.02
 
 def summary(record: Record) -> list[str]:
     """Lines."""
-    lines = [headline(record), *no_loops(record)]
+    lines = [headline(record), *no_loops(record), *([record.refused] if record.refused else [])]
     parts = [f"{share.what} {in_units(share.bytes)}" for share in largest(record)]
     if parts:
         lines.append(f"largest then: {', '.join(parts)}")

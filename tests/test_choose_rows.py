@@ -1,0 +1,205 @@
+"""How many rows the loops of a program have, by what it holds at full length: the rule, without a graph."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from mom_compile.config import parse_options
+from mom_compile.memory.bounds import BLOCK_ROWS, CPU, CountedRows, DeviceRows, ExpertRows, GpuRows
+from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
+from mom_compile.memory.policy import with_chosen_rows
+from mom_compile.memory.rows import DEVICES
+from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.report import Report
+from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS, Loop, RowLimit, loops
+from mom_passes.loops.ports import COUNT
+from mom_passes.program.memory import Memory, Moment
+from mom_passes.program.program import LoopStep, Place, Storage
+from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.test_properties import parameter_names
+from tests.test_rows import LLAMA_8B
+from tests.tracing import trace
+
+BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def loop(length: Any, widest: int = 1, spread: float = 1) -> Loop:
+    return Loop(0, length, FEWEST_ROWS, (), (), fx.GraphModule(torch.nn.Module(), fx.Graph()), widest, spread)
+
+
+def program(full: Any, *made: tuple[Loop, Any], hints: Any = None) -> tuple[Memory, dict[Loop, fx.Node]]:
+    """With so many bytes at full length, and of each loop what a mini-sequence of `COUNT` rows holds."""
+    graph, moments, nodes = fx.Graph(), [], {}
+    for one, scratch in made:
+        node = nodes[one] = graph.placeholder("loop")
+        alive = (Storage(node, sympy.sympify(full), Place.DEVICE),)
+        moments.append(Moment(LoopStep(node, one, ()), alive, sympy.sympify(scratch), one.rows, sympy.S.Zero))
+    return Memory(tuple(moments), hints or {}), nodes
+
+
+def rows(device: DeviceRows, length: int, per_row: int, full: int, sequences: int = 1, **of: Any) -> int:
+    """Of the only loop of a program."""
+    one = loop(length, **of)
+    memory, nodes = program(full, (one, COUNT * per_row))
+    return rows_at(memory, RowRule(device, {nodes[one]: sympy.Integer(sequences)}))[one]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(512, 256), (1000, 334), (2048, 256), (8192, 274), (16_384, 547), (65_536, 1024)]
+)
+def test_rows_grow_with_what_lives_at_full_length_between_those_that_are_efficient_and_those_that_help(
+    tokens: int, expected: int
+) -> None:
+    """8 KiB of a token at full length, 24 KiB of a row of a mini-sequence: a layer of `benchmarks.cpu`."""
+    assert rows(CPU, tokens, 24 * KIB, tokens * 8 * KIB) == expected
+
+
+@settings(max_examples=30)
+@given(st.integers(16, 1 << 20), st.integers(1, 1 << 24), st.integers(0, 1 << 40), st.integers(1, 64))
+def test_what_a_mini_sequence_holds_is_a_small_share_or_its_rows_are_as_few_as_there_may_be(
+    length: int, per_row: int, full: int, sequences: int
+) -> None:
+    found, bounds = rows(CPU, length, per_row, full, sequences), CPU.bounds(sequences)
+    low = max(FEWEST_OF_A_SEQUENCE, math.ceil(CPU.fewest / sequences))
+    high = max(CPU.each, math.ceil(CPU.most / sequences))
+    assert (bounds.fewest, bounds.most) == (low, high)
+    assert low <= found <= 2 * max(high, length) and found > 1
+    # Evened out, they are less than twice as many as the share has room for: two of these would not be efficient.
+    assert found < 2 * max(bounds.efficient, SHARE * full / per_row)
+    assert length // found * found + found - 1 >= length
+
+
+@settings(max_examples=30)
+@given(st.integers(16, 1 << 16), st.integers(16, 1 << 16))
+def test_mini_sequences_are_nearly_as_long_as_each_other(length: int, full: int) -> None:
+    """The last one lacks at most as many rows as there are mini-sequences: each of them is rounded up."""
+    count = rows(CPU, length, 1, full)
+    assert (length % count or count) >= min(length, count - math.ceil(length / count))
+
+
+def test_all_sequences_of_a_batch_count_but_none_has_a_single_row() -> None:
+    assert rows(CPU, 256, 4 * 24 * KIB, 4 * 256 * 8 * KIB, sequences=4) == CPU.efficient // 4
+    assert rows(CPU, 64, 512 * 24 * KIB, 512 * 64 * 8 * KIB, sequences=512) == CPU.each
+
+
+def test_rows_so_wide_that_they_are_the_larger_part_are_as_few_as_there_may_be() -> None:
+    """Logits over a large vocabulary, of a long text: of a short one they are not much."""
+    assert rows(CPU, 65_536, 2 * MIB, 65_536 * 4 * KIB) == FEWEST_ROWS
+    assert rows(CPU, 8192, 2 * MIB, 8192 * 48 * KIB) == 196
+    assert rows(CPU, 1024, 2 * MIB, 1024 * 4 * KIB) == CPU.efficient
+
+
+GPU = GpuRows(DEVICES["H100"], LLAMA_8B.heads, LLAMA_8B.products, ExpertRows(300, 512 << 20))
+
+
+@pytest.mark.parametrize("tokens", [1, 4096, 16_384, 65_536, 147_456, 1_000_000])
+def test_a_mini_sequence_on_a_gpu_holds_at_most_a_tenth_of_what_lives_at_full_length(tokens: int) -> None:
+    """Without a cache: the residual stream, keys and values of a layer; 72 KiB for each row of a mini-sequence."""
+    row, full = 72 * KIB, tokens * 12 * KIB
+    found = rows(GPU, tokens, row, full)
+    assert found == BLOCK_ROWS or found * row <= SHARE * full
+    assert found % BLOCK_ROWS == 0
+    assert (found == 2048) == (tokens >= 147_456)
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "inner", "hidden", "expected"),
+    [
+        (8, 2, 14336, 4096, 1200),  # Mixtral 8x7B: 300 rows to each of 8 products
+        (128, 8, 768, 2048, 4800),  # Qwen3 30B-A3B
+        (32, 4, 2880, 2880, 2400),  # GPT-OSS 20B
+        (256, 8, 2048, 7168, 4681),  # DeepSeek V3: bytes end it, 146 rows to a product
+    ],
+)
+def test_a_loop_with_experts_has_rows_for_each_of_their_products(
+    experts: int, chosen: int, inner: int, hidden: int, expected: int
+) -> None:
+    """In bf16. The widest value is a token's gate and up projections, or its hidden states, for every expert chosen."""
+    widest, spread = 2 * chosen * max(2 * inner, hidden), experts / chosen
+    device = CountedRows(128, 256, 1024, 32, ExpertRows(300, 512 << 20))
+    assert rows(device, 100_000, widest, MIB, widest=widest, spread=spread) == expected
+    # A quarter of the tokens at most, and four sequences have four times the rows.
+    assert rows(device, 2048, widest, MIB, widest=widest, spread=spread) == 512
+    if expected == 1200:
+        assert rows(device, 100_000, 4 * widest, MIB, 4, widest=4 * widest, spread=spread) == 300
+
+
+def test_rows_are_those_of_the_sizes_that_are_asked_for() -> None:
+    """One program for all lengths and batches: a pure function of sizes, of each loop by its own scratch."""
+    wide, narrow = loop(TOKENS), loop(TOKENS)
+    full = BATCH * TOKENS * 8 * KIB
+    hints = {BATCH: sympy.Integer(1), TOKENS: sympy.Integer(2048)}
+    scratches = ((wide, BATCH * COUNT * 24 * KIB), (narrow, BATCH * COUNT * KIB))
+    memory, nodes = program(full, *scratches, hints=hints)
+    rule = RowRule(CPU, dict.fromkeys(nodes.values(), BATCH))
+    found = [rows_at(memory, rule, sizes) for sizes in (None, {TOKENS: 65_536}, {BATCH: 4, TOKENS: 256})]
+    assert [one[wide] for one in found] == [256, 1024, 64]
+    assert [one[narrow] for one in found] == [1024, 1024, 256]
+    footprint, numbers = Footprint.of(memory, rule)
+    assert footprint.symbols == (BATCH, TOKENS)
+    assert footprint.rows((4, 256))[numbers[nodes[wide]]] == 64
+    # The peak is that of these rows, and of no others.
+    assert footprint.bytes((1, 2048), (256, 1024)) == 2048 * 8 * KIB + 256 * 24 * KIB
+    assert footprint.bytes((1, 2048), (128, 128)) == 2048 * 8 * KIB + 128 * 24 * KIB
+
+
+def test_alike_layers_are_looked_at_once() -> None:
+    layers = [loop(4096) for _ in range(80)]
+    memory, nodes = program(MIB, *((one, COUNT * KIB) for one in layers))
+    footprint, numbers = Footprint.of(memory, RowRule(CPU, {}))
+    assert len(footprint.steps) == 1 and set(numbers) == set(nodes.values()) and set(numbers.values()) == {0}
+
+
+# --- of graphs ---
+
+
+def made(length: int, batch: int = 1, **options: Any) -> list[int]:
+    """Rows of the loops of a small program that ends in the logits of a vocabulary."""
+    weights = weights_of(torch.float64)
+
+    def function(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
+        w = Weights(*parameters)
+        return (F.linear(STEPS["causal"](STEPS["linear"](x, w), w), w.table).log_softmax(-1).amax(-1),)
+
+    gm = trace(function, torch.randn(batch, length, HIDDEN, dtype=torch.float64), *weights)
+    static, parsed = parameter_names(gm), parse_options(options)
+    rewritten = run_pipeline(gm, static_inputs=static, limit=parsed.limit("cpu"), report=Report())
+    settled, _, whole = with_chosen_rows(rewritten, parsed, static)
+    steps = [step.loop.rows for step in settled.plan.steps if isinstance(step, LoopStep)]
+    assert whole is not None or [one.rows for _, one in loops(settled.gm)] == steps
+    return [] if whole is not None else steps
+
+
+def test_loops_of_a_graph_have_the_rows_that_the_rule_says() -> None:
+    assert made(600) == [300, 300]
+    assert made(600, mini_seq_len=100) == [100, 100]
+
+
+def test_a_batch_of_short_sequences_is_cut_by_its_rows_in_all() -> None:
+    assert made(64, batch=16) == [32, 32]
+
+
+def test_what_has_no_two_efficient_mini_sequences_is_left_whole() -> None:
+    assert made(300) == []
+    assert made(40, batch=8) == []
+    with pytest.raises(NotWorthwhile, match="200 tokens fit in one mini-sequence of 128"):
+        made(200)
+
+
+def test_a_limit_says_what_is_not_cut() -> None:
+    assert [RowLimit(8).fits(length) for length in (8, 9)] == [True, False]
+    few = RowLimit(128, fewest=True)
+    assert [few.fits(length) for length in (255, 256)] == [True, False]
+    assert [few.fits(length, 32) for length in (15, 16)] == [True, False]
+    assert all(small < large for small, large in pairwise([CPU.fewest, CPU.efficient, CPU.most]))
