@@ -27,6 +27,7 @@ from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program.held import Costs, most_held
 from mom_passes.program.lives import Lives, lives
 from mom_passes.program.program import Compute, LoopStep, Place, Program, Step, Storage, Transfer
+from mom_passes.program.schedule import schedule
 from mom_passes.program.storages import bytes_of_value
 
 
@@ -102,6 +103,11 @@ def memory(program: Program, *, fused: bool = True) -> Memory:
     return Memory(tuple(moments), hints)
 
 
+def stock_peak(gm: fx.GraphModule) -> Memory:
+    """What a captured graph needs as stock Inductor compiles it: uncut, as one piece."""
+    return memory(schedule(gm), fused=True)
+
+
 def _moment(program: Program, found: Lives, i: int, number: Any, fused: bool) -> Moment:
     step = program.steps[i]
     alive = tuple(storage for storage in found.alive(i) if storage.place is Place.DEVICE)
@@ -122,7 +128,9 @@ def _moment(program: Program, found: Lives, i: int, number: Any, fused: bool) ->
 def _iteration(loop: Loop, number: Any) -> sympy.Expr:
     """What one mini-sequence holds, in `count`. Rows that are stored are written where they belong as they are made."""
     nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
-    return most_held(nodes, (), lambda node: False, Costs(_typed_bytes, number))
+    rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
+    stored = [value for value in rows if isinstance(value, fx.Node)]  # type: ignore[union-attr]
+    return most_held(nodes, (), lambda node: False, Costs(_typed_bytes, number), stored)
 
 
 def _typed_bytes(node: fx.Node) -> sympy.Expr:

@@ -1,0 +1,239 @@
+"""How well the memory model predicts: `python -m benchmarks.predictions`.
+
+    for each family, and each place of its cache and weights, in a process of its own:
+        the model is compiled once, at the first length, with symbols for sizes
+        at each length: the peak of a prefill, measured, beside what the expression found at the first length gives
+
+Small models with random weights, the logits of the last token and the cache kept. Peaks are bytes above weights and
+inputs, exact; weights under way count. *stock* is Inductor by itself beside what the model says of the captured graph
+as one piece. What is in benchmarks/results/predictions.json is not measured again unless with `--fresh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.families import FAMILIES, VOCABULARY, family_model
+from benchmarks.measure import MIB
+from benchmarks.results_file import OtherMachine, Results
+from benchmarks.workers import Worker, WorkerFailed, row, step
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).with_name("results") / "predictions.json"
+LENGTHS = (700, 1400, 2800)
+#: Stock Inductor takes its time, and an S x S mask where a model asks for one.
+STOCK_LENGTHS = (700, 1400)
+
+#: Where cache and weights are, or whose compiler it is, with how far a prediction may be off.
+KEPT, CACHE, WEIGHTS, STOCK = "cache kept", "cache on host", "cache and weights on host", "stock Inductor"
+BOUNDS = {KEPT: 0.05, CACHE: 0.05, WEIGHTS: 0.05, STOCK: 0.10}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure: a family, a place, a prompt's length in tokens."""
+
+    family: str
+    place: str
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.family}, {self.place}, {self.tokens}"
+
+
+# -------------------------------------------------------------------------------------------------- worker
+
+
+def worker(spec: Row) -> None:
+    """A row for each of `lengths`, of a `family` in a `place`."""
+    measure.watch_cpu()
+    step("model")
+    model = family_model(spec["family"])
+    prepare = stock if spec["place"] == STOCK else functools.partial(ours, place=spec["place"])
+    for found in predictions(model, spec["lengths"], prepare):
+        row(found)
+
+
+#: Gives the compiled model and, once that has been called, the model of its memory.
+Prepare = Callable[[Any], tuple[Callable[..., Any], Callable[[], Any]]]
+
+
+def predictions(model: Any, lengths: Sequence[int], prepare: Prepare) -> list[Row]:
+    """Measured and predicted bytes at each length; the graph is captured at the first."""
+    compiled, memory_of = prepare(model)
+    rows = []
+    for tokens in lengths:
+        ids = torch.randint(3, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        call = functools.partial(compiled, input_ids=ids, use_cache=True, logits_to_keep=1)
+        with torch.no_grad():
+            call()
+            measured = measure.peak_bytes(call).peak
+        rows.append({"tokens": tokens, "measured": measured, "predicted": at_length(memory_of(), lengths[0], tokens)})
+    return rows
+
+
+def at_length(memory: Any, captured: int, tokens: int) -> int:
+    """The expected peak at another length than the captured one."""
+    symbols = [symbol for symbol in memory.peak.free_symbols if memory.hints.get(symbol) == captured]
+    return int(memory.number(memory.peak, {symbol: memory.number(tokens) for symbol in symbols}))
+
+
+def ours(model: Any, place: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    import mom_compile
+    from mom_compile.weights.offload import least_budget
+
+    if place == WEIGHTS:
+        mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    options: Any = {"kv_offload": place != KEPT, "strict": True}
+    compiled = torch.compile(model, backend="mom", dynamic=True, options=options)
+
+    def memory() -> Any:
+        (report,) = mom_compile.reports()
+        if report.memory is None:
+            raise RuntimeError(f"not ours: {report.fallback}")
+        return report.memory
+
+    return compiled, memory
+
+
+def stock(model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    from mom_compile.torch_compat import capture, stock_inner_compile
+    from mom_passes.graph.edit import copy_graph
+    from mom_passes.program.memory import stock_peak
+
+    found: list[Any] = []
+
+    def inner(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        found.append(stock_peak(copy_graph(gm)))
+        return stock_inner_compile(gm, example_inputs, **kwargs)
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        return capture(gm, example_inputs, inner, {})
+
+    def memory() -> Any:
+        (only,) = found
+        return only
+
+    return torch.compile(model, backend=backend, dynamic=True), memory
+
+
+# -------------------------------------------------------------------------------------------------- parent
+
+
+def run(options: argparse.Namespace, results: Results) -> None:
+    """All that is missing, a process to each family and place."""
+    for family in options.families:
+        for place in options.places:
+            cells = [Cell(family, place, tokens) for tokens in lengths_of(place, options)]
+            if all(cell.key in results.cells for cell in cells):
+                continue
+            print(f"{family}, {place}", file=sys.stderr, flush=True)
+            _measure(cells, results)
+
+
+def _measure(cells: Sequence[Cell], results: Results) -> None:
+    """The cells of one family and place; those that a failing worker leaves out say so."""
+    waiting = list(cells)
+    spec = {"family": cells[0].family, "place": cells[0].place, "lengths": [cell.tokens for cell in cells]}
+    try:
+        with Worker("benchmarks.predictions", spec, env={"HF_HUB_OFFLINE": "1"}) as running:
+            for found in running.rows():
+                _keep(waiting.pop(0), found, results)
+    except WorkerFailed as failed:
+        for cell in waiting:
+            _keep(cell, {"error": str(failed)}, results)
+
+
+def _keep(cell: Cell, found: Row, results: Results) -> None:
+    results.keep(cell.key, asdict(cell) | found)
+
+
+def lengths_of(place: str, options: argparse.Namespace) -> list[int]:
+    wanted = STOCK_LENGTHS if place == STOCK else LENGTHS
+    return list(options.lengths or wanted)
+
+
+def show(results: Results, options: argparse.Namespace) -> None:
+    """A line for each family and place, those that are furthest off last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cells = [cell for cell in results.cells.values() if cell["place"] in options.places]
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for cell in cells:
+        lines.setdefault((cell["family"], cell["place"]), []).append(cell)
+    table = Table(title="predicted peak beside the measured one, MiB above weights and inputs")
+    for heading in ("family", "place", "tokens: predicted / measured (ratio)", "furthest off"):
+        table.add_column(heading, justify="right" if heading == "furthest off" else "left")
+    for (family, place), found in sorted(lines.items(), key=lambda item: (_off(item[1]), item[0])):
+        style = "" if _off(found) <= BOUNDS[place] else "bold red"
+        table.add_row(family, place, "   ".join(map(_figure, found)), f"{100 * _off(found):.1f} %", style=style)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for place in options.places:
+        rows = [cell for cell in cells if cell["place"] == place]
+        within = [cell for cell in rows if _off([cell]) <= BOUNDS[place]]
+        if rows:
+            console.print(
+                f"{place}: {len(within)} of {len(rows)} within {100 * BOUNDS[place]:.0f} %, "
+                f"the furthest off by {100 * _off(rows):.1f} %"
+            )
+    console.print(measure.describe_machine(results.data["machine"]))
+
+
+def _off(cells: Sequence[Row]) -> float:
+    """How far the worst prediction is off, as a share of what was measured."""
+    return max(1.0 if "error" in cell else abs(cell["predicted"] / cell["measured"] - 1) for cell in cells)
+
+
+def _figure(cell: Row) -> str:
+    if "error" in cell:
+        return f"{cell['tokens']}: failed"
+    predicted, measured = cell["predicted"] / MIB, cell["measured"] / MIB
+    return f"{cell['tokens']}: {predicted:.2f} / {measured:.2f} ({predicted / measured:.3f})"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.predictions", description="Predicted peaks beside measured ones."
+    )
+    parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--places", nargs="+", choices=tuple(BOUNDS), default=list(BOUNDS))
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; the graph is captured at the first")
+    parser.add_argument("--fresh", action="store_true", help="measure all anew")
+    parser.add_argument("--table", action="store_true", help="the table of what is there alone")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.fresh:
+        options.results.unlink(missing_ok=True)
+    try:
+        results = Results(options.results, measure.machine())
+    except OtherMachine as other:
+        print(other, file=sys.stderr)
+        return 2
+    if not options.table:
+        run(options, results)
+    show(results, options)
+    return 0
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        worker(json.loads(sys.argv[sys.argv.index("--worker") + 1]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,255 @@
+"""Which operators of a piece become kernels, in which order, and what each of these reads and makes.
+
+Terms
+-----
+held      Has storage of its own. Views have none. Neither has what a compiler computes where it is read: pointwise
+          work, gathers and constants. It is held all the same where a product, a sort or another library's kernel reads
+          it, or a reader outside, and where computing it again for each of several readers is too dear.
+library   An operator that is another library's kernel: it reads what is held and fuses with nothing.
+kernel    What is launched at once. All that it makes is allocated before it runs, what it reads for the last time is
+          freed behind it. On a CPU, Inductor writes one function for everything between two library kernels.
+over      A result goes where an operand dies, if both are as large and whoever else reads the operand has done so.
+
+    operators -> those that are held, each with the held values that it is computed from
+              -> in order: a held value stands where it is first read, what is stored where its last operand is made
+              -> CPU: runs without a library kernel are one kernel;  else: each is one
+
+A compiler may reorder kernels and so need less.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.program.storages import shares_with
+from mom_passes.torch_compat import packet_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+#: Computed where they are read, like all that PyTorch calls pointwise: each element from anywhere in an operand.
+_GATHERS = frozenset(
+    {
+        aten.arange, aten.constant_pad_nd, aten.copy, aten.embedding, aten.empty, aten.flip, aten.full, aten.gather,
+        aten.index, aten.repeat, aten.scalar_tensor, aten.select_scatter, aten.slice_scatter, aten.tril, aten.triu,
+        prims.iota,
+    }
+)  # fmt: skip
+
+#: Held, but they compute what they read, and fuse.
+_COMPUTING = frozenset(
+    {
+        aten.amax, aten.amin, aten.any, aten.argmax, aten.argmin, aten.cat, aten.max, aten.mean, aten.min, aten.prod,
+        aten.sum, aten.var, aten.var_mean,
+    }
+)  # fmt: skip
+
+#: Not computed again for each reader on a CPU, by Inductor's own list.
+_DEAR = frozenset({aten.exp, aten.log, aten.log10, aten.log1p, aten.log2, aten.sigmoid, aten.tanh, aten.silu})
+#: How many values may be read for each reader anew, and how many at all, on a CPU and elsewhere: Inductor's settings.
+_READS_OF_EACH, _READS_ON_CPU, _READS_ELSEWHERE = 4, 12, 8
+
+
+@dataclass(eq=False)
+class Kernel:
+    """The storages that it `makes`, those that it `reads`, and of the first which lie `over` one of the others."""
+
+    makes: list[fx.Node] = field(default_factory=list)
+    reads: set[fx.Node] = field(default_factory=set)
+    over: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Op:
+    """What makes a held value, or stores one elsewhere (`makes` is None). Of two, that with the lower `place` runs
+    first."""
+
+    makes: fx.Node | None
+    reads: frozenset[fx.Node]
+    place: tuple[int, int]
+    library: bool = False
+    reduces: bool = False
+    #: Those of its own kernel that it needs the results of.
+    ancestors: set[_Op] = field(default_factory=set)
+
+
+class Fusion:
+    """What a compiler makes of `nodes`. They are `given` values that die among them, and may read others.
+
+    `kept` says of a value whether it is read behind them, `stored` are those that are written elsewhere.
+    """
+
+    def __init__(
+        self,
+        nodes: Collection[fx.Node],
+        given: Iterable[fx.Node],
+        kept: Callable[[fx.Node], bool],
+        stored: Iterable[fx.Node],
+        size: Callable[[fx.Node], sympy.Expr],
+    ) -> None:
+        self.size = size = functools.cache(size)
+        self.position = {node: at for at, node in enumerate(nodes) if size(node) != 0}
+        self.given = set(given)
+        self.on_cpu = any(_device(node) == "cpu" for node in self.position)
+        self.storage = self._storages()
+        self.seen_as: dict[fx.Node, list[fx.Node]] = {}
+        for node, storage in self.storage.items():
+            self.seen_as.setdefault(storage, []).append(node)
+        self.kept = {self.storage[node] for node in self.position if kept(node)}
+        #: What each held value is computed from, and each that is computed where it is read.
+        self.held: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.inlined: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.dear: set[fx.Node] = set()
+        for node in self.position:
+            if self.storage[node] is node:
+                self._read(node)
+        self.ops = self._ops(stored)
+        self.readers = self._readers()
+
+    def kernels(self) -> list[Kernel]:
+        """In the order they run."""
+        found: list[Kernel] = []
+        run: list[_Op] = []
+        for op in self.ops:
+            if run and (op.library or not self.on_cpu):
+                found.append(self._kernel(run))
+                run = []
+            if op.library:
+                found.append(Kernel([op.makes] if op.makes is not None else [], set(op.reads)))
+            else:
+                run.append(op)
+        return found + ([self._kernel(run)] if run else [])
+
+    # --- what is held ---
+
+    def _storages(self) -> dict[fx.Node, fx.Node]:
+        """Value -> the one whose storage it shares, itself mostly. Those of values from elsewhere are theirs."""
+        found: dict[fx.Node, fx.Node] = {node: node for node in self.given}
+        for node in self.position:
+            source = shares_with(node)
+            found[node] = node if source is None else found.setdefault(source, source)
+        return found
+
+    def _read(self, node: fx.Node) -> None:
+        reads: set[fx.Node] = set()
+        dear = packet_of(node.target) in _DEAR
+        for operand in node.all_input_nodes:
+            source = self.storage.get(operand, operand)
+            if source in self.inlined:
+                reads |= self.inlined[source]
+                dear |= source in self.dear
+            elif self.size(source) != 0:
+                reads.add(source)
+        if self._is_held(node, len(reads), dear):
+            self.held[node] = frozenset(reads)
+        else:
+            self.inlined[node] = frozenset(reads)
+            self.dear |= {node} if dear else set()
+
+    def _is_held(self, node: fx.Node, reads: int, dear: bool) -> bool:
+        most = _READS_ON_CPU if self.on_cpu else _READS_ELSEWHERE
+        if not _is_fused(node) or node in self.kept or reads > most or any(map(_is_library, self._users(node))):
+            return True
+        return self._is_reused(node) and (reads > _READS_OF_EACH or (dear and self.on_cpu))
+
+    def _is_reused(self, node: fx.Node) -> bool:
+        return any(len(value.users) > 1 for value in self.seen_as[node])
+
+    def _users(self, node: fx.Node) -> list[fx.Node]:
+        """Who reads a value here, itself or a view of it."""
+        users = dict.fromkeys(user for value in self.seen_as[node] for user in value.users)
+        return [user for user in users if user in self.position and not _is_view(user)]
+
+    # --- in which order ---
+
+    def _ops(self, stored: Iterable[fx.Node]) -> list[_Op]:
+        ops = []
+        for node, reads in self.held.items():
+            library = _is_library(node)
+            place = self.position[node]
+            if _is_fused(node) and node not in self.kept:
+                place = min((self.position[user] for user in self._users(node)), default=place)
+            ops.append(_Op(node, self._own(reads), (place, self.position[node]), library, not _is_fused(node)))
+        for value in stored:
+            source = self.storage.get(value, value)
+            reads = self._own(self.inlined.get(source, frozenset([source])))
+            last = max((self.position.get(read, 0) for read in reads), default=0)
+            ops.append(_Op(None, reads, (last, len(self.position))))
+        return sorted(ops, key=lambda op: op.place)
+
+    def _own(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """Those that count: what is neither the caller's nor part of the module."""
+        return frozenset(read for read in reads if read in self.held or read in self.given)
+
+    def _readers(self) -> dict[fx.Node, list[_Op]]:
+        found: dict[fx.Node, list[_Op]] = {}
+        for op in self.ops:
+            for read in op.reads:
+                found.setdefault(read, []).append(op)
+        return found
+
+    # --- what runs at once ---
+
+    def _kernel(self, run: list[_Op]) -> Kernel:
+        kernel = Kernel()
+        maker = {op.makes: op for op in run}
+        for op in run:
+            for before in (maker[read] for read in op.reads if read in maker):
+                op.ancestors |= {before, *before.ancestors}
+        for op in run:
+            kernel.reads |= op.reads
+            if op.makes is not None and not self._stays_inside(op, run):
+                kernel.makes.append(op.makes)
+                over = None if op.reduces else self._written_over(op, run, kernel)
+                if over is not None:
+                    kernel.over[op.makes] = over
+        made = {op.makes for op in run} - set(kernel.makes)
+        kernel.reads -= made
+        return kernel
+
+    def _stays_inside(self, op: _Op, run: list[_Op]) -> bool:
+        """Whether each element is read as it is made, in the same pass over them: by nobody behind its reduction."""
+        readers = self.readers.get(op.makes, [])  # type: ignore[arg-type]
+        if op.reduces or op.makes in self.kept or not all(reader in run for reader in readers):
+            return False
+        reductions = {reader for reader in readers if reader.reduces}
+        return all(reductions.isdisjoint(reader.ancestors) for reader in readers)
+
+    def _written_over(self, op: _Op, run: list[_Op], kernel: Kernel) -> fx.Node | None:
+        """The operand where a result goes. Inductor lets none go where a `cat` is."""
+        assert op.makes is not None
+        size = self.size(op.makes)
+        for read in op.reads:
+            free = read in self.held and read not in self.kept and read not in kernel.over.values()
+            if not free or packet_of(read.target) is aten.cat or sympy.expand(self.size(read) - size) != 0:
+                continue
+            others = [reader for reader in self.readers[read] if reader is not op]
+            if all(other in op.ancestors or (other not in run and other.place < op.place) for other in others):
+                return read
+        return None
+
+
+def _device(node: fx.Node) -> str | None:
+    value = node.meta.get("type", node.meta.get("val"))
+    first = value[0] if isinstance(value, (tuple, list)) and value else value
+    device = getattr(first, "device", None)
+    return device.type if device is not None else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) or node.target is operator.getitem
+
+
+def _is_fused(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS
+
+
+def _is_library(node: fx.Node) -> bool:
+    return not _is_fused(node) and packet_of(node.target) not in _COMPUTING
