@@ -161,11 +161,3 @@ def leaving(program: Program) -> dict[fx.Node, Leaving]:
             size = count_hint(value.shape) * value.element_size()
             found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
     return found
-
-
-
-def stock_peak(gm: fx.GraphModule) -> Memory:
-    """What a captured graph needs as stock Inductor compiles it: uncut, as one piece."""
-    from mom_passes.program.schedule import schedule
-
-    return memory(schedule(gm), fused=True)
