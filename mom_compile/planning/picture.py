@@ -12,7 +12,7 @@ from mom_compile.report.units import in_units
 
 GIB = 1 << 30
 #: Lengths that are drawn.
-POINTS = 33
+POINTS = 17
 #: Ours are drawn wider.
 _OURS = "mom"
 

@@ -1,0 +1,314 @@
+"""Plans: what is planned of a prefill is what it takes, and the longest context that is planned is the longest."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mom_compile
+from benchmarks import measure, models
+from mom_compile import PlanError
+from mom_compile.config import parse_options
+from mom_compile.memory.rows import DEVICES
+from mom_compile.planning import subject as subjects
+from mom_compile.planning.configs import find_config
+from mom_compile.planning.eager import eager_timeline
+from mom_compile.planning.estimate import LINKS, Load, estimate
+from mom_compile.planning.planner import ID_BYTES, Planner
+from mom_compile.planning.shapes import shapes
+from mom_compile.planning.subject import subject_of
+from mom_compile.planning.ways import KINDS, carried_on, longest_that_fits, straight
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+H200 = json.loads((ROOT / "benchmarks" / "results" / "h200-2026-11-28.json").read_text())
+
+
+def llama(layers=2, **settings):
+    wide = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}
+    return transformers.LlamaConfig(
+        **{**wide, "num_hidden_layers": layers, "vocab_size": 1000, "max_position_embeddings": 1 << 16, **settings}
+    )
+
+
+def llama_3_8b(layers):
+    """The shape of which an H200's figures are kept."""
+    settings = {**models.SHAPES["llama-3-8b"], "num_hidden_layers": layers, "rope_theta": 5e5}
+    return transformers.LlamaConfig(**settings, max_position_embeddings=1 << 20)
+
+
+def measured_on_the_h200(method, tokens, layers=8):
+    found = [r for r in H200["rows"] if (r["method"], r["tokens"], r["layers"]) == (method, tokens, layers)]
+    return [row["peak_mib"] for row in found]
+
+
+# --- eager mode ---
+
+
+@pytest.mark.parametrize("tokens", [16_384, 65_536])
+def test_eager_mode_takes_what_it_took_on_a_gpu(tokens):
+    model, _ = subject_of(llama_3_8b(8), "llama", torch.bfloat16)
+    planned = max(eager_timeline(model.build(8), 1, tokens)) / MIB
+    taken = measured_on_the_h200("eager", tokens)
+    assert taken and all(abs(planned - peak) < 0.1 for peak in taken)
+
+
+def test_eager_mode_takes_what_is_measured_on_the_cpu():
+    measure.watch_cpu()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(llama()).eval()
+    call = functools.partial(models.prefill, model, models.tokens(model, 700), cache=True)
+    call()
+    found, _ = subject_of(llama(), "llama", torch.float32)
+    planned = max(eager_timeline(found.build(2), 1, 700))
+    assert abs(planned - measure.peak_bytes(call).peak) < 0.02 * planned
+
+
+# --- carried on to all layers ---
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=2, max_size=12), st.integers(0, 500), st.integers(0, 50), st.integers(1, 6)
+)
+def test_what_a_period_of_layers_adds_it_adds_each_time(layer, kept, before, periods):
+    """Profiles as layers make them: each holds what is kept of those before, and its own for a while."""
+
+    def profile(count):
+        return [before, *(kept * i + own for i in range(count) for own in layer), kept * count]
+
+    whole = profile(4 + periods)
+    assert carried_on([profile(4), profile(5)], periods) == max(whole)
+    assert straight([4 * kept, 5 * kept], periods) == (4 + periods) * kept
+
+
+@given(st.integers(1, 10**4), st.integers(0, 3), st.integers(0, 10**6), st.integers(0, 10**9))
+def test_the_longest_that_fits_is_the_last(slope, curve, kept, budget):
+    asked = []
+
+    def needed(tokens):
+        asked.append(tokens)
+        return kept + slope * tokens + curve * tokens**2 // 1000
+
+    found = longest_that_fits(needed, budget, 1 << 20)
+    assert found == 0 or needed(found) <= budget
+    assert found == 1 << 20 or needed(max(2, found + 1)) > budget
+    assert len(set(asked)) < 80
+
+
+def test_a_model_that_fits_at_any_length_has_the_most_there_is():
+    assert longest_that_fits(lambda tokens: 5, 5, 1000) == 1000
+    assert longest_that_fits(lambda tokens: 6, 5, 1000) == 0
+
+
+COUNTS = {"Gemma-3-270M": (6, 12), "Gemma-3-27B": (8, 14), "GPT-OSS-20B": (4, 6), "Llama-3-70B": (4, 5)}
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_shipped_shapes_are_traced_with_a_few_of_their_layers(name):
+    found, weights = subject_of(find_config(name).config, name, torch.bfloat16)
+    assert found.counts == COUNTS.get(name, (4, 5))
+    assert found.counts[0] + found.periods * (found.counts[1] - found.counts[0]) == found.layers
+    assert 0 < weights.resident < weights.all / 20
+
+
+def test_layers_that_do_not_repeat_are_all_traced():
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=9, num_attention_heads=2, num_key_value_heads=1, vocab_size=100,
+        num_experts=4, mlp_only_layers=[1, 2, 5],
+    )  # fmt: skip
+    assert subject_of(config, "odd", torch.float32)[0].counts == (9,)
+
+
+def test_a_setting_that_counts_layers_from_the_end_is_not_cut():
+    config = llama(12)
+    assert subject_of(config, "llama", torch.float32)[0].counts == (4, 5)
+    config.num_kv_shared_layers = 3
+    assert subject_of(config, "llama", torch.float32)[0].counts == (12,)
+
+
+def a_planner(config, batch=1, device="cpu", **options):
+    found, weights = subject_of(config, "model", torch.float32)
+    return Planner(found, weights, batch, device, parse_options(options), lambda text: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe"])
+def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
+    """Every way, as it is planned from two shorter models and from all layers."""
+    narrow = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 500}
+    config = {
+        "Llama": lambda: llama(9),
+        "Gemma3Text": lambda: transformers.Gemma3TextConfig(
+            **narrow, num_hidden_layers=13, head_dim=32, intermediate_size=256, sliding_window=128,
+            layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 4 + ["sliding_attention"],
+        ),
+        "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
+            **narrow, num_hidden_layers=7, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
+        ),
+    }[family]()  # fmt: skip
+    short = a_planner(config)
+    assert len(short.subject.counts) == 2
+    monkeypatch.setattr(subjects, "_period", lambda kinds: None)
+    whole = a_planner(config)
+    assert whole.subject.counts == (config.num_hidden_layers,)
+    for name in short.ways():
+        for tokens in (700, 3000):
+            assert short.peak(name, tokens) == whole.peak(name, tokens), name
+            assert short.host(name, tokens) == whole.host(name, tokens), name
+
+
+# --- a plan ---
+
+
+@pytest.fixture(scope="module")
+def small():
+    return mom_compile.plan(llama(), seq_len="4k", dtype="float32", device="cpu")
+
+
+def test_each_way_takes_less_than_the_one_before(small):
+    peaks = [way.peak_bytes(4000) for way in small.ways.values()]
+    assert list(small.ways) == ["eager", "inductor", *KINDS]
+    eager, inductor, paper, ours, cache, weights = peaks
+    assert eager > paper > ours >= cache > small.subject.weight_bytes + ID_BYTES * 4000
+    assert inductor > paper and weights < cache + small.subject.weight_bytes
+
+
+def test_what_leaves_the_device_is_on_the_host(small):
+    cache = 2 * 2 * 64 * 4 * 4000
+    assert small.ways["mom"].host_bytes(4000) == 0
+    assert small.ways["mom-cache"].host_bytes(4000) == cache
+    assert small.ways["mom-weights"].host_bytes(4000) > cache + 0.9 * small.subject.weight_bytes
+
+
+def test_the_longest_context_is_the_last_that_fits_with_a_margin(small):
+    budget = small.peak_bytes(30_000)
+    found = small.max_seq_len(budget)
+    assert 28_000 < found < 30_000
+    assert small.peak_bytes(found) <= budget and small.max_seq_len(small.subject.weight_bytes) == 0
+
+
+def test_a_plan_says_what_it_is(small):
+    assert small.way == "mom" and str(small) == small.summary()
+    assert "4,000 tokens" in str(small) and "stock Inductor" in str(small)
+    assert small.formula.free_symbols and small.stages
+    assert small.transfers.to_host == 0
+
+
+def test_a_plan_can_be_drawn(small, tmp_path):
+    small.plot(tmp_path / "plan.png", (1 << 30,))
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="format"):
+        small.plot(tmp_path / "plan.nothing")
+
+
+def test_a_time_is_bound_by_what_takes_longest():
+    load = Load(work=10**15, weights_read=10**10, mini_sequences=10, loops=32, to_host=10**9, to_device=0)
+    found = estimate(load, "h100")
+    assert found.bound == "arithmetic" and found.seconds == max(found.parts.values())
+    slow = estimate(Load(10**12, 10**10, 10, 32, 10**9, 10**12), "4090")
+    assert slow.bound == "copies from the host" and slow.device == "RTX 4090"
+    assert LINKS.keys() == DEVICES.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is not valid"),
+        ({"dtype": "int8"}, "dtype='int8' is not valid"),
+        ({"device": "H900"}, "these are A100, H100"),
+        ({"seq_len": "many"}, "seq_len='many' is not valid"),
+        ({"kv_ofload": True}, "did you mean 'kv_offload'"),
+        ({"memory_budget": "-3GiB"}, "memory_budget='-3GiB' is not valid"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(settings, message):
+    with pytest.raises(ValueError, match=message):
+        mom_compile.plan(llama(), **{"seq_len": 100, **settings})
+
+
+def test_what_is_no_decoder_is_told():
+    with pytest.raises(PlanError, match="nothing to plan"):
+        mom_compile.plan(torch.nn.Linear(2, 2), seq_len=100)
+    with pytest.raises(PlanError, match="no language model"):
+        mom_compile.plan(transformers.ViTConfig(), seq_len=100)
+
+
+def test_more_tokens_than_a_model_is_made_for_are_noted():
+    found = mom_compile.plan(llama(1, max_position_embeddings=64), seq_len=4096, device="cpu")
+    assert found.notes == ["4,096 tokens are more than the 64 that the model is made for"]
+
+
+@pytest.mark.slow
+def test_a_budget_decides_what_stays_or_is_refused():
+    config = llama(6, hidden_size=128, intermediate_size=256)
+    given = {"seq_len": 8192, "dtype": "float32", "device": "cpu"}
+    free = mom_compile.plan(config, **given)
+    least, most = (free.ways[way].peak_bytes(8192) for way in ("mom-cache", "mom"))
+    part = mom_compile.plan(config, memory_budget=(least + most) // 2, **given)
+    assert 0 < part.resident_layers < 6 and part.way == "mom-cache"
+    assert mom_compile.plan(config, memory_budget=most, **given).resident_layers == 6
+    with pytest.raises(PlanError, match=r"smallest that can is \d+.*has room for [\d,]+ tokens.*weights_on_host"):
+        mom_compile.plan(config, memory_budget=free.subject.weight_bytes + (1 << 20), **given)
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_a_gpu_has_taken():
+    """At 65,536 tokens ours attended with masks that day, which took memory: that figure is no longer ours."""
+    found = mom_compile.plan(llama_3_8b(8), seq_len=16_384, dtype="bfloat16", device="H200")
+
+    def planned(way, tokens):
+        return (found.ways[way].peak_bytes(tokens) - found.subject.weight_bytes) / MIB
+
+    for way, tokens, bound in (("eager", 65_536, 0.001), ("inductor", 16_384, 0.05), ("mom", 16_384, 0.02)):
+        taken = measured_on_the_h200(way, tokens)
+        assert taken and all(abs(planned(way, tokens) / peak - 1) < bound for peak in taken)
+
+
+def settings_of(family):
+    if family == "Llama":
+        return llama(4)
+    return transformers.Gemma3TextConfig(
+        hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=64, sliding_window=256, vocab_size=1000, max_position_embeddings=1 << 16,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_the_longest_context_runs_and_a_longer_one_does_not(family):
+    measure.watch_cpu()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings_of(family)).eval()
+    found = mom_compile.plan(model, seq_len=8192, device="cpu", kv_offload=False)
+    room = 48 * MIB
+    tokens = found.max_seq_len(found.subject.weight_bytes + room)
+    assert 2000 < tokens < 20_000
+    model.compile(backend="mom", dynamic=True, options={"kv_offload": False, "strict": True})
+    models.prefill(model, models.tokens(model, tokens), cache=True)
+    with measure.at_most(room):
+        models.prefill(model, models.tokens(model, tokens), cache=True)
+        with pytest.raises(torch.OutOfMemoryError):
+            models.prefill(model, models.tokens(model, tokens * 11 // 10), cache=True)
+
+
+@pytest.mark.slow
+def test_a_large_model_at_a_million_tokens_is_planned_in_little_memory():
+    program = (
+        "import resource, mom_compile\n"
+        "found = mom_compile.plan('Llama-3-70B', seq_len='1M', kv_offload=True)\n"
+        "assert found.way == 'mom-cache'\n"
+        "print(found.peak_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280, check=True)
+    peak, memory = map(int, made.stdout.split())
+    assert peak > 141e9 and memory < 4 << 30
