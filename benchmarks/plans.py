@@ -66,16 +66,16 @@ def page(data: Row) -> str:
     lines = [
         "# The longest context, planned",
         "",
-        "For each shipped shape and usual cards: how many tokens of one sequence a prefill has room for, weights, the",
-        "cache and the last token's logits included, weights in bfloat16. Made by `python -m benchmarks.plans` from the",
-        "memory model, without a GPU and without weights; a 32nd of what is above the weights is left free. Nothing else",
-        "is on the card: a desktop, CUDA's own context (about half a GiB) and fragmentation take more.",
+        "For each shipped shape and usual cards: how many tokens of one sequence a prefill has room for, with weights",
+        "in bfloat16, the cache and the last token's logits. Made by `python -m benchmarks.plans` from the memory",
+        "model, without a GPU and without weights; a 32nd of what is above the weights is left free. Nothing else is",
+        "on the card: a desktop, CUDA's own context (about half a GiB) and fragmentation take more.",
         "",
-        "How far it is to be trusted: eager mode is what an H200 was measured to take to 0.1 MiB, stock Inductor within 5 %",
-        "and ours within 2 % where there are figures (8 layers of Llama-3-8B's shape, 16,384 tokens;",
+        "How far it is to be trusted: eager mode is what an H200 was measured to take to 0.1 MiB, stock Inductor",
+        "within 5 % and ours within 2 %, where there are figures (8 layers of Llama-3-8B's shape, 16,384 tokens;",
         "[figures](figures.md#plans)). *Cache and weights on the host* have never run on a GPU. Lengths beyond the",
-        "positions that a model was made for are in brackets: it runs, and was not trained for them. `-`: the weights do",
-        "not fit. Nothing is said of time: `mom-compile plan SHAPE` estimates it.",
+        "positions that a model was made for are in brackets: it runs, and was not trained for them. `-`: the weights",
+        "do not fit. Nothing is said of time: `mom-compile plan SHAPE` estimates it.",
     ]
     for name, row in data["cells"].items():
         lines += ["", f"## {name}", "", _facts(row), ""]
