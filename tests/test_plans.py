@@ -256,7 +256,7 @@ def test_a_budget_decides_what_stays_or_is_refused():
     part = mom_compile.plan(config, memory_budget=(least + most) // 2, **given)
     assert 0 < part.resident_layers < 6 and part.way == "mom-cache"
     assert mom_compile.plan(config, memory_budget=most, **given).resident_layers == 6
-    with pytest.raises(PlanError, match=r"smallest that can is \d+.*has room for [\d,]+ tokens.*weights_on_host"):
+    with pytest.raises(PlanError, match=r"smallest that can is \d+.*has room for [\d,]+ tokens.*weights on the host"):
         mom_compile.plan(config, memory_budget=free.subject.weight_bytes + (1 << 20), **given)
 
 

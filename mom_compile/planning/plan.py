@@ -79,7 +79,7 @@ def plan(
         made.notes.append(f"{tokens:,} tokens are more than the {subject.longest:,} that the model is made for")
     planner.prefills(tokens)
     if memory_budget is not None:
-        made = replace(made, **made._within(parse_bytes(memory_budget)))
+        made = replace(made, **made._within(parse_bytes(memory_budget), memory_budget))
     return made
 
 
@@ -194,14 +194,14 @@ class Plan:
     def __str__(self) -> str:
         return self.summary()
 
-    def _within(self, budget: int) -> dict[str, Any]:
+    def _within(self, budget: int, given: int | str) -> dict[str, Any]:
         """The plan for a budget: where the cache has to go. Raises `PlanError` where it cannot be kept."""
         options, planner = self._planner.options, self._planner
         may_leave = options.kv_offload is not False and self.way not in (INDUCTOR, "mlp")
         away = "mom-weights" if self.way == "mom-weights" else "mom-cache" if may_leave else self.way
         least = planner.peak(away, self.seq_len, fewest=True)
         if least > budget:
-            raise PlanError(self._refused(budget, least, away))
+            raise PlanError(self._refused(budget, given, least, away))
         if away != "mom-cache" or self.way == "mom-cache":
             return {"budget": budget}
         whole, gone = planner.peak("mom", self.seq_len), planner.peak(away, self.seq_len)
@@ -210,16 +210,16 @@ class Plan:
         stay = layers if whole <= budget else max(0, min(layers, (budget - gone) // each))
         return {"budget": budget, "resident_layers": stay, "way": "mom" if stay == layers else away}
 
-    def _refused(self, budget: int, least: int, way: str) -> str:
+    def _refused(self, budget: int, given: int | str, least: int, way: str) -> str:
         weights = f", of which weights take {in_units(self.subject.weight_bytes)}" if way != "mom-weights" else ""
         longest = self.ways[way].max_seq_len(budget)
         room = f"it has room for {longest:,} tokens" if longest else "it has no room for a single token"
         more = "" if way == "mom-weights" else self._with_weights_on_host()
         return (
-            f"memory_budget={budget} ({in_units(budget)}) cannot be kept for {self.seq_len:,} tokens: the smallest "
+            f"memory_budget={given!r} cannot be kept for {self.seq_len:,} tokens: the smallest "
             f"that can is {least} ({in_units(least)}){weights}; {room}{more}"
         )
 
     def _with_weights_on_host(self) -> str:
         least = self.ways["mom-weights"].peak_bytes(self.seq_len)
-        return f"; with the weights on the host (weights_on_host=True), {in_units(least)} are enough"
+        return f"; with the weights on the host, too, {in_units(least)} are enough"
