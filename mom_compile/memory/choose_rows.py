@@ -105,12 +105,12 @@ class Footprint:
         """Of a program whose kernels take so much `beside` what each step needs, with the symbols of `more` sizes; and
         the number of each loop's step, by its node."""
         keys = [_key(moment, rule, beside) for moment in memory.moments]
-        found = list(dict.fromkeys(keys))
+        found = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         sizes = [*more, *(size for key in found for size in key if isinstance(size, sympy.Basic))]
         symbols = tuple(sorted({symbol for size in sizes for symbol in size.free_symbols} - {COUNT}, key=str))
         steps = tuple(_functions(key, symbols) for key in found)
         numbers = {
-            moment.step.node: found.index(key)
+            moment.step.node: found[key]
             for moment, key in zip(memory.moments, keys, strict=True)
             if isinstance(moment.step, LoopStep)
         }
