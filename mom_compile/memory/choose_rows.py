@@ -107,12 +107,11 @@ class Footprint:
         """Of a program whose kernels take so much `beside` what each step needs, with the symbols of `more` sizes; and
         the number of each loop's step, by its node."""
         keys = [_key(moment, rule, beside) for moment in memory.moments]
-        found = list(dict.fromkeys(keys))
+        found = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         sizes = [*more, *(size for key in found for size in key if isinstance(size, sympy.Basic))]
         symbols = tuple(sorted({symbol for size in sizes for symbol in size.free_symbols} - {COUNT}, key=str))
         steps = tuple(_functions(key, symbols) for key in found)
-        number_of = {key: number for number, key in enumerate(found)}
-        order = tuple(number_of[key] for key in keys)
+        order = tuple(found[key] for key in keys)
         of_steps = zip(memory.moments, order, strict=True)
         numbers = {m.step.node: number for m, number in of_steps if isinstance(m.step, LoopStep)}
         return Footprint(symbols, steps, None if rule is None else rule.device, order), numbers
