@@ -26,7 +26,7 @@ from mom_compile.planning.estimate import LINKS, Load, estimate
 from mom_compile.planning.planner import ID_BYTES, Planner
 from mom_compile.planning.shapes import shapes
 from mom_compile.planning.subject import subject_of
-from mom_compile.planning.ways import KINDS, carried_on, longest_that_fits, straight
+from mom_compile.planning.ways import INDUCTOR, KINDS, carried_on, longest_that_fits, straight
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -109,14 +109,14 @@ def test_a_model_that_fits_at_any_length_has_the_most_there_is():
     assert longest_that_fits(lambda tokens: 6, 5, 1000) == 0
 
 
-COUNTS = {"Gemma-3-270M": (6, 12), "Gemma-3-27B": (8, 14), "GPT-OSS-20B": (4, 6), "Llama-3-70B": (4, 5)}
+COUNTS = {"Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "GPT-OSS-20B": (4, 6), "Llama-3-70B": (4, 5)}
 
 
 @pytest.mark.parametrize("name", shapes())
 def test_shipped_shapes_are_traced_with_a_few_of_their_layers(name):
     found, weights = subject_of(find_config(name).config, name, torch.bfloat16)
     assert found.counts == COUNTS.get(name, (4, 5))
-    assert found.counts[0] + found.periods * (found.counts[1] - found.counts[0]) == found.layers
+    assert straight(found.counts, found.periods) == found.layers
     assert 0 < weights.resident < weights.all / 20
 
 
@@ -143,7 +143,8 @@ def a_planner(config, batch=1, device="cpu", **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe"])
 def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
-    """Every way, as it is planned from two shorter models and from all layers."""
+    """Every way, as it is planned from two shorter models and from all layers. What stock Inductor keeps to read it
+    later depends on how long a sum has become, and so on the layer: there it is nearly the same."""
     narrow = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 500}
     config = {
         "Llama": lambda: llama(9),
@@ -162,7 +163,8 @@ def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
     assert whole.subject.counts == (config.num_hidden_layers,)
     for name in short.ways():
         for tokens in (700, 3000):
-            assert short.peak(name, tokens) == whole.peak(name, tokens), name
+            planned, wanted = short.peak(name, tokens), whole.peak(name, tokens)
+            assert planned == wanted or (name == INDUCTOR and abs(planned / wanted - 1) < 0.05), name
             assert short.host(name, tokens) == whole.host(name, tokens), name
 
 
@@ -292,7 +294,7 @@ def test_the_longest_context_runs_and_a_longer_one_does_not(family):
     found = mom_compile.plan(model, seq_len=8192, device="cpu", kv_offload=False)
     room = 48 * MIB
     tokens = found.max_seq_len(found.subject.weight_bytes + room)
-    assert 2000 < tokens < 20_000
+    assert 2000 < tokens < 30_000
     model.compile(backend="mom", dynamic=True, options={"kv_offload": False, "strict": True})
     models.prefill(model, models.tokens(model, tokens), cache=True)
     with measure.at_most(room):

@@ -21,9 +21,9 @@ from torch import nn
 from mom_compile.planning.configs import PlanError
 from mom_compile.weights.units import parameters_of
 
-#: Layers that the shorter one has at least, behind those that do not repeat: its first and its last are like no other,
-#: and what arrives for a layer does so while the one before computes.
-FEWEST_LAYERS = 4
+#: Layers and periods that the shorter one has at least, behind those that do not repeat: its first and its last are
+#: like no other, and what arrives for a layer does so while the one before computes.
+FEWEST_LAYERS, FEWEST_PERIODS = 4, 2
 
 #: Settings that count layers, but of which each layer knows what is its own.
 _TOLD_BY_LAYERS = frozenset({"num_hidden_layers", "max_window_layers", "n_layer", "num_layers", "n_layers"})
@@ -130,7 +130,7 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
     first, period = found
     rest = (layers - first) % period
     short = first + rest
-    while short < first + FEWEST_LAYERS:
+    while short < first + max(FEWEST_LAYERS, FEWEST_PERIODS * period):
         short += period
     if short + period >= layers:
         return (layers,)
