@@ -38,9 +38,10 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml constraints.txt
 demo: $(VENV)/.extra-demo
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-# Every way to prefill beside every other, and docs/benchmarks.md of it.
+# Every way to prefill beside every other, and docs/benchmarks.md of it; then predicted peaks beside measured ones.
 bench: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.suite $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.predictions $(filter --fresh,$(ARGS))
 
 bench-kv: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.kv $(ARGS)

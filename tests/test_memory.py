@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import pytest
-import sympy
 import torch
-import transformers
 
+from benchmarks.families import FAMILIES, family_model
 from benchmarks.measure import peak_bytes, watch_cpu
+from benchmarks.predictions import CACHE, KEPT, LENGTHS, WEIGHTS, ours, predictions
 from mom_compile import explain, reports
 from mom_passes.program.memory import memory
 from mom_passes.program.program import Compute
@@ -76,6 +76,56 @@ def test_views_inputs_and_what_is_returned_as_a_view_count_once():
     assert held(lambda x, w: ((x @ w).view(8, 8, 16).transpose(0, 1), x.view(-1))) == PRODUCT
 
 
+def softmax(x, w):
+    scores = x @ w
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return scores, weights / weights.sum(-1, keepdim=True)
+
+
+def test_a_softmax_lies_where_its_scores_die():
+    assert held(lambda x, w: softmax(x, w)[1]) == PRODUCT + 2 * 64 * 4
+
+
+def test_nothing_is_written_over_scores_that_are_asked_of_once_more():
+    def where_anything_is_seen(x, w):
+        scores, weights = softmax(x, w)
+        return torch.where((scores > 0).any(-1, keepdim=True), weights, 0.0)
+
+    assert held(where_anything_is_seen) == 2 * PRODUCT + 2 * 64 * 4 + 64
+
+
+def test_nothing_is_written_over_what_is_joined():
+    def with_a_column_more(x, w):
+        scores = x @ w
+        return torch.cat([scores, scores[:, :1]], -1).exp()
+
+    assert held(with_a_column_more) == PRODUCT + 2 * 64 * 17 * 4
+
+
+def test_what_is_computed_between_two_products_is_allocated_at_once():
+    def two_of_one(x, w):
+        product = x @ w
+        return product.sin(), product.cos()
+
+    assert held(two_of_one) == 3 * PRODUCT
+
+
+def test_a_sum_of_few_is_computed_where_it_is_read():
+    def of_two(x, w):
+        return (x @ w).view(2, 32, 16).sum(0).exp().sum()
+
+    def of_many(x, w):
+        return (x @ w).view(32, 2, 16).sum(0).exp().sum()
+
+    assert held(of_two) == PRODUCT + 4
+    assert held(of_many) == PRODUCT + 2 * 16 * 4 + 4
+
+
+def test_what_a_library_returns_beside_is_freed_by_itself():
+    """The sorted values and their indices, twice as large, of which one is read on."""
+    assert held(lambda x, w: ((x @ w).sort(0).values @ w) @ w) == PRODUCT + 3 * PRODUCT
+
+
 def mixture():
     return tiny(
         "Qwen3Moe", hidden_size=64, head_dim=16, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2,
@@ -107,40 +157,20 @@ def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
     assert report.floor_bytes < report.expected_peak_bytes <= report.floor_bytes + report.iteration_bytes
 
 
-WIDE = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "max_position_embeddings": 2048}
-GROUPED = {**WIDE, "num_key_value_heads": 2, "intermediate_size": 1024}
-SHAPES = {
-    "Llama": GROUPED,
-    "Qwen3": {**GROUPED, "head_dim": 32},
-    "GPTNeoX": {**WIDE, "intermediate_size": 1024},
-    "GPT2": {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 2048},
-    "Gemma3Text": {**GROUPED, "head_dim": 32, "sliding_window": 128, "sliding_window_pattern": 3},
-    "Phi": {**WIDE, "intermediate_size": 1024},
-    "OPT": {**WIDE, "ffn_dim": 1024, "word_embed_proj_dim": 256},
-    "Qwen3Moe": {
-        **GROUPED, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
-    },
-}  # fmt: skip
+def cases(*places):
+    """Every family in each place; all but one are slow."""
+    quick = ("Llama", CACHE)
+    found = [(family, place) for family in FAMILIES for place in places]
+    return [pytest.param(*case, marks=[] if case == quick else pytest.mark.slow) for case in found]
 
 
-@pytest.mark.parametrize("family", [f if f == "Llama" else pytest.param(f, marks=pytest.mark.slow) for f in SHAPES])
-@pytest.mark.parametrize("kv_offload", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(("family", "place"), cases(KEPT, CACHE, WEIGHTS))
 @pytest.mark.usefixtures("fresh")
-def test_the_expected_peak_is_what_is_measured(family, kv_offload):
-    """At two lengths, and at the second by the expression that was found at the first."""
+def test_the_expected_peak_is_what_is_measured(family, place):
+    """At several lengths, by the expression that was found at the first."""
     watch_cpu()
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPES[family], vocab_size=1000, pad_token_id=0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    fast = torch.compile(model, backend="mom", dynamic=True, options={"kv_offload": kv_offload, "strict": True})
-    for tokens in (800, 1400):
-        call = functools.partial(fast, input_ids=torch.randint(3, 1000, (1, tokens)), use_cache=True, logits_to_keep=1)
-        with torch.no_grad():
-            call()
-            measured = peak_bytes(call).peak
-        memory = reports()[0].memory
-        lengths = [s for s in memory.peak.free_symbols if memory.hints.get(s) == 800]
-        expected = memory.number(memory.peak, dict.fromkeys(lengths, sympy.Integer(tokens)))
-        assert 0.95 * measured <= expected <= 1.05 * measured
-    assert len(reports()) == 1
-
+    lengths = LENGTHS[:2] if (family, place) == ("Llama", CACHE) else LENGTHS
+    found = predictions(family_model(family), lengths, functools.partial(ours, place=place))
+    assert [row["tokens"] for row in found] == list(lengths)
+    for row in found:
+        assert 0.95 * row["measured"] <= row["predicted"] <= 1.05 * row["measured"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from torch import fx
@@ -47,7 +47,7 @@ def most_held(
     given = list(given)
     if costs.fused:
         fusion = Fusion(nodes, given, kept, stored, costs.bytes)
-        return _Held(fusion.kernels(), given, fusion.kept, costs).most()
+        return _Held(fusion.kernels(), given, fusion.kept, replace(costs, bytes=fusion.size)).most()
     kernels, ends = _one_by_one(nodes, given, kept)
     return _Held(kernels, given, ends, costs).most()
 
@@ -123,7 +123,7 @@ class _Held:
                 dying.setdefault(last, []).append(storage)
         free: dict[Hashable, list[fx.Node]] = {}
         for at, kernel in enumerate(self.kernels):
-            for storage in kernel.makes:
+            for storage in kernel.makes if kernel.into else ():
                 waiting = free.get(self._kind(storage)) if storage not in kernel.over else None
                 if waiting:
                     before = self.last[waiting[-1]]

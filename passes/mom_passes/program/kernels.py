@@ -50,6 +50,12 @@ _COMPUTING = frozenset(
     }
 )  # fmt: skip
 
+#: Reductions of fewer values than this are written out; Inductor's setting.
+_WRITTEN_OUT, _FEWEST_VALUES = frozenset({aten.amax, aten.amin, aten.prod, aten.sum}), 8
+
+#: Of the library kernels, those that write where they are told to.
+_INTO = frozenset({aten.addmm, aten.baddbmm, aten.bmm, aten.mm})
+
 #: Not computed again for each reader on a CPU, by Inductor's own list.
 _DEAR = frozenset({aten.exp, aten.log, aten.log10, aten.log1p, aten.log2, aten.sigmoid, aten.tanh, aten.silu})
 #: How many values may be read for each reader anew, and how many at all, on a CPU and elsewhere: Inductor's settings.
@@ -58,11 +64,15 @@ _READS_OF_EACH, _READS_ON_CPU, _READS_ELSEWHERE = 4, 12, 8
 
 @dataclass(eq=False)
 class Kernel:
-    """The storages that it `makes`, those that it `reads`, and of the first which lie `over` one of the others."""
+    """The storages that it `makes`, those that it `reads`, and of the first which lie `over` one of the others.
+
+    `into` says whether it writes to what has been allocated for it; else it returns storages of its own.
+    """
 
     makes: list[fx.Node] = field(default_factory=list)
     reads: set[fx.Node] = field(default_factory=set)
     over: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    into: bool = True
 
 
 @dataclass(eq=False)
@@ -93,9 +103,15 @@ class Fusion:
         stored: Iterable[fx.Node],
         size: Callable[[fx.Node], sympy.Expr],
     ) -> None:
-        self.size = size = functools.cache(size)
         self.position = {node: at for at, node in enumerate(nodes) if size(node) != 0}
         self.given = set(given)
+        #: What is taken from several values that a library's kernel returns at once: each dies by itself.
+        self.items: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.position:
+            several = node.all_input_nodes[0] if node.target is operator.getitem else None
+            if several in self.position and _is_library(several) and shares_with(several) is None:
+                self.items.setdefault(several, []).append(node)
+        self.size = functools.cache(lambda node: size(node) - sum(map(size, self.items.get(node, ()))))
         self.on_cpu = any(_device(node) == "cpu" for node in self.position)
         self.storage = self._storages()
         self.seen_as: dict[fx.Node, list[fx.Node]] = {}
@@ -107,7 +123,7 @@ class Fusion:
         self.inlined: dict[fx.Node, frozenset[fx.Node]] = {}
         self.dear: set[fx.Node] = set()
         for node in self.position:
-            if self.storage[node] is node:
+            if self.storage[node] is node and not self._is_item(node):
                 self._read(node)
         self.ops = self._ops(stored)
         self.readers = self._readers()
@@ -121,7 +137,9 @@ class Fusion:
                 found.append(self._kernel(run))
                 run = []
             if op.library:
-                found.append(Kernel([op.makes] if op.makes is not None else [], set(op.reads)))
+                assert op.makes is not None
+                makes = [op.makes, *self.items.get(op.makes, ())]
+                found.append(Kernel(makes, set(op.reads), into=packet_of(op.makes.target) in _INTO))
             else:
                 run.append(op)
         return found + ([self._kernel(run)] if run else [])
@@ -132,9 +150,12 @@ class Fusion:
         """Value -> the one whose storage it shares, itself mostly. Those of values from elsewhere are theirs."""
         found: dict[fx.Node, fx.Node] = {node: node for node in self.given}
         for node in self.position:
-            source = shares_with(node)
+            source = None if self._is_item(node) else shares_with(node)
             found[node] = node if source is None else found.setdefault(source, source)
         return found
+
+    def _is_item(self, node: fx.Node) -> bool:
+        return node.target is operator.getitem and node in self.items.get(node.args[0], ())  # type: ignore[arg-type]
 
     def _read(self, node: fx.Node) -> None:
         reads: set[fx.Node] = set()
@@ -154,9 +175,18 @@ class Fusion:
 
     def _is_held(self, node: fx.Node, reads: int, dear: bool) -> bool:
         most = _READS_ON_CPU if self.on_cpu else _READS_ELSEWHERE
-        if not _is_fused(node) or node in self.kept or reads > most or any(map(_is_library, self._users(node))):
+        if not self._is_pointwise(node) or node in self.kept or reads > most:
+            return True
+        if any(map(_is_library, self._users(node))):
             return True
         return self._is_reused(node) and (reads > _READS_OF_EACH or (dear and self.on_cpu))
+
+    def _is_pointwise(self, node: fx.Node) -> bool:
+        """Or a reduction of so few values that it is written out."""
+        if _is_fused(node) or packet_of(node.target) not in _WRITTEN_OUT:
+            return _is_fused(node)
+        values = sympy.cancel(self.size(node.all_input_nodes[0]) / self.size(node))
+        return bool(values.is_Integer) and values < _FEWEST_VALUES
 
     def _is_reused(self, node: fx.Node) -> bool:
         return any(len(value.users) > 1 for value in self.seen_as[node])
@@ -173,9 +203,10 @@ class Fusion:
         for node, reads in self.held.items():
             library = _is_library(node)
             place = self.position[node]
-            if _is_fused(node) and node not in self.kept:
+            pointwise = self._is_pointwise(node)
+            if pointwise and node not in self.kept:
                 place = min((self.position[user] for user in self._users(node)), default=place)
-            ops.append(_Op(node, self._own(reads), (place, self.position[node]), library, not _is_fused(node)))
+            ops.append(_Op(node, self._own(reads), (place, self.position[node]), library, not pointwise))
         for value in stored:
             source = self.storage.get(value, value)
             reads = self._own(self.inlined.get(source, frozenset([source])))
@@ -185,7 +216,10 @@ class Fusion:
 
     def _own(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """Those that count: what is neither the caller's nor part of the module."""
-        return frozenset(read for read in reads if read in self.held or read in self.given)
+        return frozenset(read for read in reads if self._is_ours(read) or read in self.given)
+
+    def _is_ours(self, storage: fx.Node) -> bool:
+        return storage in self.held or self._is_item(storage)
 
     def _readers(self) -> dict[fx.Node, list[_Op]]:
         found: dict[fx.Node, list[_Op]] = {}
@@ -226,7 +260,7 @@ class Fusion:
         assert op.makes is not None
         size = self.size(op.makes)
         for read in op.reads:
-            free = read in self.held and read not in self.kept and read not in kernel.over.values()
+            free = self._is_ours(read) and read not in self.kept and read not in kernel.over.values()
             if not free or packet_of(read.target) is aten.cat or sympy.expand(self.size(read) - size) != 0:
                 continue
             others = [reader for reader in self.readers[read] if reader is not op]
@@ -248,7 +282,12 @@ def _is_view(node: fx.Node) -> bool:
 
 def _is_fused(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS
+    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS or _counts(node)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Positions where nothing is padded: the sums of equal numbers, which Inductor computes where they are read."""
+    return packet_of(node.target) is aten.cumsum and packet_of(node.all_input_nodes[0].target) is aten.full
 
 
 def _is_library(node: fx.Node) -> bool:
