@@ -5,8 +5,10 @@ Terms
 way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, ours with more and more on the host.
 profile    Bytes above weights and inputs, moment by moment: after each operator in eager mode, in each step of a
            program.
-head       The first half of a shorter model's profile: the longer one begins alike.
-tail       The rest. What a period of layers adds to its peak, it adds each time.
+head       How a shorter model's profile and a longer one's begin alike, less a period: two moments may be as high by
+           chance.
+tail       As many moments as are left of the shorter one, at the end of either. What a period of layers adds to its
+           peak, it adds each time.
 
     peak(all layers) = the most of  peak(head),  peak(tail) + periods * (peak(longer one's tail) - peak(tail))
 """
@@ -67,8 +69,11 @@ def carried_on(profiles: Sequence[Sequence[int]], periods: int) -> int:
     if len(profiles) == 1:
         return max(profiles[0], default=0)
     shorter, longer = profiles
-    head = len(shorter) // 2
-    first, second = (max(profile[head:], default=0) for profile in (shorter, longer))
+    pairs = enumerate(zip(shorter, longer, strict=False))
+    alike = next((i for i, (a, b) in pairs if a != b), len(shorter))
+    period = max(0, len(longer) - len(shorter))
+    head = max(0, min(alike, len(shorter) - period) - period)
+    first, second = max(shorter[head:], default=0), max(longer[head + period :], default=0)
     return max(max(shorter[:head], default=0), first + periods * (second - first))
 
 
