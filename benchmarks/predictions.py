@@ -1,12 +1,12 @@
-"""How well the memory model predicts: `python -m benchmarks.predictions`.
+"""How well plans predict: `python -m benchmarks.predictions`.
 
-    for each family, and each place of its cache and weights, in a process of its own:
-        the model is compiled once, at the first length, with symbols for sizes
-        at each length: the peak of a prefill, measured, beside what the expression found at the first length gives
+    for each family, and each way to run it, in a process of its own:
+        the model is compiled once, at the first length, with symbols for sizes; it is planned at that length, too
+        at each length: the peak of a prefill, measured, beside what the plan says
 
 Small models with random weights, the logits of the last token and the cache kept. Peaks are bytes above weights and
-inputs, exact; weights under way count. *stock* is Inductor by itself beside what the model says of the captured graph
-as one piece. What is in benchmarks/results/predictions.json is not measured again unless with `--fresh`.
+inputs, exact; weights under way count. What is in benchmarks/results/predictions.json is not measured again unless with
+`--fresh`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
+import mom_compile
 from benchmarks import measure
 from benchmarks.families import FAMILIES, VOCABULARY, family_model
 from benchmarks.measure import MIB
 from benchmarks.results_file import OtherMachine, Results
 from benchmarks.workers import Worker, WorkerFailed, row, step
+from mom_compile.weights.offload import least_budget
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results") / "predictions.json"
@@ -34,9 +36,12 @@ LENGTHS = (700, 1400, 2800)
 #: Stock Inductor takes its time, and an S x S mask where a model asks for one.
 STOCK_LENGTHS = (700, 1400)
 
-#: Where cache and weights are, or whose compiler it is, with how far a prediction may be off.
-KEPT, CACHE, WEIGHTS, STOCK = "cache kept", "cache on host", "cache and weights on host", "stock Inductor"
-BOUNDS = {KEPT: 0.05, CACHE: 0.05, WEIGHTS: 0.05, STOCK: 0.10}
+#: Where cache and weights are, or who runs it, with how far a prediction may be off.
+EAGER, STOCK = "eager mode", "stock Inductor"
+KEPT, CACHE, WEIGHTS = "cache kept", "cache on host", "cache and weights on host"
+BOUNDS = {KEPT: 0.05, CACHE: 0.05, WEIGHTS: 0.05, STOCK: 0.10, EAGER: 0.05}
+#: What a plan calls them.
+WAYS = {KEPT: "mom", CACHE: "mom-cache", WEIGHTS: "mom-weights", STOCK: "inductor", EAGER: "eager"}
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,16 @@ def worker(spec: Row) -> None:
     """A row for each of `lengths`, of a `family` in a `place`."""
     measure.watch_cpu()
     step("model")
-    model = family_model(spec["family"])
-    prepare = stock if spec["place"] == STOCK else functools.partial(ours, place=spec["place"])
-    for found in predictions(model, spec["lengths"], prepare):
+    for found in predictions(family_model(spec["family"]), spec["lengths"], spec["place"]):
         row(found)
 
 
-#: Gives the compiled model and, once that has been called, the model of its memory.
-Prepare = Callable[[Any], tuple[Callable[..., Any], Callable[[], Any]]]
-
-
-def predictions(model: Any, lengths: Sequence[int], prepare: Prepare) -> list[Row]:
-    """Measured and predicted bytes at each length; the graph is captured at the first."""
-    compiled, memory_of = prepare(model)
+def predictions(model: Any, lengths: Sequence[int], place: str) -> list[Row]:
+    """Measured and predicted bytes at each length; the graph is captured, and planned, at the first."""
+    plan = mom_compile.plan(
+        model, seq_len=lengths[0], device="cpu", kv_offload=place in (CACHE, WEIGHTS), weights_on_host=place == WEIGHTS
+    )
+    way, compiled = plan.ways[WAYS[place]], prepared(model, place)
     rows = []
     for tokens in lengths:
         ids = torch.randint(3, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens))
@@ -79,53 +81,25 @@ def predictions(model: Any, lengths: Sequence[int], prepare: Prepare) -> list[Ro
         with torch.no_grad():
             call()
             measured = measure.peak_bytes(call).peak
-        rows.append({"tokens": tokens, "measured": measured, "predicted": at_length(memory_of(), lengths[0], tokens)})
-    return rows
-
-
-def at_length(memory: Any, captured: int, tokens: int) -> int:
-    """The expected peak at another length than the captured one."""
-    symbols = [symbol for symbol in memory.peak.free_symbols if memory.hints.get(symbol) == captured]
-    return int(memory.number(memory.peak, {symbol: memory.number(tokens) for symbol in symbols}))
-
-
-def ours(model: Any, place: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
-    import mom_compile
-    from mom_compile.weights.offload import least_budget
-
-    if place == WEIGHTS:
-        mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
-    options: Any = {"kv_offload": place != KEPT, "strict": True}
-    compiled = torch.compile(model, backend="mom", dynamic=True, options=options)
-
-    def memory() -> Any:
+        predicted = way.peak_bytes(tokens) - way.weights - ids.nbytes
+        rows.append({"tokens": tokens, "measured": measured, "predicted": predicted})
+    if place in (KEPT, CACHE, WEIGHTS):
         (report,) = mom_compile.reports()
         if report.memory is None:
             raise RuntimeError(f"not ours: {report.fallback}")
-        return report.memory
-
-    return compiled, memory
+    return rows
 
 
-def stock(model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
-    from mom_compile.torch_compat import capture, stock_inner_compile
-    from mom_passes.graph.edit import copy_graph
-    from mom_passes.program.memory import stock_peak
-
-    found: list[Any] = []
-
-    def inner(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
-        found.append(stock_peak(copy_graph(gm)))
-        return stock_inner_compile(gm, example_inputs, **kwargs)
-
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        return capture(gm, example_inputs, inner, {})
-
-    def memory() -> Any:
-        (only,) = found
-        return only
-
-    return torch.compile(model, backend=backend, dynamic=True), memory
+def prepared(model: Any, place: str) -> Callable[..., Any]:
+    """The model as it is run there."""
+    if place == EAGER:
+        return model.forward  # type: ignore[no-any-return]
+    if place == STOCK:
+        return torch.compile(model, dynamic=True)  # type: ignore[no-any-return]
+    if place == WEIGHTS:
+        mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    options: Any = {"kv_offload": place != KEPT, "strict": True}
+    return torch.compile(model, backend="mom", dynamic=True, options=options)  # type: ignore[no-any-return]
 
 
 # -------------------------------------------------------------------------------------------------- parent
