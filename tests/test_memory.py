@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.families import FAMILIES, family_model
 from benchmarks.measure import peak_bytes, watch_cpu
-from benchmarks.predictions import CACHE, KEPT, LENGTHS, WEIGHTS, ours, predictions
+from benchmarks.predictions import CACHE, KEPT, LENGTHS, STOCK_LENGTHS, WEIGHTS, ours, predictions, stock
 from mom_compile import explain, reports
 from mom_passes.program.memory import memory
 from mom_passes.program.program import Compute
@@ -121,9 +121,14 @@ def test_a_sum_of_few_is_computed_where_it_is_read():
     assert held(of_many) == PRODUCT + 2 * 16 * 4 + 4
 
 
-def test_what_a_library_returns_beside_is_freed_by_itself():
-    """The sorted values and their indices, twice as large, of which one is read on."""
-    assert held(lambda x, w: ((x @ w).sort(0).values @ w) @ w) == PRODUCT + 3 * PRODUCT
+def test_what_a_library_returns_is_freed_one_by_one():
+    """Of a sort the indices, twice as large as the values, which are read on."""
+
+    def values_alone(x, w):
+        values = (x @ w).sort(0).values
+        return (values @ w) @ w, values
+
+    assert held(values_alone) == PRODUCT + 3 * PRODUCT
 
 
 def mixture():
@@ -147,7 +152,7 @@ def test_the_expected_peak_between_loops_is_what_is_measured(monkeypatch):
         measured = peak_bytes(call).peak
     report = reports()[-1]
     assert report.floor_bytes + report.iteration_bytes < 0.5 * measured
-    assert 0.7 * measured <= report.expected_peak_bytes <= 1.4 * measured
+    assert 0.95 * measured <= report.expected_peak_bytes <= 1.05 * measured
 
 
 def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
@@ -174,3 +179,13 @@ def test_the_expected_peak_is_what_is_measured(family, place):
     assert [row["tokens"] for row in found] == list(lengths)
     for row in found:
         assert 0.95 * row["measured"] <= row["predicted"] <= 1.05 * row["measured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "GptOss"])
+@pytest.mark.usefixtures("fresh")
+def test_the_peak_of_stock_inductor_is_what_is_measured(family):
+    """Of GPT-OSS it is said to be 1.4 times that: Inductor moves a product between two halves of its softmax."""
+    watch_cpu()
+    for row in predictions(family_model(family), STOCK_LENGTHS, stock):
+        assert 0.9 * row["measured"] <= row["predicted"] <= 1.1 * row["measured"]
