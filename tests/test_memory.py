@@ -121,9 +121,14 @@ def test_a_sum_of_few_is_computed_where_it_is_read():
     assert held(of_many) == PRODUCT + 2 * 16 * 4 + 4
 
 
-def test_what_a_library_returns_beside_is_freed_by_itself():
-    """The sorted values and their indices, twice as large, of which one is read on."""
-    assert held(lambda x, w: ((x @ w).sort(0).values @ w) @ w) == PRODUCT + 3 * PRODUCT
+def test_what_a_library_returns_is_freed_one_by_one():
+    """Of a sort the indices, twice as large as the values, which are read on."""
+
+    def values_alone(x, w):
+        values = (x @ w).sort(0).values
+        return (values @ w) @ w, values
+
+    assert held(values_alone) == PRODUCT + 3 * PRODUCT
 
 
 def mixture():
@@ -147,7 +152,7 @@ def test_the_expected_peak_between_loops_is_what_is_measured(monkeypatch):
         measured = peak_bytes(call).peak
     report = reports()[-1]
     assert report.floor_bytes + report.iteration_bytes < 0.5 * measured
-    assert 0.7 * measured <= report.expected_peak_bytes <= 1.4 * measured
+    assert 0.95 * measured <= report.expected_peak_bytes <= 1.05 * measured
 
 
 def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
@@ -157,11 +162,17 @@ def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
     assert report.floor_bytes < report.expected_peak_bytes <= report.floor_bytes + report.iteration_bytes
 
 
+#: Of it stock Inductor is said to take 1.4 times what it does: it moves a product between two halves of a softmax.
+KNOWN = pytest.mark.xfail(strict=True, reason="stock Inductor reorders what GPT-OSS computes")
+
+
 def cases():
     """Every family in each place; all but one are slow."""
-    quick = ("Llama", CACHE)
-    found = [(family, place) for family in FAMILIES for place in BOUNDS]
-    return [pytest.param(*case, marks=[] if case == quick else pytest.mark.slow) for case in found]
+    for family in FAMILIES:
+        for place in BOUNDS:
+            slow = [] if (family, place) == ("Llama", CACHE) else [pytest.mark.slow]
+            known = [KNOWN] if (family, place) == ("GptOss", STOCK) else []
+            yield pytest.param(family, place, marks=[*slow, *known])
 
 
 @pytest.mark.parametrize(("family", "place"), cases())
