@@ -14,7 +14,7 @@ over      A result goes where an operand dies, if both are as large and whoever 
               -> in order: a held value stands where it is first read, what is stored where its last operand is made
               -> CPU: runs without a library kernel are one kernel;  else: each is one
 
-A compiler may reorder kernels and so need less.
+A compiler may reorder kernels and so need less. Compared with what is measured on a CPU alone, never on a GPU.
 """
 
 from __future__ import annotations
