@@ -153,7 +153,7 @@ class Plan:
         """Bytes above weights and inputs at the peak, of the models that are traced, in the symbols of their graph."""
         made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
         if made is None:
-            return stock_bytes(self._planner.prefills(self.seq_len)[-1])
+            return stock_bytes(self._planner.prefills(self.seq_len)[-1], self._planner.type)
         return made[-1].rewritten.memory.highest.bytes
 
     @property

@@ -48,6 +48,8 @@ class Planner:
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
         self._stock: dict[Prefill, sympy.Expr] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
+        #: The type of device.
+        self.type = CPU if gpu is None else "cuda"
         self.gpu = None if gpu is None else Properties(device, gpu.multiprocessors, gpu.capability)
 
     # --- what is traced ---
@@ -100,7 +102,7 @@ class Planner:
     def _stock_peak(self, prefill: Prefill, seq_len: int) -> int:
         if prefill not in self._stock:
             self._tell("planning stock Inductor")
-            self._stock[prefill] = stock_bytes(prefill)
+            self._stock[prefill] = stock_bytes(prefill, self.type)
         return _number(self._stock[prefill], prefill.sizes(self.batch, seq_len))
 
     def host(self, way: str, seq_len: int) -> int:

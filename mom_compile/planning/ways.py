@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from torch import fx
@@ -32,7 +32,7 @@ from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
 from mom_passes.ops.transfers import FETCH_WEIGHT
-from mom_passes.program.memory import stock_peak
+from mom_passes.program.memory import memory, stock_peak
 from mom_passes.program.program import Place, Program
 from mom_passes.program.rewritten import Rewritten
 
@@ -138,6 +138,7 @@ def compile_for(
         )
     except NotWorthwhile:
         return None
+    rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
     report.describe(rewritten)
     beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
     rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
@@ -164,9 +165,9 @@ def _bytes_on_host(plan: Program) -> sympy.Expr:
     return sum((storage.bytes for storage in found), sympy.S.Zero)
 
 
-def stock_bytes(prefill: Prefill) -> sympy.Expr:
-    """The peak of a traced model as stock Inductor compiles it."""
-    found = stock_peak(copy_graph(prefill.graph))
+def stock_bytes(prefill: Prefill, device: str) -> sympy.Expr:
+    """The peak of a traced model as stock Inductor compiles it for a type of device."""
+    found = stock_peak(copy_graph(prefill.graph), device)
     return found.highest.bytes
 
 

@@ -30,6 +30,8 @@ class Costs:
     number: Callable[[sympy.Expr], int]
     #: Whether a compiler fuses; else every operator's result but a view is held, and nothing is written over.
     fused: bool = True
+    #: The type of device that is compiled for, if that is not where the graph was captured.
+    device: str | None = None
 
 
 def most_held(
@@ -46,7 +48,7 @@ def most_held(
     """
     given = list(given)
     if costs.fused:
-        fusion = Fusion(nodes, given, kept, stored, costs.bytes)
+        fusion = Fusion(nodes, given, kept, stored, costs.bytes, costs.device)
         return _Held(fusion.kernels(), given, fusion.kept, replace(costs, bytes=fusion.size)).most()
     kernels, ends = _one_by_one(nodes, given, kept)
     return _Held(kernels, given, ends, costs).most()

@@ -13,8 +13,9 @@ Inputs and parameters are the caller's and do not count; neither does what is on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -89,9 +90,9 @@ class Memory:
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 
 
-def memory(program: Program, *, fused: bool = True) -> Memory:
+def memory(program: Program, *, fused: bool = True, device: str | None = None) -> Memory:
     """What a program needs, step by step. Without `fused`, what its pieces would hold if each operator ran by itself,
-    as in eager mode."""
+    as in eager mode; with a type of `device`, what it would need there, wherever it was captured."""
     found, hints = lives(program), symbol_hints(program.inputs)
     # The captured sizes stand for themselves where they are numbers; a mini-sequence is compared at a usual length.
     known = {**hints, COUNT: sympy.Integer(128)}
@@ -99,21 +100,22 @@ def memory(program: Program, *, fused: bool = True) -> Memory:
     def number(size: sympy.Expr) -> int:
         return int(size.xreplace(known).doit())
 
-    moments = [_moment(program, found, i, number, fused) for i in range(len(program.steps))]
+    costs = partial(Costs, number=number, fused=fused, device=device)
+    moments = [_moment(program, found, i, costs) for i in range(len(program.steps))]
     return Memory(tuple(moments), hints)
 
 
-def stock_peak(gm: fx.GraphModule) -> Memory:
-    """What a captured graph needs as stock Inductor compiles it: uncut, as one piece."""
-    return memory(schedule(gm), fused=True)
+def stock_peak(gm: fx.GraphModule, device: str | None = None) -> Memory:
+    """What a captured graph needs as stock Inductor compiles it: uncut, as one piece; see `memory` for `device`."""
+    return memory(schedule(gm), device=device)
 
 
-def _moment(program: Program, found: Lives, i: int, number: Any, fused: bool) -> Moment:
+def _moment(program: Program, found: Lives, i: int, costs: Callable[..., Costs]) -> Moment:
     step = program.steps[i]
     alive = tuple(storage for storage in found.alive(i) if storage.place is Place.DEVICE)
     if isinstance(step, LoopStep):
         loop = step.loop
-        return Moment(step, alive, _iteration(loop, number), loop.rows, expr(loop.length))
+        return Moment(step, alive, _iteration(loop, costs(_typed_bytes)), loop.rows, expr(loop.length))
     if not isinstance(step, Compute):
         return Moment(step, alive, sympy.Integer(0))
     # What the piece makes, and what dies in it, is counted operator by operator.
@@ -121,16 +123,16 @@ def _moment(program: Program, found: Lives, i: int, number: Any, fused: bool) ->
     dying = {storage: node for node in step.ins if (storage := program.storages.get(node)) in alive}
     dying = {storage: node for storage, node in dying.items() if found.last_of[storage] == i}
     kept = set(step.outs)
-    held = most_held(step.nodes, dying.values(), kept.__contains__, Costs(bytes_of_value, number, fused))
+    held = most_held(step.nodes, dying.values(), kept.__contains__, costs(bytes_of_value))
     return Moment(step, tuple(storage for storage in alive if storage not in made and storage not in dying), held)
 
 
-def _iteration(loop: Loop, number: Any) -> sympy.Expr:
+def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
     """What one mini-sequence holds, in `count`. Rows that are stored are written where they belong as they are made."""
     nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
     rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
     stored = [value for value in rows if isinstance(value, fx.Node)]  # type: ignore[union-attr]
-    return most_held(nodes, (), lambda node: False, Costs(_typed_bytes, number), stored)
+    return most_held(nodes, (), lambda node: False, costs, stored)
 
 
 def _typed_bytes(node: fx.Node) -> sympy.Expr:
