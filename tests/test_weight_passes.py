@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -194,13 +195,21 @@ def test_what_weights_leave_of_a_budget_is_for_keys_and_values() -> None:
     moved = offloaded(copy.deepcopy(model))
     options = {**STRICT, "kv_offload": "auto", "memory_budget": weight_bytes(model) * 7 // 8}
     model.compile(backend="mom", options=options)
-    with pytest.raises(mom_compile.MemoryBudgetError, match=r"less than the weights alone.*offload_weights"):
+    too_small = pytest.raises(mom_compile.MemoryBudgetError, match=r"less than the weights alone.*offload_weights")
+    with torch.no_grad(), too_small:
         model(**prompt(1, 100), logits_to_keep=1)
     moved.compile(backend="mom", options=options)
     with torch.no_grad():
         past = moved(**prompt(1, 100), logits_to_keep=1).past_key_values
     assert not any(isinstance(layer.keys, mom_compile.HostTensor) for layer in past.layers)
     options["memory_budget"] = max(on_device(explained("Llama", "prefill"))) // 2
+    torch._dynamo.reset()
+    moved.compile(backend="mom", options=options)
+    with torch.no_grad(), pytest.raises(mom_compile.MemoryBudgetError, match="smallest budget is") as refused:
+        moved(**prompt(1, 100), logits_to_keep=1)
+    smallest = re.search(r"smallest budget is (\d+) bytes", str(refused.value))
+    assert smallest is not None
+    options["memory_budget"] = int(smallest[1])
     torch._dynamo.reset()
     moved.compile(backend="mom", options=options)
     with torch.no_grad():

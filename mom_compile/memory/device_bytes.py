@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mom_compile.config import Options
+from mom_passes.graph.aliasing import views_of
 from mom_passes.graph.sizes import count_hint, expr, product
 from mom_passes.ops.transfers import ARRIVING
 
@@ -48,9 +49,16 @@ def input_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.devic
 
 
 def _on(device: torch.device, gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """Inputs on the device. What is read by transfers alone is on the host, though a CPU's is that, too."""
+    """Inputs on the device. What is read by transfers alone, in whatever view, is on the host, though a CPU's is that,
+    too."""
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         is_there = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.device == device
-        if is_there and not (node.users and all(user.target in ARRIVING for user in node.users)):
+        if is_there and not _is_on_host(node):
             yield node
+
+
+def _is_on_host(node: fx.Node) -> bool:
+    views = views_of(node)
+    readers = {user for view in views for user in view.users} - views
+    return bool(readers) and all(reader.target in ARRIVING for reader in readers)
