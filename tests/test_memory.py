@@ -175,7 +175,7 @@ def cases():
             yield pytest.param(family, place, marks=[*slow, *known])
 
 
-@pytest.mark.parametrize(("family", "place"), cases())
+@pytest.mark.parametrize(("family", "place"), list(cases()))
 @pytest.mark.usefixtures("fresh")
 def test_what_is_planned_is_what_is_measured(family, place):
     """At several lengths, by what was traced at the first."""

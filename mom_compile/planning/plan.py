@@ -22,7 +22,7 @@ from mom_compile.planning.estimate import Estimate, device_named, estimate
 from mom_compile.planning.picture import draw
 from mom_compile.planning.planner import CPU, Planner
 from mom_compile.planning.subject import Subject, subject_of
-from mom_compile.planning.ways import INDUCTOR, KINDS, Way, stock_bytes
+from mom_compile.planning.ways import INDUCTOR, KINDS, Way
 from mom_compile.quantities import parse_bytes, parse_tokens
 from mom_compile.report import StageReport
 from mom_compile.report.units import in_units
@@ -153,7 +153,7 @@ class Plan:
         """Bytes above weights and inputs at the peak, of the models that are traced, in the symbols of their graph."""
         made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
         if made is None:
-            return stock_bytes(self._planner.prefills(self.seq_len)[-1], self._planner.type)
+            return self._planner.stock(self._planner.prefills(self.seq_len)[-1]).peak
         return made[-1].rewritten.memory.highest.bytes
 
     @property

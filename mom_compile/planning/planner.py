@@ -18,10 +18,10 @@ from mom_compile.planning.ways import (
     INDUCTOR,
     KINDS,
     Compiled,
+    Stock,
     Way,
     carried_on,
     compile_for,
-    stock_bytes,
     straight,
 )
 from mom_passes.graph.sizes import expr
@@ -46,7 +46,7 @@ class Planner:
         self.models = [subject.build(count) for count in subject.counts]
         self.captured: list[tuple[Prefill, ...]] = []
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
-        self._stock: dict[Prefill, sympy.Expr] = {}
+        self._stock: dict[Prefill, Stock] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
         #: The type of device.
         self.type = CPU if gpu is None else "cuda"
@@ -87,9 +87,7 @@ class Planner:
             return beside + carried_on(timelines, self.subject.periods)
         made = None if way == INDUCTOR else self.compiled(seq_len, way)
         if made is None:
-            return beside + straight(
-                [self._stock_peak(p, seq_len) for p in self.prefills(seq_len)], self.subject.periods
-            )
+            return beside + self._stock_peak(seq_len)
         if KINDS[way].weights:
             beside += self.weights.resident - self.weights.all
         full = self._full(made, seq_len)
@@ -99,11 +97,18 @@ class Planner:
     def _full(self, made: list[Compiled], seq_len: int) -> int:
         return straight([one.full(self.batch, seq_len) for one in made], self.subject.periods)
 
-    def _stock_peak(self, prefill: Prefill, seq_len: int) -> int:
+    def _stock_peak(self, seq_len: int) -> int:
+        prefills = self.prefills(seq_len)
+        found = [self.stock(prefill) for prefill in prefills]
+        sizes = [prefill.sizes(self.batch, seq_len) for prefill in prefills]
+        kept = [_number(one.keeps, own) for one, own in zip(found, sizes, strict=True)]
+        return _number(found[-1].peak, sizes[-1]) + straight(kept, self.subject.periods) - kept[-1]
+
+    def stock(self, prefill: Prefill) -> Stock:
         if prefill not in self._stock:
             self._tell("planning stock Inductor")
-            self._stock[prefill] = stock_bytes(prefill, self.type)
-        return _number(self._stock[prefill], prefill.sizes(self.batch, seq_len))
+            self._stock[prefill] = Stock.of(prefill, self.type)
+        return self._stock[prefill]
 
     def host(self, way: str, seq_len: int) -> int:
         """Bytes on the host: keys and values, and weights."""

@@ -35,6 +35,7 @@ from mom_passes.ops.transfers import FETCH_WEIGHT
 from mom_passes.program.memory import memory, stock_peak
 from mom_passes.program.program import Place, Program
 from mom_passes.program.rewritten import Rewritten
+from mom_passes.program.schedule import schedule
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,25 @@ def _bytes_on_host(plan: Program) -> sympy.Expr:
     return sum((storage.bytes for storage in found), sympy.S.Zero)
 
 
-def stock_bytes(prefill: Prefill, device: str) -> sympy.Expr:
-    """The peak of a traced model as stock Inductor compiles it for a type of device."""
-    found = stock_peak(copy_graph(prefill.graph), device)
-    return found.highest.bytes
+@dataclass(frozen=True)
+class Stock:
+    """A traced model as stock Inductor compiles it: its `peak`, and what of that it `keeps`, the cache mostly.
+
+    What it puts off to read it later depends on the layer, so that the peaks of two models differ by more or less than
+    what a period adds; what they keep does not.
+    """
+
+    peak: sympy.Expr
+    keeps: sympy.Expr
+
+    @staticmethod
+    def of(prefill: Prefill, device: str) -> Stock:
+        """For a type of device."""
+        gm = copy_graph(prefill.graph)
+        plan = schedule(gm)
+        kept = dict.fromkeys(plan.storages[node] for node in plan.outputs if node in plan.storages)
+        ours = (storage.bytes for storage in kept if storage.place is Place.DEVICE)
+        return Stock(stock_peak(gm, device).highest.bytes, sum(ours, sympy.S.Zero))
 
 
 def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> int:
