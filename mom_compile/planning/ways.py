@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 from torch import fx
 
 from mom_compile.config import Options
@@ -31,7 +32,7 @@ from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
-from mom_passes.ops.transfers import FETCH_WEIGHT
+from mom_passes.ops.transfers import FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.program.memory import memory, stock_peak
 from mom_passes.program.program import Place, Program
 from mom_passes.program.rewritten import Rewritten
@@ -55,6 +56,8 @@ _FIRST, _FEWEST = 8192, 2
 
 #: One part in so many of what is above the weights a longest context leaves free: a plan is off by up to that.
 MARGIN_SHARE = 32
+
+EMBEDDING = torch.ops.aten.embedding.default
 
 #: Those that go through our passes.
 KINDS = {
@@ -148,17 +151,27 @@ def compile_for(
 
 
 def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) -> fx.GraphModule:
-    """As it is captured where parameters of these shapes are kept on the host: each is fetched."""
+    """As it is captured where parameters of these shapes are kept on the host: rows of those that are looked up are
+    fetched, and the others whole."""
     gm = copy_graph(prefill.graph)
-    inputs = gm.graph.find_nodes(op="placeholder")
-    device = compute_device(gm)
-    with gm.graph.inserting_after(inputs[-1]):
-        for node in inputs:
-            if node.name in prefill.static and tuple(node.meta["val"].shape) in shapes and node.users:
+    inputs, device = gm.graph.find_nodes(op="placeholder"), compute_device(gm)
+    hosted = [node for node in inputs if node.name in prefill.static and tuple(node.meta["val"].shape) in shapes]
+    for node in hosted:
+        for user in [user for user in node.users if user.target is EMBEDDING]:
+            with gm.graph.inserting_before(user):
+                user.replace_all_uses_with(emit(gm.graph, FETCH_ROWS, (node, user.args[1], device)))
+            gm.graph.erase_node(user)
+        if node.users and not all(user.target is FETCH_ROWS for user in node.users):
+            with gm.graph.inserting_after(inputs[-1]):
                 fetched = emit(gm.graph, FETCH_WEIGHT, (node, device))
-                node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
+            node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: _reads(user, own))
     gm.recompile()
     return gm
+
+
+def _reads(user: fx.Node, fetched: fx.Node) -> bool:
+    """Whether a user of a weight is to read what was fetched of it."""
+    return user is not fetched and user.target is not FETCH_ROWS
 
 
 def _bytes_on_host(plan: Program) -> sympy.Expr:
