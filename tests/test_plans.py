@@ -141,7 +141,7 @@ def a_planner(config, batch=1, device="cpu", **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss"])
 def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
     """Every way, as it is planned from two shorter models and from all layers. What stock Inductor keeps to read it
     later depends on how long a sum has become, and so on the layer: there it is nearly the same."""
@@ -154,6 +154,10 @@ def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
         ),
         "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
             **narrow, num_hidden_layers=7, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
+        ),
+        "GptOss": lambda: transformers.GptOssConfig(
+            **narrow, num_hidden_layers=10, head_dim=32, intermediate_size=64, sliding_window=128, num_local_experts=4,
+            num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"] * 5,
         ),
     }[family]()  # fmt: skip
     short = a_planner(config)

@@ -5,12 +5,11 @@ Terms
 way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, ours with more and more on the host.
 profile    Bytes above weights and inputs, moment by moment: after each operator in eager mode, in each step of a
            program.
-head       How a shorter model's profile and a longer one's begin alike, less a period: two moments may be as high by
-           chance.
-tail       As many moments as are left of the shorter one, at the end of either. What a period of layers adds to its
-           peak, it adds each time.
+head       How a shorter model's profile and a longer one's begin alike.
+rest       What follows in the longer one: its last period of layers, and its end.
+growth     What the longer one holds more at its very end: what a period keeps, of the cache mostly.
 
-    peak(all layers) = the most of  peak(head),  peak(tail) + periods * (peak(longer one's tail) - peak(tail))
+    peak(all layers) = the most of  head  and  rest + growth * periods between the longer one and all
 """
 
 from __future__ import annotations
@@ -73,12 +72,9 @@ def carried_on(profiles: Sequence[Sequence[int]], periods: int) -> int:
     if len(profiles) == 1:
         return max(profiles[0], default=0)
     shorter, longer = profiles
-    pairs = enumerate(zip(shorter, longer, strict=False))
-    alike = next((i for i, (a, b) in pairs if a != b), len(shorter))
-    period = max(0, len(longer) - len(shorter))
-    head = max(0, min(alike, len(shorter) - period) - period)
-    first, second = max(shorter[head:], default=0), max(longer[head + period :], default=0)
-    return max(max(shorter[:head], default=0), first + periods * (second - first))
+    alike = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
+    rest = max(longer[alike:], default=0) + (periods - 1) * (longer[-1] - shorter[-1])
+    return max(max(longer[:alike], default=0), rest)
 
 
 def straight(values: Sequence[int], periods: int) -> int:
