@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.families import FAMILIES, family_model
 from benchmarks.measure import peak_bytes, watch_cpu
-from benchmarks.predictions import BOUNDS, CACHE, LENGTHS, STOCK, STOCK_LENGTHS, predictions
+from benchmarks.predictions import BOUNDS, CACHE, EAGER, LENGTHS, STOCK, STOCK_LENGTHS, predictions
 from mom_compile import explain, reports
 from mom_passes.program.memory import memory
 from mom_passes.program.program import Compute
@@ -162,8 +162,12 @@ def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
     assert report.floor_bytes < report.expected_peak_bytes <= report.floor_bytes + report.iteration_bytes
 
 
-#: Of it stock Inductor is said to take 1.4 times what it does: it moves a product between two halves of a softmax.
-KNOWN = pytest.mark.xfail(strict=True, reason="stock Inductor reorders what GPT-OSS computes")
+#: What is off by more than its bound, and why (docs/figures.md says by how much).
+KNOWN = {
+    ("GptOss", STOCK): "it moves a product between two halves of a softmax, and the model does not reorder",
+    ("Gemma3Text", STOCK): "compiled for all sizes from the start it holds more of its mask",
+    ("DeepseekV3", EAGER): "attention with values narrower than keys holds more than it returns",
+}
 
 
 def cases():
@@ -171,7 +175,8 @@ def cases():
     for family in FAMILIES:
         for place in BOUNDS:
             slow = [] if (family, place) == ("Llama", CACHE) else [pytest.mark.slow]
-            known = [KNOWN] if (family, place) == ("GptOss", STOCK) else []
+            why = KNOWN.get((family, place))
+            known = [] if why is None else [pytest.mark.xfail(strict=True, reason=why)]
             yield pytest.param(family, place, marks=[*slow, *known])
 
 
