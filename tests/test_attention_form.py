@@ -71,9 +71,15 @@ MODELS: dict[str, tuple[dict[str, Any], list[int | None], int]] = {
 }
 
 
+QUICK = {"Llama", "Gemma3Text"}
+
+
 @pytest.mark.parametrize(
     ("family", "use_cache", "dynamic"),
-    [*((family, False, True) for family in MODELS), ("Llama", False, False), ("Gemma3Text", True, False)],
+    [
+        *(pytest.param(f, False, True, marks=[] if f in QUICK else [pytest.mark.slow]) for f in MODELS),
+        ("Llama", False, False), ("Gemma3Text", True, False),
+    ],
 )
 def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
     """Masks are gone, keys and values have their own heads, and nothing repeats them."""

@@ -37,6 +37,7 @@ def run(backend: str, cache: Path, *more: str) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_stock_inductor_first(tmp_path):
     cold, ours, warm, ours_again = (run(b, tmp_path) for b in ("inductor", "mom", "inductor", "mom"))
     assert [ours["loops"], ours_again["loops"]] == [1, 1]
@@ -49,7 +50,6 @@ def test_stock_inductor_first(tmp_path):
     assert ours_again["graph_hits"] == ours["graph_misses"] > 0 and ours_again["graph_misses"] == 0
 
 
-@pytest.mark.slow
 def test_ours_first(tmp_path):
     ours, stock = (run(b, tmp_path) for b in ("mom", "inductor"))
     assert ours["loops"] == 1

@@ -490,7 +490,7 @@ def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monke
     assert host_memory() == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(error, monkeypatch):
     inputs = prompt(1, 41)
     model = compiled("Llama")

@@ -348,7 +348,7 @@ def attention_masks(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 #: With symbolic sizes a proof takes longer: full attention, and both kinds side by side.
-QUICK = {"Gemma3Text"}
+QUICK = {"Llama"}
 CASES = [(family, False) for family in FAMILIES] + [
     pytest.param(family, True, marks=[] if family in QUICK else [pytest.mark.slow]) for family in FAMILIES
 ]

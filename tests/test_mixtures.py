@@ -15,7 +15,7 @@ from tests.test_models import STEPS_RUN_EAGERLY, compile_for_test, kept, run
 
 #: What multiplies with an expert's matrices: rows in groups, or each token with each expert's.
 PRODUCTS = ("grouped_mm", "bmm")
-QUICK = {("Mixtral", False), ("GptOss", False), ("DeepseekV3", False)}
+QUICK = {("Mixtral", False), ("GptOss", False)}
 CASES = [
     pytest.param(family, cache, marks=[] if (family, cache) in QUICK else [pytest.mark.slow])
     for family in MIXTURES

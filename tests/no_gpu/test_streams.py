@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,15 @@ def test_copies_that_run_as_late_as_their_waits_allow_change_nothing(story: Stor
     tell(story, Simulation(latest))
 
 
-@pytest.mark.parametrize("story", EVERY, ids=lambda story: story.__name__)
+def at_random() -> Iterator[Any]:
+    """Each story; those that have a twin in memory are slow where they are told of files."""
+    for story in EVERY:
+        twin = story.__name__.removesuffix("_in_files")
+        has_twin = twin != story.__name__ and any(other.__name__ == twin for other in EVERY)
+        yield pytest.param(story, marks=[pytest.mark.slow] if has_twin else [], id=story.__name__)
+
+
+@pytest.mark.parametrize("story", list(at_random()))
 def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
     @settings(max_examples=5, deadline=None, derandomize=True, database=None)
     @given(ORDERS)
