@@ -10,10 +10,12 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+import mom_compile
 from mom_compile.config import parse_options
 from mom_compile.memory.bounds import BLOCK_ROWS, CPU, CountedRows, DeviceRows, ExpertRows, GpuRows
 from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
@@ -203,3 +205,16 @@ def test_a_limit_says_what_is_not_cut() -> None:
     assert [few.fits(length) for length in (255, 256)] == [True, False]
     assert [few.fits(length, 32) for length in (15, 16)] == [True, False]
     assert all(small < large for small, large in pairwise([CPU.fewest, CPU.efficient, CPU.most]))
+
+
+def test_logits_of_a_large_vocabulary_have_few_rows():
+    """Of a short prompt, too: 256 rows would hold twice as much."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=262_144,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    report = mom_compile.explain(model, torch.empty(1, 2048, dtype=torch.int64, device="meta"), use_cache=False)[0]
+    widest = max(moment.rows for moment in report.memory.moments if moment.rows and moment.step.loop.widest >= 1 << 20)
+    assert 128 <= widest < 150

@@ -9,6 +9,7 @@ bounds    Between how many rows the device is efficient (`bounds`).
 
     room = SHARE * full
     rows = as many as there is room for, between the fewest that are efficient and the most that help
+           fewer, down to the fewest of all, where a value would take more than `VALUE_BYTES`: logits
            fewer, down to the fewest of all, where even the efficient ones would hold more than all at full length, as
            logits do, and the loop is not a short one
            for experts, as many as give each expert's product the rows that it should have
@@ -36,6 +37,10 @@ from mom_passes.program.program import LoopStep
 
 #: What a mini-sequence may hold of what lives at full length.
 SHARE = 0.1
+
+#: Bytes that one value of a mini-sequence may take: 128 rows of logits over a vocabulary of 262,144 in float32. A
+#: product as wide as that is bound by arithmetic with 128 rows, not by reading the weights.
+VALUE_BYTES = 128 << 20
 
 #: A loop whose experts ask for longer mini-sequences has at least so many.
 FEWEST_ITERATIONS = 4
@@ -153,7 +158,7 @@ class Footprint:
             wanted = math.ceil(experts.rows * loop.spread / sequences)
             rows = max(rows, min(wanted, length // FEWEST_ITERATIONS))
             return max(bounds.fewest, min(rows, experts.bytes // max(1, loop.widest)))
-        return evened(length, rows, bounds)
+        return evened(length, min(rows, max(bounds.fewest, VALUE_BYTES // max(1, loop.widest))), bounds)
 
 
 def rows_at(memory: Memory, rule: RowRule, sizes: Mapping[sympy.Symbol, int] | None = None) -> dict[Loop, int]:
