@@ -17,14 +17,14 @@ from typing import Any
 
 import mom_compile
 from benchmarks import measure
-from benchmarks.results_file import OF_A_RUN, OtherMachine, Results
+from benchmarks.results_file import OF_A_RUN, taken_up
+from mom_compile.cli.plan import CARDS
 from mom_compile.planning.shapes import shapes
 from mom_compile.report.units import in_units
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results") / "plans.json"
 PAGE = ROOT / "docs" / "plans.md"
-CARDS = tuple(size << 30 for size in (16, 24, 48, 80))
 #: The length that is traced; others follow from it.
 TOKENS = 131_072
 DTYPE = "bfloat16"
@@ -111,12 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="make docs/plans.md, and nothing else")
     parser.add_argument("--fresh", action="store_true", help="plan all anew")
     options = parser.parse_args(arguments)
-    if options.fresh:
-        RESULTS.unlink(missing_ok=True)
-    try:
-        results = Results(RESULTS, measure.machine(), may_differ=ANY_MACHINE)
-    except OtherMachine as other:
-        print(other, file=sys.stderr)
+    results = taken_up(RESULTS, measure.machine(), fresh=options.fresh, may_differ=ANY_MACHINE)
+    if results is None:
         return 2
     for name in () if options.page else shapes():
         if name not in results.cells:

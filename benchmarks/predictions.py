@@ -26,7 +26,7 @@ import mom_compile
 from benchmarks import measure
 from benchmarks.families import FAMILIES, VOCABULARY, family_model
 from benchmarks.measure import MIB
-from benchmarks.results_file import OtherMachine, Results
+from benchmarks.results_file import Results, taken_up
 from benchmarks.workers import Worker, WorkerFailed, row, step
 from mom_compile.weights.offload import least_budget
 
@@ -193,12 +193,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.fresh:
-        options.results.unlink(missing_ok=True)
-    try:
-        results = Results(options.results, measure.machine())
-    except OtherMachine as other:
-        print(other, file=sys.stderr)
+    results = taken_up(options.results, measure.machine(), fresh=options.fresh)
+    if results is None:
         return 2
     if not options.table:
         run(options, results)

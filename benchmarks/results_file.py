@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,17 @@ class Results:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
         unfinished.replace(self.path)
+
+
+def taken_up(
+    path: Path, machine: Mapping[str, Any], *, fresh: bool, may_differ: tuple[str, ...] = OF_A_RUN
+) -> Results | None:
+    """The results of a file, which goes first where all is to be measured `fresh`. None where it has those of another
+    machine, which is said on the error stream."""
+    if fresh:
+        path.unlink(missing_ok=True)
+    try:
+        return Results(path, machine, may_differ=may_differ)
+    except OtherMachine as other:
+        print(other, file=sys.stderr)
+        return None

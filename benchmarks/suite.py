@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import measure, physical, suite_page
 from benchmarks.measure import MIB
 from benchmarks.methods import METHODS, Cell, Setup
-from benchmarks.results_file import OtherMachine, Results
+from benchmarks.results_file import Results, taken_up
 from benchmarks.workers import Worker, WorkerFailed
 
 Row = dict[str, Any]
@@ -170,12 +170,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not options.page:
-        if options.fresh:
-            options.results.unlink(missing_ok=True)
-        try:
-            results = Results(options.results, measure.machine())
-        except OtherMachine as other:
-            print(other, file=sys.stderr)
+        results = taken_up(options.results, measure.machine(), fresh=options.fresh)
+        if results is None:
             return 2
         run(options, results)
     text = suite_page.write(options.results)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mom_compile.planning.prefill import prefill_arguments
 from mom_compile.stand_ins import on_stand_ins
 from mom_compile.torch_compat import TorchDispatchMode, tree_map
 
@@ -22,8 +23,7 @@ GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 def eager_timeline(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
     """Bytes above weights and inputs behind each operator of a prefill: the default cache, logits of the last token."""
-    ids = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
-    given = ((ids,), {"use_cache": True, "logits_to_keep": 1})
+    given = prefill_arguments(batch_size, seq_len)
     with torch.no_grad(), on_stand_ins(model, given) as (args, kwargs), _Live() as live:
         model.forward(*args, **kwargs)
     return live.timeline

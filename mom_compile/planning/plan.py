@@ -22,7 +22,7 @@ from mom_compile.planning.estimate import Estimate, device_named, estimate
 from mom_compile.planning.picture import draw
 from mom_compile.planning.planner import CPU, Planner
 from mom_compile.planning.subject import Subject, subject_of
-from mom_compile.planning.ways import INDUCTOR, KINDS, Way
+from mom_compile.planning.ways import INDUCTOR, Way
 from mom_compile.quantities import parse_bytes, parse_tokens
 from mom_compile.report import StageReport
 from mom_compile.report.units import in_units
@@ -151,7 +151,7 @@ class Plan:
     @property
     def formula(self) -> sympy.Expr:
         """Bytes above weights and inputs at the peak, of the models that are traced, in the symbols of their graph."""
-        made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
+        made = self._planner.compiled(self.seq_len, self.way)
         if made is None:
             return self._planner.stock(self._planner.prefills(self.seq_len)[-1]).peak
         return made[-1].rewritten.memory.highest.bytes
@@ -159,13 +159,13 @@ class Plan:
     @property
     def stages(self) -> list[StageReport]:
         """The loops of the longer of the models that are traced; none where stock Inductor has it."""
-        made = self._planner.compiled(self.seq_len, self.way) if self.way in KINDS else None
+        made = self._planner.compiled(self.seq_len, self.way)
         return [] if made is None else made[-1].report.stages
 
     @property
     def transfers(self) -> Transfers:
-        load = self._planner.load(self.way, self.seq_len)
-        return Transfers(load.to_host, load.to_device)
+        planner = self._planner
+        return Transfers(planner.cache_on_host(self.way, self.seq_len), planner.weights_on_host(self.way))
 
     def seconds(self, device: str | None = None) -> Estimate:
         """How long it takes on a recorded device. Raises `PlanError` for another."""

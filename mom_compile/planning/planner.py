@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-
-import sympy
 
 from mom_compile.config import Options
 from mom_compile.memory.rows import DEVICES, Properties
@@ -24,7 +22,7 @@ from mom_compile.planning.ways import (
     compile_for,
     straight,
 )
-from mom_passes.graph.sizes import expr
+from mom_passes.graph.size_values import evaluate
 from mom_passes.program.program import LoopStep
 
 #: Bytes of a token's id.
@@ -40,7 +38,7 @@ class Planner:
     def __init__(
         self, subject: Subject, weights: Weights, batch: int, device: str, options: Options, say: Callable[[str], None]
     ) -> None:
-        self.subject, self.weights, self.batch, self.device = subject, weights, batch, device
+        self.subject, self.weights, self.batch = subject, weights, batch
         self.options, self.say = options, say
         self._told: set[str] = set()
         self.models = [subject.build(count) for count in subject.counts]
@@ -61,12 +59,13 @@ class Planner:
                 return known
         counts = " and ".join(map(str, self.subject.counts))
         self.say(f"tracing {self.subject.name}, {counts} layers of {self.subject.layers}, {seq_len:,} tokens")
-        pairs = zip(self.models, self.subject.counts, strict=True)
-        self.captured.append(tuple(capture_prefill(model, count, self.batch, seq_len) for model, count in pairs))
+        self.captured.append(tuple(capture_prefill(model, self.batch, seq_len) for model in self.models))
         return self.captured[-1]
 
     def compiled(self, seq_len: int, way: str) -> list[Compiled] | None:
-        """The traced models in one of our ways; None where there is nothing to gain."""
+        """The traced models in one of our ways; None for another, and where there is nothing to gain."""
+        if way not in KINDS:
+            return None
         found = []
         for prefill in self.prefills(seq_len):
             if (prefill, way) not in self._compiled:
@@ -80,19 +79,17 @@ class Planner:
 
     def peak(self, way: str, seq_len: int, *, fewest: bool = False) -> int:
         """Bytes of the device at the peak, weights and inputs included."""
-        beside = self.weights.all + ID_BYTES * self.batch * seq_len
+        inputs = ID_BYTES * self.batch * seq_len
         if way == EAGER:
             self._tell("calling it in eager mode, without data")
             timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
-            return beside + carried_on(timelines, self.subject.periods)
-        made = None if way == INDUCTOR else self.compiled(seq_len, way)
+            return self.weights.all + inputs + carried_on(timelines, self.subject.periods)
+        made = self.compiled(seq_len, way)
         if made is None:
-            return beside + self._stock_peak(seq_len)
-        if KINDS[way].weights:
-            beside += self.weights.resident - self.weights.all
+            return self.weights.all + inputs + self._stock_peak(seq_len)
         full = self._full(made, seq_len)
         profiles = [one.profile(self.batch, seq_len, full, fewest=fewest) for one in made]
-        return beside + carried_on(profiles, self.subject.periods)
+        return self.weights_on_device(way) + inputs + carried_on(profiles, self.subject.periods)
 
     def _full(self, made: list[Compiled], seq_len: int) -> int:
         return straight([one.full(self.batch, seq_len) for one in made], self.subject.periods)
@@ -101,8 +98,8 @@ class Planner:
         prefills = self.prefills(seq_len)
         found = [self.stock(prefill) for prefill in prefills]
         sizes = [prefill.sizes(self.batch, seq_len) for prefill in prefills]
-        kept = [_number(one.keeps, own) for one, own in zip(found, sizes, strict=True)]
-        return _number(found[-1].peak, sizes[-1]) + straight(kept, self.subject.periods) - kept[-1]
+        kept = [int(evaluate(one.keeps, own)) for one, own in zip(found, sizes, strict=True)]
+        return int(evaluate(found[-1].peak, sizes[-1])) + straight(kept, self.subject.periods) - kept[-1]
 
     def stock(self, prefill: Prefill) -> Stock:
         if prefill not in self._stock:
@@ -110,21 +107,29 @@ class Planner:
             self._stock[prefill] = Stock.of(prefill, self.type)
         return self._stock[prefill]
 
+    def weights_on_device(self, way: str) -> int:
+        return self.weights.resident if way in KINDS and KINDS[way].weights else self.weights.all
+
+    def weights_on_host(self, way: str) -> int:
+        return self.weights.all - self.weights_on_device(way)
+
+    def cache_on_host(self, way: str, seq_len: int) -> int:
+        """Keys and values that leave."""
+        made = self.compiled(seq_len, way)
+        return straight([one.on_host(self.batch, seq_len) for one in made], self.subject.periods) if made else 0
+
     def host(self, way: str, seq_len: int) -> int:
         """Bytes on the host: keys and values, and weights."""
-        made = self.compiled(seq_len, way) if way in KINDS else None
-        if made is None:
+        if self.compiled(seq_len, way) is None:
             return 0
-        cache = straight([one.on_host(self.batch, seq_len) for one in made], self.subject.periods)
-        return cache + (self.weights.all - self.weights.resident if KINDS[way].weights else 0)
+        return self.cache_on_host(way, seq_len) + self.weights_on_host(way)
 
     def ways(self) -> dict[str, Way]:
         words = {EAGER: "eager mode", INDUCTOR: "stock Inductor", **{name: kind.what for name, kind in KINDS.items()}}
         return {name: self._way(name, what) for name, what in words.items()}
 
     def _way(self, name: str, what: str) -> Way:
-        weights = self.weights.resident if name in KINDS and KINDS[name].weights else self.weights.all
-        return Way(what, weights, partial(self.peak, name), partial(self.host, name), MOST_TOKENS)
+        return Way(what, self.weights_on_device(name), partial(self.peak, name), partial(self.host, name), MOST_TOKENS)
 
     def _tell(self, text: str) -> None:
         """Each thing once."""
@@ -135,24 +140,19 @@ class Planner:
     def load(self, way: str, seq_len: int) -> Load:
         """What a prefill computes and moves."""
         prefills = self.prefills(seq_len)
-        works = [_number(work_of(p.graph, p.tokens, p.captured), p.sizes(self.batch, seq_len)) for p in prefills]
-        work = straight(works, self.subject.periods)
-        made = self.compiled(seq_len, way) if way in KINDS else None
+        works = [evaluate(work_of(p.graph, p.tokens, p.captured), p.sizes(self.batch, seq_len)) for p in prefills]
+        work = straight([int(one) for one in works], self.subject.periods)
+        made = self.compiled(seq_len, way)
         rows = made[-1].rows(self.batch, seq_len, self._full(made, seq_len)) if made else 0
-        weights = self.weights.all - self.weights.resident if way in KINDS and KINDS[way].weights else 0
         return Load(
             work,
             self.weights.all,
             -(-seq_len // rows) if rows else 1,
             straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers,
-            self.host(way, seq_len) - weights,
-            weights,
+            self.cache_on_host(way, seq_len),
+            self.weights_on_host(way),
         )
 
 
 def _loops(made: Compiled) -> int:
     return sum(isinstance(step, LoopStep) for step in made.rewritten.plan.steps)
-
-
-def _number(size: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> int:
-    return int(expr(size).xreplace({symbol: sympy.Integer(value) for symbol, value in sizes.items()}).doit())

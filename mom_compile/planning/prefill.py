@@ -33,7 +33,6 @@ class Prefill:
 
     graph: fx.GraphModule
     static: frozenset[str]
-    layers: int
     captured: int
     tokens: sympy.Expr
     sequences: sympy.Expr
@@ -49,14 +48,19 @@ class Prefill:
         return {symbol: value for symbol, value in given if symbol.is_Symbol}
 
 
-def capture_prefill(model: nn.Module, layers: int, batch_size: int, seq_len: int) -> Prefill:
-    """The graph of `model(ids, use_cache=True, logits_to_keep=1)` for `ids` `[batch_size, seq_len]`, traced on
-    stand-ins: a model on the meta device takes no memory. `layers` is how many the model has.
+def prefill_arguments(batch_size: int, seq_len: int) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+    """What a model is called with: ids `[batch_size, seq_len]` without data, the default cache kept, and the logits of
+    the last token alone."""
+    ids = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
+    return (ids,), {"use_cache": True, "logits_to_keep": 1}
+
+
+def capture_prefill(model: nn.Module, batch_size: int, seq_len: int) -> Prefill:
+    """The graph of a prefill, traced on stand-ins: a model on the meta device takes no memory.
 
     Raises `PlanError` for a model that cannot be traced as one graph.
     """
-    ids = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
-    given = ((ids,), {"use_cache": True, "logits_to_keep": 1})
+    given = prefill_arguments(batch_size, seq_len)
     found: list[tuple[fx.GraphModule, dict[str, Any]]] = []
 
     def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
@@ -71,13 +75,13 @@ def capture_prefill(model: nn.Module, layers: int, batch_size: int, seq_len: int
     if broken is not None or len(found) != 1:
         raise PlanError(f"{type(model).__name__} cannot be traced as one graph: {broken or 'it computes nothing'}")
     gm, settings = found[0]
-    return _described(gm, frozenset(static_input_names(gm, settings)), layers, seq_len)
+    return _described(gm, frozenset(static_input_names(gm, settings)), seq_len)
 
 
-def _described(gm: fx.GraphModule, static: frozenset[str], layers: int, seq_len: int) -> Prefill:
+def _described(gm: fx.GraphModule, static: frozenset[str], seq_len: int) -> Prefill:
     sequences, tokens = _ids(gm, static).shape
     shortest, longest = _bounds(tokens)
-    return Prefill(gm, static, layers, seq_len, expr(tokens), expr(sequences), shortest, longest)
+    return Prefill(gm, static, seq_len, expr(tokens), expr(sequences), shortest, longest)
 
 
 def _bounds(tokens: Any) -> tuple[int, int | None]:

@@ -138,7 +138,8 @@ def compile_for(
         )
     except NotWorthwhile:
         return None
-    rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
+    if compute_device(gm).type != type:
+        rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
     report.describe(rewritten)
     beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
     rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
