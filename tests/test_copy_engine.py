@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import os
-import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -15,10 +16,12 @@ from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError, ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
+from mom_compile.runtime.host.errands import Errands
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import HostRegion
 from mom_compile.runtime.host.store import HostStore
 from mom_compile.runtime.host.weight_bytes import bytes_under
+from tests.forks import in_a_fork
 
 
 @pytest.fixture
@@ -209,24 +212,13 @@ def test_a_copy_into_an_inference_tensor_is_a_copy_like_others():
 def test_a_forked_process_copies_with_a_thread_of_its_own():
     engine = ThreadedEngine()
     engine.to_device(torch.zeros(4), torch.ones(4), None).wait()
-    child = os.fork()
-    if child == 0:
+
+    def child():
         target = torch.zeros(4)
         engine.to_device(target, torch.ones(4), None).wait()
-        os._exit(0 if target.tolist() == [1.0] * 4 else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+        return target.tolist() == [1.0] * 4
 
-
-def in_a_fork(work):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)  # a child that hangs is no child that passes
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert in_a_fork(child)
 
 
 def fails_as_lost(work):
@@ -267,25 +259,80 @@ def test_a_copy_that_was_done_before_a_fork_is_done_there():
     assert in_a_fork(lambda: ticket.wait() is None and ticket.done.finished() and target.sum() == 4)
 
 
-def test_a_fork_while_another_thread_asks_for_copies_has_an_engine_that_works():
-    engine, stop = ThreadedEngine(), threading.Event()
+@contextlib.contextmanager
+def asking_all_the_time(ask):
+    """A thread that asks again and again meanwhile."""
+    stop = threading.Event()
 
-    def ask():
+    def again():
         while not stop.is_set():
-            engine.to_device(torch.zeros(4), torch.ones(4), None)
+            ask()
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_fork_while_another_thread_asks_has_a_thread_of_its_own():
+    """Whatever that thread holds at that moment. Without PyTorch: it makes no promise of a fork while it computes."""
+    errands = Errands("asked")
+
+    def child():
+        errand = errands.put(lambda: None)
+        errand.wait()
+        return errand.ran and errand.error is None
+
+    with asking_all_the_time(lambda: errands.put(lambda: None)):
+        assert all(in_a_fork(child) for _ in range(10))
+
+
+@pytest.mark.slow
+def test_a_fork_while_another_thread_asks_for_copies_has_an_engine_that_works():
+    engine = ThreadedEngine()
 
     def child():
         target = torch.zeros(4)
         engine.to_device(target, torch.ones(4), None).wait()
         return target.sum() == 4
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        assert all(in_a_fork(child) for _ in range(10))
-    finally:
-        stop.set()
-        asking.join()
+    with asking_all_the_time(lambda: engine.to_device(torch.zeros(4), torch.ones(4), None)):
+        assert all(in_a_fork(child) for _ in range(100))
+
+
+ENDS_WITH_COPIES_UNDER_WAY = """
+import torch
+from mom_compile.runtime.host.engine import ThreadedEngine
+
+engine, rows = ThreadedEngine(), torch.zeros(1 << 16)
+last = [engine.to_device(rows, torch.ones(1 << 16), None) for _ in range(2000)][-1]
+assert not last.finished()
+"""
+
+
+def test_a_process_that_ends_with_copies_under_way_ends_well():
+    """Its threads are not stopped inside of PyTorch, which would abort it."""
+    command = [sys.executable, "-c", ENDS_WITH_COPIES_UNDER_WAY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_has_not_begun_when_a_process_ends_is_an_error_and_nobody_waits_for_it(held):
+    engine, go = held
+    begun = threading.Event()
+    engine.delay = lambda: float(begun.set() is not None or not go.wait(10))
+    first, second = (engine.to_device(torch.zeros(4), torch.ones(4), None) for _ in range(2))
+    begun.wait(10)
+    ending = engine._to_device.lose()
+    with pytest.raises(CopyError, match="had not begun when the process ended"):
+        second.wait()
+    go.set()
+    first.wait()
+    ending.join(10)
+    assert not ending.is_alive()
 
 
 def test_an_error_keeps_nothing_of_what_was_copied():

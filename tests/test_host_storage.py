@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import random
 import re
@@ -24,6 +26,7 @@ from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK, SMALL_BLOCK
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.backings.registration import REGISTRAR
+from mom_compile.runtime.host.file import hold
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import MEMORY, Placement
 from mom_compile.runtime.host.region import AHEAD_FROM, MARGIN, HostRegion
@@ -407,6 +410,31 @@ def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Pat
 def test_a_folder_that_is_gone_is_named(tmp_path: Path):
     with pytest.raises(HostMemoryError, match=r"kv_dir=.*nowhere"):
         store_with(rows_of(3), Placement("disk", tmp_path / "nowhere"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps addresses where they are free, or not at all")
+def test_a_fork_takes_no_addresses_back_that_it_has_given_to_others():
+    """What is there already is left alone, and is not unmapped with the view that its parent had of it either."""
+    memory = mmap.mmap(-1, 4 * BLOCK)
+    memory[:5] = b"other"
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with pytest.raises(OSError, match="exists"):
+        hold(address, 4 * BLOCK)
+    assert memory[:5] == b"other"
+
+    ran = child("""
+        import ctypes, gc, mmap
+        from mom_compile.runtime.host.backings import pinned
+        from mom_compile.runtime.host.backings.base import BLOCK
+        backing = pinned.Pinned(lambda address, size: lambda: None)
+        backing.reserve(BLOCK, BLOCK).fill_(7)
+        there = (ctypes.c_char * BLOCK).from_address(backing.address)
+        pinned._hold_addresses()                # as in a fork in which they are another's
+        del backing
+        gc.collect()
+        print(there.raw == b"\\7" * BLOCK)
+    """)
+    assert ran == ["True"]
 
 
 # --- memory that cannot be had ---

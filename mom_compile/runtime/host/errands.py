@@ -4,19 +4,26 @@
     errand.wait()                     `work()` has run, or has failed: `error`
 
 A fork has a thread of its own, begun with its first errand. What its parent had given and not done by then is `Lost`.
+So is what has not begun when a process ends: nobody reads it any more.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
+#: For what a thread does when a process ends. It is left to itself after that, as a daemon is.
+SECONDS_AT_EXIT = 10.0
+
 
 class Lost(RuntimeError):
-    """An errand of a parent process, which it had not run when it was forked."""
+    """An errand that nobody runs: a parent's, which it had not run at a fork, or one of a process that ends."""
 
 
 class Errand:
@@ -42,6 +49,12 @@ class Errand:
             self._work = None
             self._ran.set()
 
+    def lose(self) -> None:
+        """It is not run, because the process ends. Whoever waits for it goes on."""
+        self.error = Lost("it had not begun when the process ended")
+        self._work = None
+        self._ran.set()
+
     def wait(self) -> None:
         """Until it has run. Raises nothing of its own: `error`."""
         if self._process == os.getpid():
@@ -60,7 +73,7 @@ class Errands:
 
     def begin_anew(self) -> None:
         """With nothing to do, and no thread."""
-        self._waiting: queue.SimpleQueue[Errand] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -73,10 +86,22 @@ class Errands:
             self._waiting.put(errand)
         return errand
 
+    def lose(self) -> threading.Thread | None:
+        """What has not begun is `Lost`. The thread, which ends with what it does now."""
+        with self._lock:
+            thread, waiting = self._thread, self._waiting
+            self._thread, self._waiting = None, queue.SimpleQueue()
+        with contextlib.suppress(queue.Empty):
+            while (errand := waiting.get_nowait()) is not None:
+                errand.lose()
+        waiting.put(None)
+        return thread
+
     @staticmethod
-    def _run(waiting: queue.SimpleQueue[Errand]) -> None:
-        while True:
-            waiting.get().run()
+    def _run(waiting: queue.SimpleQueue[Errand | None]) -> None:
+        while (errand := waiting.get()) is not None:
+            errand.run()
+            del errand  # what it worked on must not live until the next
 
 
 _ALL: weakref.WeakSet[Errands] = weakref.WeakSet()
@@ -88,5 +113,15 @@ def _forked() -> None:
         errands.begin_anew()
 
 
+def _ending() -> None:
+    """A thread that the interpreter ends while it is inside of PyTorch takes the process down: they end before."""
+    threads = [errands.lose() for errands in list(_ALL)]
+    until = time.monotonic() + SECONDS_AT_EXIT
+    for thread in threads:
+        if thread is not None:
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+atexit.register(_ending)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)

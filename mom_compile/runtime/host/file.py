@@ -20,6 +20,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import tempfile
 import threading
 import weakref
@@ -32,29 +33,35 @@ from mom_compile.runtime.host.limits import HostMemoryError
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 #: Names that `mmap` lacks: the same on Linux and macOS, and on Linux alone.
 _FIXED, NORESERVE = 0x10, getattr(mmap, "MAP_NORESERVE", 0x4000)
+#: Fixed, but not in place of what is there. Only Linux has it.
+_FIXED_WHERE_FREE = 0x100000 if sys.platform == "linux" else _FIXED
 _PUNCH_A_HOLE = 0x01 | 0x02  # keep the size, punch
 
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def _map(address: int, size: int, flags: int, file: int, offset: int, protection: int = _READ_WRITE) -> None:
-    mapped = _LIBC.mmap(address, size, protection, flags | _FIXED, file, offset)
+    mapped = _LIBC.mmap(address, size, protection, flags, file, offset)
     if mapped == ctypes.c_void_p(-1).value:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    if mapped != address:  # a kernel that does not know a flag
+        _LIBC.munmap(mapped, size)
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def unmap(address: int, size: int) -> None:
     """Addresses that are reserved and have nothing behind them."""
-    _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0)
+    _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE | _FIXED, -1, 0)
 
 
 def hold(address: int, size: int) -> None:
-    """Addresses that nothing else may be put at, and that nobody may read."""
-    _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE, -1, 0, protection=0)
+    """Addresses that nothing else may be put at, and that nobody may read. Raises `OSError` if something is there."""
+    _map(address, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE | _FIXED_WHERE_FREE, -1, 0, protection=0)
 
 
 class File(Protocol):
@@ -77,7 +84,7 @@ class Extent:
 
     def map(self, region: int) -> None:
         """Put it behind the addresses of the region that begins there."""
-        _map(region + self.first, self.size, mmap.MAP_SHARED, self.file.number, self.offset)
+        _map(region + self.first, self.size, mmap.MAP_SHARED | _FIXED, self.file.number, self.offset)
 
     def part(self, first: int, end: int) -> Extent | None:
         """What lies within `[first, end)` of the region."""

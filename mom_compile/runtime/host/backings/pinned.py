@@ -23,10 +23,16 @@ HUGE_PAGE = 2 * BLOCK
 _NOT_IN_FORKS: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
 
+#: Those of a parent whose addresses a fork has given to others: unmapping them would take them away.
+_OF_OTHERS: list[mmap.mmap] = []
+
+
 def _hold_addresses() -> None:
-    for memory, address in _NOT_IN_FORKS.items():
-        with contextlib.suppress(OSError):
+    for memory, address in list(_NOT_IN_FORKS.items()):
+        try:
             hold(address, len(memory))
+        except OSError:  # somebody who was asked before us, as soon as the fork began, has been given them
+            _OF_OTHERS.append(memory)
 
 
 if hasattr(os, "register_at_fork"):
