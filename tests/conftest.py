@@ -34,6 +34,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def little_to_collect() -> Iterator[None]:
+    """What a test leaves behind is collected, and what outlives it is looked at by no later test's `gc.collect()`."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing compiled before, nothing left behind."""
