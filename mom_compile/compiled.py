@@ -27,7 +27,15 @@ from mom_compile.report.record import ForLong
 from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
-from mom_compile.torch_compat import NotStorable, Storable, codegen_settings, loaded_stock, stored_stock
+from mom_compile.torch_compat import (
+    NotStorable,
+    Storable,
+    codegen_settings,
+    expect_other_sizes,
+    loaded_stock,
+    sizes_become_dynamic,
+    stored_stock,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +97,19 @@ class CompiledGraph(Storable):
 
     def __init__(self, run: Callable[[list[Any]], Any], told: Told) -> None:
         super().__init__()
+        self._begin(run, told)
+
+    def _begin(self, run: Callable[[list[Any]], Any], told: Told) -> None:
         self.run = run
         self.told = weakref.ref(told)
+        #: Without it, Dynamo captures a graph for the first step behind a prompt, and another for all others.
+        self.growing = told.report.growing if sizes_become_dynamic() else ()
 
     def __call__(self, inputs: Any) -> Any:
-        return self.run(inputs)
+        outputs = self.run(inputs)
+        for position, dim in self.growing:
+            expect_other_sizes(outputs[position], dim)
+        return outputs
 
     def stored(self) -> bytes:
         """What failed is not kept: it may have been this process's own trouble."""
@@ -113,10 +129,9 @@ class CompiledGraph(Storable):
         if asked is not None and asked.fits != _asked_now(asked, told).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
-            self.run = _linked(found.code, told.options, report, told.device)
+            self._begin(_linked(found.code, told.options, report, told.device), told)
         else:
-            self.run = loaded_stock(found.code, example_inputs, settings)
-        self.told = weakref.ref(told)
+            self._begin(loaded_stock(found.code, example_inputs, settings), told)
         keep(told)
         told.warn()
 

@@ -22,6 +22,7 @@ from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.host.as_they_lie import as_they_lie
 from mom_passes.host.chosen import only_what_is_used
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
@@ -123,10 +124,18 @@ def experts_as_regions(state: State) -> str:
     return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
 
 
+def keys_and_values_as_they_lie(state: State) -> str:
+    """What leaves for the host is not laid out head by head, as eager mode lays it out: it leaves token by token. On a
+    GPU it does not either where it may stay: products write it where it is kept."""
+    return f"{as_they_lie(state.gm)} copies less" if state.kv_on_host or state.device.type != "cpu" else "they stay"
+
+
 def find_keys_and_values(state: State) -> str:
     """Which outputs a cache keeps, told by what attentions read: loops will hide that."""
     state.kv = find_kv(state.gm)
     state.report.keys_and_values = state.kv.read.union(value.full.name for value in state.kv.found)
+    whole = [value for value in state.kv.found if value.kept is value.full]
+    state.report.growing = tuple((output, value.dim) for value in whole for output in value.outputs)
     if _is_decode_step(state.gm):
         state.report.kind = DECODE_STEP
     elif state.kv.read:
@@ -314,6 +323,7 @@ TO_LOOPS: tuple[Step, ...] = (
     slices_of_everything,
     canonical_attention,
     experts_as_regions,
+    keys_and_values_as_they_lie,
     find_keys_and_values,
     find_tokens,
     rows_on_demand,

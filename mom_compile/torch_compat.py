@@ -27,6 +27,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch._functorch._aot_autograd.aot_autograd_result import CompiledForward
 from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._guards import TracingContext, tracing
@@ -35,23 +36,30 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload as OpOverload
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.compiler import config as compiler_config
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_false
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
+
+#: Marks dimensions of what a graph returns: `(tensor, dimensions)`. The second is its name in 2.11.
+_mark_dynamic: Any = getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None) or getattr(
+    runtime_wrappers, "maybe_mark_dynamic_helper", None
+)
 
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
 InnerCompile = Callable[..., Any]
@@ -147,12 +155,76 @@ def capture(
         else:
             stack.enter_context(_storing(cache_tag))
             inner_compile = functools.partial(_for_pieces, inner_compile)
-        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=dict(patches))
+        compiled: Any = compile_fx(
+            gm,
+            example_inputs,
+            inner_compile=functools.partial(_with_inductors_decompositions, inner_compile),
+            config_patches=dict(patches),
+            decompositions=_decompositions(),
+        )
         return compiled
+
+
+def _with_inductors_decompositions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A table of another's cannot be in a key of the FX graph cache."""
+    if "get_decomp_fn" in kwargs:
+        kwargs["get_decomp_fn"] = select_decomp_table
+    return function(*args, **kwargs)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    table = {**select_decomp_table()}
+    table[_CAT] = functools.partial(_cat, table[_CAT])
+    return table
+
+
+_CAT = torch.ops.aten.cat.default
+
+
+def _cat(of_inductor: Callable[..., Any], tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    """Inductor's decomposition, with the layout that eager mode gives the result where one operand alone has elements.
+
+    The keys of a prompt are concatenated with an empty cache. Inductor returns them as they lie, the heads of one token
+    side by side; a decode step returns them token behind token for each head, as eager mode does in either case. Dynamo
+    would capture a graph for the first step of a prompt and another for those behind it.
+    """
+    filled = [tensor for tensor in tensors if not _has_nothing(tensor, dim)]
+    if len(filled) != 1 or len(tensors) == 1:
+        return of_inductor(tensors, dim)
+    formats = {suggest_memory_format(tensor) for tensor in tensors}
+    alone = filled[0] if len({tensor.dtype for tensor in tensors}) == 1 else of_inductor(tensors, dim)
+    return alone.clone(memory_format=formats.pop() if len(formats) == 1 else torch.contiguous_format)
+
+
+def _has_nothing(tensor: torch.Tensor, dim: int) -> bool:
+    """Without a guard on its size, as Inductor asks."""
+    legacy = tensor.dim() == 1 and guard_or_false(tensor.shape[0] == 0)
+    return legacy or (dim < tensor.dim() and guard_or_false(tensor.shape[dim] == 0))
 
 
 #: What the user has in the keys of PyTorch's compile caches.
 _users_tag: contextvars.ContextVar[str] = contextvars.ContextVar("_users_tag", default="")
+
+
+def sizes_become_dynamic() -> bool:
+    """Whether Dynamo, which is compiling, takes a size for dynamic once it has seen two: not with `dynamic=False`."""
+    return bool(dynamo_config.automatic_dynamic_shapes)
+
+
+def expect_other_sizes(tensor: Any, dim: int) -> None:
+    """The first graph that Dynamo captures with this tensor as an input is for any size of a dimension.
+
+    AOTAutograd says so of symbolic sizes of what a graph returns. No guard looks at it: `maybe_mark_dynamic`, which is
+    public, is guarded on since PyTorch 2.13.
+    """
+    if _mark_dynamic is None:
+        return
+    _mark_dynamic(tensor, {dim})
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for inner in (getattr(tensor, name) for name in names):
+            if inner.dim() == tensor.dim():
+                _mark_dynamic(inner, {dim})
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ class Record:
                    the same memory model; None where it does not say (experts) or nobody asked (`explain` does)
     peak           what the expected peak is made of, the largest first
     keys_and_values  names of all values that attentions read as such
+    growing        positions of outputs that a cache keeps, with the dimension in which the next call finds them longer
     memory         what the program needs, step by step, as expressions in the sizes of the graph
     on_host        keys and values that leave for the host
     weights        what arrives of weights that are kept on the host, or None
@@ -105,6 +106,7 @@ class Record:
     peak_without_loops: int | None = None
     peak: tuple[Share, ...] = ()
     keys_and_values: frozenset[str] = frozenset()
+    growing: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
     on_host: list[KVReport] = field(default_factory=list)
     weights: WeightTraffic | None = None

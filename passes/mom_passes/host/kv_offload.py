@@ -27,14 +27,13 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.edit import behind, emit, fake_value, size_node
-from mom_passes.graph.sizes import Size, same
-from mom_passes.graph.strides import viewable
+from mom_passes.graph.edit import behind, emit, size_node
+from mom_passes.graph.sizes import Size
 from mom_passes.graph.values import is_size
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
-from mom_passes.ops.transfers import APPEND, COPIES, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.host.relaid import replace_relaid
+from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.rules.views import is_view, relabels
-from mom_passes.rules.work import matmul_work
 
 aten = torch.ops.aten
 
@@ -116,7 +115,7 @@ class _Rewriter:
             ahead = self._bring_ahead(value.past)
             assert ahead, f"{value.past.name} is no view of an input"
             full = self._arrive(value.past, value.new, value.dim, before=value.full)
-            self._replace(value.full, full)
+            replace_relaid(value.full, full)
             with self.graph.inserting_before(behind(full)):
                 host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
         kept = list(self.output.args[0])  # type: ignore[arg-type]
@@ -128,7 +127,8 @@ class _Rewriter:
         """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
         for node in list(self.graph.nodes):
             if node.target is FETCH and node.users and self._bring_ahead(node.args[0]):
-                self._replace(node, self._arrive(node.args[0], None, max(0, node.meta["val"].dim() - 2), before=node))
+                dim = max(0, node.meta["val"].dim() - 2)
+                replace_relaid(node, self._arrive(node.args[0], None, dim, before=node))
         return sum(node.target is FETCH_START for node in self.graph.nodes)
 
     def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
@@ -169,36 +169,6 @@ class _Rewriter:
         with self.graph.inserting_before(first):
             found: int | fx.Node = size_node(self.graph, size, before=first)
         return found
-
-    def _replace(self, old: fx.Node, new: fx.Node) -> None:
-        """The new node has another layout: what is made of it gets the strides it will really have."""
-        old.replace_all_uses_with(new)
-        changed = {new}
-        for node in self.graph.nodes:
-            if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
-                continue
-            before = node.meta.get("val")
-            if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
-                continue  # products lay their result out by themselves
-            _relay(node)
-            if not _alike(before, node.meta["val"]):
-                changed.add(node)
-
-
-def _relay(node: fx.Node) -> None:
-    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy.
-
-    Fake tensors cannot be asked: they allow every view, and copy without a word.
-    """
-    if node.target is aten.view.default:
-        source = node.args[0].meta["val"]  # type: ignore[union-attr]
-        if not viewable(source.shape, source.stride(), node.meta["val"].shape):
-            node.target = aten.reshape.default
-    node.meta["val"] = fake_value(node)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
 
 
 def _erase_unused(gm: fx.GraphModule) -> None:

@@ -1,0 +1,38 @@
+"""Keys and values that leave for the host leave as their products lay them out: all heads of a token side by side.
+
+A cache on the host has one row for a token. Eager mode concatenates the keys of a prompt with an empty cache, which
+lays them out head by head: a row would have to be gathered again, by a device that copies whole runs of bytes.
+
+Before:  k = clone(permute(view(product)));  return k        After:  return permute(view(product))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.attention.reads import source_of
+from mom_passes.graph.sizes import same
+from mom_passes.host.kv_values import find_kv
+from mom_passes.host.relaid import replace_relaid
+
+aten = torch.ops.aten
+
+
+def as_they_lie(gm: fx.GraphModule) -> int:
+    """Take out such copies, in place, and say how many. What a prompt was given lies as it was given."""
+    copies = [value.full for value in find_kv(gm).found if _only_lays_out(value.full)]
+    for copy in copies:
+        replace_relaid(copy, copy.args[0])  # type: ignore[arg-type]
+        gm.graph.erase_node(copy)
+    if copies:
+        gm.recompile()
+    return len(copies)
+
+
+def _only_lays_out(node: fx.Node) -> bool:
+    if node.target is not aten.clone.default:
+        return False
+    (operand,) = node.all_input_nodes
+    strides = zip(node.meta["val"].stride(), operand.meta["val"].stride(), strict=True)
+    return source_of(node).op == "call_function" and not all(same(a, b) for a, b in strides)

@@ -1,0 +1,45 @@
+"""A value in the place of an equal one that has other strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.graph.edit import fake_value
+from mom_passes.graph.sizes import same
+from mom_passes.graph.strides import viewable
+from mom_passes.ops.transfers import COPIES
+from mom_passes.rules.work import matmul_work
+
+aten = torch.ops.aten
+
+
+def replace_relaid(old: fx.Node, new: fx.Node) -> None:
+    """What is made of it gets the strides it will really have."""
+    old.replace_all_uses_with(new)
+    changed = {new}
+    for node in new.graph.nodes:
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+            continue
+        before = node.meta.get("val")
+        if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
+            continue  # products lay their result out by themselves
+        _relay(node)
+        if not _alike(before, node.meta["val"]):
+            changed.add(node)
+
+
+def _relay(node: fx.Node) -> None:
+    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy.
+
+    Fake tensors cannot be asked: they allow every view, and copy without a word.
+    """
+    if node.target is aten.view.default:
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        if not viewable(source.shape, source.stride(), node.meta["val"].shape):
+            node.target = aten.reshape.default
+    node.meta["val"] = fake_value(node)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))
