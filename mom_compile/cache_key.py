@@ -28,9 +28,11 @@ def cache_tag(options: Options, devices: Sequence[str] = ()) -> str | None:
 
 
 def devices_of(example_inputs: Sequence[Any]) -> list[str]:
-    """What is to be known of the GPUs that a graph's inputs are on."""
+    """What is to be known of the GPUs that a graph's inputs are on; where there are none, how many threads compute."""
     found = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
     gpus = sorted((device for device in found if device.type == "cuda"), key=str)
+    if not gpus:
+        return [f"{torch.get_num_threads()} threads"]
     said = [torch.cuda.get_device_properties(device) for device in gpus]
     return [f"{one.name}, {one.major}.{one.minor}, {one.multi_processor_count}" for one in said]
 

@@ -239,6 +239,41 @@ def test_rows_of_a_sequence_give_the_whole(rows: int, window: int | None) -> Non
         torch.testing.assert_close(result, whole[:, :, start : start + rows], atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("heads", "rows", "threads", "of_one_head"),
+    [
+        (8, 256, 2, 1024),
+        (8, 100, 2, 400),
+        (8, 40, 2, 40),  # too few for larger blocks even so
+        (8, 768, 2, 768),  # large ones as it is
+        (2, 256, 2, 256),  # a head of keys for each
+        (8, 256, 16, 256),  # there would be no block for some threads
+    ],
+)
+def test_grouped_heads_are_rows_of_one_where_blocks_are_larger_for_it(
+    monkeypatch: pytest.MonkeyPatch, heads: int, rows: int, threads: int, of_one_head: int
+) -> None:
+    seen: list[int] = []
+    flash = attention_cpu.flash
+
+    def observed(query: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append(query.shape[2])
+        return flash(query, *rest, **named)
+
+    monkeypatch.setattr(attention_cpu, "flash", observed)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    query = torch.randn(2, rows, heads, 16, dtype=torch.float64).transpose(1, 2)
+    key, value = torch.randn(2, 2, 2, 900, 16, dtype=torch.float64)
+    for window in (850, None):
+        seen.clear()
+        call = AttentionCall(query, key, value, None, 900 - rows, True, 0.25, window)
+        result = attention_cpu.attention_cpu(call)
+        torch.testing.assert_close(result, attention_reference(call), atol=1e-10, rtol=1e-10)
+        assert result.transpose(1, 2).is_contiguous()
+    assert seen == [of_one_head, rows]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value_channels", [8, 4])
 def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int) -> None:

@@ -17,7 +17,7 @@ from torch import fx
 
 import mom_compile
 from mom_compile.config import parse_options
-from mom_compile.memory.bounds import BLOCK_ROWS, CPU, CountedRows, DeviceRows, ExpertRows, GpuRows
+from mom_compile.memory.bounds import BLOCK_ROWS, CountedRows, DeviceRows, ExpertRows, GpuRows, cpu_rows
 from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
 from mom_compile.memory.policy import with_chosen_rows
 from mom_compile.memory.rows import DEVICES
@@ -34,6 +34,7 @@ from tests.tracing import trace
 
 BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
 KIB, MIB = 1 << 10, 1 << 20
+CPU = cpu_rows(1)
 
 
 def loop(length: Any, widest: int = 1, spread: float = 1) -> Loop:
@@ -190,6 +191,12 @@ def test_loops_of_a_graph_have_the_rows_that_the_rule_says() -> None:
 
 def test_a_batch_of_short_sequences_is_cut_by_its_rows_in_all() -> None:
     assert made(64, batch=16) == [32, 32]
+
+
+def test_threads_share_the_rows_of_a_product() -> None:
+    assert [cpu_rows(threads).efficient for threads in (1, 2, 4, 64)] == [256, 512, 1024, 1024]
+    few, many = (rows(cpu_rows(threads), 4096, 24 * KIB, 4096 * 8 * KIB) for threads in (1, 2))
+    assert (few, many) == (256, 512)
 
 
 def test_what_has_no_two_efficient_mini_sequences_is_left_whole() -> None:

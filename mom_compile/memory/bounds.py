@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from mom_compile.memory.rows import BLOCK_ROWS, Device, Layer, Properties, device_of, rows_for
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS
 
@@ -77,12 +79,21 @@ class GpuRows:
         return Bounds(BLOCK_ROWS, BLOCK_ROWS, most, BLOCK_ROWS)
 
 
-#: Measured at the width of `benchmarks.cpu`, as CPU time beside the quickest number of rows (torch 2.13.0, one thread
-#: of a shared machine, 4 calls of each in turn, the least of each). 2 layers and 4096 tokens: 64 rows 1.47, 128 rows
-#: 1.24, 192 rows 1.11, 256 rows 1.04, 512 rows 1.02, 1024 and 2048 rows 1.00. 16 sequences of 256 tokens, rows of each:
-#: 8 rows 1.35, 16 rows 1.13, 32 rows 1.07, 64 rows 1.00, 128 rows 1.01; stock Inductor 1.95. Wall time and peaks:
-#: `python -m benchmarks.cpu --only rows`.
-CPU = CountedRows(FEWEST_ROWS, 256, 1024, 32, ExpertRows(64, 512 << 20))
+#: Measured at the width of `benchmarks.cpu`. One thread, as CPU time beside the quickest number of rows (torch 2.13.0,
+#: a shared machine, 4 calls of each in turn, the least of each), 2 layers and 4096 tokens: 64 rows 1.47, 128 rows 1.24,
+#: 192 rows 1.11, 256 rows 1.04, 512 rows 1.02, 1024 and 2048 rows 1.00. 16 sequences of 256 tokens, rows of each:
+#: 8 rows 1.35, 16 rows 1.13, 32 rows 1.07, 64 rows 1.00, 128 rows 1.01; stock Inductor 1.95. Two threads share the rows
+#: of a product, and want twice as many (`python -m benchmarks.cpu --only rows`, docs/figures.md). More than two were
+#: never measured.
+ROWS_OF_A_THREAD = 256
+MOST_ON_CPU = 1024
+
+
+def cpu_rows(threads: int) -> CountedRows:
+    """Of a CPU, where a product has so many threads."""
+    efficient = min(MOST_ON_CPU, ROWS_OF_A_THREAD * threads)
+    return CountedRows(FEWEST_ROWS, efficient, MOST_ON_CPU, 32, ExpertRows(64, 512 << 20))
+
 
 #: By the rule of arithmetic intensity, never measured: a product of r rows with a matrix computes r FLOPs for each byte
 #: of it in 16 bits, and an H100 computes 990e12 / 3.35e12 = 295 in the time in which it reads one.
@@ -95,7 +106,7 @@ ELSEWHERE = CountedRows(FEWEST_ROWS, 256, 1024, 32, EXPERTS_ELSEWHERE)
 def rows_on(type: str, gpu: Properties | None, layer: Layer | None) -> DeviceRows:
     """Of a type of device; of a GPU by what it says of itself and what most loops compute, if that is a layer."""
     if type == "cpu":
-        return CPU
+        return cpu_rows(torch.get_num_threads())
     if gpu is None or layer is None:
         return ELSEWHERE
     return GpuRows(device_of(gpu)[0], layer.heads, layer.products, EXPERTS_ELSEWHERE)
