@@ -3,6 +3,7 @@
     cold     a process with an empty compile cache
     again    a second process with what the first has left in the cache
     in each  generate() of a first prompt; of a second, longer prompt; then decode steps, warm
+    steps    decode steps of all backends in one process, in turn: two processes differ by more than two backends
 
 Every backend has processes and a cache folder of its own. Seconds are wall time; *processor* is the time of all threads
 and of the compilers that were started, which other work on the machine changes less.
@@ -30,11 +31,12 @@ Row = dict[str, Any]
 
 
 def worker(spec: Row) -> None:
+    if spec["start"] == "steps":
+        workers.row({"start": "steps", "step": _steps_in_turn(spec)})
+        return
     from benchmarks import models
 
-    model = models.llama(spec["shape"], spec["layers"], seq=2 * spec["seq"])
-    if spec["backend"] != "eager":
-        model.compile(**_backend(spec["backend"]))
+    model = _model(spec, spec["backend"])
     row: Row = {"backend": spec["backend"], "start": spec["start"]}
     for name, length in (("first", spec["seq"]), ("second", spec["seq"] + spec["seq"] // 4 + 1)):
         workers.step(f"{name} prompt")
@@ -44,6 +46,15 @@ def worker(spec: Row) -> None:
         row[name] |= _of_it()
     workers.step("decode")
     workers.row(row | {"step": _steps(model, spec)})
+
+
+def _model(spec: Row, backend: str) -> Any:
+    from benchmarks import models
+
+    model = models.llama(spec["shape"], spec["layers"], seq=2 * spec["seq"])
+    if backend != "eager":
+        model.compile(**_backend(backend))
+    return model
 
 
 def _backend(name: str) -> Row:
@@ -77,20 +88,46 @@ def _of_it() -> Row:
     }
 
 
-@torch.no_grad()
 def _steps(model: Any, spec: Row) -> list[float]:
     """Seconds of decode steps over a cache of the prompt's length."""
+    step = _step(model, spec)
+    return [measure.seconds(step) for _ in range(spec["steps"])]
+
+
+def _steps_in_turn(spec: Row) -> dict[str, list[float]]:
+    """The same of each backend, whose turns to be first alternate."""
+    steps = {name: _step(_model(spec, name), spec) for name in spec["backends"]}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(spec["steps"]):
+        for name in list(steps)[:: 1 - 2 * (number % 2)]:
+            found[name].append(measure.seconds(steps[name]))
+    return found
+
+
+def _step(model: Any, spec: Row) -> Callable[[], None]:
+    """A decode step that has been run a few times. It appends to no cache: each is the same step."""
     from benchmarks import models
 
-    cache = models.prefill(model, models.tokens(model, spec["seq"]), cache=True)[1]
+    with torch.no_grad():
+        cache = models.prefill(model, models.tokens(model, spec["seq"]), cache=True)[1]
     kept, token = models.keeping(cache, model), torch.tensor([[7]])
 
+    @torch.no_grad()
     def step() -> None:
         model(input_ids=token, **kept, use_cache=True, logits_to_keep=1)
 
     for _ in range(3):
         step()
-    return [measure.seconds(step) for _ in range(spec["steps"])]
+    return step
+
+
+def run_steps(options: argparse.Namespace) -> Row:
+    spec = {**vars(options), "start": "steps"}
+    (row,) = workers.run_worker("benchmarks.starts", spec, env={"HF_HUB_OFFLINE": "1"}, on_step=print)
+    medians = {name: statistics.median(seconds) for name, seconds in row["step"].items()}
+    first = next(iter(medians))
+    print(", ".join(f"{n} {1e3 * m:.2f} ms ({m / medians[first]:.3f})" for n, m in medians.items()), "a step, in turn")
+    return row
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -124,12 +161,15 @@ def main() -> None:
     parser.add_argument("--shape", default="half")
     parser.add_argument("--seq", type=int, default=1400)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only-steps", action="store_true", help="decode steps in turn alone")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/starts-<date>.json")
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker))
         return
-    rows, machine = run(options), measure.machine()
+    rows = [] if options.only_steps else run(options)
+    rows.append(run_steps(options))
+    machine = measure.machine()
     print(measure.describe_machine(machine))
     if options.save:
         RESULTS.mkdir(exist_ok=True)
