@@ -33,8 +33,6 @@ from mom_compile.weights.offload import least_budget
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results") / "predictions.json"
 LENGTHS = (700, 1400, 2800)
-#: Stock Inductor takes its time, and an S x S mask where a model asks for one.
-STOCK_LENGTHS = (700, 1400)
 
 #: Where cache and weights are, or who runs it, with how far a prediction may be off.
 EAGER, STOCK = "eager mode", "stock Inductor"
@@ -109,7 +107,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     """All that is missing, a process to each family and place."""
     for family in options.families:
         for place in options.places:
-            cells = [Cell(family, place, tokens) for tokens in lengths_of(place, options)]
+            cells = [Cell(family, place, tokens) for tokens in options.lengths]
             if all(cell.key in results.cells for cell in cells):
                 continue
             print(f"{family}, {place}", file=sys.stderr, flush=True)
@@ -131,11 +129,6 @@ def _measure(cells: Sequence[Cell], results: Results) -> None:
 
 def _keep(cell: Cell, found: Row, results: Results) -> None:
     results.keep(cell.key, asdict(cell) | found)
-
-
-def lengths_of(place: str, options: argparse.Namespace) -> list[int]:
-    wanted = STOCK_LENGTHS if place == STOCK else LENGTHS
-    return list(options.lengths or wanted)
 
 
 def show(results: Results, options: argparse.Namespace) -> None:
@@ -184,7 +177,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--places", nargs="+", choices=tuple(BOUNDS), default=list(BOUNDS))
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; the graph is captured at the first")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens; the graph is captured at the first"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure all anew")
     parser.add_argument("--table", action="store_true", help="the table of what is there alone")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.families import FAMILIES, family_model
 from benchmarks.measure import peak_bytes, watch_cpu
-from benchmarks.predictions import BOUNDS, CACHE, EAGER, LENGTHS, STOCK, STOCK_LENGTHS, predictions
+from benchmarks.predictions import BOUNDS, CACHE, EAGER, LENGTHS, STOCK, predictions
 from mom_compile import explain, reports
 from mom_passes.program.memory import memory
 from mom_passes.program.program import Compute
@@ -185,7 +185,7 @@ def cases():
 def test_what_is_planned_is_what_is_measured(family, place):
     """At several lengths, by what was traced at the first."""
     watch_cpu()
-    lengths = LENGTHS[:2] if (family, place) == ("Llama", CACHE) else STOCK_LENGTHS if place == STOCK else LENGTHS
+    lengths = LENGTHS[:2] if (family, place) == ("Llama", CACHE) else LENGTHS
     found = predictions(family_model(family), lengths, place)
     assert [row["tokens"] for row in found] == list(lengths)
     for row in found:

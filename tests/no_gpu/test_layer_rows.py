@@ -65,7 +65,14 @@ def test_a_stored_program_is_another_gpus_no_more_than_another_options(llama: Gr
         with pretended(gpu):
             tags.append(cache_tag(parse_options({}), devices_of(llama.example_inputs)))
     assert len(set(tags)) == 3 and None not in tags
-    assert devices_of([torch.empty(2), 3]) == []
+
+
+def test_a_program_stored_for_a_cpu_is_for_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        said.append(devices_of([torch.empty(2), 3]))
+    assert said == [["1 threads"], ["2 threads"]]
 
 
 def test_an_unknown_gpu_is_taken_for_a_known_one_of_its_kind(llama: Graph) -> None:
