@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import mom_compile
 from benchmarks import measure, models, plans
+from benchmarks.families import family_model
 from mom_compile import PlanError
 from mom_compile.config import parse_options
 from mom_compile.memory.rows import DEVICES
@@ -325,3 +326,12 @@ def test_the_page_is_what_its_results_say():
     data = json.loads(plans.RESULTS.read_text())
     assert list(data["cells"]) == list(shapes())
     assert plans.PAGE.read_text() == plans.page(data)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_stock_inductors_masks_are_seen_from_a_plan_at_a_short_length() -> None:
+    """What grows with the square of the length is the most at a long one alone."""
+    model = family_model("Gemma3Text")
+    short, long = (mom_compile.plan(model, seq_len=tokens, device="cpu").ways["inductor"] for tokens in (500, 4000))
+    assert short.peak_bytes(4000) == pytest.approx(long.peak_bytes(4000), rel=0.01)
+    assert short.peak_bytes(4000) - short.weights > 4 * 4000**2

@@ -194,7 +194,7 @@ class Stock:
         plan = schedule(gm)
         kept = dict.fromkeys(plan.storages[node] for node in plan.outputs if node in plan.storages)
         ours = (storage.bytes for storage in kept if storage.place is Place.DEVICE)
-        return Stock(stock_peak(gm, device).highest.bytes, sum(ours, sympy.S.Zero))
+        return Stock(stock_peak(gm, device).peak, sum(ours, sympy.S.Zero))
 
 
 def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> int:

@@ -32,6 +32,8 @@ class Costs:
     fused: bool = True
     #: The type of device that is compiled for, if that is not where the graph was captured.
     device: str | None = None
+    #: Whether the most is wanted for all sizes, not as it grows where it is at the captured ones.
+    everywhere: bool = False
 
 
 def most_held(
@@ -101,9 +103,13 @@ class _Held:
             return sympy.S.Zero
         if self.costs.fused:
             self._use_again()
+        if self.costs.everywhere:
+            return sympy.Max(*_highest([self._bytes(at) for at in range(len(self.kernels))]), evaluate=False)
         numbers = self.numbers()
-        highest = max(range(len(numbers)), key=numbers.__getitem__)
-        alive = [storage for storage, first in self.first.items() if first <= highest <= self.last[storage]]
+        return self._bytes(max(range(len(numbers)), key=numbers.__getitem__))
+
+    def _bytes(self, kernel: int) -> sympy.Expr:
+        alive = [storage for storage, first in self.first.items() if first <= kernel <= self.last[storage]]
         return sympy.expand(sum((self.costs.bytes(storage) for storage in alive), sympy.S.Zero))
 
     def numbers(self) -> list[int]:
@@ -138,3 +144,16 @@ class _Held:
     def _kind(self, storage: fx.Node) -> Hashable:
         value = storage.meta.get("type", storage.meta.get("val"))
         return sympy.expand(self.costs.bytes(storage)), getattr(value, "dtype", None)
+
+
+def _highest(sizes: Iterable[sympy.Expr]) -> list[sympy.Expr]:
+    """Those that are the largest somewhere: without those of which another has as much of every term."""
+    terms = {size: size.as_coefficients_dict() for size in sizes}
+    return [
+        size
+        for size, own in terms.items()
+        if not any(
+            other is not size and all(more[term] - own[term] >= 0 for term in own.keys() | more.keys())
+            for other, more in terms.items()
+        )
+    ]

@@ -90,9 +90,12 @@ class Memory:
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 
 
-def memory(program: Program, *, fused: bool = True, device: str | None = None) -> Memory:
+def memory(
+    program: Program, *, fused: bool = True, device: str | None = None, everywhere: bool = False
+) -> Memory:
     """What a program needs, step by step. Without `fused`, what its pieces would hold if each operator ran by itself,
-    as in eager mode; with a type of `device`, what it would need there, wherever it was captured."""
+    as in eager mode; with a type of `device`, what it would need there, wherever it was captured. With `everywhere`,
+    what a piece holds is its most at any sizes, where it is else what is the most at the captured ones."""
     found, hints = lives(program), symbol_hints(program.inputs)
     # The captured sizes stand for themselves where they are numbers; a mini-sequence is compared at a usual length.
     known = {**hints, COUNT: sympy.Integer(128)}
@@ -100,14 +103,14 @@ def memory(program: Program, *, fused: bool = True, device: str | None = None) -
     def number(size: sympy.Expr) -> int:
         return int(size.xreplace(known).doit())
 
-    costs = partial(Costs, number=number, fused=fused, device=device)
+    costs = partial(Costs, number=number, fused=fused, device=device, everywhere=everywhere)
     moments = [_moment(program, found, i, costs) for i in range(len(program.steps))]
     return Memory(tuple(moments), hints)
 
 
 def stock_peak(gm: fx.GraphModule, device: str | None = None) -> Memory:
     """What a captured graph needs as stock Inductor compiles it: uncut, as one piece; see `memory` for `device`."""
-    return memory(schedule(gm), device=device)
+    return memory(schedule(gm), device=device, everywhere=True)
 
 
 def _moment(program: Program, found: Lives, i: int, costs: Callable[..., Costs]) -> Moment:
