@@ -165,7 +165,7 @@ def test_the_peak_of_a_dense_model_is_expected_in_its_loops():
 #: What is off by more than its bound, and why (docs/figures.md says by how much).
 KNOWN = {
     ("GptOss", STOCK): "it moves a product between two halves of a softmax, and the model does not reorder",
-    ("Gemma3Text", STOCK): "compiled for all sizes from the start it holds more of its mask",
+    ("Gemma3Text", STOCK): "it makes the masks of two layers in one kernel, long before the second is read",
     ("DeepseekV3", EAGER): "attention with values narrower than keys holds more than it returns",
 }
 
