@@ -129,9 +129,10 @@ class CompiledGraph(Storable):
         if asked is not None and asked.fits != _asked_now(asked, told).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
-            self._begin(_linked(found.code, told.options, report, told.device), told)
+            run = _linked(found.code, told.options, report, told.device)
         else:
-            self._begin(loaded_stock(found.code, example_inputs, settings), told)
+            run = loaded_stock(found.code, example_inputs, settings)
+        self._begin(run, told)
         keep(told)
         told.warn()
 

@@ -56,11 +56,6 @@ from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
-#: Marks dimensions of what a graph returns: `(tensor, dimensions)`. The second is its name in 2.11.
-_mark_dynamic: Any = getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None) or getattr(
-    runtime_wrappers, "maybe_mark_dynamic_helper", None
-)
-
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
 InnerCompile = Callable[..., Any]
 
@@ -165,6 +160,9 @@ def capture(
         return compiled
 
 
+_CAT = torch.ops.aten.cat.default
+
+
 def _with_inductors_decompositions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A table of another's cannot be in a key of the FX graph cache."""
     if "get_decomp_fn" in kwargs:
@@ -176,9 +174,6 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = {**select_decomp_table()}
     table[_CAT] = functools.partial(_cat, table[_CAT])
     return table
-
-
-_CAT = torch.ops.aten.cat.default
 
 
 def _cat(of_inductor: Callable[..., Any], tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
@@ -204,27 +199,6 @@ def _has_nothing(tensor: torch.Tensor, dim: int) -> bool:
 
 #: What the user has in the keys of PyTorch's compile caches.
 _users_tag: contextvars.ContextVar[str] = contextvars.ContextVar("_users_tag", default="")
-
-
-def sizes_become_dynamic() -> bool:
-    """Whether Dynamo, which is compiling, takes a size for dynamic once it has seen two: not with `dynamic=False`."""
-    return bool(dynamo_config.automatic_dynamic_shapes)
-
-
-def expect_other_sizes(tensor: Any, dim: int) -> None:
-    """The first graph that Dynamo captures with this tensor as an input is for any size of a dimension.
-
-    AOTAutograd says so of symbolic sizes of what a graph returns. No guard looks at it: `maybe_mark_dynamic`, which is
-    public, is guarded on since PyTorch 2.13.
-    """
-    if _mark_dynamic is None:
-        return
-    _mark_dynamic(tensor, {dim})
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for inner in (getattr(tensor, name) for name in names):
-            if inner.dim() == tensor.dim():
-                _mark_dynamic(inner, {dim})
 
 
 @contextlib.contextmanager
@@ -310,6 +284,33 @@ def stored_stock(compiled: Any) -> Any:
 def loaded_stock(stored: Any, example_inputs: Sequence[Any], settings: Any) -> Any:
     """Stock Inductor's code by its key. Raises where the cache has lost it: AOTAutogradCache then compiles anew."""
     return stored.post_compile(stored.load(example_inputs), settings)
+
+
+#: Marks dimensions of what a graph returns: `(tensor, dimensions)`. The second is its name in 2.11.
+_mark_dynamic: Any = getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None) or getattr(
+    runtime_wrappers, "maybe_mark_dynamic_helper", None
+)
+
+
+def sizes_become_dynamic() -> bool:
+    """Whether Dynamo, which is compiling, takes a size for dynamic once it has seen two: not with `dynamic=False`."""
+    return bool(dynamo_config.automatic_dynamic_shapes)
+
+
+def expect_other_sizes(tensor: Any, dim: int) -> None:
+    """The first graph that Dynamo captures with this tensor as an input is for any size of a dimension.
+
+    AOTAutograd says so of symbolic sizes of what a graph returns. No guard looks at it: `maybe_mark_dynamic`, which is
+    public, is guarded on since PyTorch 2.13.
+    """
+    if _mark_dynamic is None:
+        return
+    _mark_dynamic(tensor, {dim})
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for inner in (getattr(tensor, name) for name in names):
+            if inner.dim() == tensor.dim():
+                _mark_dynamic(inner, {dim})
 
 
 def floats_are_constants() -> contextlib.AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import pytest
 from mom_compile.runtime.host.backings import registration
 from mom_compile.runtime.host.backings.registration import Registrar, Registration
 from mom_compile.runtime.host.limits import HostMemoryError
+from tests.forks import in_a_fork
 
 LIMIT = 10.0
 
@@ -217,14 +217,15 @@ def test_a_fork_registers_on_a_thread_of_its_own() -> None:
     driver = Driver()
     registration.REGISTRAR.put(Registration(driver, 0, 100, None))
     assert driver.begun.wait(LIMIT)
-    child = os.fork()
-    if child == 0:
+
+    def child() -> bool:
         own = Driver()
         own.gate.set()
         registration.REGISTRAR.put(Registration(own, 0, 200, None))
         registration.REGISTRAR.finish()
-        os._exit(0 if own.ranges == {0, 100} and not driver.ranges else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return own.ranges == {0, 100} and not driver.ranges
+
+    assert in_a_fork(child)
     driver.gate.set()
     registration.REGISTRAR.finish()
     assert driver.ranges == {0}

@@ -4,7 +4,6 @@ case. The driver is a stand-in that refuses what CUDA's would."""
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import warnings
 import weakref
@@ -22,6 +21,7 @@ from mom_compile.runtime.host.seams import between_seams
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import PAGE, bytes_under, map_file, pin_where_they_lie
 from mom_compile.weights import offload
+from tests.forks import in_a_fork
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 PIECE = 4 * PAGE
@@ -333,13 +333,14 @@ def test_a_fork_unpins_nothing_and_reads_what_is_there(driver: Driver, monkeypat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(engine_cuda, "_forget_error", lambda device: None)
     held = hosted([torch.arange(1000)], pin_for(GPU))
-    child = os.fork()
-    if child == 0:
+
+    def child() -> bool:
         right = torch.equal(held[0].settled(), torch.arange(1000)) and not weight_bytes._PINNED
         held.clear()
         gc.collect()
-        os._exit(0 if right and runtime.calls == ["pin"] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return right and runtime.calls == ["pin"]
+
+    assert in_a_fork(child)
     assert runtime.calls == ["pin"]
     held.clear()
     gc.collect()

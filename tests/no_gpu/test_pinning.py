@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 import mmap
-import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import HostRegion
 from mom_compile.runtime.host.steps import Append, FetchStart, Offload
 from mom_compile.runtime.host.store import empty_host_pool
+from tests.forks import in_a_fork
 
 CPU = torch.device("cpu")
 SECOND = torch.device("cuda", 1)
@@ -94,16 +94,6 @@ def test_what_cannot_be_unpinned_is_told_and_raises_nowhere(runtime: Runtime, ca
         undo()
     assert "8192 bytes of host memory could not be unpinned (CUDA error 713)" in caplog.text
     assert runtime.calls[-1] == ("error forgotten", SECOND)
-
-
-def in_a_fork(work: Callable[[], bool]) -> bool:
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_fork_unpins_nothing_of_its_parents(runtime: Runtime) -> None:

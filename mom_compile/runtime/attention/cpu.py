@@ -37,8 +37,8 @@ NARROW_WINDOW = 128
 #: Rows in a block of a narrow window: more would compute keys that are out of sight.
 NARROW_ROWS = 256
 
-#: Rows of a head from which the kernel's blocks have 64 and 256 of them, in place of 32. With 256 rows of 16 heads over
-#: 4 and 8192 keys, 1024 rows of 4 heads take 0.81 of the time, on 2 cores; with 512 rows 0.82, with 768 rows 0.96.
+#: Rows of a head from which the kernel's blocks have 64 and 256 of them, in place of 32. Over 8192 keys in 2 heads,
+#: 256 rows of 8 heads take 0.81 of the time as 1024 rows of 2, on 2 cores; 512 rows 0.82, 768 rows 0.96.
 MIDDLE_BLOCKS, LARGE_BLOCKS, LARGEST_BLOCK = 192, 768, 256
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -28,7 +28,7 @@ from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.edit import fake_value, size_node
+from mom_passes.graph.edit import fake_value, size_node, strides_differ
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.attention import SDPA
@@ -182,8 +182,7 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
 
 def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
     """The new result with the strides of the old one, on which views further down may rely."""
-    strides = zip(old.meta["val"].stride(), new.meta["val"].stride(), old.meta["val"].shape, strict=True)
-    if all(same(a, b) or is_one(size) for a, b, size in strides) or _relaid(new, old):
+    if not strides_differ(old.meta["val"], new.meta["val"]) or _relaid(new, old):
         return new
     copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
     copy.meta = dict(old.meta)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.sizes import same
+from mom_passes.graph.edit import strides_differ
 from mom_passes.host.kv_values import find_kv
 from mom_passes.host.relaid import replace_relaid
 
@@ -34,5 +34,4 @@ def _only_lays_out(node: fx.Node) -> bool:
     if node.target is not aten.clone.default:
         return False
     (operand,) = node.all_input_nodes
-    strides = zip(node.meta["val"].stride(), operand.meta["val"].stride(), strict=True)
-    return source_of(node).op == "call_function" and not all(same(a, b) for a, b in strides)
+    return source_of(node).op == "call_function" and strides_differ(node.meta["val"], operand.meta["val"])
