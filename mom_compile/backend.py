@@ -18,6 +18,7 @@ from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
 from mom_compile.cache_key import cache_tag, devices_of
+from mom_compile.capture import capture
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
@@ -28,7 +29,7 @@ from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
-from mom_compile.torch_compat import InnerCompile, capture, look_at_the_cpu, mark_boxed, stock_inner_compile
+from mom_compile.torch_compat import InnerCompile, look_at_the_cpu, mark_boxed, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.loops.loop import RowLimit
@@ -54,7 +55,7 @@ def mom(
         look_at_the_cpu()
     inner = functools.partial(compile_graph, options=parsed)
     tag = cache_tag(parsed, devices_of(example_inputs))
-    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag)
+    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
 
 
 def _reset() -> None:

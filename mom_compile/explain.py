@@ -1,9 +1,9 @@
 """`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
 
-    one graph       traced, rewritten, and then the call is given up: nothing of it has run
-    several         the call goes on from break to break on stand-ins, which have no data
-    a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
-                    on the meta device, where that cannot be, it ends there and says so, too
+one graph       traced, rewritten, and then the call is given up: nothing of it has run
+several         the call goes on from break to break on stand-ins, which have no data
+a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
+                on the meta device, where that cannot be, it ends there and says so, too
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import fx, nn
 
 from mom_compile.backend import rewrite, static_input_names, why_stock
+from mom_compile.capture import capture
 from mom_compile.config import Options, parse_options
 from mom_compile.memory.policy import refused
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.report import Report
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
-from mom_compile.torch_compat import NEEDS_DATA, capture, mark_boxed, trace_whole, undisturbed
+from mom_compile.torch_compat import NEEDS_DATA, mark_boxed, trace_whole, undisturbed
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.edit import copy_graph
 from mom_passes.program.memory import memory

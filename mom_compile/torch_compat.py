@@ -130,12 +130,22 @@ def undisturbed() -> Iterator[None]:
             del cached_backends[key]
 
 
-def capture(
+def needs_gradients(example_inputs: Sequence[Any]) -> bool:
+    """Whether AOTAutograd makes a backward graph, too."""
+    tensors = (value for value in example_inputs if isinstance(value, torch.Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def any_autocast() -> bool:
+    """Whether operators choose their dtypes on some device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def trace(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     inner_compile: InnerCompile,
     patches: dict[str, Any],
-    *,
     cache_tag: str | None = None,
 ) -> Callable[..., Any]:
     """Inductor's front half: AOTAutograd, decompositions and joint-graph passes, then `inner_compile`.
@@ -226,7 +236,7 @@ def _for_pieces(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _cacheable(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Graphs without gradients, and without tensors of their own: of these only the metadata would be in the key."""
-    if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs):
+    if needs_gradients(example_inputs):
         return False
     own: list[Any] = [*gm.parameters(), *gm.buffers()]
     own += [vars(gm).get(str(n.target).split(".")[0]) for n in gm.graph.nodes if n.op == "get_attr"]

@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from mom_compile.backend import static_input_names
+from mom_compile.capture import capture
 from mom_compile.planning.configs import PlanError
 from mom_compile.stand_ins import on_stand_ins
 from mom_compile.torch_compat import (
     bounds_of,
-    capture,
     floats_are_constants,
     mark_boxed,
     may_vary,

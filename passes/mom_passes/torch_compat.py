@@ -15,10 +15,15 @@ from typing import Any
 
 import sympy
 import torch
+from torch._ops import HigherOrderOperator, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: FlexAttention: an operator that is called with graphs of its own, in whose place a captured graph reads attributes.
 FLEX_ATTENTION: Any = torch.ops.higher_order.flex_attention
+
+#: Calls a graph, traced once for all calls with the same identifier: `(graph, identifier, *operands)` to a tuple.
+INVOKE_SUBGRAPH: Any = torch.ops.higher_order.invoke_subgraph
 
 #: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -27,6 +32,29 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 def schema_of(target: Any) -> Any:
     """The schema of an operator overload (`arguments`, `returns`, `is_mutable`); None for any other callable."""
     return getattr(target, "_schema", None)
+
+
+def schemas_of(target: Any) -> list[Any]:
+    """The schemas of an operator overload, or of all overloads of an operator; none for any other callable."""
+    if isinstance(target, OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    schema = schema_of(target)
+    return [] if schema is None else [schema]
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether an operator is called with graphs of its own."""
+    return isinstance(target, HigherOrderOperator)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a subclass that keeps its bytes in other tensors, by which AOTAutograd replaces it."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors whose bytes may be the same, fake ones among them, as long as these live."""
+    return tensor.untyped_storage()._cdata
 
 
 def takes_sizes(argument: Any) -> bool:

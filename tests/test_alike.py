@@ -1,0 +1,450 @@
+"""Layers that are alike are traced once, and the graph is, node for node, what AOTAutograd makes of all of them.
+
+Whatever writes, or computes something else in another layer, is traced where it stands.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import mom_compile.capture as capturing
+from mom_compile.torch_compat import floats_are_constants, mark_boxed, trace
+from mom_passes.errors import PassError
+from mom_passes.graph import alike
+from mom_passes.graph.edit import attribute
+from mom_passes.graph.effects import changes_state, written_by
+from mom_passes.graph.structure import lines_of
+from mom_passes.torch_compat import INVOKE_SUBGRAPH
+from tests.models import TinyDecoder, prompt, small_model
+from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weighted, Weights
+
+LAYERS = 4
+
+
+# --- what is traced, and how often ---
+
+
+@dataclass
+class Traced:
+    """Graphs as the passes are given them, what they returned, and for each how many layers were called in how many
+    graphs of their own when AOTAutograd was given it."""
+
+    gms: list[fx.GraphModule] = field(default_factory=list)
+    called: list[tuple[int, int]] = field(default_factory=list)
+    result: Any = None
+
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        return [[*_constants(gm), *lines_of(gm.graph)] for gm in self.gms]
+
+    @property
+    def kinds(self) -> list[list[Any]]:
+        """Of every value: dtypes, devices, sizes and strides."""
+        return [[_kind(node.meta.get("val")) for node in gm.graph.nodes] for gm in self.gms]
+
+
+def _constants(gm: fx.GraphModule) -> list[str]:
+    """What a graph has of its own, in the order in which it is read. By its values: layers may have one for all."""
+    found = []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        found.append(str(attribute(gm, str(node.target))))
+        node.target = "a constant"
+    return found
+
+
+def _kind(value: Any) -> Any:
+    return [_kind(one) for one in value] if isinstance(value, (tuple, list)) else str(alike._kind(value))
+
+
+def traced(
+    function: Callable[..., Any], *args: Any, once: bool = True, dynamic: bool | None = False, strict: bool = True,
+    floats: bool = True, **kwargs: Any,
+) -> Traced:  # fmt: skip
+    """A call, whose graphs run as they are; `once`: as ours are captured, else as AOTAutograd does it.
+    `floats` are constants."""
+    found = Traced()
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+        found.gms.append(gm)
+        return mark_boxed(lambda values: gm(*values))
+
+    def seen(gm: fx.GraphModule, inputs: Sequence[Any], inner_compile: Any, **settings: Any) -> Any:
+        calls = gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
+        found.called.append((len(calls), len({call.args[1] for call in calls})))
+        return trace(gm, inputs, inner_compile, **settings)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if not once:
+            return trace(gm, inputs, inner, {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(capturing, "trace", seen)
+            return capturing.capture(gm, inputs, inner, {}, strict=strict)
+
+    torch._dynamo.reset()
+    with floats_are_constants() if floats else nullcontext():
+        found.result = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
+    return found
+
+
+@torch.no_grad()
+def check(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[int, int]]:
+    """The same graph either way, and the same result. Gives how many layers were called in how many graphs."""
+    once, all_of_them = (traced(function, *args, once=way, **kwargs) for way in (True, False))
+    assert once.texts == all_of_them.texts
+    assert once.kinds == all_of_them.kinds
+    _same(once.result, all_of_them.result)
+    return once.called
+
+
+def _same(a: Any, b: Any) -> None:
+    a, b = (getattr(value, "logits", value) for value in (a, b))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Stack(nn.Module):
+    """`[B, S, HIDDEN]` through layers one behind the other; `around` is what is done to the result of each."""
+
+    def __init__(self, layers: Sequence[nn.Module], around: Callable[[torch.Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.around = around
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        for layer in self.layers:
+            x = layer(x)
+            if self.around is not None:
+                self.around(x)
+        return x * 2
+
+
+class Block(nn.Module):
+    """A norm and an MLP, and between them something else."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor] | None = None, epsilon: float = 1e-3) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
+        self.between, self.epsilon = between, epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        inner = F.silu(self.up(normed))
+        if self.between is not None:
+            inner = self.between(inner)
+        return x + self.down(inner).tanh()
+
+
+def values(batch: int = 2, tokens: int = 5) -> torch.Tensor:
+    return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
+    model = TinyDecoder(layers=LAYERS).eval()
+    assert check(model, torch.arange(3 * tokens).view(3, -1) % 64, dynamic=dynamic) == [(LAYERS, 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "graphs", "changes"),
+    [
+        ("Llama", 1, {}),
+        ("GPT2", 1, {"n_layer": LAYERS}),
+        ("Falcon", 1, {}),
+        ("Mixtral", 1, {}),
+        ("Gemma3Text", 2, {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    ],
+)
+def test_so_are_those_of_transformers(family: str, graphs: int, changes: dict[str, Any]) -> None:
+    """Layers with a window are others than those without."""
+    model = small_model(family, **{"num_hidden_layers": LAYERS, **changes})
+    inputs = prompt(2, 37, padded=True)
+    layers = changes.get("num_hidden_layers", LAYERS)
+    assert check(model, **inputs, logits_to_keep=1) == [(layers, graphs)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=15,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    names=st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=6),
+    tokens=st.integers(2, 19),
+    batch=st.integers(1, 3),
+)
+def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
+    def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        for name in ["linear", *names, "mlp"]:
+            x = STEPS[name](x, Weights(*parameters))
+        return x
+
+    model = Stack([Weighted(program) for _ in range(LAYERS)])
+    ((layers, graphs),) = check(model, values(batch, tokens), dynamic=dynamic)
+    assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may say a size in another way
+
+
+# --- what is not the same ---
+
+
+def test_layers_that_compute_something_else_have_graphs_of_their_own() -> None:
+    first, second = ([Block(epsilon=epsilon) for _ in range(3)] for epsilon in (1e-3, 1e-4))
+    mixed = [layer for pair in zip(first, second, strict=True) for layer in pair]
+    assert check(Stack(mixed), values()) == [(6, 2)]
+
+
+def test_a_layer_of_another_dtype_stays_where_it_is() -> None:
+    class Wide(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.double()).float()
+
+    layers = [Block(), Block(), Wide().double(), Block()]
+    assert check(Stack(layers), values()) == [(3, 1)]
+
+
+def test_two_layers_are_no_more_work_than_one_for_both() -> None:
+    assert check(Stack([Block(), Block()]), values()) == [(0, 0)]
+
+
+def test_layers_may_return_several_values_and_read_each_others() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            new = self.block(x)
+            return new, sums + new.sum(-1)
+
+    class Summing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Pair() for _ in range(LAYERS))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            sums, seen = x.sum(-1), []
+            for layer in self.layers:
+                x, sums = layer(x, sums)
+                seen.append(x)
+            return (sums, *seen)
+
+    assert check(Summing(), values()) == [(LAYERS, 1)]
+
+
+# --- what may not be moved ---
+
+
+@torch.library.custom_op("mom_tests::written_by_schema", mutates_args=("x",))
+def written_by_schema(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+@written_by_schema.register_fake
+def _(x: torch.Tensor) -> None:
+    return None
+
+
+def _by_an_operator(x: torch.Tensor) -> torch.Tensor:
+    written_by_schema(x)
+    return x
+
+
+def _into_a_part(x: torch.Tensor) -> torch.Tensor:
+    x[..., 0] = 0
+    return x
+
+
+def _augmented(x: torch.Tensor) -> torch.Tensor:
+    x += 1
+    return x
+
+
+WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a method": lambda x: x.mul_(2),
+    "a function": torch.relu_,
+    "an argument": lambda x: F.relu(x, inplace=True),
+    "an argument by its place": lambda x: F.hardtanh(x, -1.0, 1.0, True),
+    "out": lambda x: torch.add(x, 1, out=x),
+    "a part": _into_a_part,
+    "an augmented assignment": _augmented,
+    "an operator": _by_an_operator,
+    "a view": lambda x: x.view(-1).clamp_(max=1).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_layers_may_write_to_what_they_have_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert check(Stack([Block(write) for _ in range(LAYERS)]), values()) == [(LAYERS, 1)]
+
+
+class Writing(nn.Module):
+    """A layer that writes to what it is given."""
+
+    def __init__(self, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.write, self.block = write, Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.write(x)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_layers_that_write_to_an_operand_are_traced_where_they_stand(
+    write: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    assert check(Stack([Writing(write) for _ in range(LAYERS)]), values()) == [(0, 0)]
+
+
+def test_one_that_does_keeps_those_beside_it_where_they_stand() -> None:
+    """Their results are its operand; two others are too few."""
+    layers = [Block(), Block(), Writing(torch.relu_), Block(), Block(), Block()]
+    assert check(Stack(layers), values()) == [(4, 1)]
+
+
+def test_so_are_layers_whose_results_are_written_into() -> None:
+    """Nothing tells which other results lie there, too."""
+    assert check(Stack([Block() for _ in range(LAYERS)], lambda x: x.mul_(2)), values()) == [(0, 0)]
+
+
+def test_what_is_written_ahead_of_all_layers_disturbs_nobody() -> None:
+    model = Stack([Block() for _ in range(LAYERS)])
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        return model(x.clone().mul_(2))
+
+    assert check(written, values()) == [(LAYERS, 1)]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_write_that_nobody_knew_of_is_seen_when_layers_are_traced(strict: bool, monkeypatch) -> None:
+    """Then all are traced where they stand, and the result is right."""
+    monkeypatch.setattr(alike, "written_by", lambda node: [])
+    model = Stack([Writing(torch.relu_) for _ in range(LAYERS)])
+    with torch.no_grad():
+        if strict:
+            with pytest.raises(PassError, match="writes to its operands"):
+                _raised(model, values())
+            return
+        found = traced(model, values(), strict=False)
+        assert found.called == [(LAYERS, 1), (0, 0)]
+        assert found.texts == traced(model, values(), once=False).texts
+        torch.testing.assert_close(found.result, model(values()))
+
+
+def _raised(model: nn.Module, x: torch.Tensor) -> None:
+    """What a backend raises, without what Dynamo wraps it in."""
+    try:
+        traced(model, x)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+
+
+def test_a_number_that_is_read_off_a_tensor_stays() -> None:
+    """With `dynamic=True` Dynamo makes an input of a layer's epsilon, and reads it."""
+    layers = [Block(epsilon=1e-3 * (n + 1)) for n in range(LAYERS)]
+    assert check(Stack(layers), values(), dynamic=True, floats=False)[-1] == (0, 0)
+
+
+def test_gradients_and_autocast_are_of_the_whole_graph() -> None:
+    model = Stack([Block() for _ in range(LAYERS)])
+    found = traced(model, values())
+    assert found.called == [(0, 0)]
+    found.result.sum().backward()
+    assert model.layers[0].up.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert check(model, values()) == [(0, 0)]
+
+
+def test_a_layer_within_autocast_of_its_own_stays() -> None:
+    class Narrow(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    assert check(Stack([Narrow() for _ in range(LAYERS)]), values()) == [(0, 0)]
+
+
+def test_a_layer_with_random_numbers_draws_its_own() -> None:
+    model = Stack([Block(torch.rand_like) for _ in range(LAYERS)])
+    with torch.no_grad():
+        found = traced(model, values())
+    (gm,) = found.gms
+    assert found.called == [(LAYERS, 1)]
+    assert sum("rand" in str(node.target) for node in gm.graph.nodes) == LAYERS
+
+
+# --- the two halves by themselves ---
+
+
+def calling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    graph = fx.Graph()
+    nodes = fx.node.map_aggregate((args, kwargs), lambda arg: graph.placeholder("x") if arg == "x" else arg)
+    return graph.call_function(function, *nodes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (torch.add, ("x", 1)), (operator.and_, ("x", "x")), (operator.add, ("x", 1)), (operator.invert, ("x",)),
+        (operator.index, (1,)), (F.relu, ("x",)), (F.hardtanh, ("x", -1.0, 1.0, False)), (F.linear, ("x",)),
+        (F.embedding, ("x", "x")), (torch.ops.aten.add.Tensor, ("x", "x")), (torch.ops.aten.relu, ("x",)),
+    ],
+)  # fmt: skip
+def test_what_does_not_write_is_not_thought_to(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    node = calling(function, *args)
+    assert not written_by(node) and not changes_state(node)
+
+
+def test_what_is_put_back_untraced_is_the_graph_that_it_was() -> None:
+    model = Stack([Block() for _ in range(LAYERS)]).eval()
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(values())
+    (gm,) = found
+    before = lines_of(gm.graph)
+    assert alike.outline_layers(gm) == 1
+    assert len(lines_of(gm.graph)) < len(before)
+    assert alike.inline_layers(gm)
+    assert lines_of(gm.graph) == before
+
+
+def test_a_layer_that_is_called_with_other_strides_has_values_of_its_own() -> None:
+    """What stands ahead of the first layer may be laid out otherwise once it is decomposed."""
+    body = fx.Graph()
+    x = body.placeholder("x")
+    body.output((body.call_function(torch.ops.aten.relu.default, (x,)),))
+    (operand, result) = [node for node in body.nodes if node.op != "output"]
+    operand.meta["val"], result.meta["val"] = torch.empty(3, 4), torch.empty(3, 4)
+    graph = fx.Graph()
+    across = graph.placeholder("across")
+    across.meta["val"] = torch.empty(4, 3).T
+    module = nn.Module()
+    module.add_module("mom_layer_0", fx.GraphModule(module, body))
+    call = graph.call_function(INVOKE_SUBGRAPH, (graph.get_attr("mom_layer_0"), "mom_layer_0", across))
+    graph.output((graph.call_function(operator.getitem, (call, 0)),))
+    gm = fx.GraphModule(module, graph)
+    assert alike.inline_layers(gm)
+    (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    assert relu.meta["val"].stride() == (1, 3)
