@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mom_compile.capture import capture
 from mom_compile.stand_ins import on_stand_ins
-from mom_compile.torch_compat import capture, mark_boxed, trace_whole, tree_map, undisturbed
+from mom_compile.torch_compat import mark_boxed, trace_whole, tree_map, undisturbed
 
 aten = torch.ops.aten
 
