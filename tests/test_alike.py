@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -189,6 +189,8 @@ def test_so_are_those_of_transformers(family: str, graphs: int, changes: dict[st
     batch=st.integers(1, 3),
 )
 def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
+    assume(batch != tokens)  # one symbol would stand for both, and sizes have many names
+
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         for name in ["linear", *names, "mlp"]:
             x = STEPS[name](x, Weights(*parameters))

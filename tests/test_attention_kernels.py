@@ -213,12 +213,13 @@ def test_matches_its_definition_in_half_precision(case: Case) -> None:
     assert_matches_definition(case)
 
 
-@given(cases(), st.integers(1, 40), st.integers(1, 3))
+@given(cases(), st.integers(1, 40), st.integers(0, 2), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
-def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, fewest: int) -> None:
+def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, for_rows: int, fewest: int) -> None:
     """The same law where tiny blocks and tiny split windows make every seam show."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "NARROW_WINDOW", narrow)
+        patch.setattr(attention_cpu, "NARROW_FOR_ROWS", for_rows)
         patch.setattr(attention_cpu, "NARROW_ROWS", 2 * fewest + 1)
         patch.setattr(attention_rows, "FEWEST_ROWS", fewest)
         patch.setattr(attention_rows, "BLOCK_BYTES", 1)
@@ -227,7 +228,13 @@ def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, fewest:
 
 @pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129, 200, 255, 256, 300, 1000])
 @pytest.mark.parametrize("rows", [1, 255, 300])
-def test_rows_of_a_sequence_give_the_whole(rows: int, window: int | None) -> None:
+@pytest.mark.parametrize("with_a_bias", [True, False])
+def test_rows_of_a_sequence_give_the_whole(
+    rows: int, window: int | None, with_a_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of windows that are not much longer than the rows, too, be it with a bias or by split keys."""
+    if not with_a_bias:
+        monkeypatch.setattr(attention_cpu, "NARROW_FOR_ROWS", 0)
     length = 900
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, length, 16, dtype=torch.float64) for heads in (4, 2, 2))

@@ -32,10 +32,11 @@ from mom_compile.runtime.attention.rows import (
 from mom_compile.runtime.attention.spans import attention_in_spans
 from mom_passes.ops.attention import AttentionCall
 
-#: Below this window, split keys make more kernel calls than a bias costs.
-NARROW_WINDOW = 128
-#: Rows in a block of a narrow window: more would compute keys that are out of sight.
-NARROW_ROWS = 256
+#: Up to this window, or so many times the rows of a call, split keys cost more, in copies and kernel calls, than a bias.
+#: Windows of 64 to 1024 keys and 512 rows take 0.66 to 0.85 of the time with a bias, on 2 cores; of 4096 keys 1.27.
+NARROW_WINDOW, NARROW_FOR_ROWS = 128, 2
+#: Rows in a block with a bias: more would compute keys that are out of sight, fewer are slower for the kernel.
+NARROW_ROWS = 128
 
 #: Rows of a head from which the kernel's blocks have 64 and 256 of them, in place of 32. Over 8192 keys in 2 heads,
 #: 256 rows of 8 heads take 0.81 of the time as 1024 rows of 2, on 2 cores; 512 rows 0.82, 768 rows 0.96.
@@ -60,7 +61,8 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
     window = call.felt_window
     if window is None:
         return token_major(causal(call), call)
-    if window <= NARROW_WINDOW or call.start + call.rows > tokens:
+    narrow = window <= max(NARROW_WINDOW, NARROW_FOR_ROWS * call.rows)
+    if narrow or call.start + call.rows > tokens:
         row_bytes = bias_bytes_per_row(call, min(tokens, window + NARROW_ROWS))
         return in_blocks(flash_kernel, call, row_bytes, NARROW_ROWS)
     return windowed(call, window)
