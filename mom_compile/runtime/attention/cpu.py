@@ -32,7 +32,7 @@ from mom_compile.runtime.attention.rows import (
 from mom_compile.runtime.attention.spans import attention_in_spans
 from mom_passes.ops.attention import AttentionCall
 
-#: Up to this window, or so many times the rows of a call, split keys cost more, in copies and kernel calls, than a bias.
+#: Up to this window, or so many times the rows of a call, split keys cost more, by copies and calls, than a bias does.
 #: Windows of 64 to 1024 keys and 512 rows take 0.66 to 0.85 of the time with a bias, on 2 cores; of 4096 keys 1.27.
 NARROW_WINDOW, NARROW_FOR_ROWS = 128, 2
 #: Rows in a block with a bias: more would compute keys that are out of sight, fewer are slower for the kernel.
