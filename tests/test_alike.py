@@ -291,7 +291,8 @@ WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_layers_may_write_to_what_they_have_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    assert check(Stack([Block(write) for _ in range(LAYERS)]), values()) == [(LAYERS, 1)]
+    moved = (LAYERS, 1) if write is not WRITES["out"] else (0, 0)
+    assert check(Stack([Block(write) for _ in range(LAYERS)]), values()) == [moved]
 
 
 class Writing(nn.Module):

@@ -180,8 +180,9 @@ def _input(body: fx.Graph, number: int, operand: fx.Node) -> fx.Node:
 
 
 def _may_move(node: fx.Node) -> bool:
-    """Not what has graphs of its own, is called for another reason than its value, or reads a number off a tensor."""
-    if calls_graphs(node):
+    """Not what has graphs of its own, is called for another reason than its value, or reads a number off a tensor; and
+    not `out=`, which PyTorch 2.11 cannot decompose in a graph that it calls."""
+    if calls_graphs(node) or node.kwargs.get("out") is not None:
         return False
     plain = all(isinstance(value, torch.Tensor) or _is_known(value) for value in _values(node))
     return plain or (node.meta.get("example_value") is None and not node.users and bool(written_by(node)))
