@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import physical
+from benchmarks import physical, predicted
 from benchmarks.measure import MIB, describe_machine
 from benchmarks.methods import CHUNK, METHODS, Setup
 from benchmarks.physical import Rates
@@ -48,7 +48,7 @@ residual stream and the cache (with the cache on the host, keys and values of on
 _NO_GPU = """# GPUs
 
 `python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape in bf16; it has not run yet, and its
-figures will stand here. What a first look on an H200 found is in [figures.md](figures.md).
+figures will stand here. What a first look on an H200 found is in [figures.md](figures.md). Until then:
 """
 
 _PREFILL_HEADINGS = (
@@ -75,8 +75,14 @@ def text_of(source: Path) -> str:
     )  # fmt: skip
     parts = [head, *prefill_tables(cells, rates), longest_table(cells)]
     gpus = [json.loads(file.read_text()) for file in sorted(source.parent.glob("gpu-*.json"))]
-    parts += [_NO_GPU] if not gpus else [part for gpu in gpus for part in gpu_tables(gpu)]
+    parts += [part for gpu in gpus for part in gpu_tables(gpu)] or [_NO_GPU, *predictions(source.parent)]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def predictions(folder: Path) -> list[str]:
+    """What stands in for a GPU's figures, where it has been predicted."""
+    file = folder / predicted.RESULTS.name
+    return [predicted.section(json.loads(file.read_text()))] if file.exists() else []
 
 
 def gpu_tables(results: Row) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import measure, physical, suite, suite_page
+from benchmarks import measure, physical, predicted, suite, suite_page
 from benchmarks.longest import longest
 from benchmarks.measure import MIB
 from benchmarks.methods import METHODS, Cell, Setup
@@ -173,6 +174,26 @@ def test_the_page_tells_the_longest_prompt_beside_inductor_and_the_paper(tmp_pat
     text = page(tmp_path, rows)
     assert line(text, "mom") == ["mom", "4,000 tokens", "nothing tried did", "4.00x", "2.00x"]
     assert line(text, "inductor")[2:] == ["1,020", "1.00x", "0.50x"]
+
+
+def test_without_a_gpu_the_page_tells_what_is_predicted_and_calls_it_so() -> None:
+    text = suite_page.text_of(suite.RESULTS)
+    section = text[text.index("# GPUs") :]
+    assert "Predicted, not measured" in section and "| 1,048,576 |" in section
+
+
+def test_no_prediction_is_below_what_must_live() -> None:
+    for tokens, cell in json.loads(predicted.RESULTS.read_text())["cells"].items():
+        setup = Setup(predicted.BENCHED, 32, int(tokens), dtype="bfloat16", device="cuda")
+        for name, host in (("mom", False), ("mom-host", True)):
+            least = physical.live_bytes(setup, cache_on_host=host)
+            assert least < cell["peaks"][name] < cell["peaks"]["mlp"] < cell["peaks"]["inductor"]
+
+
+@pytest.mark.slow
+def test_the_predictions_in_the_repository_are_those_of_this_code() -> None:
+    made, kept = predicted.predicted(), json.loads(predicted.RESULTS.read_text())
+    assert {name: made[name] for name in ("cells", "weights")} == {name: kept[name] for name in ("cells", "weights")}
 
 
 def test_the_page_in_the_repository_is_made_of_the_results_in_the_repository() -> None:
