@@ -248,6 +248,28 @@ def test_layers_may_return_several_values_and_read_each_others() -> None:
     assert check(Summing(), values()) == [(LAYERS, 1)]
 
 
+def test_what_a_layer_hands_on_is_returned_where_it_lies() -> None:
+    class Handing(Block):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), x, x.transpose(0, 1)
+
+    layers = nn.ModuleList(Handing() for _ in range(LAYERS))
+
+    def all_of_them(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found: list[torch.Tensor] = []
+        for layer in layers:
+            x, *others = layer(x)
+            found += others
+        return (*found, x)
+
+    assert check(all_of_them, values()) == [(LAYERS, 1)]
+    given = values()
+    with torch.no_grad():
+        result = traced(all_of_them, given).result
+    lies = [found.untyped_storage().data_ptr() == given.untyped_storage().data_ptr() for found in result]
+    assert lies == [True, True, *(False for _ in result[2:])]
+
+
 # --- what may not be moved ---
 
 

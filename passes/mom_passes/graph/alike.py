@@ -197,7 +197,8 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride(), value.storage_offset())
         plain = value.layout == torch.strided and not is_wrapper(value) and all(map(_is_known, sizes))
-        return (value.dtype, value.device, value.dim(), *map(expr, sizes)) if plain else None
+        lazy = (value.is_conj(), value.is_neg())
+        return (value.dtype, value.device, value.dim(), *lazy, *map(expr, sizes)) if plain else None
     return ("size", expr(value)) if isinstance(value, (int, torch.SymInt)) and _is_known(value) else None
 
 
