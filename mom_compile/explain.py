@@ -1,9 +1,9 @@
 """`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
 
-one graph       traced, rewritten, and then the call is given up: nothing of it has run
-several         the call goes on from break to break on stand-ins, which have no data
-a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
-                on the meta device, where that cannot be, it ends there and says so, too
+    one graph       traced, rewritten, and then the call is given up: nothing of it has run
+    several         the call goes on from break to break on stand-ins, which have no data
+    a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
+                    on the meta device, where that cannot be, it ends there and says so, too
 """
 
 from __future__ import annotations

@@ -51,12 +51,13 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_false
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
+from mom_passes.torch_compat import is_wrapper
+
 InnerCompile = Callable[..., Any]
 
 
@@ -316,7 +317,7 @@ def expect_other_sizes(tensor: Any, dim: int) -> None:
     if _mark_dynamic is None:
         return
     _mark_dynamic(tensor, {dim})
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()
         for inner in (getattr(tensor, name) for name in names):
             if inner.dim() == tensor.dim():

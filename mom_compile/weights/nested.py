@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from mom_compile.runtime.host.weight import HostWeight
-from mom_compile.torch_compat import is_traceable_wrapper_subclass
+from mom_passes.torch_compat import is_wrapper
 
 #: Inside of a quantised weight, what has fewer bytes (a scale for all of it) moves to the device.
 LEAST_INNER_BYTES = 1 << 10
 
 
 def is_nested(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, HostWeight) and bool(is_traceable_wrapper_subclass(tensor))
+    return not isinstance(tensor, HostWeight) and is_wrapper(tensor)
 
 
 def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
