@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import physical, predicted
+from benchmarks import physical
 from benchmarks.measure import MIB, describe_machine
 from benchmarks.methods import CHUNK, METHODS, Setup
 from benchmarks.physical import Rates
@@ -17,6 +17,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 Row = Mapping[str, Any]
 #: What ours is compared to.
 BASE, PAPER = "inductor", "mlp"
+#: Beside the results: what `benchmarks.predicted` makes.
+PREDICTED = "predicted-gpu.json"
+GIB = 1 << 30
 
 _HEAD = """# Benchmarks
 
@@ -51,6 +54,19 @@ _NO_GPU = """# GPUs
 figures will stand here. What a first look on an H200 found is in [figures.md](figures.md). Until then:
 """
 
+_PREDICTED_HEAD = """## Predicted, not measured: {shape} on one {device}
+
+One sequence in bfloat16, {weights:.1f} GiB of weights beside what stands here. Peaks are the memory model's
+(`python -m benchmarks.predicted`; [plans.md](plans.md) says how far it is to be trusted); *the least* is as above.
+"""
+
+_ARITHMETIC = """
+Time to first token is estimated as the longest of what goes on at once, each by itself: operations of products and
+attentions over the rate that products reach of the device's; mini-sequences times the weights that each reads, over the
+memory's bandwidth; mini-sequences times loops times the host's time for a body; keys and values over the link. Of *mom*
+nothing leaves; all else is the same.
+"""
+
 _PREFILL_HEADINGS = (
     "method", "first call", "time to first token", "of the least", "of Inductor's", "peak above the weights",
     "of the least", "of Inductor's", "decode", "logits off eager's",
@@ -80,9 +96,32 @@ def text_of(source: Path) -> str:
 
 
 def predictions(folder: Path) -> list[str]:
-    """What stands in for a GPU's figures, where it has been predicted."""
-    file = folder / predicted.RESULTS.name
-    return [predicted.section(json.loads(file.read_text()))] if file.exists() else []
+    """What stands in for a GPU's figures, where it has been predicted: what it takes, and for how long."""
+    if not (folder / PREDICTED).exists():
+        return []
+    results = json.loads((folder / PREDICTED).read_text())
+    head = {"shape": results["shape"], "device": results["device"], "weights": results["weights"] / GIB}
+    lines = [_PREDICTED_HEAD.format(**head), *_predicted_peaks(results["cells"])]
+    return ["\n".join([*lines, _ARITHMETIC, *_predicted_times(results["cells"])])]
+
+
+def _predicted_peaks(cells: Mapping[str, Row]) -> list[str]:
+    names = next(iter(cells.values()))["peaks"]
+    lines = _table_head(("tokens", *names, "the least", "the least, cache on the host"))
+    for tokens, cell in cells.items():
+        sizes = (f"{size / GIB:.2f} GiB" for size in (*cell["peaks"].values(), *cell["least"]))
+        lines.append(_line(f"{int(tokens):,}", *sizes))
+    return lines
+
+
+def _predicted_times(cells: Mapping[str, Row]) -> list[str]:
+    parts = next(iter(cells.values()))["seconds"]["mom-host"]["parts"]
+    lines = _table_head(("tokens", *(f"{part}, s" for part in parts), "mom bound by", "mom-host bound by"))
+    for tokens, cell in cells.items():
+        kept, away = cell["seconds"]["mom"], cell["seconds"]["mom-host"]
+        seconds = (f"{time:.3g}" for time in away["parts"].values())
+        lines.append(_line(f"{int(tokens):,}", *seconds, kept["bound"], away["bound"]))
+    return lines
 
 
 def gpu_tables(results: Row) -> list[str]:
@@ -128,7 +167,11 @@ def _shape(setup: Setup) -> str:
 
 
 def _table_head(headings: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return [_line(*headings), "|---" * len(headings) + "|"]
+
+
+def _line(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |"
 
 
 def _prefill_row(setup: Setup, name: str, rows: Mapping[str, Row], rates: Rates) -> str:
@@ -151,7 +194,7 @@ def _prefill_row(setup: Setup, name: str, rows: Mapping[str, Row], rates: Rates)
         f"{setup.batch / statistics.median(row['step']):,.1f} tokens/s" if row.get("step") else "",
         _apart(row, eager),
     ]
-    return "| " + " | ".join(columns) + " |"
+    return _line(*columns)
 
 
 def _least_row(setup: Setup, rates: Rates) -> str:
