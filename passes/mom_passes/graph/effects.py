@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from mom_passes.graph.writes import written_as_said
 from mom_passes.torch_compat import is_higher_order, schemas_of
 
 #: `x += 1` and its like.
@@ -34,7 +35,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
     schemas = schemas_of(node.target)
     if schemas:
-        return [found for schema in schemas for found in _by_schema(node, schema)]
+        return [found for schema in schemas for found in written_as_said(node, schema)]
     if node.target in _OPERATORS:
         return _nodes_in(node.args[:1])
     return [] if node.target in _OF_PYTHON else _by_convention(node)
@@ -49,15 +50,6 @@ def changes_state(node: fx.Node) -> bool:
 def calls_graphs(node: fx.Node) -> bool:
     """Whether a call has graphs of its own."""
     return node.op == "call_module" or is_higher_order(node.target)
-
-
-def _by_schema(node: fx.Node, schema: Any) -> list[fx.Node]:
-    written = []
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            positional = not argument.kwarg_only and place < len(node.args)
-            written.append(node.args[place] if positional else node.kwargs.get(argument.name))
-    return _nodes_in(written)
 
 
 def _by_convention(node: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,7 @@ read is left as it is (`read_behind_a_write`); one that is rewritten must not ha
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,9 +64,16 @@ def written_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The operands that a write changes."""
-    found: list[fx.Node] = []
-    for i, argument in enumerate(schema_of(node.target).arguments):
+    return written_as_said(node, schema_of(node.target))
+
+
+def written_as_said(node: fx.Node, schema: Any) -> list[fx.Node]:
+    """The operands that a call changes if it is one of an operator with this schema."""
+    written = []
+    for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
+            positional = not argument.kwarg_only and place < len(node.args)
+            written.append(node.args[place] if positional else node.kwargs.get(argument.name))
+    found: list[fx.Node] = []
+    fx.map_arg(written, found.append)
     return found
