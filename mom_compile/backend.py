@@ -29,7 +29,7 @@ from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
-from mom_compile.torch_compat import InnerCompile, look_at_the_cpu, mark_boxed, stock_inner_compile
+from mom_compile.torch_compat import InnerCompile, mark_boxed, start_the_compiler, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.loops.loop import RowLimit
@@ -52,7 +52,7 @@ def mom(
     parsed = parse_options(options, mode)
     warn_of_versions()
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
-        look_at_the_cpu()
+        start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)
     tag = cache_tag(parsed, devices_of(example_inputs))
     return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)

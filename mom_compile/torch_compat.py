@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,10 @@ from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -389,16 +390,63 @@ def inductor_as_of(settings: CodegenSettings) -> Iterator[None]:
         yield
 
 
-_cpu_looked_at = threading.Event()
+#: Where the code that is being loaded leaves what it would wait for.
+_waits: contextvars.ContextVar[list[Callable[[], None]] | None] = contextvars.ContextVar("_waits", default=None)
+_wait_now = AsyncCompile.wait
 
 
-def look_at_the_cpu() -> None:
-    """Begin to find out which vector instructions there are, beside what the calling thread does: Inductor compiles a
-    program for each kind when it first writes C++ (11 s on a processor that has them all), and waits for it. Once in a
-    process; where its cache knows, that takes no time."""
-    if not _cpu_looked_at.is_set():
-        _cpu_looked_at.set()
-        threading.Thread(target=pick_vec_isa, name="mom_compile: vector instructions", daemon=True).start()
+def _wait(loading: AsyncCompile, scope: dict[str, Any]) -> None:
+    waits = _waits.get()
+    if waits is None:
+        _wait_now(loading, scope)
+    else:
+        waits.append(functools.partial(_wait_now, loading, scope))
+
+
+AsyncCompile.wait = _wait  # type: ignore[method-assign, assignment]
+
+
+@contextlib.contextmanager
+def kernels_later(devices: Collection[torch.device]) -> Iterator[list[Callable[[], None]]]:
+    """Code that Inductor compiles within does not wait for its C++ compilers: the list then has what waits for them,
+    to be called before the code is, each of which raises what the compiler had to say.
+
+    A module that Inductor writes starts a compiler for each of its kernels, and waits for them with its last line but
+    one, `async_compile.wait(globals())`. For the one graph of a model that costs nothing. Ours are many: the passes
+    stand still while a compiler works on a piece, and compilers while passes work on the next. Here alone, and in this
+    thread alone, that line takes a note. Not for GPUs: what Triton compiled is put into the cache as a graph ends.
+    """
+    waits: list[Callable[[], None]] = []
+    on_cpu = all(device.type == "cpu" for device in devices) and inductor_config.cpu_backend == "cpp"
+    token = _waits.set(waits if on_cpu else None)
+    try:
+        yield waits
+    finally:
+        _waits.reset(token)
+
+
+_compiler_started = threading.Event()
+#: A kernel like those that Inductor writes.
+_FIRST_KERNEL = """#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* out) { at::vec::Vectorized<float>(0.0f).store(out); }
+"""
+
+
+def start_the_compiler() -> None:
+    """Have the C++ compiler do, beside what the calling thread does, what Inductor would wait for at its first kernel.
+
+    It finds out which vector instructions there are, with a program for each kind, and compiles the header that all
+    kernels include. Both it does once for a compile cache, and both, with a kernel of no use, are done here, once in a
+    process. What goes wrong goes wrong again where Inductor does it, and is said there.
+    """
+    if not _compiler_started.is_set():
+        _compiler_started.set()
+        threading.Thread(target=_compile_first_kernel, name="mom_compile: first kernel", daemon=True).start()
+
+
+def _compile_first_kernel() -> None:
+    with contextlib.suppress(Exception):
+        CppPythonBindingsCodeCache.load_pybinding(["float*"], _FIRST_KERNEL)
 
 
 def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

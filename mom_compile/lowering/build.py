@@ -91,6 +91,10 @@ class Lowering:
         self.literals = Literals.of(self.gm, static_inputs)
         self.slots: dict[fx.Node, int] = {}
         self.steps: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
+        #: By the names of their steps.
+        self.pieces: dict[str, Piece] = {}
+        #: By its number, a step whose piece has literals of the graph as symbols.
+        self._with_literals: dict[int, Compute] = {}
         self.layouts: dict[fx.Node, Stored] = {}
         self._leaving = leaving(self.plan)
         sizes = kv.choice.footprint.symbols if kv.choice is not None and self._chooses() else ()
@@ -116,6 +120,7 @@ class Lowering:
                 constant = node.op == "get_attr"
                 call = Constant(attribute(self.gm, str(node.target))) if constant else OperatorCall.of(node)
                 self._call(step, call, list(step.ins))
+        self._finish()
         return self._assemble()
 
     # --- operators between loops ---
@@ -125,23 +130,20 @@ class Lowering:
         # as captured that does not compile where a size that a score reads is a symbol and the blocks are numbers.
         flex = any(isinstance(node.target, FlexAttention) for node in step.nodes)
         literals = NO_LITERALS if flex else self.literals
-        run, extra, left = self._compile_piece(step, literals) or self._compile_piece(step, NO_LITERALS)  # type: ignore[misc]
-        self._call(step, run, [*extra, *itertools.compress(step.ins, left)])
+        if literals.length:
+            self._with_literals[len(self.steps)] = step
+        self._call(step, *self._compile_piece(step, literals))
 
-    def _compile_piece(
-        self, step: Compute, literals: Literals
-    ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]] | None:
-        """The piece of a run of operators; None if with its literals as symbols it is none that Inductor compiles."""
+    def _compile_piece(self, step: Compute, literals: Literals) -> tuple[Piece, list[Any]]:
+        """The piece of a run of operators, with its arguments."""
         graph = _subgraph(step.nodes, step.ins, step.outs)
         templates = [
             of_any_length(self, node, partial(literals.size, node)) if literals.length else self.template(node)
             for node in step.ins
         ]
         values = dict.fromkeys(literals.facts, literals.length)
-        found = self._compile(graph, templates, step.name, values, literals.facts, literals)
-        if literals.length and self.report.eager_pieces.pop(step.name, None) is not None:
-            return None
-        return found
+        piece, extra, left = self._compile(graph, templates, step.name, values, literals.facts, literals)
+        return piece, [*extra, *itertools.compress(step.ins, left)]
 
     # --- loops ---
 
@@ -204,9 +206,9 @@ class Lowering:
         facts: Mapping[sympy.Symbol, SymbolFacts],
         literals: Literals,
         patches: Mapping[str, Any] = {},
-    ) -> tuple[Callable[[list[Any]], Any], list[Any], list[bool]]:
-        """The compiled piece, the arguments that give its symbols their values, to be passed first, and which of its
-        inputs it is passed: not the sizes that it computes from these.
+    ) -> tuple[Piece, list[Any], list[bool]]:
+        """The piece, to be finished, the arguments that give its symbols their values, to be passed first, and which
+        of its inputs it is passed: not the sizes that it computes from these.
 
         `facts` and `values` are of the symbols that the graph has not. `start` and `count` change with every iteration:
         a loop passes them itself, after the others. The user's own `patches` of Inductor's options win.
@@ -215,9 +217,19 @@ class Lowering:
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
         new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches})
-        piece = self.cache.get(new, self.settings, self.report, name)
+        piece = self.cache.begin(new, self.settings, self.report, name)
+        self.pieces[name] = piece
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]
         return piece, extra, form.left
+
+    def _finish(self) -> None:
+        """Wait for all pieces. One that does not compile with its literals as symbols is made with them as they are."""
+        for name, piece in self.pieces.items():
+            self.cache.finish(piece, self.report, name)
+        for number, step in self._with_literals.items():
+            if self.report.eager_pieces.pop(step.name, None) is not None:
+                self.steps[number] = self._compile_piece(step, NO_LITERALS)
+                self.cache.finish(self.pieces[step.name], self.report, step.name)
 
     def template(self, node: fx.Node) -> Template:
         value = node.meta["val"]

@@ -31,6 +31,7 @@ from mom_compile.torch_compat import (
     SymbolicSizes,
     assert_layout,
     inductor_as_of,
+    kernels_later,
     loaded_piece,
     stored_piece,
 )
@@ -118,6 +119,8 @@ class Piece:
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
     eager_reason: str | None = None
+    #: What the newest variant still waits for: C++ compilers at work.
+    unfinished: list[Callable[[], None]] = field(default_factory=list)
     #: Of a piece that was read: what stands in Inductor's cache for each variant, with its conditions.
     kept: list[tuple[Any, Conditions | None]] = field(default_factory=list)
 
@@ -175,7 +178,7 @@ class Piece:
         return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
 
     def make(self) -> None:
-        """Read from Inductor's cache what an earlier process compiled, or compile it."""
+        """Read from Inductor's cache what an earlier process compiled, or compile it. To be finished."""
         try:
             self.variants = [Variant(loaded_piece(stored), holds) for stored, holds in self.kept]
         except Exception:
@@ -185,13 +188,17 @@ class Piece:
             self.compile()
 
     def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
-        """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason."""
+        """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason.
+
+        On a CPU C++ compilers may still be at work when this returns: `finish` waits for them.
+        """
+        self.finish()
         sizes = SymbolicSizes()
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
-            with inductor_as_of(self.settings):
+            with inductor_as_of(self.settings), kernels_later(self._devices) as self.unfinished:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
                 # In a loop's body: in a decode step a kernel more would take longer.
@@ -199,16 +206,30 @@ class Piece:
                     store_once(gm.graph)
                 run = sizes.compile(gm, inputs, dict(self.patches))
         except Exception as error:
-            log.debug("Inductor could not compile a piece", exc_info=True)
-            self.eager_reason = first_line(error)
-            self.variants.append(Variant(self.run_eagerly, None))
+            self.unfinished = []
+            self.variants.append(self._eager(error))
             return
         self.variants.append(Variant(run, self._condition(sizes)))
+
+    def finish(self) -> None:
+        """Wait for the C++ compilers. What does not compile runs eagerly, with the reason."""
+        waits, self.unfinished = self.unfinished, []
+        try:
+            for wait in waits:
+                wait()
+        except Exception as error:
+            self.variants[-1] = self._eager(error)
+
+    def _eager(self, error: Exception) -> Variant:
+        log.debug("Inductor could not compile a piece", exc_info=error)
+        self.eager_reason = first_line(error)
+        return Variant(self.run_eagerly, None)
 
     def run_eagerly(self, inputs: list[Any]) -> Any:
         return run_eagerly(self.gm, inputs)
 
     def _choose(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
+        self.finish()
         facts = list(self.symbols.values())
         if any(value < fact.minimum for value, fact in zip(values, facts, strict=True)):
             # Compiled code assumes sizes of two and more (it would have specialised on one).
@@ -218,6 +239,7 @@ class Piece:
                 return self._remember(values, variant.run)
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         self.compile(dict(zip(self.symbols, values, strict=True)))
+        self.finish()
         return self._remember(values, self.variants[-1].run)
 
     def _remember(self, values: tuple[int, ...], run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -262,6 +284,12 @@ class PieceCache:
 
     def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The piece that is like this one, which is not compiled: itself, compiled now, if it is new."""
+        found = self.begin(piece, settings, report, name)
+        self.finish(found, report, name)
+        return found
+
+    def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+        """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
         key = (settings.key, piece.key())
         found = self._pieces.get(key)
         if found is None:
@@ -271,14 +299,20 @@ class PieceCache:
             seconds = time.perf_counter() - began
             report.compiled_pieces.append(name)
             report.compile_seconds += seconds
-            log.debug("compiled %s in %.1f s", name, seconds)
+            log.debug("made %s in %.1f s", name, seconds)
             found = self._pieces[key] = piece
         else:
             report.bodies_shared += 1
             log.debug("%s shares a compiled piece", name)
+        return found
+
+    def finish(self, found: Piece, report: Report, name: str) -> None:
+        """Wait for a piece, and report it where it runs eagerly."""
+        began = time.perf_counter()
+        found.finish()
+        report.compile_seconds += time.perf_counter() - began
         if found.eager_reason is not None:
             report.eager_pieces[name] = found.eager_reason
-        return found
 
     def clear(self) -> None:
         self._pieces.clear()
