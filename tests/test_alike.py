@@ -151,7 +151,7 @@ def values(batch: int = 2, tokens: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 37])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 37])
 def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
     model = TinyDecoder(layers=LAYERS).eval()
     assert check(model, torch.arange(3 * tokens).view(3, -1) % 64, dynamic=dynamic) == [(LAYERS, 1)]
@@ -161,9 +161,9 @@ def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
     ("family", "graphs", "changes"),
     [
         ("Llama", 1, {}),
-        ("GPT2", 1, {"n_layer": LAYERS}),
+        pytest.param("GPT2", 1, {"n_layer": LAYERS}, marks=pytest.mark.slow),
         ("Falcon", 1, {}),
-        ("Mixtral", 1, {}),
+        pytest.param("Mixtral", 1, {}, marks=pytest.mark.slow),
         ("Gemma3Text", 2, {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}),
     ],
 )

@@ -38,8 +38,17 @@ def keys(model: Any, tokens: int) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("options", [KEPT, ON_HOST], ids=["kept", "on host"])
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Mistral"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param("Llama", KEPT, id="Llama kept"),
+        pytest.param("Llama", ON_HOST, id="Llama on host", marks=pytest.mark.slow),
+        pytest.param("Gemma3Text", KEPT, id="Gemma kept", marks=pytest.mark.slow),
+        pytest.param("Gemma3Text", ON_HOST, id="Gemma on host"),
+        pytest.param("Mistral", KEPT, id="Mistral kept"),
+        pytest.param("Mistral", ON_HOST, id="Mistral on host", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 def test_decode_steps_of_all_prompts_are_one_graph(family: str, options: dict[str, Any]) -> None:
     window = {"sliding_window": 16} if family == "Mistral" else {}
@@ -52,8 +61,19 @@ def test_decode_steps_of_all_prompts_are_one_graph(family: str, options: dict[st
         assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
-@pytest.mark.parametrize("tokens", [LONG, SHORT, 1])
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [
+        ("Llama", LONG),
+        ("Llama", 1),
+        ("Qwen3", LONG),
+        ("GPT2", SHORT),
+        *(
+            pytest.param(family, tokens, marks=pytest.mark.slow)
+            for family, tokens in [("Llama", SHORT), ("Qwen3", SHORT), ("Qwen3", 1), ("GPT2", LONG), ("GPT2", 1)]
+        ),
+    ],
+)
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 def test_the_first_keys_and_values_lie_as_eager_mode_lays_them_out(family: str, tokens: int) -> None:
     expected = keys(small_model(family), tokens)

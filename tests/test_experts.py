@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  defines the grouped product that models are traced with
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -20,6 +19,7 @@ from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.tokens.experts import outline_experts
 from mom_passes.tokens.region import inline_regions, regions
 from tests.programs import HIDDEN
+from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
 
@@ -148,8 +148,9 @@ def routings() -> st.SearchStrategy[Routing]:
     return made.filter(lambda routing: routing.k <= routing.experts)
 
 
-@settings(RANDOM_PROGRAMS, max_examples=60)
-@given(routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans())
+@random_examples(
+    25, 120, RANDOM_PROGRAMS, routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans()
+)
 def test_any_routing_keeps_its_meaning(routing: Routing, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """Ties, one expert that gets every token, experts that get none; each product is in a loop, none outside."""
 

@@ -21,7 +21,7 @@ from mom_passes.ops.transfers import OFFLOAD
 from mom_passes.program.in_place import _relabels_an_input, take_over_storage
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
-from tests.shares import at_least
+from tests.shares import at_least, some_and_many
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
 
@@ -93,10 +93,11 @@ def check(names, batch, tokens, returned):
     return bool(taken(with_it))
 
 
-def test_any_program_gives_the_same_with_and_without():
+@some_and_many(20, 80)
+def test_any_program_gives_the_same_with_and_without(runs):
     with at_least(0.9, "write over something") as in_place:
 
-        @settings(RANDOM_PROGRAMS, max_examples=40)
+        @settings(RANDOM_PROGRAMS, max_examples=runs)
         @given(
             st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=2, max_size=4),
             st.integers(1, 3),

@@ -17,6 +17,7 @@ from mom_compile import HostTensor
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
 from tests.models import tiny
+from tests.shares import some_and_many
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("eager_pieces")
@@ -99,7 +100,7 @@ def slow_copies():
     engine.delay = None
 
 
-@pytest.mark.parametrize("runs", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@some_and_many(25, 1000)
 def test_random_delays_in_every_copy_change_nothing(slow_copies, runs):
     model = compiled_model()
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mom_compile
@@ -17,6 +16,7 @@ from mom_passes.rules.reduction import STATES
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.rule_law import Call, cuts, node_of, run_rows
 from tests.rule_samples import all_samples, floats
+from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import check_every_length, rewrite, trace
 
@@ -76,8 +76,10 @@ def program(names: list[str]) -> Any:
     return run
 
 
-@settings(RANDOM_PROGRAMS, max_examples=40)
-@given(
+@random_examples(
+    20,
+    80,
+    RANDOM_PROGRAMS,
     st.lists(st.sampled_from([*SCANS, *SCANS, "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),
     st.sampled_from(sorted(SCANS)),
     st.integers(8, 23),

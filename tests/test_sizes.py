@@ -173,8 +173,14 @@ def inputs(tokens: int) -> torch.Tensor:
     return torch.randn(2, tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
 
 
+#: Much like others of them.
+ALIKE = {"every third", "first twenty", "last third", "mean", "scale"}
+
+
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in PROGRAMS]
+)
 def test_sizes_computed_from_the_length_follow_it(name: str) -> None:
     program = PROGRAMS[name]
     with torch.no_grad():
