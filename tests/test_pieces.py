@@ -321,13 +321,13 @@ def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
 ) -> None:
     """The hint of `count`: from it Inductor takes block sizes and how wide an index is. Never the length itself."""
     hints = []
-    get = PieceCache.get
+    begin = PieceCache.begin
 
     def seen(cache: PieceCache, piece: Piece, *more: Any) -> Any:
         hints.extend(facts.hint for symbol, facts in piece.symbols.items() if symbol == COUNT)
-        return get(cache, piece, *more)
+        return begin(cache, piece, *more)
 
-    monkeypatch.setattr(PieceCache, "get", seen)
+    monkeypatch.setattr(PieceCache, "begin", seen)
     with torch.no_grad():
         torch.compile(block, backend="mom", options=MINI)(inputs(tokens))
     assert hints and set(hints) == {MINI["mini_seq_len"]}
