@@ -129,7 +129,7 @@ def test_pytorch_finds_the_backend_where_the_compiler_is_started() -> None:
     (found,) = entry_points(group="torch_dynamo_backends", name="mom")
     assert found.value == "mom_compile.entry:mom"
     assert found.load() is backend_module.mom
-    assert torch_compat._compiler_started.is_set() == (not torch.cuda.device_count())
+    assert torch_compat._compiler_started.is_set() or torch.accelerator.device_count()
 
 
 def test_what_the_first_kernel_makes_is_what_kernels_want(fresh: None) -> None:
