@@ -436,8 +436,8 @@ def start_the_compiler() -> None:
     """Have the C++ compiler do, beside what the calling thread does, what Inductor would wait for at its first kernel.
 
     It finds out which vector instructions there are, with a program for each kind, and compiles the header that all
-    kernels include; both are kept on the disk. Here both are done, once in a process, with a kernel of no use. What goes
-    wrong goes wrong again where Inductor does it, and is said there.
+    kernels include; both are kept on the disk. Here both are done, once in a process, with a kernel of no use. What
+    goes wrong goes wrong again where Inductor does it, and is said there.
 
     A process does not end before: half a header would be found by the next one.
     """
