@@ -31,7 +31,8 @@ Every way to prefill a long prompt beside every other, all with the logits of th
 is not run again unless with `--fresh`, and `--page` makes the page alone. Each figure comes from a process of its own,
 with an empty compile cache. When all methods of a table have run, their processes are timed in turn, one prefill each
 (A B C, C B A, ...); times are medians of {repeats}. Peaks are bytes of PyTorch's allocator above the weights, exact.
-Running out of memory, or of time, is a result.
+Running out of memory, or of time, is a result. Decode steps are timed when each process has come to them, not in turn:
+what else a machine does just then shows in them (`python -m benchmarks.starts --only-steps` times them in turn).
 
 | method | what it is |
 |---|---|
