@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from examples import demo
 
@@ -60,3 +64,14 @@ def test_every_wait_is_announced_as_long_as_it_is_expected() -> None:
     assert [re.sub(r" \(about \d+ s\)", "", text) for text in said] == steps
     assert far[0] == 0 and far == sorted(far) and far[-1] < 1
     assert not demo.EXPECTED.keys() - {*demo.all_steps(demo.FULL), "the model is unpacked already"}
+
+
+def test_the_time_of_scoring_is_that_of_scoring_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Eager's scores are held against float64 afterwards, for which the table has no column."""
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setattr(demo, "scorer", lambda *_: lambda ids: ids.float())
+    monkeypatch.setattr(demo.measure, "peak_bytes", lambda run: (run(), SimpleNamespace(peak=1))[1])
+    monkeypatch.setattr(demo.workers, "step", lambda _: None)
+    monkeypatch.setattr(demo, "exact_scores", lambda *_: (time.sleep(1), torch.zeros(1))[1])
+    assert demo.score(None, torch.arange(3), "eager")["seconds"] < 0.5
+    assert (tmp_path / "exact-score.pt").exists()
