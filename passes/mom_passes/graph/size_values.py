@@ -19,7 +19,7 @@ import sympy
 import torch
 
 from mom_passes.errors import PassError
-from mom_passes.graph.sizes import Size, expr
+from mom_passes.graph.sizes import Size, expr, fraction
 
 Value = TypeVar("Value")
 
@@ -138,7 +138,7 @@ def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
     if name == "Piecewise":
         return _choice(args)
     if name in ("Add", "Mul", "Pow"):
-        numerator, denominator = _fraction(size)
+        numerator, denominator = fraction(size)
         if denominator != 1:
             # A size is a whole number: what is written as a fraction divides without a rest.
             whole = numerator.is_integer and denominator.is_integer
@@ -146,27 +146,12 @@ def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
         if name == "Pow" and args[1] == sympy.S.Half:
             return torch.sym_sqrt, args[:1]
     if name == "ceiling":
-        numerator, denominator = _fraction(args[0])
+        numerator, denominator = fraction(args[0])
         if denominator != 1 and numerator.is_integer and denominator.is_integer:
             return ceiling_division, (numerator, denominator)  # the fraction has a rest, other than a size
     if name in JOINING and len(args) > 2:
         return CALLS[name], (size.func(*args[:-1]), args[-1])
     return CALLS.get(name) or _sympy_call(size.func), args
-
-
-def _fraction(size: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
-    """Numerator and denominator. Sympy's `together` takes milliseconds, and few sizes divide at all."""
-    return sympy.fraction(sympy.together(size)) if _divides(size) else (size, sympy.S.One)  # type: ignore[no-any-return]
-
-
-def _divides(size: sympy.Basic) -> bool:
-    """Whether a sum or a product may have a denominator. What is within other functions is theirs."""
-    if size.is_Rational:
-        return not size.is_Integer
-    if size.is_Pow:
-        base, exponent = size.args
-        return not exponent.is_nonnegative or _divides(base)
-    return bool(size.is_Add or size.is_Mul) and any(map(_divides, size.args))
 
 
 def _choice(pairs: Sequence[Any]) -> tuple[Any, Sequence[sympy.Basic]]:
