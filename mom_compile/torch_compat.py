@@ -56,9 +56,9 @@ from torch.utils._pytree import tree_any as tree_any
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
-#: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
 from mom_passes.torch_compat import is_wrapper
 
+#: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
 InnerCompile = Callable[..., Any]
 
 
