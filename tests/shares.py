@@ -24,13 +24,15 @@ def some_and_many(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("runs", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def random_examples(few: int, many: int, base: settings, *strategies: Any) -> Callable[[Callable[..., None]], Any]:
+def random_examples(
+    few: int, many: int, base: settings, *strategies: Any, **named: Any
+) -> Callable[[Callable[..., None]], Any]:
     """Makes a property a test of a few random examples, and in the sweep of many."""
 
     def decorate(holds: Callable[..., None]) -> Any:
         @some_and_many(few, many)
         def test(runs: int) -> None:
-            settings(base, max_examples=runs)(given(*strategies)(holds))()
+            settings(base, max_examples=runs)(given(*strategies, **named)(holds))()
 
         test.__name__, test.__qualname__, test.__doc__ = holds.__name__, holds.__qualname__, holds.__doc__
         test.__module__ = holds.__module__

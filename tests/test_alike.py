@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
@@ -29,6 +29,7 @@ from mom_passes.graph.structure import lines_of
 from mom_passes.torch_compat import INVOKE_SUBGRAPH
 from tests.models import TinyDecoder, prompt, small_model
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weighted, Weights
+from tests.shares import random_examples
 
 LAYERS = 4
 
@@ -175,7 +176,24 @@ def test_so_are_those_of_transformers(family: str, graphs: int, changes: dict[st
     assert check(model, **inputs, logits_to_keep=1) == [(layers, graphs)]
 
 
-def check_any(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
+RANDOM = settings(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@random_examples(
+    6,
+    60,
+    RANDOM,
+    names=st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=6),
+    tokens=st.integers(2, 19),
+    batch=st.integers(1, 3),
+    dynamic=st.booleans(),
+)
+def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
     assume(batch != tokens)  # one symbol would stand for both, and sizes have many names
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -186,33 +204,6 @@ def check_any(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
     model = Stack([Weighted(program) for _ in range(LAYERS)])
     ((layers, graphs),) = check(model, values(batch, tokens), dynamic=dynamic)
     assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may say a size in another way
-
-
-PROGRAMS = given(
-    names=st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=6),
-    tokens=st.integers(2, 19),
-    batch=st.integers(1, 3),
-    dynamic=st.booleans(),
-)
-RANDOM = settings(
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
-)
-
-
-@settings(RANDOM, max_examples=6)
-@PROGRAMS
-def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
-    check_any(names, tokens, batch, dynamic)
-
-
-@pytest.mark.slow
-@settings(RANDOM, max_examples=60)
-@PROGRAMS
-def test_so_is_any_program_of_many(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
-    check_any(names, tokens, batch, dynamic)
 
 
 # --- what is not the same ---
