@@ -38,6 +38,7 @@ EXPECTED = {
     "eager: scoring": 1,
     "eager: scoring, warm": 12,
     "eager: scoring, in float64": 8,
+    "inductor: loading": 15,
     "inductor: compiling, generating": 100,
     "inductor: scoring": 80,
     "inductor: scoring, warm": 30,
