@@ -69,7 +69,7 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 def reports() -> list[Report]:
     """What was done to each graph compiled so far in this process, oldest first."""
-    return [told.report for told in TOLD]
+    return [told.report for told in list(TOLD)]  # a copy: another thread may be compiling
 
 
 def compile_graph(

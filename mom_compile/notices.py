@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Mapping
 
@@ -17,13 +18,20 @@ class MomWarning(UserWarning):
 
 
 _said: set[str] = set()
+_saying = threading.Lock()
 
 
 def warn_once(key: str, text: str) -> None:
     """Warn unless something was said under that key since the last `forget`."""
-    if key not in _said:
-        warnings.warn(text, MomWarning, stacklevel=3)
+    with _saying:
+        if key in _said:
+            return
         _said.add(key)
+    try:
+        warnings.warn(text, MomWarning, stacklevel=3)
+    except BaseException:  # a filter has made an error of it: the next call raises it as well
+        _said.discard(key)
+        raise
 
 
 def forget() -> None:

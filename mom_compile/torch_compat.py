@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.convert_frame import compile_lock, input_codes
 from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
@@ -77,6 +77,11 @@ class UserError(ValueError, ShortenTraceback):
     def __str__(self) -> str:
         return self.message
 
+
+#: The lock that Dynamo holds while it compiles, and AOTAutograd while it compiles a backward graph at run time. It is
+#: reentrant. Whatever compiles outside of Dynamo takes this one and no lock of its own: Inductor is not made for two
+#: threads, and with a single lock there is no order in which two could be taken.
+COMPILING = compile_lock
 
 #: What a fake tensor raises where only data could tell.
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)

@@ -6,6 +6,9 @@ piece      A graph over its inputs alone, with sizes as symbols of its own.
 template   What a piece assumes of one input: a size, or a tensor's dtype, device, sizes and strides.
 variant    One compilation of a piece, with the conditions on sizes it relies on (mostly none).
 
+Several threads may run a piece. A run whose sizes the piece has seen takes no lock: it reads `chosen`. Everything that
+compiles, waits for compilers or changes `variants` holds `COMPILING`.
+
 Layers of a decoder are the same graph with other weights, so pieces are shared by structure:
 the key is the graph, with names and symbols numbered in order of appearance, and its templates.
 """
@@ -26,6 +29,7 @@ from torch import fx
 from mom_compile.lowering.once import is_worthwhile, store_once
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
+    COMPILING,
     CodegenSettings,
     NotStorable,
     SymbolicSizes,
@@ -42,6 +46,10 @@ from mom_passes.graph.structure import lines_of
 from mom_passes.loops.ports import COUNT
 
 log = logging.getLogger(__name__)
+
+
+#: Sizes for which a piece remembers its code. Beyond that it looks again.
+MOST_CHOSEN = 4096
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,8 @@ class Piece:
     def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
         """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason.
 
-        On a CPU C++ compilers may still be at work when this returns: `finish` waits for them.
+        On a CPU C++ compilers may still be at work when this returns: `finish` waits for them. The caller holds
+        `COMPILING`.
         """
         self.finish()
         sizes = SymbolicSizes()
@@ -198,7 +207,7 @@ class Piece:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
-            with inductor_as_of(self.settings), kernels_later(self._devices) as self.unfinished:
+            with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
                 # In a loop's body: in a decode step a kernel more would take longer.
@@ -206,19 +215,21 @@ class Piece:
                     store_once(gm.graph)
                 run = sizes.compile(gm, inputs, dict(self.patches))
         except Exception as error:
-            self.unfinished = []
             self.variants.append(self._eager(error))
             return
         self.variants.append(Variant(run, self._condition(sizes)))
+        self.unfinished = waits
 
     def finish(self) -> None:
         """Wait for the C++ compilers. What does not compile runs eagerly, with the reason."""
-        waits, self.unfinished = self.unfinished, []
-        try:
-            for wait in waits:
-                wait()
-        except Exception as error:
-            self.variants[-1] = self._eager(error)
+        with COMPILING:
+            try:
+                while self.unfinished:  # what an interrupt leaves is waited for the next time
+                    self.unfinished[0]()
+                    del self.unfinished[0]
+            except Exception as error:
+                self.unfinished = []
+                self.variants[-1] = self._eager(error)
 
     def _eager(self, error: Exception) -> Variant:
         log.debug("Inductor could not compile a piece", exc_info=error)
@@ -229,24 +240,30 @@ class Piece:
         return run_eagerly(self.gm, inputs)
 
     def _choose(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
+        """The code for sizes that no run has had yet, compiled if need be."""
+        with COMPILING:
+            run = self.chosen.get(values)  # another thread may have been here while this one waited
+            if run is None:
+                run = self._code_for(values)
+                if len(self.chosen) >= MOST_CHOSEN:
+                    self.chosen.clear()
+                self.chosen[values] = run
+        return run
+
+    def _code_for(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
         self.finish()
-        facts = list(self.symbols.values())
+        facts = self.symbols.values()
         if any(value < fact.minimum for value, fact in zip(values, facts, strict=True)):
             # Compiled code assumes sizes of two and more (it would have specialised on one).
-            return self._remember(values, self.run_eagerly)
+            return self.run_eagerly
         for variant in self.variants:
             if variant.holds is None or variant.holds(values):
-                return self._remember(values, variant.run)
+                return variant.run
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
+        new = len(self.variants)
         self.compile(dict(zip(self.symbols, values, strict=True)))
         self.finish()
-        return self._remember(values, self.variants[-1].run)
-
-    def _remember(self, values: tuple[int, ...], run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-        if len(self.chosen) >= 4096:
-            self.chosen.clear()
-        self.chosen[values] = run
-        return run
+        return self.variants[new].run
 
     def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
         own: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -291,19 +308,20 @@ class PieceCache:
     def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
         key = (settings.key, piece.key())
-        found = self._pieces.get(key)
-        if found is None:
-            began = time.perf_counter()
-            piece.settings = settings
-            piece.make()
-            seconds = time.perf_counter() - began
-            report.compiled_pieces.append(name)
-            report.compile_seconds += seconds
-            log.debug("made %s in %.1f s", name, seconds)
-            found = self._pieces[key] = piece
-        else:
-            report.bodies_shared += 1
-            log.debug("%s shares a compiled piece", name)
+        with COMPILING:
+            found = self._pieces.get(key)
+            if found is None:
+                began = time.perf_counter()
+                piece.settings = settings
+                piece.make()
+                seconds = time.perf_counter() - began
+                report.compiled_pieces.append(name)
+                report.compile_seconds += seconds
+                log.debug("made %s in %.1f s", name, seconds)
+                found = self._pieces[key] = piece
+            else:
+                report.bodies_shared += 1
+                log.debug("%s shares a compiled piece", name)
         return found
 
     def finish(self, found: Piece, report: Report, name: str) -> None:
