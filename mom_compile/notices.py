@@ -67,3 +67,28 @@ def warn_of_device_kv(option: object, on_device: Mapping[str, str]) -> None:
 def warn_of_ignored_kv(option: object, reason: str) -> None:
     """`kv_offload` was asked for, and stock Inductor has the whole graph."""
     warn_once(f"ignored: {reason}", f"kv_offload={option!r} is not honoured: {reason}")
+
+
+_MORE_GRAPHS = (
+    "mom_compile.compile(model) counts the graphs of each model alone and allows more of them, and so does a larger "
+    "torch._dynamo.config.{limit}; docs/troubleshooting.md says how to need fewer"
+)
+
+
+def warn_of_last_graph(code: object, limit: str, most: int) -> None:
+    """Dynamo makes the last graph of a code object that its limit allows."""
+    warn_once(
+        f"last graph: {code}",
+        f"this is the last of the {most} graphs that torch._dynamo.config.{limit} allows: a call that needs another one "
+        f"will run in eager mode, without what backend 'mom' saves. {_MORE_GRAPHS.format(limit=limit)}",
+    )
+
+
+def warn_of_eager_calls(code: object, limit: str, most: int) -> None:
+    """Dynamo has given a call up to eager mode, and all that need a graph that there is not yet."""
+    warn_once(
+        f"eager calls: {code}",
+        f"a call runs in eager mode, without what backend 'mom' saves: {most} graphs have been made, and "
+        f"torch._dynamo.config.{limit} allows no more. So will every call that needs another graph, of any model that "
+        f"shares this code. {_MORE_GRAPHS.format(limit=limit)}",
+    )
