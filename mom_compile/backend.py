@@ -27,6 +27,7 @@ from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, of
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_versions, warn_once
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
+from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import InnerCompile, mark_boxed, start_the_compiler, stock_inner_compile
@@ -55,7 +56,16 @@ def mom(
         start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)
     tag = cache_tag(parsed, devices_of(example_inputs))
-    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
+    before = TOLD[-1:]
+    with compiling(f"a graph of {_operators(gm)} operators, once for each kind of call", parsed.progress) as shown:
+        compiled = capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
+        if shown is not None and TOLD[-1:] != before:
+            shown.result = TOLD[-1].report.headline
+    return compiled
+
+
+def _operators(gm: fx.GraphModule) -> int:
+    return len([node for node in gm.graph.nodes if node.op.startswith("call")])
 
 
 def _reset() -> None:

@@ -37,6 +37,7 @@ class Options:
                   tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
     strict        our own failures raise instead of falling back to stock Inductor
     inductor      Inductor options, passed through; a `mode` adds to them
+    progress      what takes longer than a second to compile is told on standard error
 
     `torch.compile` takes `mode=` or `options=`, not both: with options, write what the mode stands for,
     `options={"kv_offload": True, "inductor": torch._inductor.list_mode_options("max-autotune")}`.
@@ -49,6 +50,8 @@ class Options:
     memory_budget: int | str | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    #: Not in `repr`, which is in the keys of the compile cache.
+    progress: bool = field(default=True, repr=False)
 
     def limit(self, device: str) -> RowLimit:
         """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`). With "auto" that is decided once it
@@ -98,8 +101,10 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             f"scope={parsed.scope!r} is not valid{_meant(parsed.scope, SCOPES)}; it is one of {_listed(SCOPES)}"
         )
     _check_kv(parsed)
-    if not isinstance(parsed.strict, bool):
-        raise UserError(f"strict={parsed.strict!r} is not valid; it is True or False")
+    for name in ("strict", "progress"):
+        value = getattr(parsed, name)
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value!r} is not valid; it is True or False")
     return parsed
 
 

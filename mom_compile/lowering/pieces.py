@@ -27,6 +27,7 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.once import is_worthwhile, store_once
+from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
     COMPILING,
@@ -261,8 +262,9 @@ class Piece:
                 return variant.run
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         new = len(self.variants)
-        self.compile(dict(zip(self.symbols, values, strict=True)))
-        self.finish()
+        with compiling("code for further sizes"):
+            self.compile(dict(zip(self.symbols, values, strict=True)))
+            self.finish()
         return self.variants[new].run
 
     def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
@@ -322,6 +324,7 @@ class PieceCache:
             else:
                 report.bodies_shared += 1
                 log.debug("%s shares a compiled piece", name)
+        advance()
         return found
 
     def finish(self, found: Piece, report: Report, name: str) -> None:
@@ -329,6 +332,7 @@ class PieceCache:
         began = time.perf_counter()
         found.finish()
         report.compile_seconds += time.perf_counter() - began
+        advance()
         if found.eager_reason is not None:
             report.eager_pieces[name] = found.eager_reason
 
