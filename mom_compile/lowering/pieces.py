@@ -23,7 +23,9 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.lowering.decomposed import decompose
 from mom_compile.lowering.once import is_worthwhile, store_once
+from mom_compile.notices import warn_of_eager
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
     CodegenSettings,
@@ -89,6 +91,16 @@ class Variant:
     run: Callable[[list[Any]], Any]
     #: None: holds for all sizes.
     holds: Conditions | None
+    #: Why it runs eagerly, where Inductor could not compile it.
+    eager_reason: str | None = None
+
+
+class NotCompiled(RuntimeError):
+    """Inductor cannot compile a piece, and `strict=True` allows no eager piece."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        super().__init__(f"Inductor could not compile {listed}. Without strict=True this runs eagerly")
 
 
 def first_line(error: Exception) -> str:
@@ -116,9 +128,10 @@ class Piece:
     symbols: dict[sympy.Symbol, SymbolFacts]
     patches: Mapping[str, Any]
     settings: CodegenSettings | None = None
+    #: Whether a variant that runs eagerly is an error.
+    strict: bool = False
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
-    eager_reason: str | None = None
     #: What the newest variant still waits for: C++ compilers at work.
     unfinished: list[Callable[[], None]] = field(default_factory=list)
     #: Of a piece that was read: what stands in Inductor's cache for each variant, with its conditions.
@@ -156,7 +169,7 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
-        return {**what, "patches": dict(self.patches), "kept": self.kept or self._stored()}
+        return {**what, "patches": dict(self.patches), "strict": self.strict, "kept": self.kept or self._stored()}
 
     def _stored(self) -> list[tuple[Any, Conditions | None]]:
         """Nothing where Inductor's cache has not all of it: it will be compiled."""
@@ -168,7 +181,7 @@ class Piece:
     def __setstate__(self, state: dict[str, Any]) -> None:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
-        self.kept = state["kept"]
+        self.strict, self.kept = state["strict"], state["kept"]
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -201,6 +214,7 @@ class Piece:
             with inductor_as_of(self.settings), kernels_later(self._devices) as self.unfinished:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
+                decompose(gm, sizes.mode)
                 # In a loop's body: in a decode step a kernel more would take longer.
                 if COUNT in self.symbols and is_worthwhile(self._devices):
                     store_once(gm.graph)
@@ -222,8 +236,12 @@ class Piece:
 
     def _eager(self, error: Exception) -> Variant:
         log.debug("Inductor could not compile a piece", exc_info=error)
-        self.eager_reason = first_line(error)
-        return Variant(self.run_eagerly, None)
+        return Variant(self.run_eagerly, None, first_line(error))
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why some sizes run eagerly, where Inductor could not compile the piece for them."""
+        return next((variant.eager_reason for variant in self.variants if variant.eager_reason is not None), None)
 
     def run_eagerly(self, inputs: list[Any]) -> Any:
         return run_eagerly(self.gm, inputs)
@@ -240,7 +258,16 @@ class Piece:
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         self.compile(dict(zip(self.symbols, values, strict=True)))
         self.finish()
+        self._check_later_variant(self.variants[-1])
         return self._remember(values, self.variants[-1].run)
+
+    def _check_later_variant(self, variant: Variant) -> None:
+        """What is compiled while a program runs is in no report: say at once that it runs eagerly."""
+        if variant.eager_reason is None:
+            return
+        if self.strict:
+            raise NotCompiled({"a piece for other sizes": variant.eager_reason})
+        warn_of_eager("a piece for other sizes", variant.eager_reason)
 
     def _remember(self, values: tuple[int, ...], run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         if len(self.chosen) >= 4096:
@@ -280,7 +307,7 @@ class PieceCache:
     """Pieces by structure, shared by all graphs of this process."""
 
     def __init__(self) -> None:
-        self._pieces: dict[tuple[str, str], Piece] = {}
+        self._pieces: dict[tuple[str, bool, str], Piece] = {}
 
     def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The piece that is like this one, which is not compiled: itself, compiled now, if it is new."""
@@ -290,7 +317,7 @@ class PieceCache:
 
     def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
-        key = (settings.key, piece.key())
+        key = (settings.key, piece.strict, piece.key())
         found = self._pieces.get(key)
         if found is None:
             began = time.perf_counter()
