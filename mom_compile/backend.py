@@ -22,15 +22,21 @@ from mom_compile.capture import capture
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.pieces import first_line, run_eagerly
+from mom_compile.lowering.pieces import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
 from mom_compile.memory.refusal import MemoryBudgetError
-from mom_compile.notices import forget, warn_of_versions, warn_once
+from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_versions
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
-from mom_compile.torch_compat import InnerCompile, mark_boxed, start_the_compiler, stock_inner_compile
+from mom_compile.torch_compat import (
+    InnerCompile,
+    asks_for_freezing,
+    mark_boxed,
+    start_the_compiler,
+    stock_inner_compile,
+)
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.loops.loop import RowLimit
@@ -52,6 +58,8 @@ def mom(
     """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
     parsed = parse_options(options, mode)
     warn_of_versions()
+    if asks_for_freezing(parsed.inductor):
+        warn_of_freezing()
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)
@@ -138,7 +146,7 @@ def stock_or_eager(
         log.debug("stock Inductor could not compile a graph", exc_info=True)
         reason = first_line(error)
     report.eager_pieces["the graph"] = reason
-    warn_once(f"eager: {reason}", f"Inductor could not compile a graph, which runs eagerly: {reason}")
+    warn_of_eager("a graph", reason)
 
     def run(inputs: list[Any]) -> Any:
         return run_eagerly(original, inputs)
@@ -224,9 +232,18 @@ def build_layers(
 
 def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Collection[str]) -> Program:
     kv = kv_place(rewritten, options, static, rule_for(rewritten, options, static))
-    return Lowering(
-        rewritten, static_inputs=static, patches=options.inductor, cache=PIECES, report=report, kv=kv
+    program = Lowering(
+        rewritten,
+        static_inputs=static,
+        patches=options.inductor,
+        cache=PIECES,
+        report=report,
+        kv=kv,
+        strict=options.strict,
     ).program()
+    if options.strict and report.eager_pieces:
+        raise NotCompiled(report.eager_pieces)
+    return program
 
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:

@@ -23,6 +23,7 @@ from mom_compile.memory.device_bytes import budget_of
 from mom_compile.memory.policy import placement_of
 from mom_compile.notices import (
     warn_of_device_kv,
+    warn_of_eager,
     warn_of_eager_calls,
     warn_of_gradients,
     warn_of_ignored_kv,
@@ -73,6 +74,8 @@ class Told:
         log.info("%s", report.headline)
         if report.failed:
             warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
+        for name, reason in report.eager_pieces.items():
+            warn_of_eager(name, reason)
         if self.not_ours == NEEDS_GRADIENTS:
             warn_of_gradients()
         elif asked not in (False, "auto"):
@@ -156,6 +159,8 @@ class CompiledGraph(Storable):
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
             run = _linked(found.code, told.options, report, told.device)
+            if report.eager_pieces and told.options.strict:
+                raise NotStorable("Inductor cannot compile a piece of it any more")
         else:
             run = loaded_stock(found.code, example_inputs, settings)
         self._begin(run, told)

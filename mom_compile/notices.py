@@ -52,6 +52,16 @@ def warn_of_gradients() -> None:
     warn_once("gradients", f"backend 'mom' is for inference: {text}torch.inference_mode()")
 
 
+def warn_of_freezing() -> None:
+    text = "it would copy the weights into every compiled graph; use backend='inductor' to compile with it"
+    warn_once("freezing", f"backend 'mom' compiles without Inductor's freezing: {text}")
+
+
+def warn_of_eager(what: str, reason: str) -> None:
+    """Inductor could not compile something, which runs eagerly. Each reason is told once."""
+    warn_once(f"eager: {reason}", f"Inductor could not compile {what}, which runs eagerly: {reason}")
+
+
 def warn_of_device_kv(option: object, on_device: Mapping[str, str]) -> None:
     """`kv_offload` was asked for, and these keys and values stay: name -> reason. Each reason is told once."""
     for reason in dict.fromkeys(on_device.values()):

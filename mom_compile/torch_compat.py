@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame
 from torch._dynamo.convert_frame import compile_lock, input_codes
@@ -39,6 +40,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import lowerings
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import BoxedBool
@@ -50,6 +52,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.compiler import config as compiler_config
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or_false
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -161,6 +164,9 @@ def trace(
     With a `cache_tag`, `inner_compile` returns a `Storable`, which AOTAutogradCache keeps and hands out in place of all
     that: for the same graph, settings, guards and tag. It keys on the graph and not on `inner_compile`: without a tag
     it would hand us stock Inductor's artifact, and stock Inductor ours, so that it is off then.
+
+    Inductor's freezing is off: it makes constants of a graph's weights, so that its copies of them are in memory beside
+    the model's, and it hands over graphs whose weights have no values.
     """
     with contextlib.ExitStack() as stack:
         if cache_tag is None or not _cacheable(gm, example_inputs):
@@ -172,7 +178,7 @@ def trace(
             gm,
             example_inputs,
             inner_compile=functools.partial(_with_inductors_decompositions, inner_compile),
-            config_patches=dict(patches),
+            config_patches={**patches, "freezing": False},
             decompositions=_decompositions(),
         )
         return compiled
@@ -213,6 +219,17 @@ def _has_nothing(tensor: torch.Tensor, dim: int) -> bool:
     """Without a guard on its size, as Inductor asks."""
     legacy = tensor.dim() == 1 and guard_or_false(tensor.shape[0] == 0)
     return legacy or (dim < tensor.dim() and guard_or_false(tensor.shape[dim] == 0))
+
+
+def is_only_decomposed(target: Any) -> bool:
+    """Whether Inductor decomposes an operator and does not lower it. It refuses a graph that calls one."""
+    return isinstance(target, OpOverload) and target not in lowerings and target in select_decomp_table()
+
+
+def decomposition(call: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """A function of fake values of `mode`, as a graph of operators that Inductor decomposes no further."""
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        return make_fx(call, select_decomp_table(), tracing_mode="real")(*values)  # type: ignore[no-any-return]
 
 
 #: What the user has in the keys of PyTorch's compile caches.
@@ -541,6 +558,11 @@ def start_the_compiler() -> None:
 def _compile_first_kernel() -> None:
     with contextlib.suppress(Exception):
         CppPythonBindingsCodeCache.load_pybinding(["float*"], _FIRST_KERNEL)
+
+
+def asks_for_freezing(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor is to make constants of weights: by its options, its configuration or the environment."""
+    return bool(patches.get("freezing", inductor_config.freezing))
 
 
 def mark_boxed(fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from mom_compile import MomWarning, reports
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import size_node
 from mom_passes.graph.size_values import CALLS, evaluate, function_of
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import fixed_sizes, same
 from tests.models import ids, tiny
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 from tests.test_properties import RANDOM_PROGRAMS
@@ -213,6 +214,49 @@ def test_a_size_that_cannot_be_computed_falls_back_while_compiling(monkeypatch: 
     with torch.no_grad(), pytest.warns(MomWarning, match="no value of the graph has the size x"):
         found = fast(inputs(40))
     torch.testing.assert_close(found, program(inputs(40)), rtol=1e-9, atol=1e-9)
+
+
+class Holder(torch.nn.Module):
+    """A module with a tensor that is neither parameter nor buffer: Dynamo makes symbols of its sizes."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        table = torch.linspace(-1, 1, 128 * HIDDEN, dtype=torch.float64).view(128, HIDDEN)
+        self.where = where
+        self.plain = table.clone()
+        self.listed = [table.clone()]
+        self.named = {"table": table.clone()}
+        self.of_object = SimpleNamespace(table=table.clone())
+
+    def table(self) -> torch.Tensor:
+        held = {"plain": self.plain, "list": self.listed[0], "dict": self.named["table"]}
+        return held.get(self.where, self.of_object.table)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.where == "replaced":
+            self.plain = self.plain + 1
+            return block(block(x + self.plain[: x.shape[1]]))
+        if self.where == "written":
+            self.plain[: x.shape[1]] += 1
+        return block(block(x + self.table()[: x.shape[1]]))
+
+
+@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.parametrize("where", ["plain", "list", "dict", "object", "replaced", "written"])
+def test_a_tensor_that_is_an_attribute_may_have_symbols_for_sizes(where: str) -> None:
+    program, compiled = Holder(where), Holder(where)
+    fast = torch.compile(compiled, backend="mom", dynamic=True, options=MINI)
+    with torch.no_grad():
+        for tokens in (40, 61):
+            torch.testing.assert_close(fast(inputs(tokens)), program(inputs(tokens)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compiled.plain, program.plain, rtol=0, atol=0)
+    assert all(report.stages for report in reports())
+
+
+def test_symbols_are_no_fixed_sizes() -> None:
+    gm = trace(lambda x: x + 1, torch.zeros(128, 6), dynamic=True)
+    sizes = fixed_sizes([next(iter(gm.graph.nodes)).meta["val"], torch.zeros(3, 4), 5, None])
+    assert sizes == {3, 4}
 
 
 def nonzero(x: torch.Tensor) -> Any:

@@ -15,11 +15,14 @@ from torch import fx
 import mom_compile
 from benchmarks.models import keeping
 from mom_compile.runtime.host.engines import engine_for
+from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.values import bytes_of
 from mom_passes.host.weights import _in_parts, _Weight
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, FETCH_WEIGHT, taken_over
+from mom_passes.program.slots import reuse_slots
 from mom_passes.program.traffic import Arrival
 from tests.models import SMALL, TinyDecoder, ids, prompt, small_model
+from tests.tracing import trace
 from tests.weights import least, offloaded
 
 CPU = torch.device("cpu")
@@ -264,3 +267,23 @@ def test_a_group_that_is_too_large_arrives_in_parts() -> None:
         values.append(_Weight(node, (), node))
     parts = [[weight.bytes for weight in part] for part in _in_parts(values, 8)]
     assert parts == [[4, 4], [2], [8], [1]]
+
+
+def test_arriving_weights_with_symbols_for_sizes_take_the_place_of_others_like_them() -> None:
+    """Another tensor than a parameter may have symbols for sizes, which no dictionary takes for keys."""
+
+    def products(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x @ a @ b @ c
+
+    a, b, c, x = torch.zeros(16, 16), torch.zeros(16, 16), torch.zeros(16, 12), torch.zeros(9, 16)
+    gm = trace(products, a, b, c, x, dynamic=True)
+    waits = []
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        host = node.args[1]
+        with gm.graph.inserting_before(node):
+            rows = size_node(gm.graph, host.meta["val"].shape[0], node)
+            start = emit(gm.graph, FETCH_START, (host, 0, rows, CPU))
+            waits.append(emit(gm.graph, FETCH_WAIT, (start, None, rows)))
+        node.update_arg(1, waits[-1])
+    assert reuse_slots(gm, waits) == 1
+    assert waits[1].args[0].args[-1] is waits[0].args[0]

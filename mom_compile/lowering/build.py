@@ -79,12 +79,14 @@ class Lowering:
         cache: PieceCache,
         report: Report,
         kv: KVPlace,
+        strict: bool = False,
     ) -> None:
         self.gm = rewritten.gm
         self.plan = rewritten.plan
         self.kv = kv
         self.static_inputs = static_inputs
         self.patches = patches
+        self.strict = strict
         self.settings = codegen_settings()
         self.cache = cache
         self.report = report
@@ -218,7 +220,7 @@ class Lowering:
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches})
+        new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches}, strict=self.strict)
         piece = self.cache.begin(new, self.settings, self.report, name)
         self.pieces[name] = piece
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]

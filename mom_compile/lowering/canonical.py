@@ -28,6 +28,7 @@ from mom_passes.errors import PassError
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.size_values import interpret
+from mom_passes.graph.sizes import fixed_sizes
 from mom_passes.graph.values import is_tensor
 from mom_passes.loops.loop import loops
 from mom_passes.loops.ports import COUNT, START
@@ -55,8 +56,7 @@ class Literals:
         pasts = {} if any(True for _ in loops(gm)) else _pasts(gm, static)
         lengths = list(pasts.values()) or [loop.length for _, loop in loops(gm) if isinstance(loop.length, int)]
         length = max(lengths, default=0)
-        parameters = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static]
-        taken = {size for value in parameters if isinstance(value, torch.Tensor) for size in value.shape}
+        taken = fixed_sizes(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
         if length < 8 or taken & {length - 1, length, length + 1}:
             return NO_LITERALS
         longest = [past for past in pasts if pasts[past] == length]

@@ -26,7 +26,9 @@ import sympy
 import torch
 from torch import fx
 
+from mom_compile.lowering.decomposed import decompose
 from mom_compile.lowering.once import is_worthwhile, store_once
+from mom_compile.notices import warn_of_eager
 from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
@@ -98,6 +100,16 @@ class Variant:
     run: Callable[[list[Any]], Any]
     #: None: holds for all sizes.
     holds: Conditions | None
+    #: Why it runs eagerly, where Inductor could not compile it.
+    eager_reason: str | None = None
+
+
+class NotCompiled(RuntimeError):
+    """Inductor cannot compile a piece, and `strict=True` allows no eager piece."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        super().__init__(f"Inductor could not compile {listed}. Without strict=True this runs eagerly")
 
 
 def first_line(error: Exception) -> str:
@@ -125,9 +137,10 @@ class Piece:
     symbols: dict[sympy.Symbol, SymbolFacts]
     patches: Mapping[str, Any]
     settings: CodegenSettings | None = None
+    #: Whether a variant that runs eagerly is an error.
+    strict: bool = False
     variants: list[Variant] = field(default_factory=list)
     chosen: dict[tuple[int, ...], Callable[[list[Any]], Any]] = field(default_factory=dict)
-    eager_reason: str | None = None
     #: What the newest variant still waits for: C++ compilers at work.
     unfinished: list[Callable[[], None]] = field(default_factory=list)
     #: Of a piece that was read: what stands in Inductor's cache for each variant, with its conditions.
@@ -165,7 +178,7 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
-        return {**what, "patches": dict(self.patches), "kept": self.kept or self._stored()}
+        return {**what, "patches": dict(self.patches), "strict": self.strict, "kept": self.kept or self._stored()}
 
     def _stored(self) -> list[tuple[Any, Conditions | None]]:
         """Nothing where Inductor's cache has not all of it: it will be compiled."""
@@ -177,7 +190,7 @@ class Piece:
     def __setstate__(self, state: dict[str, Any]) -> None:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
-        self.kept = state["kept"]
+        self.strict, self.kept = state["strict"], state["kept"]
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -211,6 +224,7 @@ class Piece:
             with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
+                decompose(gm, sizes.mode)
                 # In a loop's body: in a decode step a kernel more would take longer.
                 if COUNT in self.symbols and is_worthwhile(self._devices):
                     store_once(gm.graph)
@@ -234,8 +248,12 @@ class Piece:
 
     def _eager(self, error: Exception) -> Variant:
         log.debug("Inductor could not compile a piece", exc_info=error)
-        self.eager_reason = first_line(error)
-        return Variant(self.run_eagerly, None)
+        return Variant(self.run_eagerly, None, first_line(error))
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why some sizes run eagerly, where Inductor could not compile the piece for them."""
+        return next((variant.eager_reason for variant in self.variants if variant.eager_reason is not None), None)
 
     def run_eagerly(self, inputs: list[Any]) -> Any:
         return run_eagerly(self.gm, inputs)
@@ -259,13 +277,21 @@ class Piece:
             return self.run_eagerly
         for variant in self.variants:
             if variant.holds is None or variant.holds(values):
-                return variant.run
+                return self._checked(variant).run
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         new = len(self.variants)
         with compiling("code for further sizes"):
             self.compile(dict(zip(self.symbols, values, strict=True)))
             self.finish()
-        return self.variants[new].run
+        return self._checked(self.variants[new]).run
+
+    def _checked(self, variant: Variant) -> Variant:
+        """A variant that is chosen while a program runs. No report has it: say at once if it runs eagerly."""
+        if variant.eager_reason is not None:
+            if self.strict:
+                raise NotCompiled({"a piece for other sizes": variant.eager_reason})
+            warn_of_eager("a piece for other sizes", variant.eager_reason)
+        return variant
 
     def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
         own: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -299,7 +325,7 @@ class PieceCache:
     """Pieces by structure, shared by all graphs of this process."""
 
     def __init__(self) -> None:
-        self._pieces: dict[tuple[str, str], Piece] = {}
+        self._pieces: dict[tuple[str, bool, str], Piece] = {}
 
     def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The piece that is like this one, which is not compiled: itself, compiled now, if it is new."""
@@ -309,7 +335,7 @@ class PieceCache:
 
     def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
-        key = (settings.key, piece.key())
+        key = (settings.key, piece.strict, piece.key())
         with COMPILING:
             found = self._pieces.get(key)
             if found is None:

@@ -16,9 +16,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import sympy
-import torch
 from torch import fx
 
+from mom_passes.graph.sizes import fixed_sizes, same
 from mom_passes.graph.values import tensors_of
 from mom_passes.program.memory import Memory, Moment
 from mom_passes.program.program import LoopStep, Storage
@@ -33,8 +33,7 @@ def captured_tokens(memory: Memory, gm: fx.GraphModule, static: Collection[str])
         return None
     tokens = max(memory.number(length) for length in lengths)
     parameters = (n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
-    features = {size for value in parameters if isinstance(value, torch.Tensor) for size in value.shape}
-    return None if tokens in features else tokens
+    return None if tokens in fixed_sizes(parameters) else tokens
 
 
 def in_tokens(memory: Memory, captured: int) -> Memory:
@@ -45,7 +44,7 @@ def in_tokens(memory: Memory, captured: int) -> Memory:
 def bytes_in_tokens(node: fx.Node, size: sympy.Expr, captured: int) -> sympy.Expr:
     """Bytes of a value as a function of `TOKENS`."""
     values = tensors_of(node)
-    grows = bool(values) and all(list(value.shape).count(captured) == 1 for value in values)
+    grows = bool(values) and all(sum(same(size, captured) for size in value.shape) == 1 for value in values)
     return size / captured * TOKENS if grows else size
 
 

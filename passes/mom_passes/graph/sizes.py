@@ -112,6 +112,16 @@ def hint(size: Any) -> int:
     return int(size) if size.is_Integer else 2
 
 
+def fixed_sizes(values: Iterable[Any]) -> frozenset[int]:
+    """The sizes of some values' dimensions that are numbers. Values that are not tensors have none.
+
+    Every dimension of a parameter is a number. Another tensor that a graph holds, a plain attribute of a module say,
+    may have symbols, which cannot be hashed: a symbol equals no number.
+    """
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return frozenset(size for tensor in tensors for size in tensor.shape if isinstance(size, int))
+
+
 def count_hint(shape: Iterable[Any]) -> int:
     """Elements of a shape at the captured sizes."""
     return math.prod(hint(size) for size in shape)
