@@ -43,7 +43,7 @@ from mom_passes.loops.loop import RowLimit
 from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
-from mom_passes.torch_compat import FLEX_ATTENTION, SYMBOLIC, has_hint, schema_of
+from mom_passes.torch_compat import FLEX_ATTENTION, SYMBOLIC, has_hint
 
 log = logging.getLogger(__name__)
 
@@ -268,17 +268,8 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
     if report.for_long is not None and report.for_long.fits:
         report.describe_staying(str(report.for_long))
         raise NotWorthwhile(rewritten.no_loops)
-    acting = _acting(gm)
-    if len(_acting(rewritten.gm)) < len(acting):
-        raise NotWorthwhile(f"{acting[0].name} ({acting[0].target}) returns nothing, and loops have no place for it")
     report.describe(rewritten)
     return rewritten
-
-
-def _acting(gm: fx.GraphModule) -> list[fx.Node]:
-    """Operators that return nothing and write to none of their arguments: assertions, messages."""
-    schemas = [(node, schema_of(node.target)) for node in gm.graph.nodes if node.op == "call_function"]
-    return [node for node, schema in schemas if schema is not None and not (schema.returns or schema.is_mutable)]
 
 
 def static_input_names(gm: fx.GraphModule, kwargs: Mapping[str, Any]) -> set[str]:

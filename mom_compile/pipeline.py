@@ -39,6 +39,7 @@ from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
+from mom_passes.rules.folds import FOLDS
 from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -231,9 +232,14 @@ def follow_demands(state: State) -> str:
     state.report.left_out = {
         _named(n): state.together.get(n.name, why)
         for n, why in state.dims.mixing.items()
-        if n in whole and n.target not in (operator.getitem, SPANS, FETCH_ROWS)
+        if n in whole and n.target not in (operator.getitem, SPANS, FETCH_ROWS) and not _reduces_an_input(n, state.dims)
     }
     return f"{len(state.demands.order)} instances"
+
+
+def _reduces_an_input(node: fx.Node, dims: TokenDims) -> bool:
+    """Whether a node is a reduction of what is as cheap as an input: what is asserted of ids, say."""
+    return node.target in FOLDS and dims.worked.isdisjoint(operands(node))
 
 
 def _named(node: fx.Node) -> str:

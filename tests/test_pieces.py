@@ -183,21 +183,6 @@ def test_a_graph_with_a_graph_of_its_own_is_stocks_by_name() -> None:
     assert "cond" in str(reports()[-1].fallback) and "graph of its own" in str(reports()[-1].fallback)
 
 
-@pytest.mark.usefixtures("stock_is_eager")
-def test_an_assertion_is_never_dropped() -> None:
-    def program(x: torch.Tensor) -> torch.Tensor:
-        y = block(x)
-        torch._assert_async((y < 1e6).all(), "too large")
-        return block(y)
-
-    with torch.no_grad():
-        fast = torch.compile(program, backend="mom", options=MINI)
-        torch.testing.assert_close(fast(inputs()), program(inputs()), rtol=1e-9, atol=1e-9)
-        with pytest.raises(RuntimeError, match="too large"):
-            fast(inputs() + 1e9)
-    assert "_assert_async" in str(reports()[-1].fallback) and not reports()[-1].stages
-
-
 def _graph_on(*devices: str) -> fx.GraphModule:
     graph = fx.Graph()
     with FakeTensorMode():

@@ -15,7 +15,7 @@ from torch import fx
 
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
-from mom_passes.graph.values import returns_a_tensor
+from mom_passes.graph.values import returns_a_tensor, returns_nothing
 from mom_passes.graph.writes import read_behind_a_write, written_inputs
 from mom_passes.loops import laws
 from mom_passes.loops.loop import Loop, loop_nodes
@@ -26,16 +26,22 @@ from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
 @dataclass(frozen=True)
 class Contract:
     """What a graph takes and returns: names of inputs, types of outputs (of what is no tensor, its Python type). And
-    what it leaves behind: names of the inputs that it writes to, one for each write."""
+    what it does beside: names of the inputs that it writes to, one for each write, and the operators that return
+    nothing (assertions), in order."""
 
     inputs: tuple[str, ...]
     outputs: tuple[TensorType | type, ...]
     written: tuple[str, ...] = ()
+    effects: tuple[str, ...] = ()
 
     @staticmethod
     def of(gm: fx.GraphModule) -> Contract:
         inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-        return Contract(inputs, tuple(map(_type_of, _output_of(gm))), written_inputs(gm))
+        return Contract(inputs, tuple(map(_type_of, _output_of(gm))), written_inputs(gm), _effects_of(gm))
+
+
+def _effects_of(gm: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in gm.graph.nodes if returns_nothing(node))
 
 
 def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
@@ -88,6 +94,9 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     written = written_inputs(gm)
     if written != contract.written:
         return f"the graph writes to {list(written)} in place of {list(contract.written)}"
+    effects = _effects_of(gm)
+    if effects != contract.effects:
+        return f"the graph calls {list(effects)} for their effects in place of {list(contract.effects)}"
     outputs = _output_of(gm)
     if len(outputs) != len(contract.outputs):
         return f"the graph returns {len(outputs)} values in place of {len(contract.outputs)}"

@@ -52,6 +52,13 @@ def returns_a_tensor(node: fx.Node) -> bool:
     return schema is not None and any(isinstance(returned.type, torch.TensorType) for returned in schema.returns)
 
 
+def returns_nothing(node: fx.Node) -> bool:
+    """Whether an operator is called for its effect alone: it returns nothing and writes to no argument. Assertions and
+    messages are such operators."""
+    schema = schema_of(node.target) if node.op == "call_function" else None
+    return schema is not None and not (schema.returns or schema.is_mutable)
+
+
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The tensors a node stands for: one, several, or none."""
     value = node.meta.get("val")

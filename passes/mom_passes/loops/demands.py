@@ -31,7 +31,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
-from mom_passes.graph.values import is_tensor, operands
+from mom_passes.graph.values import is_tensor, operands, returns_nothing
 from mom_passes.rules import All, Claim, Dim, Past, Rows, claim_for, facts
 from mom_passes.rules.folds import fold_claim
 from mom_passes.rules.views import is_cut, is_view
@@ -117,7 +117,7 @@ def instance_length(instance: Instance) -> Size:
 
 
 def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
-    """Walk demands from the outputs (and from operators with side effects) to the inputs."""
+    """Walk demands from the outputs and from operators with side effects (writes, assertions) to the inputs."""
     graph = DemandGraph()
     roots = _roots(gm)
     graph.outputs = tuple(roots)
@@ -153,7 +153,7 @@ def _roots(gm: fx.GraphModule) -> list[Instance]:
         if node.op == "output":
             for value in node.all_input_nodes:
                 roots[Instance(value, All())] = None
-        elif node.op == "call_function" and is_mutation(node):
+        elif node.op == "call_function" and (is_mutation(node) or returns_nothing(node)):
             roots[Instance(node, All())] = None
     return list(roots)
 
@@ -197,6 +197,8 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         if _is_size_of(node):
             return Kind.SIZE, (), None
         whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
+        if returns_nothing(node):
+            return Kind.WHOLE, whole, None
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if isinstance(instance.need, All):
         return _classify_whole(node, dims)

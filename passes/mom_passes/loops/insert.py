@@ -24,7 +24,7 @@ from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node, strides_differ
 from mom_passes.graph.sizes import Size, same
-from mom_passes.graph.values import value_of
+from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
@@ -49,6 +49,7 @@ class _Rewriter:
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
         self.root = nn.Module()
+        self.last = _effects_from_the_first_write(gm.graph)
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.nodes:
@@ -56,7 +57,7 @@ class _Rewriter:
                 self.whole[node] = self.graph.node_copy(node)
         for plan in self.stages.plans:
             for instance in plan.whole:
-                if not is_mutation(instance.node):
+                if instance.node not in self.last:
                     self._emit_whole(instance.node)
             for length, stored in self._by_length(plan):
                 self._emit_loop(plan, length, stored)
@@ -70,18 +71,17 @@ class _Rewriter:
 
     def _emit_writes(self, output: fx.Node) -> None:
         """Writes to the inputs, in their order, behind all that reads the old contents: some values are emitted only
-        when they are asked for, and the outputs are asked last."""
-        writes = [node for node in self.gm.graph.nodes if node.op == "call_function" and is_mutation(node)]
-        behind = set(writes)
+        when they are asked for, and the outputs are asked last. Assertions behind a write stay behind it."""
+        behind = set(self.last)
         for node in self.gm.graph.nodes:
             if not behind.isdisjoint(node.all_input_nodes):
                 behind.add(node)
-        for reader in (*writes, output):
+        for reader in (*self.last, output):
             for node in reader.all_input_nodes:
                 if node not in behind:
                     self._whole_value(node)
-        for write in writes:
-            self._emit_whole(write)
+        for effect in self.last:
+            self._emit_whole(effect)
 
     # --- whole values in the outer graph ---
 
@@ -190,6 +190,15 @@ class _Rewriter:
         if total_dtype(node) != value.dtype:
             total = emit(self.graph, torch.ops.prims.convert_element_type.default, (total, value.dtype))
         return total
+
+
+def _effects_from_the_first_write(graph: fx.Graph) -> dict[fx.Node, None]:
+    """Writes to the inputs, and the assertions behind the first of them, in order."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and (is_mutation(node) or (found and returns_nothing(node))):
+            found[node] = None
+    return found
 
 
 def _stored(instance: Instance) -> Stored:

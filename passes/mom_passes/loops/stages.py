@@ -29,6 +29,7 @@ import torch
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import count_hint, hint
+from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.demands import DemandGraph, Instance, Kind
 from mom_passes.rules import All
 from mom_passes.tokens.region import Region
@@ -75,9 +76,13 @@ class _Planner:
 
     def _earliest(self) -> dict[Instance, int]:
         earliest: dict[Instance, int] = {}
+        effects = 0
         for instance in self.demands.order:
             below = max((earliest[i] for i in self.demands.inputs[instance]), default=0)
             earliest[instance] = below + (self.demands.kinds[instance] is Kind.BARRIER)
+            if returns_nothing(instance.node):
+                # Assertions run in their order.
+                effects = earliest[instance] = max(effects, earliest[instance])
         return earliest
 
     def _latest(self) -> dict[Instance, int]:

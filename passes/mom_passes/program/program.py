@@ -58,6 +58,7 @@ class Why(enum.Enum):
     VIEW = "it only relabels storage"
     NUMBER = "it computes a number"
     CONSTANT = "it is part of the module, or what a carry begins with"
+    EFFECT = "it returns nothing, and its operands are made elsewhere"
     COPY = "a piece for a copy alone would be one for each shape"
 
 

@@ -16,6 +16,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES
@@ -72,6 +73,9 @@ class _Scheduler:
             if any(n in self.run for n in node.all_input_nodes):
                 self._flush()
             self.made.append(Call(node, Why.NUMBER))
+        elif returns_nothing(node) and not any(n in self.run for n in node.all_input_nodes):
+            self._flush()
+            self.made.append(Call(node, Why.EFFECT))
         elif node.target is aten.full.default and all(user.op == "call_module" for user in node.users):
             self.made.append(Call(node, Why.CONSTANT))
         elif node.target is COPY_ROWS and all(relabels(n) for n in self.run):

@@ -11,14 +11,15 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import copy_call
+from mom_passes.graph.values import returns_nothing
 
 #: Rows of a value of the old graph.
 P = TypeVar("P", bound=Hashable)
 
 
 def dead(node: fx.Node) -> bool:
-    """Whether nobody reads what an operator returns, and it writes to nothing."""
-    return node.op == "call_function" and not node.users and not is_mutation(node)
+    """Whether nobody reads what an operator returns, and that is all it is called for."""
+    return node.op == "call_function" and not (node.users or is_mutation(node) or returns_nothing(node))
 
 
 class InPart(ABC, Generic[P]):
