@@ -63,10 +63,27 @@ class Options:
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
+def option_names() -> tuple[str, ...]:
+    """Names of all options of the backend."""
+    return tuple(f.name for f in fields(Options))
+
+
+def joined_options(options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a mapping and those that are given by name, in one dictionary.
+
+    Raises `TypeError` for an option that is given both ways. Whether options are valid is checked by `parse_options`.
+    """
+    given = dict(options or {})
+    twice = sorted(given.keys() & named.keys(), key=str)
+    if twice:
+        raise TypeError(f"{_listed(twice)} given twice: in options={{...}} and by name; give each option once")
+    return {**given, **named}
+
+
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
     """Validate what the user passed. Raises `ValueError` that lists what is valid and names what is nearest to it."""
     given = dict(options or {})
-    names = [f.name for f in fields(Options)]
+    names = option_names()
     unknown = sorted(set(given) - set(names), key=str)
     if unknown:
         raise UserError(

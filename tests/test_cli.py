@@ -80,7 +80,7 @@ class Plan:
             dtype="bfloat16",
         )  # fmt: skip
 
-    def seconds(self, device):
+    def estimate(self, device):
         if device == "cpu":
             raise PlanError("no figures of a CPU")
         return Estimate(9.0, "arithmetic")
