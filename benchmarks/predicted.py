@@ -35,7 +35,7 @@ def predicted() -> Row:
     for tokens in LENGTHS:
         at = {way: replace(found, seq_len=tokens, way=way) for way in WAYS}
         peaks = {WAYS[way]: plan.peak_bytes() - found.subject.weight_bytes for way, plan in at.items()}
-        times = {WAYS[way]: at[way].seconds() for way in TIMED}
+        times = {WAYS[way]: at[way].estimate() for way in TIMED}
         setup = Setup(BENCHED, found.subject.layers, tokens, dtype="bfloat16", device="cuda")
         cells[str(tokens)] = {
             "peaks": peaks,

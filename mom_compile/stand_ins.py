@@ -20,6 +20,7 @@ from mom_compile.torch_compat import FakeCopyMode, FakeTensorMode, tree_any, tre
 
 #: Arguments that are handed on as they are: nothing is written to them.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
@@ -27,6 +28,20 @@ def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
     module = _module_of(model)
     held = [] if module is None else [*module.parameters(), *module.buffers()]
     return module is not None and tree_any(_is_meta, (held, arguments))
+
+
+def called_without_data(operator: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns for stand-ins. Its version without data asks for bfloat16 in products of experts, where
+    the one with data does not."""
+    dtype = args[0].dtype if operator is _GROUPED_MM else torch.bfloat16
+    if dtype is torch.bfloat16:
+        return operator(*args, **kwargs)
+
+    def halved(value: Any) -> Any:
+        return value.bfloat16() if _is_tensor(value) and value.dtype == dtype else value
+
+    halves = tree_map(halved, (args, kwargs))
+    return operator(*halves[0], **halves[1]).to(dtype)
 
 
 @contextlib.contextmanager

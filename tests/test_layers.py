@@ -20,8 +20,8 @@ ROOMS = {
     ),
     "mom_compile": (
         "torch_compat", "versions", "notices progress quantities", "runtime",
-        "timeline config report pipeline stand_ins cache_key", "memory",
-        "lowering", "capture compiled", "backend", "compile entry explain scores weights", "planning", "cli",
+        "arguments timeline config report pipeline stand_ins cache_key", "memory trial",
+        "lowering padding", "capture compiled", "backend", "compile entry scores weights", "planning", "explain", "cli",
     ),
 }  # fmt: skip
 #: The only files that may touch what is not public in PyTorch, so that a new PyTorch is two files to look at.

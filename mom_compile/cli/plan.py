@@ -108,7 +108,7 @@ def _way(way: Any, lengths: Sequence[int], memories: Sequence[int]) -> dict[str,
 def _time(made: Any) -> dict[str, Any]:
     """The estimate, in words and as numbers; of a device without recorded figures, a CPU, there is none."""
     try:
-        found = made.seconds(made.device)
+        found = made.estimate(made.device)
     except ValueError as error:
         return {"time": f"no estimate: {error}", "seconds": None, "bound": None}
     return {"time": str(found), "seconds": found.seconds, "bound": found.bound}

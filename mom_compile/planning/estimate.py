@@ -49,6 +49,9 @@ class Estimate:
         beside = f" ({others})" if others else ""
         return f"about {_in_words(self.seconds)} on {self.device}, bound by {self.bound}{beside}; an estimate"
 
+    def __repr__(self) -> str:
+        return f"<Estimate: {self}>"
+
 
 @dataclass(frozen=True)
 class Load:

@@ -7,7 +7,7 @@ config -> model on the meta device -> two shorter ones -> prefill captured for a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import nn
 
-from mom_compile.config import Options, parse_options
+from mom_compile.config import Options, joined_options, parse_options
 from mom_compile.planning.configs import Found, PlanError, find_config, of_config
 from mom_compile.planning.estimate import Estimate, device_named, estimate
 from mom_compile.planning.picture import draw
@@ -25,6 +25,7 @@ from mom_compile.planning.subject import Subject, subject_of
 from mom_compile.planning.ways import INDUCTOR, Way
 from mom_compile.quantities import parse_bytes, parse_tokens
 from mom_compile.report import StageReport
+from mom_compile.report.notebook import html_of_text
 from mom_compile.report.units import in_units
 
 
@@ -46,7 +47,8 @@ def plan(
     device: str = "H100",
     weights_on_host: bool = False,
     progress: Callable[[str], None] | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Plan:
     """What a prefill of `batch_size` sequences of `seq_len` tokens takes, with the default cache and the logits of the
     last token, in eager mode, with stock Inductor and with ours.
@@ -59,13 +61,15 @@ def plan(
     device           whose rule says how long mini-sequences are: a recorded GPU, or "cpu"
     weights_on_host  whether weights are planned as `offload_weights` leaves them, all of them on the host
     progress         called with a line for each thing that takes time
-    options          those of the backend: `kv_offload`, `mini_seq_len`, ...
+    options, named   options of the backend, in a mapping or by name: `kv_offload`, `mini_seq_len`, ...
 
-    Raises `PlanError`, a `ValueError`, for a model that cannot be planned, a device that is not known, and a budget
+    Raises `ValueError` for an option that is not valid, `TypeError` for one that is given twice, and `PlanError`, a
+    `ValueError`, for a model that cannot be planned, a device that is not known, and a budget
     that cannot be kept: it names the smallest that can, and the longest context that the given one has room for.
     """
     tokens, batch = parse_tokens(seq_len), _checked_batch(batch_size)
-    parsed = parse_options({**options, "memory_budget": memory_budget})
+    budget = {} if memory_budget is None else {"memory_budget": memory_budget}
+    parsed = parse_options(joined_options(options, {**named, **budget}))
     say = progress or (lambda text: None)
     if device.lower() != CPU:
         device, _ = device_named(device)
@@ -78,8 +82,8 @@ def plan(
     if subject.longest is not None and tokens > subject.longest:
         made.notes.append(f"{tokens:,} tokens are more than the {subject.longest:,} that the model is made for")
     planner.prefills(tokens)
-    if memory_budget is not None:
-        made = replace(made, **made._within(parse_bytes(memory_budget), memory_budget))
+    if parsed.memory_budget is not None:
+        made = replace(made, **made._within(parse_bytes(parsed.memory_budget), parsed.memory_budget))
     return made
 
 
@@ -167,8 +171,8 @@ class Plan:
         planner = self._planner
         return Transfers(planner.cache_on_host(self.way, self.seq_len), planner.weights_on_host(self.way))
 
-    def seconds(self, device: str | None = None) -> Estimate:
-        """How long it takes on a recorded device. Raises `PlanError` for another."""
+    def estimate(self, device: str | None = None) -> Estimate:
+        """How long it takes on a recorded device, that of the plan by default. Raises `PlanError` for another."""
         return estimate(self._planner.load(self.way, self.seq_len), self.device if device is None else device)
 
     def plot(self, path: str | Path, memories: tuple[int, ...] = ()) -> None:
@@ -193,6 +197,17 @@ class Plan:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def __repr__(self) -> str:
+        """In one line, and without planning anything that has not been planned yet."""
+        s, budget = self.subject, "" if self.budget is None else f", within {in_units(self.budget)}"
+        return (
+            f"<Plan: {s.name}, {in_units(s.weight_bytes)} of weights, {self.batch_size} x {self.seq_len:,} tokens on "
+            f"{self.device}, way {self.way!r}{budget}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_of_text(self.summary())
 
     def _within(self, budget: int, given: int | str) -> dict[str, Any]:
         """The plan for a budget: where the cache has to go. Raises `PlanError` where it cannot be kept."""
