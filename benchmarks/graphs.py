@@ -2,8 +2,8 @@
 
 A graph is what Dynamo captures, and mom compiles, for calls that guards call alike. There are at most so many of a
 model; what would need another one runs in eager mode. Each family is made small, compiled by `mom_compile.compile`, and
-asked for what a user asks for in an afternoon: prompts below, at and above its window, one and several sequences, padded
-and not, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since what they are
+asked for what a user asks for in an afternoon: prompts below, at and above its window, one and several sequences, with
+and without padding, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since what they are
 compiled to makes no difference here. TORCH_LOGS=recompiles says why each graph was made.
 """
 
@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.families import FAMILIES
 from benchmarks.measure import describe_machine
+from benchmarks.models import keeping
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "graphs.md"
@@ -61,7 +62,7 @@ def _calls(kind: str, *lengths: int | tuple[int, ...], **how: Any) -> list[Call]
     return [Call(kind, (n,) if isinstance(n, int) else n, **how) for n in lengths]
 
 
-#: Kinds in the order in which they are called first: 40 calls.
+#: Kinds in the order in which they are called first.
 SESSION: tuple[Call, ...] = (
     *_calls("one prompt, above the window", 150, 200, 90, 311),
     *_calls("below the window", 40, 20, 55),
@@ -71,9 +72,8 @@ SESSION: tuple[Call, ...] = (
     *_calls("turns of a chat", 80, 40, turns=(20, 30)),
     *_calls("tokens drafted from the prompt", 100, 45, drafted=True),
     *_calls("any of these again", 70, 33, 256, (75, 75), (41, 41), (210, 140), (35, 22), 62, 66, 128),
+    *_calls("any of these again", 500, 5, (88, 17), (20, 20, 20, 20), 64, 65, 240, 58, (66, 130)),
     *_calls("any of these again", 140, turns=(10,)),
-    *_calls("any of these again", 130, drafted=True),
-    *_calls("any of these again", 500, 5, (88, 17), (20, 20, 20, 20), 64, 65),
 )
 
 
@@ -90,7 +90,7 @@ def prompts(call: Call, seed: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def make(model: Any, call: Call, seed: int) -> torch.Tensor:
     """All tokens of the call."""
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if call.drafted:
         settings["prompt_lookup_num_tokens"] = 3
     given = prompts(call, seed)
@@ -101,9 +101,8 @@ def make(model: Any, call: Call, seed: int) -> torch.Tensor:
         more = prompts(Call("", (length,)), seed + turn + 1)["input_ids"]
         tokens = torch.cat([out.sequences, more], dim=1)
         given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        out = model.generate(
-            **given, past_key_values=out.past_key_values, **settings, return_dict_in_generate=True
-        )
+        kept = keeping(out.past_key_values, model)
+        out = model.generate(**given, **kept, **settings, return_dict_in_generate=True)
     return out.sequences  # type: ignore[no-any-return]
 
 
@@ -152,11 +151,11 @@ def session(model: Any, calls: Sequence[Call] = SESSION) -> Iterator[Counted]:
 def count(family: str, compile_model: Callable[[Any], Any]) -> tuple[dict[str, int], int]:
     """Graphs by kind of call, and how many calls of the model were eager."""
     torch._dynamo.reset()
-    found: dict[str, int] = dict.fromkeys(call.kind for call in SESSION)  # type: ignore[arg-type]
+    found = dict.fromkeys((call.kind for call in SESSION), 0)
     eager = 0
     with pieces_run_eagerly(), stock_runs_eagerly():
         for one in session(compile_model(small(family))):
-            found[one.call.kind] = (found[one.call.kind] or 0) + one.graphs
+            found[one.call.kind] += one.graphs
             eager += one.eager
             print(family, one.call.kind, one.call.lengths, one.graphs, "eager" * bool(one.eager), flush=True)
     return found, eager
