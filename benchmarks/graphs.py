@@ -3,8 +3,8 @@
 A graph is what Dynamo captures, and mom compiles, for calls that guards call alike. There are at most so many of a
 model; what would need another one runs in eager mode. Each family is made small, compiled by `mom_compile.compile`, and
 asked for what a user asks for in an afternoon: prompts below, at and above its window, one and several sequences, with
-and without padding, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since what they are
-compiled to makes no difference here. TORCH_LOGS=recompiles says why each graph was made.
+and without padding, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since
+what they are compiled to makes no difference here. TORCH_LOGS=recompiles says why each graph was made.
 """
 
 from __future__ import annotations
