@@ -29,6 +29,6 @@ __version__ = "0.1.0"
 __all__ = [
     "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
     "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Past", "Plan", "PlanError", "Report", "Rows", "TokenScores",
-    "chunk_rule", "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
-    "plan", "reports", "token_log_probs",
+    "chunk_rule", "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps",
+    "offload_weights", "plan", "reports", "token_log_probs",
 ]  # fmt: skip

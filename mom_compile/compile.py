@@ -3,15 +3,20 @@
 Dynamo makes at most 8 graphs of one code object (`torch._dynamo.config.recompile_limit`), and runs in eager mode what
 would need another one. All models of transformers share the code object of their `forward`: with two of them in a
 process, or prompts of a few kinds, there are 8 soon.
+
+And fewer graphs are needed: the first call of a kind makes a graph for all lengths and for any number of sequences,
+which Dynamo would take for constants until it has seen a second one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from mom_compile.config import joined_options, parse_options
-from mom_compile.torch_compat import UserError, compile_apart
+from mom_compile.torch_compat import UserError, compile_apart, expect_other_sizes
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
@@ -36,7 +41,8 @@ def compile(
     model
         A module, which is compiled in place as by `model.compile`, or a function.
     dynamic, fullgraph
-        As `torch.compile` takes them.
+        As `torch.compile` takes them, but for `dynamic=None`: it stands for graphs of any number of sequences and
+        tokens, and of other sizes as they are.
     mode
         A mode of Inductor's, `"max-autotune"` say. Other than with `torch.compile`, options may stand beside it, and
         win over what it stands for.
@@ -63,5 +69,20 @@ def compile(
     if parsed.inductor:
         given["inductor"] = dict(parsed.inductor)
     settings: dict[str, Any] = {"backend": "mom", "dynamic": dynamic, "fullgraph": fullgraph, "options": given}
-    compiled: Compilable = compile_apart(model, recompile_limit, **settings)
+    before = _expect_other_lengths if dynamic is None else None
+    compiled: Compilable = compile_apart(model, recompile_limit, before, **settings)
     return compiled
+
+
+#: Arguments that are `[sequences, tokens, width]`.
+_EMBEDDED = ("inputs_embeds",)
+
+
+def _expect_other_lengths(named: Mapping[str, Any], unnamed: Sequence[Any]) -> None:
+    """Mark what a call is given of ids, masks and positions, `[sequences, tokens]` or `[tokens]`: the next call has
+    other numbers of both. A number that is 1 stays a constant, as it does for Dynamo in any case."""
+    for name, value in (*named.items(), *(("", value) for value in unnamed)):
+        if isinstance(value, torch.Tensor):
+            counted = value.dim() <= 2 and not (value.is_floating_point() or value.is_complex())
+            for dim in range(value.dim() if counted else 2 if name in _EMBEDDED else 0):
+                expect_other_sizes(value, dim)

@@ -89,8 +89,8 @@ def warn_of_last_graph(code: object, limit: str, most: int) -> None:
     """Dynamo makes the last graph of a code object that its limit allows."""
     warn_once(
         f"last graph: {code}",
-        f"this is the last of the {most} graphs that torch._dynamo.config.{limit} allows: a call that needs another one "
-        f"will run in eager mode, without what backend 'mom' saves. {_MORE_GRAPHS.format(limit=limit)}",
+        f"this is the last of the {most} graphs that torch._dynamo.config.{limit} allows: a call that needs another "
+        f"one will run in eager mode, without what backend 'mom' saves. {_MORE_GRAPHS.format(limit=limit)}",
     )
 
 

@@ -428,26 +428,36 @@ def when_limit_exceeded(call: Callable[[GraphCount], None]) -> None:
 CAN_ISOLATE = {"isolate_recompiles", "recompile_limit"} <= inspect.signature(torch.compile).parameters.keys()
 
 
-def compile_apart(model: Any, limit: int, **settings: Any) -> Any:
+def compile_apart(
+    model: Any, limit: int, before: Callable[[Mapping[str, Any], Sequence[Any]], None] | None, **settings: Any
+) -> Any:
     """`torch.compile`, of a module in place, with a limit of its own on how many graphs are made of it.
 
-    Where PyTorch cannot count the graphs of one model alone (before 2.13), the limit holds while this one is called,
-    for the graphs of all models that share its code object.
+    `before(kwargs, args)` is called with the arguments of each call. Where PyTorch cannot count the graphs of one model
+    alone (before 2.13), the limit holds while this one is called, for the graphs of all models that share its code.
     """
     apart = {"isolate_recompiles": True, "recompile_limit": limit} if CAN_ISOLATE else {}
     if not isinstance(model, torch.nn.Module):
-        compiled: Any = torch.compile(model, **settings, **apart)
-        return compiled if CAN_ISOLATE else _with_limit(compiled, limit)
+        return _prepared(torch.compile(model, **settings, **apart), limit, before)
     model.compile(**settings, **apart)
-    if not CAN_ISOLATE:
-        # What a module's `compile` has made of its `_call_impl`, and `__call__` calls.
-        model._compiled_call_impl = _with_limit(model._compiled_call_impl, limit)
+    # What a module's `compile` has made of its `_call_impl`, and its `__call__` calls.
+    model._compiled_call_impl = _prepared(model._compiled_call_impl, limit, before)
     return model
 
 
-def _with_limit(compiled: Callable[..., Any], limit: int) -> Callable[..., Any]:
+def _prepared(compiled: Callable[..., Any], limit: int, before: Callable[..., None] | None) -> Callable[..., Any]:
+    """A compiled function whose calls are prepared, unless they are part of another function's graph."""
+    if CAN_ISOLATE and before is None:
+        return compiled
+
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return compiled(*args, **kwargs)
+        if before is not None:
+            before(kwargs, args)
+        if CAN_ISOLATE:
+            return compiled(*args, **kwargs)
         with dynamo_config.patch(recompile_limit=max(limit, dynamo_config.recompile_limit)):
             return compiled(*args, **kwargs)
 

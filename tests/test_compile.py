@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ def halved(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CompiledGraph]]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[CompiledGraph]:
     """Graphs that ran, in order: what runs in eager mode is not among them."""
     found: list[CompiledGraph] = []
     call = CompiledGraph.__call__
@@ -42,7 +42,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CompiledGraph]]:
         return call(graph, inputs)
 
     monkeypatch.setattr(CompiledGraph, "__call__", noting)
-    yield found
+    return found
 
 
 def call_with(function: Callable[..., Any], *sizes: int) -> list[str]:

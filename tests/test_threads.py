@@ -1,8 +1,12 @@
-"""Several threads run compiled code, and compile: each is given its own sizes' code, finished, and nobody waits in a
-circle. What compilers do is a stand-in here that takes its time; `test_threads_compiled.py` has the real ones."""
+"""Several threads run compiled code, and compile: each is given its own sizes' code, finished, and no two wait for each
+other. What compilers do is a stand-in that takes its time; the slow tests have the real ones (`threads_child.py`)."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,12 +18,16 @@ import torch
 from torch import fx
 from torch._dynamo import convert_frame
 
+from mom_compile import reports
 from mom_compile.lowering.pieces import Conditions, Piece, SizeTemplate, SymbolFacts, Variant
 from mom_compile.notices import MomWarning, forget, warn_once
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease
 from mom_compile.runtime.observers import Observers
+from tests.models import tiny
 from tests.threads import together
+from tests.threads_child import difference, told
+from tests.weights import offloaded
 
 N = sympy.Symbol("n0", integer=True, nonnegative=True)
 SECONDS = 0.01
@@ -145,3 +153,32 @@ def test_observers_may_come_and_go_while_programs_run() -> None:
         for observe in running:
             observe(1)
     assert seen == [1] and not events.now
+
+
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+def test_threads_keep_caches_and_read_weights_on_the_host() -> None:
+    """Stores, copy engines and the pool of regions are one for all threads."""
+    plain, model = tiny("Llama"), offloaded(tiny("Llama"))
+    options = {"mini_seq_len": 8, "kv_offload": True, "strict": True}
+    model.compile(backend="mom", dynamic=True, options=options)
+    exact = {length: told(plain, length) for length in range(9, 41, 2)}
+    told(model, 20)
+
+    def work(number: int) -> float:
+        return max(difference(told(model, length), exact[length]) for length in range(9 + 2 * number, 41, 8))
+
+    assert max(together(4, work)) < 1e-5
+    assert sum(bool(report.on_host) for report in reports()) >= 2, "a prompt and a token behind it"
+    assert any(report.weights for report in reports())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("where", "weights"), [("device", "none"), ("host", "none"), ("host", "weights")])
+def test_many_threads_compile_with_two_workers_ten_times_in_a_row(where: str, weights: str) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.threads_child", where, weights, "10"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=2900)
+    found = json.loads(done.stdout)
+    assert len(found["differences"]) == 10 and max(found["differences"]) < 1e-4, found
+    assert not found["eager"] and found["graphs"] >= 2

@@ -89,8 +89,8 @@ class Record:
     work_outside   those of them that run on the full sequence, by operator as in `left_out`
     layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
     from_cache     whether this process read it from the compile cache: no pass has run, and there is no code to show
-    graphs         which of the graphs that Dynamo makes of its code this is, and how many there may be; None where Dynamo
-                   did not compile it (`explain`)
+    graphs         which of the graphs that Dynamo makes of its code this is, and how many there may be; None where
+                   Dynamo did not compile it (`explain`)
     limit_hit      whether Dynamo has since given a call of this code up to eager mode, because it has made its most
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
@@ -173,7 +173,8 @@ def limit_in_words(record: Record) -> str | None:
     graphs = record.graphs
     if graphs is None or not (record.limit_hit or graphs.number >= graphs.most):
         return None
-    now = "calls have run in eager mode since" if record.limit_hit else "a call that needs another one runs in eager mode"
+    to_come = "a call that needs another one runs in eager mode"
+    now = "calls have run in eager mode since" if record.limit_hit else to_come
     return f"graph {graphs.number} of the {graphs.most} that {graphs.limit} allows for this code: {now}"
 
 
