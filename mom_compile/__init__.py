@@ -1,11 +1,12 @@
 """mom_compile: exact long-context inference in a fraction of the memory, as a `torch.compile` backend.
 
-    model.compile(backend="mom")
+    mom_compile.compile(model)
 
-No import is needed for that; this package is for looking inside.
+`model.compile(backend="mom")` is the same without an import, and with PyTorch's own limit on the number of graphs.
 """
 
 from mom_compile.backend import reports
+from mom_compile.compile import compile
 from mom_compile.explain import explain
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import MomWarning
@@ -28,6 +29,6 @@ __version__ = "0.1.0"
 __all__ = [
     "All", "CannotChunk", "Claim", "Dim", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
     "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Past", "Plan", "PlanError", "Report", "Rows", "TokenScores",
-    "chunk_rule", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
-    "plan", "reports", "token_log_probs",
+    "chunk_rule", "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps",
+    "offload_weights", "plan", "reports", "token_log_probs",
 ]  # fmt: skip

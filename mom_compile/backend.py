@@ -22,11 +22,12 @@ from mom_compile.capture import capture
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.pieces import NotCompiled, first_line, run_eagerly
+from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_versions
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
+from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import (
@@ -63,7 +64,16 @@ def mom(
         start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)
     tag = cache_tag(parsed, devices_of(example_inputs))
-    return capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
+    before = TOLD[-1:]
+    with compiling(f"a graph of {_operators(gm)} operators, once for each kind of call", parsed.progress) as shown:
+        compiled = capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
+        if shown is not None and TOLD[-1:] != before:
+            shown.result = TOLD[-1].report.headline
+    return compiled
+
+
+def _operators(gm: fx.GraphModule) -> int:
+    return len([node for node in gm.graph.nodes if node.op.startswith("call")])
 
 
 def _reset() -> None:
@@ -77,7 +87,7 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 def reports() -> list[Report]:
     """What was done to each graph compiled so far in this process, oldest first."""
-    return [told.report for told in TOLD]
+    return [told.report for told in list(TOLD)]  # a copy: another thread may be compiling
 
 
 def compile_graph(

@@ -21,20 +21,31 @@ from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
 from mom_compile.memory.device_bytes import budget_of
 from mom_compile.memory.policy import placement_of
-from mom_compile.notices import warn_of_device_kv, warn_of_eager, warn_of_gradients, warn_of_ignored_kv, warn_once
+from mom_compile.notices import (
+    warn_of_device_kv,
+    warn_of_eager,
+    warn_of_eager_calls,
+    warn_of_gradients,
+    warn_of_ignored_kv,
+    warn_of_last_graph,
+    warn_once,
+)
 from mom_compile.report import Report
 from mom_compile.report.record import ForLong
 from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
 from mom_compile.torch_compat import (
+    GraphCount,
     NotStorable,
     Storable,
     codegen_settings,
     expect_other_sizes,
+    graph_count,
     loaded_stock,
     sizes_become_dynamic,
     stored_stock,
+    when_limit_exceeded,
 )
 
 log = logging.getLogger(__name__)
@@ -79,8 +90,24 @@ MOST_TOLD = 256
 
 
 def keep(told: Told) -> None:
+    """Have a graph's report among `TOLD`. Dynamo is compiling the graph."""
+    told.report.graphs = graphs = graph_count()
+    if graphs is not None and graphs.number == graphs.most > 1:
+        warn_of_last_graph(graphs.code, graphs.limit, graphs.most)
     TOLD.append(told)
     del TOLD[:-MOST_TOLD]
+
+
+def _note_limit(count: GraphCount) -> None:
+    """Dynamo makes no more graphs of a code object: of one of ours, every report says so, and a warning."""
+    ours = [told.report for told in list(TOLD) if told.report.graphs and told.report.graphs.code == count.code]
+    for report in ours:
+        report.limit_hit = True
+    if ours:
+        warn_of_eager_calls(count.code, count.limit, count.most)
+
+
+when_limit_exceeded(_note_limit)
 
 
 @dataclass(frozen=True)

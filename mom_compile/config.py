@@ -35,9 +35,10 @@ class Options:
     memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
                   device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
                   tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
-    strict        a failure of our own raises instead of falling back to stock Inductor, and a piece that Inductor cannot
+    strict        a failure of our own raises instead of falling back to stock Inductor; a piece that Inductor cannot
                   compile raises instead of running eagerly
     inductor      Inductor options, passed through; a `mode` adds to them
+    progress      what takes longer than a second to compile is told on standard error
 
     `torch.compile` takes `mode=` or `options=`, not both: with options, write what the mode stands for,
     `options={"kv_offload": True, "inductor": torch._inductor.list_mode_options("max-autotune")}`.
@@ -50,6 +51,8 @@ class Options:
     memory_budget: int | str | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    #: Not in `repr`, which is in the keys of the compile cache.
+    progress: bool = field(default=True, repr=False)
 
     def limit(self, device: str) -> RowLimit:
         """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`). With "auto" that is decided once it
@@ -64,10 +67,27 @@ class Options:
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
+def option_names() -> tuple[str, ...]:
+    """Names of all options of the backend."""
+    return tuple(f.name for f in fields(Options))
+
+
+def joined_options(options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a mapping and those that are given by name, in one dictionary.
+
+    Raises `TypeError` for an option that is given both ways. Whether options are valid is checked by `parse_options`.
+    """
+    given = dict(options or {})
+    twice = sorted(given.keys() & named.keys(), key=str)
+    if twice:
+        raise TypeError(f"{_listed(twice)} given twice: in options={{...}} and by name; give each option once")
+    return {**given, **named}
+
+
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
     """Validate what the user passed. Raises `ValueError` that lists what is valid and names what is nearest to it."""
     given = dict(options or {})
-    names = [f.name for f in fields(Options)]
+    names = option_names()
     unknown = sorted(set(given) - set(names), key=str)
     if unknown:
         raise UserError(
@@ -82,8 +102,10 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             f"scope={parsed.scope!r} is not valid{_meant(parsed.scope, SCOPES)}; it is one of {_listed(SCOPES)}"
         )
     _check_kv(parsed)
-    if not isinstance(parsed.strict, bool):
-        raise UserError(f"strict={parsed.strict!r} is not valid; it is True or False")
+    for name in ("strict", "progress"):
+        value = getattr(parsed, name)
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value!r} is not valid; it is True or False")
     return parsed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Mapping
 
@@ -17,13 +18,20 @@ class MomWarning(UserWarning):
 
 
 _said: set[str] = set()
+_saying = threading.Lock()
 
 
 def warn_once(key: str, text: str) -> None:
     """Warn unless something was said under that key since the last `forget`."""
-    if key not in _said:
-        warnings.warn(text, MomWarning, stacklevel=3)
+    with _saying:
+        if key in _said:
+            return
         _said.add(key)
+    try:
+        warnings.warn(text, MomWarning, stacklevel=3)
+    except BaseException:  # a filter has made an error of it: the next call raises it as well
+        _said.discard(key)
+        raise
 
 
 def forget() -> None:
@@ -69,3 +77,28 @@ def warn_of_device_kv(option: object, on_device: Mapping[str, str]) -> None:
 def warn_of_ignored_kv(option: object, reason: str) -> None:
     """`kv_offload` was asked for, and stock Inductor has the whole graph."""
     warn_once(f"ignored: {reason}", f"kv_offload={option!r} is not honoured: {reason}")
+
+
+_MORE_GRAPHS = (
+    "mom_compile.compile(model) counts the graphs of each model alone and allows more of them, and so does a larger "
+    "torch._dynamo.config.{limit}; docs/troubleshooting.md says how to need fewer"
+)
+
+
+def warn_of_last_graph(code: object, limit: str, most: int) -> None:
+    """Dynamo makes the last graph of a code object that its limit allows."""
+    warn_once(
+        f"last graph: {code}",
+        f"this is the last of the {most} graphs that torch._dynamo.config.{limit} allows: a call that needs another "
+        f"one will run in eager mode, without what backend 'mom' saves. {_MORE_GRAPHS.format(limit=limit)}",
+    )
+
+
+def warn_of_eager_calls(code: object, limit: str, most: int) -> None:
+    """Dynamo has given a call up to eager mode, and all that need a graph that there is not yet."""
+    warn_once(
+        f"eager calls: {code}",
+        f"a call runs in eager mode, without what backend 'mom' saves: {most} graphs have been made, and "
+        f"torch._dynamo.config.{limit} allows no more. So will every call that needs another graph, of any model that "
+        f"shares this code. {_MORE_GRAPHS.format(limit=limit)}",
+    )

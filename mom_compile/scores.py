@@ -10,6 +10,7 @@ of 262,144. Here what is asked of them is computed in the loop that makes them, 
 from __future__ import annotations
 
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -118,19 +119,22 @@ def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: b
 
 #: Compiled functions of a model, for as long as it lives: they are given it, and hold it in no other way.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+_COMPILING = threading.Lock()
 
 
 def _compiled(model: torch.nn.Module, entropy: bool, options: Mapping[str, Any] | None) -> Callable[..., Any]:
     key = (entropy, repr(sorted((options or {}).items())))
-    known = _COMPILED.setdefault(model, {})
-    if key not in known:
+    with _COMPILING:
+        known = _COMPILED.setdefault(model, {})
+        if key in known:
+            return known[key]
         # Dynamo keeps what it compiled by code object, and only so much for each: every model gets its own.
         name = f"score_by_{type(model).__name__}"
         code = _scores.__code__.replace(co_name=name)
         function = types.FunctionType(code, _scores.__globals__, name)
         compiled = torch.compile(function, backend="mom", dynamic=True, options=dict(options or {}))
         known[key] = lambda *given: compiled(*given, entropy)
-    return known[key]
+        return known[key]
 
 
 def _said_beside(model: torch.nn.Module, mask: torch.Tensor | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.convert_frame import input_codes
+from torch._dynamo import convert_frame
+from torch._dynamo.convert_frame import compile_lock, input_codes
 from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._dynamo.eval_frame import cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
@@ -31,7 +32,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import runtime_wrappers
 from torch._functorch._aot_autograd.aot_autograd_result import CompiledForward
 from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.async_compile import AsyncCompile
@@ -81,6 +82,11 @@ class UserError(ValueError, ShortenTraceback):
     def __str__(self) -> str:
         return self.message
 
+
+#: The lock that Dynamo holds while it compiles, and AOTAutograd while it compiles a backward graph at run time. It is
+#: reentrant. Whatever compiles outside of Dynamo takes this one and no lock of its own: Inductor is not made for two
+#: threads, and with a single lock there is no order in which two could be taken.
+COMPILING = compile_lock
 
 #: What a fake tensor raises where only data could tell.
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -350,6 +356,102 @@ def floats_are_constants() -> contextlib.AbstractContextManager[None]:
     traces everything once more.
     """
     return dynamo_config.patch(specialize_float=True)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class GraphCount:
+    """Which graph of one code object Dynamo compiles, and how many it will.
+
+    code      numbers the code object, and the `isolate_recompiles` region that it is compiled in
+    number    of this graph, from 1
+    most      graphs that Dynamo makes of this code; afterwards a call that needs another one runs in eager mode
+    limit     the setting of `torch._dynamo.config` that says so
+    """
+
+    code: tuple[int, int]
+    number: int
+    most: int
+    limit: str
+
+
+_graph_count: contextvars.ContextVar[GraphCount | None] = contextvars.ContextVar("_graph_count", default=None)
+#: Called with the code that Dynamo will compile no more.
+_when_exceeded: list[Callable[[GraphCount], None]] = []
+_region_of_frame: Callable[[], int] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_isolate_recompiles_id", lambda: -1
+)
+_exceeds_recompile_limit = convert_frame.exceeds_recompile_limit
+
+
+def _counting(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
+    """Dynamo asks before each graph whether there are too many, and gives the call up to eager mode if so."""
+    exceeded, limit = _exceeds_recompile_limit(cache_size, compile_id)
+    before = cache_size.num_cache_entries_with_same_id_matched_objs
+    in_all = getattr(cache_size, "total_cache_entries_all_regions", cache_size.num_cache_entries)
+    own = (int(dynamo_config.recompile_limit), "recompile_limit")
+    shared = (int(dynamo_config.accumulated_recompile_limit) - in_all + before, "accumulated_recompile_limit")
+    most, name = min(own, shared)
+    count = GraphCount((compile_id.frame_id, _region_of_frame()), before + 1, most, limit if exceeded else name)
+    _graph_count.set(count)
+    if exceeded:
+        for call in _when_exceeded:
+            call(count)
+    return exceeded, limit
+
+
+convert_frame.exceeds_recompile_limit = _counting
+
+
+def graph_count() -> GraphCount | None:
+    """Of the graph that this thread compiles under Dynamo; None where it compiles none."""
+    count, compiling = _graph_count.get(), CompileContext.current_compile_id()
+    known = count is not None and compiling is not None and compiling.frame_id == count.code[0]
+    return count if known else None
+
+
+def when_limit_exceeded(call: Callable[[GraphCount], None]) -> None:
+    """Have `call(count)` called whenever Dynamo gives up a call to eager mode because there are too many graphs."""
+    _when_exceeded.append(call)
+
+
+#: Whether `torch.compile` can count the graphs of a model apart from all others: PyTorch 2.13 and later.
+CAN_ISOLATE = {"isolate_recompiles", "recompile_limit"} <= inspect.signature(torch.compile).parameters.keys()
+
+
+def compile_apart(
+    model: Any, limit: int, before: Callable[[Mapping[str, Any], Sequence[Any]], None] | None, **settings: Any
+) -> Any:
+    """`torch.compile`, of a module in place, with a limit of its own on how many graphs are made of it.
+
+    `before(kwargs, args)` is called with the arguments of each call. Where PyTorch cannot count the graphs of one model
+    alone (before 2.13), the limit holds while this one is called, for the graphs of all models that share its code.
+    """
+    apart = {"isolate_recompiles": True, "recompile_limit": limit} if CAN_ISOLATE else {}
+    if not isinstance(model, torch.nn.Module):
+        return _prepared(torch.compile(model, **settings, **apart), limit, before)
+    model.compile(**settings, **apart)
+    # What a module's `compile` has made of its `_call_impl`, and its `__call__` calls.
+    model._compiled_call_impl = _prepared(model._compiled_call_impl, limit, before)
+    return model
+
+
+def _prepared(compiled: Callable[..., Any], limit: int, before: Callable[..., None] | None) -> Callable[..., Any]:
+    """A compiled function whose calls are prepared, unless they are part of another function's graph."""
+    if CAN_ISOLATE and before is None:
+        return compiled
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return compiled(*args, **kwargs)
+        if before is not None:
+            before(kwargs, args)
+        if CAN_ISOLATE:
+            return compiled(*args, **kwargs)
+        with dynamo_config.patch(recompile_limit=max(limit, dynamo_config.recompile_limit)):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def stock_inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

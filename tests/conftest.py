@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
+
+os.environ.setdefault("MOM_COMPILE_PROGRESS", "0")  # tests of the progress lines turn them on
 
 # With a handler on this logger torch records every symbolic decision with its stack, a tenth of the time of a trace.
 # Its own handler goes by itself; pytest puts its own on all loggers that do not propagate.

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from mom_compile import MomWarning, reports
 from mom_compile.lowering.decomposed import decompose
-from mom_compile.lowering.pieces import NotCompiled, Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate
+from mom_compile.lowering.eager import NotCompiled
+from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.report import Report
 from mom_compile.torch_compat import SymbolicSizes, codegen_settings, is_only_decomposed
 from mom_passes.ops.attention import MOM_ATTENTION

@@ -40,6 +40,7 @@ from mom_compile.lowering.turned import turn_once
 from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.choice import KeepsBudget
 from mom_compile.memory.place import KVPlace
+from mom_compile.progress import expect
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.host.steps import KeepWeights, Settle
@@ -107,6 +108,7 @@ class Lowering:
         return bool(self.kv.rows or self._leaving or self.kv.is_for_each_run)
 
     def program(self) -> Program:
+        expect(sum(isinstance(step, LoopStep | Compute) for step in self.plan.steps))
         for node in self.plan.inputs:
             self._slot(node)
         for step in self.plan.steps:

@@ -6,6 +6,9 @@ piece      A graph over its inputs alone, with sizes as symbols of its own.
 template   What a piece assumes of one input: a size, or a tensor's dtype, device, sizes and strides.
 variant    One compilation of a piece, with the conditions on sizes it relies on (mostly none).
 
+Several threads may run a piece. A run whose sizes the piece has seen takes no lock: it reads `chosen`. Everything that
+compiles, waits for compilers or changes `variants` holds `COMPILING`.
+
 Layers of a decoder are the same graph with other weights, so pieces are shared by structure:
 the key is the graph, with names and symbols numbered in order of appearance, and its templates.
 """
@@ -24,10 +27,12 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.decomposed import decompose
+from mom_compile.lowering.eager import first_line, refuse_or_warn, run_eagerly
 from mom_compile.lowering.once import is_worthwhile, store_once
-from mom_compile.notices import warn_of_eager
+from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
+    COMPILING,
     CodegenSettings,
     NotStorable,
     SymbolicSizes,
@@ -44,6 +49,10 @@ from mom_passes.graph.structure import lines_of
 from mom_passes.loops.ports import COUNT
 
 log = logging.getLogger(__name__)
+
+
+#: Sizes for which a piece remembers its code. Beyond that it looks again.
+MOST_CHOSEN = 4096
 
 
 @dataclass(frozen=True)
@@ -93,26 +102,6 @@ class Variant:
     holds: Conditions | None
     #: Why it runs eagerly, where Inductor could not compile it.
     eager_reason: str | None = None
-
-
-class NotCompiled(RuntimeError):
-    """Inductor cannot compile a piece, and `strict=True` allows no eager piece."""
-
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        super().__init__(f"Inductor could not compile {listed}. Without strict=True this runs eagerly")
-
-
-def first_line(error: Exception) -> str:
-    """What kind of error it is, and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Node by node, as captured. Empties `inputs`, as compiled code may."""
-    values = list(inputs)
-    inputs.clear()
-    return gm(*values)
 
 
 @dataclass
@@ -203,7 +192,8 @@ class Piece:
     def compile(self, hints: Mapping[sympy.Symbol, int] | None = None) -> None:
         """Add a variant, for sizes like `hints`. What Inductor cannot compile runs eagerly, with the reason.
 
-        On a CPU C++ compilers may still be at work when this returns: `finish` waits for them.
+        On a CPU C++ compilers may still be at work when this returns: `finish` waits for them. The caller holds
+        `COMPILING`.
         """
         self.finish()
         sizes = SymbolicSizes()
@@ -211,7 +201,7 @@ class Piece:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
-            with inductor_as_of(self.settings), kernels_later(self._devices) as self.unfinished:
+            with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
                 decompose(gm, sizes.mode)
@@ -220,19 +210,21 @@ class Piece:
                     store_once(gm.graph)
                 run = sizes.compile(gm, inputs, dict(self.patches))
         except Exception as error:
-            self.unfinished = []
             self.variants.append(self._eager(error))
             return
         self.variants.append(Variant(run, self._condition(sizes)))
+        self.unfinished = waits
 
     def finish(self) -> None:
         """Wait for the C++ compilers. What does not compile runs eagerly, with the reason."""
-        waits, self.unfinished = self.unfinished, []
-        try:
-            for wait in waits:
-                wait()
-        except Exception as error:
-            self.variants[-1] = self._eager(error)
+        with COMPILING:
+            try:
+                while self.unfinished:  # what an interrupt leaves is waited for the next time
+                    self.unfinished[0]()
+                    del self.unfinished[0]
+            except Exception as error:
+                self.unfinished = []
+                self.variants[-1] = self._eager(error)
 
     def _eager(self, error: Exception) -> Variant:
         log.debug("Inductor could not compile a piece", exc_info=error)
@@ -247,33 +239,36 @@ class Piece:
         return run_eagerly(self.gm, inputs)
 
     def _choose(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
+        """The code for sizes that no run has had yet, compiled if need be."""
+        with COMPILING:
+            run = self.chosen.get(values)  # another thread may have been here while this one waited
+            if run is None:
+                run = self._code_for(values)
+                if len(self.chosen) >= MOST_CHOSEN:
+                    self.chosen.clear()
+                self.chosen[values] = run
+        return run
+
+    def _code_for(self, values: tuple[int, ...]) -> Callable[[list[Any]], Any]:
         self.finish()
-        facts = list(self.symbols.values())
+        facts = self.symbols.values()
         if any(value < fact.minimum for value, fact in zip(values, facts, strict=True)):
             # Compiled code assumes sizes of two and more (it would have specialised on one).
-            return self._remember(values, self.run_eagerly)
+            return self.run_eagerly
         for variant in self.variants:
             if variant.holds is None or variant.holds(values):
-                return self._remember(values, variant.run)
+                return variant.run
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
-        self.compile(dict(zip(self.symbols, values, strict=True)))
-        self.finish()
-        self._check_later_variant(self.variants[-1])
-        return self._remember(values, self.variants[-1].run)
-
-    def _check_later_variant(self, variant: Variant) -> None:
-        """What is compiled while a program runs is in no report: say at once that it runs eagerly."""
-        if variant.eager_reason is None:
-            return
-        if self.strict:
-            raise NotCompiled({"a piece for other sizes": variant.eager_reason})
-        warn_of_eager("a piece for other sizes", variant.eager_reason)
-
-    def _remember(self, values: tuple[int, ...], run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-        if len(self.chosen) >= 4096:
-            self.chosen.clear()
-        self.chosen[values] = run
-        return run
+        new = len(self.variants)
+        with compiling("code for further sizes"):
+            self.compile(dict(zip(self.symbols, values, strict=True)))
+            self.finish()
+        reason = self.variants[new].eager_reason
+        if reason is not None and self.strict:
+            del self.variants[new]  # nothing else may run it
+        if reason is not None:
+            refuse_or_warn(reason, self.strict)
+        return self.variants[new].run
 
     def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
         own: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -318,19 +313,21 @@ class PieceCache:
     def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
         """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
         key = (settings.key, piece.strict, piece.key())
-        found = self._pieces.get(key)
-        if found is None:
-            began = time.perf_counter()
-            piece.settings = settings
-            piece.make()
-            seconds = time.perf_counter() - began
-            report.compiled_pieces.append(name)
-            report.compile_seconds += seconds
-            log.debug("made %s in %.1f s", name, seconds)
-            found = self._pieces[key] = piece
-        else:
-            report.bodies_shared += 1
-            log.debug("%s shares a compiled piece", name)
+        with COMPILING:
+            found = self._pieces.get(key)
+            if found is None:
+                began = time.perf_counter()
+                piece.settings = settings
+                piece.make()
+                seconds = time.perf_counter() - began
+                report.compiled_pieces.append(name)
+                report.compile_seconds += seconds
+                log.debug("made %s in %.1f s", name, seconds)
+                found = self._pieces[key] = piece
+            else:
+                report.bodies_shared += 1
+                log.debug("%s shares a compiled piece", name)
+        advance()
         return found
 
     def finish(self, found: Piece, report: Report, name: str) -> None:
@@ -338,6 +335,7 @@ class PieceCache:
         began = time.perf_counter()
         found.finish()
         report.compile_seconds += time.perf_counter() - began
+        advance()
         if found.eager_reason is not None:
             report.eager_pieces[name] = found.eager_reason
 

@@ -41,8 +41,9 @@ class Report(Record):
 
     def to_store(self) -> Report:
         """What of this another process can say that reads the compiled graph: not what was done for it in this one."""
-        own = {"passes": [], "compiled_pieces": [], "bodies_shared": 0, "compile_seconds": 0.0, "graph": None}
-        return replace(self, **own, from_cache=True)  # type: ignore[arg-type]
+        own: dict[str, Any] = {"passes": [], "compiled_pieces": [], "bodies_shared": 0, "compile_seconds": 0.0}
+        own |= {"graph": None, "graphs": None, "limit_hit": False}
+        return replace(self, **own, from_cache=True)
 
     def describe_kv(self, offload: KVOffload) -> None:
         self.on_device = dict(offload.left_out)

@@ -8,6 +8,7 @@ from torch import fx
 
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
+from mom_compile.torch_compat import GraphCount
 from mom_passes.program.memory import Memory
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
@@ -88,6 +89,9 @@ class Record:
     work_outside   those of them that run on the full sequence, by operator as in `left_out`
     layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
     from_cache     whether this process read it from the compile cache: no pass has run, and there is no code to show
+    graphs         which of the graphs that Dynamo makes of its code this is, and how many there may be; None where
+                   Dynamo did not compile it (`explain`)
+    limit_hit      whether Dynamo has since given a call of this code up to eager mode, because it has made its most
     compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
     """
 
@@ -121,6 +125,8 @@ class Record:
     layer_pieces: int = 0
     compile_seconds: float = 0.0
     from_cache: bool = False
+    graphs: GraphCount | None = None
+    limit_hit: bool = False
     graph: fx.GraphModule | None = None
 
     @property
@@ -160,6 +166,16 @@ class Record:
     def full_length_values(self) -> list[str]:
         """Names of all values that live at full length, stage by stage."""
         return [output.name for stage in self.stages for output in stage.crossing]
+
+
+def limit_in_words(record: Record) -> str | None:
+    """What Dynamo's limit on the number of graphs means for calls to come; None as long as there may be more graphs."""
+    graphs = record.graphs
+    if graphs is None or not (record.limit_hit or graphs.number >= graphs.most):
+        return None
+    to_come = "a call that needs another one runs in eager mode"
+    now = "calls have run in eager mode since" if record.limit_hit else to_come
+    return f"graph {graphs.number} of the {graphs.most} that {graphs.limit} allows for this code: {now}"
 
 
 def host_share(record: Record) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from mom_compile.report.details import eager_lines
 from mom_compile.report.groups import LoopGroup, by_reason, loop_groups
-from mom_compile.report.record import DECODE_STEP, Record, host_share, moved_rows, own_share
+from mom_compile.report.record import DECODE_STEP, Record, host_share, limit_in_words, moved_rows, own_share
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import counted, in_units
@@ -66,7 +66,8 @@ def largest(record: Record) -> list[Share]:
 def rest(record: Record) -> list[str]:
     """What there is to say beside loops and what is outside them: of keys, values, weights and failures."""
     weights = _weight_lines(record) if record.fallback is None else []
-    return _kv_lines(record) + weights + _own_lines(record) + eager_lines(record)
+    limit = limit_in_words(record)
+    return _kv_lines(record) + weights + _own_lines(record) + eager_lines(record) + ([limit] if limit else [])
 
 
 def _left_alone(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, ParamSpec
 
@@ -14,11 +15,16 @@ class Observers(Generic[P]):
 
     def __init__(self) -> None:
         self.now: list[Callable[P, None]] = []
+        self._joining = threading.Lock()
 
     @contextlib.contextmanager
     def joined_by(self, observer: Callable[P, None]) -> Iterator[None]:
-        self.now.append(observer)
+        # A new list each time: another thread's program may be going through the old one.
+        with self._joining:
+            self.now = [*self.now, observer]
         try:
             yield
         finally:
-            self.now.remove(observer)
+            with self._joining:
+                at = self.now.index(observer)
+                self.now = [*self.now[:at], *self.now[at + 1 :]]

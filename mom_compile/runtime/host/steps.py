@@ -110,12 +110,13 @@ class Append:
         host, new, first = arguments
         arguments.clear()
         old = lease_of(host, self.dim)
-        if old is None or not old.store.may_append(old, new.shape[self.dim]):
+        rows = new.shape[self.dim]
+        made = old.store.append(old, old.first + first, rows) if old is not None else None
+        if old is None or made is None:
             # The rows that stay, in a store of their own.
             dropped = min(first, host.shape[self.dim])
-            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped), new.shape[self.dim])
-            first -= dropped
-        made = Lease(old.store, old.first + first, old.end + new.shape[self.dim])
+            old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped), rows)
+            made = Lease(old.store, old.first + first - dropped, old.end + rows)
         _leave(made, old.end, new, self.dim, self.device)
         return (host_tensor(made, self.dim, self.device),)
 

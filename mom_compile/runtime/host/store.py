@@ -79,6 +79,7 @@ class HostStore:
         weakref.finalize(self, _give_back, placement, self.region)
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._appending = threading.Lock()
         hold(self)
 
     def rows(self, first: int, end: int) -> torch.Tensor:
@@ -141,6 +142,12 @@ class HostStore:
         finally:
             self._lock.release()
 
+    def append(self, lease: Lease, first: int, rows: int) -> Lease | None:
+        """A lease of rows `[first, lease.end + rows)`, the last of which are the caller's to write; None where
+        `may_append` says no. Of two threads that continue the same cache, one gets the rows behind it."""
+        with self._appending:
+            return Lease(self, first, lease.end + rows) if self.may_append(lease, rows) else None
+
     def may_append(self, lease: Lease, rows: int) -> bool:
         """Whether rows after a lease are nobody's and there are addresses for them, and little is held in vain before
         it (pinned memory cannot be given back in parts)."""
@@ -153,19 +160,27 @@ class HostStore:
 #: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
 #: the last one did.
 _POOL: list[tuple[Placement, HostRegion]] = []
+#: Held by whoever takes a region out. Finalizers put regions in without it, at the end.
+_TAKING = threading.Lock()
+
+
+def _forked() -> None:
+    """A fork has nothing of the pool, and no thread that would release the lock."""
+    global _TAKING
+    _TAKING = threading.Lock()
+    _POOL.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_POOL.clear)  # a fork has nothing of them
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
     """Addresses for so many bytes, or for fewer if they cannot be had."""
-    for i, (pooled, region) in enumerate(_POOL):
-        if pooled == placement and region.capacity >= capacity:
-            _POOL.pop(i)
-            region.abandon()  # a device may still read what the dead store had
-            return region
+    region = _pooled(capacity, placement)
+    if region is not None:
+        region.abandon()  # a device may still read what the dead store had
+        return region
     try:
         return HostRegion(capacity, placement.backing(), least)
     except HostMemoryError:
@@ -175,13 +190,22 @@ def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
         return HostRegion(capacity, placement.backing(), least)
 
 
+def _pooled(capacity: int, placement: Placement) -> HostRegion | None:
+    """A region out of the pool, or None."""
+    with _TAKING:
+        for i, (pooled, region) in enumerate(_POOL):
+            if pooled == placement and region.capacity >= capacity:
+                return _POOL.pop(i)[1]
+    return None
+
+
 def prepare(store: HostStore, count: int) -> None:
     """Have memory ready for so many stores like one that has just been made, where it takes long to have it: those of
     the next layer. It is in the pool, like that of dead stores. Where it cannot be had now, it is asked for again."""
     region, placement, size = store.region, store.placement, store.used_bytes
     if not region.backing.goes_ahead or size < AHEAD_FROM:
         return
-    fitting = sum(pooled == placement and other.capacity >= region.capacity for pooled, other in _POOL)
+    fitting = sum(pooled == placement and other.capacity >= region.capacity for pooled, other in list(_POOL))
     with contextlib.suppress(HostMemoryError):
         for _ in range(count - fitting):
             ready = HostRegion(region.capacity, placement.backing())
@@ -207,8 +231,11 @@ def _commit(region: HostRegion, size: int) -> None:
 
 def empty_host_pool() -> None:
     """Give pinned host memory back that no cache uses."""
-    while _POOL:
-        _, region = _POOL.pop()
+    while True:
+        with _TAKING:
+            if not _POOL:
+                return
+            _, region = _POOL.pop()
         region.abandon()
         region.close()
 
@@ -240,4 +267,4 @@ def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Leas
 
 def pooled_bytes() -> int:
     """Pinned host memory that waits for the next cache."""
-    return sum(region.committed for _, region in _POOL)
+    return sum(region.committed for _, region in list(_POOL))

@@ -1,0 +1,207 @@
+"""How many graphs an ordinary session takes (`python -m benchmarks.graphs`), and docs/graphs.md of it.
+
+A graph is what Dynamo captures, and mom compiles, for calls that guards call alike. There are at most so many of a
+model; what would need another one runs in eager mode. Each family is made small, compiled by `mom_compile.compile`, and
+asked for what a user asks for in an afternoon: prompts below, at and above its window, one and several sequences, with
+and without padding, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since what they are
+compiled to makes no difference here. TORCH_LOGS=recompiles says why each graph was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.families import FAMILIES
+from benchmarks.measure import describe_machine
+from benchmarks.models import keeping
+from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "graphs.md"
+NAMES = ("Llama", "Qwen3", "Gemma3Text", "Mistral", "GPT2", "Mixtral")
+WINDOW = 64
+VOCABULARY = 200
+NEW_TOKENS = 4
+
+_SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "n_embd": 32, "n_head": 4, "num_hidden_layers": 2, "n_layer": 2, "sliding_window": WINDOW,
+    "sliding_window_pattern": 2, "num_local_experts": 4, "max_position_embeddings": 1024, "n_positions": 1024,
+}  # fmt: skip
+
+
+def small(family: str) -> Any:
+    """A model of the family of two layers with random weights; no sequence of it ends."""
+    import transformers
+
+    known = {name: value for name, value in _SMALL.items() if name in FAMILIES[family]}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **{**FAMILIES[family], **known}, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=None
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval().double()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `generate`: `lengths` are those of its prompts, padded to the longest; `turns` of a chat follow."""
+
+    kind: str
+    lengths: tuple[int, ...]
+    turns: tuple[int, ...] = ()
+    drafted: bool = False
+
+
+def _calls(kind: str, *lengths: int | tuple[int, ...], **how: Any) -> list[Call]:
+    return [Call(kind, (n,) if isinstance(n, int) else n, **how) for n in lengths]
+
+
+#: Kinds in the order in which they are called first.
+SESSION: tuple[Call, ...] = (
+    *_calls("one prompt, above the window", 150, 200, 90, 311),
+    *_calls("below the window", 40, 20, 55),
+    *_calls("at the window", WINDOW, WINDOW - 1, WINDOW + 1),
+    *_calls("several sequences", (120, 120), (30, 30), (99, 99, 99), (64, 64)),
+    *_calls("padded", (120, 90), (50, 30), (170, 60, 100), (WINDOW, 10)),
+    *_calls("turns of a chat", 80, 40, turns=(20, 30)),
+    *_calls("tokens drafted from the prompt", 100, 45, drafted=True),
+    *_calls("any of these again", 70, 33, 256, (75, 75), (41, 41), (210, 140), (35, 22), 62, 66, 128),
+    *_calls("any of these again", 500, 5, (88, 17), (20, 20, 20, 20), 64, 65, 240, 58, (66, 130)),
+    *_calls("any of these again", 140, turns=(10,)),
+)
+
+
+def prompts(call: Call, seed: int) -> dict[str, torch.Tensor]:
+    """Ids and a mask, padded on the left."""
+    longest = max(call.lengths)
+    ids = torch.randint(3, VOCABULARY, (len(call.lengths), longest), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(call.lengths):
+        mask[row, : longest - length] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@torch.no_grad()
+def make(model: Any, call: Call, seed: int) -> torch.Tensor:
+    """All tokens of the call."""
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    if call.drafted:
+        settings["prompt_lookup_num_tokens"] = 3
+    given = prompts(call, seed)
+    if not call.turns:
+        return model.generate(**given, **settings)  # type: ignore[no-any-return]
+    out = model.generate(**given, **settings, return_dict_in_generate=True)
+    for turn, length in enumerate(call.turns):
+        more = prompts(Call("", (length,)), seed + turn + 1)["input_ids"]
+        tokens = torch.cat([out.sequences, more], dim=1)
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        kept = keeping(out.past_key_values, model)
+        out = model.generate(**given, **kept, **settings, return_dict_in_generate=True)
+    return out.sequences  # type: ignore[no-any-return]
+
+
+@dataclass
+class Counted:
+    """Of one call of a session: graphs that were made for it, times the model was called, and how many were eager."""
+
+    call: Call
+    graphs: int
+    calls: int
+    eager: int
+    tokens: torch.Tensor
+
+
+def session(model: Any, calls: Sequence[Call] = SESSION) -> Iterator[Counted]:
+    """Make the calls of a compiled model, one after another, and count."""
+    from mom_compile import reports
+    from mom_compile.compiled import CompiledGraph
+
+    ran, called = 0, 0
+    run, compiled = CompiledGraph.__call__, model._compiled_call_impl
+
+    def running(graph: CompiledGraph, inputs: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return run(graph, inputs)
+
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        nonlocal called, eager
+        before, called = ran, called + 1
+        found = compiled(*args, **kwargs)
+        eager += ran == before
+        return found
+
+    eager = 0
+    CompiledGraph.__call__, model._compiled_call_impl = running, calling  # type: ignore[method-assign]
+    try:
+        for number, call in enumerate(calls):
+            before = len(reports()), called, eager
+            tokens = make(model, call, 10 * number)
+            yield Counted(call, len(reports()) - before[0], called - before[1], eager - before[2], tokens)
+    finally:
+        CompiledGraph.__call__, model._compiled_call_impl = run, compiled  # type: ignore[method-assign]
+
+
+def count(family: str, compile_model: Callable[[Any], Any]) -> tuple[dict[str, int], int]:
+    """Graphs by kind of call, and how many calls of the model were eager."""
+    torch._dynamo.reset()
+    found = dict.fromkeys((call.kind for call in SESSION), 0)
+    eager = 0
+    with pieces_run_eagerly(), stock_runs_eagerly():
+        for one in session(compile_model(small(family))):
+            found[one.call.kind] += one.graphs
+            eager += one.eager
+            print(family, one.call.kind, one.call.lengths, one.graphs, "eager" * bool(one.eager), flush=True)
+    return found, eager
+
+
+_HEAD = f"""# Graphs of a session
+
+How many graphs Dynamo makes in a session of {len(SESSION)} calls of `generate()`, {NEW_TOKENS} tokens each, of a model
+that `mom_compile.compile(model)` has compiled: two layers, a window of {WINDOW} tokens where the family has one. Calls
+are made from the top to the bottom; a cell has the graphs that these calls needed beside those that were there.
+
+`python -m benchmarks.graphs` makes this page. {{stamp}}.
+"""
+
+
+def page(found: dict[str, tuple[dict[str, int], int]]) -> str:
+    """The page as text, of what `count` gave for each family."""
+    rows = [[kind, *(str(by_kind[kind]) for by_kind, _ in found.values())] for kind in next(iter(found.values()))[0]]
+    rows.append(["**all**", *(f"**{sum(by_kind.values())}**" for by_kind, _ in found.values())])
+    rows.append(["calls of the model in eager mode", *(str(eager) for _, eager in found.values())])
+    table = [["calls", *found], ["---"] * (len(found) + 1), *rows]
+    return "\n".join([_HEAD.format(stamp=describe_machine()), *(f"| {' | '.join(row)} |" for row in table), ""])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Count for all families, or for some, and write the page if it is all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="FAMILY")
+    parser.add_argument("--plain", action="store_true", help='model.compile(backend="mom"), with PyTorch\'s limit of 8')
+    options = parser.parse_args(arguments)
+
+    def compile_model(model: Any) -> Any:
+        import mom_compile
+
+        settings = {"mini_seq_len": 16}
+        if not options.plain:
+            return mom_compile.compile(model, options=settings)
+        model.compile(backend="mom", options=settings)
+        return model
+
+    found = {family: count(family, compile_model) for family in options.only}
+    text = page(found)
+    print(text)
+    if tuple(options.only) == NAMES and not options.plain:
+        PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,88 @@
+"""`mom_compile.compile(model)`: `model.compile(backend="mom")`, with a number of graphs that is the model's own.
+
+Dynamo makes at most 8 graphs of one code object (`torch._dynamo.config.recompile_limit`), and runs in eager mode what
+would need another one. All models of transformers share the code object of their `forward`: with two of them in a
+process, or prompts of a few kinds, there are 8 soon.
+
+And fewer graphs are needed: the first call of a kind makes a graph for all lengths and for any number of sequences,
+which Dynamo would take for constants until it has seen a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from mom_compile.config import joined_options, parse_options
+from mom_compile.torch_compat import UserError, compile_apart, expect_other_sizes
+
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
+
+#: Graphs of one model. A session of all kinds of calls takes a few (docs/troubleshooting.md).
+MOST_GRAPHS = 32
+
+
+def compile(
+    model: Compilable,
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    mode: str | None = None,
+    recompile_limit: int = MOST_GRAPHS,
+    options: Mapping[str, Any] | None = None,
+    **named: Any,
+) -> Compilable:
+    """Compile a model, in place, or a function, with backend "mom". What is compiled is returned.
+
+    Parameters
+    ----------
+    model
+        A module, which is compiled in place as by `model.compile`, or a function.
+    dynamic, fullgraph
+        As `torch.compile` takes them, but for `dynamic=None`: it stands for graphs of any number of sequences and
+        tokens, and of other sizes as they are.
+    mode
+        A mode of Inductor's, `"max-autotune"` say. Other than with `torch.compile`, options may stand beside it, and
+        win over what it stands for.
+    recompile_limit
+        How many graphs there may be of this model, counted apart from those of all others. Before PyTorch 2.13 they
+        cannot be counted apart: the limit is raised to this while the model is called, and graphs of other models that
+        share its code object count, too.
+    options, **named
+        Options of the backend, in a mapping or by name: `kv_offload=True`. docs/options.md has them.
+
+    Raises
+    ------
+    ValueError
+        For an option, a value or a mode that does not exist, now and not at the first call.
+    TypeError
+        For what cannot be called, and for an option that is given both ways.
+    """
+    if not callable(model):
+        raise TypeError(f"a module or a function is compiled, and this is a {type(model).__name__}")
+    if isinstance(recompile_limit, bool) or not isinstance(recompile_limit, int) or recompile_limit < 1:
+        raise UserError(f"recompile_limit={recompile_limit!r} is not valid; it is a whole number of graphs, at least 1")
+    given = joined_options(options, named)
+    parsed = parse_options(given, mode)
+    if parsed.inductor:
+        given["inductor"] = dict(parsed.inductor)
+    settings: dict[str, Any] = {"backend": "mom", "dynamic": dynamic, "fullgraph": fullgraph, "options": given}
+    before = _expect_other_lengths if dynamic is None else None
+    compiled: Compilable = compile_apart(model, recompile_limit, before, **settings)
+    return compiled
+
+
+#: Arguments that are `[sequences, tokens, width]`.
+_EMBEDDED = ("inputs_embeds",)
+
+
+def _expect_other_lengths(named: Mapping[str, Any], unnamed: Sequence[Any]) -> None:
+    """Mark what a call is given of ids, masks and positions, `[sequences, tokens]` or `[tokens]`: the next call has
+    other numbers of both. A number that is 1 stays a constant, as it does for Dynamo in any case."""
+    for name, value in (*named.items(), *(("", value) for value in unnamed)):
+        if isinstance(value, torch.Tensor):
+            counted = value.dim() <= 2 and not (value.is_floating_point() or value.is_complex())
+            for dim in range(value.dim() if counted else 2 if name in _EMBEDDED else 0):
+                expect_other_sizes(value, dim)
