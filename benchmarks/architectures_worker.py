@@ -16,8 +16,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ OPTIONS = {"mini_seq_len": 8, "strict": True}
 BOUND = 1e-6
 BOUND_FLOAT32 = 1e-4
 LONG = 2048
+#: What compiled code is tried with: no mini-sequence and no scan's chunk divides these lengths.
+COMPILED_TOKENS = (203, 2011)
+COMPILED_OPTIONS = {"mini_seq_len": 64, "strict": True}
+COMPILED_SCALE = replace(SMALL, positions=4096)
+#: Uses that are a token more, and the use before.
+FOLLOWS = {"decode": "batch", "step": "prefill"}
 #: Where models put what a step after this one is given.
 STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -127,6 +133,8 @@ class Caller:
 
     model: Any
     backend: str | None
+    tokens: Mapping[str, int] = field(default_factory=lambda: TOKENS)
+    options: Inputs = field(default_factory=lambda: OPTIONS)
 
     def __call__(self, inputs: Inputs) -> Any:
         call = self.model.forward if self.backend is None else self.model
@@ -135,27 +143,31 @@ class Caller:
 
     def use(self, name: str, outputs: dict[str, Any]) -> torch.Tensor:
         """The logits of one use; `outputs` has those that it follows upon, by the same backend."""
-        model = self.model
-        if name == "prefill":
-            inputs = accepted(model, **words(model, 1, TOKENS[name], SMALL), use_cache=True, logits_to_keep=1)
-        elif name == "batch":
-            inputs = padded(model, TOKENS[name])
-        elif name == "decode":
-            if "batch" not in outputs:
-                raise NoState("there is no prefill to follow")
-            inputs = after(model, padded(model, TOKENS["batch"]), outputs["batch"])
-        else:
-            inputs = accepted(model, **words(model, 2, TOKENS[name], SMALL), use_cache=False)
+        inputs = self.inputs(name, outputs)
         out = outputs[name] = self(inputs)
         mask = inputs.get("attention_mask")
         whole = mask is not None and out.logits.dim() == 3 and out.logits.shape[1] == mask.shape[1]
         return out.logits[mask.bool()] if whole else out.logits  # type: ignore[union-attr]
 
+    def inputs(self, name: str, outputs: dict[str, Any]) -> Inputs:
+        model = self.model
+        if name in FOLLOWS:
+            before = FOLLOWS[name]
+            if before not in outputs:
+                raise NoState("there is no prefill to follow")
+            return after(model, self.inputs(before, outputs), outputs[before])
+        tokens = self.tokens[name]
+        if name == "prefill":
+            return accepted(model, **words(model, 1, tokens, SMALL), use_cache=True, logits_to_keep=1)
+        if name == "batch":
+            return padded(model, tokens)
+        return accepted(model, **words(model, 2, tokens, SMALL), use_cache=False)
+
     def compile(self) -> None:
         torch._dynamo.reset()
         self.model._compiled_call_impl = None
         if self.backend is not None:
-            self.model.compile(backend=self.backend, options=OPTIONS if self.backend == "mom" else None)
+            self.model.compile(backend=self.backend, options=self.options if self.backend == "mom" else None)
 
 
 def said(error: BaseException) -> str:
@@ -282,6 +294,37 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
             uses[use]["stock_difference"] = difference(actual, wanted[use])
         except Exception as error:
             uses[use]["stock_error"] = said(error)
+
+
+def compiled_differences(
+    subject: Subject, lengths: Sequence[int] = COMPILED_TOKENS, scale: Scale = COMPILED_SCALE
+) -> dict[str, float]:
+    """By how much the logits of a compiled float32 model differ from eager mode's, relative to the largest logit.
+
+    Nothing runs node by node here. Each length has a prefill with a cache, and a decode step where the model keeps a
+    state. What differs by more than `BOUND_FLOAT32` is compared with stock Inductor's result, too: the smaller
+    difference counts. Raises `NotCompiled` for a piece that would run eagerly.
+    """
+    model = build(subject, scale, torch.float32)
+    wanted, found = (compiled_logits(model, backend, lengths) for backend in (None, "mom"))
+    apart = {use: difference(found[use], logits) for use, logits in wanted.items()}
+    if max(apart.values()) > BOUND_FLOAT32:
+        stock = compiled_logits(model, "inductor", lengths)
+        apart = {use: min(apart[use], difference(found[use], stock[use])) for use in apart}
+    return apart
+
+
+def compiled_logits(model: Any, backend: str | None, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Logits of a prefill of each length and of the decode step after it, by a backend; `None` for eager mode."""
+    caller = Caller(model, backend, options=COMPILED_OPTIONS)
+    caller.compile()
+    logits: dict[str, torch.Tensor] = {}
+    for tokens in lengths:
+        one, outputs = replace(caller, tokens={"prefill": tokens}), {}
+        with contextlib.suppress(NoState):
+            for use in ("prefill", "step"):
+                logits[f"{use} of {tokens}"] = one.use(use, outputs).clone()
+    return logits
 
 
 def run_peaks(name: str, backends: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from mom_compile.capture import capture
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.pieces import NotCompiled, first_line, run_eagerly
+from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_versions

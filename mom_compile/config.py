@@ -38,7 +38,8 @@ class Options:
     memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
                   device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
                   tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
-    strict        our own failures raise instead of falling back to stock Inductor
+    strict        a failure of our own raises instead of falling back to stock Inductor; a piece that Inductor cannot
+                  compile raises instead of running eagerly
     inductor      Inductor options, passed through; a `mode` adds to them
     progress      what takes longer than a second to compile is told on standard error
 

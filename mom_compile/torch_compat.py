@@ -40,6 +40,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.loop_body import LoopBody
 from torch._inductor.lowering import lowerings
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -518,6 +519,26 @@ def inductor_as_of(settings: CodegenSettings) -> Iterator[None]:
     now = inductor_config.save_config_portable(ignore_private_configs=False)
     with inductor_config.patch({name: value for name, value in settings.config.items() if now.get(name) != value}):
         yield
+
+
+_read_expression = LoopBody.get_read_expr
+
+
+def _read_expression_if_any(body: LoopBody, name: str) -> Any:
+    """Where a kernel reads a buffer; None where it does not.
+
+    Inductor's C++ backend asks this of every user of a buffer that might stay in a local array, and keeps it there if
+    all of them read it in order. Among its users is what only has to run later: a write to an input that was read to
+    make the buffer. Such a kernel reads nothing, and Inductor raises `KeyError`. A loop's body writes to its inputs
+    where the residual stream lives once. With None the buffer gets storage, as it does for any other order.
+    """
+    try:
+        return _read_expression(body, name)
+    except KeyError:
+        return None
+
+
+LoopBody.get_read_expr = _read_expression_if_any  # type: ignore[method-assign]
 
 
 #: Where the code that is being loaded leaves what it would wait for.

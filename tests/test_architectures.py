@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,19 @@ from transformers import CONFIG_MAPPING
 
 import mom_compile
 from benchmarks import architectures, architectures_page, small_configs, text_decoders
-from benchmarks.architectures_worker import PADDING, Caller, Found, Subject, build, is_recurrent
+from benchmarks.architectures_worker import (
+    BOUND_FLOAT32,
+    COMPILED_OPTIONS,
+    COMPILED_TOKENS,
+    PADDING,
+    Caller,
+    Found,
+    Subject,
+    build,
+    compiled_differences,
+    is_recurrent,
+)
+from benchmarks.models import keeping
 from benchmarks.small_configs import REALISTIC, SMALL, exceptions, small_config
 from benchmarks.text_decoders import TextDecoder
 from tests.models import ids, small_model
@@ -113,6 +126,69 @@ def test_a_text_decoder_is_exact_from_embeddings(name: str) -> None:
     (prefill,) = [report for report in mom_compile.reports()[found.before :] if report.stages]
     beside = 2 * 2 * len(PADDING) * 9 * 64 * 32 if name == "t5gemma2_decoder" else 0  # keys and values, of nine states
     assert sum(prefill.work_outside.values()) == beside
+
+
+# --- compiled for real ---
+
+
+def subjects() -> list[Subject]:
+    """What can be built and run in eager mode, as the results on the page say."""
+    results = json.loads(architectures.RESULTS.read_text())
+    found = [Subject(name) for name, entry in results["types"].items() if _runs(entry)]
+    return found + [Subject(n, entry["composites"][0]) for n, entry in results["decoders"].items() if _runs(entry)]
+
+
+def _runs(entry: dict[str, Any]) -> bool:
+    return "prefill" in entry.get("uses", {}) and "eager_error" not in entry["uses"]["prefill"]
+
+
+def check_compiled(subject: Subject, lengths: tuple[int, ...]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mom_compile.MomWarning)
+        apart = compiled_differences(subject, lengths)
+    assert set(apart) >= {f"prefill of {tokens}" for tokens in lengths}
+    assert {use: by for use, by in apart.items() if not by <= BOUND_FLOAT32} == {}
+    assert not any(report.failed or report.eager_pieces for report in mom_compile.reports())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("subject", subjects(), ids=lambda subject: subject.name)
+def test_every_type_is_right_when_compiled(subject: Subject) -> None:
+    """Prefill and decode step at two lengths, without a piece that runs eagerly."""
+    if (subject.composite or subject.name) not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no such type")
+    check_compiled(subject, COMPILED_TOKENS)
+
+
+#: Dense, experts, Mamba-2 with attention, short convolutions.
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bamba", "lfm2"])
+def test_a_type_of_each_kind_is_right_when_compiled(name: str) -> None:
+    check_compiled(Subject(name), COMPILED_TOKENS[:1])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_model_with_a_picture_is_right_when_compiled() -> None:
+    """Its prompt, in which the picture's tokens see each other, and a decode step."""
+    config = small_config("gemma3")
+    config.mm_tokens_per_image = 4
+    config.vision_config.image_size, config.vision_config.num_hidden_layers = 64, 1
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    tokens = torch.randint(3, SMALL.words, (1, COMPILED_TOKENS[0]))
+    tokens[:, 100:104] = config.image_token_index
+    pictured = (tokens == config.image_token_index).long()
+    given = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 64, 64), "token_type_ids": pictured}
+    model.compile(backend="mom", options=COMPILED_OPTIONS)
+    with torch.no_grad():
+        expected, found = (call(**given, use_cache=True) for call in (model.forward, model))
+        caches = [keeping(out.past_key_values, model) for out in (expected, found)]
+        after = [call(tokens[:, :1], **cache) for call, cache in zip((model.forward, model), caches, strict=True)]
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[1].logits, after[0].logits, rtol=1e-4, atol=1e-4)
+    assert any(report.stages for report in mom_compile.reports())
+    assert not any(report.failed or report.eager_pieces for report in mom_compile.reports())
 
 
 def test_names_of_the_same_model_are_run_once() -> None:

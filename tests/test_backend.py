@@ -236,8 +236,8 @@ def test_a_piece_that_inductor_cannot_compile_runs_eagerly_with_the_reason(monke
 
     monkeypatch.setattr(SymbolicSizes, "compile", fails_once)
     model = TinyDecoder(layers=2).eval()
-    with torch.no_grad():
-        assert_same(compiled(model)(ids(2, 29)), model(ids(2, 29)))
+    with torch.no_grad(), pytest.warns(MomWarning, match="runs eagerly: RuntimeError: undeclared temporary"):
+        assert_same(compiled(model, strict=False)(ids(2, 29)), model(ids(2, 29)))
     assert list(reports()[-1].eager_pieces.values()) == ["RuntimeError: undeclared temporary"]
     assert "undeclared temporary" in str(reports()[-1])
 

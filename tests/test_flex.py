@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.measure import peak_bytes, watch_cpu
-from mom_compile import explain, reports
+from mom_compile import MomWarning, explain, reports
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import DECODE_STEP, PREFILL, Report
 from mom_passes.attention.flex import flex_attentions, graphs_put_back, outline_flex
@@ -395,8 +395,8 @@ def test_compiled_steps_of_all_lengths(padded):
 def test_what_inductor_refuses_runs_eagerly_with_its_reason():
     """FlexAttention of doubles on a CPU."""
     decoder, given = FlexDecoder(2).double(), inputs(1, 200)
-    fast = torch.compile(decoder, backend="mom", options={"mini_seq_len": 64, "strict": True})
-    with torch.no_grad():
+    fast = torch.compile(decoder, backend="mom", options={"mini_seq_len": 64})
+    with torch.no_grad(), pytest.warns(MomWarning, match="FlexAttention for CPU"):
         torch.testing.assert_close(fast(*given, block_mask(200))[0], decoder(*given, None)[0], rtol=1e-9, atol=1e-9)
     reasons = reports()[-1].eager_pieces.values()
     assert len(reasons) == 2 and all("FlexAttention for CPU" in reason for reason in reasons)

@@ -49,6 +49,23 @@ def only_ours(caught):
     return sum(warning.category is MomWarning for warning in caught)
 
 
+# --- freezing ---
+
+
+@pytest.mark.parametrize("how", ["option", "configuration"])
+def test_inductors_freezing_is_left_out_with_a_warning(how: str) -> None:
+    """It makes constants of weights, of which a graph then has no values."""
+    as_option = {"inductor": {"freezing": True}} if how == "option" else {}
+    model = compiled(TinyDecoder(layers=1).eval(), **as_option)
+    configured = torch._inductor.config.patch(freezing=how == "configuration")
+    with configured, torch.no_grad(), pytest.warns(MomWarning, match="without Inductor's freezing") as caught:
+        found = [model(ids(1, tokens)) for tokens in (41, 50)]
+    assert only_ours(caught) == 1
+    for logits, tokens in zip(found, (41, 50), strict=True):
+        torch.testing.assert_close(logits, model.forward(ids(1, tokens)), rtol=1e-4, atol=1e-4)
+    assert len(reports()) == 2 and all(report.stages for report in reports())
+
+
 # --- the log ---
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.decomposed import decompose
+from mom_compile.lowering.eager import first_line, refuse_or_warn, run_eagerly
 from mom_compile.lowering.once import is_worthwhile, store_once
-from mom_compile.notices import warn_of_eager
 from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
@@ -102,26 +102,6 @@ class Variant:
     holds: Conditions | None
     #: Why it runs eagerly, where Inductor could not compile it.
     eager_reason: str | None = None
-
-
-class NotCompiled(RuntimeError):
-    """Inductor cannot compile a piece, and `strict=True` allows no eager piece."""
-
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        super().__init__(f"Inductor could not compile {listed}. Without strict=True this runs eagerly")
-
-
-def first_line(error: Exception) -> str:
-    """What kind of error it is, and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Node by node, as captured. Empties `inputs`, as compiled code may."""
-    values = list(inputs)
-    inputs.clear()
-    return gm(*values)
 
 
 @dataclass
@@ -277,21 +257,18 @@ class Piece:
             return self.run_eagerly
         for variant in self.variants:
             if variant.holds is None or variant.holds(values):
-                return self._checked(variant).run
+                return variant.run
         log.debug("sizes %s break a condition of the compiled piece: compiling it for them", values)
         new = len(self.variants)
         with compiling("code for further sizes"):
             self.compile(dict(zip(self.symbols, values, strict=True)))
             self.finish()
-        return self._checked(self.variants[new]).run
-
-    def _checked(self, variant: Variant) -> Variant:
-        """A variant that is chosen while a program runs. No report has it: say at once if it runs eagerly."""
-        if variant.eager_reason is not None:
-            if self.strict:
-                raise NotCompiled({"a piece for other sizes": variant.eager_reason})
-            warn_of_eager("a piece for other sizes", variant.eager_reason)
-        return variant
+        reason = self.variants[new].eager_reason
+        if reason is not None and self.strict:
+            del self.variants[new]  # nothing else may run it
+        if reason is not None:
+            refuse_or_warn(reason, self.strict)
+        return self.variants[new].run
 
     def _fake_inputs(self, sizes: SymbolicSizes, hints: Mapping[sympy.Symbol, int]) -> list[Any]:
         own: dict[sympy.Symbol, sympy.Symbol] = {}
