@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
@@ -13,7 +14,7 @@ from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from mom_passes.tokens.dims import analyse_token_dims
 from tests.models import sweep
-from tests.programs import ATTENTION, HIDDEN, STEPS, Step, Weights, positions, weights_of
+from tests.programs import ATTENTION, HEADS, HIDDEN, STEPS, Step, Weights, folded, heads, positions, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import check_every_length, rewrite, trace
 
@@ -137,6 +138,47 @@ def test_a_step_of_many_sequences_is_not_cut_between_them() -> None:
     gm = trace(step, x, past, *weights)
     with pytest.raises(NotWorthwhile):
         rewrite(gm, 4, parameter_names(gm)[1:])
+
+
+def wide_step(x: torch.Tensor, past: torch.Tensor, w: Weights) -> torch.Tensor:
+    """A decode step of two layers with grouped heads: `x [B, 1, 8]`, `past [2, B, 2, P, 2]`, four heads."""
+    for keys in past:
+        q = (x @ w.square).unflatten(-1, (4, 2)).transpose(1, 2)
+        k = torch.cat([keys, (x @ w.square[:, :4]).unflatten(-1, (2, 2)).transpose(1, 2)], 2)
+        seen = F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+        x = STEPS["mlp"](x + seen.transpose(1, 2).flatten(2) @ w.square, w)
+    return x
+
+
+@pytest.mark.parametrize("batch", [2, 4, 8, 9, 10])
+def test_a_step_whose_batch_is_as_large_as_something_else_is_one(batch: int) -> None:
+    """As there are heads, groups of them, channels, or rows of the past."""
+    weights, x = weights_of(torch.float64), example(1, batch)
+    rows = torch.randn(2, batch, 2, 9, 2, dtype=torch.float64)
+    gm = trace(lambda x, rows, *parameters: wide_step(x, rows, Weights(*parameters)), x, rows, *weights)
+    with pytest.raises(NotWorthwhile, match="decode step"):
+        rewrite(gm, 4, parameter_names(gm)[1:])
+
+
+@pytest.mark.parametrize("given", ["a bias for each head", "weights"])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 17), (17, 5), (8, 8)])
+def test_what_all_sequences_share_is_no_barrier_between_them(batch: int, tokens: int, given: str) -> None:
+    """Of inputs that are no parameters, a product along the batch needs all, too."""
+    weights, x = weights_of(torch.float64), example(tokens, batch)
+    bias = torch.randn(1, HEADS, tokens, tokens, dtype=torch.float64)
+
+    def run(x: torch.Tensor, bias: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        for _ in range(3):
+            q, k = heads(x @ w.square), heads(x)
+            x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(q, k, k, attn_mask=bias)), w)
+        return x[:, -2:]
+
+    gm = trace(run, x, bias, *weights)
+    names = parameter_names(gm)
+    rewritten, report = rewrite(gm, 4, names[1:] if given == "a bias for each head" else ())
+    assert report.token_dimension.startswith("dim 1 of")
+    torch.testing.assert_close(rewritten(x, bias, *weights), gm(x, bias, *weights), rtol=0, atol=1e-10)
 
 
 def test_one_query_that_reads_every_row_tells_the_tokens() -> None:

@@ -79,6 +79,8 @@ Option = tuple[Dim, Claim | None, Size]
 class _Sweep:
     length: Size
     activations: set[fx.Node]
+    #: What depends on the seed.
+    reached: set[fx.Node]
     carriers: dict[fx.Node, Carrier] = field(default_factory=dict)
     rowwise: set[fx.Node] = field(default_factory=set)
     worked: set[fx.Node] = field(default_factory=set)
@@ -92,6 +94,8 @@ class _Sweep:
     work: int = 0
 
     def visit(self, node: fx.Node) -> None:
+        if not self.reached.isdisjoint(node.all_input_nodes):
+            self.reached.add(node)
         inputs = operands(node)
         carried = [self.carriers[operand] for operand in inputs if operand in self.carriers]
         if not carried:
@@ -103,8 +107,8 @@ class _Sweep:
         if isinstance(found, str):
             self.mixing[node] = found
             # One query that reads every key is such a product, too.
-            if found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_activation, inputs)) > 1:
-                factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_activation(n)]
+            if found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_reached, inputs)) > 1:
+                factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_reached(n)]
                 apart = bool(factors) and all(dim.index in facts(node).apart for dim in factors)
                 self.batched += apart
                 self.barriers += not apart
@@ -127,11 +131,16 @@ class _Sweep:
             self.work += matmul_work(node)
             # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
             activations = [need for n, need in needed if self._is_activation(n)]
-            self.barriers += any(not isinstance(need, Rows) for need in activations)
             self.batched += len(activations) > 1 and all(isinstance(need, Rows) for need in activations)
+            # A factor that does not depend on the seed, a weight that is no parameter or a bias for each head, is
+            # needed whole along a batch, too.
+            self.barriers += any(not isinstance(need, Rows) for n, need in needed if self._is_reached(n))
 
     def _is_activation(self, node: fx.Node) -> bool:
         return node in self.activations and value_of(node).is_floating_point()
+
+    def _is_reached(self, node: fx.Node) -> bool:
+        return node in self.reached and value_of(node).is_floating_point()
 
     def _visit_getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -245,9 +254,19 @@ class _Sweep:
                     self.carriers[node] = Carrier(carrier.dim, value.shape[index])
                 return
             sizes = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]
+            sizes = [i for i in sizes if not self._is_another(node, Dim(i))]
             if sizes:
                 self.carriers[node] = Carrier(Dim(index if index in sizes else sizes[0]), carrier.length)
                 return
+
+    def _is_another(self, node: fx.Node, dim: Dim) -> bool:
+        """Whether a dim of a result comes from dims of the carriers that hold no tokens: a batch as large as there are
+        heads, say."""
+        try:
+            asked = self._asked(operands(node), claim_for(node, dim, in_order=True))
+        except CannotChunk:
+            return False
+        return bool(asked) and all(self.carriers[operand].dim != along for operand, along in asked)
 
     def _restart_with_items(self, node: fx.Node) -> None:
         """Of what an attention returns at once, go on with what has a row for each query; its work is these rows'."""
@@ -339,7 +358,7 @@ def _activations(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
 
 def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
     """What follows from one dimension of an input."""
-    sweep = _Sweep(length, activations, {seed: Carrier(dim, length)})
+    sweep = _Sweep(length, activations, {seed}, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
