@@ -34,16 +34,25 @@ def batch_arguments(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tenso
     if takes(model, MASK) is False:
         raise ValueError(f"{type(model).__name__}.forward takes no attention_mask: it cannot be given a padded batch")
     given[MASK] = mask
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    if takes(model, POSITIONS) or (_are_moved(positions, mask) and _have_to_be_given(model, given, positions)):
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = counted + _first_position(model)
+    if takes(model, POSITIONS) or (_are_moved(counted, mask) and _have_to_be_given(model, given, positions)):
         given[POSITIONS] = positions
     return given
 
 
-def _are_moved(positions: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether some token's position is not its place in the row, where a model has it by default."""
+def _first_position(model: nn.Module) -> int:
+    """The number of a text's first position. RoBERTa and its kin count from behind the row of the table that is for
+    padding; others that do so add it themselves, in a class of their own."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    paddings = [table.padding_idx for table in tables if type(table) is nn.Embedding]
+    return next((padding + 1 for padding in paddings if padding is not None), 0)
+
+
+def _are_moved(counted: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether some token is not at its place in the row, where a model has it by default."""
     places = torch.arange(mask.shape[1], device=mask.device)
-    return bool(((positions != places) & mask.bool()).any())
+    return bool(((counted != places) & mask.bool()).any())
 
 
 def _have_to_be_given(model: nn.Module, given: dict[str, Any], positions: torch.Tensor) -> bool:
@@ -67,13 +76,19 @@ def _refusal(model: nn.Module, inner: list[tuple[str, nn.Module]], trial: Trial 
         fault = f"it cannot be known whether {outer}.forward, which does not name position_ids, uses them"
     else:
         fault = f"{outer}.forward does not pass position_ids on"
-    if inner:
-        name, module = inner[0]
+    models = [(name, module) for name, module in inner if _returns_logits(module)]
+    if models:
+        name, module = models[0]
         advice += f", score the model inside it (model.{name}, a {type(module).__name__})"
     return (
         f"attention_mask has padding before tokens, so a model has to be given position_ids, and {fault}: {advice}, or "
         f"let {outer}.forward name position_ids and pass them on"
     )
+
+
+def _returns_logits(module: nn.Module) -> bool:
+    head = getattr(module, "get_output_embeddings", None)
+    return head is not None and head() is not None
 
 
 # --------------------------------------------------------------------------------------------------- trials, once each

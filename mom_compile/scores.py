@@ -21,6 +21,8 @@ import torch
 from mom_compile.arguments import unwrapped
 from mom_compile.config import joined_options, parse_options
 from mom_compile.padding import batch_arguments
+from mom_compile.report.notebook import html_of_text
+from mom_compile.report.units import counted
 from mom_compile.torch_compat import floats_are_constants
 
 #: Of labels: no token to score here, as in Hugging Face's losses.
@@ -39,6 +41,25 @@ class TokenScores:
     log_probs: torch.Tensor
     greedy: torch.Tensor
     entropy: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        scored = self.log_probs[self.log_probs != 0]
+        rows, entries = self.log_probs.shape
+        size = f"{counted(rows, 'sequence')} x {counted(entries, 'token')}, {scored.numel():,} of them scored"
+        if not scored.numel():
+            return f"<TokenScores: {size}>"
+        spread = "" if self.entropy is None else f", entropy {self._mean(self.entropy):.3g}"
+        return (
+            f"<TokenScores: {size}; means: log-probability {self._mean(self.log_probs):.3g}{spread} nats, "
+            f"greedy {self._mean(self.greedy):.0%}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_of_text(repr(self))
+
+    def _mean(self, values: torch.Tensor) -> float:
+        """Of the tokens that have a score: an exact zero is none."""
+        return float(values[self.log_probs != 0].double().mean())
 
     def sums(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The log-probability of tokens `start` to `end - 1` of each sequence, `[B]` float64: one span a sequence,

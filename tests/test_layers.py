@@ -19,7 +19,7 @@ ROOMS = {
         "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat", "versions", "notices progress quantities", "runtime",
+        "torch_compat rules", "versions", "notices progress quantities", "runtime",
         "arguments timeline config report pipeline stand_ins cache_key", "memory trial",
         "lowering padding", "capture compiled", "backend", "compile entry scores weights", "planning", "explain", "cli",
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.parallel import DataParallel
 
@@ -174,6 +175,28 @@ def test_a_model_without_position_ids_derives_what_it_needs_from_the_mask(eager_
     assert_scored_as_alone(small_model("Bloom", num_hidden_layers=1))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_begin_where_the_model_has_its_first(side: str) -> None:
+    """RoBERTa's is behind the row that its table has for padding."""
+    model = small_model("Roberta", is_decoder=True, pad_token_id=1)
+    batch, mask, at = padded(side)
+    given = padding.batch_arguments(model, batch, mask)
+    with torch.no_grad():
+        logits = model(**given).logits[0, at].log_softmax(-1)
+    scores = logits.gather(-1, batch[0, at.start + 1 : at.stop + 1, None])[:, 0]
+    torch.testing.assert_close(scores, alone(model, batch[:, at.start : at.stop + 1]))
+
+
+def test_positions_that_a_decoder_cannot_be_given_are_refused() -> None:
+    """BART's decoder counts places of the row, whatever the mask says."""
+    model = transformers.BartForCausalLM(
+        transformers.BartConfig(vocab_size=SMALL.vocabulary, d_model=32, decoder_layers=1, decoder_ffn_dim=32)
+    )
+    batch, mask, _ = padded()
+    with pytest.raises(ValueError, match=r"BartForCausalLM\.forward does not pass position_ids on: pad on the right"):
+        token_log_probs(model.eval(), batch, mask)
+
+
 def test_a_model_that_takes_no_mask_is_given_no_padded_batch() -> None:
     class Maskless(PassesAllOn):
         def forward(self, input_ids: Any) -> Any:  # type: ignore[override]
@@ -253,3 +276,9 @@ def test_a_wrapped_model_is_explained_as_the_model_itself(wrap: Any) -> None:
         return
     with pytest.raises(TypeError, match=r"names none of 'input_ids', 'attention_mask'.*explain\(model, \*\*mapping\)"):
         mom_compile.explain(model, x, logits_to_keep=1)
+
+
+@pytest.mark.parametrize("wrap", [WRAPPERS["both"], PassesAllOn])
+def test_a_wrapped_model_is_planned_as_the_model_itself(wrap: Any) -> None:
+    plans = [mom_compile.plan(model, seq_len=64, device="cpu") for model in (gpt2(), wrap(gpt2()))]
+    assert plans[0].subject == plans[1].subject

@@ -73,6 +73,7 @@ def plan(
     say = progress or (lambda text: None)
     if device.lower() != CPU:
         device, _ = device_named(device)
+    model = _of_transformers(model)
     found = _found(model)
     say(f"reading {found.name}")
     given = _dtype(dtype, model)
@@ -85,6 +86,12 @@ def plan(
     if parsed.memory_budget is not None:
         made = replace(made, **made._within(parse_bytes(parsed.memory_budget), parsed.memory_budget))
     return made
+
+
+def _of_transformers(model: Any) -> Any:
+    """The model of transformers in a module that may be wrapped; anything else as it is."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if hasattr(type(module), "_from_config")), model)
 
 
 def _found(model: Any) -> Found:
