@@ -19,6 +19,8 @@ _PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
              "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
 _NUMBER = re.compile(r"([0-9]+(?:_[0-9]+)*|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?\s*([A-Za-z]*)")
 
+#: Fewer bytes of a device are a slip: a number without its unit.
+FEWEST_BYTES = 1 << 20
 #: More than any machine has; more is a slip of the keyboard.
 MOST_BYTES = 1 << 60
 MOST_TOKENS = 1 << 40
@@ -40,6 +42,23 @@ def parse_bytes(value: Any, name: str = "memory_budget") -> int:
     if size > MOST_BYTES:
         raise UserError(f"{name}={value!r} is not valid: no machine has as much; {BYTES_HELP}")
     return int(size)
+
+
+def unit_hint(value: Any) -> str:
+    """What was meant by so few bytes; empty where a number of bytes can be meant."""
+    size = _amount(value, {"": 1})
+    if size is None or not 0 < size < FEWEST_BYTES:
+        return ""
+    return f"; {value} is a number of bytes: did you mean '{value}GiB'?"
+
+
+def parse_memory(value: Any, name: str) -> int:
+    """Bytes of a device's memory, as `parse_bytes` reads them. Raises `ValueError` for a small number without a unit,
+    too."""
+    size, hint = parse_bytes(value, name), unit_hint(value)
+    if hint:
+        raise UserError(f"{name}={value!r} is not valid{hint}")
+    return size
 
 
 def parse_tokens(value: Any, name: str = "seq_len") -> int:

@@ -19,8 +19,8 @@ import mom_compile
 from mom_compile.config import parse_options
 from mom_compile.memory.bounds import BLOCK_ROWS, CountedRows, DeviceRows, ExpertRows, GpuRows, cpu_rows
 from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
+from mom_compile.memory.devices import DEVICES
 from mom_compile.memory.policy import with_chosen_rows
-from mom_compile.memory.rows import DEVICES
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS, Loop, RowLimit, loops

@@ -43,6 +43,10 @@ class Way:
     def max_seq_len(self, budget):
         return max(0, (budget - GIB) // self.each)
 
+    @property
+    def fewest_bytes(self):
+        return self.peak_bytes(2)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -51,6 +55,12 @@ class Estimate:
 
     def __str__(self):
         return f"about {self.seconds:.0f} s, bound by {self.bound}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    tokens_per_second: float = 12.5
+    bound: str = "memory bandwidth"
 
 
 @dataclass
@@ -75,13 +85,20 @@ class Plan:
     def subject(self):
         return SimpleNamespace(
             name="Small", model_type="llama", layers=2, parameters=5 * 10**8, weight_bytes=GIB, longest=8192,
-            dtype="bfloat16",
+            dtype="bfloat16", stored="gptq and bfloat16",
         )  # fmt: skip
 
-    def estimate(self, device):
-        if device == "cpu":
+    @property
+    def memory(self):
+        return None if self.device == "cpu" else 80 * GIB
+
+    def estimate(self, device=None, way=None):
+        if (device or self.device) == "cpu":
             raise PlanError("no figures of a CPU")
         return Estimate(9.0, "arithmetic")
+
+    def estimate_decode(self, device=None, way=None):
+        return Speed()
 
     def plot(self, path, memories):
         path.write_text(str(memories))
@@ -132,24 +149,52 @@ def test_contexts_are_powers_of_two_and_the_length_itself():
     assert contexts(4096) == [1024, 2048, 4096] and contexts(1025) == [1024, 1025] and contexts(7) == [7]
 
 
-def test_a_table_tells_what_does_not_fit_by_a_dash_where_there_are_no_colours(run, asked):
+def test_a_device_has_its_own_memory_unless_another_is_given(run, asked):
+    for given, memory in (((), None), (("--device", "4090"), 24), (("--device", "4090", "--device-memory", "4GiB"), 4)):
+        code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--json", *given)
+        data = json.loads(out)
+        assert code == 0 and data["device_memory"] == (80 if memory is None else memory) * GIB
+        sizes = CARDS if memory is None else (memory * GIB,)
+        assert list(data["ways"]["mom"]["max_seq_len"]) == [str(size) for size in sizes]
+    assert asked[0][1]["device"] == "H100" and asked[1][1]["device"] == "4090"
+
+
+def test_bits_of_weights_are_asked_for(run, asked):
+    assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--weight-bits", "4")[0] == 0
+    assert asked[0][1]["weight_bits"] == 4
+
+
+def test_times_are_told_of_ways_that_fit_and_of_others_what_they_need(run, asked):
+    out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "2GiB")[1]
+    assert re.search(r"eager +99 GiB +does not fit *$", out, re.MULTILINE)
+    assert re.search(r"ours, cache on the host +1\.4 GiB +195 MiB +9\.0 s +12\.5 tokens/s +memory bandwidth", out)
+    assert re.search(r"^ours +2\.5 GiB +does not fit|^ ours +2\.5 GiB +does not fit", out, re.MULTILINE)
+    assert "time of ours: none, since 2.5 GiB (2,712,141,824 bytes) do not fit into 2.0 GiB" in out
+    data = json.loads(run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "2GiB", "--json")[1])
+    assert (data["seconds"], data["decode"], data["ways"]["mom"]["fits"]) == (None, None, False)
+    assert data["ways"]["mom-cache"]["decode"] == {"tokens_per_second": 12.5, "bound": "memory bandwidth"}
+    out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "1GiB")[1]
+    assert re.search(r"eager +none, needs 1\.0 GiB", out)
+
+
+def test_a_table_marks_what_does_not_fit_by_a_star_where_there_are_no_colours(run, asked):
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")
     lines = out.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["65,536"])
-    assert code == 0 and row.split() == ["65,536", "-", "2.00", "1.25"]
+    assert code == 0 and row.split() == ["65,536", "65.0*", "2.00", "1.25"]
     row = next(line for line in lines if line.split()[:1] == ["1,024"])
     assert row.split() == ["1,024", "2.00", "1.02", "1.00"]
-    assert "-: does not fit into 4.0 GiB" in out and "\x1b" not in out
+    assert "*: needed, and does not fit into 4.0 GiB" in out and "\x1b" not in out
     assert re.search(r"ours, cache on the host +786,432 +1\.5 GiB", out)
     assert "note: 100,000 tokens are more than" in out and "time of ours: about 9 s, bound by arithmetic" in out
 
 
 def test_what_does_not_fit_is_red_on_a_terminal():
-    out, data = io.StringIO(), as_data(Plan(), [4 * GIB])
+    out, data = io.StringIO(), as_data(Plan(), [4 * GIB], 4 * GIB)
     show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), data, 4 * GIB)
     row = next(line for line in out.getvalue().splitlines() if "65,536" in line)
     assert re.search(r"\x1b\[31m *65\.0\x1b\[0m +2\.00", row)
-    assert "in red: does not fit into 4.0 GiB" in out.getvalue()
+    assert "in red: needed, and does not fit into 4.0 GiB" in out.getvalue()
 
 
 def test_nothing_of_a_table_is_cut_where_it_is_piped(run, asked, monkeypatch):
@@ -188,7 +233,7 @@ def test_what_is_done_is_told_on_a_terminal_beside_the_results(run, asked, monke
     assert code == 0 and "half of it" in err and "half of it" not in out and "\x1b[" in out
     monkeypatch.setenv("NO_COLOR", "1")
     out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")[1]
-    assert re.search(r"65,536 +- +2\.00", out) and "-: does not fit" in out
+    assert re.search(r"65,536 +65\.0\* +2\.00", out) and "*: needed, and does not fit" in out
 
 
 BAD = [
@@ -199,6 +244,8 @@ BAD = [
     (("plan", "Llama-3-8B", "--seq-len", "1e400"), "--seq-len='1e400' is not valid"),
     (("plan", "Llama-3-8B", "--seq-len", "nan"), "--seq-len='nan' is not valid"),
     (("plan", "Llama-3-8B", "--device-memory", "80 elephants"), "--device-memory='80 elephants' is not valid"),
+    (("plan", "Llama-3-8B", "--device-memory", "24"), "--device-memory='24' is not valid; 24 is a number of bytes"),
+    (("plan", "Llama-3-8B", "--device", "RTX 409"), "did you mean 'RTX 4090'?"),
     (("plan", "Llama-3-8B", "--batch-size", "0"), "--batch-size"),
     (("plan", "Llama-3-8B", "--dtype", "int4"), "'int4' is not one of 'bfloat16', 'float16', 'float32'"),
     (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; it is NAME=VALUE"),

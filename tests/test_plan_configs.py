@@ -59,12 +59,12 @@ def test_of_several_parts_the_text_part_is_planned(tmp_path):
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_fewer_bits_are_noted(written, inner):
+def test_fewer_bits_are_found(written, inner):
     bits = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     text = {**SMALL, **(bits if inner else {})}
     fields = {"model_type": "llava", "text_config": text} if inner else {**SMALL, **bits}
     found = find_config(written(fields))
-    assert found.notes[-1] == "its checkpoint is quantised (gptq); planned are unquantised weights"
+    assert found.quantization == {"quant_method": "gptq", "bits": 4}
     assert found.config.hidden_size == 64 and getattr(found.config, "quantization_config", None) is None
 
 
@@ -101,6 +101,7 @@ def test_an_unknown_model_type_is_refused_with_the_nearest(written):
         ('{"model_type": "llama", "hidden_size": "wide"}', r"no valid config of llama: .*hidden_size"),
         ('{"model_type": "llama", "num_attention_heads": 5}', r"no valid config of llama: .*multiple"),
         ('{"model_type": "clip"}', r"no language model \(AutoModelForCausalLM\) of clip"),
+        ('{"model_type": "bert"}', "bert is an encoder: it keeps no keys and values"),
         ('{"model_type": "t5"}', "t5 is an encoder with a decoder"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,11 @@ from benchmarks import measure, models, plans
 from benchmarks.families import family_model
 from mom_compile import PlanError
 from mom_compile.config import parse_options
-from mom_compile.memory.rows import DEVICES
+from mom_compile.memory.devices import DEVICES
 from mom_compile.planning import subject as subjects
 from mom_compile.planning.configs import find_config
 from mom_compile.planning.eager import eager_timeline
-from mom_compile.planning.estimate import LINKS, Load, estimate
+from mom_compile.planning.estimate import Load, Step, estimate, estimate_decode
 from mom_compile.planning.planner import ID_BYTES, Planner
 from mom_compile.planning.shapes import shapes
 from mom_compile.planning.subject import subject_of
@@ -129,6 +130,15 @@ def test_layers_that_do_not_repeat_are_all_traced():
     assert subject_of(config, "odd", torch.float32)[0].counts == (9,)
 
 
+def test_layers_that_are_not_built_are_not_counted():
+    """DeepSeek-V3 names one that predicts a further token, which transformers does not build."""
+    config = transformers.DeepseekV3Config(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=20, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=100, n_routed_experts=4, num_nextn_predict_layers=1,
+    )  # fmt: skip
+    assert len(subject_of(config, "deep", torch.float32)[0].counts) == 2
+
+
 def test_a_setting_that_counts_layers_from_the_end_is_not_cut():
     config = llama(12)
     assert subject_of(config, "llama", torch.float32)[0].counts == (4, 5)
@@ -210,6 +220,42 @@ def test_a_plan_says_what_it_is(small):
     assert small.transfers.to_host == 0
 
 
+def test_a_plan_on_a_gpu_says_what_is_on_the_host_and_how_fast_it_decodes():
+    found = mom_compile.plan(llama(), seq_len="4k", dtype="float32", device="RTX 4090", kv_offload=True)
+    cache = 2 * 2 * 64 * 4 * 4000
+    assert found.memory == 24 << 30 and found.fits() and found.host_bytes() == cache
+    assert re.search(r"3\.9 MiB on the host; prefill about .* decode about .* tokens/s on RTX 4090", str(found))
+    parts, read = found.estimate_decode().parts, found.subject.weight_bytes - 1000 * 256 * 4
+    device = DEVICES["RTX 4090"]
+    assert parts["memory bandwidth"] == pytest.approx((read + cache) / device.bandwidth, rel=0.01)
+    assert parts["the link to the host"] == pytest.approx(cache / device.link)
+    assert found.estimate_decode(way="mom").parts["the link to the host"] == 0
+    assert found.estimate_decode("H100").device == "H100"
+    assert found.max_seq_len() == found.max_seq_len("24GiB")
+    weights = found.estimate_decode(way="mom-weights").parts["the link to the host"] - cache / device.link
+    assert weights == pytest.approx(read / device.link, rel=0.02)
+
+
+def test_a_plan_of_quantised_weights_counts_their_bytes():
+    config = llama(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    plans = {
+        bits: mom_compile.plan(config, seq_len=600, dtype="float32", device="cpu", weight_bits=bits)
+        for bits in (None, 8, 16)
+    }
+    sizes = {bits: found.subject.weight_bytes for bits, found in plans.items()}
+    assert sizes[None] < sizes[8] < sizes[16]
+    ours, plain = plans[None], plans[16]
+    copy = 256 * 896 * 4  # the largest matrix, as it is multiplied with
+    assert plain.peak_bytes() - ours.peak_bytes() == sizes[16] - sizes[None] - copy
+    assert re.search(r"quantised \(gptq\): .* have 4 bits, .*; all others are in float32; a copy", str(ours))
+    assert "planned is weight_bits=16 instead" in plain.notes[0] and len(plain.notes) == 1
+
+
+def test_a_scheme_that_is_not_known_is_told_and_planned_unquantised():
+    found = mom_compile.plan(llama(1, quantization_config={"quant_method": "spqr"}), seq_len=600, device="cpu")
+    assert re.search(r"'spqr' is not known. Planned are unquantised weights; .*--weight-bits 4", found.notes[0])
+
+
 def test_a_plan_can_be_drawn(small, tmp_path):
     small.plot(tmp_path / "plan.png", (1 << 30,))
     assert (tmp_path / "plan.png").stat().st_size > 10_000
@@ -223,7 +269,18 @@ def test_a_time_is_bound_by_what_takes_longest():
     assert found.bound == "arithmetic" and found.seconds == max(found.parts.values())
     slow = estimate(Load(10**12, 10**10, 10, 32, 10**9, 10**12), "4090")
     assert slow.bound == "copies from the host" and slow.device == "RTX 4090"
-    assert LINKS.keys() == DEVICES.keys()
+
+
+def test_decode_is_bound_by_what_takes_longest():
+    device = DEVICES["RTX 4090"]
+    of_memory = estimate_decode(Step(10**9, 10**10, 0, 32, 1), "4090")
+    assert of_memory.bound == "memory bandwidth" and of_memory.device == "RTX 4090"
+    assert of_memory.tokens_per_second == pytest.approx(device.bandwidth / 1e10)
+    of_link = estimate_decode(Step(10**9, 10**10, 10**10, 32, 4), "4090")
+    assert of_link.bound == "the link to the host"
+    assert of_link.tokens_per_second == pytest.approx(4 * device.link / 1e10)
+    assert estimate_decode(Step(10**6, 10**6, 0, 32, 1), "4090").bound == "launching kernels"
+    assert "tokens/s on RTX 4090, bound by the link to the host; an estimate" in str(of_link)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +288,12 @@ def test_a_time_is_bound_by_what_takes_longest():
     [
         ({"batch_size": 0}, "batch_size=0 is not valid"),
         ({"dtype": "int8"}, "dtype='int8' is not valid"),
-        ({"device": "H900"}, "these are A100, H100"),
+        ({"device": "H900"}, "recorded are A100, A100 40GB, H100"),
+        ({"device": "RTX 490"}, "did you mean 'RTX 4090'"),
+        ({"device_memory": "24GiB"}, r"did you mean memory_budget='24GiB'.*max_seq_len\('24GiB'\)"),
+        ({"options": {"gpu_memory": 5}}, "did you mean memory_budget=5"),
+        ({"weight_bits": 7}, "weight_bits=7 is not valid; it is one of 2, 3, 4, 5, 6, 8, or 16"),
+        ({"memory_budget": 24, "device": "cpu"}, r"memory_budget=24 cannot be kept.*did you mean '24GiB'\?"),
         ({"seq_len": "many"}, "seq_len='many' is not valid"),
         ({"kv_ofload": True}, "did you mean 'kv_offload'"),
         ({"memory_budget": "-3GiB"}, "memory_budget='-3GiB' is not valid"),
@@ -245,6 +307,8 @@ def test_what_cannot_be_planned_is_told(settings, message):
 def test_what_is_no_decoder_is_told():
     with pytest.raises(PlanError, match="nothing to plan"):
         mom_compile.plan(torch.nn.Linear(2, 2), seq_len=100)
+    with pytest.raises(PlanError, match="bert is an encoder: it keeps no keys and values"):
+        mom_compile.plan(transformers.BertConfig(), seq_len=100)
     with pytest.raises(PlanError, match="no language model"):
         mom_compile.plan(transformers.ViTConfig(), seq_len=100)
 

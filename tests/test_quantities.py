@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mom_compile.quantities import MOST_BYTES, MOST_TOKENS, parse_bytes, parse_tokens
+from mom_compile.quantities import MOST_BYTES, MOST_TOKENS, parse_bytes, parse_memory, parse_tokens, unit_hint
 from mom_compile.report.units import in_units
 
 
@@ -29,6 +29,18 @@ NONSENSE = ["", "GiB", "-3GiB", "3 XiB", "1e9", 0, -1, True, 2.5, None, [1], "0"
 def test_what_is_no_amount_of_bytes_is_refused(bad):
     with pytest.raises(ValueError, match=r"memory_budget=.*24GiB"):
         parse_bytes(bad)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("24", "24GiB"), ("80", "80GiB"), ("1_000", "1_000GiB"), (24, "24GiB")])
+def test_a_small_number_without_a_unit_is_no_memory(given, meant):
+    with pytest.raises(ValueError, match=rf"^--device-memory={given!r} is not valid; .*did you mean '{meant}'\?"):
+        parse_memory(given, "--device-memory")
+    assert meant in unit_hint(given)
+
+
+@pytest.mark.parametrize("given", ["24GiB", "512 KiB", 1 << 20, "1048576", 25769803776])
+def test_what_has_a_unit_or_is_large_is_taken_as_it_is(given):
+    assert parse_memory(given, "--device-memory") == parse_bytes(given) and unit_hint(given) == ""
 
 
 def test_a_refusal_names_the_option_that_it_was_given_for():

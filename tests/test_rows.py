@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mom_compile.memory.devices import DEVICES, Properties, device_of, find_device
 from mom_compile.memory.rows import (
     BLOCK_ROWS,
-    DEVICES,
     HOST_SECONDS,
     Layer,
     filled_by_products,
@@ -18,18 +18,55 @@ from mom_compile.memory.rows import (
 LLAMA_8B = Layer(32, ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 2, (14336, 4096)))
 LLAMA_70B = Layer(64, ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), *[(8192, 28672)] * 2, (28672, 8192)))
 GEMMA_270M = Layer(4, ((640, 1024), (640, 256), (640, 256), (1024, 640), *[(640, 2048)] * 2, (2048, 640)))
+#: What the rule says for Llama-3-8B.
+ROWS = {
+    "A100": 1536, "A100 40GB": 1536, "H100": 2048, "H200": 2048, "B200": 2304, "GB200": 2304, "RTX 4090": 2048,
+    "L40S": 2048, "L4": 2304, "RTX 5090": 2560, "RTX 3090": 1280, "MI300X": 4864,
+}  # fmt: skip
 LAYERS = {"Llama-3-8B": LLAMA_8B, "Llama-3-70B": LLAMA_70B, "Gemma-3-270M": GEMMA_270M}
 
 
-@pytest.mark.parametrize(
-    ("device", "rows"), [("A100", 1536), ("H100", 2048), ("H200", 2048), ("RTX 4090", 2048)]
-)
+@pytest.mark.parametrize(("device", "rows"), ROWS.items())
 def test_what_the_rule_says_for_llama_3_8b(device: str, rows: int) -> None:
     assert rows_for(DEVICES[device], LLAMA_8B) == rows
 
 
 def test_every_recorded_device_is_in_the_table_above() -> None:
-    assert set(DEVICES) == {"A100", "H100", "H200", "RTX 4090"}
+    assert DEVICES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"), ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("AMD Instinct MI300X", "MI300X"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_by_what_it_calls_itself(name: str, device: str) -> None:
+    """L4 is in L40S, and B200 in GB200: names are compared word by word."""
+    assert device_of(Properties(name, 1, 10)) == (DEVICES[device], name)
+
+
+@pytest.mark.parametrize(
+    ("text", "device"),
+    [
+        ("4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("l40s", "L40S"),
+        ("a100-40gb", "A100 40GB"), ("A100 80GB", "A100"), ("amd instinct mi300x", "MI300X"), ("h200", "H200"),
+        ("H900", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_device_is_named_as_people_write_it(text: str, device: str | None) -> None:
+    assert find_device(text) == device
+
+
+def test_figures_are_of_the_right_size() -> None:
+    """A slip of a power of ten would show: FLOPS, bytes per second and bytes of every device, and their order."""
+    for name, device in DEVICES.items():
+        assert 7e13 <= device.flops < 3e15 and 3e11 <= device.bandwidth <= 8e12, name
+        assert 22 << 30 < device.memory <= 192 << 30 and 25e9 <= device.link < 2e11, name
+        assert 58 <= device.multiprocessors <= 304, name
+        assert device.link < device.bandwidth / 10
 
 
 def test_an_h100_wants_some_1200_rows_for_each_read_of_a_matrix() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mom_compile.quantities import parse_bytes, parse_tokens
+from mom_compile.quantities import parse_memory, parse_tokens
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class _Amount(click.ParamType):
             return self.parse(value, param.opts[0] if param is not None else self.name)
 
 
-BYTES, TOKENS = _Amount("bytes", parse_bytes), _Amount("tokens", parse_tokens)
+BYTES, TOKENS = _Amount("bytes", parse_memory), _Amount("tokens", parse_tokens)
 
 _WORDS = {"true": True, "false": False, "none": None}
 

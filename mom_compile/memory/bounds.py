@@ -17,7 +17,8 @@ from typing import Protocol
 
 import torch
 
-from mom_compile.memory.rows import BLOCK_ROWS, Device, Layer, Properties, device_of, rows_for
+from mom_compile.memory.devices import Device, Properties, device_of
+from mom_compile.memory.rows import BLOCK_ROWS, Layer, rows_for
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS
 
 

@@ -21,7 +21,8 @@ from torch import fx
 
 from mom_compile.memory.bounds import rows_on
 from mom_compile.memory.choose_rows import RowRule
-from mom_compile.memory.rows import Layer, Properties, device_of, rows_for
+from mom_compile.memory.devices import Properties, device_of
+from mom_compile.memory.rows import Layer, rows_for
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT, TensorType, WholeIn

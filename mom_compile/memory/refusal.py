@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mom_compile.quantities import unit_hint
 from mom_compile.report.units import in_units
 from mom_compile.torch_compat import UserError
 
@@ -20,7 +21,7 @@ def below_weights(budget: int, weights: int) -> str:
     """What is wrong with a budget that is smaller than what a graph reads of parameters and buffers."""
     return (
         f"memory_budget={_exactly(budget)} is less than the weights alone, {_exactly(weights)}: "
-        "mom_compile.offload_weights(model, ...) keeps weights on the host"
+        f"mom_compile.offload_weights(model, ...) keeps weights on the host{unit_hint(budget)}"
     )
 
 
@@ -41,7 +42,7 @@ class Refusal:
         longest = "" if self.longest is None else f"; the one given has room for {self.longest} tokens"
         return (
             f"memory_budget={_exactly(self.budget)} cannot be kept for {run}: "
-            f"the smallest budget is {_exactly(self.smallest)}{weights}{longest}"
+            f"the smallest budget is {_exactly(self.smallest)}{weights}{longest}{unit_hint(self.budget)}"
         )
 
 

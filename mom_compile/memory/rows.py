@@ -21,6 +21,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mom_compile.memory.devices import Device
+
 #: Rows of a block of attention or of a product's tile.
 BLOCK_ROWS = 128
 #: Times over that computing with a matrix takes as long as reading it.
@@ -36,52 +38,6 @@ TILES = ((128, 256, 1.0), (128, 128, 0.88), (64, 256, 0.85), (64, 128, 0.7))
 #: How full the waves of products should be, beside the fullest that some number of attention's waves up to twice the
 #: need gives.
 FULL_ENOUGH = 0.95
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU's dense FLOPS in bf16 with float32 sums, bytes per second of its memory, multiprocessors, and compute
-    capability (90 is 9.0)."""
-
-    flops: float
-    bandwidth: float
-    multiprocessors: int
-    capability: int
-
-
-#: By what `torch.cuda.get_device_name()` contains. Sources: NVIDIA's data sheets of the A100 80GB SXM, the H100 SXM and
-#: the H200 SXM (dense, half of what is printed "with sparsity"), and the Ada GPU architecture whitepaper, appendix A.
-DEVICES = {
-    "A100": Device(312e12, 2.039e12, 108, 80),
-    "H100": Device(989.4e12, 3.35e12, 132, 90),
-    "H200": Device(989.4e12, 4.8e12, 132, 90),
-    "RTX 4090": Device(165.2e12, 1.008e12, 128, 89),
-}
-
-
-@dataclass(frozen=True)
-class Properties:
-    """What a GPU says of itself."""
-
-    name: str
-    multiprocessors: int
-    capability: int
-
-
-def device_of(gpu: Properties) -> tuple[Device, str]:
-    """A GPU's figures and, in words, whose they are.
-
-    One that is not in the table is taken for that of the table with the nearest compute capability, an older one if two
-    are as near, with as much of its FLOPS and bandwidth as it has of its multiprocessors.
-    """
-    for name, device in DEVICES.items():
-        if name in gpu.name:
-            return device, gpu.name
-    name, like = min(DEVICES.items(), key=lambda item: (abs(item[1].capability - gpu.capability), item[1].capability))
-    part = gpu.multiprocessors / like.multiprocessors
-    own = Device(like.flops * part, like.bandwidth * part, gpu.multiprocessors, gpu.capability)
-    of = f"{gpu.multiprocessors} of the {like.multiprocessors} multiprocessors of an {name}"
-    return own, f"{gpu.name}, taken for {of}"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ config's model type.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,11 +30,13 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A model's `config` (of transformers, its text part), what to call it, and what its reader has to know of it."""
+    """A model's `config` (of transformers, its text part) without its `quantization_config`, what to call it, and what
+    its reader has to know of it."""
 
     config: Any
     name: str
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] | None = None
 
 
 def find_config(model: str | Path) -> Found:
@@ -116,12 +120,11 @@ def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
     whole, config = config, _text_part(config, where)
     if config is not whole:
         notes.append(f"{model_type} has other parts beside its text model: planned is that alone, {config.model_type}")
-    nested = getattr(config, "quantization_config", None) if config is not whole else None
-    notes += _quantised(fields.get("quantization_config") or nested)
+    nested = _quantization(config) if config is not whole else None
     if nested is not None:
         del config.quantization_config
     _check_decoder(library, config, where)
-    return Found(config, name, tuple(notes))
+    return Found(config, name, tuple(notes), fields.get("quantization_config") or nested)
 
 
 def of_config(config: Any, name: str) -> Found:
@@ -134,9 +137,12 @@ def of_config(config: Any, name: str) -> Found:
         )
     text = _text_part(config, name)
     notes = [] if text is config else [f"planned is its text model alone, {text.model_type}"]
-    notes += _quantised(getattr(config, "quantization_config", None))
+    given = _quantization(config) or _quantization(text)
+    if _quantization(text) is not None:
+        text = copy.deepcopy(text)
+        del text.quantization_config
     _check_decoder(library, text, name)
-    return Found(text, name, tuple(notes))
+    return Found(text, name, tuple(notes), given)
 
 
 def _lacking(hint: str) -> str:
@@ -170,11 +176,12 @@ def _text_part(config: Any, where: str) -> Any:
         raise PlanError(f"{where}: {kind} has several text models; give the config of one: {error}") from error
 
 
-def _quantised(given: Any) -> list[str]:
-    if not given:
-        return []
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    return [f"its checkpoint is quantised ({method or 'no method named'}); planned are unquantised weights"]
+def _quantization(config: Any) -> Mapping[str, Any] | None:
+    """The fields of a config's `quantization_config`, which transformers keeps as a dictionary or an object."""
+    given = getattr(config, "quantization_config", None)
+    if given is None or isinstance(given, Mapping):
+        return given
+    return dict(given.to_dict())
 
 
 def _check_decoder(library: ModuleType, config: Any, where: str) -> None:
@@ -182,6 +189,11 @@ def _check_decoder(library: ModuleType, config: Any, where: str) -> None:
         raise PlanError(f"{where}: {config.model_type} is an encoder with a decoder; plans are for decoders alone")
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise PlanError(f"{where}: transformers has no language model (AutoModelForCausalLM) of {config.model_type}")
+    if type(config) in library.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        raise PlanError(
+            f"{where}: {config.model_type} is an encoder: it keeps no keys and values, and plans are for decoders; a "
+            f"config of one that was trained as a decoder has is_decoder=true"
+        )
 
 
 def _transformers() -> ModuleType:

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from mom_compile.config import Options, joined_options, parse_options
+from mom_compile.planning.assumed import assumed_scheme, what_is_quantised
 from mom_compile.planning.configs import Found, PlanError, find_config, of_config
-from mom_compile.planning.estimate import Estimate, device_named, estimate
+from mom_compile.planning.estimate import DecodeEstimate, Estimate, device_named, estimate, estimate_decode
 from mom_compile.planning.picture import draw
 from mom_compile.planning.planner import CPU, Planner
 from mom_compile.planning.subject import Subject, subject_of
 from mom_compile.planning.ways import INDUCTOR, Way
-from mom_compile.quantities import parse_bytes, parse_tokens
+from mom_compile.quantities import parse_bytes, parse_tokens, unit_hint
 from mom_compile.report import StageReport
 from mom_compile.report.notebook import html_of_text
 from mom_compile.report.units import in_units
@@ -46,6 +47,7 @@ def plan(
     memory_budget: int | str | None = None,
     device: str = "H100",
     weights_on_host: bool = False,
+    weight_bits: int | None = None,
     progress: Callable[[str], None] | None = None,
     options: Mapping[str, Any] | None = None,
     **named: Any,
@@ -58,8 +60,10 @@ def plan(
     seq_len          tokens, as a number or as "455k"; any other length can be asked for afterwards
     dtype            of the weights: that of the module or config, else bfloat16
     memory_budget    bytes of the device for everything, as a number or as "24GiB"
-    device           whose rule says how long mini-sequences are: a recorded GPU, or "cpu"
+    device           a recorded GPU, whose rule says how long mini-sequences are, whose figures say how long it takes
+                     and whose memory `max_seq_len` fills; or "cpu"
     weights_on_host  whether weights are planned as `offload_weights` leaves them, all of them on the host
+    weight_bits      bits of the values of quantised weights, in place of what the config says (16: none is quantised)
     progress         called with a line for each thing that takes time
     options, named   options of the backend, in a mapping or by name: `kv_offload`, `mini_seq_len`, ...
 
@@ -67,6 +71,7 @@ def plan(
     `ValueError`, for a model that cannot be planned, a device that is not known, and a budget
     that cannot be kept: it names the smallest that can, and the longest context that the given one has room for.
     """
+    _check_names({**(options or {}), **named})
     tokens, batch = parse_tokens(seq_len), _checked_batch(batch_size)
     budget = {} if memory_budget is None else {"memory_budget": memory_budget}
     parsed = parse_options(joined_options(options, {**named, **budget}))
@@ -77,9 +82,11 @@ def plan(
     found = _found(model)
     say(f"reading {found.name}")
     given = _dtype(dtype, model)
-    subject, weights = subject_of(found.config, found.name, given, _class_of(model))
+    scheme, said = assumed_scheme(found.quantization, weight_bits)
+    subject, weights = subject_of(found.config, found.name, given, _class_of(model), scheme)
     planner = Planner(subject, weights, batch, device, parsed, say)
-    made = Plan(subject, tokens, batch, device, list(found.notes), planner, _way_of(parsed, weights_on_host))
+    notes = [*found.notes, *said, *what_is_quantised(scheme, weights, subject)]
+    made = Plan(subject, tokens, batch, device, notes, planner, _way_of(parsed, weights_on_host))
     if subject.longest is not None and tokens > subject.longest:
         made.notes.append(f"{tokens:,} tokens are more than the {subject.longest:,} that the model is made for")
     planner.prefills(tokens)
@@ -92,6 +99,20 @@ def _of_transformers(model: Any) -> Any:
     """The model of transformers in a module that may be wrapped; anything else as it is."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return next((module for module in modules if hasattr(type(module), "_from_config")), model)
+
+
+#: Names for the memory of a device that somebody may try.
+_MEMORY_NAMES = frozenset({"device_memory", "gpu_memory", "memory", "max_memory", "vram"})
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raises `PlanError` for the command line's name of an argument, or one like it."""
+    for name in _MEMORY_NAMES & given.keys():
+        value = given[name]
+        raise PlanError(
+            f"unknown option {name!r}: did you mean memory_budget={value!r}, a bound that the plan has to keep, or "
+            f"plan(...).max_seq_len({value!r}), the longest context that fits?"
+        )
 
 
 def _found(model: Any) -> Found:
@@ -153,8 +174,9 @@ class Plan:
         return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
 
     def max_seq_len(self, budget: int | str | None = None) -> int:
-        """The longest context that `budget` bytes of the device have room for; 0: none. By default that of the plan."""
-        size = self.budget if budget is None else parse_bytes(budget, "budget")
+        """The longest context that `budget` bytes of the device have room for; 0: none. By default the budget of the
+        plan, or what its device has."""
+        size = self.memory if budget is None else parse_bytes(budget, "budget")
         if size is None:
             raise PlanError("max_seq_len needs a budget: max_seq_len('80GiB')")
         return self.ways[self.way].max_seq_len(size)
@@ -178,9 +200,35 @@ class Plan:
         planner = self._planner
         return Transfers(planner.cache_on_host(self.way, self.seq_len), planner.weights_on_host(self.way))
 
-    def estimate(self, device: str | None = None) -> Estimate:
-        """How long it takes on a recorded device, that of the plan by default. Raises `PlanError` for another."""
-        return estimate(self._planner.load(self.way, self.seq_len), self.device if device is None else device)
+    def host_bytes(self, seq_len: int | str | None = None) -> int:
+        """Bytes on the host: keys and values, and weights that are kept there."""
+        return self.ways[self.way].host_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the device that there are: the budget, or what the device has; None: a CPU's, which nobody says."""
+        if self.budget is not None or self.device == CPU:
+            return self.budget
+        return device_named(self.device)[1].memory
+
+    def fits(self, way: str | None = None) -> bool:
+        """Whether the prefill fits into the device's memory, in the plan's way or another."""
+        return self.memory is None or self.ways[way or self.way].peak_bytes(self.seq_len) <= self.memory
+
+    def estimate(self, device: str | None = None, way: str | None = None) -> Estimate:
+        """How long a prefill takes on a recorded device, that of the plan by default, in the plan's way or another.
+
+        Raises `PlanError` for a device that is not recorded.
+        """
+        return estimate(self._planner.load(way or self.way, self.seq_len), device or self.device)
+
+    def estimate_decode(self, device: str | None = None, way: str | None = None) -> DecodeEstimate:
+        """How many tokens per second decode makes behind a prefill, in the plan's way or another.
+
+        Raises `PlanError` for a device that is not recorded.
+        """
+        stay = (self.resident_layers or 0) if (way or self.way) == self.way else 0
+        return estimate_decode(self._planner.step(way or self.way, self.seq_len, stay), device or self.device)
 
     def plot(self, path: str | Path, memories: tuple[int, ...] = ()) -> None:
         """Draw memory against context, with a line for each device's memory in bytes. Needs matplotlib."""
@@ -196,11 +244,23 @@ class Plan:
             *(f"note: {note}" for note in self.notes),
             f"peak of the device for {self.batch_size} x {self.seq_len:,} tokens, weights included:",
             *(f"  {what:{width}}  {in_units(size)}" for what, size in sizes.items()),
+            self._in_its_way(),
         ]
         if self.budget is not None:
             stays = "" if self.resident_layers is None else f", keys and values of {self.resident_layers} layers stay"
             lines.append(f"longest context in {in_units(self.budget)}: {self.max_seq_len():,} tokens{stays}")
         return "\n".join(lines)
+
+    def _in_its_way(self) -> str:
+        """What the plan's way needs on the host, and how long it takes; of one that does not fit, what it needs."""
+        what, host = self.ways[self.way].what, self.host_bytes()
+        beside = f"{what}: {in_units(host)} on the host" if host else f"{what}: nothing on the host"
+        if self.device == CPU:
+            return beside
+        if not self.fits():
+            needed, there = self.peak_bytes(), self.memory or 0
+            return f"{what}: {in_units(needed)} ({needed:,} bytes) do not fit into {in_units(there)}, {self.device}"
+        return f"{beside}; prefill {self.estimate()}; decode {self.estimate_decode()}"
 
     def __str__(self) -> str:
         return self.summary()
@@ -239,7 +299,7 @@ class Plan:
         more = "" if way == "mom-weights" else self._with_weights_on_host()
         return (
             f"memory_budget={given!r} cannot be kept for {self.seq_len:,} tokens: the smallest "
-            f"that can is {least} ({in_units(least)}){weights}; {room}{more}"
+            f"that can is {least} ({in_units(least)}){weights}; {room}{more}{unit_hint(given)}"
         )
 
     def _with_weights_on_host(self) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import sympy
+
 from mom_compile.config import Options
-from mom_compile.memory.rows import DEVICES, Properties
+from mom_compile.memory.devices import DEVICES, Properties
 from mom_compile.planning.eager import eager_timeline
-from mom_compile.planning.estimate import Load, work_of
+from mom_compile.planning.estimate import Load, Step, work_of
 from mom_compile.planning.prefill import Prefill, capture_prefill
-from mom_compile.planning.subject import Subject, Weights
+from mom_compile.planning.subject import Subject
 from mom_compile.planning.ways import (
     EAGER,
     INDUCTOR,
@@ -22,6 +24,7 @@ from mom_compile.planning.ways import (
     compile_for,
     straight,
 )
+from mom_compile.planning.weights import Weights
 from mom_passes.graph.size_values import evaluate
 from mom_passes.program.program import LoopStep
 
@@ -45,6 +48,7 @@ class Planner:
         self.captured: list[tuple[Prefill, ...]] = []
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
         self._stock: dict[Prefill, Stock] = {}
+        self._work: dict[Prefill, sympy.Expr] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
         #: The type of device.
         self.type = CPU if gpu is None else "cuda"
@@ -78,8 +82,8 @@ class Planner:
     # --- bytes ---
 
     def peak(self, way: str, seq_len: int, *, fewest: bool = False) -> int:
-        """Bytes of the device at the peak, weights and inputs included."""
-        inputs = ID_BYTES * self.batch * seq_len
+        """Bytes of the device at the peak, weights and inputs included, and a copy of a quantised matrix."""
+        inputs = ID_BYTES * self.batch * seq_len + self.weights.copy
         if way == EAGER:
             self._tell("calling it in eager mode, without data")
             timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
@@ -137,20 +141,46 @@ class Planner:
             self._told.add(text)
             self.say(text)
 
+    def cache(self, seq_len: int) -> int:
+        """Bytes of the keys and values that a prefill keeps."""
+        leaves = self.cache_on_host("mom-cache", seq_len)
+        return leaves or self._kept(seq_len)
+
+    def _kept(self, seq_len: int) -> int:
+        """Bytes that stock Inductor's graph returns: the cache, and the last token's logits."""
+        prefills = self.prefills(seq_len)
+        kept = [evaluate(self.stock(p).keeps, p.sizes(self.batch, seq_len)) for p in prefills]
+        return straight([int(one) for one in kept], self.subject.periods)
+
     def load(self, way: str, seq_len: int) -> Load:
         """What a prefill computes and moves."""
         prefills = self.prefills(seq_len)
-        works = [evaluate(work_of(p.graph, p.tokens, p.captured), p.sizes(self.batch, seq_len)) for p in prefills]
-        work = straight([int(one) for one in works], self.subject.periods)
+        works = [int(evaluate(self._work_of(p), p.sizes(self.batch, seq_len))) for p in prefills]
         made = self.compiled(seq_len, way)
         rows = made[-1].rows(self.batch, seq_len, self._full(made, seq_len)) if made else 0
         return Load(
-            work,
+            straight(works, self.subject.periods),
             self.weights.all,
             -(-seq_len // rows) if rows else 1,
             straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers,
             self.cache_on_host(way, seq_len),
             self.weights_on_host(way),
+        )
+
+    def _work_of(self, prefill: Prefill) -> sympy.Expr:
+        if prefill not in self._work:
+            self._work[prefill] = work_of(prefill.graph, prefill.tokens, prefill.captured)
+        return self._work[prefill]
+
+    def step(self, way: str, seq_len: int, resident_layers: int = 0) -> Step:
+        """What a decode step behind a prefill computes and moves. Of a cache on the host, keys and values of so many
+        layers are on the device."""
+        weights, cache, layers = self.weights, self.cache(seq_len), self.subject.layers
+        fetched = self.cache_on_host(way, seq_len) * (layers - resident_layers) // layers
+        if self.weights_on_host(way):
+            fetched += weights.leaving.read(self.batch)
+        return Step(
+            weights.each.work(self.batch), weights.each.read(self.batch) + cache, fetched, layers, self.batch
         )
 
 

@@ -19,20 +19,27 @@ import torch
 from torch import nn
 
 from mom_compile.planning.configs import PlanError
-from mom_compile.weights.units import parameters_of
+from mom_compile.planning.quantised import Scheme
+from mom_compile.planning.weights import Weights, weights_of
 
 #: Layers and periods that the shorter one has at least, behind those that do not repeat: its first and its last are
 #: like no other, and what arrives for a layer does so while the one before computes.
 FEWEST_LAYERS, FEWEST_PERIODS = 4, 2
 
-#: Settings that count layers, but of which each layer knows what is its own.
-_TOLD_BY_LAYERS = frozenset({"num_hidden_layers", "max_window_layers", "n_layer", "num_layers", "n_layers"})
+#: Settings that count layers from the first one, or name a period: each layer has what follows from them.
+_TOLD_BY_LAYERS = frozenset(
+    {"num_hidden_layers", "max_window_layers", "n_layer", "num_layers", "n_layers", "num_dense_layers",
+     "global_attn_every_n_layers"}
+)  # fmt: skip
+#: Settings that count layers which transformers does not build: those that predict further tokens, of DeepSeek-V3 say.
+_NOT_BUILT = frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"})
 
 
 @dataclass(frozen=True)
 class Subject:
     """`parameters` are counted once, `weight_bytes` with buffers; `longest` is how many positions the model was made
-    for, None where it says nothing. `counts` are the layers of the models that are traced, `period` what lies between.
+    for, None where it says nothing. `dtype` is that of what is not quantised, `stored` names both. `counts` are the
+    layers of the models that are traced, `period` what lies between.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Subject:
     weight_bytes: int
     longest: int | None
     dtype: str
+    stored: str
     counts: tuple[int, ...]
     build: Callable[[int], nn.Module] = field(repr=False, compare=False)
 
@@ -51,18 +59,11 @@ class Subject:
         return 0 if len(self.counts) == 1 else (self.layers - self.counts[0]) // (self.counts[1] - self.counts[0])
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of parameters and buffers of a whole model: `all`, and what stays on the device when weights are offloaded.
-    `shapes` are of those that do not."""
-
-    all: int
-    resident: int
-    shapes: frozenset[tuple[int, ...]]
-
-
-def subject_of(config: Any, name: str, dtype: torch.dtype | None, model_class: Any = None) -> tuple[Subject, Weights]:
-    """The model of a config of transformers, in `dtype`, that of the config, or bfloat16.
+def subject_of(
+    config: Any, name: str, dtype: torch.dtype | None, model_class: Any = None, scheme: Scheme | None = None
+) -> tuple[Subject, Weights]:
+    """The model of a config of transformers, in `dtype`, that of the config, or bfloat16; with a `scheme`, what that
+    quantises takes the bytes that it says.
 
     Raises `PlanError` where transformers cannot build it.
     """
@@ -73,19 +74,20 @@ def subject_of(config: Any, name: str, dtype: torch.dtype | None, model_class: A
         return _on_meta(_shortened(config, layers), chosen, model_class)
 
     whole = build(_layers_of(config))
-    kinds = _kinds(whole, _layers_of(config))
+    kinds, weights = _kinds(whole, _layers_of(config)), weights_of(whole, config, scheme)
     subject = Subject(
         name,
         str(config.model_type),
         _layers_of(config),
         sum(parameter.numel() for parameter in whole.parameters()),
-        _bytes(whole),
+        weights.all,
         getattr(config, "max_position_embeddings", None),
         str(chosen).removeprefix("torch."),
+        f"{scheme.method} and {chosen}".replace("torch.", "") if weights.stored and scheme else str(chosen)[6:],
         _counts(kinds, config, build),
         build,
     )
-    return subject, _weights(whole)
+    return subject, weights
 
 
 def _layers_of(config: Any) -> int:
@@ -144,7 +146,8 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
 def _counts_layers(config: Any) -> bool:
     """Whether some setting counts layers from the end, say: those of a shorter model would then be others."""
     settings = {key: value for key, value in vars(config).items() if key.endswith("layers")}
-    return any(isinstance(value, int) and value and key not in _TOLD_BY_LAYERS for key, value in settings.items())
+    known = _TOLD_BY_LAYERS | _NOT_BUILT
+    return any(isinstance(value, int) and value and key not in known for key, value in settings.items())
 
 
 def _period(kinds: Sequence[object]) -> tuple[int, int] | None:
@@ -176,19 +179,3 @@ def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
         for key, value in sorted(vars(module).items())
         if isinstance(value, plain) and not key.startswith("_") and key not in ("layer_idx", "layer_id")
     )
-
-
-# --- what they take ---
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _weights(model: nn.Module) -> Weights:
-    """Which of them leave, by their shapes: a captured graph has them under names of its own."""
-    named, found = dict(model.named_parameters()), parameters_of(model, ())
-    leaving = [named[name] for unit in found.units for name in unit.names]
-    whole = _bytes(model)
-    resident = whole - sum(parameter.nbytes for parameter in leaving)
-    return Weights(whole, resident, frozenset(tuple(parameter.shape) for parameter in leaving))

@@ -25,8 +25,8 @@ from torch import fx
 from mom_compile.config import Options
 from mom_compile.memory.attention import most_of_attention
 from mom_compile.memory.choose_rows import Footprint
+from mom_compile.memory.devices import Properties
 from mom_compile.memory.layer_rows import row_rule
-from mom_compile.memory.rows import Properties
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
@@ -248,6 +248,11 @@ class Way:
 
     def host_bytes(self, seq_len: int) -> int:
         return self.of_host(seq_len)
+
+    @property
+    def fewest_bytes(self) -> int:
+        """Bytes that the shortest context needs, with the margin: what fits into fewer is nothing."""
+        return self._with_margin(_FEWEST)
 
     def max_seq_len(self, budget: int) -> int:
         """The longest context that `budget` bytes of the device have room for, with a margin; 0: none."""

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 ROWS = {A100: 1536, H100: 2048, H200: 2048, RTX_4090: 2048}
 #: An L40S, which nobody has recorded.
-UNKNOWN = Gpu("pretended L40S", 8, 9, 142, 101376, 102400, 96 << 20)
+UNKNOWN = Gpu("pretended L40", 8, 9, 142, 101376, 102400, 96 << 20)
 
 
 def graph(shape: str = "llama", tokens: int = 147_456, sequences: int = 1, **inputs: Any) -> Graph:
@@ -77,7 +77,7 @@ def test_a_program_stored_for_a_cpu_is_for_so_many_threads(monkeypatch: pytest.M
 
 def test_an_unknown_gpu_is_taken_for_a_known_one_of_its_kind(llama: Graph) -> None:
     report = report_of(llama, UNKNOWN)
-    assert "pretended L40S, taken for 142 of the 128 multiprocessors of an RTX 4090" in report.rows
+    assert "pretended L40, taken for 142 of the 128 multiprocessors of an RTX 4090" in report.rows
     assert rows_of(report) == [2048]
 
 

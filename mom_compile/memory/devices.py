@@ -1,0 +1,112 @@
+"""Recorded devices: what their vendors' data sheets say of each. Rows, times and memories of plans follow from these.
+
+Terms
+-----
+flops       Dense FLOPS in bf16 with float32 sums: half of what a data sheet prints "with sparsity".
+bandwidth   Bytes per second of the device's memory.
+memory      Bytes of the device. A data sheet's GB of memory are GiB, as drivers report them.
+link        Bytes per second between host and device, one way, as carried in practice: of PCIe 4.0 x16 (32 GB/s) and
+            5.0 x16 (64 GB/s) 25/32. An H200's was measured (`benchmarks/results/h200-2026-11-28.json`).
+capability  NVIDIA's compute capability, 90 is 9.0; of an AMD GPU the first two digits of its architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+GIB = 1 << 30
+_PCIE_4, _PCIE_5 = 25e9, 50e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's figures, in the units above, with its number of multiprocessors."""
+
+    flops: float
+    bandwidth: float
+    multiprocessors: int
+    capability: int
+    memory: int
+    link: float
+
+
+#: By the words that `torch.cuda.get_device_name()` contains.
+DEVICES = {
+    # NVIDIA A100 Tensor Core GPU data sheet (2021), SXM: 312 TFLOPS, 2,039 GB/s with 80 GB and 1,555 GB/s with 40 GB,
+    # PCIe 4.0.
+    "A100": Device(312e12, 2.039e12, 108, 80, 80 * GIB, _PCIE_4),
+    "A100 40GB": Device(312e12, 1.555e12, 108, 80, 40 * GIB, _PCIE_4),
+    # NVIDIA H100 and H200 Tensor Core GPU data sheets: SXM, 1,979 TFLOPS with sparsity, PCIe 5.0. The H200's link was
+    # measured.
+    "H100": Device(989.4e12, 3.35e12, 132, 90, 80 * GIB, _PCIE_5),
+    "H200": Device(989.4e12, 4.8e12, 132, 90, 141 * GIB, 53.6e9),
+    # NVIDIA DGX B200 data sheet, an eighth of it: 36 PFLOPS with sparsity, 64 TB/s, 1,440 GB, PCIe 5.0.
+    "B200": Device(2.25e15, 8e12, 148, 100, 180 * GIB, _PCIE_5),
+    # NVIDIA GB200 NVL72 page, a GPU of the superchip's two: 5 PFLOPS with sparsity, 8 TB/s, 186 GB. NVLink-C2C has
+    # 900 GB/s for both GPUs and both directions: 225 GB/s one way for each, and 25/32 of that as for PCIe.
+    "GB200": Device(2.5e15, 8e12, 152, 100, 186 * GIB, 176e9),
+    # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 TFLOPS with FP32 accumulation, 1,008 GB/s, PCIe 4.0.
+    "RTX 4090": Device(165.2e12, 1.008e12, 128, 89, 24 * GIB, _PCIE_4),
+    # NVIDIA L40S and L4 data sheets: 362.05 and 121 TFLOPS, 864 and 300 GB/s, PCIe 4.0. Of 48 and 24 GB of GDDR6, ECC,
+    # which is on by default, takes a 16th.
+    "L40S": Device(362.05e12, 0.864e12, 142, 89, 45 * GIB, _PCIE_4),
+    "L4": Device(121e12, 0.3e12, 58, 89, 45 * GIB // 2, _PCIE_4),
+    # NVIDIA RTX Blackwell GPU architecture whitepaper: 209.5 TFLOPS with FP32 accumulation, 1,792 GB/s, PCIe 5.0.
+    "RTX 5090": Device(209.5e12, 1.792e12, 170, 120, 32 * GIB, _PCIE_5),
+    # NVIDIA Ampere GA102 GPU architecture whitepaper: 71 TFLOPS with FP32 accumulation, 936 GB/s, PCIe 4.0.
+    "RTX 3090": Device(71e12, 0.936e12, 82, 86, 24 * GIB, _PCIE_4),
+    # AMD Instinct MI300X data sheet: 1,307.4 TFLOPS, 5.3 TB/s, 304 compute units, 192 GB, PCIe 5.0. ROCm is untested.
+    "MI300X": Device(1307.4e12, 5.3e12, 304, 94, 192 * GIB, _PCIE_5),
+}
+#: A card of the table whose name says how much memory it has.
+_SIZED = {"a10080gb": "A100", "h10080gb": "H100", "h200141gb": "H200"}
+_MAKERS = re.compile(r"nvidia|geforce|amd|instinct|tesla")
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What a GPU says of itself."""
+
+    name: str
+    multiprocessors: int
+    capability: int
+
+
+def find_device(name: str) -> str | None:
+    """The recorded device that a name stands for, in any case and with or without its maker: "rtx4090", "4090",
+    "NVIDIA A100-80GB". None where there is none."""
+    wanted = _plain(name)
+    plain = {_plain(known): known for known in DEVICES}
+    return _SIZED.get(wanted) or plain.get(wanted) or plain.get(f"rtx{wanted}")
+
+
+def nearest_device(name: str) -> str | None:
+    """The recorded device that somebody may have meant."""
+    plain = {_plain(known): known for known in DEVICES}
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
+    return plain[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", _MAKERS.sub("", name.lower()))
+
+
+def device_of(gpu: Properties) -> tuple[Device, str]:
+    """A GPU's figures and, in words, whose they are.
+
+    One that is not in the table is taken for that of the table with the nearest compute capability, an older one if two
+    are as near, with as much of its FLOPS and bandwidth as it has of its multiprocessors.
+    """
+    words = set(re.split(r"[^A-Za-z0-9]+", gpu.name))
+    for name in sorted(DEVICES, key=len, reverse=True):  # "A100 40GB" before "A100"
+        if words.issuperset(name.split()):
+            return DEVICES[name], gpu.name
+    name, like = min(DEVICES.items(), key=lambda item: (abs(item[1].capability - gpu.capability), item[1].capability))
+    part = gpu.multiprocessors / like.multiprocessors
+    own = Device(
+        like.flops * part, like.bandwidth * part, gpu.multiprocessors, gpu.capability, like.memory, like.link
+    )
+    of = f"{gpu.multiprocessors} of the {like.multiprocessors} multiprocessors of an {name}"
+    return own, f"{gpu.name}, taken for {of}"
