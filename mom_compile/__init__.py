@@ -26,5 +26,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MemoryBudgetError",
     "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores", "compile", "empty_host_pool",
-    "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "plan", "reports", "token_log_probs",
+    "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "plan", "reports",
+    "token_log_probs",
 ]  # fmt: skip
