@@ -437,12 +437,14 @@ def compile_apart(
     `before(kwargs, args)` is called with the arguments of each call. Where PyTorch cannot count the graphs of one model
     alone (before 2.13), the limit holds while this one is called, for the graphs of all models that share its code.
     """
-    apart = {"isolate_recompiles": True, "recompile_limit": limit} if CAN_ISOLATE else {}
+    apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": limit} if CAN_ISOLATE else {}
     if not isinstance(model, torch.nn.Module):
-        return _prepared(torch.compile(model, **settings, **apart), limit, before)
+        compiled: Any = torch.compile(model, **{**settings, **apart})
+        return _prepared(compiled, limit, before)
     model.compile(**settings, **apart)
     # What a module's `compile` has made of its `_call_impl`, and its `__call__` calls.
-    model._compiled_call_impl = _prepared(model._compiled_call_impl, limit, before)
+    compiled = model._compiled_call_impl
+    model._compiled_call_impl = _prepared(compiled, limit, before)
     return model
 
 

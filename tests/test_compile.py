@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,15 @@ def test_another_backends_limit_is_none_of_ours() -> None:
 
     with dynamo_config.patch(recompile_limit=1):
         assert call_with(torch.compile(positive, backend="eager", dynamic=False), 5, 6) == []
+
+
+def test_the_page_on_troubles_has_the_warnings_as_they_are() -> None:
+    root = Path(mom_compile.__file__).parent
+    texts = "".join(path.read_text() for path in root.rglob("*.py"))
+    texts = re.sub(r"[\"']\s+f?[\"']", "", texts)  # a literal that goes on in the next line
+    page = (root.parent / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", page[page.index("## Warnings") :], re.MULTILINE)
+    named = [text for row in rows for text in re.findall("`([^`]+)`", row)]
+    assert len(named) >= 8
+    for text in named:
+        assert all(part.strip() in texts for part in text.split("...")), text

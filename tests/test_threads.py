@@ -21,6 +21,7 @@ from torch._dynamo import convert_frame
 from mom_compile import reports
 from mom_compile.lowering.pieces import Conditions, Piece, SizeTemplate, SymbolFacts, Variant
 from mom_compile.notices import MomWarning, forget, warn_once
+from mom_compile.runtime.host import store as store_module
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease
 from mom_compile.runtime.observers import Observers
@@ -134,6 +135,20 @@ def test_two_threads_that_continue_one_cache_write_different_rows(monkeypatch: p
     store.rows(0, 4)
     made = together(4, lambda _: store.append(prompt, 0, 1))
     assert [lease is not None for lease in made].count(True) == 1
+
+
+def test_two_threads_are_not_given_one_pooled_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Region:
+        @property
+        def capacity(self) -> int:
+            time.sleep(SECONDS)
+            return 8
+
+    regions = [Region(), Region()]
+    monkeypatch.setattr(store_module, "_POOL", [(Placement(), region) for region in regions])
+    found = together(4, lambda _: store_module._pooled(8, Placement()))
+    assert {id(region) for region in found if region is not None} == set(map(id, regions))
+    assert found.count(None) == 2
 
 
 def test_a_warning_is_given_once_whichever_thread_has_reason_for_it(recwarn: pytest.WarningsRecorder) -> None:
