@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.parallel import DataParallel
 
 import mom_compile
 from mom_compile import padding, token_log_probs, trial
 from mom_compile.arguments import takes, unwrapped
+from mom_compile.weights.offload import least_budget
 from tests.models import SMALL, ids, small_model
 
 #: Tokens of a row, and of the text at its end.
@@ -62,9 +68,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 def hooked_by_accelerate(model: nn.Module) -> nn.Module:
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(model, hooks.ModelHook())
-    return model
+    return add_hook_to_module(model, ModelHook())  # type: ignore[no-any-return]
 
 
 def with_a_compiled_forward(model: nn.Module) -> nn.Module:
@@ -144,6 +148,25 @@ def test_a_wrapper_of_a_compiled_model_is_not_left_out() -> None:
     assert unwrapped(model) is model
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # one process has nobody to share with
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+def test_signatures_are_read_through_wrappers_of_several_processes(one_process: None) -> None:
+    """FSDP gathers weights, so its inner module cannot be called in its place."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    replicated = nn.parallel.DistributedDataParallel(gpt2())
+    sharded = fsdp.FullyShardedDataParallel(gpt2(), device_id=torch.device("cpu"))
+    assert takes(replicated, "position_ids") is True and unwrapped(replicated) is replicated.module
+    assert takes(sharded, "position_ids") is True and unwrapped(sharded) is sharded
+
+
 # --- scores ---
 
 
@@ -168,6 +191,13 @@ def test_where_positions_cannot_be_given_it_says_what_to_do(wrap: Any, reason: s
     if wrap is Closed:  # what the error advises
         assert_scored_as_alone(model, "right", gpt2())
         assert_scored_as_alone(model.inner, "left", gpt2())
+
+
+def test_a_wrapped_model_whose_weights_are_on_the_host(eager_pieces: None) -> None:
+    model = small_model("GPT2", num_hidden_layers=3)
+    mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    assert any(isinstance(parameter, mom_compile.HostWeight) for parameter in model.parameters())
+    assert_scored_as_alone(PassesAllOn(model).eval(), expected=small_model("GPT2", num_hidden_layers=3))
 
 
 def test_a_model_without_position_ids_derives_what_it_needs_from_the_mask(eager_pieces: None) -> None:
@@ -231,7 +261,6 @@ def test_a_model_is_tried_once_for_each_of_its_settings(monkeypatch: pytest.Monk
 
 
 def tuned(kind: str) -> Any:
-    peft = pytest.importorskip("peft")
     configs = {
         "LoRA": lambda: peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM"),
         "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
