@@ -43,7 +43,7 @@ def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> 
     The model and the tensors stay as they are.
     """
     try:
-        with torch.no_grad(), on_stand_ins(model, dict(given)) as stand_ins, _Sources(stand_ins) as sources:
+        with torch.no_grad(), on_stand_ins(model, dict(given), plain=True) as stand_ins, _Sources(stand_ins) as sources:
             with _watching(model, watched, sources) as received:
                 out = model.forward(**stand_ins)
             return Trial(sources.of(getattr(out, "logits", out)), frozenset().union(*received))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.parallel import DataParallel
 
 import mom_compile
 from mom_compile import padding, token_log_probs, trial
 from mom_compile.arguments import takes, unwrapped
+from mom_compile.weights.offload import least_budget
 from tests.models import SMALL, ids, small_model
 
 #: Tokens of a row, and of the text at its end.
@@ -62,9 +68,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 def hooked_by_accelerate(model: nn.Module) -> nn.Module:
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(model, hooks.ModelHook())
-    return model
+    return add_hook_to_module(model, ModelHook())  # type: ignore[no-any-return]
 
 
 def with_a_compiled_forward(model: nn.Module) -> nn.Module:
@@ -103,13 +107,21 @@ def alone(model: nn.Module, text: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, text[:, 1:, None])[0, :, 0]
 
 
-def assert_scored_as_alone(
-    model: nn.Module, side: str = "left", expected: nn.Module | None = None, strict: bool = True
-) -> None:
+def assert_scored_as_alone(model: nn.Module, side: str = "left", expected: nn.Module | None = None) -> None:
     batch, mask, at = padded(side)
-    scores = token_log_probs(model, batch, mask, strict=strict, mini_seq_len=16)
+    scores = token_log_probs(model, batch, mask, strict=True, mini_seq_len=16)
     text = batch[:, at.start : at.stop + 1]
     torch.testing.assert_close(scores.log_probs[0, at], alone(expected or model, text), rtol=0, atol=2e-5)
+
+
+def assert_computed_as_alone(model: nn.Module, side: str = "left", expected: nn.Module | None = None) -> None:
+    """As `assert_scored_as_alone` by the arguments that scoring gives, in eager mode."""
+    batch, mask, at = padded(side)
+    text = batch[:, at.start : at.stop + 1]
+    with torch.no_grad():
+        logits = model.forward(**padding.batch_arguments(model, batch, mask)).logits[0, at].log_softmax(-1)
+    scores = logits.gather(-1, text[0, 1:, None])[:, 0]
+    torch.testing.assert_close(scores, alone(expected or model, text), rtol=0, atol=2e-5)
 
 
 # --- which arguments a model takes ---
@@ -144,12 +156,36 @@ def test_a_wrapper_of_a_compiled_model_is_not_left_out() -> None:
     assert unwrapped(model) is model
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # one process has nobody to share with
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+def test_signatures_are_read_through_wrappers_of_several_processes(one_process: None) -> None:
+    """FSDP gathers weights, so its inner module cannot be called in its place."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    replicated = nn.parallel.DistributedDataParallel(gpt2())
+    sharded = fsdp.FullyShardedDataParallel(gpt2(), device_id=torch.device("cpu"))
+    assert takes(replicated, "position_ids") is True and unwrapped(replicated) is replicated.module
+    assert takes(sharded, "position_ids") is True and unwrapped(sharded) is sharded
+
+
 # --- scores ---
 
 
-@pytest.mark.parametrize("wrap", [WRAPPERS["both"], WRAPPERS["hooks"], PassesAllOn, Derives])
+@pytest.mark.parametrize("wrap", [WRAPPERS["both"], PassesAllOn])
 def test_a_wrapped_model_is_scored_as_the_model_itself(wrap: Any, eager_pieces: None) -> None:
     assert_scored_as_alone(wrap(gpt2()).eval(), expected=gpt2())
+
+
+@pytest.mark.parametrize("wrap", [WRAPPERS["hooks"], WRAPPERS["accelerate"], PassesAllOn, Derives])
+def test_a_wrapped_model_is_given_what_its_inner_one_takes(wrap: Any) -> None:
+    assert_computed_as_alone(wrap(gpt2()).eval(), expected=gpt2())
 
 
 @pytest.mark.parametrize(
@@ -160,31 +196,36 @@ def test_a_wrapped_model_is_scored_as_the_model_itself(wrap: Any, eager_pieces: 
         (AsksForAValue, "it cannot be known whether AsksForAValue.forward"),
     ],
 )
-def test_where_positions_cannot_be_given_it_says_what_to_do(wrap: Any, reason: str, eager_pieces: None) -> None:
+def test_where_positions_cannot_be_given_it_says_what_to_do(wrap: Any, reason: str) -> None:
     model = wrap(gpt2()).eval()
     batch, mask, _ = padded()
     with pytest.raises(ValueError, match=rf"{reason}.*pad on the right.*model\.inner, a GPT2LMHeadModel"):
         token_log_probs(model, batch, mask)
     if wrap is Closed:  # what the error advises
-        assert_scored_as_alone(model, "right", gpt2())
-        assert_scored_as_alone(model.inner, "left", gpt2())
+        assert_computed_as_alone(model, "right", gpt2())
+        assert_computed_as_alone(model.inner, "left", gpt2())
 
 
-def test_a_model_without_position_ids_derives_what_it_needs_from_the_mask(eager_pieces: None) -> None:
+def test_a_wrapped_model_whose_weights_are_on_the_host() -> None:
+    """Such a weight has no storage, and is a plain tensor in a trial."""
+    model = small_model("GPT2", num_hidden_layers=3)
+    mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+    assert any(isinstance(parameter, mom_compile.HostWeight) for parameter in model.parameters())
+    batch, mask, _ = padded()
+    for wrapped in (PassesAllOn(model), Derives(model)):
+        given = padding.batch_arguments(wrapped.eval(), batch, mask)
+        assert ("position_ids" in given) == (type(wrapped) is PassesAllOn)
+
+
+def test_a_model_without_position_ids_derives_what_it_needs_from_the_mask() -> None:
     """BLOOM has no module that takes them."""
-    assert_scored_as_alone(small_model("Bloom", num_hidden_layers=1))
+    assert_computed_as_alone(small_model("Bloom", num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_begin_where_the_model_has_its_first(side: str) -> None:
     """RoBERTa's is behind the row that its table has for padding."""
-    model = small_model("Roberta", is_decoder=True, pad_token_id=1)
-    batch, mask, at = padded(side)
-    given = padding.batch_arguments(model, batch, mask)
-    with torch.no_grad():
-        logits = model(**given).logits[0, at].log_softmax(-1)
-    scores = logits.gather(-1, batch[0, at.start + 1 : at.stop + 1, None])[:, 0]
-    torch.testing.assert_close(scores, alone(model, batch[:, at.start : at.stop + 1]))
+    assert_computed_as_alone(small_model("Roberta", is_decoder=True, pad_token_id=1), side)
 
 
 def test_positions_that_a_decoder_cannot_be_given_are_refused() -> None:
@@ -231,7 +272,6 @@ def test_a_model_is_tried_once_for_each_of_its_settings(monkeypatch: pytest.Monk
 
 
 def tuned(kind: str) -> Any:
-    peft = pytest.importorskip("peft")
     configs = {
         "LoRA": lambda: peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM"),
         "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -243,19 +283,25 @@ def tuned(kind: str) -> Any:
         return peft.get_peft_model(gpt2(), configs[kind]()).eval()
 
 
-@pytest.mark.filterwarnings("ignore:mom_compile falls back:mom_compile.MomWarning")  # a prefix may go to stock Inductor
-@pytest.mark.parametrize(("kind", "side"), [("LoRA", "left"), ("prefix", "left"), ("prompt", "right")])
-def test_a_tuned_model_is_scored_as_alone(kind: str, side: str, eager_pieces: None, stock_is_eager: None) -> None:
-    """A prefix is a cache that the positions of the text follow, a prompt is rows before those of the text."""
-    model = tuned(kind)
-    batch, _, at = padded(side)
-    text = batch[:, at.start : at.stop + 1]
-    assert (alone(model, text) - alone(gpt2(), text)).abs().max() > 1e-3  # what was tuned has an effect
-    assert_scored_as_alone(model, side, strict=kind != "prefix")
+def test_what_was_tuned_has_an_effect() -> None:
+    text = padded()[0]
+    for kind in ("LoRA", "prefix", "prompt"):
+        assert (alone(tuned(kind), text) - alone(gpt2(), text)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "prefix"])
+def test_a_tuned_model_is_given_positions(kind: str) -> None:
+    """Those behind a prefix, which is a cache, are peft's to shift."""
+    assert_computed_as_alone(tuned(kind))
+
+
+def test_rows_of_virtual_tokens_are_not_scored(eager_pieces: None) -> None:
+    """A tuned prompt adds rows before those of the text."""
+    assert_scored_as_alone(tuned("prompt"), "right")
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-def test_a_tuned_prompt_after_padding_is_refused(eager_pieces: None) -> None:
+def test_a_tuned_prompt_before_padding_is_refused() -> None:
     batch, mask, _ = padded()
     with pytest.raises(ValueError, match=r"PeftModelForCausalLM\.forward does not pass .*: pad on the right"):
         token_log_probs(tuned("prompt"), batch, mask)
@@ -264,7 +310,7 @@ def test_a_tuned_prompt_after_padding_is_refused(eager_pieces: None) -> None:
 # --- explanations and plans ---
 
 
-@pytest.mark.parametrize("wrap", [WRAPPERS["torch.compile"], WRAPPERS["both"], WRAPPERS["hooks"], PassesAllOn])
+@pytest.mark.parametrize("wrap", [WRAPPERS["both"], WRAPPERS["hooks"], PassesAllOn])
 def test_a_wrapped_model_is_explained_as_the_model_itself(wrap: Any) -> None:
     x = {"input_ids": ids(1, TOKENS), "attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
     expected = str(mom_compile.explain(gpt2(), x, logits_to_keep=1, mini_seq_len=16))
@@ -278,7 +324,7 @@ def test_a_wrapped_model_is_explained_as_the_model_itself(wrap: Any) -> None:
         mom_compile.explain(model, x, logits_to_keep=1)
 
 
-@pytest.mark.parametrize("wrap", [WRAPPERS["both"], PassesAllOn])
-def test_a_wrapped_model_is_planned_as_the_model_itself(wrap: Any) -> None:
-    plans = [mom_compile.plan(model, seq_len=64, device="cpu") for model in (gpt2(), wrap(gpt2()))]
+def test_a_wrapped_model_is_planned_as_the_model_itself() -> None:
+    wrapped = PassesAllOn(WRAPPERS["both"](gpt2()))
+    plans = [mom_compile.plan(model, seq_len=64, device="cpu") for model in (gpt2(), wrapped)]
     assert plans[0].subject == plans[1].subject
