@@ -52,19 +52,21 @@ def test_every_block_is_of_a_kind_that_is_run_or_read():
 # --- substitutes ---
 
 
+#: The model that is traced in place of a large one.
+SMALL = transformers.LlamaConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    vocab_size=100,
+)  # fmt: skip
+
+
 @pytest.fixture
 def small_plans(monkeypatch):
     """A shipped shape has its own weights, and is traced as a small model, once; tables and plots are short."""
-    small = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=100,
-    )  # fmt: skip
-
     def planned(config: Any, name: str, dtype: Any, model_class: Any = None, scheme: Any = None) -> Any:
         subject, weights = subject_of(config, name, dtype, model_class, scheme)
         if subject.weight_bytes < 1 << 30:
             return subject, weights
-        traced, own = subject_of(small, name, torch.bfloat16)
+        traced, own = subject_of(SMALL, name, torch.bfloat16)
         whole = replace(subject, layers=traced.layers, counts=traced.counts, build=traced.build)
         return whole, replace(weights, shapes=own.shapes)
 
@@ -190,23 +192,18 @@ def run_pip(words: list[str], capsys: Any) -> None:
 RUNNERS: dict[str, Callable[[list[str], Any], None]] = {
     "mom-compile": run_mom_compile, "make": run_make, "pip": run_pip,
 }  # fmt: skip
-#: What stands for a name of the reader's own.
-PLACEHOLDERS = {"CONFIG": "Llama-3-8B", "SHAPE": "Llama-3-8B"}
+#: What stands for a name of the reader's own. CONFIG is a folder with a small model's.
+PLACEHOLDERS = {"SHAPE": "Llama-3-8B"}
 
 
 @pytest.mark.usefixtures("fresh", "small_plans")
 @pytest.mark.parametrize("line", COMMANDS, ids=str)
 def test_a_command_runs_as_printed(line: Block, monkeypatch, tmp_path: Path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(importlib.import_module("mom_compile.cli.explain"), "explained", explained_small)
+    SMALL.save_pretrained(tmp_path / "CONFIG")
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line.text)]
     assert words[0] in RUNNERS, f"{line}: nothing here can run {words[0]!r}"
     RUNNERS[words[0]](words, capsys)
     if "--plot" in words:
         assert (tmp_path / words[words.index("--plot") + 1]).stat().st_size > 10_000
 
-
-def explained_small(found: Any, seq_len: int, *given: Any) -> Any:
-    """In place of the model that was found, a small one."""
-    model = tiny("Llama", num_hidden_layers=2)
-    return mom_compile.explain(model, input_ids=torch.zeros(1, 600, dtype=torch.long))
