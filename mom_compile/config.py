@@ -16,6 +16,9 @@ from mom_passes.loops.loop import FEWEST_ROWS, RowLimit
 #: Beyond this no model has tokens; a larger number is a slip of the keyboard.
 MAX_MINI_SEQ_LEN = 1 << 30
 
+#: How alike a misspelt name and an option are: `max_seq_len`, a name that models have, is less like `mini_seq_len`.
+_SLIP = 0.9
+
 SCOPES = ("layer", "mlp", "none")
 
 KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
@@ -66,6 +69,12 @@ class Options:
 def option_names() -> tuple[str, ...]:
     """Names of all options of the backend."""
     return tuple(f.name for f in fields(Options))
+
+
+def meant_as_option(name: str) -> bool:
+    """Whether a name that is no option of the backend was meant as one: a misspelt one, or one of Inductor's."""
+    near = difflib.get_close_matches(name.lower(), option_names(), n=1, cutoff=_SLIP)
+    return bool(near) or name in inductor_option_names()
 
 
 def joined_options(options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,22 +9,26 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from mom_compile.arguments import name_of, takes, unwrapped
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.capture import capture
-from mom_compile.config import Options, parse_options
+from mom_compile.config import Options, joined_options, meant_as_option, option_names, parse_options
 from mom_compile.memory.policy import refused
 from mom_compile.pipeline import NotWorthwhile, for_stock
+from mom_compile.planning.prompt import prompt_of
 from mom_compile.report import Report
+from mom_compile.report.notebook import html_of_table
+from mom_compile.report.units import counted
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.torch_compat import NEEDS_DATA, mark_boxed, trace_whole, undisturbed
 from mom_passes.attention.form import attention_form
@@ -35,16 +39,21 @@ from mom_passes.program.schedule import schedule
 
 log = logging.getLogger(__name__)
 
+#: Graphs that a `repr` names.
+_MOST_SHOWN = 3
+
 
 @dataclass
 class Explanation:
     """One report per captured graph; most models have one. `print` it; `details()` has everything.
 
-    `notes` say what does not go without saying: why there are several graphs, that the call was really made.
+    `title` names what is explained where a config was given in place of a model. `notes` are what a reader has to know
+    besides: why there are several graphs, that the call was really made.
     """
 
     reports: list[Report] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    title: str = ""
 
     def __getitem__(self, index: int) -> Report:
         return self.reports[index]
@@ -58,14 +67,27 @@ class Explanation:
 
     def details(self) -> str:
         """Each graph with every stage, its operators and values at full length, and all that was left out and why."""
-        return "\n".join([*self.notes, *(report.details() for report in self.reports)])
+        return "\n".join([*self._title, *self.notes, *(report.details() for report in self.reports)])
 
     def __str__(self) -> str:
         if not self.reports:
             return "no graph was captured: did the call compute nothing?"
         counts = Counter(str(report) for report in self.reports)
         graphs = [text if count == 1 else f"{count} graphs alike: {text}" for text, count in counts.items()]
-        return "\n".join([*self.notes, *graphs])
+        return "\n".join([*self._title, *self.notes, *graphs])
+
+    def __repr__(self) -> str:
+        """In one line: the first graphs of it."""
+        shown = "; ".join(report.headline for report in self.reports[:_MOST_SHOWN])
+        more = f"; {len(self) - _MOST_SHOWN} more" if len(self) > _MOST_SHOWN else ""
+        return f"<Explanation of {counted(len(self), 'graph')}: {shown}{more}>"
+
+    def _repr_html_(self) -> str:
+        return html_of_table(self)
+
+    @property
+    def _title(self) -> list[str]:
+        return [self.title] if self.title else []
 
     def __rich__(self) -> Any:
         from mom_compile.report.rendered import rendered_graphs  # rich is only needed where it prints
@@ -73,7 +95,8 @@ class Explanation:
         alike: dict[str, list[Report]] = {}
         for report in self.reports:
             alike.setdefault(str(report), []).append(report)
-        return rendered_graphs(self.notes, [(len(reports), reports[0].table()) for reports in alike.values()])
+        graphs = [(len(reports), reports[0].table()) for reports in alike.values()]
+        return rendered_graphs(self._title, self.notes, graphs)
 
 
 @dataclass(frozen=True)
@@ -90,43 +113,102 @@ class _Call:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any] | str | Path | Any,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Explanation:
-    """Trace `model(*args, **kwargs)` without gradients, and say what would be rewritten and what not, and why.
+    """Trace `model(*args, **named)` without gradients, and say what would be rewritten and what not, and why.
 
-    A mapping in the first place whose names the model takes, a tokenizer's output, is passed by name. Nothing is
-    compiled or computed, so a model on the meta device is explained as well, without memory or weights; the model, the
-    arguments and what was compiled before stay as they are. Only where a graph ends because the model asks for a value
-    (`notes` say so) the call is really made, without loops being compiled, and changes what it changes.
+    model    a module or a function, wrapped or not; or a config: a folder, a config.json, the name of a shipped shape
+             or a config of transformers. Of a config a prefill is explained, of `seq_len=4096` tokens, `batch_size=1`
+             and `dtype`
+    args     those of the call. A mapping in the first place whose names the model takes, a tokenizer's output, is
+             passed by name
+    options  of the backend, in a mapping
+    named    options of the backend by name, and arguments of the call. A name that is both, an option and an argument
+             that the model names, is the model's if `options` has the option, too, and an error if not
 
-    Raises `ValueError` for a wrong option, `TypeError` for an argument that is given twice, and whatever the model
-    itself raises.
+    Nothing is compiled or computed, so a model on the meta device is explained as well, without memory or weights; the
+    model, the arguments and what was compiled before stay as they are. Only where a graph ends because the model asks
+    for a value (`notes` say so) the call is really made, without loops being compiled, and changes what it changes.
+
+    Raises `ValueError` for a wrong option or config, `TypeError` for an argument or option that is given twice or could
+    be either, and whatever the model itself raises.
     """
-    parsed = parse_options(options)
-    call = _Call(model, *_by_name(model, args, kwargs))
-    meta = is_on_meta(model, (call.args, call.kwargs))
+    if not callable(model):
+        return _explain_config(model, args, options, named)
+    model = unwrapped(model)
+    chosen, kwargs = _told_apart(model, options, named)
+    return _explain_call(_Call(model, *_by_name(model, args, kwargs)), parse_options(chosen))
+
+
+def _explain_config(
+    config: Any, args: tuple[Any, ...], options: Mapping[str, Any] | None, named: dict[str, Any]
+) -> Explanation:
+    """Of a prefill."""
+    if args:
+        raise TypeError(
+            "explain() of a config takes no arguments of a call: give seq_len=, batch_size= and dtype=, or a model"
+        )
+    size = {name: named.pop(name) for name in ("seq_len", "batch_size", "dtype") if name in named}
+    parsed = parse_options(joined_options(options, named))  # before anything takes time
+    prompt = prompt_of(config, **size)
+    found = _explain_call(_Call(prompt.model, (), prompt.arguments), parsed)
+    return replace(found, title=prompt.title, notes=[*prompt.notes, *found.notes])
+
+
+def _explain_call(call: _Call, options: Options) -> Explanation:
+    meta = is_on_meta(call.model, (call.args, call.kwargs))
     with torch.no_grad(), undisturbed():
         if not meta:
-            found, broken = _traced_whole(call, parsed)
-            return found if broken is None else _explain_pieces(call, parsed, broken)
-        with on_stand_ins(model, (call.args, call.kwargs)) as (positional, named):
-            call = _Call(model, positional, named)
-            found, broken = _traced_whole(call, parsed)
-            return found if broken is None else _as_far_as_it_goes(call, parsed, broken)
+            found, broken = _traced_whole(call, options)
+            return found if broken is None else _explain_pieces(call, options, broken)
+        with on_stand_ins(call.model, (call.args, call.kwargs)) as (positional, named):
+            call = _Call(call.model, positional, named)
+            found, broken = _traced_whole(call, options)
+            return found if broken is None else _as_far_as_it_goes(call, options, broken)
+
+
+def _told_apart(
+    model: Callable[..., Any], options: Mapping[str, Any] | None, named: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the backend, and arguments of the model."""
+    chosen, kwargs = {}, {}
+    for name, value in named.items():
+        if takes(model, name):
+            if name in option_names() and name not in (options or {}):
+                raise TypeError(
+                    f"{name} is an option of the backend and an argument of {name_of(model)}: give the option as "
+                    f"options={{{name!r}: ...}}; then {name}= is the model's"
+                )
+            kwargs[name] = value
+        elif name in option_names():
+            chosen[name] = value
+        elif meant_as_option(name):
+            parse_options({name: value})  # says which option is meant
+        else:
+            kwargs[name] = value
+    return joined_options(options, chosen), kwargs
 
 
 def _by_name(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Arguments as they are, or those of a mapping by name."""
     if len(args) != 1 or not isinstance(args[0], Mapping):
         return args, kwargs
-    named = dict(args[0])
-    function = model.forward if isinstance(model, nn.Module) else model
-    if not named.keys() & inspect.signature(function).parameters.keys():
+    mapping = dict(args[0])
+    answers = {takes(model, name) for name in mapping}
+    if True not in answers:
+        if None in answers:
+            raise TypeError(
+                f"{name_of(model)} has **kwargs and names none of {', '.join(map(repr, mapping))}, so it cannot be "
+                f"known whether it takes a mapping or what is in it: call explain(model, **mapping)"
+            )
         return args, kwargs
-    twice = sorted(named.keys() & kwargs.keys())
+    twice = sorted(mapping.keys() & kwargs.keys())
     if twice:
         raise TypeError(f"{', '.join(twice)} given twice: in the mapping, and by name")
-    return (), {**named, **kwargs}
+    return (), {**mapping, **kwargs}
 
 
 def _traced_whole(call: _Call, options: Options) -> tuple[Explanation, str | None]:

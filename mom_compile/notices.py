@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import sysconfig
+import types
 import warnings
 from collections.abc import Mapping
 
@@ -18,11 +22,32 @@ class MomWarning(UserWarning):
 
 _said: set[str] = set()
 
+#: Libraries that call a model for their user, or that stand between a call of it and us.
+_LIBRARIES = frozenset({"mom_compile", "mom_passes", "torch", "transformers", "accelerate", "peft"})
+_STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib"))
+
+
+def _warn(text: str) -> None:
+    """Warn at the user's line: that of the innermost frame which is of no library between a call and us."""
+    frame = sys._getframe(1)
+    while _is_between(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    name = frame.f_globals.get("__name__", "<unknown>")
+    warnings.warn_explicit(text, MomWarning, frame.f_code.co_filename, frame.f_lineno, name, seen)
+
+
+def _is_between(frame: types.FrameType) -> bool:
+    name, file = frame.f_globals.get("__name__"), frame.f_code.co_filename
+    if name is None or name.partition(".")[0] in _LIBRARIES:
+        return True  # generated code has no name
+    return file.startswith(("<frozen ", _STANDARD_LIBRARY)) and not file.startswith(_PACKAGES)
+
 
 def warn_once(key: str, text: str) -> None:
     """Warn unless something was said under that key since the last `forget`."""
     if key not in _said:
-        warnings.warn(text, MomWarning, stacklevel=3)
+        _warn(text)
         _said.add(key)
 
 
@@ -36,7 +61,7 @@ def warn_of_versions() -> None:
     """Once in a process: what is outside the tested range."""
     text = untested(running())
     if text is not None:
-        warnings.warn(text, MomWarning, stacklevel=3)
+        _warn(text)
 
 
 def warn_of_gradients() -> None:

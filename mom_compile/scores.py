@@ -9,7 +9,6 @@ of 262,144. Here what is asked of them is computed in the loop that makes them, 
 
 from __future__ import annotations
 
-import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,11 @@ from typing import Any
 
 import torch
 
-from mom_compile.config import parse_options
+from mom_compile.arguments import unwrapped
+from mom_compile.config import joined_options, parse_options
+from mom_compile.padding import batch_arguments
+from mom_compile.report.notebook import html_of_text
+from mom_compile.report.units import counted
 from mom_compile.torch_compat import floats_are_constants
 
 #: Of labels: no token to score here, as in Hugging Face's losses.
@@ -37,6 +40,25 @@ class TokenScores:
     log_probs: torch.Tensor
     greedy: torch.Tensor
     entropy: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        scored = self.log_probs[self.log_probs != 0]
+        rows, entries = self.log_probs.shape
+        size = f"{counted(rows, 'sequence')} x {counted(entries, 'token')}, {scored.numel():,} of them scored"
+        if not scored.numel():
+            return f"<TokenScores: {size}>"
+        spread = "" if self.entropy is None else f", entropy {self._mean(self.entropy):.3g}"
+        return (
+            f"<TokenScores: {size}; means: log-probability {self._mean(self.log_probs):.3g}{spread} nats, "
+            f"greedy {self._mean(self.greedy):.0%}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_of_text(repr(self))
+
+    def _mean(self, values: torch.Tensor) -> float:
+        """Of the tokens that have a score: an exact zero is none."""
+        return float(values[self.log_probs != 0].double().mean())
 
     def sums(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The log-probability of tokens `start` to `end - 1` of each sequence, `[B]` float64: one span a sequence,
@@ -71,24 +93,33 @@ def token_log_probs(
     labels: torch.Tensor | None = None,
     entropy: bool = False,
     options: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> TokenScores:
     """Score `input_ids` `[B, S]` by a causal language model that returns `logits`.
 
     `attention_mask` `[B, S]` is 0 at padding, on either side; each sequence is scored as it would be alone. `labels`
-    `[B, S]` are scored in place of the tokens themselves, at the places where these stand, -100 for none. `options` are
-    the backend's. The model is compiled for this once, whatever `model.compile` has made of it, and for all lengths;
-    nothing of it is kept alive. Scores are computed in float32 from the logits of the model's own dtype.
+    `[B, S]` are scored in place of the tokens themselves, at the places where these stand, -100 for none. Options of
+    the backend are given in the mapping `options` or by name. The model is compiled for this once, whatever
+    `model.compile` has made of it, and for all lengths; nothing of it is kept alive. Scores are computed in float32
+    from the logits of the model's own dtype.
+
+    `model` may be wrapped: by `torch.compile`, `DataParallel` or `DistributedDataParallel`, of which the inner model is
+    scored; by hooks of accelerate; by peft; or by a module of yours that passes `**kwargs` on. Rows of logits before
+    those of the text, of the virtual tokens of a tuned prompt, are not scored.
 
     Raises `ValueError` for ids, a mask or labels of other shapes or outside of the vocabulary, for a text of less than
-    two tokens, for a model that is training (its dropout would be scored) or returns no logits, and for wrong options.
+    two tokens, for a model that is training (its dropout would be scored) or returns no logits, for padding before
+    tokens where the model cannot be given positions, and for wrong options; `TypeError` for an option given twice.
     """
+    options = joined_options(options, named)
     parse_options(options)
+    model = unwrapped(model)
     _check_inputs(model, input_ids, attention_mask, labels)
     targets = (input_ids if labels is None else labels)[:, 1:]
     seen = targets != IGNORED
     if attention_mask is not None:
         seen = seen & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-    given = {"input_ids": input_ids, **_said_beside(model, attention_mask)}
+    given = batch_arguments(model, input_ids, attention_mask)
     run = _compiled(model, entropy, options)
     with torch.no_grad(), floats_are_constants():
         log_probs, greedy, spread = run(model, given, torch.where(seen, targets, 0))
@@ -102,7 +133,10 @@ def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: b
     logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
     if logits is None:
         raise ValueError(f"the model returned a {type(out).__name__} without logits; a causal language model is wanted")
-    logits = logits[:, :-1].float()
+    extra = logits.shape[1] - given["input_ids"].shape[1]
+    if extra < 0:
+        raise ValueError(f"the model returned {logits.shape[1]} rows of logits for {logits.shape[1] - extra} tokens")
+    logits = logits[:, extra:-1].float()
     below_top = logits - logits.amax(-1, keepdim=True)
     # A sum of 262,144 terms in float32 is off by 1e-5 or more, to the same side for all tokens; in float64 it costs the
     # same, since what it adds up is read once either way.
@@ -131,18 +165,6 @@ def _compiled(model: torch.nn.Module, entropy: bool, options: Mapping[str, Any] 
         compiled = torch.compile(function, backend="mom", dynamic=True, options=dict(options or {}))
         known[key] = lambda *given: compiled(*given, entropy)
     return known[key]
-
-
-def _said_beside(model: torch.nn.Module, mask: torch.Tensor | None) -> dict[str, Any]:
-    """The mask, positions that count the tokens of each sequence alone, and that no cache is wanted; of positions and
-    the cache only what the model takes."""
-    takes = inspect.signature(model.forward).parameters
-    said: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-    if mask is not None:
-        said["attention_mask"] = mask
-        if "position_ids" in takes:
-            said["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return said
 
 
 def _check_inputs(

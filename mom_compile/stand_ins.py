@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from mom_compile.torch_compat import FakeCopyMode, FakeTensorMode, tree_any, tree_map
+from mom_passes.torch_compat import is_wrapper
 
 #: Arguments that are handed on as they are: nothing is written to them.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
@@ -29,18 +31,34 @@ def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
     return module is not None and tree_any(_is_meta, (held, arguments))
 
 
+def called_without_data(operator: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns for stand-ins. Its version without data asks for bfloat16 in products of experts, where
+    the one with data does not."""
+    dtype = args[0].dtype if operator is _GROUPED_MM else torch.bfloat16
+    if dtype is torch.bfloat16:
+        return operator(*args, **kwargs)
+
+    def halved(value: Any) -> Any:
+        return value.bfloat16() if _is_tensor(value) and value.dtype == dtype else value
+
+    halves = tree_map(halved, (args, kwargs))
+    return operator(*halves[0], **halves[1]).to(dtype)
+
+
 @contextlib.contextmanager
-def on_stand_ins(model: Callable[..., Any], arguments: Any) -> Iterator[Any]:
+def on_stand_ins(model: Callable[..., Any], arguments: Any, *, plain: bool = False) -> Iterator[Any]:
     """While it lasts, the module (or that of a bound method) holds stand-ins; gives the arguments with stand-ins in
     them. Behind it the module has the attributes that it had before, and the arguments are untouched: what is no
     tensor, a cache, is copied.
 
-    Of meta tensors they are on the GPU where there is one, else on the CPU. Raises whatever copying an argument does.
+    Of meta tensors they are on the GPU where there is one, else on the CPU. With `plain`, those of a tensor that is
+    made of others (a weight that is kept on the host, a quantised one) are plain tensors of its sizes and dtype;
+    without, one whose storage cannot be read is an error. Raises whatever copying an argument does.
     """
     module = _module_of(model)
     parts = [] if module is None else list(module.modules())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = _StandIns(mode)
+    stand_in = _StandIns(mode, plain)
     owners: list[dict[str, Any]] = [o for part in parts for o in (part._parameters, part._buffers, vars(part))]  # type: ignore[list-item]
     before = [(owner, dict(owner)) for owner in owners]
     with mode:
@@ -57,8 +75,8 @@ def on_stand_ins(model: Callable[..., Any], arguments: Any) -> Iterator[Any]:
 class _StandIns:
     """One for each tensor, however often that is held."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self, mode: FakeTensorMode, plain: bool) -> None:
+        self.mode, self.plain = mode, plain
         self.made: dict[int, torch.Tensor] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -76,9 +94,10 @@ class _StandIns:
             return copy.deepcopy(value)
 
     def _make(self, value: torch.Tensor) -> torch.Tensor:
-        if not value.is_meta:
+        if not value.is_meta and not (self.plain and is_wrapper(value)):
             return self.mode.from_tensor(value, static_shapes=True)
-        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
+        device = self.device if value.is_meta else value.device
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
 
 

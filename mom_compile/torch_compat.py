@@ -22,7 +22,7 @@ from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.decorators import maybe_mark_dynamic
-from torch._dynamo.eval_frame import cached_backends, reset_code
+from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.source import ConstantSource
@@ -53,6 +53,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, guard_or
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_any as tree_any
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -80,6 +81,16 @@ class UserError(ValueError, ShortenTraceback):
 
 #: What a fake tensor raises where only data could tell.
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def compiled_from(model: Any) -> Any:
+    """The module or function of which `torch.compile` has made `model`; None for what it has not made.
+
+    `_orig_mod` and `_torchdynamo_orig_callable` are where `torch.compile` keeps them.
+    """
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    return getattr(model, "_torchdynamo_orig_callable", None) if inspect.isfunction(model) else None
 
 
 class _Seen(ShortenTraceback):

@@ -17,8 +17,9 @@ from torch import nn
 import mom_compile.backend as backend_module
 import mom_compile.pipeline as pipeline_module
 from benchmarks.measure import peak_bytes, watch_cpu
-from mom_compile import All, CannotChunk, Claim, MomWarning, Rows, chunk_rule, reports
+from mom_compile import MomWarning, reports
 from mom_compile.config import parse_options
+from mom_compile.rules import All, CannotChunk, Claim, Rows, chunk_rule
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import observing
 from mom_compile.torch_compat import SymbolicSizes

@@ -15,6 +15,7 @@ import torch
 
 from mom_compile.config import parse_options
 from mom_compile.memory.policy import placement_of
+from mom_compile.report.usage import host_memory
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK, Backing
@@ -24,7 +25,6 @@ from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.host.store import HostStore, empty_host_pool
-from mom_compile.runtime.host.usage import host_memory
 from tests.backing_law import LAWS, Make, filled, noise
 
 CPU = torch.device("cpu")

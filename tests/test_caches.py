@@ -18,10 +18,11 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.torch_version import TorchVersion
 
 from benchmarks.without_codegen import pieces_run_eagerly
-from mom_compile import cache_key, chunk_rule, compiled, reports
+from mom_compile import cache_key, compiled, reports
 from mom_compile.config import Options
 from mom_compile.notices import MomWarning
 from mom_compile.report import DECODE_STEP
+from mom_compile.rules import chunk_rule
 from mom_passes.rules import registry
 from tests.models import TinyDecoder, ids, small_model
 

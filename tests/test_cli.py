@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import re
@@ -25,7 +24,6 @@ from mom_compile.planning.configs import PlanError
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 #: The module, which its command hides.
-cli_explain = importlib.import_module("mom_compile.cli.explain")
 
 
 @dataclass(frozen=True)
@@ -303,15 +301,15 @@ def test_options_are_read_as_what_they_are():
 
 def test_a_small_model_is_explained_as_a_table_and_in_full(run, tmp_path, monkeypatch):
     """Traced once."""
-    made = cli_explain.explained
+    made = mom_compile.explain
     traced = []
 
-    def explained(found, *given):
+    def explained(config, **given):
         traced.append(given)
-        return kept[0] if kept else kept.append(made(found, *given)) or kept[0]
+        return kept[0] if kept else kept.append(made(config, **given)) or kept[0]
 
     kept = []
-    monkeypatch.setattr(cli_explain, "explained", explained)
+    monkeypatch.setattr(mom_compile, "explain", explained)
     fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -320,7 +318,8 @@ def test_a_small_model_is_explained_as_a_table_and_in_full(run, tmp_path, monkey
     first, second, *_ = out.splitlines()
     assert first == f"{tmp_path.name} (llama), a prefill of 1 x 600 tokens"
     assert second.startswith("prefill of 600 tokens: expected peak ")
-    assert traced == [(600, 1, "float16", {"mini_seq_len": 64})]
+    asked = {"seq_len": 600, "batch_size": 1, "dtype": "float16", "options": {"mini_seq_len": 64}}
+    assert traced == [asked]
     assert re.search(r"attention to all tokens +stage_\d", out)
     details = run("explain", str(tmp_path), "--seq-len", "600", "-o", "mini_seq_len=64", "--details")[1]
     assert details.count("alive meanwhile") >= 3 and "600 tokens in mini-sequences of 64" in details

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mom_compile.report.usage import host_memory
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host import store as host_storage
 from mom_compile.runtime.host.backings.anonymous import Anonymous
@@ -39,7 +40,6 @@ from mom_compile.runtime.host.store import (
     prepare,
     without_base,
 )
-from mom_compile.runtime.host.usage import host_memory
 
 ROW = (2, 3, 4)
 ROW_BYTES = 24 * 4

@@ -19,9 +19,9 @@ ROOMS = {
         "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat", "versions", "notices quantities", "runtime",
-        "timeline config report pipeline stand_ins cache_key", "memory",
-        "lowering", "capture compiled", "backend", "entry explain scores weights", "planning", "cli",
+        "torch_compat rules", "versions", "notices quantities", "runtime",
+        "arguments timeline config report pipeline stand_ins cache_key", "memory trial",
+        "lowering padding", "capture compiled", "backend", "entry scores weights", "planning", "explain", "cli",
     ),
 }  # fmt: skip
 #: The only files that may touch what is not public in PyTorch, so that a new PyTorch is two files to look at.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 
 import pytest
@@ -155,3 +156,39 @@ def test_a_warning_that_is_an_error_is_not_taken_for_said():
     for _ in range(2):
         with pytest.raises(MomWarning, match="twice"):
             notices.warn_once("twice", "twice")
+
+
+# --- where a warning points ---
+
+
+def test_a_warning_points_at_the_users_line(lines):
+    """Not at PyTorch's, at transformers' or at ours, which lie between it and what warns."""
+    model, x = compiled(small_model("Llama"), kv_offload=True), prompt(1, 40)
+    cache = StaticCache(model.config, max_cache_len=64)
+    with torch.no_grad(), pytest.warns(MomWarning, match="not honoured") as caught:
+        model(**x, past_key_values=cache)
+    call = test_a_warning_points_at_the_users_line.__code__.co_firstlineno + 5
+    ours = [(warning.filename, warning.lineno) for warning in caught if warning.category is MomWarning]
+    assert set(ours) == {(__file__, call)}
+
+
+def test_a_warning_from_generate_points_at_the_call_of_it(lines):
+    model = compiled(small_model("Llama"), kv_offload=True)
+    settings = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": "static"}
+    with pytest.warns(MomWarning, match="not honoured") as caught:
+        model.generate(**prompt(1, 41), **settings, disable_compile=True)
+    call = test_a_warning_from_generate_points_at_the_call_of_it.__code__.co_firstlineno + 4
+    ours = [(warning.filename, warning.lineno) for warning in caught if warning.category is MomWarning]
+    assert set(ours) == {(__file__, call)}
+
+
+def test_a_warning_in_a_thread_of_a_library_is_given_all_the_same():
+    """No frame there is a user's."""
+
+    def in_a_thread():
+        thread = threading.Thread(target=notices.warn_once, args=("in a thread", "in a thread"))
+        thread.start()
+        thread.join()
+
+    with pytest.warns(MomWarning, match="in a thread"):
+        in_a_thread()

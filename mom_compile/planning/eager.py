@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from mom_compile.planning.prefill import prefill_arguments
-from mom_compile.stand_ins import on_stand_ins
+from mom_compile.stand_ins import called_without_data, on_stand_ins
 from mom_compile.torch_compat import TorchDispatchMode, tree_map
-
-GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def eager_timeline(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
@@ -40,7 +38,7 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tree_map(self._given, (args, kwargs or {}))
-        out = _called(func, args, kwargs or {})
+        out = called_without_data(func, args, kwargs or {})
         tree_map(self._made, out)
         self.timeline.append(self.bytes)
         return out
@@ -58,16 +56,3 @@ class _Live(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.bytes -= size
-
-
-def _called(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator returns. Without data, products of experts ask for bfloat16 where with data they do not."""
-    dtype = args[0].dtype if func is GROUPED_MM else torch.bfloat16
-    if dtype is torch.bfloat16:
-        return func(*args, **kwargs)
-    halves = tree_map(lambda value: value.bfloat16() if _is_of(value, dtype) else value, (args, kwargs))
-    return func(*halves[0], **halves[1]).to(dtype)
-
-
-def _is_of(value: Any, dtype: torch.dtype) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype == dtype

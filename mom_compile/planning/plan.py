@@ -78,6 +78,7 @@ def plan(
     say = progress or (lambda text: None)
     if device.lower() != CPU:
         device, _ = device_named(device)
+    model = _of_transformers(model)
     found = _found(model)
     say(f"reading {found.name}")
     given = _dtype(dtype, model)
@@ -106,6 +107,12 @@ def _check_names(given: Mapping[str, Any]) -> None:
             f"unknown option {name!r}: did you mean memory_budget={value!r}, a bound that the plan has to keep, or "
             f"plan(...).max_seq_len({value!r}), the longest context that fits?"
         )
+
+
+def _of_transformers(model: Any) -> Any:
+    """The model of transformers in a module that may be wrapped; anything else as it is."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if hasattr(type(module), "_from_config")), model)
 
 
 def _found(model: Any) -> Found:

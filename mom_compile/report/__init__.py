@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mom_compile.report.details import details
+from mom_compile.report.notebook import html_of_table
 from mom_compile.report.record import DECODE_STEP, GRAPH, PREFILL, SCORING, KVReport, PassReport, Record, moved_rows
 from mom_compile.report.shares import Share, shares
 from mom_compile.report.stages import LiveValue, StageReport, stage_report
@@ -84,6 +85,12 @@ class Report(Record):
         from mom_compile.report.rendered import rendered  # rich is only needed where it prints
 
         return rendered(self.table())
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.headline}>"
+
+    def _repr_html_(self) -> str:
+        return html_of_table(self)
 
     def code(self) -> str:
         """The rewritten graph as readable Python, bodies included."""

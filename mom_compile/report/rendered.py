@@ -38,9 +38,9 @@ def rendered(report: ReportTable) -> Group:
     return Group(*parts, *lines_of(report.notes))
 
 
-def rendered_graphs(notes: Sequence[str], graphs: Sequence[tuple[int, ReportTable]]) -> Group:
+def rendered_graphs(title: Sequence[str], notes: Sequence[str], graphs: Sequence[tuple[int, ReportTable]]) -> Group:
     """All graphs of a call, each with how many are like it."""
-    parts = lines_of(notes, "yellow")
+    parts = [*lines_of(title), *lines_of(notes, "yellow")]
     for count, report in graphs:
         parts += [Text(f"{count} graphs alike:")] if count > 1 else []
         parts.append(rendered(report))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+#: `owner/model`, or a model without an owner, as the hub names them.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 #: The size of the header's size.
 _PREFIX = 8
@@ -58,7 +62,9 @@ class Checkpoint:
 
 def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise ValueError(f"{str(directory)!r} is not a folder; it has to be one with safetensors files")
+        raise ValueError(
+            f"{str(directory)!r} is not a folder; it has to be one with safetensors files{_on_the_hub(directory)}"
+        )
     index = directory / INDEX
     if index.is_file():
         try:
@@ -73,6 +79,18 @@ def _files(directory: Path) -> list[Path]:
     if not found:
         raise ValueError(f"{str(directory)!r} has no safetensors files: save the model with save_pretrained first")
     return found
+
+
+def _on_the_hub(directory: Path) -> str:
+    """What to do where a path that is not there may be the name of a model on the Hugging Face hub."""
+    name = directory.as_posix()
+    if not _HUB_NAME.fullmatch(name):
+        return ""
+    return (
+        f". Nothing is downloaded here, whatever HF_HUB_OFFLINE and HF_HOME are; if it is a model on the Hugging Face "
+        f"hub, `hf download {name} --local-dir FOLDER` (`huggingface-cli download` with huggingface_hub below 1.0) "
+        f"fetches it, and FOLDER is the path to give"
+    )
 
 
 def _mapped(path: Path) -> tuple[WeightBytes, dict[str, torch.Tensor]]:

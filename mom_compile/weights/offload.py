@@ -53,6 +53,9 @@ class OffloadedWeights:
             + (f"; {in_units(self.mapped)} are mapped from files" if self.mapped else "")
         )
 
+    def __repr__(self) -> str:
+        return f"<OffloadedWeights: {self}>"
+
 
 #: The models that have been offloaded, as long as they live.
 _OFFLOADED: weakref.WeakKeyDictionary[nn.Module, OffloadedWeights] = weakref.WeakKeyDictionary()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mom_compile.report.notebook import html_of_text
+from mom_compile.report.units import counted, in_units
 from mom_compile.runtime.host.holders import HOLDERS
 from mom_compile.runtime.host.region import TOTALS
 from mom_compile.runtime.host.store import HostStore, pooled_bytes
@@ -29,6 +31,15 @@ class HostMemory:
     stores: int
     weights: int
     mapped: int
+
+    def __repr__(self) -> str:
+        rows = f"{in_units(self.rows)} of keys and values in {counted(self.stores, 'store')}"
+        held = f"{in_units(self.memory)} of memory, {in_units(self.pooled)} of it pooled; {in_units(self.disk)} of disk"
+        weights = f"{in_units(self.weights)} of weights in memory, {in_units(self.mapped)} mapped from files"
+        return f"<HostMemory: {rows} ({held}); {weights}>"
+
+    def _repr_html_(self) -> str:
+        return html_of_text(repr(self))
 
 
 def host_memory() -> HostMemory:

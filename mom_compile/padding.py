@@ -1,0 +1,111 @@
+"""What a model is given with a padded batch, so that it computes each sequence as it would alone.
+
+    attention_mask  0 0 1 1 1        position_ids  0 0 0 1 2
+
+A model that takes `position_ids` gets them. Of one that names them in no module it is the model's own affair what it
+makes of the mask. Between the two are wrappers, which pass positions on, derive them from the mask, or do neither;
+where they do neither and padding stands before tokens, the numbers would be wrong, and that is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from mom_compile.arguments import names, takes
+from mom_compile.trial import Trial, tried
+
+POSITIONS, MASK = "position_ids", "attention_mask"
+
+
+def batch_arguments(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+    """Arguments of `model.forward` for ids `[B, S]` and a mask of the same shape, 0 at padding, or None.
+
+    Raises `ValueError` for a model that takes no mask, and where positions have to be given but cannot be.
+    """
+    given: dict[str, Any] = {"input_ids": input_ids}
+    if takes(model, "use_cache"):
+        given["use_cache"] = False
+    if mask is None:
+        return given
+    if takes(model, MASK) is False:
+        raise ValueError(f"{type(model).__name__}.forward takes no attention_mask: it cannot be given a padded batch")
+    given[MASK] = mask
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = counted + _first_position(model)
+    if takes(model, POSITIONS) or (_are_moved(counted, mask) and _have_to_be_given(model, given, positions)):
+        given[POSITIONS] = positions
+    return given
+
+
+def _first_position(model: nn.Module) -> int:
+    """The number of a text's first position. RoBERTa and its kin count from behind the row of the table that is for
+    padding; others that do so add it themselves, in a class of their own."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    paddings = [table.padding_idx for table in tables if type(table) is nn.Embedding]
+    return next((padding + 1 for padding in paddings if padding is not None), 0)
+
+
+def _are_moved(counted: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether some token is not at its place in the row, where a model has it by default."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return bool(((counted != places) & mask.bool()).any())
+
+
+def _have_to_be_given(model: nn.Module, given: dict[str, Any], positions: torch.Tensor) -> bool:
+    """For a model whose signature does not name positions: True if it uses them, False if it does not need them."""
+    inner = [(name, module) for name, module in model.named_modules() if name and names(module, POSITIONS)]
+    hidden = takes(model, POSITIONS) is None
+    if not inner and not hidden:
+        return False
+    trial = _known_trial(model, {**given, POSITIONS: positions} if hidden else given)
+    if trial is not None and POSITIONS in trial.logits:
+        return True
+    if trial is not None and (not inner or MASK in trial.received):
+        return False
+    raise ValueError(_refusal(model, inner, trial))
+
+
+def _refusal(model: nn.Module, inner: list[tuple[str, nn.Module]], trial: Trial | None) -> str:
+    outer = type(model).__name__
+    advice = "pad on the right instead"
+    if trial is None:
+        fault = f"it cannot be known whether {outer}.forward, which does not name position_ids, uses them"
+    else:
+        fault = f"{outer}.forward does not pass position_ids on"
+    models = [(name, module) for name, module in inner if _returns_logits(module)]
+    if models:
+        name, module = models[0]
+        advice += f", score the model inside it (model.{name}, a {type(module).__name__})"
+    return (
+        f"attention_mask has padding before tokens, so a model has to be given position_ids, and {fault}: {advice}, or "
+        f"let {outer}.forward name position_ids and pass them on"
+    )
+
+
+def _returns_logits(module: nn.Module) -> bool:
+    head = getattr(module, "get_output_embeddings", None)
+    return head is not None and head() is not None
+
+
+# --------------------------------------------------------------------------------------------------- trials, once each
+
+#: Of a model as it was set: adapters of peft, which decide what becomes of positions, can be switched.
+_TRIALS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Trial | None]] = weakref.WeakKeyDictionary()
+
+
+def _known_trial(model: nn.Module, given: dict[str, Any]) -> Trial | None:
+    key = (tuple(given), _settings(model))
+    if model not in _TRIALS or _TRIALS[model][0] != key:
+        _TRIALS[model] = (key, tried(model, given, POSITIONS))
+    return _TRIALS[model][1]
+
+
+def _settings(model: nn.Module) -> tuple[Any, ...]:
+    """Plain attributes of all modules: an active adapter's name is one."""
+    plain = (str, int, float, bool, type(None))
+    every = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
+    return tuple(setting for setting in every if isinstance(setting[-1], plain))

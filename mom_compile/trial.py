@@ -1,0 +1,95 @@
+"""A call that is tried on tensors without data: whether an argument that is hidden behind `**kwargs` has an effect.
+
+    wrapper.forward(input_ids, attention_mask, **kwargs)  ->  logits that depend on position_ids, or do not
+
+A signature does not say what becomes of `**kwargs`: a wrapper passes them on, drops some of them or replaces them. The
+call says it. Each tensor that an operator makes depends on the arguments that the operator's own operands depend on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mom_compile.arguments import names
+from mom_compile.stand_ins import called_without_data, on_stand_ins
+from mom_compile.torch_compat import TorchDispatchMode, tree_leaves
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen of a call.
+
+    logits    names of the arguments that the logits depend on
+    received  names of the arguments that `watched`, an argument of modules inside, was computed from
+    """
+
+    logits: frozenset[str]
+    received: frozenset[str]
+
+
+def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> Trial | None:
+    """Call `model.forward(**given)` without data or gradients; None where that fails, for lack of data say.
+
+    The model and the tensors stay as they are.
+    """
+    try:
+        with torch.no_grad(), on_stand_ins(model, dict(given), plain=True) as stand_ins, _Sources(stand_ins) as sources:
+            with _watching(model, watched, sources) as received:
+                out = model.forward(**stand_ins)
+            return Trial(sources.of(getattr(out, "logits", out)), frozenset().union(*received))
+    except Exception:
+        log.debug("a call could not be tried without data", exc_info=True)
+        return None
+
+
+@contextmanager
+def _watching(model: nn.Module, watched: str, sources: _Sources) -> Iterator[list[frozenset[str]]]:
+    """While it lasts, what each module inside that names an argument is given for it."""
+    received: list[frozenset[str]] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        received.append(sources.of(bound.arguments.get(watched)))
+
+    handles = [
+        module.register_forward_pre_hook(look, with_kwargs=True)
+        for module in model.modules()
+        if module is not model and names(module, watched)
+    ]
+    try:
+        yield received
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Sources(TorchDispatchMode):
+    """The arguments that each tensor was computed from."""
+
+    def __init__(self, arguments: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._names = {id(value): frozenset((name,)) for name, value in arguments.items()}
+        self._alive: list[torch.Tensor] = []  # an id is of one tensor only as long as that lives
+
+    def of(self, value: Any) -> frozenset[str]:
+        """Those of all tensors in a value."""
+        return frozenset().union(*(self._names.get(id(leaf), frozenset()) for leaf in tree_leaves(value)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = self.of((args, kwargs or {}))
+        out = called_without_data(func, args, kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._names[id(tensor)] = found | self._names.get(id(tensor), frozenset())
+                self._alive.append(tensor)
+        return out
