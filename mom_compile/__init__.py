@@ -9,7 +9,7 @@ from mom_compile.backend import reports
 from mom_compile.explain import Explanation, explain
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import MomWarning
-from mom_compile.planning import Estimate, Plan, PlanError, plan
+from mom_compile.planning import DecodeEstimate, Estimate, Plan, PlanError, plan
 from mom_compile.report import Report
 from mom_compile.report.usage import HostMemory, host_memory
 from mom_compile.runtime.host.limits import HostMemoryError
@@ -23,7 +23,8 @@ from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weight
 __version__ = "0.1.0"
 
 __all__ = [
-    "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MemoryBudgetError",
-    "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores", "empty_host_pool", "explain",
-    "host_memory", "load_offloaded", "measured_steps", "offload_weights", "plan", "reports", "token_log_probs",
+    "DecodeEstimate", "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
+    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores",
+    "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "plan",
+    "reports", "token_log_probs",
 ]  # fmt: skip

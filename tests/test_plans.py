@@ -136,7 +136,7 @@ def test_layers_that_are_not_built_are_not_counted():
         hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=20, num_attention_heads=2,
         num_key_value_heads=2, vocab_size=100, n_routed_experts=4, num_nextn_predict_layers=1,
     )  # fmt: skip
-    assert len(subject_of(config, "deep", torch.float32)[0].counts) == 2
+    assert subject_of(config, "deep", torch.float32)[0].counts == (5, 6)  # three without experts come first
 
 
 def test_a_setting_that_counts_layers_from_the_end_is_not_cut():
