@@ -1,5 +1,8 @@
 """The plain way beside mom, for examples: each backend in a process of its own, once to compile, then for its figures.
 
+Peaks are exact, and stand as a part of the first row's, too. A time is of one call in a process of its own, not in turn
+with the others': no ratio is made of two.
+
 A worker hands back a row, with its result in a file; the parent prints the rows side by side and how far each result
 is from the plain way's.
 """
@@ -72,11 +75,11 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
     first = rows[0]
     table = Table(title=title)
     table.add_column("")
-    for heading in ("peak", f"of {first['backend']}'s", "time", f"of {first['backend']}'s", "first call", "difference"):
+    for heading in ("peak", f"of {first['backend']}'s", "one call", "first call", "difference"):
         table.add_column(heading, justify="right")
     for row in rows:
-        peak, seconds = (f"{row[name] / first[name]:.3f}x" for name in ("peak", "seconds"))
-        cells = [f"{row['peak'] / MIB:,.1f} MiB", peak, f"{row['seconds']:.2f} s", seconds, f"{row['first']:.0f} s"]
+        peak = f"{row['peak'] / first['peak']:.3f}x"
+        cells = [f"{row['peak'] / MIB:,.1f} MiB", peak, f"{row['seconds']:.2f} s", f"{row['first']:.0f} s"]
         table.add_row(row["backend"], *cells, f"{row['difference']:.1e}")
     console = Console()
     if not console.is_terminal:  # a pipe has no width: nothing is cut off

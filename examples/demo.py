@@ -4,10 +4,13 @@ The prompt is English text that Python ships (`pydoc_data.topics`); the model co
 backend runs in a fresh process, which calls `generate()` as a user would:
 
 1. `generate` a few tokens greedily, everything compiled on the way; text and last logits are kept;
-2. `generate` one token again, now warm: that is the prefill whose peak and time stand in the table;
+2. `generate` one token again, now warm: that is the prefill whose peak stands in the table;
 3. score the prompt: the log-probability of each of its tokens, with mom by `token_log_probs`. The logits in between,
    tokens x 262,144, then exist for one mini-sequence at a time. The last scores are held against eager's logits scored
    in float64.
+
+Peaks are exact, whatever else the machine does. Times are not: single calls of two processes, one after the other, have
+differed by half from run to run. So the table has none; `make bench` times all ways in turn.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,7 @@ def long_prompt(tokenizer: Any, tokens: int) -> torch.Tensor:
 
 
 def compare(backend: str, new_tokens: int) -> None:
-    """One backend: `generate` cold, then a warm prefill."""
+    """One backend: `generate` cold, then a warm prefill for its peak."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     measure.watch_cpu()
@@ -113,20 +115,15 @@ def compare(backend: str, new_tokens: int) -> None:
         )
 
     workers.step("compiling, generating" if backend != "eager" else "generating")
-    start = time.perf_counter()
     output = generate(new_tokens)
-    cold = time.perf_counter() - start
     new = output.sequences[0, ids.shape[1] :]
     torch.save({"logits": output.logits[0], "tokens": new}, OUTPUT / f"{backend}.pt")
     del output
     workers.step("measuring a warm prefill")
-    start = time.perf_counter()
     report = measure.peak_bytes(lambda: generate(1))
     row = {
         "backend": backend,
         "peak": report.peak,
-        "seconds": time.perf_counter() - start,
-        "generate_cold": cold,
         "compile": compile_seconds(),
         "text": tokenizer.decode(new),
     }
@@ -135,7 +132,7 @@ def compare(backend: str, new_tokens: int) -> None:
 
 
 def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
-    """Negative log-likelihood of every token but the first, cold, then warm for peak and time."""
+    """Negative log-likelihood of every token but the first, cold, then warm for its peak."""
 
     call = scorer(model, backend)
     before = compile_seconds()
@@ -143,13 +140,11 @@ def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
         if backend != "eager":
             call(ids)
         workers.step("scoring, warm")
-        start = time.perf_counter()
         report = measure.peak_bytes(lambda: torch.save(call(ids), OUTPUT / f"{backend}-score.pt"))
-        seconds = time.perf_counter() - start
     if backend == "eager":
         workers.step("scoring, in float64")
         torch.save(exact_scores(model, ids), OUTPUT / "exact-score.pt")
-    return {"peak": report.peak, "seconds": seconds, "compile": compile_seconds() - before}
+    return {"peak": report.peak, "compile": compile_seconds() - before}
 
 
 def scorer(model: Any, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -210,19 +205,18 @@ def print_table(rows: Sequence[Row], tokens: int) -> None:
 
 
 def table_of(rows: Sequence[Row], tokens: int) -> Any:
-    """Peak and time of both, each also as a part of the first row's, which is eager mode's unless it was left out."""
+    """Peaks of both, each also as a part of the first row's, which is eager mode's unless it was left out."""
     from rich.table import Table
 
-    table = Table(title=f"Gemma 3 270M, float32, {tokens} tokens: peak above the weights, time when warm, compilation")
+    table = Table(title=f"Gemma 3 270M, float32, {tokens} tokens: peak above the weights, seconds of compilation")
     table.add_column("backend")
     for what in ("prefill", "scoring"):
-        for heading in (f"{what}: peak", f"of {rows[0]['backend']}'s", "time", f"of {rows[0]['backend']}'s", "compile"):
+        for heading in (f"{what}: peak", f"of {rows[0]['backend']}'s", "compile"):
             table.add_column(heading, justify="right")
     for row in rows:
         cells = [row["backend"]]
         for mine, first in ((row, rows[0]), (row["score"], rows[0]["score"])):
             cells += [f"{mine['peak'] / MIB:,.0f} MiB", f"{mine['peak'] / first['peak']:.2f}x"]
-            cells += [f"{mine['seconds']:.1f} s", f"{mine['seconds'] / first['seconds']:.2f}x"]
             cells += [f"{mine['compile']:.0f} s" if row["backend"] != "eager" else ""]
         table.add_row(*cells)
     return table

@@ -172,7 +172,7 @@ def report(rows: Sequence[Row], exact: Row | None) -> list[str]:
     times = [f"{row['seconds']:.1f} s" for row in rows]
     firsts = [f"{row['first']:.1f} s" for row in rows]
     lines.append(f"{'peak above the weights':24}{peaks[0]:>18}{peaks[1]:>20}{ours['peak'] / plain['peak']:>13.3f}x")
-    lines.append(f"{'time':24}{times[0]:>18}{times[1]:>20}{ours['seconds'] / plain['seconds']:>13.2f}x")
+    lines.append(f"{'time, not in turn':24}{times[0]:>18}{times[1]:>20}")
     lines.append(f"{'a first document':24}{firsts[0]:>18}{firsts[1]:>20}")
     for name in METRICS:
         a, b = plain["metrics"][name], ours["metrics"][name]

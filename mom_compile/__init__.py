@@ -10,7 +10,7 @@ from mom_compile.compile import compile
 from mom_compile.explain import Explanation, explain
 from mom_compile.memory.refusal import MemoryBudgetError
 from mom_compile.notices import MomWarning
-from mom_compile.planning import Estimate, Plan, PlanError, plan
+from mom_compile.planning import DecodeEstimate, Estimate, Plan, PlanError, plan
 from mom_compile.report import Report
 from mom_compile.report.usage import HostMemory, host_memory
 from mom_compile.runtime.host.limits import HostMemoryError
@@ -24,8 +24,8 @@ from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weight
 __version__ = "0.1.0"
 
 __all__ = [
-    "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight", "MemoryBudgetError",
-    "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores", "compile", "empty_host_pool",
-    "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights", "plan", "reports",
-    "token_log_probs",
+    "DecodeEstimate", "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
+    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores",
+    "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
+    "plan", "reports", "token_log_probs",
 ]  # fmt: skip

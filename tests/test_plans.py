@@ -136,7 +136,7 @@ def test_layers_that_are_not_built_are_not_counted():
         hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=20, num_attention_heads=2,
         num_key_value_heads=2, vocab_size=100, n_routed_experts=4, num_nextn_predict_layers=1,
     )  # fmt: skip
-    assert len(subject_of(config, "deep", torch.float32)[0].counts) == 2
+    assert subject_of(config, "deep", torch.float32)[0].counts == (5, 6)  # three without experts come first
 
 
 def test_a_setting_that_counts_layers_from_the_end_is_not_cut():
@@ -152,7 +152,7 @@ def a_planner(config, batch=1, device="cpu", **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3"])
 def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
     """Every way, as it is planned from two shorter models and from all layers. What stock Inductor keeps to read it
     later depends on how long a sum has become, and so on the layer: there it is nearly the same."""
@@ -165,6 +165,11 @@ def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
         ),
         "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
             **narrow, num_hidden_layers=7, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
+        ),
+        "DeepseekV3": lambda: transformers.DeepseekV3Config(  # three layers without experts come first
+            hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=9, n_routed_experts=8,
+            num_attention_heads=2, num_key_value_heads=2, vocab_size=500, q_lora_rank=32, kv_lora_rank=32, n_group=2,
+            topk_group=1, num_experts_per_tok=2, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
         ),
         "GptOss": lambda: transformers.GptOssConfig(
             **narrow, num_hidden_layers=10, head_dim=32, intermediate_size=64, sliding_window=128, num_local_experts=4,

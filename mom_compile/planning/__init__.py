@@ -1,7 +1,7 @@
 """Whether a model fits, and how long its context may be: without a GPU and without weights."""
 
 from mom_compile.planning.configs import PlanError
-from mom_compile.planning.estimate import Estimate
+from mom_compile.planning.estimate import DecodeEstimate, Estimate
 from mom_compile.planning.plan import Plan, plan
 
-__all__ = ["Estimate", "Plan", "PlanError", "plan"]
+__all__ = ["DecodeEstimate", "Estimate", "Plan", "PlanError", "plan"]

@@ -95,12 +95,6 @@ def plan(
     return made
 
 
-def _of_transformers(model: Any) -> Any:
-    """The model of transformers in a module that may be wrapped; anything else as it is."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if hasattr(type(module), "_from_config")), model)
-
-
 #: Names for the memory of a device that somebody may try.
 _MEMORY_NAMES = frozenset({"device_memory", "gpu_memory", "memory", "max_memory", "vram"})
 
@@ -113,6 +107,12 @@ def _check_names(given: Mapping[str, Any]) -> None:
             f"unknown option {name!r}: did you mean memory_budget={value!r}, a bound that the plan has to keep, or "
             f"plan(...).max_seq_len({value!r}), the longest context that fits?"
         )
+
+
+def _of_transformers(model: Any) -> Any:
+    """The model of transformers in a module that may be wrapped; anything else as it is."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if hasattr(type(module), "_from_config")), model)
 
 
 def _found(model: Any) -> Found:

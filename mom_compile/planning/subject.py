@@ -22,8 +22,8 @@ from mom_compile.planning.configs import PlanError
 from mom_compile.planning.quantised import Scheme
 from mom_compile.planning.weights import Weights, weights_of
 
-#: Layers and periods that the shorter one has at least, behind those that do not repeat: its first and its last are
-#: like no other, and what arrives for a layer does so while the one before computes.
+#: Layers that the shorter one has at least, and periods behind the layers that do not repeat: its first and its last
+#: layer are like no other, and what arrives for a layer does so while the one before computes.
 FEWEST_LAYERS, FEWEST_PERIODS = 4, 2
 
 #: Settings that count layers from the first one, or name a period: each layer has what follows from them.
@@ -132,7 +132,7 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
     first, period = found
     rest = (layers - first) % period
     short = first + rest
-    while short < first + max(FEWEST_LAYERS, FEWEST_PERIODS * period):
+    while short < max(FEWEST_LAYERS, first + FEWEST_PERIODS * period):
         short += period
     if short + period >= layers:
         return (layers,)
