@@ -182,8 +182,6 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
                 return f"{node.name} ({node.target}) makes sizes depend on data"
             if isinstance(value, torch.Tensor):
                 devices[value.device] = None
-                if node.op == "placeholder" and any(type(size) is int and size == 0 for size in value.shape):
-                    return f"{node.name} is empty: there is nothing to cut"
     if torch.device("meta") in devices:
         return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
     accelerators = sorted(str(device) for device in devices if device.type != "cpu")

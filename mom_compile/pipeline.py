@@ -21,6 +21,7 @@ from mom_passes.graph.known_symbols import without_known_symbols
 from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.graph.without_empty_parts import without_empty_parts
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.as_they_lie import as_they_lie
 from mom_passes.host.chosen import only_what_is_used
@@ -112,6 +113,11 @@ def slices_of_everything(state: State) -> str:
     return f"{without_whole_slices(state.gm)} slices"
 
 
+def empty_parts_left_out(state: State) -> str:
+    """An empty past is no past."""
+    return f"{without_empty_parts(state.gm)} empty parts"
+
+
 def canonical_attention(state: State) -> str:
     """One attention operator with grouped heads and proven masks: one rule, one kernel, K/V at their own width."""
     before = len(state.gm.graph.nodes)
@@ -150,8 +156,10 @@ def find_tokens(state: State) -> str:
     if dims is None and _is_decode_step(state.gm):
         raise NotWorthwhile("decode step: one token, nothing to cut")
     if dims is None:
-        raise NotWorthwhile("no input has a dimension that carries the matmul work from its rows to the outputs' rows")
-    state.sequences = count_hint(dims.seed.meta["val"].shape[: dims.seed_dim.index])
+        raise NotWorthwhile("no value has a dimension that carries the matmul work from its rows to the outputs' rows")
+    before = dims.seed.meta["val"].shape[: dims.seed_dim.index]
+    # Behind a front the channels may stand before the tokens: `[B, C, S]`.
+    state.sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
     if isinstance(dims.length, int) and state.limit.fits(dims.length, state.sequences):
         raise NotWorthwhile(in_one(dims.length, state.limit.rows))
     state.dims = dims
@@ -177,7 +185,9 @@ def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
 
 def _token_dims(state: State) -> TokenDims | None:
     static = {n for n in state.gm.graph.nodes if n.op == "placeholder" and n.name in state.static_inputs}
-    return analyse_token_dims(state.gm, static_inputs=static)
+    # In a decode step, and behind narrowed rows, what an input's tokens do not reach has none.
+    inside = state.dims.seed.op != "placeholder" if state.dims is not None else not _is_decode_step(state.gm)
+    return analyse_token_dims(state.gm, static_inputs=static, inside=inside)
 
 
 def _is_decode_step(gm: fx.GraphModule) -> bool:
@@ -327,6 +337,7 @@ TO_LOOPS: tuple[Step, ...] = (
     weights_as_they_lie,
     layouts_as_they_are,
     slices_of_everything,
+    empty_parts_left_out,
     canonical_attention,
     experts_as_regions,
     keys_and_values_as_they_lie,

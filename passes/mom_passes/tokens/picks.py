@@ -26,7 +26,8 @@ from mom_passes.graph.sizes import expr, hint, is_one, product, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim
 from mom_passes.rules.view import locate
-from mom_passes.tokens.dims import Carrier, TokenDims
+from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.sweep import Carrier
 
 aten = torch.ops.aten
 IOTA = torch.ops.prims.iota.default

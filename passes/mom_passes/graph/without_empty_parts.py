@@ -1,0 +1,40 @@
+"""A value that is joined with empty ones is itself: an empty past of a cache is no past.
+
+Before:  keys = cat([past, k], 2)        past [B, H, 0, D]
+After:   keys = clone(k)                 what a cache keeps has a storage of its own, as `cat` gives it
+
+Where several parts with entries are left, they are joined without the empty ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mom_passes.graph.arguments import argument, aten
+from mom_passes.graph.edit import fake_value
+from mom_passes.graph.sizes import same
+from mom_passes.graph.values import value_of
+
+
+def without_empty_parts(gm: fx.GraphModule) -> int:
+    """Drop empty parts from what is joined, in place. Returns how many there were."""
+    dropped = 0
+    for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
+        parts = list(argument(node, "tensors"))
+        kept = [part for part in parts if not _is_empty(part)]
+        if not kept or len(kept) == len(parts) or any(value_of(part).dtype != value_of(node).dtype for part in kept):
+            continue
+        dropped += len(parts) - len(kept)
+        if len(kept) > 1:
+            node.args = (kept, *node.args[1:])
+            continue
+        node.target, node.args, node.kwargs = aten.clone.default, (kept[0],), {"memory_format": torch.contiguous_format}
+        node.meta["val"] = fake_value(node)
+    if dropped:
+        gm.recompile()
+    return dropped
+
+
+def _is_empty(part: fx.Node) -> bool:
+    return any(same(size, 0) for size in value_of(part).shape)

@@ -1,0 +1,101 @@
+"""Where the tokens may come from: dimensions of inputs, and dimensions that begin inside a graph. An analysis.
+
+Terms
+-----
+reach    The matmul work behind a value.
+begins   A dimension begins at a value if rows along it cannot be made of as many rows of an operand, and no operand
+         has as many entries there. A strided convolution begins one, and so do pooling, `repeat_interleave` and a view that
+         joins patches or frames to rows.
+
+A front that changes the number of rows is computed whole. The rows that loops work on begin behind it.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.sizes import hint, is_one, same
+from mom_passes.graph.values import operands
+from mom_passes.rules import Dim, claim_for, dim_of
+from mom_passes.rules.work import matmul_work
+
+#: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
+MAX_SEED_INPUTS = 4
+#: At most this many values inside a graph are tried, the first in graph order: a front stands before the layers.
+MAX_INNER_SEEDS = 24
+
+
+def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
+    """Values that depend on an input other than a parameter."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if node not in static and isinstance(node.meta.get("val"), torch.Tensor):
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
+    """User inputs by the matmul work they reach, most first: an old layer's cache reaches less than the ids."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static]
+    inputs = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim() > 0]
+    reach: dict[fx.Node, int] = {}
+    for candidate in inputs[:64]:
+        reached = {candidate}
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and any(n in reached for n in node.all_input_nodes):
+                reached.add(node)
+                reach[candidate] = reach.get(candidate, 0) + matmul_work(node)
+    ranked = sorted(reach, key=lambda n: -reach[n])
+    return ranked[:MAX_SEED_INPUTS]
+
+
+def inner_seeds(gm: fx.GraphModule, activations: set[fx.Node]) -> list[tuple[fx.Node, list[Dim]]]:
+    """Values at which dimensions begin and that reach at least half of the matmul work, with these dimensions."""
+    total = sum(matmul_work(node) for node in gm.graph.nodes)
+    found: list[tuple[fx.Node, list[Dim]]] = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node not in activations or node.target is operator.getitem:
+            continue
+        dims = _beginning(node, activations)
+        if dims and 2 * _reach(node) >= total > 0:
+            found.append((node, dims))
+            if len(found) == MAX_INNER_SEEDS:
+                break
+    return found
+
+
+def _beginning(node: fx.Node, activations: set[fx.Node]) -> list[Dim]:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return []
+    given = [operand.meta["val"] for operand in operands(node) if operand in activations]
+    shapes = [one.shape for one in given if isinstance(one, torch.Tensor) and one.dim() == value.dim()]
+    new = [i for i, size in enumerate(value.shape) if not any(same(shape[i], size) for shape in shapes)]
+    return [Dim(index) for index in new if hint(value.shape[index]) > 1 and _has_no_rows_before(node, Dim(index))]
+
+
+def _has_no_rows_before(node: fx.Node, dim: Dim) -> bool:
+    """Whether rows along a dim are not made of as many rows of operands: there are none, or several are joined."""
+    try:
+        claim = claim_for(node, dim, in_order=True)
+    except CannotChunk:
+        return True
+    asked = [dim_of(need) for need in claim.needs]
+    return any(along is not None and not is_one(along.inner) for along in asked)
+
+
+def _reach(seed: fx.Node) -> int:
+    """The matmul work of everything that depends on a value."""
+    found, pending = {seed}, [seed]
+    while pending:
+        new = [user for user in pending.pop().users if user not in found]
+        found.update(new)
+        pending += new
+    return sum(map(matmul_work, found - {seed}))
