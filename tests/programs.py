@@ -196,4 +196,18 @@ LAST: dict[str, Step] = {
     "mean": lambda x, w: x.mean(1),
 }
 
+#: Several outputs of which some may show what another shows.
+SEVERAL: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "channels": lambda x: (x, x[..., :3]),
+    "halves": lambda x: (*x.chunk(2, -1),),
+    "overlapping": lambda x: (x[..., :5], x[..., 3:], x[..., :1]),
+    "head": lambda x: (x, heads(x)[:, 1]),
+    "two heads": lambda x: (heads(x)[:, 0], heads(x)[:, 1]),
+    "entry": lambda x: (x[0], x),
+    "tokens": lambda x: (x[:, 1:], x[:, :-1, 2:]),
+    "merged": lambda x: (x.reshape(-1, HIDDEN), x, x.mT),
+    "apart": lambda x: (x, x * 2, (x * 2)[..., :2]),
+    "strided": lambda x: (x[..., ::2], x[..., 1::2], x[..., 0]),
+}
+
 STEPS = {**ROWWISE, **ATTENTION, **MIXING}

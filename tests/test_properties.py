@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mom_compile.pipeline import NotWorthwhile
-from tests.programs import ATTENTION, HIDDEN, LAST, MIXING, ROWWISE, STEPS, Weights, weights_of
-from tests.shares import at_least
+from tests.programs import ATTENTION, HIDDEN, LAST, MIXING, ROWWISE, SEVERAL, STEPS, Weights, weights_of
+from tests.shares import at_least, some_and_many
 from tests.tracing import rewrite, trace
+from tests.writes_seen import bytes_held, writes_seen
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
@@ -81,6 +82,40 @@ def test_other_dtypes_keep_their_meaning():
             rewritten.append(check(names, "all", batch, *cut, dtype, False) > 0)
 
         keeps_its_meaning()
+
+
+def check_aliases(names: list[str], several: str, batch: int, tokens: int, mini: int, dynamic: bool) -> bool:
+    """Outputs equal those of the program, share what these share and hold no more; whether loops compute them."""
+    weights = weights_of(torch.float64)
+
+    def program(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for name in names:
+            x = STEPS[name](x, Weights(*parameters))
+        return SEVERAL[several](x)
+
+    x = torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    gm = trace(program, x, *weights, dynamic=dynamic)
+    try:
+        rewritten, report = rewrite(gm, mini, parameter_names(gm))
+    except NotWorthwhile:
+        return False
+    expected, actual = gm(x, *weights), rewritten(x, *weights)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10, equal_nan=True)
+    assert bytes_held(actual) <= bytes_held(expected)
+    assert writes_seen(actual) == writes_seen(expected)
+    return bool(report.stages)
+
+
+@some_and_many(30, 1000)
+def test_outputs_share_what_they_share_in_eager_mode(runs: int) -> None:
+    with at_least(0.8, "have loops") as rewritten:
+
+        @settings(RANDOM_PROGRAMS, max_examples=runs)
+        @given(programs, st.sampled_from(sorted(SEVERAL)), batches, cuts, st.booleans())
+        def share_alike(names, several, batch, cut, dynamic):
+            rewritten.append(check_aliases(names, several, batch, *cut, dynamic))
+
+        share_alike()
 
 
 @pytest.mark.parametrize("name", sorted(MIXING))
