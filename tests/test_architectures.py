@@ -161,14 +161,16 @@ def test_every_type_is_right_when_compiled(subject: Subject) -> None:
     check_compiled(subject, COMPILED_TOKENS)
 
 
-#: Dense, experts, Mamba-2 with attention, short convolutions.
-@pytest.mark.usefixtures("fresh")
+#: Dense, experts, Mamba-2 with attention, short convolutions. What stock Inductor would compile, most of them as decode
+#: steps, runs node by node here: that takes two thirds of the time.
+@pytest.mark.usefixtures("stock_is_eager")
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bamba", "lfm2"])
 def test_a_type_of_each_kind_is_right_when_compiled(name: str) -> None:
     check_compiled(Subject(name), COMPILED_TOKENS[:1])
+    assert any(report.stages for report in mom_compile.reports())
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("stock_is_eager")
 def test_a_model_with_a_picture_is_right_when_compiled() -> None:
     """Its prompt, in which the picture's tokens see each other, and a decode step."""
     config = small_config("gemma3")
