@@ -7,17 +7,20 @@ import operator
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
+from mom_compile.torch_compat import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
+from mom_passes.graph.real_results import hold_results
 from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
@@ -32,6 +35,7 @@ from mom_passes.loops.insert import insert_loops
 from mom_passes.loops.loop import RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
+from mom_passes.ops.rows import LAID_OUT
 from mom_passes.ops.spans import SPANS
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
@@ -39,6 +43,7 @@ from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
+from mom_passes.rules import has_own_rule
 from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -122,6 +127,17 @@ def experts_as_regions(state: State) -> str:
     """Mixtures of experts as one operator each, of which every token's rows are its own."""
     state.together = outline_experts(state.gm)
     return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
+
+
+def results_as_claimed(state: State) -> str:
+    """What an operator returns that Inductor calls has the strides that its fake kernel claims, or is copied."""
+    held = hold_results(state.gm, _is_doubtful)
+    return f"{held} results held, {real_layouts(state.gm) if held else 0} values laid out otherwise"
+
+
+def _is_doubtful(target: Any) -> bool:
+    """Whether an operator may return other strides than it claims: it is called, and no test of ours has tried it."""
+    return is_called(target) and target.namespace != "mom" and not has_own_rule(target)
 
 
 def keys_and_values_as_they_lie(state: State) -> str:
@@ -231,7 +247,7 @@ def follow_demands(state: State) -> str:
     state.report.left_out = {
         _named(n): state.together.get(n.name, why)
         for n, why in state.dims.mixing.items()
-        if n in whole and n.target not in (operator.getitem, SPANS, FETCH_ROWS)
+        if n in whole and n.target not in (operator.getitem, SPANS, FETCH_ROWS, LAID_OUT)
     }
     return f"{len(state.demands.order)} instances"
 
@@ -323,6 +339,7 @@ TO_LOOPS: tuple[Step, ...] = (
     slices_of_everything,
     canonical_attention,
     experts_as_regions,
+    results_as_claimed,
     keys_and_values_as_they_lie,
     find_keys_and_values,
     find_tokens,

@@ -41,7 +41,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.loop_body import LoopBody
-from torch._inductor.lowering import lowerings
+from torch._inductor.lowering import fallbacks, lowerings
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import BoxedBool
@@ -619,6 +619,11 @@ def compile_cache_folder() -> str:
 
 def inductor_option_names() -> set[str]:
     return set(list_options())
+
+
+def is_called(target: Any) -> bool:
+    """Whether Inductor has no code of its own for an operator: it calls the operator as it is."""
+    return isinstance(target, OpOverload) and (target not in lowerings or target in fallbacks)
 
 
 class SymbolicSizes:

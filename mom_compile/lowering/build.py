@@ -33,6 +33,7 @@ from mom_compile.lowering.layouts import (
     Symbols,
     dense_strides,
     of_any_length,
+    order_if_dense,
 )
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
@@ -56,6 +57,7 @@ from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
+from mom_passes.ops.rows import LAID_OUT
 from mom_passes.ops.transfers import ARRIVING
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
@@ -146,7 +148,10 @@ class Lowering:
             for node in step.ins
         ]
         values = dict.fromkeys(literals.facts, literals.length)
-        piece, extra, left = self._compile(graph, templates, step.name, values, literals.facts, literals)
+        orders = tuple(order_if_dense(node.meta["val"]) for node in step.outs)
+        piece, extra, left = self._compile(
+            graph, templates, step.name, values, literals.facts, literals, orders=orders
+        )
         return piece, [*extra, *itertools.compress(step.ins, left)]
 
     # --- loops ---
@@ -210,6 +215,7 @@ class Lowering:
         facts: Mapping[sympy.Symbol, SymbolFacts],
         literals: Literals,
         patches: Mapping[str, Any] = {},
+        orders: tuple[tuple[int, ...] | None, ...] = (),
     ) -> tuple[Piece, list[Any], list[bool]]:
         """The piece, to be finished, the arguments that give its symbols their values, to be passed first, and which
         of its inputs it is passed: not the sizes that it computes from these.
@@ -217,10 +223,13 @@ class Lowering:
         `facts` and `values` are of the symbols that the graph has not. `start` and `count` change with every iteration:
         a loop passes them itself, after the others. The user's own `patches` of Inductor's options win.
         """
+        if graph.find_nodes(op="call_function", target=LAID_OUT):
+            patches = {**patches, **UNCHECKED}  # Inductor would check the result before it is laid out
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        new = Piece(gm, tuple(form.templates), form.symbols, {**patches, **self.patches}, strict=self.strict)
+        patches = {**patches, **self.patches}
+        new = Piece(gm, tuple(form.templates), form.symbols, patches, strict=self.strict, orders=orders)
         piece = self.cache.begin(new, self.settings, self.report, name)
         self.pieces[name] = piece
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]

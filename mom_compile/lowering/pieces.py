@@ -5,6 +5,7 @@ Terms
 piece      A graph over its inputs alone, with sizes as symbols of its own.
 template   What a piece assumes of one input: a size, or a tensor's dtype, device, sizes and strides.
 variant    One compilation of a piece, with the conditions on sizes it relies on (mostly none).
+order      Of a result: its dimensions from the outermost in storage to the innermost. Readers of the result rely on it.
 
 Several threads may run a piece. A run whose sizes the piece has seen takes no lock: it reads `chosen`. Everything that
 compiles, waits for compilers or changes `variants` holds `COMPILING`.
@@ -29,6 +30,7 @@ from torch import fx
 from mom_compile.lowering.decomposed import decompose
 from mom_compile.lowering.eager import first_line, refuse_or_warn, run_eagerly
 from mom_compile.lowering.once import is_worthwhile, store_once
+from mom_compile.lowering.results import lay_out_results
 from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
 from mom_compile.torch_compat import (
@@ -125,6 +127,8 @@ class Piece:
     unfinished: list[Callable[[], None]] = field(default_factory=list)
     #: Of a piece that was read: what stands in Inductor's cache for each variant, with its conditions.
     kept: list[tuple[Any, Conditions | None]] = field(default_factory=list)
+    #: Of each result that its readers expect dense, the order; None: the strides that its operator gives it.
+    orders: tuple[tuple[int, ...] | None, ...] = ()
 
     def __call__(self, inputs: list[Any]) -> Any:
         values = tuple(inputs[: len(self.symbols)])
@@ -158,7 +162,8 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
-        return {**what, "patches": dict(self.patches), "strict": self.strict, "kept": self.kept or self._stored()}
+        what |= {"patches": dict(self.patches), "orders": self.orders, "strict": self.strict}
+        return {**what, "kept": self.kept or self._stored()}
 
     def _stored(self) -> list[tuple[Any, Conditions | None]]:
         """Nothing where Inductor's cache has not all of it: it will be compiled."""
@@ -170,14 +175,14 @@ class Piece:
     def __setstate__(self, state: dict[str, Any]) -> None:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
-        self.strict, self.kept = state["strict"], state["kept"]
+        self.kept, self.orders, self.strict = state["kept"], state["orders"], state["strict"]
 
     @property
     def _devices(self) -> set[torch.device]:
         return {template.device for template in self.templates if isinstance(template, TensorTemplate)}
 
     def key(self) -> str:
-        return structural_key(self.gm.graph, self.templates, self.patches, self.symbols)
+        return structural_key(self.gm.graph, self.templates, self.patches, self.symbols, self.orders)
 
     def make(self) -> None:
         """Read from Inductor's cache what an earlier process compiled, or compile it. To be finished."""
@@ -200,6 +205,7 @@ class Piece:
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
+            lay_out_results(self.gm.graph, self.orders)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
@@ -344,10 +350,14 @@ class PieceCache:
 
 
 def structural_key(
-    graph: fx.Graph, templates: Sequence[Template], patches: Mapping[str, Any], symbols: Mapping[sympy.Symbol, Any]
+    graph: fx.Graph,
+    templates: Sequence[Template],
+    patches: Mapping[str, Any],
+    symbols: Mapping[sympy.Symbol, Any],
+    orders: Sequence[Any] = (),
 ) -> str:
     """Equal for graphs that compute the same from inputs of the same kind, whatever their nodes are called."""
     lines = [repr(sorted(patches.items(), key=str)), repr([s.name for s in symbols]), repr(list(templates))]
-    lines.append(repr([fact.minimum for fact in symbols.values()]))
+    lines += [repr([fact.minimum for fact in symbols.values()]), repr(orders)]
     # The piece holds what it was made from.
     return "\n".join([*lines, *lines_of(graph)])

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import HigherOrderOperator, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -45,6 +45,11 @@ def schemas_of(target: Any) -> list[Any]:
 def is_higher_order(target: Any) -> bool:
     """Whether an operator is called with graphs of its own."""
     return isinstance(target, HigherOrderOperator)
+
+
+def is_from_elsewhere(target: Any) -> bool:
+    """Whether an operator overload is neither one of PyTorch's own nor one of this project's."""
+    return isinstance(target, OpOverload) and target.namespace not in ("aten", "prims", "prim", "mom")
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:

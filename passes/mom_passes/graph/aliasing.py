@@ -7,9 +7,16 @@ import operator
 import torch
 from torch import fx
 
+from mom_passes.ops.rows import LAID_OUT
 from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
+
+#: Their schemas say that they may return a view. They return a copy where strides do not allow a view.
+_MAY_COPY = frozenset({aten.reshape.default, aten.contiguous.default, LAID_OUT})
+#: Views whose elements are computed when they are read: their bytes are not their values.
+_LAZY = frozenset({aten._conj.default, aten._neg_view.default})
+
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether the operator writes to what it was given."""
@@ -32,6 +39,14 @@ def seen_from(node: fx.Node) -> fx.Node | None:
     if node.target is aten._unsafe_view.default:  # a view, whatever its schema says
         return node.args[0]
     return node.args[0] if may_be_a_view(node) else None
+
+
+def is_a_view(node: fx.Node) -> bool:
+    """Whether a node certainly shares the storage of its first operand, and is only labelled otherwise."""
+    if node.target is operator.getitem:
+        source = seen_from(node)
+        return source is not None and is_a_view(source)
+    return seen_from(node) is not None and not is_mutation(node) and node.target not in _MAY_COPY | _LAZY
 
 
 def base_of(node: fx.Node) -> fx.Node:

@@ -6,6 +6,7 @@ is gone, and a kernel compiled for the claim would read elsewhere.
 
     for node in graph order:
         a cut or an expansion that claims other strides than its operand gives it
+        a result that is held to other strides than were claimed  (see `real_results`)
         whatever is computed from such a value                            -> described anew
 
 Before:  row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (64, 16, 1)
@@ -20,6 +21,7 @@ from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.sizes import Size, is_one, product, same
 from mom_passes.graph.values import is_tensor, tensors_of, value_of
+from mom_passes.ops.rows import LAID_OUT
 
 
 def real_layouts(gm: fx.GraphModule) -> int:
@@ -28,7 +30,9 @@ def real_layouts(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
             continue
-        if _claims_otherwise(node) or any(operand in wrong for operand in node.all_input_nodes):
+        if node.target is LAID_OUT and strides_differ(value_of(node), value_of(argument(node, "value"))):
+            wrong.add(node)
+        elif _claims_otherwise(node) or any(operand in wrong for operand in node.all_input_nodes):
             before = tensors_of(node)
             node.meta["val"] = fake_value(node)
             if any(strides_differ(a, b) for a, b in zip(before, tensors_of(node), strict=True)):

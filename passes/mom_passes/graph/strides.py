@@ -1,4 +1,4 @@
-"""Whether a tensor of given strides can be seen in another shape without a copy.
+"""What strides say: in which order dimensions lie, and whether a tensor can be seen in another shape without a copy.
 
     the dimensions are grouped from the last: those of a group lie in one another without gaps
     the shape can be viewed if every group is a product of consecutive sizes of the new shape
@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mom_passes.graph.sizes import Size, hint
+
+
+def storage_order(value: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the outermost in storage to the innermost. Those of size one have no order of their own: they
+    come first."""
+    steps = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
+    return tuple(sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i])))
 
 
 def viewable(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]) -> bool:

@@ -27,9 +27,10 @@ from torch import fx, nn
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import Size, product
+from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
-from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type, storage_order
+from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type
 from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
 from mom_passes.rules import All, Dim, Past, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add

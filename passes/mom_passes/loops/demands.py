@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands
+from mom_passes.loops.shared_views import shared_views
 from mom_passes.rules import All, Claim, Dim, Past, Rows, claim_for, facts
 from mom_passes.rules.folds import fold_claim
 from mom_passes.rules.views import is_cut, is_view
@@ -119,14 +121,14 @@ def instance_length(instance: Instance) -> Size:
 def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
     """Walk demands from the outputs (and from operators with side effects) to the inputs."""
     graph = DemandGraph()
-    roots = _roots(gm)
+    roots, shared = _roots(gm), shared_views(gm)
     graph.outputs = tuple(roots)
     pending = list(roots)
     while pending:
         instance = pending.pop()
         if instance in graph.kinds:
             continue
-        kind, inputs, claim = _classify(instance, dims)
+        kind, inputs, claim = _classify(instance, dims, shared)
         graph.kinds[instance] = kind
         graph.inputs[instance] = inputs
         if claim is not None:
@@ -187,7 +189,9 @@ def repeats(node: fx.Node) -> bool:
     return False
 
 
-def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+def _classify(
+    instance: Instance, dims: TokenDims, shared: Collection[fx.Node]
+) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     node = instance.node
     if isinstance(instance.need, Past):
         return Kind.PAST, (Instance(node, Rows(instance.dim)),), None
@@ -199,7 +203,7 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
         whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if isinstance(instance.need, All):
-        return _classify_whole(node, dims)
+        return _classify_whole(node, dims, node in shared)
     if isinstance(instance.need, Total):
         (source,) = operands(node)
         claim = fold_claim(node, dims.carriers[source].dim)
@@ -215,14 +219,16 @@ def _classify(instance: Instance, dims: TokenDims) -> tuple[Kind, tuple[Instance
     return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
 
 
-def _classify_whole(node: fx.Node, dims: TokenDims) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+def _classify_whole(
+    node: fx.Node, dims: TokenDims, shared: bool
+) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
     if is_mutation(node):
         return Kind.WHOLE, whole, None
     carrier = dims.carriers.get(node)
     slices_tokens = node in dims.mixing and is_cut(node)
     free = is_inline(node) or slices_tokens or repeats(node)
-    if free and all(_plain(n, dims) for n in operands(node)):
+    if shared or (free and all(_plain(n, dims) for n in operands(node))):
         return Kind.INLINE, whole, None
     # What is as cheap as an input needs no loop of its own.
     if carrier is not None and node in dims.rowwise and node in dims.worked:

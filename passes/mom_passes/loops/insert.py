@@ -24,11 +24,12 @@ from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node, strides_differ
 from mom_passes.graph.sizes import Size, same
+from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
-from mom_passes.loops.ports import CarryIn, Final, Out, Stored, TensorType, storage_order
+from mom_passes.loops.ports import CarryIn, Final, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
 from mom_passes.rules import All
 from mom_passes.rules.folds import FOLDS, elements, total_dtype

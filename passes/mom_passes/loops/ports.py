@@ -20,7 +20,7 @@ from typing import Any
 import sympy
 import torch
 
-from mom_passes.graph.sizes import Size, count_hint, expr, hint, product, same
+from mom_passes.graph.sizes import Size, count_hint, expr, product, same
 from mom_passes.rules import Dim, Past, Rows
 
 #: The row a mini-sequence begins at and how many it has, in the types of its values.
@@ -72,14 +72,6 @@ def rows_type(full: TensorType, need: Rows | Past) -> TensorType:
     count = expr(product([need.dim.outer, COUNT + before, need.dim.inner]))
     shape = tuple(count if d == need.dim.index else size for d, size in enumerate(full.shape))
     return TensorType(shape, full.dtype, full.device)
-
-
-def storage_order(value: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the outermost in storage to the innermost. Those of size one have no order of their own: they
-    come first."""
-    steps = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
-    moving = sorted((i for i in range(len(steps)) if steps[i] > 0), key=lambda i: -steps[i])
-    return (*(i for i in range(len(steps)) if steps[i] == 0), *moving)
 
 
 @dataclass(frozen=True)

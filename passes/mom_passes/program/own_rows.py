@@ -25,7 +25,7 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation, seen_from, views_of
 from mom_passes.graph.edit import behind, emit, fake_value
-from mom_passes.graph.sizes import hint
+from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import bytes_of, is_size
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
@@ -66,7 +66,7 @@ class _Rewriter:
     def run(self) -> OwnRows:
         cover = self._cover()
         with self.graph.inserting_before(cover.next):
-            own = emit(self.graph, COPY_ROWS, (cover, _storage_order(cover.meta["val"])))
+            own = emit(self.graph, COPY_ROWS, (cover, list(storage_order(cover.meta["val"]))))
         seen: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(self.output):
             for cut, rows in self.part.cuts.items():
@@ -132,13 +132,6 @@ def _place(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
     if not isinstance(loop, MiniSequence) or not views.isdisjoint(loop.loop.rows_of(last).values()):
         return behind(base)
     return behind(last)
-
-
-def _storage_order(value: torch.Tensor) -> list[int]:
-    """Dimensions from the outermost in storage to the innermost, as they lie in a view."""
-    sizes = list(zip(value.shape, value.stride(), strict=True))
-    steps = [hint(stride) if hint(size) > 1 else 0 for size, stride in sizes]
-    return sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i]))
 
 
 def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

@@ -159,7 +159,7 @@ def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
     known = {cut: span for cut, span in spans.items() if span is not None}
     if len(known) < len(spans):
         return []
-    if all(_disjoint(a, b) for a, b in itertools.combinations(known.values(), 2)):
+    if all(a.is_apart_from(b) for a, b in itertools.combinations(known.values(), 2)):
         return [(cut, 0, None, {cut: None}) for cut in cuts]
     around = functools.reduce(lambda a, b: a and hull(a, b), known.values())  # type: ignore[arg-type, return-value]
     inner = {cut: _within(span, around) for cut, span in known.items()} if around is not None else {}
@@ -178,11 +178,6 @@ def _dim_of(cut: fx.Node) -> int | None:
     if not is_cut(cut):
         return None
     return int(argument(cut, "dim")) % int(operands(cut)[0].meta["val"].dim())
-
-
-def _disjoint(a: Span, b: Span) -> bool:
-    """Whether two spans are known to have no row in common."""
-    return any((gap := sympy.expand(y.start - x.end)).is_Integer and gap >= 0 for x, y in ((a, b), (b, a)))
 
 
 def _within(span: Span, around: Span) -> tuple[int, int] | None:

@@ -5,23 +5,27 @@
         size            -> a step of its own; it ends the run if it is read off a value of it
         operator        -> goes on with the run, together with what takes its several results apart
         end             -> an operator behind which the caller wants a cut ends its run
+    view          -> not returned by a piece: the piece returns what owns the storage, and the view is called behind it
     a run of views alone is no piece: each is called as it is
+
+Compiled code may return a copy for a view, with other strides than the view has. A view that is called shares its
+storage and has the strides that its operand gives it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
 
+from mom_passes.graph.aliasing import is_a_view
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES
 from mom_passes.program.program import Call, Compute, LoopStep, Program, Step, Transfer, Why
 from mom_passes.program.storages import storages
-from mom_passes.rules.views import relabels
 from mom_passes.torch_compat import SYMBOLIC
 
 aten = torch.ops.aten
@@ -74,7 +78,7 @@ class _Scheduler:
             self.made.append(Call(node, Why.NUMBER))
         elif node.target is aten.full.default and all(user.op == "call_module" for user in node.users):
             self.made.append(Call(node, Why.CONSTANT))
-        elif node.target is COPY_ROWS and all(relabels(n) for n in self.run):
+        elif node.target is COPY_ROWS and all(map(is_a_view, self.run)):
             self._flush()
             self.made.append(Call(node, Why.COPY))
         else:
@@ -86,14 +90,37 @@ class _Scheduler:
                 self._flush()
 
     def _flush(self) -> None:
-        nodes, self.run = self.run, []
-        if all(relabels(node) for node in nodes):
-            self.made += [Call(node, Why.VIEW) for node in nodes]
-            return
-        inside = set(nodes)
-        ins = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
-        outs = tuple(n for n in nodes if any(user not in inside for user in n.users))
-        self.made.append(Compute(f"piece_{nodes[0].name}", tuple(nodes), tuple(ins), outs))
+        run, self.run = self.run, []
+        outs, views = _leaving(run)
+        nodes = _computed(run)
+        if nodes:
+            inside = set(nodes)
+            ins = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+            self.made.append(Compute(f"piece_{nodes[0].name}", nodes, tuple(ins), outs))
+        self.made += [Call(node, Why.VIEW) for node in views]
+
+
+def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Of a run of operators, the values that own a storage and are read behind it, and the views through which they or
+    values from before the run are read there. Both in the order of the run."""
+    inside = set(run)
+    outs, views = set(), set()
+    for node in run:
+        if not all(user in inside for user in node.users):
+            while node in inside and is_a_view(node):
+                views.add(node)
+                node = node.args[0]  # type: ignore[assignment]
+            outs.add(node)
+    return tuple(node for node in run if node in outs), tuple(node for node in run if node in views)
+
+
+def _computed(run: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """A run without the views that nothing in it reads."""
+    kept: set[fx.Node] = set()
+    for node in reversed(run):
+        if not is_a_view(node) or not kept.isdisjoint(node.users):
+            kept.add(node)
+    return tuple(node for node in run if node in kept)
 
 
 def _items(node: fx.Node) -> list[fx.Node]:

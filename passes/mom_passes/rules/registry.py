@@ -229,17 +229,22 @@ def registered() -> dict[Any, OperatorFacts]:
 
 def foreign_rules() -> list[Any]:
     """Operators of which something is known from elsewhere than this package."""
-    own = __name__.partition(".")[0]
-
-    def module(function: Any) -> str:
-        function = getattr(function, "func", function)  # of a `functools.partial`
-        return str(getattr(function, "__module__", "")).partition(".")[0]
-
     return [
         target
         for target, facts in _FACTS.items()
-        if any(module(given) != own for given in (facts.rule, facts.candidates, facts.work) if given is not None)
+        if any(not _is_own(given) for given in (facts.rule, facts.candidates, facts.work) if given is not None)
     ]
+
+
+def has_own_rule(target: Any) -> bool:
+    """Whether an operator has a chunk rule from this package, whose tests also hold it to the strides it claims."""
+    rule = facts_of(target).rule
+    return rule is not None and _is_own(rule)
+
+
+def _is_own(function: Any) -> bool:
+    function = getattr(function, "func", function)  # of a `functools.partial`
+    return str(getattr(function, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _defined(name: str) -> Any:

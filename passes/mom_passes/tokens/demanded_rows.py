@@ -58,6 +58,11 @@ class Span:
     def end(self) -> sympy.Expr:
         return sympy.expand(self.start + self.count)
 
+    def is_apart_from(self, other: Span) -> bool:
+        """Whether two spans are known to have no row in common."""
+        gaps = (sympy.expand(other.start - self.end), sympy.expand(self.start - other.end))
+        return any(gap.is_Integer and gap >= 0 for gap in gaps)
+
 
 #: A demand for rows of a value along one of its dimensions.
 Piece = tuple[fx.Node, Dim, Span]

@@ -1,0 +1,22 @@
+"""Chunk rule of `mom::laid_out`: a result is laid out where its operator runs.
+
+Rows of a result that an operator has computed whole would be read with the strides that the operator claims, before they
+are laid out.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mom_passes.graph.values import operands
+from mom_passes.ops.rows import LAID_OUT
+from mom_passes.rules.needs import Dim, Rows
+from mom_passes.rules.registry import Alias, Claim, claim_for, register
+
+
+@register(LAID_OUT, alias=Alias.COPY)
+def laid_out(node: fx.Node, dim: Dim) -> Claim:
+    """Rows of the operand, if its own operator computes them. Raises `CannotChunk` otherwise."""
+    (operand,) = operands(node)
+    claim_for(operand, dim)
+    return Claim((Rows(dim),))
