@@ -320,7 +320,8 @@ def compiled_logits(model: Any, backend: str | None, lengths: Sequence[int]) -> 
     caller.compile()
     logits: dict[str, torch.Tensor] = {}
     for tokens in lengths:
-        one, outputs = replace(caller, tokens={"prefill": tokens}), {}
+        one = replace(caller, tokens={"prefill": tokens})
+        outputs: dict[str, Any] = {}
         with contextlib.suppress(NoState):
             for use in ("prefill", "step"):
                 logits[f"{use} of {tokens}"] = one.use(use, outputs).clone()
