@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,10 +42,6 @@ OPTIONS = {"mini_seq_len": 8, "strict": True}
 BOUND = 1e-6
 BOUND_FLOAT32 = 1e-4
 LONG = 2048
-#: What compiled code is tried with: no mini-sequence and no scan's chunk divides these lengths.
-COMPILED_TOKENS = (203, 2011)
-COMPILED_OPTIONS = {"mini_seq_len": 64, "strict": True}
-COMPILED_SCALE = replace(SMALL, positions=4096)
 #: Uses that are a token more, and the use before.
 FOLLOWS = {"decode": "batch", "step": "prefill"}
 #: Where models put what a step after this one is given.
@@ -294,37 +290,6 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
             uses[use]["stock_difference"] = difference(actual, wanted[use])
         except Exception as error:
             uses[use]["stock_error"] = said(error)
-
-
-def compiled_differences(
-    subject: Subject, lengths: Sequence[int] = COMPILED_TOKENS, scale: Scale = COMPILED_SCALE
-) -> dict[str, float]:
-    """By how much the logits of a compiled float32 model differ from eager mode's, relative to the largest logit.
-
-    Nothing runs node by node here. Each length has a prefill with a cache, and a decode step where the model keeps a
-    state. What differs by more than `BOUND_FLOAT32` is compared with stock Inductor's result, too: the smaller
-    difference counts. Raises `NotCompiled` for a piece that would run eagerly.
-    """
-    model = build(subject, scale, torch.float32)
-    wanted, found = (compiled_logits(model, backend, lengths) for backend in (None, "mom"))
-    apart = {use: difference(found[use], logits) for use, logits in wanted.items()}
-    if max(apart.values()) > BOUND_FLOAT32:
-        stock = compiled_logits(model, "inductor", lengths)
-        apart = {use: min(apart[use], difference(found[use], stock[use])) for use in apart}
-    return apart
-
-
-def compiled_logits(model: Any, backend: str | None, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Logits of a prefill of each length and of the decode step after it, by a backend; `None` for eager mode."""
-    caller = Caller(model, backend, options=COMPILED_OPTIONS)
-    caller.compile()
-    logits: dict[str, torch.Tensor] = {}
-    for tokens in lengths:
-        one, outputs = replace(caller, tokens={"prefill": tokens}), {}
-        with contextlib.suppress(NoState):
-            for use in ("prefill", "step"):
-                logits[f"{use} of {tokens}"] = one.use(use, outputs).clone()
-    return logits
 
 
 def run_peaks(name: str, backends: Sequence[str]) -> None:

@@ -228,8 +228,8 @@ class Lowering:
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        own = {**patches, **self.patches}
-        new = Piece(gm, tuple(form.templates), form.symbols, own, strict=self.strict, orders=orders)
+        patches = {**patches, **self.patches}
+        new = Piece(gm, tuple(form.templates), form.symbols, patches, strict=self.strict, orders=orders)
         piece = self.cache.begin(new, self.settings, self.report, name)
         self.pieces[name] = piece
         extra = [values[s] if s in values else self.symbols.sources[s] for s in form.given]

@@ -162,7 +162,7 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         what = {"graph": self.gm.graph, "templates": self.templates, "symbols": self.symbols}
-        what |= {"patches": dict(self.patches), "strict": self.strict, "orders": self.orders}
+        what |= {"patches": dict(self.patches), "orders": self.orders, "strict": self.strict}
         return {**what, "kept": self.kept or self._stored()}
 
     def _stored(self) -> list[tuple[Any, Conditions | None]]:
@@ -175,7 +175,7 @@ class Piece:
     def __setstate__(self, state: dict[str, Any]) -> None:
         gm = fx.GraphModule(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
-        self.strict, self.orders, self.kept = state["strict"], state["orders"], state["kept"]
+        self.kept, self.orders, self.strict = state["kept"], state["orders"], state["strict"]
 
     @property
     def _devices(self) -> set[torch.device]:
