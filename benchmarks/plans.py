@@ -35,10 +35,11 @@ MOST = 10_000_000
 
 INTRODUCTION = """# The longest context, planned
 
-For each shipped shape and usual cards: how many tokens of one sequence a prefill has room for, with weights in
-bfloat16, the cache and the last token's logits. Made by `python -m benchmarks.plans` from the memory model, without a
-GPU and without weights; a 32nd of what is above the weights is left free. Nothing else is on the card: a desktop,
-CUDA's own context (about half a GiB) and fragmentation take more.
+For each shipped shape and usual cards: how many tokens of one sequence a prefill has room for, with weights in bfloat16
+or quantised as the checkpoint's config says, the cache and the last token's logits. Made by
+`python -m benchmarks.plans` from the memory model, without a GPU and without weights; a 32nd of what is above the
+weights is left free. Nothing else is on the card: a desktop, CUDA's own context (about half a GiB) and fragmentation
+take more.
 
 How far it is to be trusted: of 8 layers of Llama-3-8B's shape at 16,384 tokens an H200 took what is planned for eager
 mode to 0.1 MiB, for ours to 0.4 %, and 11 % more than is planned for stock Inductor, so that its lengths are on the
