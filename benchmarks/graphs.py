@@ -1,4 +1,4 @@
-"""How many graphs an ordinary session takes (`python -m benchmarks.graphs`), and docs/graphs.md of it.
+"""How many graphs an ordinary session takes (`python -m benchmarks.graphs`), and docs/graphs.md of it (`--write`).
 
 A graph is what Dynamo captures, and mom compiles, for calls that guards call alike. There are at most so many of a
 model; what would need another one runs in eager mode. Each family is made small, compiled by `mom_compile.compile`, and
@@ -169,7 +169,22 @@ How many graphs Dynamo makes in a session of {len(SESSION)} calls of `generate()
 that `mom_compile.compile(model)` has compiled: two layers, a window of {WINDOW} tokens where the family has one. Calls
 are made from the top to the bottom; a cell has the graphs that these calls needed beside those that were there.
 
-`python -m benchmarks.graphs` makes this page. {{stamp}}.
+`python -m benchmarks.graphs --write` makes this page, `--only FAMILY ...` of some families. {{stamp}}.
+"""
+
+_WHY = """
+## Why so many
+
+- A prompt and a token behind it are two graphs: of a token the model knows that there is one.
+- One sequence and several are two kinds: PyTorch compiles a size of one as a constant.
+- Padding is a kind of its own: `generate()` hands the model a mask only where a token is masked.
+- A turn of a chat is a prompt behind a cache, and so are drafted tokens. Refused drafts are cropped off the cache,
+  whose strides remain those of the longer one: Dynamo guards on them.
+- A window adds to each of these. The code of transformers' windowed cache branches on whether the window is full, and
+  Dynamo follows one side. The first token behind a long prompt finds the window's rows dense, the later ones find a
+  part of one row more: other strides, another graph.
+- The numbers of tokens and of sequences make no graphs: `mom_compile.compile` takes them as symbols from the first
+  call. `model.compile(backend="mom")` takes each for a constant at first, and needs a graph more for each kind.
 """
 
 
@@ -179,14 +194,15 @@ def page(found: dict[str, tuple[dict[str, int], int]]) -> str:
     rows.append(["**all**", *(f"**{sum(by_kind.values())}**" for by_kind, _ in found.values())])
     rows.append(["calls of the model in eager mode", *(str(eager) for _, eager in found.values())])
     table = [["calls", *found], ["---"] * (len(found) + 1), *rows]
-    return "\n".join([_HEAD.format(stamp=describe_machine()), *(f"| {' | '.join(row)} |" for row in table), ""])
+    return "\n".join([_HEAD.format(stamp=describe_machine()), *(f"| {' | '.join(row)} |" for row in table), _WHY])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Count for all families, or for some, and write the page if it is all."""
+    """Count for all families, or for some, print the page, and write it if that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="FAMILY")
     parser.add_argument("--plain", action="store_true", help='model.compile(backend="mom"), with PyTorch\'s limit of 8')
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args(arguments)
 
     def compile_model(model: Any) -> Any:
@@ -201,7 +217,7 @@ def main(arguments: Sequence[str]) -> None:
     found = {family: count(family, compile_model) for family in options.only}
     text = page(found)
     print(text)
-    if tuple(options.only) == NAMES and not options.plain:
+    if options.write:
         PAGE.write_text(text)
 
 

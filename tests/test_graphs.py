@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,9 @@ OPTIONS = {"mini_seq_len": 16, "strict": True}
 
 #: Prompts of any length, of one sequence and of several.
 PLAIN = (Call("one", (150,)), Call("one", (40,)), Call("several", (90, 90)), Call("several", (30, 30, 30)))
+
+#: Graphs of the whole session, as docs/graphs.md has them. Qwen3 has Llama's cache and no window.
+MOST = {"Gemma3Text": 26, "Llama": 12, "Qwen3": 12}
 
 
 def run(family: str, calls: Sequence[Call]) -> list[Counted]:
@@ -48,10 +50,8 @@ def test_a_call_that_is_eager_is_counted() -> None:
 @pytest.mark.timeout(3000)
 def test_a_session_with_three_families_in_one_process_has_no_eager_call() -> None:
     """Their forwards share one code object."""
-    for family in ("Gemma3Text", "Llama", "Qwen3"):
+    for family, most in MOST.items():
         counted = run(family, SESSION)
         assert len(counted) >= 40 and not any(one.eager for one in counted)
-        by_kind = itertools.groupby(counted, key=lambda one: one.call.kind)
-        last = [sum(one.graphs for one in calls) for _, calls in by_kind][-1]
-        assert last == 0, f"{family}: calls of kinds that were there before needed {last} graphs"
+        assert sum(one.graphs for one in counted) <= most, family
     assert not any(report.limit_hit for report in mom_compile.reports())
