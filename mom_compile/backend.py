@@ -38,6 +38,7 @@ from mom_compile.torch_compat import (
     stock_inner_compile,
 )
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
+from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.loops.loop import RowLimit
 from mom_passes.program.layers import by_layers
@@ -99,6 +100,9 @@ def compile_graph(
     **kwargs: Any,
 ) -> CompiledGraph:
     """Inductor's `inner_compile` hook: an ATen graph to a boxed callable, ours or stock Inductor's."""
+    if options.scope != "none" and kwargs.get("is_inference") and calls_nested_regions(gm):
+        gm = copy_graph(gm)
+        inline_nested_regions(gm)
     report = Report(nodes=len(gm.graph.nodes))
     report.fallback = not_ours = why_stock(gm, options, kwargs)
     told = Told(report, options, not_ours, any(map(_attends, gm.graph.nodes)), compute_device(gm))
@@ -179,7 +183,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
         values = node.meta.get("val")
         for value in values if isinstance(values, (tuple, list)) else (values,):
             if any(not has_hint(number) for number in _symbolic(value)):
-                return f"{node.name} ({node.target}) makes sizes depend on data"
+                return _depends_on_data(node)
             if isinstance(value, torch.Tensor):
                 devices[value.device] = None
     if torch.device("meta") in devices:
@@ -188,6 +192,18 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
     if len(accelerators) > 1:
         return f"the graph computes on several accelerators: {', '.join(accelerators)}"
     return None
+
+
+def _depends_on_data(node: fx.Node) -> str:
+    """Which number of a graph is not known when it is captured, and what to do."""
+    if node.op == "placeholder":
+        return f"a size of {node.name} is marked as unbacked; mark it with torch._dynamo.mark_dynamic in place of that"
+    if node.target is torch.ops.aten._local_scalar_dense.default:
+        return (
+            f"{node.name} reads a number off a tensor (.item(), a check of values); return the tensor and read it "
+            "outside, or set torch._dynamo.config.capture_scalar_outputs = False, which breaks the graph there"
+        )
+    return f"{node.name} ({node.target}) makes sizes depend on data; call it outside of the compiled function"
 
 
 def _symbolic(value: Any) -> list[Any]:

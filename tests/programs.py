@@ -114,13 +114,7 @@ def complex_rope(x: torch.Tensor, w: Weights) -> torch.Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
 
-def asserted(x: torch.Tensor, w: Weights) -> torch.Tensor:
-    torch._assert_async(torch.isfinite(x + w.bias).any(), "nothing is finite")
-    return x
-
-
 ROWWISE: dict[str, Step] = {
-    "asserted": asserted,
     "relu": lambda x, w: torch.relu(x),
     "silu": lambda x, w: F.silu(x),
     "gelu": lambda x, w: F.gelu(x, approximate="tanh"),
@@ -174,6 +168,12 @@ ATTENTION: dict[str, Step] = {
     ),
 }
 
+
+def asserted(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    torch._assert_async(torch.isfinite(x + w.bias).any(), "nothing is finite")
+    return x
+
+
 MIXING: dict[str, Step] = {
     "cumsum tokens": lambda x, w: x.cumsum(1) / x.shape[1],
     "roll tokens": lambda x, w: x + x.roll(1, 1),
@@ -185,6 +185,7 @@ MIXING: dict[str, Step] = {
     "sort tokens": lambda x, w: x.sort(1).values,
     "prompt before": lambda x, w: torch.cat([w.table[:3].expand(x.shape[0], -1, -1), x], 1),
     "mean batch": lambda x, w: x - x.mean(0, keepdim=True),
+    "asserted": asserted,
 }
 
 LAST: dict[str, Step] = {

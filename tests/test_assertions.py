@@ -1,4 +1,4 @@
-"""Operators that return nothing, assertions and messages, stay in a program with loops, and run when stock runs them."""
+"""Operators that return nothing, assertions and messages, stay in a program with loops and run in their order."""
 
 from __future__ import annotations
 

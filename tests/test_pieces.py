@@ -183,6 +183,36 @@ def test_a_graph_with_a_graph_of_its_own_is_stocks_by_name() -> None:
     assert "cond" in str(reports()[-1].fallback) and "graph of its own" in str(reports()[-1].fallback)
 
 
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+@pytest.mark.parametrize("tokens", [(40,), (40, 61)], ids=["one length", "all lengths"])
+def test_nested_regions_are_put_in_their_places(tokens: tuple[int, ...]) -> None:
+    region = torch.compiler.nested_compile_region(block)
+
+    def program(x: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor] = region) -> torch.Tensor:
+        return call(call(call(x)))
+
+    with torch.no_grad():
+        fast = torch.compile(program, backend="mom", options=MINI)
+        for count in tokens:
+            torch.testing.assert_close(fast(inputs(count)), program(inputs(count), block), rtol=1e-9, atol=1e-9)
+    assert all(report.stages and not report.work_outside for report in reports())
+
+
+@pytest.mark.usefixtures("stock_is_eager")
+def test_numbers_that_depend_on_data_are_refused_with_what_to_do() -> None:
+    def read(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        y = block(block(x))
+        return y, y.sum().item()
+
+    x = inputs()
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.compile(read, backend="mom", options=MINI)(x)
+        assert "capture_scalar_outputs = False" in str(reports()[-1].fallback)
+        torch._dynamo.decorators.mark_unbacked(x, 1)
+        torch.compile(lambda x: x * 2, backend="mom", options=MINI)(x)
+        assert "mark_dynamic" in str(reports()[-1].fallback)
+
+
 def _graph_on(*devices: str) -> fx.GraphModule:
     graph = fx.Graph()
     with FakeTensorMode():

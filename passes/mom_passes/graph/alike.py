@@ -88,6 +88,21 @@ def inline_layers(gm: fx.GraphModule) -> bool:
     return not any(_mentions_a_layer(node) for node in gm.graph.nodes)
 
 
+def calls_nested_regions(gm: fx.GraphModule) -> bool:
+    return bool(gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH))
+
+
+def inline_nested_regions(gm: fx.GraphModule) -> int:
+    """Graphs that a model calls by `torch.compiler.nested_compile_region` take the place of their calls, in place.
+    Returns how many calls there were."""
+    calls = gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
+    inlined = {node for call in calls for node in _inline(gm, call)}
+    _compute_sizes_once(gm.graph, inlined)
+    gm.graph.lint()
+    gm.recompile()
+    return len(calls)
+
+
 def _mentions_a_layer(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False

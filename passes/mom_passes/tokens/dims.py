@@ -79,7 +79,8 @@ def _best(
     best: TokenDims | None = None
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
-        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in sizes if not is_one(size) and hint(size) > 1]
+        several = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
+        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in several]
         for found in _no_batches(sweeps):
             if found.work * 2 >= total > 0 and (best is None or _score(found) > _score(best)):
                 best = found

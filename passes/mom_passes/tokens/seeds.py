@@ -4,8 +4,8 @@ Terms
 -----
 reach    The matmul work behind a value.
 begins   A dimension begins at a value if rows along it cannot be made of as many rows of an operand, and no operand
-         has as many entries there. A strided convolution begins one, and so do pooling, `repeat_interleave` and a view that
-         joins patches or frames to rows.
+         has as many entries there. A strided convolution begins one, and so do pooling, `repeat_interleave` and a view
+         that joins patches or frames to rows.
 
 A front that changes the number of rows is computed whole. The rows that loops work on begin behind it.
 """
