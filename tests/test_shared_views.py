@@ -1,4 +1,4 @@
-"""Outputs that show the same elements share a storage, and operators from elsewhere are given the strides of eager mode."""
+"""Outputs that show the same elements share a storage. Operators from elsewhere are given the strides of eager mode."""
 
 from __future__ import annotations
 
