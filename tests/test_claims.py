@@ -19,7 +19,7 @@ from mom_compile.torch_compat import is_called
 from mom_passes.graph.aliasing import may_be_a_view
 from mom_passes.graph.edit import strides_differ
 from mom_passes.graph.real_results import hold_results
-from mom_passes.ops.rows import COPY_ROWS, LAID_OUT, laid_out
+from mom_passes.ops.rows import COPY_ROWS, laid_out
 from mom_passes.rules import Claim, Dim, Rows, has_own_rule, register, registered
 from tests.captured import capture
 from tests.rule_law import Call, node_of
@@ -174,7 +174,7 @@ def test_a_piece_ends_with_a_copy_where_its_readers_expect_another_layout(
     y.meta["val"] = torch.relu(x.meta["val"])
     graph.output((y,))
     gm = fx.GraphModule(nn.Module(), graph)
-    lay_out_results(gm.graph, [order])
+    lay_out_results(gm, [order])
     assert len(gm.graph.find_nodes(op="call_function", target=COPY_ROWS)) == copies
     result = gm(from_the_last_dimension(torch.randn(2, 3, 4)))[0]
     assert result.stride() == torch.empty_permuted((2, 3, 4), order or (2, 1, 0)).stride()

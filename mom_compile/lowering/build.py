@@ -27,14 +27,7 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.canonical import NO_LITERALS, Literals, in_canonical_form
-from mom_compile.lowering.layouts import (
-    LENGTH,
-    LoopLayout,
-    Symbols,
-    dense_strides,
-    of_any_length,
-    order_if_dense,
-)
+from mom_compile.lowering.layouts import LENGTH, LoopLayout, Symbols, dense_strides, of_any_length, order_if_dense
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.lowering.transfers import copy_step
 from mom_compile.lowering.turned import turn_once
@@ -149,9 +142,7 @@ class Lowering:
         ]
         values = dict.fromkeys(literals.facts, literals.length)
         orders = tuple(order_if_dense(node.meta["val"]) for node in step.outs)
-        piece, extra, left = self._compile(
-            graph, templates, step.name, values, literals.facts, literals, orders=orders
-        )
+        piece, extra, left = self._compile(graph, templates, step.name, values, literals.facts, literals, orders=orders)
         return piece, [*extra, *itertools.compress(step.ins, left)]
 
     # --- loops ---

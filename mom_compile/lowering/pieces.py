@@ -205,7 +205,7 @@ class Piece:
         try:
             inputs = self._fake_inputs(sizes, hints or {})
             sizes.propagate(self.gm, inputs)
-            lay_out_results(self.gm.graph, self.orders)
+            lay_out_results(self.gm, self.orders)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.

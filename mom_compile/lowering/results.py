@@ -20,11 +20,12 @@ from mom_passes.graph.sizes import Size, is_one, product, same
 from mom_passes.ops.rows import COPY_ROWS
 
 
-def lay_out_results(graph: fx.Graph, orders: Sequence[Sequence[int] | None]) -> None:
+def lay_out_results(gm: fx.GraphModule, orders: Sequence[Sequence[int] | None]) -> None:
     """Append the copies, in place. `orders` are those of the results, None where any strides will do.
 
     The graph's fake values are those of its operators. A graph whose results lie as expected stays as it is.
     """
+    graph = gm.graph
     output = next(iter(reversed(graph.nodes)))
     returned = list(output.args[0])  # type: ignore[arg-type]
     for number, order in enumerate(orders):
@@ -34,7 +35,7 @@ def lay_out_results(graph: fx.Graph, orders: Sequence[Sequence[int] | None]) -> 
                 returned[number] = emit(graph, COPY_ROWS, (result, list(order)))
     if returned != list(output.args[0]):  # type: ignore[arg-type]
         output.args = (tuple(returned),)
-        graph.owning_module.recompile()
+        gm.recompile()
 
 
 def _lies_otherwise(value: torch.Tensor, order: Sequence[int]) -> bool:

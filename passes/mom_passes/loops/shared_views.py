@@ -1,7 +1,7 @@
 """Which views have to share the storage of what they are views of. An analysis.
 
-A cut across the tokens, some channels or a head, is computed row by row like anything else, and may be stored by itself.
-The rest of its source then need not exist. Not so where somebody can tell the difference:
+A cut across the tokens, some channels or a head, is computed row by row like anything else and may be stored by itself.
+The rest of its source then need not exist. Not so where the difference can be seen:
 
     outputs that show the same elements     -> a write to one is seen in the other
     operands of an operator from elsewhere  -> it is given the strides that eager mode gives it
@@ -9,7 +9,7 @@ The rest of its source then need not exist. Not so where somebody can tell the d
 Terms
 -----
 chain    An output, what it is a view of, and so on down to the value that owns the storage.
-apart    Two outputs of one storage that have no element in common: other pieces of a split, other ranges of a dimension.
+apart    Two outputs of one storage that have no element in common: pieces of a split, ranges of a dimension.
 
     for each storage: outputs that are not apart    -> the views of their chains that they do not have in common
     for each operand of an operator from elsewhere  -> the views of its chain

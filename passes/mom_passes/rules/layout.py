@@ -1,7 +1,7 @@
 """Chunk rule of `mom::laid_out`: a result is laid out where its operator runs.
 
-Rows of a result that an operator has computed whole would be read with the strides that the operator claims, before they
-are laid out.
+If an operator computes its result whole, rows of the result would be read with the claimed strides, before they are
+laid out.
 """
 
 from __future__ import annotations
