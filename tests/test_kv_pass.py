@@ -13,7 +13,7 @@ import mom_compile
 from benchmarks.models import keeping
 from mom_compile.config import parse_options
 from mom_compile.memory.policy import fits_for_long
-from mom_compile.runtime.host.tensor import on_host
+from mom_compile.runtime.host.tensor import HostTensor, on_host
 from mom_passes.attention.form import attention_form
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import copy_graph
@@ -21,7 +21,9 @@ from mom_passes.host.kv_offload import kv_offload
 from mom_passes.host.kv_values import find_kv
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.overlap import overlap
+from mom_passes.program.program import Call, Compute, Why
 from mom_passes.program.rewritten import Rewritten
+from mom_passes.program.schedule import schedule
 from mom_passes.verify import verify
 from tests.captured import Captured, capture
 from tests.models import FAMILIES, TinyDecoder, ids, prompt, small_model, sweep
@@ -105,6 +107,15 @@ def test_one_piece_lies_between_the_copies_of_two_layers():
         computes = node.op == "call_function" and node.target not in copies
         runs += computes and (node.prev.target in copies or node.prev.op == "placeholder")
     assert runs == 4
+
+
+def test_a_step_calls_no_view_between_pieces_and_copies():
+    """The values of a layer's heads are a view of a product. Nothing else reads the product, so its piece returns them
+    as they are: a call for each view would make every decode step longer."""
+    gm, _ = offloaded(llama_step())
+    steps = schedule(gm).steps
+    assert sum(isinstance(step, Compute) for step in steps) == 4
+    assert not [step for step in steps if isinstance(step, Call) and step.why is Why.VIEW]
 
 
 def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
@@ -221,3 +232,18 @@ def test_a_host_value_that_is_read_on_the_device_is_refused():
     append.append(gm.graph.call_function(torch.ops.aten.alias.default, (append,)))
     with pytest.raises(PassError, match="on the host"):
         verify(gm)
+
+
+def test_last_channels_and_heads_are_not_taken_for_last_rows(eager_pieces):
+    def attend(x):
+        q, k, v = x, x + 1, x - 1
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y, k[..., :4], k[..., 4:], v[:, 1:], v[:, :, -7:]
+
+    x = torch.randn(2, 3, 20, 8)
+    found = find_kv(attention_form(copy_graph(capture(attend, x=x).gm))).found
+    assert [value.outputs for value in found if value.full is not value.kept] == [(4,)]
+    compiled = torch.compile(attend, backend="mom", options={"kv_offload": True, "strict": True, "mini_seq_len": 8})
+    for actual, expected in zip(compiled(x), attend(x), strict=True):
+        fetched = actual.fetch() if isinstance(actual, HostTensor) else actual
+        torch.testing.assert_close(fetched, expected)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from mom_passes.graph.edit import emit
-from mom_passes.graph.sizes import Size, is_one, product, same
+from mom_passes.graph.strides import is_dense_in
 from mom_passes.ops.rows import COPY_ROWS
 
 
@@ -30,19 +29,9 @@ def lay_out_results(gm: fx.GraphModule, orders: Sequence[Sequence[int] | None]) 
     returned = list(output.args[0])  # type: ignore[arg-type]
     for number, order in enumerate(orders):
         result = returned[number]
-        if order is not None and _lies_otherwise(result.meta["val"], order):
+        if order is not None and not is_dense_in(result.meta["val"], order):
             with graph.inserting_before(output):
                 returned[number] = emit(graph, COPY_ROWS, (result, list(order)))
     if returned != list(output.args[0]):  # type: ignore[arg-type]
         output.args = (tuple(returned),)
         gm.recompile()
-
-
-def _lies_otherwise(value: torch.Tensor, order: Sequence[int]) -> bool:
-    """Whether a value is not dense in this order. The stride of a dimension of size one says nothing."""
-    step: Size = 1
-    for size, stride in ((value.shape[i], value.stride(i)) for i in reversed(order)):
-        if not (is_one(size) or same(stride, step)):
-            return True
-        step = product([step, size])
-    return False

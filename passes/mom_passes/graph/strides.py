@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mom_passes.graph.sizes import Size, hint
+from mom_passes.graph.sizes import Size, hint, is_one, product, same
 
 
 def storage_order(value: torch.Tensor) -> tuple[int, ...]:
@@ -18,6 +18,17 @@ def storage_order(value: torch.Tensor) -> tuple[int, ...]:
     come first."""
     steps = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
     return tuple(sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i])))
+
+
+def is_dense_in(value: torch.Tensor, order: Sequence[int]) -> bool:
+    """Whether a value lies without gaps in this order of its dimensions, for all sizes. The stride of a dimension of
+    size one says nothing."""
+    step: Size = 1
+    for size, stride in ((value.shape[i], value.stride(i)) for i in reversed(order)):
+        if not (is_one(size) or same(stride, step)):
+            return False
+        step = product([step, size])
+    return True
 
 
 def viewable(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]) -> bool:

@@ -26,7 +26,7 @@ from torch import fx
 
 from mom_passes.attention.reads import Attention, Read, attention_reads, attentions, read_of
 from mom_passes.graph.aliasing import is_mutation
-from mom_passes.graph.arguments import argument
+from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands
 from mom_passes.host.kv_remade import kept_in_another_form
@@ -137,12 +137,14 @@ class _Finder:
     def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
         """The full value of an output, and how an attention reads it, if its rows are keys or values."""
         candidates = [kept]
-        if kept.target is aten.slice.Tensor and _last_rows(kept):
+        if kept.target is aten.slice.Tensor:
             candidates.insert(0, argument(kept, "self"))
         for full in candidates:
             if full.op == "placeholder" or full.meta["val"].dim() < 3:
                 continue
             read = read_of(full, self.reads)
+            if full is not kept and (read is None or not _last_rows(kept, read.dim.index)):
+                continue
             if read is not None and (read.itself or _grows(full) or self._only_keys(full, kept)):
                 return full, read
         return kept, None
@@ -153,7 +155,7 @@ class _Finder:
         if buffer is not None and (read is not None or self._holds_keys(kept)):
             return STATIC
         if read is None:
-            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _last_rows(kept) else kept
+            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _ends_where_it_ended(kept) else kept
             return UNREAD if _grows(grown) and not _as_before(kept, grown) else None
         return None if read.dim.plain else FOLDED
 
@@ -211,7 +213,7 @@ def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
     def again(value: KeyOrValue) -> KeyOrValue:
         kept = outputs[value.outputs[0]]
         assert isinstance(kept, fx.Node)
-        if value.kept is not value.full and kept.target is aten.slice.Tensor and _last_rows(kept):
+        if value.kept is not value.full and kept.target is aten.slice.Tensor and _last_rows(kept, value.dim):
             return _record(argument(kept, "self"), kept, value.outputs, value.dim, value.layer)
         return _record(kept, kept, value.outputs, value.dim, value.layer)
 
@@ -229,7 +231,12 @@ def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, la
     return KeyOrValue(full, kept, outputs, dim, int(rows) if rows.is_Integer else rows, layer, past, new)
 
 
-def _last_rows(node: fx.Node) -> bool:
+def _last_rows(node: fx.Node, dim: int) -> bool:
+    """Whether a slice is the last rows of its operand along a dim, without gaps."""
+    return axis(argument(node, "dim"), node.meta["val"].dim()) == dim and _ends_where_it_ended(node)
+
+
+def _ends_where_it_ended(node: fx.Node) -> bool:
     """Whether a slice ends where its operand ends, without gaps."""
     source, dim = argument(node, "self").meta["val"], argument(node, "dim")
     end, step = argument(node, "end"), argument(node, "step")
