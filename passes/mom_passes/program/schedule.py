@@ -116,7 +116,8 @@ def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node
         if not all(user in inside for user in node.users):
             chain = _views(node, inside)
             by_owner.setdefault(chain[-1], []).append(chain)
-    outs, views = set(), set()
+    outs: set[fx.Node] = set()
+    views: set[fx.Node] = set()
     for owner, chains in by_owner.items():
         last = chains[0][0]
         if len(chains) == 1 and owner in inside and seen_from(owner) is None and _is_dense(last):
