@@ -121,7 +121,7 @@ def test_a_config_is_explained_as_on_the_command_line(folder: Path) -> None:
         (("Llama-3-8B",), {"logits_to_keep": 1}, "unknown option 'logits_to_keep'"),
         (("Llama-4-8B",), {}, "no shipped shape"),
         (("Llama-3-8B", torch.ones(2)), {}, "takes no arguments of a call"),
-        ((3,), {}, "int is nothing to plan"),
+        ((3,), {}, "int cannot be planned"),
     ],
 )
 def test_what_cannot_be_explained_of_a_config(arguments: Any, named: dict[str, Any], message: str) -> None:

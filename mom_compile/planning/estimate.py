@@ -107,7 +107,10 @@ def device_named(name: str) -> tuple[str, Device]:
     if known is None:
         near = nearest_device(name)
         meant = "" if near is None else f" (did you mean {near!r}?)"
-        raise PlanError(f"device={name!r} is not a recorded device{meant}; recorded are {', '.join(DEVICES)}")
+        raise PlanError(
+            f"device={name!r} is not a recorded device{meant}; recorded are {', '.join(DEVICES)}; for another device "
+            f"take one of similar speed and give its memory (--device-memory, plan(memory_budget=...))"
+        )
     return known, DEVICES[known]
 
 

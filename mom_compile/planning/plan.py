@@ -118,7 +118,7 @@ def _of_transformers(model: Any) -> Any:
 def _found(model: Any) -> Found:
     if isinstance(model, str | Path):
         return find_config(model)
-    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    config = getattr(model, "config", model) if isinstance(model, nn.Module) else model
     return of_config(config, type(model).__name__)
 
 
