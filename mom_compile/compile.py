@@ -61,7 +61,8 @@ def compile(
         and for an option that is given both ways.
     """
     if isinstance(model, type):
-        raise TypeError(f"compile() takes a module or a function, not the class {model.__name__}: make a model of it first")
+        name = model.__name__
+        raise TypeError(f"compile() takes a module or a function, not the class {name}: make a model of it first")
     if not callable(model):
         raise TypeError(f"compile() takes a module or a function, not a {type(model).__name__}")
     if isinstance(recompile_limit, bool) or not isinstance(recompile_limit, int) or recompile_limit < 1:

@@ -81,14 +81,17 @@ def meant_as_option(name: str) -> bool:
     return bool(near) or name in inductor_option_names()
 
 
-def joined_options(options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+def joined_options(options: object, named: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the options of a mapping and those given by name. `parse_options` checks whether they are valid.
 
     Raises `TypeError` for `options` that are not a mapping, and for an option that is given both ways.
     """
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f"options={options!r} is not a mapping; write options={{'kv_offload': True}} or kv_offload=True")
-    given = dict(options or {})
+    given: dict[str, Any] = {}
+    if isinstance(options, Mapping):
+        given.update(options)
+    elif options is not None:
+        example = "write options={'kv_offload': True} or kv_offload=True"
+        raise TypeError(f"options={options!r} is not a mapping; {example}")
     twice = sorted(given.keys() & named.keys(), key=str)
     if twice:
         raise TypeError(f"{_listed(twice)} given twice: in options={{...}} and by name; give each option once")

@@ -216,3 +216,8 @@ def test_the_package_is_built_with_what_types_need(tmp_path: Path) -> None:
     for package in ("mom_compile", "mom_passes"):
         assert (tmp_path / package / "py.typed").is_file() and (tmp_path / package / "__init__.py").is_file()
     assert list((tmp_path / "mom_compile" / "planning" / "shapes").glob("*.json"))
+
+
+def test_a_class_is_not_explained() -> None:
+    with pytest.raises(TypeError, match="explain\\(\\) takes a model or a config, not the class Linear"):
+        explain(torch.nn.Linear, torch.ones(2))
