@@ -1,9 +1,9 @@
-"""Which arguments a model takes: read off the signature of whatever takes them, through wrappers.
+"""Which arguments a model takes, according to signatures. Wrappers are looked through.
 
 Terms
 -----
 wrapper   A module or function that computes what another one computes, from the same arguments.
-open      Of a signature: it has `**kwargs` and does not say what becomes of them.
+open      A signature is open if it has `**kwargs`: it does not say where they go.
 
     takes(model, "position_ids")   True: named; False: neither named nor open; None: signatures do not say
 """
@@ -41,24 +41,24 @@ def takes(model: Callable[..., Any], name: str) -> bool | None:
 
 
 def names(module: nn.Module, name: str) -> bool:
-    """Whether the class of a module names an argument in its `forward`, whatever has replaced that on the module."""
+    """Whether the `forward` of a module's class names an argument. A replaced `module.forward` does not count."""
     return _named_in(type(module).forward, name) is True
 
 
 def name_of(model: Callable[..., Any]) -> str:
-    """What to call a module or a function in a message."""
+    """The name of a module or a function in a message."""
     return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
 
 
 def _inner_of(model: Any) -> Any:
-    """What a wrapper that has to be called itself passes all arguments to; None for any other model."""
+    """The callable to which a wrapper passes all arguments; None if the model is not such a wrapper."""
     held = {**vars(model), **model._modules} if isinstance(model, nn.Module) else {}
     return next((held[attribute] for attribute in _PASS_ALL_ON if held.get(attribute) is not None), None)
 
 
 def _named_in(function: Callable[..., Any], name: str) -> bool | None:
-    """Whether a function's own signature (that of what it wraps, if it says so) names an argument; None where it is
-    open or there is none."""
+    """Whether a function's signature names an argument; None if it is open or does not exist. `inspect` follows
+    `__wrapped__`."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):

@@ -195,7 +195,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
 
 
 def _depends_on_data(node: fx.Node) -> str:
-    """Which number of a graph is not known when it is captured, and what to do."""
+    """A message that names a number which is unknown at capture, and says what to do."""
     if node.op == "placeholder":
         return f"a size of {node.name} is marked as unbacked; mark it with torch._dynamo.mark_dynamic in place of that"
     if node.target is torch.ops.aten._local_scalar_dense.default:

@@ -1,11 +1,11 @@
-"""`mom_compile.compile(model)`: `model.compile(backend="mom")`, with a number of graphs that is the model's own.
+"""`mom_compile.compile(model)`: `model.compile(backend="mom")` with a limit on graphs for each model.
 
-Dynamo makes at most 8 graphs of one code object (`torch._dynamo.config.recompile_limit`), and runs in eager mode what
-would need another one. All models of transformers share the code object of their `forward`: with two of them in a
-process, or prompts of a few kinds, there are 8 soon.
+Dynamo makes at most 8 graphs of one code object (`torch._dynamo.config.recompile_limit`). A call that needs another
+graph runs in eager mode. All models of transformers share the code object of their `forward`: two models in a process,
+or prompts of a few kinds, reach the limit soon.
 
-And fewer graphs are needed: the first call of a kind makes a graph for all lengths and for any number of sequences,
-which Dynamo would take for constants until it has seen a second one.
+This function also needs fewer graphs. The first graph of a kind is for any number of tokens and of sequences. Dynamo
+alone takes both numbers for constants until a second call has others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mom_compile.torch_compat import UserError, compile_apart, expect_other_size
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
-#: Graphs of one model. A session of all kinds of calls takes a few (docs/troubleshooting.md).
+#: The default limit on the graphs of one model (docs/graphs.md has how many a session needs).
 MOST_GRAPHS = 32
 
 
@@ -34,22 +34,21 @@ def compile(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Compilable:
-    """Compile a model, in place, or a function, with backend "mom". What is compiled is returned.
+    """Compile a model or a function with backend "mom". Returns the model, or the compiled function.
 
     Parameters
     ----------
     model
         A module, which is compiled in place as by `model.compile`, or a function.
     dynamic, fullgraph
-        As `torch.compile` takes them, but for `dynamic=None`: it stands for graphs of any number of sequences and
-        tokens, and of other sizes as they are.
+        The arguments of `torch.compile`, except that `dynamic=None` makes graphs for any number of sequences and
+        tokens. Other sizes are constants at first.
     mode
-        A mode of Inductor's, `"max-autotune"` say. Other than with `torch.compile`, options may stand beside it, and
-        win over what it stands for.
+        A mode of Inductor, such as `"max-autotune"`. `torch.compile` refuses a mode together with options; here both
+        may be given, and `options["inductor"]` overrides the mode.
     recompile_limit
-        How many graphs there may be of this model, counted apart from those of all others. Before PyTorch 2.13 they
-        cannot be counted apart: the limit is raised to this while the model is called, and graphs of other models that
-        share its code object count, too.
+        The largest number of graphs of this model. Graphs of other models do not count. Before PyTorch 2.13 they do:
+        the limit is raised to this number while the model is called.
     options, **named
         Options of the backend, in a mapping or by name: `kv_offload=True`. docs/options.md has them.
 
@@ -58,10 +57,14 @@ def compile(
     ValueError
         For an option, a value or a mode that does not exist, now and not at the first call.
     TypeError
-        For what cannot be called, and for an option that is given both ways.
+        For a class and anything else that is neither a module nor a function, for `options` that are not a mapping,
+        and for an option that is given both ways.
     """
+    if isinstance(model, type):
+        name = model.__name__
+        raise TypeError(f"compile() takes a module or a function, not the class {name}: make a model of it first")
     if not callable(model):
-        raise TypeError(f"a module or a function is compiled, and this is a {type(model).__name__}")
+        raise TypeError(f"compile() takes a module or a function, not a {type(model).__name__}")
     if isinstance(recompile_limit, bool) or not isinstance(recompile_limit, int) or recompile_limit < 1:
         raise UserError(f"recompile_limit={recompile_limit!r} is not valid; it is a whole number of graphs, at least 1")
     given = joined_options(options, named)
@@ -79,8 +82,8 @@ _EMBEDDED = ("inputs_embeds",)
 
 
 def _expect_other_lengths(named: Mapping[str, Any], unnamed: Sequence[Any]) -> None:
-    """Mark what a call is given of ids, masks and positions, `[sequences, tokens]` or `[tokens]`: the next call has
-    other numbers of both. A number that is 1 stays a constant, as it does for Dynamo in any case."""
+    """Mark the sizes of ids, masks and positions, `[sequences, tokens]` or `[tokens]`, as different in the next call.
+    A size of 1 stays a constant: Dynamo always specialises on it."""
     for name, value in (*named.items(), *(("", value) for value in unnamed)):
         if isinstance(value, torch.Tensor):
             counted = value.dim() <= 2 and not (value.is_floating_point() or value.is_complex())

@@ -90,7 +90,7 @@ MOST_TOLD = 256
 
 
 def keep(told: Told) -> None:
-    """Have a graph's report among `TOLD`. Dynamo is compiling the graph."""
+    """Add a graph's report to `TOLD` while Dynamo compiles the graph."""
     told.report.graphs = graphs = graph_count()
     if graphs is not None and graphs.number == graphs.most > 1:
         warn_of_last_graph(graphs.code, graphs.limit, graphs.most)
@@ -99,7 +99,7 @@ def keep(told: Told) -> None:
 
 
 def _note_limit(count: GraphCount) -> None:
-    """Dynamo makes no more graphs of a code object: of one of ours, every report says so, and a warning."""
+    """Record that Dynamo makes no more graphs of a code object. Reports of its graphs say so, and a warning."""
     ours = [told.report for told in list(TOLD) if told.report.graphs and told.report.graphs.code == count.code]
     for report in ours:
         report.limit_hit = True

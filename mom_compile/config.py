@@ -76,17 +76,22 @@ def option_names() -> tuple[str, ...]:
 
 
 def meant_as_option(name: str) -> bool:
-    """Whether a name that is no option of the backend was meant as one: a misspelt one, or one of Inductor's."""
+    """Whether a name looks like an option: a misspelt option of the backend, or an option of Inductor."""
     near = difflib.get_close_matches(name.lower(), option_names(), n=1, cutoff=_SLIP)
     return bool(near) or name in inductor_option_names()
 
 
-def joined_options(options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a mapping and those that are given by name, in one dictionary.
+def joined_options(options: object, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the options of a mapping and those given by name. `parse_options` checks whether they are valid.
 
-    Raises `TypeError` for an option that is given both ways. Whether options are valid is checked by `parse_options`.
+    Raises `TypeError` for `options` that are not a mapping, and for an option that is given both ways.
     """
-    given = dict(options or {})
+    given: dict[str, Any] = {}
+    if isinstance(options, Mapping):
+        given.update(options)
+    elif options is not None:
+        example = "write options={'kv_offload': True} or kv_offload=True"
+        raise TypeError(f"options={options!r} is not a mapping; {example}")
     twice = sorted(given.keys() & named.keys(), key=str)
     if twice:
         raise TypeError(f"{_listed(twice)} given twice: in options={{...}} and by name; give each option once")

@@ -77,7 +77,7 @@ class Explanation:
         return "\n".join([*self._title, *self.notes, *graphs])
 
     def __repr__(self) -> str:
-        """In one line: the first graphs of it."""
+        """One line, with the headlines of the first graphs."""
         shown = "; ".join(report.headline for report in self.reports[:_MOST_SHOWN])
         more = f"; {len(self) - _MOST_SHOWN} more" if len(self) > _MOST_SHOWN else ""
         return f"<Explanation of {counted(len(self), 'graph')}: {shown}{more}>"
@@ -118,24 +118,26 @@ def explain(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Explanation:
-    """Trace `model(*args, **named)` without gradients, and say what would be rewritten and what not, and why.
+    """Trace `model(*args, **named)` without gradients, and explain what would be rewritten, what would not, and why.
 
     model    a module or a function, wrapped or not; or a config: a folder, a config.json, the name of a shipped shape
-             or a config of transformers. Of a config a prefill is explained, of `seq_len=4096` tokens, `batch_size=1`
-             and `dtype`
-    args     those of the call. A mapping in the first place whose names the model takes, a tokenizer's output, is
-             passed by name
-    options  of the backend, in a mapping
-    named    options of the backend by name, and arguments of the call. A name that is both, an option and an argument
-             that the model names, is the model's if `options` has the option, too, and an error if not
+             or a config of transformers. For a config the prefill of `seq_len=4096` tokens with `batch_size=1` and
+             `dtype` is explained
+    args     arguments of the call. If the only one is a mapping whose names the model takes (the output of a
+             tokenizer), its entries are passed by name
+    options  options of the backend, in a mapping
+    named    options of the backend by name, and arguments of the call. If a name is an option and also an argument of
+             the model, give the option in `options`; the value given by name is then the model's
 
-    Nothing is compiled or computed, so a model on the meta device is explained as well, without memory or weights; the
-    model, the arguments and what was compiled before stay as they are. Only where a graph ends because the model asks
-    for a value (`notes` say so) the call is really made, without loops being compiled, and changes what it changes.
+    Nothing is compiled or computed. The model may be on the meta device, without weights. The model, the arguments and
+    graphs that were compiled before are not changed. There is one exception: if a graph ends because the model asks for
+    the value of a tensor, the call is really made, without compiled loops, with all its side effects. `notes` says so.
 
-    Raises `ValueError` for a wrong option or config, `TypeError` for an argument or option that is given twice or could
-    be either, and whatever the model itself raises.
+    Raises `ValueError` for a wrong option or config; `TypeError` for a class in place of a model, for an argument or
+    option that is given twice, and for a name that could be either; and the errors of the model itself.
     """
+    if isinstance(model, type):
+        raise TypeError(f"explain() takes a model or a config, not the class {model.__name__}: make a model first")
     if not callable(model):
         return _explain_config(model, args, options, named)
     model = unwrapped(model)
@@ -146,7 +148,7 @@ def explain(
 def _explain_config(
     config: Any, args: tuple[Any, ...], options: Mapping[str, Any] | None, named: dict[str, Any]
 ) -> Explanation:
-    """Of a prefill."""
+    """Explain the prefill of a config."""
     if args:
         raise TypeError(
             "explain() of a config takes no arguments of a call: give seq_len=, batch_size= and dtype=, or a model"
@@ -173,14 +175,14 @@ def _explain_call(call: _Call, options: Options) -> Explanation:
 def _told_apart(
     model: Callable[..., Any], options: Mapping[str, Any] | None, named: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the backend, and arguments of the model."""
+    """Separate the options of the backend from the arguments of the model."""
     chosen, kwargs = {}, {}
     for name, value in named.items():
         if takes(model, name):
             if name in option_names() and name not in (options or {}):
                 raise TypeError(
                     f"{name} is an option of the backend and an argument of {name_of(model)}: give the option as "
-                    f"options={{{name!r}: ...}}; then {name}= is the model's"
+                    f"options={{{name!r}: ...}}; {name}= is then passed to the model"
                 )
             kwargs[name] = value
         elif name in option_names():

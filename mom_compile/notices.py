@@ -24,13 +24,13 @@ class MomWarning(UserWarning):
 _said: set[str] = set()
 _saying = threading.Lock()
 
-#: Libraries that call a model for their user, or that stand between a call of it and us.
+#: Libraries that may be on the stack between the user's line and this module.
 _LIBRARIES = frozenset({"mom_compile", "mom_passes", "torch", "transformers", "accelerate", "peft"})
 _STANDARD_LIBRARY, _PACKAGES = (sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib"))
 
 
 def _warn(text: str) -> None:
-    """Warn at the user's line: that of the innermost frame which is of no library between a call and us."""
+    """Warn at the user's line: the innermost frame that is not in one of the libraries."""
     frame = sys._getframe(1)
     while _is_between(frame) and frame.f_back is not None:
         frame = frame.f_back
@@ -54,7 +54,7 @@ def warn_once(key: str, text: str) -> None:
         _said.add(key)
     try:
         _warn(text)
-    except BaseException:  # a filter has made an error of it: the next call raises it as well
+    except BaseException:  # a filter turns warnings into errors: the next call raises it again
         _said.discard(key)
         raise
 
@@ -83,7 +83,7 @@ def warn_of_freezing() -> None:
 
 
 def warn_of_eager(what: str, reason: str) -> None:
-    """Inductor could not compile something, which runs eagerly. Each reason is told once."""
+    """Warn that Inductor could not compile something, which runs eagerly. Each reason is given once."""
     warn_once(f"eager: {reason}", f"Inductor could not compile {what}, which runs eagerly: {reason}")
 
 
@@ -111,7 +111,7 @@ _MORE_GRAPHS = (
 
 
 def warn_of_last_graph(code: object, limit: str, most: int) -> None:
-    """Dynamo makes the last graph of a code object that its limit allows."""
+    """Warn that Dynamo makes the last graph that its limit allows for a code object."""
     warn_once(
         f"last graph: {code}",
         f"this is the last of the {most} graphs that torch._dynamo.config.{limit} allows: a call that needs another "
@@ -120,7 +120,7 @@ def warn_of_last_graph(code: object, limit: str, most: int) -> None:
 
 
 def warn_of_eager_calls(code: object, limit: str, most: int) -> None:
-    """Dynamo has given a call up to eager mode, and all that need a graph that there is not yet."""
+    """Warn that Dynamo runs a call in eager mode, and all later calls that need a new graph."""
     warn_once(
         f"eager calls: {code}",
         f"a call runs in eager mode, without what backend 'mom' saves: {most} graphs have been made, and "

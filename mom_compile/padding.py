@@ -1,10 +1,10 @@
-"""What a model is given with a padded batch, so that it computes each sequence as it would alone.
+"""Arguments for a padded batch, with which a model computes each sequence as it would compute it alone.
 
     attention_mask  0 0 1 1 1        position_ids  0 0 0 1 2
 
-A model that takes `position_ids` gets them. Of one that names them in no module it is the model's own affair what it
-makes of the mask. Between the two are wrappers, which pass positions on, derive them from the mask, or do neither;
-where they do neither and padding stands before tokens, the numbers would be wrong, and that is an error.
+A model that takes `position_ids` gets them. A model in which no module names them derives what it needs from the mask.
+A wrapper may pass positions on, derive them from the mask, or do neither. If it does neither and padding comes before
+tokens, results would be wrong, so that is an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ POSITIONS, MASK = "position_ids", "attention_mask"
 
 
 def batch_arguments(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
-    """Arguments of `model.forward` for ids `[B, S]` and a mask of the same shape, 0 at padding, or None.
+    """Make the arguments of `model.forward` for ids `[B, S]` and a mask of the same shape (0 at padding) or None.
 
-    Raises `ValueError` for a model that takes no mask, and where positions have to be given but cannot be.
+    Raises `ValueError` for a model that takes no mask, and for one that needs positions but cannot be given them.
     """
     given: dict[str, Any] = {"input_ids": input_ids}
     if takes(model, "use_cache"):
@@ -42,15 +42,15 @@ def batch_arguments(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tenso
 
 
 def _first_position(model: nn.Module) -> int:
-    """The number of a text's first position. RoBERTa and its kin count from behind the row of the table that is for
-    padding; others that do so add it themselves, in a class of their own."""
+    """The number of a text's first position. RoBERTa and similar models count from the row after the padding row of
+    their table. Other models with an offset have an embedding class that adds it."""
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     paddings = [table.padding_idx for table in tables if type(table) is nn.Embedding]
     return next((padding + 1 for padding in paddings if padding is not None), 0)
 
 
 def _are_moved(counted: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether some token is not at its place in the row, where a model has it by default."""
+    """Whether some token has another position than its place in the row, the default of a model."""
     places = torch.arange(mask.shape[1], device=mask.device)
     return bool(((counted != places) & mask.bool()).any())
 
@@ -91,9 +91,8 @@ def _returns_logits(module: nn.Module) -> bool:
     return head is not None and head() is not None
 
 
-# --------------------------------------------------------------------------------------------------- trials, once each
-
-#: Of a model as it was set: adapters of peft, which decide what becomes of positions, can be switched.
+#: The last trial of each model, with the settings of the model at that time: peft can switch adapters, and an adapter
+#: decides whether positions are used.
 _TRIALS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Trial | None]] = weakref.WeakKeyDictionary()
 
 

@@ -119,7 +119,7 @@ def slices_of_everything(state: State) -> str:
 
 
 def empty_parts_left_out(state: State) -> str:
-    """An empty past is no past."""
+    """Remove parts without elements from concatenations, such as an empty past."""
     return f"{without_empty_parts(state.gm)} empty parts"
 
 
@@ -137,13 +137,13 @@ def experts_as_regions(state: State) -> str:
 
 
 def results_as_claimed(state: State) -> str:
-    """What an operator returns that Inductor calls has the strides that its fake kernel claims, or is copied."""
+    """Copy results of called operators that may have other strides than their fake kernels claim."""
     held = hold_results(state.gm, _is_doubtful)
     return f"{held} results held, {real_layouts(state.gm) if held else 0} values laid out otherwise"
 
 
 def _is_doubtful(target: Any) -> bool:
-    """Whether an operator may return other strides than it claims: it is called, and no test of ours has tried it."""
+    """Whether an operator may return other strides than it claims: Inductor calls it, and no test here covers it."""
     return is_called(target) and target.namespace != "mom" and not has_own_rule(target)
 
 

@@ -1,14 +1,14 @@
-"""What a user sees while a model compiles: a line on standard error when it begins and one when it has ended.
+"""Progress of compilation: a line on standard error at the beginning, and one at the end.
 
     mom_compile: compiling a graph of 2311 operators, once for each kind of call
     mom_compile: compiled in 31 s: prefill, 19 loops, expected peak 119 MiB
 
-On a terminal a bar stands below the first line meanwhile. What takes less than `PATIENCE` seconds is not worth a word.
-Nothing is written to standard output. `MOM_COMPILE_PROGRESS=0` in the environment turns it off for a process, the
-option `progress=False` for a model.
+A terminal also shows a bar below the first line. A compilation of less than `PATIENCE` seconds writes nothing. Nothing
+is written to standard output. `MOM_COMPILE_PROGRESS=0` in the environment turns progress off for a process, the option
+`progress=False` for a model.
 
-A compilation writes from two threads: the one that compiles, and a timer that begins to show it. Each compilation holds
-Dynamo's lock, so that there is one at a time.
+Two threads write: the one that compiles, and a timer that writes the first line. Each compilation holds Dynamo's lock,
+so only one runs at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-#: Seconds that pass in silence.
+#: Seconds before the first line is written.
 PATIENCE = 1.0
-#: "0" in it: silence.
+#: The environment variable that turns progress off if it is "0".
 VARIABLE = "MOM_COMPILE_PROGRESS"
 
 
 class Compilation:
-    """One thing that is compiled. `result` is what the last line says of it."""
+    """The progress of one compilation. The last line has the text `result`."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -44,7 +44,7 @@ class Compilation:
         self._timer.start()
 
     def expect(self, pieces: int) -> None:
-        """So many pieces will be made: each counts when it has been written, and again when it is ready."""
+        """Set the number of pieces. Each advances the bar twice: when its code is written, and when it is ready."""
         with self._lock:
             self._pieces = 2 * pieces
             self._draw()
@@ -82,7 +82,7 @@ class Compilation:
 
 
 def _bar() -> Any:
-    # rich takes a tenth of a second to import, and is needed for what takes longer than that alone.
+    # Importing rich takes a tenth of a second, so only compilations that show a bar import it.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
@@ -96,29 +96,29 @@ def _bar() -> Any:
 def _is_terminal() -> bool:
     try:
         return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # standard error is closed
         return False
 
 
 def _write(text: str) -> None:
-    """A line in one piece. A standard error that is closed or full is no reason to fail."""
+    """Write a line in one call. Errors of standard error (closed, disk full) are ignored."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(f"mom_compile: {text}\n")
             sys.stderr.flush()
 
 
-#: What is compiled now, if anybody is to know.
+#: The compilation that is shown now.
 _now: Compilation | None = None
-#: Whether the graph that was compiled last was to be told of. Code for further sizes, compiled while a program runs,
-#: belongs to no graph alone.
+#: Whether progress was wanted for the graph that was compiled last. This also decides for code that is compiled while a
+#: program runs, for further sizes: such code is shared by graphs.
 _wanted = True
 
 
 @contextlib.contextmanager
 def compiling(what: str, wanted: bool | None = None) -> Iterator[Compilation | None]:
-    """Tell of what is compiled within, if it is `wanted` and takes its time; None: if the last graph's was. The caller
-    holds Dynamo's lock."""
+    """Show the progress of a compilation in the `with` block if it is `wanted` and slow. With None the wish of the last
+    graph applies. The caller holds Dynamo's lock."""
     global _now, _wanted
     if wanted is not None:
         _wanted = wanted
@@ -136,12 +136,12 @@ def compiling(what: str, wanted: bool | None = None) -> Iterator[Compilation | N
 
 
 def expect(pieces: int) -> None:
-    """The graph that is being compiled has so many pieces."""
+    """Set the number of pieces of the graph that is being compiled."""
     if _now is not None:
         _now.expect(pieces)
 
 
 def advance() -> None:
-    """A piece has been written, or is ready."""
+    """Record that the code of a piece is written, or that the piece is ready."""
     if _now is not None:
         _now.advance()

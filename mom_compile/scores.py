@@ -58,7 +58,7 @@ class TokenScores:
         return html_of_text(repr(self))
 
     def _mean(self, values: torch.Tensor) -> float:
-        """Of the tokens that have a score: an exact zero is none."""
+        """The mean over the tokens that have a score. A log-probability of exactly 0 marks a token without one."""
         return float(values[self.log_probs != 0].double().mean())
 
     def sums(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -104,9 +104,9 @@ def token_log_probs(
     `model.compile` has made of it, and for all lengths; nothing of it is kept alive. Scores are computed in float32
     from the logits of the model's own dtype.
 
-    `model` may be wrapped: by `torch.compile`, `DataParallel` or `DistributedDataParallel`, of which the inner model is
-    scored; by hooks of accelerate; by peft; or by a module of yours that passes `**kwargs` on. Rows of logits before
-    those of the text, of the virtual tokens of a tuned prompt, are not scored.
+    `model` may be wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel` (the inner model is scored),
+    by hooks of accelerate, by peft, or by a module of your own that passes `**kwargs` on. The virtual tokens of a tuned
+    prompt have rows of logits before those of the text; these rows are not scored.
 
     Raises `ValueError` for ids, a mask or labels of other shapes or outside of the vocabulary, for a text of less than
     two tokens, for a model that is training (its dropout would be scored) or returns no logits, for padding before

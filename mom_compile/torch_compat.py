@@ -94,7 +94,7 @@ NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def compiled_from(model: Any) -> Any:
-    """The module or function of which `torch.compile` has made `model`; None for what it has not made.
+    """The module or function from which `torch.compile` made `model`; None if it did not make it.
 
     `_orig_mod` and `_torchdynamo_orig_callable` are where `torch.compile` keeps them.
     """
@@ -386,7 +386,7 @@ class GraphCount:
 
 
 _graph_count: contextvars.ContextVar[GraphCount | None] = contextvars.ContextVar("_graph_count", default=None)
-#: Called with the code that Dynamo will compile no more.
+#: Functions that are called with the code for which Dynamo makes no more graphs.
 _when_exceeded: list[Callable[[GraphCount], None]] = []
 _region_of_frame: Callable[[], int] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_isolate_recompiles_id", lambda: -1
@@ -395,7 +395,7 @@ _exceeds_recompile_limit = convert_frame.exceeds_recompile_limit
 
 
 def _counting(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
-    """Dynamo asks before each graph whether there are too many, and gives the call up to eager mode if so."""
+    """Dynamo calls this before each graph. If there are too many graphs, the call runs in eager mode."""
     exceeded, limit = _exceeds_recompile_limit(cache_size, compile_id)
     before = cache_size.num_cache_entries_with_same_id_matched_objs
     in_all = getattr(cache_size, "total_cache_entries_all_regions", cache_size.num_cache_entries)
@@ -414,14 +414,14 @@ convert_frame.exceeds_recompile_limit = _counting
 
 
 def graph_count() -> GraphCount | None:
-    """Of the graph that this thread compiles under Dynamo; None where it compiles none."""
+    """The count for the graph that this thread compiles under Dynamo; None if it compiles no graph."""
     count, compiling = _graph_count.get(), CompileContext.current_compile_id()
     known = count is not None and compiling is not None and compiling.frame_id == count.code[0]
     return count if known else None
 
 
 def when_limit_exceeded(call: Callable[[GraphCount], None]) -> None:
-    """Have `call(count)` called whenever Dynamo gives up a call to eager mode because there are too many graphs."""
+    """Call `call(count)` whenever Dynamo runs a call in eager mode because there are too many graphs."""
     _when_exceeded.append(call)
 
 
@@ -605,7 +605,7 @@ def _compile_first_kernel() -> None:
 
 
 def asks_for_freezing(patches: Mapping[str, Any]) -> bool:
-    """Whether Inductor is to make constants of weights: by its options, its configuration or the environment."""
+    """Whether Inductor's options, its configuration or the environment ask for constants in place of weights."""
     return bool(patches.get("freezing", inductor_config.freezing))
 
 

@@ -1,9 +1,9 @@
-"""A call that is tried on tensors without data: whether an argument that is hidden behind `**kwargs` has an effect.
+"""Try a call on tensors without data, to see whether an argument that `**kwargs` hides has an effect.
 
     wrapper.forward(input_ids, attention_mask, **kwargs)  ->  logits that depend on position_ids, or do not
 
-A signature does not say what becomes of `**kwargs`: a wrapper passes them on, drops some of them or replaces them. The
-call says it. Each tensor that an operator makes depends on the arguments that the operator's own operands depend on.
+A signature does not say where `**kwargs` go: a wrapper may pass them on, drop some of them or replace them. The call
+shows it. The result of an operator depends on the arguments that the operands of the operator depend on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen of a call.
+    """The result of a trial.
 
     logits    names of the arguments that the logits depend on
     received  names of the arguments that `watched`, an argument of modules inside, was computed from
@@ -38,9 +38,10 @@ class Trial:
 
 
 def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> Trial | None:
-    """Call `model.forward(**given)` without data or gradients; None where that fails, for lack of data say.
+    """Call `model.forward(**given)` without data or gradients. Returns None if the call fails, for example because it
+    needs data.
 
-    The model and the tensors stay as they are.
+    The model and the tensors are not changed.
     """
     try:
         with torch.no_grad(), on_stand_ins(model, dict(given), plain=True) as stand_ins, _Sources(stand_ins) as sources:
@@ -54,7 +55,7 @@ def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> 
 
 @contextmanager
 def _watching(model: nn.Module, watched: str, sources: _Sources) -> Iterator[list[frozenset[str]]]:
-    """While it lasts, what each module inside that names an argument is given for it."""
+    """Record the sources of an argument, for each inner module that names it, during the `with` block."""
     received: list[frozenset[str]] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,15 +75,15 @@ def _watching(model: nn.Module, watched: str, sources: _Sources) -> Iterator[lis
 
 
 class _Sources(TorchDispatchMode):
-    """The arguments that each tensor was computed from."""
+    """Record which arguments each tensor is computed from."""
 
     def __init__(self, arguments: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._names = {id(value): frozenset((name,)) for name, value in arguments.items()}
-        self._alive: list[torch.Tensor] = []  # an id is of one tensor only as long as that lives
+        self._alive: list[torch.Tensor] = []  # the id of a tensor is unique only while the tensor lives
 
     def of(self, value: Any) -> frozenset[str]:
-        """Those of all tensors in a value."""
+        """The arguments that the tensors in a value were computed from."""
         return frozenset().union(*(self._names.get(id(leaf), frozenset()) for leaf in tree_leaves(value)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -121,7 +121,7 @@ def test_a_config_is_explained_as_on_the_command_line(folder: Path) -> None:
         (("Llama-3-8B",), {"logits_to_keep": 1}, "unknown option 'logits_to_keep'"),
         (("Llama-4-8B",), {}, "no shipped shape"),
         (("Llama-3-8B", torch.ones(2)), {}, "takes no arguments of a call"),
-        ((3,), {}, "int is nothing to plan"),
+        ((3,), {}, "int cannot be planned"),
     ],
 )
 def test_what_cannot_be_explained_of_a_config(arguments: Any, named: dict[str, Any], message: str) -> None:
@@ -216,3 +216,8 @@ def test_the_package_is_built_with_what_types_need(tmp_path: Path) -> None:
     for package in ("mom_compile", "mom_passes"):
         assert (tmp_path / package / "py.typed").is_file() and (tmp_path / package / "__init__.py").is_file()
     assert list((tmp_path / "mom_compile" / "planning" / "shapes").glob("*.json"))
+
+
+def test_a_class_is_not_explained() -> None:
+    with pytest.raises(TypeError, match="explain\\(\\) takes a model or a config, not the class Linear"):
+        explain(torch.nn.Linear, torch.ones(2))

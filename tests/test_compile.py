@@ -66,6 +66,19 @@ def test_a_module_is_compiled_in_place_and_a_function_is_returned(ran: list[Comp
     assert len(ran) == len(reports()) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "named", "said"),
+    [
+        (Scaled, {}, "not the class Scaled: make a model of it first"),
+        ("google/gemma-3-270m", {}, "takes a module or a function, not a str"),
+        (halved, {"options": "kv_offload"}, "options='kv_offload' is not a mapping; write"),
+    ],
+)
+def test_other_things_than_models_functions_and_mappings_are_refused(model: Any, named: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        mom_compile.compile(model, **named)
+
+
 def test_options_come_by_name_or_in_a_mapping_with_a_mode_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: given.append(settings) or model)
@@ -91,11 +104,6 @@ def test_options_come_by_name_or_in_a_mapping_with_a_mode_beside_them(monkeypatc
 def test_what_is_wrong_is_said_at_once(wrong: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         mom_compile.compile(Scaled(), **wrong)
-
-
-def test_what_cannot_be_called_is_refused() -> None:
-    with pytest.raises(TypeError, match="a module or a function is compiled, and this is a str"):
-        mom_compile.compile("model")  # type: ignore[type-var]
 
 
 @pytest.mark.skipif(not torch_compat.CAN_ISOLATE, reason="this PyTorch counts graphs by code object alone")

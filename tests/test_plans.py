@@ -253,12 +253,12 @@ def test_a_plan_of_quantised_weights_counts_their_bytes():
     copy = 256 * 896 * 4  # the largest matrix, as it is multiplied with
     assert plain.peak_bytes() - ours.peak_bytes() == sizes[16] - sizes[None] - copy
     assert re.search(r"quantised \(gptq\): .* have 4 bits, .*; all others are in float32; a copy", str(ours))
-    assert "planned is weight_bits=16 instead" in plain.notes[0] and len(plain.notes) == 1
+    assert "the plan uses weight_bits=16 instead" in plain.notes[0] and len(plain.notes) == 1
 
 
 def test_a_scheme_that_is_not_known_is_told_and_planned_unquantised():
     found = mom_compile.plan(llama(1, quantization_config={"quant_method": "spqr"}), seq_len=600, device="cpu")
-    assert re.search(r"'spqr' is not known. Planned are unquantised weights; .*--weight-bits 4", found.notes[0])
+    assert re.search(r"'spqr' is not known. The plan uses unquantised weights; .*--weight-bits 4", found.notes[0])
 
 
 def test_a_plan_can_be_drawn(small, tmp_path):
@@ -310,7 +310,7 @@ def test_what_cannot_be_planned_is_told(settings, message):
 
 
 def test_what_is_no_decoder_is_told():
-    with pytest.raises(PlanError, match="nothing to plan"):
+    with pytest.raises(PlanError, match="Linear cannot be planned: give a folder"):
         mom_compile.plan(torch.nn.Linear(2, 2), seq_len=100)
     with pytest.raises(PlanError, match="bert is an encoder: it keeps no keys and values"):
         mom_compile.plan(transformers.BertConfig(), seq_len=100)

@@ -20,8 +20,8 @@ LLAMA_70B = Layer(64, ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), *
 GEMMA_270M = Layer(4, ((640, 1024), (640, 256), (640, 256), (1024, 640), *[(640, 2048)] * 2, (2048, 640)))
 #: What the rule says for Llama-3-8B.
 ROWS = {
-    "A100": 1536, "A100 40GB": 1536, "H100": 2048, "H200": 2048, "B200": 2304, "GB200": 2304, "RTX 4090": 2048,
-    "L40S": 2048, "L4": 2304, "RTX 5090": 2560, "RTX 3090": 1280, "MI300X": 4864,
+    "A100": 1536, "A100 40GB": 1536, "H100": 2048, "H100 PCIe": 1792, "H100 NVL": 2048, "H200": 2048, "B200": 2304,
+    "GB200": 2304, "RTX 4090": 2048, "L40S": 2048, "L4": 2304, "RTX 5090": 2560, "RTX 3090": 1280, "MI300X": 4864,
 }  # fmt: skip
 LAYERS = {"Llama-3-8B": LLAMA_8B, "Llama-3-70B": LLAMA_70B, "Gemma-3-270M": GEMMA_270M}
 
@@ -40,12 +40,28 @@ def test_every_recorded_device_is_in_the_table_above() -> None:
     [
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA L40S", "L40S"),
         ("NVIDIA L4", "L4"), ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("AMD Instinct MI300X", "MI300X"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
     ],
 )  # fmt: skip
 def test_a_gpu_is_found_by_what_it_calls_itself(name: str, device: str) -> None:
     """L4 is in L40S, and B200 in GB200: names are compared word by word."""
-    assert device_of(Properties(name, 1, 10)) == (DEVICES[device], name)
+    assert device_of(Properties(name, DEVICES[device].multiprocessors, 10)) == (DEVICES[device], name)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "device"),
+    [
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 76, "RTX 4090"), ("NVIDIA GeForce RTX 4090 D", 114, "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 60, "H100"),
+    ],
+)  # fmt: skip
+def test_a_smaller_gpu_of_the_same_name_has_a_share_of_its_figures(name, multiprocessors, device) -> None:
+    found, text = device_of(Properties(name, multiprocessors, DEVICES[device].capability))
+    share = multiprocessors / DEVICES[device].multiprocessors
+    assert found.flops == pytest.approx(share * DEVICES[device].flops)
+    assert found.bandwidth == pytest.approx(share * DEVICES[device].bandwidth)
+    assert text.startswith(f"{name}, taken for {multiprocessors} of the ")
 
 
 @pytest.mark.parametrize(

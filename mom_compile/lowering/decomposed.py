@@ -1,7 +1,7 @@
 """Operators that Inductor decomposes and does not lower.
 
-AOTAutograd decomposes what a user's graph calls before the passes see it. What the passes call themselves it never
-sees: Inductor would refuse a piece with such an operator, and the piece would run eagerly.
+AOTAutograd decomposes the operators of a user's graph before the passes run. It does not see the operators that the
+passes add. Inductor refuses a piece that has one it cannot lower, and the piece would run eagerly.
 
 Before:  index = arange.start(0, n); y = index_select(x, 0, index)
 After:   index = iota(n); y = index(x, [index])
@@ -19,7 +19,7 @@ from mom_passes.graph.edit import attribute
 
 
 def decompose(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
-    """Replace calls of such operators by what Inductor decomposes them into, in place.
+    """Replace calls of such operators by their decompositions, in place.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
 
 
 def _constant(gm: fx.GraphModule, value: Any) -> str:
-    """The name under which a graph has a constant of a decomposition."""
+    """Add a constant of a decomposition to a graph and return its name."""
     name = f"_decomposed_{sum(known.startswith('_decomposed_') for known in vars(gm) | gm._buffers)}"
     if isinstance(value, torch.Tensor):
         gm.register_buffer(name, value)
@@ -77,7 +77,7 @@ def _constant(gm: fx.GraphModule, value: Any) -> str:
 
 
 def _put_in_place(node: fx.Node, result: Any) -> None:
-    """Let the readers of a call read what replaces it."""
+    """Replace a call in its readers, and erase it."""
     if isinstance(result, fx.Node):
         # Readers outside the piece rely on the strides that the call was captured with.
         if result not in node.all_input_nodes:

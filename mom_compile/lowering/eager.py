@@ -1,4 +1,4 @@
-"""What Inductor cannot compile runs eagerly, with the reason; under `strict=True` it is an error."""
+"""Pieces that Inductor cannot compile run eagerly, with a reason; with `strict=True` they are an error."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class NotCompiled(RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """What kind of error it is, and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-    """Node by node, as captured. Empties `inputs`, as compiled code may."""
+    """Run a graph node by node, as it was captured. Empties `inputs`, as compiled code does."""
     values = list(inputs)
     inputs.clear()
     return gm(*values)
 
 
 def refuse_or_warn(reason: str, strict: bool) -> None:
-    """Of code that was compiled while a program ran, which is in no report. Raises `NotCompiled` under `strict`."""
+    """Warn of code that failed to compile while a program ran, or raise `NotCompiled` if `strict`. No report has it."""
     if strict:
         raise NotCompiled({"a piece for other sizes": reason})
     warn_of_eager("a piece for other sizes", reason)

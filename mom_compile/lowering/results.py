@@ -1,8 +1,8 @@
 """A piece returns each result in the layout that its readers are compiled for.
 
-The graph around a piece says how a result lies in memory, and what reads it is compiled for that. Inside the piece the
-operators may give it other strides, because its inputs have others. Inductor returns the strides that a fake kernel
-claims. Where these are not the ones that readers expect, the piece ends with a copy that has them.
+The graph around a piece states the strides of each result, and the readers of a result are compiled for them. Operators
+in the piece may give the result other strides, because the inputs of the piece have other strides. Inductor returns the
+strides that a fake kernel claims. If readers expect different strides, the piece ends with a copy.
 
 Before:  y = op(x);                             return y            y: strides (1, 50), expected: (32, 1)
 After:   y = op(x); own = copy_rows(y, [0, 1]); return own
@@ -20,9 +20,10 @@ from mom_passes.ops.rows import COPY_ROWS
 
 
 def lay_out_results(gm: fx.GraphModule, orders: Sequence[Sequence[int] | None]) -> None:
-    """Append the copies, in place. `orders` are those of the results, None where any strides will do.
+    """Append the copies, in place. `orders` has an order of dimensions for each result; None accepts any strides.
 
-    The graph's fake values are those of its operators. A graph whose results lie as expected stays as it is.
+    The fake values in the graph are those that its operators return. A graph whose results have the expected strides
+    is not changed.
     """
     graph = gm.graph
     output = next(iter(reversed(graph.nodes)))

@@ -1,4 +1,4 @@
-"""What a plan assumes of quantised weights, and says of them."""
+"""The scheme that a plan assumes for quantised weights, and the notes about it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def assumed_scheme(given: Mapping[str, Any] | None, bits: int | None) -> tuple[S
     that. Raises `PlanError` for bits that weights do not come in."""
     method = "" if given is None else f" ({given.get('quant_method') or 'no method named'})"
     if bits is not None:
-        note = f"its checkpoint is quantised{method}; planned is weight_bits={bits} instead"
+        note = f"the checkpoint is quantised{method}; the plan uses weight_bits={bits} instead"
         instead = [] if given is None else [note]
         try:
             return (None if bits == UNQUANTISED else scheme_of_bits(bits)), instead
@@ -32,17 +32,17 @@ def assumed_scheme(given: Mapping[str, Any] | None, bits: int | None) -> tuple[S
         return scheme_of(given), []
     except UnreadableError as error:
         return None, [
-            f"its checkpoint is quantised{method}, and how many bytes that takes cannot be told: {error}. Planned are "
-            f"unquantised weights; weight_bits=4 (--weight-bits 4) plans 4 bits"
+            f"the checkpoint is quantised{method}, but its bytes are unknown: {error}. The plan uses unquantised "
+            f"weights; weight_bits=4 (--weight-bits 4) plans 4 bits"
         ]
 
 
 def what_is_quantised(scheme: Scheme | None, weights: Weights, subject: Subject) -> list[str]:
-    """What is assumed of quantised weights."""
+    """Notes on the assumed formats of quantised weights."""
     if scheme is None:
         return []
     if not weights.stored:
-        return [f"weights are quantised ({scheme.method}), but none of those that are named is in the model"]
+        return [f"weights are quantised ({scheme.method}), but the model has none of the weights that the config names"]
     parts = [f"{count / 1e9:.3g}e9 of {subject.parameters / 1e9:.3g}e9 parameters have {fmt}"
              for fmt, count in weights.stored]  # fmt: skip
     text = f"weights are quantised ({scheme.method}): {', '.join(parts)}; all others are in {subject.dtype}"

@@ -132,7 +132,7 @@ def of_config(config: Any, name: str) -> Found:
     library = _transformers()
     if not isinstance(config, library.PretrainedConfig):
         raise PlanError(
-            f"{type(config).__name__} is nothing to plan: give a folder, a config.json, the name of a shipped shape, a "
+            f"{type(config).__name__} cannot be planned: give a folder, a config.json, the name of a shipped shape, a "
             f"config of transformers or a model that has one"
         )
     text = _text_part(config, name)

@@ -62,8 +62,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DecodeEstimate:
-    """New tokens per second of all sequences together, what bounds them, and the seconds of a step that each thing by
-    itself would take."""
+    """New tokens per second of all sequences together, the resource that bounds them, and the seconds of a step that
+    each resource would need alone."""
 
     device: str
     tokens_per_second: float
@@ -102,12 +102,15 @@ class Step:
 
 
 def device_named(name: str) -> tuple[str, Device]:
-    """A recorded device. Raises `PlanError`, which lists them, for another."""
+    """The recorded device with this name. Raises `PlanError`, which lists the names, if there is none."""
     known = find_device(name)
     if known is None:
         near = nearest_device(name)
         meant = "" if near is None else f" (did you mean {near!r}?)"
-        raise PlanError(f"device={name!r} is not a recorded device{meant}; recorded are {', '.join(DEVICES)}")
+        raise PlanError(
+            f"device={name!r} is not a recorded device{meant}; recorded are {', '.join(DEVICES)}; for another device "
+            f"take one of similar speed and give its memory (--device-memory, plan(memory_budget=...))"
+        )
     return known, DEVICES[known]
 
 

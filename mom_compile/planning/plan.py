@@ -95,12 +95,12 @@ def plan(
     return made
 
 
-#: Names for the memory of a device that somebody may try.
+#: Wrong names for the memory of a device that users are likely to try.
 _MEMORY_NAMES = frozenset({"device_memory", "gpu_memory", "memory", "max_memory", "vram"})
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    """Raises `PlanError` for the command line's name of an argument, or one like it."""
+    """Raise `PlanError` for a wrong name of the memory of a device, such as the command line's `device_memory`."""
     for name in _MEMORY_NAMES & given.keys():
         value = given[name]
         raise PlanError(
@@ -118,7 +118,7 @@ def _of_transformers(model: Any) -> Any:
 def _found(model: Any) -> Found:
     if isinstance(model, str | Path):
         return find_config(model)
-    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
+    config = getattr(model, "config", model) if isinstance(model, nn.Module) else model
     return of_config(config, type(model).__name__)
 
 
@@ -174,8 +174,8 @@ class Plan:
         return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
 
     def max_seq_len(self, budget: int | str | None = None) -> int:
-        """The longest context that `budget` bytes of the device have room for; 0: none. By default the budget of the
-        plan, or what its device has."""
+        """The longest context that fits into `budget` bytes of the device; 0 if none fits. The default is the budget of
+        the plan, or else the memory of its device."""
         size = self.memory if budget is None else parse_bytes(budget, "budget")
         if size is None:
             raise PlanError("max_seq_len needs a budget: max_seq_len('80GiB')")
@@ -206,7 +206,7 @@ class Plan:
 
     @property
     def memory(self) -> int | None:
-        """Bytes of the device that there are: the budget, or what the device has; None: a CPU's, which nobody says."""
+        """Bytes of device memory: the budget, or else the memory of the device; None for a CPU."""
         if self.budget is not None or self.device == CPU:
             return self.budget
         return device_named(self.device)[1].memory
@@ -252,7 +252,7 @@ class Plan:
         return "\n".join(lines)
 
     def _in_its_way(self) -> str:
-        """What the plan's way needs on the host, and how long it takes; of one that does not fit, what it needs."""
+        """A line on the plan's way: host memory and times or, if it does not fit, the bytes that it needs."""
         what, host = self.ways[self.way].what, self.host_bytes()
         beside = f"{what}: {in_units(host)} on the host" if host else f"{what}: nothing on the host"
         if self.device == CPU:
@@ -266,7 +266,7 @@ class Plan:
         return self.summary()
 
     def __repr__(self) -> str:
-        """In one line, and without planning anything that has not been planned yet."""
+        """One line. It needs no further planning."""
         s, budget = self.subject, "" if self.budget is None else f", within {in_units(self.budget)}"
         return (
             f"<Plan: {s.name}, {in_units(s.weight_bytes)} of weights, {self.batch_size} x {self.seq_len:,} tokens on "

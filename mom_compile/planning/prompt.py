@@ -1,4 +1,4 @@
-"""A model without weights and a prompt for it, from a config: what `explain` traces when it is given no model."""
+"""A model without weights and a prompt for it, made from a config. `explain` traces them if it gets a config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mom_compile.arguments import takes
 from mom_compile.planning.configs import PlanError, find_config, of_config
 from mom_compile.quantities import parse_tokens
 
-#: Tokens of a prompt where none are named.
+#: The default number of tokens of a prompt.
 USUAL_TOKENS = 4096
 
 

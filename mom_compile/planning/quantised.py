@@ -49,7 +49,7 @@ class Format:
     dequantised: bool = True
 
     def bytes(self, shape: Sequence[int]) -> int:
-        """Of a matrix `[..., rows, columns]`."""
+        """The bytes of a matrix `[..., rows, columns]`."""
         count, columns = math.prod(shape), shape[-1]
         matrices, rows = math.prod(shape[:-2]), shape[-2]
         if self.block is not None:
@@ -78,7 +78,7 @@ class Scheme:
     roles: frozenset[Role] = field(default=frozenset({Role.LINEAR, Role.BANK}))
 
     def format_of(self, name: str, role: Role) -> Format | None:
-        """The format of a parameter; None: it is not quantised."""
+        """The format of a parameter; None if it is not quantised."""
         names = _modules(name, role)
         if role not in self.roles or any(_matches(skip, one) for skip in self.skips for one in names):
             return None
@@ -86,7 +86,7 @@ class Scheme:
 
 
 class UnreadableError(ValueError):
-    """What takes how many bytes cannot be told from a quantization_config."""
+    """A quantization_config does not say how many bytes weights take."""
 
 
 def scheme_of(given: Mapping[str, Any]) -> Scheme:
@@ -102,8 +102,8 @@ def scheme_of(given: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of_bits(bits: int) -> Scheme:
-    """All products and experts in so many bits: a 16-bit scale for each row with 8 bits, a 16-bit scale and a zero for
-    each 128 values with fewer."""
+    """The scheme for all products and experts with this number of bits. 8 bits have a 16-bit scale for each row; fewer
+    have a 16-bit scale and a zero for each 128 values."""
     if bits not in BITS:
         raise ValueError(f"weight_bits={bits!r} is not valid; it is one of {', '.join(map(str, BITS))}")
     fmt = Format(8) if bits == 8 else Format(bits, _GROUP, zero_bits=bits)
@@ -117,7 +117,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def _modules(name: str, role: Role) -> list[str]:
-    """Names that a config may call a parameter's module by: a bank stands for the projections of its experts."""
+    """Names of a parameter's module that a config may use. The names of a bank are the projections of its experts."""
     if role is not Role.BANK:
         return [name.rpartition(".")[0]]
     owner, _, own = name.rpartition(".")

@@ -18,7 +18,7 @@ from torch import nn
 from mom_compile.planning.quantised import Format, Role, Scheme
 from mom_compile.weights.units import parameters_of
 
-#: What configs call the number of experts that a token is sent to.
+#: Names of the config field for the number of experts of a token.
 _CHOSEN = (
     "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "num_experts_per_token", "num_selected_experts",
     "moe_top_k", "top_k_routers", "moe_num_active_primary_experts",
@@ -37,11 +37,11 @@ class Part:
     share: float
 
     def read(self, sequences: int) -> int:
-        """Bytes that a decode step of so many sequences reads."""
+        """Bytes that a decode step reads, by the number of sequences."""
         return self.bytes + int(self.bank_bytes * min(1.0, sequences * self.share))
 
     def work(self, sequences: int) -> int:
-        """Multiply-adds of a decode step of so many sequences."""
+        """Multiply-adds of a decode step, by the number of sequences."""
         return sequences * (self.count + int(self.bank_count * self.share))
 
 
@@ -64,7 +64,7 @@ class Weights:
 
 
 def weights_of(model: nn.Module, config: Any, scheme: Scheme | None) -> Weights:
-    """Of a model whose parameters are not quantised, with what a `scheme` says of them."""
+    """The weights of a model whose parameters are not quantised, in the formats of a `scheme`."""
     named, roles = dict(model.named_parameters()), _roles(model)
     formats = {name: scheme.format_of(name, roles[name]) if scheme is not None else None for name in named}
     sizes = {name: _bytes(parameter, formats[name]) for name, parameter in named.items()}

@@ -1,4 +1,4 @@
-"""What a notebook shows of a report, a plan or scores: HTML with the text or the table that a terminal shows."""
+"""HTML for notebooks: the text or the table that a terminal shows for a report, a plan or scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def html_of_text(text: str) -> str:
 
 
 def html_of_table(renderable: Any) -> str:
-    """What rich draws, with its colours."""
+    """A table or a text of rich, with its colours."""
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format=f'<pre style="{_STYLE}">{{code}}</pre>')
