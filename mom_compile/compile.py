@@ -95,14 +95,14 @@ def _leave_out_default(model: Callable[..., Any], named: MutableMapping[str, Any
     if not isinstance(given, bool) or not isinstance(model, torch.nn.Module):
         return
     default = getattr(getattr(model, "config", None), "return_dict", None)
-    if given is default and _asks_its_config(type(model)):
+    if given is default and _asks_its_config(type(model).forward):
         del named["return_dict"]
 
 
 @functools.cache
-def _asks_its_config(model: type[torch.nn.Module]) -> bool:
+def _asks_its_config(forward: Callable[..., Any]) -> bool:
     """Whether `forward` has no default of its own for `return_dict`, other than None."""
-    parameter = inspect.signature(model.forward).parameters.get("return_dict")
+    parameter = inspect.signature(forward).parameters.get("return_dict")
     return parameter is None or parameter.default is None
 
 
