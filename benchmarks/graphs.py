@@ -175,16 +175,34 @@ are made from the top to the bottom; a cell has the graphs that these calls need
 _WHY = """
 ## Why so many
 
-- A prompt and a token behind it are two graphs: of a token the model knows that there is one.
-- One sequence and several are two kinds: PyTorch compiles a size of one as a constant.
-- Padding is a kind of its own: `generate()` hands the model a mask only where a token is masked.
-- A turn of a chat is a prompt behind a cache, and so are drafted tokens. Refused drafts are cropped off the cache,
-  whose strides remain those of the longer one: Dynamo guards on them.
-- A window adds to each of these. The code of transformers' windowed cache branches on whether the window is full, and
-  Dynamo follows one side. The first token behind a long prompt finds the window's rows dense, the later ones find a
-  part of one row more: other strides, another graph.
-- The numbers of tokens and of sequences make no graphs: `mom_compile.compile` takes them as symbols from the first
-  call. `model.compile(backend="mom")` takes each for a constant at first, and needs a graph more for each kind.
+Each reason is a guard that `TORCH_LOGS=recompiles` prints.
+
+- **A prompt, or one token behind it.** A size of one is a constant for PyTorch. Of one token the model knows that no
+  mask is needed.
+- **One sequence, or several** (twice as many). A batch of one is a constant, too. PyTorch's setting against that,
+  `torch.fx.experimental._config.backed_size_oblivious`, is process-wide, and experimental by its own words. A graph
+  with a size that is marked as unbacked goes to stock Inductor.
+- **With or without padding** (twice as many for several sequences). `generate()` hands the model a mask only where a
+  token is masked. Under `torch.compile`, transformers relies on causal attention only where it is given no mask: a
+  mask of ones in every call would share the graphs, and each call would build its attention mask.
+- **Turns of a chat** (1). Several tokens behind a cache need a mask that a prompt does not.
+- **Drafted tokens** (up to 3). They ask for the logits of several tokens, which is a constant while it is one. Refused
+  drafts are cropped off the cache, which keeps the strides of the longer one: Dynamo guards on strides, and making the
+  rows dense would copy the cache once more in every step.
+- **A window** (2 graphs more for each kind). Transformers builds no mask for a prompt that is shorter than the window,
+  and a mask for a longer one; its cache branches on whether the window is full. Dynamo follows one side of each branch.
+  A prompt or a cache of exactly one token less than the window takes the other side of one branch only: the step across
+  the border is a graph of its own.
+
+## What makes no graph
+
+- The numbers of tokens and of sequences: `mom_compile.compile` takes them as symbols from the first call.
+  `model.compile(backend="mom")` takes each for a constant at first, and needs a graph more for each kind.
+- The first step behind a prompt that is longer than the window. The window's rows are copied out of the prompt's keys
+  with room for one row before them, and have the strides that every later step leaves.
+- The first step behind any other prompt: its keys lie as those of later steps do.
+- `return_dict`, which `generate()` passes, but not where tokens are drafted: `mom_compile.compile` drops it where it
+  is the default.
 """
 
 

@@ -10,7 +10,9 @@ alone takes both numbers for constants until a second call has others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,9 +74,39 @@ def compile(
     if parsed.inductor:
         given["inductor"] = dict(parsed.inductor)
     settings: dict[str, Any] = {"backend": "mom", "dynamic": dynamic, "fullgraph": fullgraph, "options": given}
-    before = _expect_other_lengths if dynamic is None else None
+    before = functools.partial(_prepare, model, dynamic is None)
     compiled: Compilable = compile_apart(model, recompile_limit, before, **settings)
     return compiled
+
+
+def _prepare(
+    model: Callable[..., Any], any_lengths: bool, named: MutableMapping[str, Any], unnamed: Sequence[Any]
+) -> None:
+    """Make calls alike that mean the same, before Dynamo looks for a graph of a call."""
+    _leave_out_default(model, named)
+    if any_lengths:
+        _expect_other_lengths(named, unnamed)
+
+
+def _leave_out_default(model: Callable[..., Any], named: MutableMapping[str, Any]) -> None:
+    """Remove a `return_dict` that a model of transformers would assume without it.
+
+    Dynamo guards on the names of a call's arguments. `generate` passes `return_dict=True`, but not where it verifies
+    drafted tokens.
+    """
+    given = named.get("return_dict")
+    if not isinstance(given, bool) or not isinstance(model, torch.nn.Module):
+        return
+    default = getattr(getattr(model, "config", None), "return_dict", None)
+    if given is default and _asks_its_config(type(model).forward):
+        del named["return_dict"]
+
+
+@functools.cache
+def _asks_its_config(forward: Callable[..., Any]) -> bool:
+    """Whether `forward` has no default of its own for `return_dict`, other than None."""
+    parameter = inspect.signature(forward).parameters.get("return_dict")
+    return parameter is None or parameter.default is None
 
 
 #: Arguments that are `[sequences, tokens, width]`.

@@ -430,12 +430,13 @@ CAN_ISOLATE = {"isolate_recompiles", "recompile_limit"} <= inspect.signature(tor
 
 
 def compile_apart(
-    model: Any, limit: int, before: Callable[[Mapping[str, Any], Sequence[Any]], None] | None, **settings: Any
+    model: Any, limit: int, before: Callable[[dict[str, Any], Sequence[Any]], None] | None, **settings: Any
 ) -> Any:
     """`torch.compile`, of a module in place, with a limit of its own on how many graphs are made of it.
 
-    `before(kwargs, args)` is called with the arguments of each call. Where PyTorch cannot count the graphs of one model
-    alone (before 2.13), the limit holds while this one is called, for the graphs of all models that share its code.
+    `before(kwargs, args)` is called with the arguments of each call and may change `kwargs`. Where PyTorch cannot count
+    the graphs of one model alone (before 2.13), the limit holds while this one is called, for the graphs of all models
+    that share its code.
     """
     apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": limit} if CAN_ISOLATE else {}
     if not isinstance(model, torch.nn.Module):

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,3 +176,36 @@ def test_the_page_on_troubles_has_the_warnings_as_they_are() -> None:
     assert len(named) >= 8
     for text in named:
         assert all(part.strip() in texts for part in text.split("...")), text
+
+
+class Answering(nn.Module):
+    """Takes `return_dict` as models of transformers do: what is not given is asked of `config`."""
+
+    def __init__(self, return_dict: bool) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(return_dict=return_dict)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
+        by_name = kwargs.pop("return_dict", self.config.return_dict)
+        return {"y": x * 2} if by_name else (x * 2,)
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_an_argument_that_says_the_default_needs_no_graph(default: bool, ran: list[CompiledGraph]) -> None:
+    """`generate` passes `return_dict=True`, and omits it where tokens are drafted."""
+    model, x = mom_compile.compile(Answering(default)), torch.ones(5)
+    with torch.no_grad():
+        given, omitted, other = model(x, return_dict=default), model(x), model(x, return_dict=not default)
+    assert type(given) is type(omitted) is (dict if default else tuple)
+    assert type(other) is (tuple if default else dict)
+    assert len(ran) == 3 and len(reports()) == 2
+
+
+def test_an_argument_stays_where_forward_has_a_default_of_its_own() -> None:
+    class Other(Answering):
+        def forward(self, x: torch.Tensor, return_dict: bool = False) -> Any:
+            return super().forward(x, return_dict=return_dict)
+
+    model: Any = mom_compile.compile(Other(True))
+    with torch.no_grad():
+        assert isinstance(model(torch.ones(5), return_dict=True), dict)

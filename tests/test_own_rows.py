@@ -234,6 +234,29 @@ def test_rows_keep_the_order_in_which_they_lay():
     assert rows.stride() == (40, 4, 8, 1)
 
 
+WINDOW = 40
+
+
+def windowed(past, new):
+    return (torch.cat([past, new], dim=2)[:, :, -WINDOW + 1 :],)
+
+
+@pytest.mark.parametrize("tokens", [WINDOW, 3 * WINDOW], ids=["one row more", "many more"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["of one length", "of any length"])
+def test_a_window_behind_a_prompt_lies_as_a_decode_step_leaves_it(dynamic, tokens):
+    """Dynamo guards on strides: else the first step behind a prompt would need a graph of its own."""
+    heads, empty = torch.randn(2, 3, tokens, 4), torch.randn(2, 3, 0, 4)
+    gm = trace(lambda x: windowed(empty, x.cumsum(2)), heads, dynamic=dynamic)
+    report = Report()
+    (rows,) = for_stock(gm, report=report)(heads)
+    assert bool(report.own_rows) == (dynamic or tokens > WINDOW)
+    (after,) = windowed(rows, torch.randn(2, 3, 1, 4))
+    assert rows.shape == after.shape
+    assert rows.stride() == after.stride()
+    assert torch.equal(rows, windowed(empty, heads.cumsum(2))[0])
+    assert behind(rows) == WINDOW / (WINDOW - 1)
+
+
 def test_a_residual_of_which_rows_are_kept_is_still_written_over():
     def run(x, *parameters):
         last, first = decoder(x, *parameters, hidden_too=True)

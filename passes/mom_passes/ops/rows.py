@@ -9,8 +9,9 @@ import torch
 from mom_passes.ops.library import LIBRARY
 
 #: A dense layout is its `order`: the dimensions from the outermost in storage to the innermost.
-LIBRARY.define("copy_rows(Tensor rows, int[] order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-"""Rows in a storage of their own, dense in `order`.
+LIBRARY.define("copy_rows(Tensor rows, int[] order, int? room=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+"""Rows in a storage of their own, dense in `order`. With `room`, they lie behind a row that has no values yet, in that
+dimension, and the result has that row, too.
 
 An operator of its own, since Inductor takes a `clone` whose strides are its source's for nothing and drops it.
 """
@@ -26,14 +27,18 @@ What an operator really returns may have other strides than its fake kernel clai
 LAID_OUT = torch.ops.mom.laid_out.default
 
 
-def copy_rows(rows: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    own = torch.empty_permuted(rows.shape, list(order), dtype=rows.dtype, device=rows.device)
-    return own.copy_(rows)
+def copy_rows(rows: torch.Tensor, order: Sequence[int], room: int | None = None) -> torch.Tensor:
+    own = _new_rows(rows, order, room)
+    (own if room is None else own.narrow(room, 1, rows.shape[room])).copy_(rows)
+    return own
 
 
 @torch.library.register_fake("mom::copy_rows", lib=LIBRARY)
-def _copy_rows_fake(rows: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    return torch.empty_permuted(rows.shape, list(order), dtype=rows.dtype, device=rows.device)
+def _new_rows(rows: torch.Tensor, order: Sequence[int], room: int | None = None) -> torch.Tensor:
+    shape = list(rows.shape)
+    if room is not None:
+        shape[room] += 1
+    return torch.empty_permuted(shape, list(order), dtype=rows.dtype, device=rows.device)
 
 
 LIBRARY.impl("copy_rows", copy_rows, "CompositeExplicitAutograd")

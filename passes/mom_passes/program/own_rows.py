@@ -12,6 +12,7 @@ base, cut, part, cover   See `parts`: outputs that show some rows of a storage o
 
 Before:  x1, k1 = stage_1(...); x2, k2 = stage_2(..., x1, k1); ...; return (..., k1[:, :, -w:])
 After:   x1, k1 = stage_1(...); x2, k2 = stage_2(..., x1, k1); own = copy_rows(k1[:, :, -w:]); ...; return (..., own)
+         with room for a row: own = copy_rows(k1[:, :, -w:], room=2); ...; return (..., own[:, :, 1:])
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mom_passes.graph.values import bytes_of, is_size
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.program.parts import Part, find_parts
+from mom_passes.rules.view import TO_THE_END
 
 aten = torch.ops.aten
 
@@ -66,11 +68,11 @@ class _Rewriter:
     def run(self) -> OwnRows:
         cover = self._cover()
         with self.graph.inserting_before(cover.next):
-            own = emit(self.graph, COPY_ROWS, (cover, list(storage_order(cover.meta["val"]))))
+            own = emit(self.graph, COPY_ROWS, (cover, list(storage_order(cover.meta["val"])), self.part.room))
         seen: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(self.output):
             for cut, rows in self.part.cuts.items():
-                seen[cut] = own if rows is None else self._within(own, cut, rows)
+                seen[cut] = self._behind_room(own) if rows is None else self._within(own, cut, rows)
             replaced = {output: self._through(output, seen) for output in self.part.outputs}
         returned = [replaced.get(value, value) for value in self.output.args[0]]  # type: ignore[union-attr]
         self.output.args = (type(self.output.args[0])(returned),)  # type: ignore[operator, misc]
@@ -101,6 +103,11 @@ class _Rewriter:
             with self.graph.inserting_before(place):
                 self.moved[node] = self.graph.node_copy(node, made_of.__getitem__)
         return self.moved[node]
+
+    def _behind_room(self, own: fx.Node) -> fx.Node:
+        if self.part.room is None:
+            return own
+        return emit(self.graph, aten.slice.Tensor, (own, self.part.room, 1, TO_THE_END))
 
     def _within(self, own: fx.Node, cut: fx.Node, rows: tuple[int, int]) -> fx.Node:
         """What a cut takes, taken of the copy."""

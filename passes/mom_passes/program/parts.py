@@ -15,6 +15,9 @@ cover     The rows of a part, once: its cut, or the smallest slice around severa
 
 A decode step that drops one row of a window's does not copy the window: `cat([past, new])[-w:]` stays a view. Sizes are
 compared without guards: where the rest has no bound, as behind a window over a prompt of any length, it is copied.
+
+The copy of a value's last w rows has room for one row before them. It then has the strides of `cat([past, new])[-w:]`:
+the graph of a decode step, whose guards hold strides, serves the first step behind a prompt and all later ones.
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ aten = torch.ops.aten
 #: One part in so many of a base may stay allocated for nobody: a copy costs time, too.
 MOST_WASTE = 8
 
+#: A copy with room has at least so many rows.
+LEAST_WITH_ROOM = 32
+
 #: What returns rows that are no part of a storage of the device, or that have their own already.
 NO_BASE = frozenset({OFFLOAD, APPEND, COPY_ROWS})
 
@@ -73,6 +79,18 @@ class Part:
         return tuple(shape)
 
     @property
+    def room(self) -> int | None:
+        """The dimension in which the copy has a row more, if it has."""
+        cut = self.cover
+        if cut.target is not aten.slice.Tensor or self.rows is not None or set(self.cuts) != {cut}:
+            return None
+        dim = int(argument(cut, "dim")) % int(cut.meta["val"].dim())
+        count, rows = cut.meta["val"].shape[dim], operands(cut)[0].meta["val"].shape[dim]
+        span = span_of(cut, Dim(dim), rows)
+        last = span is not None and same(span.end, rows)
+        return dim if last and isinstance(count, int) and count >= LEAST_WITH_ROOM else None
+
+    @property
     def bytes(self) -> int:
         """Of the cover, at the captured sizes."""
         return count_hint(self.shape) * int(self.cover.meta["val"].element_size())
@@ -93,14 +111,6 @@ def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
         if parts and _worth_copying(base, parts):
             found += parts
     return tuple(found)
-
-
-
-
-
-
-
-
 
 
 def _is_written(base: fx.Node) -> bool:
@@ -217,5 +227,3 @@ def _grows_by_a_few_rows(base: fx.Node) -> bool:
     dim = int(argument(base, "dim")) % int(base.meta["val"].dim())
     new = [n for n in tensors if base_of(n).op != "placeholder"]
     return len(new) < len(tensors) and all(isinstance(n.meta["val"].shape[dim], int) for n in new)
-
-
