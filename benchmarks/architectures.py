@@ -39,6 +39,7 @@ from benchmarks.workers import run_worker
 
 BACKENDS = ("inductor", "mom")
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
+COMPILED = RESULTS.with_name("compiled-2026-11-30.json")
 #: Telling kinds first: a sweep that is cut short has seen something of everything.
 FIRST = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "mistral", "falcon", "bloom", "gpt2",
          "mamba", "mamba2", "bamba", "qwen3_next", "jamba", "gemma3n_text", "opt", "gpt_neox", "phi3")  # fmt: skip
@@ -107,8 +108,10 @@ class Results:
         unfinished.replace(self.path)
 
 
-def write_page(results: Results) -> None:
-    PAGE.write_text(page(results.ordered()))
+def write_page() -> None:
+    """Make the page of what is kept."""
+    kept = [json.loads(path.read_text()) if path.exists() else {} for path in (RESULTS, COMPILED)]
+    PAGE.write_text(page(*kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(RESULTS)
     if not options.page:
         sweep(results, options)
-    write_page(results)
+    write_page()
     return 0
 
 

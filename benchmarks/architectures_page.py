@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architectures_worker import BOUND_FLOAT32
 from benchmarks.measure import describe_machine
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
@@ -55,9 +56,22 @@ kind, mom with its default options (`--compile`). Few layers and small widths: k
 here.
 """
 
+_COMPILED = """## Compiled for real
 
-def page(results: Mapping[str, Any]) -> str:
-    """The whole page as text."""
+Types compiled with Inductor's code, in float32, with `mini_seq_len` 64 and `strict`: a prefill of a length that neither
+64 nor a scan's chunk divides, and a decode step after it (– where it was not run, or the model keeps no state). Figures
+are the largest difference as above; right is up to 1e-4 from eager mode or from stock Inductor. *Eager pieces* are
+those that Inductor could not compile. *CPU seconds* are those of one process for eager mode, compiling and running;
+code that the process of an earlier type compiled is read from the disk.
+`python -m benchmarks.architectures_compiled TYPE ... --tokens N` adds to this table. `make sweep` tests every type at
+two lengths.
+
+{stamp}.
+"""
+
+
+def page(results: Mapping[str, Any], compiled: Mapping[str, Any] | None = None) -> str:
+    """The whole page as text; `compiled` has the results of types compiled for real, where there are any."""
     types: Mapping[str, Entry] = results["types"]
     decoders: Mapping[str, Entry] = results.get("decoders", {})
     stamp = results["stamp"]
@@ -68,6 +82,8 @@ def page(results: Mapping[str, Any]) -> str:
     if decoders:
         parts.append(_DECODERS)
         parts += [decoder_counts(decoders, stamp["decoders"], results["known"]), _table(decoders)]
+    if compiled:
+        parts += [_COMPILED.format(stamp=describe_machine(compiled["machine"])), _compiled_table(compiled["cells"])]
     parts += [text for text in _apart({**types, **decoders}) if text]
     return "\n".join(parts)
 
@@ -166,14 +182,40 @@ def _table(types: Mapping[str, Entry]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _compiled_table(cells: Mapping[str, Entry]) -> str:
+    """A row for each length and type, keys of which are `"type tokens"`."""
+    rows = ["| type | tokens | prefill | decode step | eager pieces | CPU seconds |", "|---|---|---|---|---|---|"]
+    keys = sorted((int(tokens), name) for name, _, tokens in (key.partition(" ") for key in cells))
+    for tokens, name in keys:
+        found = cells[f"{name} {tokens}"]
+        figures = [_compiled_figure(found, use) for use in ("prefill", "step")]
+        pieces = found.get("eager_pieces", "–")
+        rows.append(f"| {name} | {tokens} | {' | '.join(figures)} | {pieces} | {found['cpu_seconds']:.0f} |")
+    return "\n".join(rows) + "\n"
+
+
+def _compiled_figure(found: Entry, use: str) -> str:
+    failed = found.get("error", found.get("ended"))
+    if failed is not None:
+        return _cell(f"**fails**: {failed}") if use == "prefill" else "–"
+    if use not in found:
+        return "–"
+    text = _number(found[use])
+    return text if found[use] <= BOUND_FLOAT32 else f"**{text}**"
+
+
 def _figure(entry: Entry, use: str) -> str:
     got = entry["uses"].get(use, {})
     if "difference" in got:
-        text = "0" if got["difference"] == 0 else f"{got['difference']:.0e}"
+        text = _number(got["difference"])
         return text if right(entry, use) else f"**{text}**" + ("¹" if _impossible(entry, use) else "")
     if "eager_error" in got:
         return "³"
     return "²" if "stock_error" in got else "**fails**" if "error" in got else "–"
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}"
 
 
 def _percent(value: float | None) -> str:

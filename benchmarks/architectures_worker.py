@@ -7,6 +7,7 @@ relative to eager's scale, graphs and breaks, multiply-adds and those outside lo
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -329,16 +330,19 @@ def run_one(subject: Subject, backends: Sequence[str]) -> None:
                 run_uses(subject)
 
 
-def in_a_child(subject: Subject, backends: Sequence[str], timeout: float) -> str | None:
-    """Run one type in a fork of this process, in which everything is imported and nothing has run. How it failed."""
+def in_a_child(name: str, work: Callable[[], None], timeout: float) -> str | None:
+    """Run the work of one type in a fork of this process, in which everything is imported and nothing has run.
+
+    Returns how it failed, if the process did not end by itself. What `work` raises becomes a row.
+    """
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run_one(subject, backends)
+            work()
             status = 0
         except BaseException as error:
-            row({"type": subject.name, "ended": said(error)})
+            row({"type": name, "ended": said(error)})
         sys.stdout.flush()
         os._exit(status)
     end = time.monotonic() + timeout
@@ -360,7 +364,8 @@ def main() -> int:
     torch.set_num_threads(1)
     for name, composite, backends in spec["types"]:
         began = time.monotonic()
-        failed = in_a_child(Subject(name, composite), backends, spec["timeout"])
+        work = functools.partial(run_one, Subject(name, composite), backends)
+        failed = in_a_child(name, work, spec["timeout"])
         ended = {} if failed is None else {"ended": failed}
         key = "compile_seconds" if backends else "seconds"
         row({"type": name, **ended, key: round(time.monotonic() - began, 1)})

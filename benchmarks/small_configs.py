@@ -30,7 +30,11 @@ _EXCEPTIONS = Path(__file__).with_suffix(".toml")
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a small model. Ids of prompts are below `words`: those of images and the like lie above."""
+    """Sizes of a small model.
+
+    Ids of prompts are below `words`: those of images and the like lie above. A model whose layers are of one kind has
+    `layers` of them.
+    """
 
     hidden: int = 64
     heads: int = 4
@@ -41,6 +45,7 @@ class Scale:
     chunk: int = 16
     experts: int = 4
     chosen: int = 2
+    layers: int = 2
     most_layers: int = 4
 
     @property
@@ -119,7 +124,7 @@ SIZES: tuple[tuple[str, Rule], ...] = tuple(
         (r"(?:.*_)?(?:lora_rank|lowrank|_rank|adapter_rank)|laurel_rank", _of(lambda s: s.head)),
         (r"(?:mamba_)?chunk_size|(?:lsh|local)_attn_chunk_length|block_size", _of(lambda s: s.chunk)),
         (r"""num_hidden_layers|n_layers?|num_layers|layers|(?:en|de)coder_layers|num_(?:en|de)coder_layers|depth|num_blocks
-             |num_global_layers""", _of(lambda s: 2)),
+             |num_global_layers""", _of(lambda s: s.layers)),
         (r"first_k_dense_replace|num_dense_layers|max_window_layers|.*attn_layer_offset", _at_most(lambda s: 1)),
         (r"""attn_layer_period|layer_group_size|global_attn_every_n_layers|no_rope_layer_interval
              |sliding_window_pattern|num_layers_per_stack|n_layers_per_attn_res_block""", _at_most(lambda s: 2)),
@@ -217,7 +222,7 @@ def _layers_of_each_kind(fields: Mapping[str, Any], scale: Scale) -> dict[str, A
     for layer in range(count):
         kinds.setdefault(repr([values[layer] for values in lists.values()]), layer)
     chosen = list(kinds.values())[: scale.most_layers]
-    chosen += chosen if len(chosen) == 1 else []
+    chosen *= scale.layers if len(chosen) == 1 else 1
     settings: dict[str, Any] = {}
     if fields.get("num_kv_shared_layers"):
         settings["num_kv_shared_layers"] = len(chosen)
