@@ -1,4 +1,4 @@
-"""Numbers that depend on data: what is only checked, returned or the size of small results leaves the loops as they are."""
+"""Numbers that depend on data leave the loops as they are, if they are checked, returned or sizes of small results."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def unique_values(x: torch.Tensor) -> Any:
 
 CHECKED = [checked, checked_between_layers]
 OTHERS = [returned, size_of_results, counted_entries]
-SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in (factor_of_the_result, found_entries, unique_values)]
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in (factor_of_the_result, found_entries, unique_values)]
 
 
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
