@@ -39,12 +39,15 @@ from mom_compile.torch_compat import (
 )
 from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
 from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
+from mom_passes.graph.data_dependent import unknown_number_behind
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
 from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
-from mom_passes.torch_compat import FLEX_ATTENTION, SYMBOLIC, has_hint
+from mom_passes.rules.work import products
+from mom_passes.torch_compat import FLEX_ATTENTION
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +183,10 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
         ):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return f"{users} calls a graph of its own, {node.target}"
-        values = node.meta.get("val")
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if any(not has_hint(number) for number in _symbolic(value)):
-                return _depends_on_data(node)
-            if isinstance(value, torch.Tensor):
-                devices[value.device] = None
+        devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
+    unknown = unknown_number_behind(gm.graph, products(gm.graph))
+    if unknown is not None:
+        return _depends_on_data(unknown)
     if torch.device("meta") in devices:
         return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
     accelerators = sorted(str(device) for device in devices if device.type != "cpu")
@@ -195,22 +196,19 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
 
 
 def _depends_on_data(node: fx.Node) -> str:
-    """A message that names a number which is unknown at capture, and says what to do."""
+    """Name a number that matrix products depend on and that is unknown at capture, and say what to do."""
     if node.op == "placeholder":
         return f"a size of {node.name} is marked as unbacked; mark it with torch._dynamo.mark_dynamic in place of that"
     if node.target is torch.ops.aten._local_scalar_dense.default:
         return (
-            f"{node.name} reads a number off a tensor (.item(), a check of values); return the tensor and read it "
-            "outside, or set torch._dynamo.config.capture_scalar_outputs = False, which breaks the graph there"
+            f"{node.name} reads a number off a tensor (.item()), and matrix products depend on it; read it outside of "
+            "the compiled function and pass it, compute with the tensor in place of the number, or set "
+            "torch._dynamo.config.capture_scalar_outputs = False, which breaks the graph there"
         )
-    return f"{node.name} ({node.target}) makes sizes depend on data; call it outside of the compiled function"
-
-
-def _symbolic(value: Any) -> list[Any]:
-    """The symbolic numbers in a value: itself, or a tensor's sizes and strides."""
-    if isinstance(value, torch.Tensor):
-        return [size for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
-    return [value] if isinstance(value, SYMBOLIC) else []
+    return (
+        f"{node.name} ({node.target}) makes sizes depend on data, and matrix products depend on these; call it outside "
+        "of the compiled function"
+    )
 
 
 def build_program(

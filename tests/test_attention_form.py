@@ -253,6 +253,19 @@ def test_finite_fill_stays_additive() -> None:
     assert argument(attentions(gm)[0], "mask").meta["val"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("operator", [FLASH, EFFICIENT])
+def test_a_symbol_for_the_channels_is_no_obstacle(operator: Any) -> None:
+    """So it is where weights are plain arguments and all sizes are symbols. The scale follows from the channels."""
+    extra = (None, False) if operator is EFFICIENT else ()
+    inputs = tensors()
+    gm = trace(lambda q, k, v: operator(q, k, v, *extra, is_causal=True)[0], *inputs, dynamic=True)
+    (node,) = attentions(attention_form(gm))
+    verify(gm)
+    assert isinstance(node.meta["val"].shape[3], torch.SymInt)
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.testing.assert_close(gm(*inputs), expected, atol=2e-6, rtol=2e-6)
+
+
 def test_causal_with_other_lengths_is_left_alone() -> None:
     query, key, value = tensors(keys=S + 3)
     gm = check(lambda q, k, v: flash(q, k, v, is_causal=True), query, key, value)

@@ -74,7 +74,7 @@ class _Call:
     value: fx.Node
     mask: fx.Node | None
     is_causal: bool
-    scale: float
+    scale: float | None
     window: int | None = None
     form: MaskForm | None = None
 
@@ -88,7 +88,7 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     query, key, value = given["query"], given["key"], given["value"]
     shape = query.meta["val"].shape
     channels = shape[-1]
-    if len(shape) != 4 or (given["scale"] is None and not isinstance(channels, int)):
+    if len(shape) != 4:
         return None
     # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
     if given["is_causal"] and not same(shape[2], key.meta["val"].shape[2]):
@@ -101,8 +101,10 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     # The math operator adds a boolean mask as numbers.
     if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
         return None
-    scale = given["scale"] if given["scale"] is not None else channels**-0.5
-    call = _Call(query, key, value, mask, bool(given["is_causal"]), float(scale))
+    scale = given["scale"]
+    if scale is None and isinstance(channels, int):
+        scale = channels**-0.5
+    call = _Call(query, key, value, mask, bool(given["is_causal"]), scale)
     return call if mask is None else _with_proven_mask(call, masks)
 
 

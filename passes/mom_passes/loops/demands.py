@@ -31,6 +31,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
+from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands, returns_nothing
 from mom_passes.loops.shared_views import shared_views
@@ -198,6 +199,8 @@ def _classify(
     if node.op in ("placeholder", "get_attr"):
         return Kind.SOURCE, (), None
     if not is_tensor(node):
+        if touches_unknown_numbers(node):
+            return Kind.WHOLE, tuple(Instance(n, All()) for n in node.all_input_nodes), None
         if _is_size_of(node):
             return Kind.SIZE, (), None
         whole = tuple(Instance(n, All()) for n in node.all_input_nodes)

@@ -11,7 +11,7 @@ import torch
 from mom_passes.ops.library import LIBRARY
 
 LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float scale,"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float? scale,"
     " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -21,7 +21,7 @@ LIBRARY.define(
 query `[B, H, R, D]`, key and value `[B, G, T, D]` with H a multiple of G (grouped heads), mask
 boolean or additive, broadcastable to `[B, H, R, T]`, or None. With `is_causal`, row `i` of the query
 stands at position `start + i` and sees keys up to and including it; with `window` it sees the last
-`window` of those.
+`window` of those. Scores are multiplied by `scale`; None stands for `1 / sqrt(D)`, where `D` is a symbol.
 
 What is said of each key by itself comes as a vector `[B or 1, T]` instead of a mask: `keys`, boolean, which of them may
 be seen at all (no padding); `segments`, whose number a key must share with the query; `positions`, which must be at
@@ -132,7 +132,8 @@ def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
     """`kernel` with the arguments of the operator's schema."""
 
     def operator(*arguments, **named):  # type: ignore[no-untyped-def]
-        return kernel(AttentionCall(*arguments, **named))
+        call = AttentionCall(*arguments, **named)
+        return kernel(call if call.scale is not None else replace(call, scale=call.query.shape[-1] ** -0.5))
 
     return operator
 

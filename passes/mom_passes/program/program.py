@@ -59,6 +59,7 @@ class Why(enum.Enum):
     NUMBER = "it computes a number"
     CONSTANT = "it is part of the module, or what a carry begins with"
     EFFECT = "it returns nothing, and its operands are made elsewhere"
+    DATA = "a size, or a number that it takes, depends on data"
     COPY = "a piece for a copy alone would be one for each shape"
 
 

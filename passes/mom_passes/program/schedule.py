@@ -3,7 +3,8 @@
     for node in graph:
         loop, copy      -> ends the run of operators before it; a step of its own
         size            -> a step of its own; it ends the run if it is read off a value of it
-        operator        -> goes on with the run, together with what takes its several results apart
+        depends on data -> likewise; nothing compiled has sizes that only a run knows
+    operator        -> goes on with the run, together with what takes its several results apart
         end             -> an operator behind which the caller wants a cut ends its run
     view          -> not returned by a piece: the piece returns what owns the storage, and the view is called behind it;
                      a dense view is returned itself if nothing else of its storage is read behind the piece
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.aliasing import is_a_view, seen_from
+from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.strides import is_dense_in, storage_order
 from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.loop import MiniSequence
@@ -80,6 +82,9 @@ class _Scheduler:
             if any(n in self.run for n in node.all_input_nodes):
                 self._flush()
             self.made.append(Call(node, Why.NUMBER))
+        elif touches_unknown_numbers(node):
+            self._flush()
+            self.made.append(Call(node, Why.DATA))
         elif returns_nothing(node) and not any(n in self.run for n in node.all_input_nodes):
             self._flush()
             self.made.append(Call(node, Why.EFFECT))

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.data_dependent import is_unknown
 from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop, loop_nodes
@@ -60,8 +61,12 @@ def shares_with(node: fx.Node) -> fx.Node | None:
 
 
 def bytes_of_value(node: fx.Node) -> sympy.Expr:
-    """Of all tensors that a node stands for, in the graph's sizes."""
-    return sum((expr(product(value.shape)) * value.element_size() for value in tensors_of(node)), sympy.S.Zero)
+    """Of all tensors that a node stands for, in the graph's sizes.
+
+    A tensor whose sizes depend on data is not counted: only a run knows them.
+    """
+    known = (value for value in tensors_of(node) if not is_unknown(value))
+    return sum((expr(product(value.shape)) * value.element_size() for value in known), sympy.S.Zero)
 
 
 def _place(node: fx.Node) -> Place:

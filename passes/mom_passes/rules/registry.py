@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
+from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
 from mom_passes.rules.needs import Dim, Need, State, Window, fault_of
 
@@ -271,5 +272,8 @@ def facts(node: fx.Node) -> OperatorFacts:
 
 def claim_for(node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
     """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one, and for a scan along its
-    rows unless they are computed `in_order`: who asks of some rows alone has nothing to hand to them."""
+    rows unless they are computed `in_order`: who asks of some rows alone has nothing to hand to them. Nor is there one
+    where a number or a size depends on data (see `graph.data_dependent`)."""
+    if touches_unknown_numbers(node):
+        raise CannotChunk(node, dim, "a size, or a number that it takes, depends on data")
     return facts(node).claim(node, dim, in_order=in_order)

@@ -1,0 +1,56 @@
+"""Numbers and sizes that depend on data: what is read off a tensor (`.item()`), and how many entries `nonzero` finds.
+
+Terms
+-----
+unknown    A symbolic number that has no value while the graph is captured.
+in touch   An operator is in touch with unknown numbers if it returns one, takes one, or returns or takes a tensor with
+           one among its sizes. It is called as it is, on whole operands: nothing that is compiled takes such a value.
+
+    count = sum(mask).item()            called
+    assert count == 576                 called
+    y = layers(x)                       loops and compiled pieces, which know nothing of `count`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_passes.torch_compat import SYMBOLIC, has_hint
+
+
+def touches_unknown_numbers(node: fx.Node) -> bool:
+    """Whether an operator is in touch with unknown numbers."""
+    return has_unknown_numbers(node) or any(map(has_unknown_numbers, node.all_input_nodes))
+
+
+def has_unknown_numbers(node: fx.Node) -> bool:
+    """Whether a node's value is an unknown number, or a tensor with one among its sizes and strides."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return any(map(is_unknown, value))
+    return is_unknown(value)
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether a value is an unknown number, or a tensor with one among its sizes and strides."""
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(n, torch.SymInt) and not has_hint(n) for n in (*value.shape, *value.stride()))
+    return isinstance(value, SYMBOLIC) and not has_hint(value)
+
+
+def unknown_number_behind(graph: fx.Graph, readers: Collection[fx.Node]) -> fx.Node | None:
+    """The first node from which unknown numbers come that an input has or that one of `readers` depends on, or None."""
+    origins: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        inherited = next((origins[given] for given in node.all_input_nodes if given in origins), None)
+        origin = inherited or (node if has_unknown_numbers(node) else None)
+        if origin is None or node.op == "output":
+            continue
+        if node in readers or node.op == "placeholder":
+            return origin
+        origins[node] = origin
+    return None
