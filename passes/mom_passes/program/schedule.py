@@ -4,7 +4,7 @@
         loop, copy      -> ends the run of operators before it; a step of its own
         size            -> a step of its own; it ends the run if it is read off a value of it
         depends on data -> likewise; nothing compiled has sizes that only a run knows
-    operator        -> goes on with the run, together with what takes its several results apart
+        operator        -> goes on with the run, together with what takes its several results apart
         end             -> an operator behind which the caller wants a cut ends its run
     view          -> not returned by a piece: the piece returns what owns the storage, and the view is called behind it;
                      a dense view is returned itself if nothing else of its storage is read behind the piece
