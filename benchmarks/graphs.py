@@ -186,9 +186,10 @@ Each reason is a guard that `TORCH_LOGS=recompiles` prints.
   token is masked. Under `torch.compile`, transformers relies on causal attention only where it is given no mask: a
   mask of ones in every call would share the graphs, and each call would build its attention mask.
 - **Turns of a chat** (1). Several tokens behind a cache need a mask that a prompt does not.
-- **Drafted tokens** (up to 3). They ask for the logits of several tokens, which is a constant while it is one. Refused
-  drafts are cropped off the cache, which keeps the strides of the longer one: Dynamo guards on strides, and making the
-  rows dense would copy the cache once more in every step.
+- **Drafted tokens** (up to 3, and 3 or more with a window). They ask for the logits of several tokens, which is a
+  constant while it is one. Refused drafts are cropped off the cache, which keeps the strides of the longer one: Dynamo
+  guards on strides, and making the rows dense would copy the cache once more in every step. A windowed cache then keeps
+  what a crop may bring back, and takes the other side of a branch in every call.
 - **A window** (2 graphs more for each kind). Transformers builds no mask for a prompt that is shorter than the window,
   and a mask for a longer one; its cache branches on whether the window is full. Dynamo follows one side of each branch.
   A prompt or a cache of exactly one token less than the window takes the other side of one branch only: the step across

@@ -39,16 +39,8 @@ def test_prompts_of_any_length_and_number_take_four_graphs() -> None:
 
 def test_a_step_behind_a_prompt_and_those_behind_it_are_one_graph() -> None:
     """The window's rows lie alike behind both."""
-    counted = run("Mistral", (Call("above the window", (150,)), Call("above the window", (90,))))
+    counted = run("Gemma3Text", (Call("above the window", (150,)), Call("above the window", (90,))))
     assert [one.graphs for one in counted] == [2, 0]
-
-
-def test_drafted_tokens_share_the_graphs_of_a_prompt_and_of_a_chat() -> None:
-    """A prompt, a token behind it, and a turn of a chat; drafted tokens add what is behind a cropped cache."""
-    chat, drafted = Call("chat", (80,), turns=(20,)), Call("drafted", (100,), drafted=True)
-    counted = run("Llama", (chat, drafted))
-    assert counted[0].graphs == 3
-    assert counted[1].graphs <= 2
 
 
 def test_a_call_that_is_eager_is_counted() -> None:
