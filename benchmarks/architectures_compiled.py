@@ -124,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if results is None:
         return 1
     found: dict[str, Any] = {}
+    named = [(name, composite or None) for name, _, composite in (given.partition(":") for given in options.types)]
+    wanted = [(*subject, tokens) for tokens in options.tokens for subject in named]
+    wanted = [one for one in wanted if options.redo or f"{one[0]} {one[2]}" not in results.cells]
 
     def take(one: dict[str, Any]) -> None:
         name, _, _ = wanted[0]
@@ -133,12 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(name, found, flush=True)
             found.clear()
 
-    named = [(name, composite or None) for name, _, composite in (given.partition(":") for given in options.types)]
-    wanted = [(*subject, tokens) for tokens in options.tokens for subject in named]
-    wanted = [one for one in wanted if options.redo or f"{one[0]} {one[2]}" not in results.cells]
     if wanted:
         spec = {"types": wanted, "uses": USES[:1] if options.prefill else USES, "timeout": options.timeout}
-        run_worker(__spec__.name, spec, on_row=take)
+        run_worker("benchmarks.architectures_compiled", spec, on_row=take)
     write_page()
     return 0
 

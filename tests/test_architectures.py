@@ -48,6 +48,10 @@ def test_every_kind_of_layer_is_there_once() -> None:
     assert list(dict.fromkeys(default.layer_types)) == small.layer_types == ["linear_attention", "full_attention"]
     assert len(small_config("gpt_oss").layer_types) == small_config("gpt_oss").num_hidden_layers == 2
     assert small_config("llama").num_hidden_layers == 2
+    one = replace(SMALL, layers=1)
+    assert small_config("mixtral", one).num_hidden_layers == 1
+    assert {small_config(name, one).num_hidden_layers for name in ("bamba", "lfm2", "qwen3_5_text")} == {2}
+    assert small_config("lfm2").layer_types == ["conv", "full_attention"]
 
 
 def test_sizes_keep_their_proportions() -> None:
