@@ -25,7 +25,7 @@ from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
 from mom_compile.memory.refusal import MemoryBudgetError
-from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_versions
+from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_hooks, warn_of_versions
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.progress import compiling
 from mom_compile.report import Report
@@ -33,6 +33,7 @@ from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import (
     InnerCompile,
     asks_for_freezing,
+    is_cut_apart,
     mark_boxed,
     start_the_compiler,
     stock_inner_compile,
@@ -64,6 +65,8 @@ def mom(
     warn_of_versions()
     if asks_for_freezing(parsed.inductor):
         warn_of_freezing()
+    if is_cut_apart("accelerate.hooks"):
+        warn_of_hooks()
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)

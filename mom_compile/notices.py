@@ -77,6 +77,18 @@ def warn_of_gradients() -> None:
     warn_once("gradients", f"backend 'mom' is for inference: {text}torch.inference_mode()")
 
 
+def warn_of_hooks() -> None:
+    """The hooks that accelerate puts around modules break the graph at each of them."""
+    warn_once(
+        "hooks",
+        "the model is compiled in many small graphs, which saves little memory: accelerate's hooks (device_map, "
+        "dispatch_model, cpu_offload) break the graph at every module that has one. Load the model without them by "
+        "mom_compile.load_offloaded(path, device), or remove them with "
+        "accelerate.hooks.remove_hook_from_module(model, recurse=True) and call mom_compile.offload_weights(model, "
+        "device), before it is compiled",
+    )
+
+
 def warn_of_freezing() -> None:
     text = "it would copy the weights into every compiled graph; use backend='inductor' to compile with it"
     warn_once("freezing", f"backend 'mom' compiles without Inductor's freezing: {text}")

@@ -10,6 +10,7 @@ import contextvars
 import copy
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import runtime_wrappers
@@ -427,6 +429,22 @@ def when_limit_exceeded(call: Callable[[GraphCount], None]) -> None:
 
 #: Whether `torch.compile` can count the graphs of a model apart from all others: PyTorch 2.13 and later.
 CAN_ISOLATE = {"isolate_recompiles", "recompile_limit"} <= inspect.signature(torch.compile).parameters.keys()
+
+
+def is_cut_apart(library: str) -> bool:
+    """Whether a function of the module `library` is compiled by itself, since another one that calls it was cut.
+
+    Ask while a backend runs: the frame that Dynamo compiles is on the stack then. What Dynamo makes of the code behind
+    a graph break is a function of the same module, with a prefix before its name.
+    """
+    names: list[str] = []
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == library:
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    cut = [name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for name in names]
+    return bool(cut) and not cut[0] and any(cut)
 
 
 def compile_apart(

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import StaticCache
 
 import mom_compile.notices as notices
@@ -48,6 +50,37 @@ def decode(model, steps=2, tokens=41, **more):
 def only_ours(caught):
     """How many warnings are ours: `pytest.warns` also records what is ignored elsewhere."""
     return sum(warning.category is MomWarning for warning in caught)
+
+
+# --- hooks of accelerate ---
+
+
+@pytest.mark.usefixtures("stock_is_eager")
+def test_a_model_behind_hooks_at_every_module_is_warned_of_once() -> None:
+    model = compiled(cpu_offload(TinyDecoder(layers=1).eval(), execution_device="cpu"))
+    with torch.no_grad(), pytest.warns(MomWarning, match="load_offloaded.*remove_hook_from_module") as caught:
+        model(ids(1, 41))
+    assert len(reports()) > 3
+    assert only_ours(caught) == 1
+
+
+@pytest.mark.usefixtures("stock_is_eager")
+def test_one_hook_and_breaks_behind_it_are_not_warned_of() -> None:
+    """Dynamo goes on within the hook behind each break, but no module inside is compiled by itself."""
+
+    class Broken(TinyDecoder):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            first = super().forward(tokens)
+            torch._dynamo.graph_break()
+            second = super().forward(tokens)
+            torch._dynamo.graph_break()
+            return super().forward(tokens) + first + second
+
+    model = add_hook_to_module(Broken(layers=1).eval(), AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", MomWarning)
+        compiled(model)(ids(1, 41))
+    assert len(reports()) >= 3
 
 
 # --- freezing ---
