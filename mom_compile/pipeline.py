@@ -22,7 +22,7 @@ from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
 from mom_passes.graph.real_results import hold_results
 from mom_passes.graph.sizes import count_hint, hint, is_one
-from mom_passes.graph.values import operands, value_of
+from mom_passes.graph.values import operands, tensors_of, value_of
 from mom_passes.graph.whole_slices import without_whole_slices
 from mom_passes.graph.without_empty_parts import without_empty_parts
 from mom_passes.graph.writes import read_behind_a_write
@@ -172,7 +172,7 @@ def find_tokens(state: State) -> str:
     if dims is None and _is_decode_step(state.gm):
         raise NotWorthwhile("decode step: one token, nothing to cut")
     if dims is None:
-        raise NotWorthwhile("no value has a dimension that carries the matmul work from its rows to the outputs' rows")
+        raise NotWorthwhile(_why_no_tokens(state.gm))
     before = dims.seed.meta["val"].shape[: dims.seed_dim.index]
     # Behind a front the channels may stand before the tokens: `[B, C, S]`.
     state.sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
@@ -181,6 +181,14 @@ def find_tokens(state: State) -> str:
     state.dims = dims
     state.report.token_dimension = f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
     return f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
+
+
+def _why_no_tokens(gm: fx.GraphModule) -> str:
+    """The reason why a graph has no token dimension."""
+    results = [v for node in next(iter(reversed(gm.graph.nodes))).all_input_nodes for v in tensors_of(node)]
+    if results and all(0 in filter(lambda size: isinstance(size, int), value.shape) for value in results):
+        return "every result is empty: there is nothing to cut"
+    return "no value has a dimension that carries the matmul work from its rows to the outputs' rows"
 
 
 def in_one(tokens: int, rows: int) -> str:

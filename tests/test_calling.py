@@ -153,7 +153,7 @@ def test_what_is_returned_is_shown_in_one_line_with_units(folder: Path) -> None:
     for words, shown in shown_as.items():
         html = shown._repr_html_()
         assert html.startswith("<pre") and html.rstrip().endswith("</pre>") and words in html
-    with pytest.raises(ValueError, match="none whose figures are recorded"):
+    with pytest.raises(ValueError, match="is not a recorded device; recorded are A100"):
         made.estimate("cpu")
 
 

@@ -20,7 +20,7 @@ from mom_passes.graph.aliasing import may_be_a_view
 from mom_passes.graph.edit import strides_differ
 from mom_passes.graph.real_results import hold_results
 from mom_passes.ops.rows import COPY_ROWS, laid_out
-from mom_passes.rules import Claim, Dim, Rows, has_own_rule, register, registered
+from mom_passes.rules import Claim, Dim, Rows, has_own_rule, register, registered, registry
 from tests.captured import capture
 from tests.rule_law import Call, node_of
 from tests.rule_samples import CUDA_ONLY, all_samples, floats
@@ -61,9 +61,17 @@ def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@register(torch.ops.mom_claims.normed.default)
-def rule_of_normed(node: fx.Node, dim: Dim) -> Claim:
-    return Claim((Rows(dim),))
+@pytest.fixture(autouse=True, scope="module")
+def rule_of_normed() -> Iterator[None]:
+    """A rule of this file alone: the rule law asks for samples of every registered operator."""
+    target = torch.ops.mom_claims.normed.default
+
+    @register(target)
+    def rows(node: fx.Node, dim: Dim) -> Claim:
+        return Claim((Rows(dim),))
+
+    yield
+    del registry._FACTS[target]
 
 
 def heads(x: torch.Tensor) -> torch.Tensor:

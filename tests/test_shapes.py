@@ -63,11 +63,12 @@ def test_the_nearest_name_is_known(name, meant):
     assert find_shape(name) is None and nearest_shape(name) == meant
 
 
-def test_a_checkpoint_of_fewer_bits_is_planned_with_all_of_them_and_it_says_so():
+def test_the_quantisation_of_a_checkpoint_is_read_apart_from_its_config():
     found = find_config("GPT-OSS-20B")
-    assert found.notes == ("its checkpoint is quantised (mxfp4); planned are unquantised weights",)
+    assert found.quantization is not None and found.quantization["quant_method"] == "mxfp4"
     assert getattr(found.config, "quantization_config", None) is None
-    assert not find_config("Llama-3-8B").notes
+    assert not found.notes
+    assert find_config("Llama-3-8B").quantization is None
 
 
 def test_the_data_are_part_of_the_package():

@@ -33,6 +33,10 @@ from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.seeds import activations_of, inner_seeds, seed_inputs
 from mom_passes.tokens.sweep import Carrier, Sweep, settled
 
+#: A seed that carries less than this share of the most work is no candidate, whatever barriers it meets: a weight that
+#: is an argument and is used twice meets some, too.
+MUCH = 0.75
+
 
 @dataclass(frozen=True)
 class TokenDims:
@@ -76,15 +80,14 @@ def _best(
 ) -> TokenDims | None:
     """What follows from the best of some values' dimensions; None where none carries half of the matmul work."""
     total = sum(matmul_work(node) for node in gm.graph.nodes)
-    best: TokenDims | None = None
+    candidates: list[TokenDims] = []
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
         several = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
         sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in several]
-        for found in _no_batches(sweeps):
-            if found.work * 2 >= total > 0 and (best is None or _score(found) > _score(best)):
-                best = found
-    return best
+        candidates += [found for found in _no_batches(sweeps) if found.work * 2 >= total > 0]
+    most = max((found.work for found in candidates), default=0)
+    return max((found for found in candidates if found.work >= MUCH * most), key=_score, default=None)
 
 
 def _score(found: TokenDims) -> tuple[bool, int, int]:
