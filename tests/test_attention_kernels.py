@@ -16,7 +16,7 @@ import mom_compile.runtime.attention.register  # noqa: F401  registers the kerne
 from mom_compile.runtime.attention import cpu as attention_cpu
 from mom_compile.runtime.attention import rows as attention_rows
 from mom_compile.runtime.attention.rows import observing_blocks
-from mom_passes.ops.attention import AttentionCall, attention_reference
+from mom_passes.ops.attention import AttentionCall, as_operator, attention_reference
 
 OP = torch.ops.mom.attention.default
 SPANS = torch.ops.mom.spans.default
@@ -346,11 +346,19 @@ def test_a_call_has_a_field_for_each_argument_of_the_schema() -> None:
     """By name, in order, with the same type and default: `as_operator` relies on it."""
     types = {"Tensor": "torch.Tensor", "SymInt": "int", "int": "int", "bool": "bool", "float": "float"}
     types |= {f"Optional[{name}]": f"{own} | None" for name, own in types.items()}
+    given = {"scale": "float"}  # a kernel is given a number where the operator is given None
     for argument, field in zip(OP._schema.arguments, fields(AttentionCall), strict=True):
         assert field.name == argument.name
-        assert field.type == types[str(argument.real_type)]
+        assert field.type == given.get(argument.name, types[str(argument.real_type)])
         assert argument.has_default_value() == (field.default is not MISSING)
         assert field.default in (MISSING, argument.default_value)
+
+
+def test_a_kernel_is_given_the_default_scale() -> None:
+    q = torch.zeros(1, 1, 2, 16)
+    scale_of = as_operator(lambda call: torch.tensor(call.scale))
+    assert scale_of(q, q, q, None, 0, True, None) == 0.25
+    assert scale_of(q, q, q, None, 0, True, 3.0) == 3.0
 
 
 def peak_bytes(arguments: tuple[Any, ...]) -> int:
