@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -108,21 +109,31 @@ def test_a_failure_has_no_last_line(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_code_for_further_sizes_is_told_as_the_last_graph_was(
-    wanted: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_code_for_further_sizes_is_shown_if_the_last_graph_was(
+    wanted: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A loop of another length than the piece holds for: compiled while the program runs."""
     pieces: list[Piece] = []
     compile_nothing = Piece.compile
-    monkeypatch.setattr(Piece, "compile", lambda piece, hints=None: pieces.append(piece) or compile_nothing(piece))
-    call(lambda x: mlp(x), progress=wanted)
+
+    def remember(piece: Piece, hints: object = None) -> None:
+        pieces.append(piece)
+        compile_nothing(piece)
+
+    def slowly(piece: Piece, hints: object = None) -> None:
+        time.sleep(LONG)
+        compile_nothing(piece)
+
+    # Undone here: `monkeypatch` ends after `eager_pieces`, whose stand-in would stay.
+    with mock.patch.object(Piece, "compile", remember):
+        call(lambda x: mlp(x), progress=wanted)
     piece = pieces[0]
     piece.variants.clear()
-    monkeypatch.setattr(Piece, "compile", lambda piece, hints=None: time.sleep(LONG) or compile_nothing(piece))
     lines(capfd)
-    piece._choose(tuple(1000 + i for i in range(len(piece.symbols))))
-    told = ["mom_compile: compiling code for further sizes", "mom_compile: compiled in 0 s"]
-    assert lines(capfd) == (told if wanted else [])
+    with mock.patch.object(Piece, "compile", slowly):
+        piece._choose(tuple(1000 + i for i in range(len(piece.symbols))))
+    shown = ["mom_compile: compiling code for further sizes", "mom_compile: compiled in 0 s"]
+    assert lines(capfd) == (shown if wanted else [])
 
 
 @pytest.mark.usefixtures("slow")
