@@ -1,4 +1,4 @@
-"""`mom_compile.compile`, and what is said of Dynamo's limit on the number of graphs."""
+"""`mom_compile.compile`, and the warnings about Dynamo's limit on the number of graphs."""
 
 from __future__ import annotations
 

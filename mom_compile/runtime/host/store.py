@@ -160,7 +160,7 @@ class HostStore:
 #: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
 #: the last one did.
 _POOL: list[tuple[Placement, HostRegion]] = []
-#: Held by whoever takes a region out. Finalizers put regions in without it, at the end.
+#: Held while a region is taken out. Finalizers append regions without holding it.
 _TAKING = threading.Lock()
 
 

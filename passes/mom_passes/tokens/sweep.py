@@ -85,7 +85,7 @@ class Sweep:
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
             self.work += matmul_work(node)
-            # Of its factors: what an attention is told of its keys (flags, ranges) is no product's business.
+            # Only factors count. Flags and ranges that describe an attention's keys are no factors.
             activations = [need for n, need in needed if self._is_activation(n)]
             self.batched += len(activations) > 1 and all(isinstance(need, Rows) for need in activations)
             # A factor that does not depend on the seed, a weight that is no parameter or a bias for each head, is
