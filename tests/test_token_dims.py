@@ -197,6 +197,18 @@ def test_one_query_that_reads_every_row_tells_the_tokens() -> None:
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
 
 
+def test_a_weight_that_is_an_argument_and_used_twice_is_not_the_tokens() -> None:
+    """Its columns meet a product that needs all of them. They carry half of the work, the rows of `x` carry all."""
+
+    def tied(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.relu(x @ w) @ w.t())
+
+    gm = trace(tied, torch.randn(2, 40, 16), torch.randn(16, 32))
+    found = analyse_token_dims(gm)
+    assert found is not None
+    assert (found.seed, found.seed_dim.index) == (next(iter(gm.graph.nodes)), 1)
+
+
 def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:
     gm = trace(run, x, *weights_of(torch.float64))
     first, *others = (node for node in gm.graph.nodes if node.op == "placeholder")
