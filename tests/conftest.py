@@ -40,23 +40,17 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """What a test leaves behind is collected, and what outlives it is looked at by no later test's `gc.collect()`."""
+def nothing_left_behind() -> Iterator[None]:
+    """Forget the graphs of a test behind it, since Dynamo counts them by code object, which tests share. Collect its
+    garbage, and keep what outlives it out of the `gc.collect()` of later tests."""
     yield
+    torch._dynamo.reset()
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """Nothing compiled before, nothing left behind."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def eager_pieces(fresh: None) -> Iterator[None]:
+def eager_pieces() -> Iterator[None]:
     """Run pieces eagerly: everything but Inductor's code generation, in a fraction of the time.
 
     What compiled code would rely on is checked: every input is as its template says.
@@ -67,7 +61,7 @@ def eager_pieces(fresh: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def stock_is_eager(fresh: None) -> Iterator[None]:
+def stock_is_eager() -> Iterator[None]:
     """Run eagerly what goes to stock Inductor."""
 
     with stock_runs_eagerly():

@@ -147,7 +147,6 @@ def check_compiled(subject: Subject, lengths: tuple[int, ...], scale: Scale = SC
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("subject", subjects(), ids=lambda subject: subject.name)
 def test_every_type_is_right_when_compiled(subject: Subject) -> None:
     """Prefill and decode step at two lengths, without a piece that runs eagerly."""

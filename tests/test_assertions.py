@@ -214,7 +214,6 @@ def test_no_pass_may_lose_one() -> None:
         verify(broken, contract)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_compiled_assertions_hold() -> None:
     fast = torch.compile(on_hidden_states, backend="mom", options=MINI)
     with torch.no_grad():

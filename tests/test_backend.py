@@ -27,7 +27,6 @@ from tests.models import TinyDecoder, ids
 
 MINI = {"mini_seq_len": 8, "strict": True}
 
-pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(model, **options):

@@ -161,7 +161,6 @@ def weights_of_graphs(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters()) + model.model.rotary_emb.inv_freq.nbytes
 
 
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("kv_offload", ["auto", pytest.param(False, marks=pytest.mark.slow)])
 def test_the_smallest_budget_that_is_named_is_kept_and_one_byte_less_is_refused(kv_offload: bool | str) -> None:
     """By what is measured, weights and inputs included. Without `strict`: no fallback swallows it."""
@@ -182,7 +181,6 @@ def test_the_smallest_budget_that_is_named_is_kept_and_one_byte_less_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_one_graph_for_all_lengths_keeps_or_refuses_by_the_sizes_of_each_run() -> None:
     watch_cpu()
     model = small_model("Llama", torch.float32, num_hidden_layers=3, max_position_embeddings=4096, **WIDE)
@@ -207,7 +205,6 @@ def test_one_graph_for_all_lengths_keeps_or_refuses_by_the_sizes_of_each_run() -
     assert not report.failed
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_budget_below_the_weights_is_refused_when_a_graph_is_compiled() -> None:
     """Of a graph that would go to stock Inductor too."""
     model = TinyDecoder(layers=1).eval()
@@ -216,7 +213,6 @@ def test_a_budget_below_the_weights_is_refused_when_a_graph_is_compiled() -> Non
         compiled(ids(1, 7))
 
 
-@pytest.mark.usefixtures("fresh")
 def test_explain_says_of_a_budget_that_it_cannot_be_kept_and_explains_all_the_same() -> None:
     found = mom_compile.explain(TinyDecoder(layers=2).eval(), ids(1, 600), options={"memory_budget": 200_000})
     assert "memory_budget=200000 bytes (195 KiB) cannot be kept for a prompt of 600 tokens" in str(found)
@@ -231,7 +227,6 @@ def test_what_is_chosen_from_is_stored_with_a_program() -> None:
     assert [read((tokens,)) for tokens in (600, 1200)] == [RowsOf(made, number)((tokens,)) for tokens in (600, 1200)]
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_budget_cuts_what_would_be_left_whole() -> None:
     """A prompt without two efficient mini-sequences."""
     model, x = TinyDecoder(layers=2, width=64).eval(), ids(1, 400)

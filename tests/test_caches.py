@@ -73,7 +73,7 @@ def test_what_was_compiled_can_be_taken_to_another_machine(tmp_path):
 
 
 @pytest.fixture
-def compiled_cache(fresh, tmp_path, monkeypatch) -> Iterator[Path]:
+def compiled_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty compile cache, which is on, and no rules but our own: other tests may have made some."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     foreign = registry.foreign_rules()

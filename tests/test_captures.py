@@ -103,7 +103,7 @@ def test_sizes_stay_numbers_where_the_user_wants_them_to() -> None:
         assert not any("dynamic_indices" in name for name in vars(value))
 
 
-def test_a_cat_with_one_operand_that_has_elements_is_eagers(fresh: None) -> None:
+def test_a_cat_with_one_operand_that_has_elements_is_eagers() -> None:
     """In values and in layout, as channels-last images have theirs, and with other dtypes."""
     empty = torch.empty(0)
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)

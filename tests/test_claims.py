@@ -119,7 +119,7 @@ def test_a_false_claim_does_no_harm(name: str, dynamic: bool, eager_pieces: None
     check(PROGRAMS[name], *given(), dynamic=dynamic)
 
 
-def test_a_false_claim_does_no_harm_to_compiled_code(fresh: None) -> None:
+def test_a_false_claim_does_no_harm_to_compiled_code() -> None:
     check(lambda x, w: (PROGRAMS["rows in a loop"](x, w), PROGRAMS["two results"](x, w)), *given())
 
 
@@ -140,7 +140,7 @@ def test_a_fused_encoder_layer_behind_a_convolution(eager_pieces: None) -> None:
     check(Model().eval(), floats(2, HIDDEN, 41).float())
 
 
-def test_a_cut_of_a_result_with_strides_of_its_own(fresh: None) -> None:
+def test_a_cut_of_a_result_with_strides_of_its_own() -> None:
     """The solution lies column by column, and what is cut of it is copied by Inductor, which claims a view."""
 
     def program(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

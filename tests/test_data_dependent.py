@@ -98,7 +98,6 @@ def test_a_graph_with_numbers_that_depend_on_data_has_loops(program: Callable[..
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_numbers_that_depend_on_data_beside_compiled_pieces() -> None:
     def program(x: torch.Tensor) -> Any:
         return *size_of_results(x), counted_entries(x), x.sum().item()

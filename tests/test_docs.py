@@ -196,7 +196,7 @@ RUNNERS: dict[str, Callable[[list[str], Any], None]] = {
 PLACEHOLDERS = {"SHAPE": "Llama-3-8B"}
 
 
-@pytest.mark.usefixtures("fresh", "small_plans")
+@pytest.mark.usefixtures("small_plans")
 @pytest.mark.parametrize("line", COMMANDS, ids=str)
 def test_a_command_runs_as_printed(line: Block, monkeypatch, tmp_path: Path, capsys):
     monkeypatch.chdir(tmp_path)

@@ -82,7 +82,6 @@ def rows_piece(strict: bool = False) -> Piece:
     return Piece(fx.GraphModule(nn.Module(), rows_graph()), (SizeTemplate(N), *of), symbols, {}, strict=strict)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_piece_with_such_operators_is_compiled() -> None:
     report = Report()
     piece = PieceCache().get(rows_piece(), codegen_settings(), report, "piece")
@@ -95,7 +94,6 @@ def test_a_piece_with_such_operators_is_compiled() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_a_padded_batch_of_a_second_length_has_no_eager_piece() -> None:
     """The mask's length is then a symbol of its own: which of its entries are read is computed."""
     model = tiny("Llama", num_hidden_layers=1)
@@ -134,7 +132,6 @@ class PostNormed(nn.Module):
         return self.norm(self.layer(self.layer(x)))
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_write_behind_the_reads_of_an_input_is_compiled() -> None:
     torch.manual_seed(0)
     model, x = PostNormed().eval(), torch.randn(1, 50, 32)
@@ -162,7 +159,6 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return now
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_piece_that_inductor_refuses_is_an_error_under_strict(broken: list[bool]) -> None:
     broken.append(True)
     model = TinyDecoder(layers=1).eval()
@@ -171,7 +167,6 @@ def test_a_piece_that_inductor_refuses_is_an_error_under_strict(broken: list[boo
         model(ids(1, 20))
 
 
-@pytest.mark.usefixtures("fresh")
 def test_it_is_said_once_otherwise(broken: list[bool]) -> None:
     broken.append(True)
     model = TinyDecoder(layers=2).eval()
@@ -182,7 +177,6 @@ def test_it_is_said_once_otherwise(broken: list[bool]) -> None:
     assert len(reports()[-1].eager_pieces) > 1
 
 
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_later_variant_that_inductor_refuses_is_no_secret(strict: bool, broken: list[bool]) -> None:
     """It is compiled while a program runs, and is in no report."""

@@ -23,7 +23,6 @@ from tests.models import TinyDecoder, ids, next_token, prompt, small_model, tiny
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
         "max_position_embeddings": 2048}  # fmt: skip
-pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def explained(**options):

@@ -341,7 +341,6 @@ class Peak(FlexDecoder):
             layer.up, layer.down = nn.Linear(64, 1024), nn.Linear(1024, 64)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_inductor_compiles_it_once_for_all_layers():
     decoder, given = FlexDecoder(2), inputs(1, 200, torch.float32)
     fast = torch.compile(decoder, backend="mom", options={"mini_seq_len": 64, "strict": True})
@@ -354,7 +353,6 @@ def test_inductor_compiles_it_once_for_all_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_the_peak_is_below_stock_inductors():
     watch_cpu()
     decoder, given, mask = Peak(), inputs(2, 1000, torch.float32), block_mask(1000)
@@ -376,7 +374,6 @@ def test_the_peak_is_below_stock_inductors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.usefixtures("fresh")
 def test_compiled_steps_of_all_lengths(padded):
     """What a mask captures are sizes there: the names of symbols must not be mistaken in C++."""
     model, eager = flex_and_eager("Llama", num_hidden_layers=6)
@@ -391,7 +388,6 @@ def test_compiled_steps_of_all_lengths(padded):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_what_inductor_refuses_runs_eagerly_with_its_reason():
     """FlexAttention of doubles on a CPU."""
     decoder, given = FlexDecoder(2).double(), inputs(1, 200)

@@ -6,15 +6,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
-
 from examples.follow import INTERMEDIATE, TOKENS, follow
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 
-@pytest.mark.usefixtures("fresh")
 def test_the_stations_of_the_activation() -> None:
     told: dict[str, list[str]] = {}
 

@@ -85,7 +85,6 @@ def test_so_they_do_for_all_lengths(name: str) -> None:
     assert len(reports()) == 2 and all(len(report.stages) >= 3 for report in reports())
 
 
-@pytest.mark.usefixtures("fresh")
 def test_compiled_layers_behind_a_front_are_right() -> None:
     model = Weighted(behind(strided, layers=1))
     fast = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 4})

@@ -20,7 +20,7 @@ from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.steps import Append, Offload
 from tests.models import prompt, small_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.gpu
 
 
 def generate(model, tokens: int, new: int = 24):

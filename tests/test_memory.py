@@ -139,7 +139,6 @@ def mixture():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_the_expected_peak_between_loops_is_what_is_measured(monkeypatch):
     """Experts that could not be shown to be row-wise run on all tokens at once, sorted, between two loops."""
     monkeypatch.setattr("mom_compile.pipeline.outline_experts", lambda gm: {})
@@ -181,7 +180,6 @@ def cases():
 
 
 @pytest.mark.parametrize(("family", "place"), list(cases()))
-@pytest.mark.usefixtures("fresh")
 def test_what_is_planned_is_what_is_measured(family, place):
     """At several lengths, by what was traced at the first."""
     watch_cpu()

@@ -74,7 +74,6 @@ def test_a_mixture_is_exact_in_float64(family, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_mixture_compiled_for_two_lengths(dtype):
     """With Inductor, in float32 and in bfloat16, whose grouped product is PyTorch's own; one body for both layers."""

@@ -126,7 +126,6 @@ def test_a_loss_of_hugging_face_is_right_and_holds_no_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("batch", "cache"), [("one", False), ("two", True), ("padded", True)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_keeps_the_numerics_contract_in_float32(name, batch, cache):
@@ -177,7 +176,6 @@ STEPS_RUN_EAGERLY = TorchVersion(torch.__version__) < (2, 12)
 
 
 @pytest.mark.filterwarnings(*["ignore:Inductor could not compile a graph"] * STEPS_RUN_EAGERLY)
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", sweep(["Llama", "Gemma3Text", "GPT2"], quick=()))
 def test_a_compiled_family_generates_what_eager_generates(name):
     model = small_model(name)

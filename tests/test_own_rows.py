@@ -380,7 +380,6 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
     assert [len(report.own_rows) for report in reports()] == [6, 6]
 
 
-@pytest.mark.usefixtures("fresh")
 def test_explain_tells_which_rows_are_copied():
     model, inputs = small_model("Mistral"), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
@@ -402,7 +401,6 @@ def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
     assert share(kept, value)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
     def fails(gm):
         raise RuntimeError("a bug of ours")
@@ -422,7 +420,6 @@ def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkey
 # --- compiled ---
 
 
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("crop", ["head", "tail"])
 def test_inductor_keeps_the_copy(crop):
     """Rows lie in the copy as they lay before: Inductor would call a `clone` of them nothing to do, and drop it."""
@@ -462,7 +459,6 @@ def heads(rows, size):
     return rows.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_the_measured_peak_has_no_rows_that_are_not_kept():
     watch_cpu()
     model = Cropping(layers=5).eval()
@@ -482,7 +478,6 @@ def test_the_measured_peak_has_no_rows_that_are_not_kept():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 def test_a_gemma_like_prefill_of_4096_tokens_takes_16_mib():
     watch_cpu()
     model = models.windows(4096)

@@ -143,7 +143,6 @@ def test_results_of_one_operator_may_be_read_in_different_pieces(program: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("program", SEVERAL)
 def test_compiled_results_of_one_operator_may_be_read_in_different_pieces(program: Callable[..., Any]) -> None:
     with torch.no_grad():
@@ -228,7 +227,6 @@ def test_a_graph_on_several_accelerators_is_stocks_by_name() -> None:
     assert reason == "the graph computes on several accelerators: xpu:0, xpu:1"
 
 
-@pytest.mark.usefixtures("fresh")
 def test_meta_tensors_have_nothing_to_run_and_run_all_the_same() -> None:
     def program(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.relu(x @ w)
@@ -347,7 +345,6 @@ def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
     assert hints and set(hints) == {MINI["mini_seq_len"]}
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_later_variant_is_compiled_as_the_first_was(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(

@@ -360,7 +360,6 @@ def settings_of(family):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_the_longest_context_runs_and_a_longer_one_does_not(family):
     measure.watch_cpu()
@@ -397,7 +396,6 @@ def test_the_page_is_what_its_results_say():
     assert plans.PAGE.read_text() == plans.page(data)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_stock_inductors_masks_are_seen_from_a_plan_at_a_short_length() -> None:
     """What grows with the square of the length is the most at a long one alone."""
     model = family_model("Gemma3Text")

@@ -16,8 +16,6 @@ from tests.models import TinyDecoder, ids
 from tests.quantised_operators import INSTALLED, NF4, packed
 from tests.rule_law import Call, node_of
 
-pytestmark = pytest.mark.usefixtures("fresh")
-
 aten, prims = torch.ops.aten, torch.ops.prims
 
 

@@ -6,15 +6,12 @@ import functools
 import io
 import re
 
-import pytest
 from rich.console import Console
 
 import mom_compile
 from mom_compile.report.groups import by_reason
 from mom_compile.report.units import in_units
 from tests.models import TinyDecoder, ids, tiny
-
-pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @functools.cache

@@ -92,7 +92,6 @@ def test_a_graph_whose_sizes_were_captured_as_numbers_needs_a_number():
     assert decides.footprint.symbols == () and decides.resident_layers((), 10) == 3
 
 
-@pytest.mark.usefixtures("fresh")
 def test_what_a_model_needs_is_the_peak_that_its_program_says():
     model, x = tiny("Llama", num_hidden_layers=3), torch.randint(3, 64, (2, 300))
     for dim in (0, 1):

@@ -12,8 +12,6 @@ from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import rewrite, trace
 
-pytestmark = pytest.mark.usefixtures("fresh")
-
 
 def explained(model, *args, **options):
     return mom_compile.explain(model, *args, options={"mini_seq_len": 8, **options})[0]

@@ -90,7 +90,7 @@ def test_outputs_that_are_apart_hold_no_more_than_they_show(name: str, eager_pie
     assert bytes_held(actual) == sum(value.nbytes for value in actual)
 
 
-def test_compiled_code_returns_one_storage(fresh: None) -> None:
+def test_compiled_code_returns_one_storage() -> None:
     def form(h: torch.Tensor) -> Any:
         return h, h[..., :HALF], heads(h)[:, 1], h[:, -1]
 

@@ -192,7 +192,6 @@ def test_sizes_computed_from_the_length_follow_it(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_compiled_code_takes_sizes_computed_from_the_length(name: str) -> None:
     program = PROGRAMS[name]

@@ -13,8 +13,6 @@ from mom_compile.timeline import StepBytes, of_program
 from mom_passes.program.program import LoopStep
 from tests.models import TinyDecoder, ids, tiny
 
-pytestmark = pytest.mark.usefixtures("fresh")
-
 
 def report_of(layers=2):
     return mom_compile.explain(TinyDecoder(layers=layers).eval(), ids(1, 37), options={"mini_seq_len": 8})[0]

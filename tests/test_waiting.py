@@ -33,7 +33,7 @@ def sequence() -> torch.Tensor:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch, fresh: None) -> list[str]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pieces that were begun, and waits for kernels, in order."""
     seen: list[str] = []
     begin, now = PieceCache.begin, torch_compat._wait_now
@@ -93,7 +93,6 @@ def _failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> N
     monkeypatch.setattr(torch_compat, "_wait_now", wait)
 
 
-@pytest.mark.usefixtures("fresh")
 def test_what_does_not_compile_runs_eagerly_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     _failing(monkeypatch, lambda number: True)
     x, lenient = sequence(), {**MINI, "strict": False}
@@ -104,7 +103,6 @@ def test_what_does_not_compile_runs_eagerly_and_is_reported(monkeypatch: pytest.
     assert set(report.eager_pieces.values()) == {"RuntimeError: the compiler is out of order"}
 
 
-@pytest.mark.usefixtures("fresh")
 def test_what_does_not_compile_for_any_length_is_compiled_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x, made = sequence(), []
     begin = PieceCache.begin
@@ -137,7 +135,7 @@ def test_pytorch_finds_the_backend_where_the_compiler_is_started() -> None:
     assert torch_compat._compiler_started.is_set() or torch.accelerator.device_count()
 
 
-def test_what_the_first_kernel_makes_is_what_kernels_want(fresh: None) -> None:
+def test_what_the_first_kernel_makes_is_what_kernels_want() -> None:
     torch_compat._compile_first_kernel()
     kernel = codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], torch_compat._FIRST_KERNEL)
     assert callable(kernel)

@@ -147,7 +147,6 @@ QUICK = Case("llama", 147_456, H100, "prefill")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case == QUICK else [pytest.mark.slow]) for case in CASES], ids=str
 )
-@pytest.mark.usefixtures("fresh")
 def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     found = compiled(case, monkeypatch)
     every_piece_is_compiled(found)
