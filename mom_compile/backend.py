@@ -29,6 +29,7 @@ from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.progress import compiling
 from mom_compile.report import Report
+from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat import (
     InnerCompile,
@@ -38,13 +39,12 @@ from mom_compile.torch_compat import (
     start_the_compiler,
     stock_inner_compile,
 )
-from mom_passes.attention.flex import is_read_by_flex_alone, outline_flex
+from mom_passes.attention.flex import is_read_by_flex_alone
 from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.data_dependent import unknown_number_behind
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
-from mom_passes.program.layers import by_layers
 from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules.work import products
@@ -76,6 +76,7 @@ def mom(
         compiled = capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
         if shown is not None and TOLD[-1:] != before:
             shown.result = TOLD[-1].report.headline
+    expect_garbage()
     return compiled
 
 
@@ -119,9 +120,10 @@ def compile_graph(
             try:
                 program = build_program(gm, example_inputs, options, report, kwargs)
             except NotWorthwhile as decision:
-                report.fallback = str(decision)
-                gm = for_stock(gm, report=report)
-                program = build_layers(gm, options, report, kwargs)
+                program = build_layers(decision.rewritten, options, report, static_input_names(gm, kwargs), kwargs)
+                if program is None:
+                    report.fallback = str(decision)
+                    gm = for_stock(gm, report=report)
         except MemoryBudgetError:
             raise  # the user's own: stock Inductor would keep the budget no better
         except Exception as error:
@@ -225,23 +227,18 @@ def build_program(
 
 
 def build_layers(
-    gm: fx.GraphModule, options: Options, report: Report, kwargs: Mapping[str, Any]
+    rewritten: Rewritten | None, options: Options, report: Report, static: Collection[str], kwargs: Mapping[str, Any]
 ) -> Program | None:
     """A graph without loops whose layers share their pieces; None where stock Inductor compiles it as a whole.
 
     CUDA graphs record a graph as a whole.
     """
-    if kwargs.get("cudagraphs"):
+    if rewritten is None or kwargs.get("cudagraphs"):
+        report.own_rows = []  # `for_stock` makes its own
         return None
-    if gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION):
-        gm = copy_graph(gm)
-        outline_flex(gm)
-    plan = by_layers(gm)
-    if plan is None:
-        return None
-    rewritten = Rewritten.planned(gm, plan, report.fallback)
-    program = _lowered(rewritten, options, report, static_input_names(gm, kwargs))
-    report.layer_pieces = sum(isinstance(step, Compute) for step in plan.steps)
+    program = _lowered(rewritten, options, report, static)
+    report.describe(rewritten)
+    report.layer_pieces = sum(isinstance(step, Compute) for step in rewritten.plan.steps)
     return program
 
 
@@ -281,8 +278,10 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         rewritten = passes(limit=RowLimit(whole))
     report.for_long = fits_for_long(rewritten, options, static)
     if report.for_long is not None and report.for_long.fits:
-        report.describe_staying(str(report.for_long))
-        raise NotWorthwhile(rewritten.no_loops)
+        try:
+            rewritten = passes(limit=options.limit(device.type), kv_on_host=False)
+        finally:  # it raises `NotWorthwhile`
+            report.describe_staying(str(report.for_long))
     report.describe(rewritten)
     return rewritten
 

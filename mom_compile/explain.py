@@ -284,8 +284,12 @@ def _explain_graph(
                 runnable = rewritten.gm
                 report.peak_without_loops = _peak_without_loops(gm, report)
             except NotWorthwhile as decision:
-                report.fallback = str(decision)
-                runnable = for_stock(gm, report=report)
+                if decision.rewritten is not None:
+                    report.describe(decision.rewritten)
+                    runnable = decision.rewritten.gm
+                else:
+                    report.fallback = str(decision)
+                    runnable = for_stock(gm, report=report)
             runnable = gm if as_captured else runnable
         except Exception as error:
             report.failed, report.fallback = True, f"{type(error).__name__}: {error}"

@@ -28,6 +28,7 @@ from mom_passes.graph.without_empty_parts import without_empty_parts
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.as_they_lie import as_they_lie
 from mom_passes.host.chosen import only_what_is_used
+from mom_passes.host.kv_extended import extend_in_place
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
 from mom_passes.host.weights import weights_arrive, whole_weights
@@ -40,6 +41,7 @@ from mom_passes.ops.rows import LAID_OUT
 from mom_passes.ops.spans import SPANS
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
+from mom_passes.program.layers import by_layers
 from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
@@ -61,7 +63,12 @@ log = logging.getLogger(__name__)
 
 
 class NotWorthwhile(Exception):
-    """Nothing to gain: the graph goes to stock Inductor. Its text is the reason."""
+    """Loops gain nothing. The text is the reason.
+
+    `rewritten` is the graph without loops, cut by layers, or None where stock Inductor compiles it as a whole.
+    """
+
+    rewritten: Rewritten | None = None
 
 
 @dataclass
@@ -148,9 +155,9 @@ def _is_doubtful(target: Any) -> bool:
 
 
 def keys_and_values_as_they_lie(state: State) -> str:
-    """What leaves for the host is not laid out head by head, as eager mode lays it out: it leaves token by token. On a
-    GPU it does not either where it may stay: products write it where it is kept."""
-    return f"{as_they_lie(state.gm)} copies less" if state.kv_on_host or state.device.type != "cpu" else "they stay"
+    """Keys and values are laid out token by token, as products write them, and not head by head as in eager mode: so
+    they leave for the host, and so they grow in place on the device."""
+    return f"{as_they_lie(state.gm)} copies less"
 
 
 def find_keys_and_values(state: State) -> str:
@@ -328,6 +335,11 @@ def keys_and_values_to_host(state: State) -> str:
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
 
 
+def cache_grows_in_place(state: State) -> str:
+    """Keys and values that stay on the device get their new rows in the storage of the old ones."""
+    return f"{extend_in_place(state.gm, state.kv) if state.kv is not None else 0} keys and values"
+
+
 def weights_for_their_stretch(state: State) -> str:
     """Weights on the host arrive before the loop, or the stretch between two attentions, that reads them."""
     state.weights = weights_arrive(state.gm)
@@ -383,6 +395,7 @@ BETWEEN_LOOPS: tuple[Step, ...] = (
     only_what_is_needed,
     regions_put_back,
     keys_and_values_to_host,
+    cache_grows_in_place,
     weights_for_their_stretch,
     copies_one_layer_ahead,
     weights_in_place_of_others,
@@ -416,10 +429,17 @@ def run_pipeline(
         no_loops = decision
     _run(BETWEEN_LOOPS, state, skip)
     if no_loops is not None and not state.offload and not _reads_weights_on_the_host(state):
+        no_loops.rewritten = _by_layers(state, str(no_loops), skip)
         raise no_loops
     _run(STORAGE, state, skip)
     log.debug("rewritten graph:\n%s", state.gm.code)
     return Rewritten.of(state.gm, None if no_loops is None else str(no_loops), state.weights)
+
+
+def _by_layers(state: State, no_loops: str, skip: Collection[str]) -> Rewritten | None:
+    _run((rows_of_their_own,), state, skip)
+    plan = by_layers(state.gm)
+    return None if plan is None else Rewritten.planned(state.gm, plan, no_loops)
 
 
 def _reads_weights_on_the_host(state: State) -> bool:

@@ -832,3 +832,40 @@ def make_wrapper(
 def being_traced() -> bool:
     """Whether a graph is being captured (Dynamo, AOTAutograd)."""
     return TracingContext.try_get() is not None
+
+
+# --- who sees a storage ---
+
+
+def _uses(value: torch.Tensor) -> int:
+    """How many tensors see a tensor's storage, with a constant on top.
+
+    `torch._C._storage_Use_Count` is the reference count of the C++ storage. CUDA graph trees of Inductor read it, too.
+    """
+    return torch._C._storage_Use_Count(value.untyped_storage()._cdata)
+
+
+def _references_to_base(view: torch.Tensor) -> int:
+    """How many references there are to what a tensor is a view of (`_base`), with a constant on top."""
+    return sys.getrefcount(view._base)
+
+
+def _shares_storage_with_base(view: torch.Tensor) -> bool:
+    """False behind an assignment to `view.data`."""
+    base = view._base
+    return base is not None and base.untyped_storage()._cdata == view.untyped_storage()._cdata
+
+
+_USES_OF_ONE = _uses(torch.empty(1))
+_REFERENCES_OF_NOBODY = _references_to_base(torch.empty(2)[:1])
+
+
+def is_alone(value: torch.Tensor) -> bool:
+    """Whether no other tensor sees the storage of `value`, apart from one that only `value` keeps alive.
+
+    Outside of inference mode a view keeps its base alive.
+    """
+    uses = _uses(value) - _USES_OF_ONE
+    if uses != 1 or not value._is_view() or not _shares_storage_with_base(value):
+        return uses == 0
+    return _references_to_base(value) == _REFERENCES_OF_NOBODY

@@ -15,9 +15,11 @@ from mom_compile import reports
 from mom_compile.backend import build_layers
 from mom_compile.config import parse_options
 from mom_compile.lowering.canonical import NO_LITERALS, Literals
+from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
-from mom_passes.program.layers import by_layers
-from mom_passes.program.program import Compute
+from mom_passes.ops.transfers import EXTEND
+from mom_passes.program.program import Compute, Transfer
+from mom_passes.program.rewritten import Rewritten
 from tests.captured import capture
 from tests.models import ids, tiny
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
@@ -51,6 +53,14 @@ def decode_graph(layers: int = LAYERS, tokens: int = 20) -> fx.GraphModule:
     return capture(step, token=ids(1, 1)).gm
 
 
+def by_layers(graph: fx.GraphModule) -> Rewritten | None:
+    """What the passes make of a graph that loops would not help."""
+    limit = parse_options(STATIC).limit("cpu")
+    with pytest.raises(NotWorthwhile) as found:
+        run_pipeline(graph, static_inputs=(), limit=limit, report=Report())
+    return found.value.rewritten
+
+
 @pytest.mark.slow
 def test_layers_of_a_decode_step_share_their_pieces_and_those_of_other_lengths() -> None:
     model = tiny("Llama", num_hidden_layers=LAYERS)
@@ -78,17 +88,19 @@ def test_layers_of_a_decode_step_share_their_pieces_and_those_of_other_lengths()
 
 
 def test_what_a_piece_of_layers_computes_is_the_graph() -> None:
-    graph = decode_graph()
-    plan = by_layers(graph)
-    assert plan is not None
-    computed = [node for step in plan.steps for node in step.nodes]
-    assert computed == [node for node in graph.graph.nodes if node.op == "call_function"]
-    assert sum(isinstance(step, Compute) for step in plan.steps) == LAYERS + 1
+    rewritten = by_layers(decode_graph())
+    assert rewritten is not None
+    computed = [node for step in rewritten.plan.steps for node in step.nodes]
+    assert set(computed) == {node for node in rewritten.gm.graph.nodes if node.op == "call_function"}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_few_layers_stay_whole(layers: int) -> None:
-    assert by_layers(decode_graph(layers)) is None
+def test_keys_and_values_cut_a_decode_step_once_in_each_layer(layers: int) -> None:
+    rewritten = by_layers(decode_graph(layers))
+    assert rewritten is not None
+    steps = rewritten.plan.steps
+    assert sum(isinstance(step, Compute) for step in steps) == layers + 1
+    assert [step.node.target for step in steps if isinstance(step, Transfer)] == [EXTEND] * 2 * layers
 
 
 def test_a_step_that_writes_to_its_inputs_stays_whole() -> None:
@@ -103,9 +115,9 @@ def test_a_step_that_writes_to_its_inputs_stays_whole() -> None:
 
 
 def test_cuda_graphs_record_a_step_as_a_whole() -> None:
-    graph, options = decode_graph(), parse_options(None)
-    assert build_layers(graph, options, Report(), {"cudagraphs": True}) is None
-    assert build_layers(graph, options, Report(), {}) is not None
+    rewritten, options = by_layers(decode_graph()), parse_options(None)
+    assert build_layers(rewritten, options, Report(), (), {"cudagraphs": True}) is None
+    assert build_layers(rewritten, options, Report(), (), {}) is not None
 
 
 def test_a_length_that_parameters_have_is_left_as_a_number() -> None:

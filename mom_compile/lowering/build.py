@@ -51,7 +51,7 @@ from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
 from mom_passes.ops.rows import LAID_OUT
-from mom_passes.ops.transfers import ARRIVING
+from mom_passes.ops.transfers import ARRIVING, EXTEND
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.memory import leaving
@@ -281,7 +281,7 @@ class Lowering:
             )
         unread = [self.slots[n] for n in plan.inputs if n not in last and tensors_of(n)]
         outputs = tuple(Slot(self.slots[n]) if isinstance(n, fx.Node) else n for n in plan.outputs)
-        transfers = [step.node for step in plan.steps if isinstance(step, Transfer)]
+        transfers = [s.node for s in plan.steps if isinstance(s, Transfer) and s.node.target is not EXTEND]
         read = {base_of(node.args[0]) for node in transfers if node.target in ARRIVING}  # type: ignore[arg-type]
         from_host = tuple(number for number, node in enumerate(plan.inputs) if node in read)
         return Program(

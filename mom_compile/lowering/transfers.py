@@ -9,9 +9,10 @@ from torch import fx
 
 from mom_compile.memory.choice import Stays
 from mom_compile.memory.place import KVPlace
+from mom_compile.runtime.extend import Extend
 from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.sizes import expr
-from mom_passes.ops.transfers import APPEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
+from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
 
 #: Values for which host memory is made ready while a layer computes: its keys and its values.
@@ -35,6 +36,9 @@ def copy_step(
     if node.target is FETCH_WAIT:
         buffer, new, dim = node.args
         return FetchWait(dim), [buffer, new]  # type: ignore[arg-type]
+    if node.target is EXTEND:
+        past, new, dim = node.args
+        return Extend(dim), [past, new]  # type: ignore[arg-type]
     if node.target is APPEND:
         host, new, dim, first = node.args
         return Append(dim, place.device, place.placement), [host, new, first]  # type: ignore[arg-type]

@@ -61,9 +61,9 @@ class Report(Record):
     def headline(self) -> str:
         """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
         if self.fallback is not None:
-            cut = f" in {self.layer_pieces} pieces by layers" if self.layer_pieces else ""
-            return f"stock Inductor{cut}: {self.fallback}"
+            return f"stock Inductor: {self.fallback}"
         what = f"{self.kind}, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
+        what += f"in {self.layer_pieces} pieces by layers, " if self.layer_pieces else ""
         moved = f"{moved_rows(self)} to the host, " if self.on_host else ""
         return f"{what}{moved}expected peak {in_units(self.expected_peak_bytes)}"
 

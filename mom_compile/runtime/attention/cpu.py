@@ -25,6 +25,7 @@ from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.attention.rows import (
     bias_bytes_per_row,
     in_blocks,
+    keys_in_sight,
     math_bytes_per_row,
     math_kernel,
     token_major,
@@ -56,6 +57,8 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
         return call.output().zero_()
     if not takes_flash(call):
         return in_blocks(math_kernel, call, math_bytes_per_row(call))
+    if call.rows == 1 and call.mask is None and not call.has_conditions:
+        return one_row(call)
     if call.mask is not None or call.has_conditions or not call.is_causal:
         return in_blocks(flash_kernel, call, bias_bytes_per_row(call))
     window = call.felt_window
@@ -95,6 +98,12 @@ def flash_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     return flash(query, key, value, scale, bias=bias)[0]
+
+
+def one_row(call: AttentionCall) -> torch.Tensor:
+    """A decode step: one row sees all keys in its sight, so nothing has to be masked."""
+    low, high = keys_in_sight(call)
+    return token_major(_whole(call, low, high)[0], call) if low < high else call.output().zero_()
 
 
 def causal(call: AttentionCall) -> torch.Tensor:
@@ -148,8 +157,13 @@ def _whole(call: AttentionCall, low: int, high: int) -> Part:
 
 
 def _gains_rows(call: AttentionCall, grouped: int) -> bool:
-    """Whether blocks are larger with the rows of all heads that share keys, and still enough for all threads."""
+    """Whether blocks are larger with the rows of all heads that share keys, and still enough for all threads.
+
+    One row is a block by itself: the keys of a head are read once, in place of once for each head that shares them.
+    """
     batch, heads = call.key.shape[:2]
+    if call.rows == 1:
+        return grouped > 1 and batch * heads >= torch.get_num_threads()
     blocks = batch * heads * math.ceil(grouped * call.rows / LARGEST_BLOCK)
     larger = grouped > 1 and call.rows < LARGE_BLOCKS and grouped * call.rows >= MIDDLE_BLOCKS
     return larger and blocks >= 2 * torch.get_num_threads()

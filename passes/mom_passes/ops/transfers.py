@@ -11,6 +11,7 @@ over         A buffer that nobody reads any more, in whose storage the next one 
     decode    buffer = fetch_start(host, 1, 2, device)      begins the copy; one layer ahead
               k      = fetch_wait(buffer, new, 2)           waits for it; `buffer` is now complete
               host = append(host, new, 2, 0)               only the new rows leave
+              k      = extend(k, new, 2)                   of a cache on the device: only the new rows are written
 
 The references copy at once and change none of their arguments, so a rewritten graph is executable anywhere.
 A runtime makes the copies asynchronous, fills a buffer where it is and appends to the host's own storage.
@@ -49,6 +50,10 @@ LIBRARY.define("fetch_wait(Tensor buffer, Tensor? new, int dim) -> Tensor", tags
 LIBRARY.define("append(Tensor host, Tensor new, int dim, SymInt first) -> Tensor", tags=_TAGS)
 """Rows `[first:]` of the host's and the new rows, on the host."""
 
+LIBRARY.define("extend(Tensor past, Tensor new, int dim) -> Tensor", tags=_TAGS)
+"""`past` with the rows of `new` behind it along `dim`, token-major, on the device. A runtime writes `new` into the
+storage of `past` where no other tensor sees that storage."""
+
 LIBRARY.define("offload(Tensor value, int dim, SymInt first, int layer=0) -> Tensor", tags=_TAGS)
 """Rows `[first:]` of a device value, on the host. `layer` is whose attention reads it: what stays is told by layers."""
 
@@ -59,10 +64,11 @@ FETCH_CHOSEN = torch.ops.mom.fetch_chosen.default
 FETCH_START = torch.ops.mom.fetch_start.default
 FETCH_WAIT = torch.ops.mom.fetch_wait.default
 APPEND = torch.ops.mom.append.default
+EXTEND = torch.ops.mom.extend.default
 OFFLOAD = torch.ops.mom.offload.default
 
 #: What a runtime runs between compiled pieces, never inside one.
-COPIES = frozenset({FETCH_ROWS, FETCH_CHOSEN, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD})
+COPIES = frozenset({FETCH_ROWS, FETCH_CHOSEN, FETCH_START, FETCH_WAIT, APPEND, EXTEND, OFFLOAD})
 
 #: What reads a value on the host and brings it to the device.
 ARRIVING = frozenset({FETCH, FETCH_WEIGHT, FETCH_ROWS, FETCH_CHOSEN, FETCH_START})
@@ -79,6 +85,14 @@ def token_major(shape: Sequence[Any], dim: int, like: torch.Tensor, device: torc
     """An uninitialised tensor of that shape whose rows along `dim` are outermost in storage."""
     order = [dim, *(i for i in range(len(shape)) if i != dim)]
     return torch.empty_permuted(list(shape), order, dtype=like.dtype, device=device)
+
+
+def token_major_strides(shape: Sequence[int], dim: int) -> list[int]:
+    """The strides of `token_major`."""
+    strides, step = [0] * len(shape), 1
+    for d in (*(d for d in reversed(range(len(shape))) if d != dim), dim):
+        strides[d], step = step, step * shape[d]
+    return strides
 
 
 def buffer_like(host: torch.Tensor, rows: Any, dim: int, device: torch.device) -> torch.Tensor:
@@ -126,6 +140,10 @@ def append_reference(host: torch.Tensor, new: torch.Tensor, dim: int, first: int
     return offload_reference(torch.cat([host, new.to(HOST)], dim), dim, first)
 
 
+def extend_reference(past: torch.Tensor, new: torch.Tensor, dim: int) -> torch.Tensor:
+    return buffer_like(past, new.shape[dim], dim, past.device).copy_(torch.cat([past, new], dim))
+
+
 def offload_reference(value: torch.Tensor, dim: int, first: int, layer: int = 0) -> torch.Tensor:
     rows = value.shape[dim] - first
     host = token_major(_with_rows(value, dim, rows), dim, value, HOST)
@@ -168,6 +186,11 @@ def _append_fake(host, new, dim, first):  # type: ignore[no-untyped-def]
     return token_major(_with_rows(host, dim, rows), dim, host, HOST)
 
 
+@torch.library.register_fake("mom::extend", lib=LIBRARY)
+def _extend_fake(past, new, dim):  # type: ignore[no-untyped-def]
+    return buffer_like(past, new.shape[dim], dim, past.device)
+
+
 @torch.library.register_fake("mom::offload", lib=LIBRARY)
 def _offload_fake(value, dim, first, layer=0):  # type: ignore[no-untyped-def]
     return token_major(_with_rows(value, dim, value.shape[dim] - first), dim, value, HOST)
@@ -181,6 +204,7 @@ for _name, _reference in (
     ("fetch_start", fetch_start_reference),
     ("fetch_wait", fetch_wait_reference),
     ("append", append_reference),
+    ("extend", extend_reference),
     ("offload", offload_reference),
 ):
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")

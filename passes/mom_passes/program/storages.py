@@ -21,12 +21,12 @@ from mom_passes.graph.data_dependent import is_unknown
 from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop, loop_nodes
-from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD, taken_over
+from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_START, FETCH_WAIT, OFFLOAD, taken_over
 from mom_passes.program.program import Place, Storage
 
-#: A copy that is waited for is where it was begun, what a write returns is what it has written to, and several values
-#: that are returned at once count as one storage.
-_WITHIN = frozenset({FETCH_WAIT, torch.ops.aten.copy_.default, operator.getitem})
+#: A copy that is waited for is where it was begun, a cache grows where it is, a write returns what it has written to,
+#: and several values that are returned at once count as one storage.
+_WITHIN = frozenset({FETCH_WAIT, EXTEND, torch.ops.aten.copy_.default, operator.getitem})
 
 
 def storages(gm: fx.GraphModule) -> dict[fx.Node, Storage]:
