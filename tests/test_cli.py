@@ -40,6 +40,9 @@ class Way:
     def host_bytes(self, seq_len):
         return self.on_host * seq_len
 
+    def step_bytes(self, seq_len):
+        return self.peak_bytes(seq_len)
+
     def max_seq_len(self, budget):
         return max(0, (budget - GIB) // self.each)
 

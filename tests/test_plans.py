@@ -75,6 +75,34 @@ def test_eager_mode_takes_what_is_measured_on_the_cpu():
     assert abs(planned - measure.peak_bytes(call).peak) < 0.02 * planned
 
 
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+@pytest.mark.parametrize(("way", "backend"), [("eager", None), ("mom", "mom")])
+def test_the_first_decode_step_takes_what_is_planned(way, backend):
+    """Without the weights, which are the model's own."""
+    measure.watch_cpu()
+    torch.manual_seed(0)
+    config = llama(num_key_value_heads=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if backend is not None:
+        model.compile(backend=backend, options={"strict": True})
+    past = transformers.DynamicCache(config=config)
+    given = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad():
+        model(models.tokens(model, 4000), **given)
+        taken = measure.peak_bytes(lambda: model(models.tokens(model, 1), **given)).peak
+    planner = a_planner(config)
+    step = planner.step_peak(way, 4000) - planner.weights.all - planner.cache(4000)
+    assert abs(step - taken) < 0.02 * planner.cache(4000)
+
+
+def test_the_longest_context_leaves_room_for_a_token(small):
+    for way in small.ways.values():
+        longest = way.max_seq_len(64 * MIB)
+        assert way.step_bytes(longest) <= 64 * MIB >= way.peak_bytes(longest)
+    stock = small.ways[INDUCTOR]
+    assert stock.step_bytes(100_000) - stock.weights == pytest.approx(2 * small.ways["mom-cache"].host_bytes(100_000))
+
+
 # --- carried on to all layers ---
 
 

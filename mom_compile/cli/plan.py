@@ -100,7 +100,8 @@ def as_data(made: Any, memories: Sequence[int], fits: int | None) -> dict[str, A
     names = ("name", "model_type", "layers", "parameters", "weight_bytes", "longest", "dtype", "stored")
     ways = {key: _way(way, lengths, memories) for key, way in made.ways.items()}
     for key, way in ways.items():
-        way["fits"] = fits is None or way["peak_bytes"][str(made.seq_len)] <= fits
+        tokens = str(made.seq_len)
+        way["fits"] = fits is None or max(way["peak_bytes"][tokens], way["step_bytes"][tokens]) <= fits
         way.update(_times(made, key) if way["fits"] else _NO_TIMES)
     own = ways[made.way]
     return {
@@ -122,6 +123,7 @@ def _way(way: Any, lengths: Sequence[int], memories: Sequence[int]) -> dict[str,
     return {
         "what": way.what,
         "peak_bytes": {str(tokens): way.peak_bytes(tokens) for tokens in lengths},
+        "step_bytes": {str(tokens): way.step_bytes(tokens) for tokens in lengths},
         "host_bytes": {str(tokens): way.host_bytes(tokens) for tokens in lengths},
         "fewest_bytes": way.fewest_bytes,
         "max_seq_len": {str(size): tokens for size, tokens in longest.items()},
@@ -161,7 +163,8 @@ def show(console: Console, data: Mapping[str, Any], fits: int | None) -> None:
 
 
 def _too_large(way: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    needed, memory = way["peak_bytes"][str(data["seq_len"])], in_units(data["device_memory"])
+    tokens, memory = str(data["seq_len"]), in_units(data["device_memory"])
+    needed = max(way["peak_bytes"][tokens], way["step_bytes"][tokens])
     return f"none, since {in_units(needed)} ({needed:,} bytes) do not fit into {memory}"
 
 
@@ -208,7 +211,7 @@ def _longest(data: Mapping[str, Any]) -> Table:
     ways = data["ways"]
     memories = list(ways[data["way"]]["max_seq_len"])
     columns = [f"in {in_units(int(size))}" for size in memories]
-    table = plain_table("way", *columns, "then on the host", title="longest context, in tokens")
+    table = plain_table("way", *columns, "then on the host", title="longest context, in tokens: prefill and one more")
     for key, way in ways.items():
         lengths, host = way["max_seq_len"].values(), way["host_bytes_then"][memories[-1]]
         nothing = f"none, needs {in_units(way['fewest_bytes'])}"

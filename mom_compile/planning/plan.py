@@ -174,8 +174,8 @@ class Plan:
         return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
 
     def max_seq_len(self, budget: int | str | None = None) -> int:
-        """The longest context that fits into `budget` bytes of the device; 0 if none fits. The default is the budget of
-        the plan, or else the memory of its device."""
+        """The longest context whose prefill and first decode step fit into `budget` bytes of the device; 0 if none
+        fits. The default is the budget of the plan, or else the memory of its device."""
         size = self.memory if budget is None else parse_bytes(budget, "budget")
         if size is None:
             raise PlanError("max_seq_len needs a budget: max_seq_len('80GiB')")
@@ -212,8 +212,8 @@ class Plan:
         return device_named(self.device)[1].memory
 
     def fits(self, way: str | None = None) -> bool:
-        """Whether the prefill fits into the device's memory, in the plan's way or another."""
-        return self.memory is None or self.ways[way or self.way].peak_bytes(self.seq_len) <= self.memory
+        """Whether the prefill and one token fit into the device's memory, in the plan's way or another."""
+        return self.memory is None or self.ways[way or self.way].needed_bytes(self.seq_len) <= self.memory
 
     def estimate(self, device: str | None = None, way: str | None = None) -> Estimate:
         """How long a prefill takes on a recorded device, that of the plan by default, in the plan's way or another.
@@ -258,7 +258,7 @@ class Plan:
         if self.device == CPU:
             return beside
         if not self.fits():
-            needed, there = self.peak_bytes(), self.memory or 0
+            needed, there = self.ways[self.way].needed_bytes(self.seq_len), self.memory or 0
             return f"{what}: {in_units(needed)} ({needed:,} bytes) do not fit into {in_units(there)}, {self.device}"
         return f"{beside}; prefill {self.estimate()}; decode {self.estimate_decode()}"
 

@@ -25,6 +25,7 @@ from mom_compile.planning.ways import (
     straight,
 )
 from mom_compile.planning.weights import Weights
+from mom_compile.runtime.extend import room_for
 from mom_passes.graph.size_values import evaluate
 from mom_passes.program.program import LoopStep
 
@@ -95,6 +96,23 @@ class Planner:
         profiles = [one.profile(self.batch, seq_len, full, fewest=fewest) for one in made]
         return self.weights_on_device(way) + inputs + carried_on(profiles, self.subject.periods)
 
+    def step_peak(self, way: str, seq_len: int) -> int:
+        """Bytes of the device at the peak of the first decode step behind a prefill, weights included.
+
+        Counted is the cache, and what of it exists twice: all of it with stock Inductor, which concatenates it and
+        returns the whole; one key or value in eager mode, which drops the old one of a layer before the next; one that
+        grows in place. A cache on the host arrives layer by layer, one layer ahead.
+        """
+        weights, cache, layers = self.weights_on_device(way), self.cache(seq_len), self.subject.layers
+        one = cache // (2 * layers)
+        if way == INDUCTOR:
+            return weights + 2 * cache
+        if way == EAGER:
+            return weights + cache + one
+        if KINDS[way].cache:
+            return weights + min(4 * one, 2 * cache)
+        return weights + cache * (seq_len + room_for(seq_len)) // seq_len + one
+
     def _full(self, made: list[Compiled], seq_len: int) -> int:
         return straight([one.full(self.batch, seq_len) for one in made], self.subject.periods)
 
@@ -133,7 +151,8 @@ class Planner:
         return {name: self._way(name, what) for name, what in words.items()}
 
     def _way(self, name: str, what: str) -> Way:
-        return Way(what, self.weights_on_device(name), partial(self.peak, name), partial(self.host, name), MOST_TOKENS)
+        of_device, of_step, of_host = (partial(bytes, name) for bytes in (self.peak, self.step_peak, self.host))
+        return Way(what, self.weights_on_device(name), of_device, of_step, of_host, MOST_TOKENS)
 
     def _tell(self, text: str) -> None:
         """Each thing once."""

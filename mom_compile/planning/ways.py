@@ -234,17 +234,26 @@ def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """Bytes of the device at the peak of a prefill, weights and inputs included, and bytes on the host beside it, at
-    any length. `weights` are those on the device."""
+    """Bytes of the device at the peak of a prefill and at that of the first decode step behind it, weights and inputs
+    included, and bytes on the host beside them, at any length. `weights` are those on the device."""
 
     what: str
     weights: int
     of_device: Callable[[int], int]
+    of_step: Callable[[int], int]
     of_host: Callable[[int], int]
     most: int
 
     def peak_bytes(self, seq_len: int) -> int:
         return self._peak(seq_len)
+
+    def step_bytes(self, seq_len: int) -> int:
+        """Of the first decode step behind a prefill of so many tokens."""
+        return self.of_step(seq_len)
+
+    def needed_bytes(self, seq_len: int) -> int:
+        """What a prefill and one token take."""
+        return max(self._peak(seq_len), self.of_step(seq_len))
 
     def host_bytes(self, seq_len: int) -> int:
         return self.of_host(seq_len)
@@ -255,11 +264,12 @@ class Way:
         return self._with_margin(_FEWEST)
 
     def max_seq_len(self, budget: int) -> int:
-        """The longest context that `budget` bytes of the device have room for, with a margin; 0: none."""
+        """The longest context that `budget` bytes of the device have room for, prefill and one more token, with a
+        margin; 0: none."""
         return longest_that_fits(self._with_margin, budget, self.most)
 
     def _with_margin(self, seq_len: int) -> int:
-        peak = self._peak(seq_len)
+        peak = self.needed_bytes(seq_len)
         return peak + (peak - self.weights) // MARGIN_SHARE
 
     @functools.cached_property

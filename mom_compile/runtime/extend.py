@@ -66,9 +66,9 @@ def _with_rows(past: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     shape[dim] = rows
     strides = token_major_strides(shape, dim)
     alone = is_alone(past) or _is_alone_but_for_garbage(past)
-    if alone and _lies_so(past, strides) and _has_room(past, rows * strides[dim], rows):
+    if alone and _lies_so(past, strides) and _hasroom_for(past, rows * strides[dim], rows):
         return _seen(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)
-    buffer = past.new_empty((rows + _room(rows)) * strides[dim])
+    buffer = past.new_empty((rows + room_for(rows)) * strides[dim])
     result = _seen(buffer.untyped_storage(), 0, past, shape, strides)
     del buffer
     result.narrow(dim, 0, past.shape[dim]).copy_(past)
@@ -85,7 +85,7 @@ def _is_alone_but_for_garbage(past: torch.Tensor) -> bool:
     return is_alone(past)
 
 
-def _has_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
+def _hasroom_for(past: torch.Tensor, numbers: int, rows: int) -> bool:
     """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it."""
     storage, size = past.untyped_storage(), past.element_size()
     needed = int(past.storage_offset() + numbers) * size
@@ -93,11 +93,12 @@ def _has_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
         return True
     if past.numel() == 0 or not storage.resizable():
         return False
-    storage.resize_(needed + _room(rows) * (numbers // rows) * size)
+    storage.resize_(needed + room_for(rows) * (numbers // rows) * size)
     return True
 
 
-def _room(rows: int) -> int:
+def room_for(rows: int) -> int:
+    """How many rows of room a storage gets for so many rows."""
     return max(LEAST, rows // PART)
 
 
