@@ -16,16 +16,19 @@ from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit
 from mom_passes.host.kv_values import KVValues, returned
 from mom_passes.host.relaid import replace_relaid
-from mom_passes.ops.transfers import EXTEND
+from mom_passes.ops.transfers import EXTEND, OFFLOAD
 
 aten = torch.ops.aten
 
 
 def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
-    """Replace each concatenation of a cached input with new rows that the cache keeps whole. Return their number."""
+    """Replace each concatenation of a cached input with new rows that the cache keeps whole. Return their number.
+
+    The cache may be the host's if it has to: a value that may stay on the device grows there first.
+    """
     outputs = returned(gm)
-    found = {outputs[position]: value.dim for value in kv.found for position in value.outputs}
-    grown = [(node, dim) for node, dim in found.items() if isinstance(node, fx.Node) and _grows(node, dim)]
+    found = {_on_device(outputs[position]): value.dim for value in kv.found for position in value.outputs}
+    grown = [(node, dim) for node, dim in found.items() if node is not None and _grows(node, dim)]
     for node, dim in grown:
         past, new = argument(node, "tensors")
         with gm.graph.inserting_before(node):
@@ -36,6 +39,14 @@ def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
     if grown:
         gm.recompile()
     return len(grown)
+
+
+def _on_device(output: object) -> fx.Node | None:
+    """What an output is, or what of the device all rows of it are copied from."""
+    if not isinstance(output, fx.Node):
+        return None
+    leaves = output.target is OFFLOAD and output.args[2] == 0
+    return output.args[0] if leaves else output  # type: ignore[return-value]
 
 
 def _grows(node: fx.Node, dim: int) -> bool:
