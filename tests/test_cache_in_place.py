@@ -123,6 +123,13 @@ def test_a_window_grows_behind_its_own_rows() -> None:
     assert torch.equal(found, torch.cat([wanted, rows(1, 2)], DIM))
 
 
+def test_a_window_that_moves_on_does_not_keep_what_is_behind_it() -> None:
+    past = grown(9)
+    for seed in range(4 * LEAST):
+        past = extend(past, rows(1, seed))[:, :, -9:]
+    assert past.untyped_storage().nbytes() <= (10 + LEAST) * past[:, :, :1].nbytes
+
+
 def test_memory_that_numpy_shows_is_not_moved() -> None:
     past = token_major([2, 3, 7, 4], DIM, torch.empty(0), torch.device("cpu")).copy_(rows(7))
     seen = past.numpy()

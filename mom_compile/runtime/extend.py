@@ -86,12 +86,15 @@ def _is_alone_but_for_garbage(past: torch.Tensor) -> bool:
 
 
 def _hasroom_for(past: torch.Tensor, numbers: int, rows: int) -> bool:
-    """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it."""
-    storage, size = past.untyped_storage(), past.element_size()
-    needed = int(past.storage_offset() + numbers) * size
+    """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it.
+
+    A storage that begins with rows that `past` does not show does not grow: a window that moves on would keep them all.
+    """
+    storage, size, first = past.untyped_storage(), past.element_size(), int(past.storage_offset())
+    needed = (first + numbers) * size
     if needed <= storage.nbytes():
         return True
-    if past.numel() == 0 or not storage.resizable():
+    if first > 0 or past.numel() == 0 or not storage.resizable():
         return False
     storage.resize_(needed + room_for(rows) * (numbers // rows) * size)
     return True
