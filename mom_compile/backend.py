@@ -45,7 +45,6 @@ from mom_passes.graph.data_dependent import unknown_number_behind
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
-from mom_passes.program.program import Compute
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules.work import products
 from mom_passes.torch_compat import FLEX_ATTENTION
@@ -237,8 +236,7 @@ def build_layers(
         report.own_rows = []  # `for_stock` makes its own
         return None
     program = _lowered(rewritten, options, report, static)
-    report.describe(rewritten)
-    report.layer_pieces = sum(isinstance(step, Compute) for step in rewritten.plan.steps)
+    report.describe_layers(rewritten)
     return program
 
 

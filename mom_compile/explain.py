@@ -285,7 +285,7 @@ def _explain_graph(
                 report.peak_without_loops = _peak_without_loops(gm, report)
             except NotWorthwhile as decision:
                 if decision.rewritten is not None:
-                    report.describe(decision.rewritten)
+                    report.describe_layers(decision.rewritten)
                     runnable = decision.rewritten.gm
                 else:
                     report.fallback = str(decision)

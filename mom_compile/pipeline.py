@@ -28,7 +28,7 @@ from mom_passes.graph.without_empty_parts import without_empty_parts
 from mom_passes.graph.writes import read_behind_a_write
 from mom_passes.host.as_they_lie import as_they_lie
 from mom_passes.host.chosen import only_what_is_used
-from mom_passes.host.kv_extended import extend_in_place
+from mom_passes.host.kv_extended import extend_in_place, lay_out_for_growth
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
 from mom_passes.host.weights import weights_arrive, whole_weights
@@ -157,7 +157,8 @@ def _is_doubtful(target: Any) -> bool:
 def keys_and_values_as_they_lie(state: State) -> str:
     """Keys and values are laid out token by token, as products write them, and not head by head as in eager mode: so
     they leave for the host, and so they grow in place on the device."""
-    return f"{as_they_lie(state.gm)} copies less"
+    less = as_they_lie(state.gm)
+    return f"{less} copies less, {0 if state.kv_on_host else lay_out_for_growth(state.gm)} laid out to grow"
 
 
 def find_keys_and_values(state: State) -> str:

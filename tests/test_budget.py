@@ -231,6 +231,6 @@ def test_a_budget_cuts_what_would_be_left_whole() -> None:
     """A prompt without two efficient mini-sequences."""
     model, x = TinyDecoder(layers=2, width=64).eval(), ids(1, 400)
     whole, cut = (mom_compile.explain(model, x, options=options)[0] for options in ({}, {"memory_budget": 1_000_000}))
-    assert whole.fallback == "its 400 tokens fit in one mini-sequence of 400"
+    assert whole.no_loops == "its 400 tokens fit in one mini-sequence of 400"
     assert {stage.mini_seq_len for stage in cut.stages} >= {FEWEST_ROWS}
     assert "fewer for memory_budget" in str(cut)

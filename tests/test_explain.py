@@ -74,8 +74,13 @@ def test_the_rewritten_graph_reads_as_code():
     assert "torch.ops.mom.attention.default" in code
 
 
-def test_it_says_why_a_graph_is_left_alone():
+def test_it_says_why_a_graph_has_no_loops():
     text = str(mom_compile.explain(TinyDecoder(layers=1).eval(), ids(1, 5)))
+    assert "no loops: its 5 tokens fit in one mini-sequence" in text
+
+
+def test_it_says_why_a_graph_is_left_alone():
+    text = str(mom_compile.explain(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()), torch.randn(1, 5, 8)))
     assert "stock Inductor: its 5 tokens fit in one mini-sequence" in text
 
 
@@ -188,10 +193,11 @@ def decode_step(model):
     return {**next_token(prompt(1, 40)), "past_key_values": cache}
 
 
-def test_why_a_decode_step_is_left_alone_is_said_in_a_users_words():
+def test_why_a_decode_step_has_no_loops_is_said_in_a_users_words():
     model = small_model("Llama")
     text = str(mom_compile.explain(model, **decode_step(model)))
-    assert text.startswith("decode step, left to stock Inductor: it computes one token for each sequence")
+    assert text.startswith("decode step: expected peak ")
+    assert "no loops: it computes one token for each sequence" in text
     moved = str(mom_compile.explain(model, **decode_step(model), options={"kv_offload": True}))
     assert moved.startswith("decode step: expected peak ") and "no loops: it computes one token" in moved
     assert "to the host: rows of 6 keys and values of 3 layers, " in moved

@@ -388,7 +388,7 @@ def test_explain_tells_which_rows_are_copied():
     assert f"{in_units(6 * 15 * 2 * 16 * 4)} of {in_units(6 * 41 * 2 * 16 * 4)}" in found.details()
     assert "6 parts of larger values, windows of a cache say, kept without the rest: 11 KiB of 31 KiB" in str(found)
     short = mom_compile.explain(model, **inputs, options={"kv_offload": False})
-    assert short[0].fallback is not None and len(short[0].own_rows) == 6
+    assert short[0].no_loops is not None and len(short[0].own_rows) == 6
     assert "rows of their own" in short.details() and "6 parts of larger values" in str(short)
 
 

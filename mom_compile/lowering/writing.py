@@ -18,6 +18,7 @@ from mom_passes.graph.edit import add_input
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import Stored
 from mom_passes.ops.products import PRODUCT_INTO
+from mom_passes.ops.rows import COPY_ROWS
 
 aten = torch.ops.aten
 
@@ -44,6 +45,8 @@ def writing_body(loop: Loop) -> fx.Graph:
         if node.op == "output":
             _write(graph, loop, places, [values[rows] for rows in node.args[0]])
             graph.output(())
+        elif node.target is COPY_ROWS:
+            values[node] = values[node.args[0]]  # a place has its own layout
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, values.__getitem__)
     return graph

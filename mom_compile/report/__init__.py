@@ -17,7 +17,7 @@ from mom_compile.report.units import in_units
 from mom_compile.timeline import Measured, draw_timeline
 from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import loops
-from mom_passes.program.program import LoopStep
+from mom_passes.program.program import Compute, LoopStep
 from mom_passes.program.rewritten import Rewritten
 
 __all__ = [
@@ -39,6 +39,11 @@ class Report(Record):
         self.stages = [stage_report(moment, self.memory) for moment in moments]
         self.tokens = self.memory.tokens
         self.peak = shares(rewritten, self.keys_and_values)
+
+    def describe_layers(self, rewritten: Rewritten) -> None:
+        """A graph without loops, cut by layers."""
+        self.describe(rewritten)
+        self.layer_pieces = sum(isinstance(step, Compute) for step in rewritten.plan.steps)
 
     def to_store(self) -> Report:
         """What of this another process can say that reads the compiled graph: not what was done for it in this one."""

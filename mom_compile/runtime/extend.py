@@ -7,8 +7,8 @@ room      Rows of a storage behind the last one that a tensor shows. Rows are ou
 alone     No other tensor sees the storage of a tensor: neither a second cache made of it, nor a longer one that was
           cropped to it.
 
-    alone, token-major, with room      -> write the new rows behind the old ones
-    alone, token-major, without room   -> let the storage grow by a part of its rows, then write
+    alone, laid out so, with room      -> write the new rows behind the old ones
+    alone, laid out so, without room   -> let the storage grow by a part of its rows, then write
     alone, laid out otherwise          -> copy the old rows to a storage with room, which the old tensor then is in too
     not alone                          -> copy the old rows to a storage with room
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mom_compile.torch_compat import is_alone
-from mom_passes.ops.transfers import token_major_strides
+from mom_passes.ops.transfers import growing_strides
 
 #: Room that a storage gets beyond the rows that it needs: this part of them, and at least so many.
 PART, LEAST = 32, 64
@@ -46,7 +46,7 @@ def expect_garbage() -> None:
 
 @dataclass(frozen=True)
 class Extend:
-    """`[past, new]` to `past` with the rows of `new` behind it, token-major along `dim`."""
+    """`[past, new]` to `past` with the rows of `new` behind it along `dim` (see `growing_order`)."""
 
     dim: int
 
@@ -64,7 +64,7 @@ def _with_rows(past: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     """`past` with unset rows behind it, `rows` in all."""
     shape = list(past.shape)
     shape[dim] = rows
-    strides = token_major_strides(shape, dim)
+    strides = growing_strides(shape, dim)
     alone = is_alone(past) or _is_alone_but_for_garbage(past)
     if alone and _lies_so(past, strides) and _hasroom_for(past, rows * strides[dim], rows):
         return _seen(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)

@@ -3,8 +3,12 @@
 Before:  k1 = cat([past, new], 2);    attention(q, k1, v1); return (..., k1)
 After:   k1 = extend(past, new, 2);   attention(q, k1, v1); return (..., k1)
 
-`extend` is a step between compiled pieces. Its result is token-major: its strides depend neither on the number of
-tokens nor on the room behind them, so one graph serves every step.
+`extend` is a step between compiled pieces. Rows are outermost in its result, so that its strides do not depend on the
+room behind them, and one graph serves every step. A prompt's keys and values are laid out like that, too: the first
+step behind it moves none, and has the graph of all others.
+
+Before:  k = permute(view(product));                           return k      [B, G, S, D], a sequence outermost
+After:   k = copy_rows(permute(view(product)), [2, 0, 1, 3]);  return k      of one sequence it stays as it is
 """
 
 from __future__ import annotations
@@ -13,22 +17,23 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.edit import emit
-from mom_passes.host.kv_values import KVValues, returned
+from mom_passes.graph.edit import behind, emit, fake_mode, strides_differ
+from mom_passes.host.kv_values import KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
-from mom_passes.ops.transfers import EXTEND, OFFLOAD
+from mom_passes.ops.rows import COPY_ROWS
+from mom_passes.ops.transfers import EXTEND, OFFLOAD, growing_order
 
 aten = torch.ops.aten
 
 
 def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
-    """Replace each concatenation of a cached input with new rows that the cache keeps whole. Return their number.
+    """Replace each concatenation of a cached input with new rows. Return their number.
 
-    The cache may be the host's if it has to: a value that may stay on the device grows there first.
+    The cache keeps all rows or, of a window, the last ones. A value that leaves for the host only where it has to grows
+    on the device first.
     """
-    outputs = returned(gm)
-    found = {_on_device(outputs[position]): value.dim for value in kv.found for position in value.outputs}
-    grown = [(node, dim) for node, dim in found.items() if node is not None and _grows(node, dim)]
+    found = {_on_device(value.full): value.dim for value in located(gm, kv).found}
+    grown = [(node, dim) for node, dim in found.items() if _grows(node, dim)]
     for node, dim in grown:
         past, new = argument(node, "tensors")
         with gm.graph.inserting_before(node):
@@ -41,12 +46,29 @@ def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
     return len(grown)
 
 
-def _on_device(output: object) -> fx.Node | None:
-    """What an output is, or what of the device all rows of it are copied from."""
-    if not isinstance(output, fx.Node):
-        return None
-    leaves = output.target is OFFLOAD and output.args[2] == 0
-    return output.args[0] if leaves else output  # type: ignore[return-value]
+def lay_out_for_growth(gm: fx.GraphModule) -> int:
+    """Lay out the keys and values that a cache keeps, and that an input has no part in, as `extend` does. Return how
+    many were not."""
+    made = 0
+    for value in find_kv(gm).found:
+        full, shape = value.full, value.full.meta["val"].shape
+        order = growing_order(shape, value.dim)
+        with fake_mode(gm.graph):
+            wanted = torch.empty_permuted(shape, order, dtype=full.meta["val"].dtype, device=full.meta["val"].device)
+        if _grows(full, value.dim) or not strides_differ(wanted, full.meta["val"]):
+            continue
+        with gm.graph.inserting_before(behind(full)):
+            replace_relaid(full, emit(gm.graph, COPY_ROWS, (full, order)))
+        made += 1
+    if made:
+        gm.recompile()
+    return made
+
+
+def _on_device(value: fx.Node) -> fx.Node:
+    """What all rows of a value are copied from to the host, if they are, or else the value."""
+    leaves = value.target is OFFLOAD and value.args[2] == 0
+    return value.args[0] if leaves else value  # type: ignore[return-value]
 
 
 def _grows(node: fx.Node, dim: int) -> bool:

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def replace_relaid(old: fx.Node, new: fx.Node) -> None:
     """What is made of it gets the strides it will really have."""
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     changed = {new}
     for node in new.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):

@@ -51,8 +51,8 @@ LIBRARY.define("append(Tensor host, Tensor new, int dim, SymInt first) -> Tensor
 """Rows `[first:]` of the host's and the new rows, on the host."""
 
 LIBRARY.define("extend(Tensor past, Tensor new, int dim) -> Tensor", tags=_TAGS)
-"""`past` with the rows of `new` behind it along `dim`, token-major, on the device. A runtime writes `new` into the
-storage of `past` where no other tensor sees that storage."""
+"""`past` with the rows of `new` behind it along `dim`, laid out in `growing_order`, on the device. A runtime writes
+`new` into the storage of `past` where no other tensor sees that storage."""
 
 LIBRARY.define("offload(Tensor value, int dim, SymInt first, int layer=0) -> Tensor", tags=_TAGS)
 """Rows `[first:]` of a device value, on the host. `layer` is whose attention reads it: what stays is told by layers."""
@@ -87,10 +87,17 @@ def token_major(shape: Sequence[Any], dim: int, like: torch.Tensor, device: torc
     return torch.empty_permuted(list(shape), order, dtype=like.dtype, device=device)
 
 
-def token_major_strides(shape: Sequence[int], dim: int) -> list[int]:
-    """The strides of `token_major`."""
+def growing_order(shape: Sequence[Any], dim: int) -> list[int]:
+    """The dimensions of what `extend` returns, from the outermost in storage: rows first, so that none moves when there
+    are more. A batch of one stands before them, as where products lay it."""
+    first = [0] if dim > 0 and isinstance(shape[0], int) and shape[0] == 1 else []
+    return [*first, dim, *(d for d in range(len(shape)) if d != dim and d not in first)]
+
+
+def growing_strides(shape: Sequence[int], dim: int) -> list[int]:
+    """The strides of what `extend` returns."""
     strides, step = [0] * len(shape), 1
-    for d in (*(d for d in reversed(range(len(shape))) if d != dim), dim):
+    for d in reversed(growing_order(shape, dim)):
         strides[d], step = step, step * shape[d]
     return strides
 
@@ -141,7 +148,7 @@ def append_reference(host: torch.Tensor, new: torch.Tensor, dim: int, first: int
 
 
 def extend_reference(past: torch.Tensor, new: torch.Tensor, dim: int) -> torch.Tensor:
-    return buffer_like(past, new.shape[dim], dim, past.device).copy_(torch.cat([past, new], dim))
+    return _extend_fake(past, new, dim).copy_(torch.cat([past, new], dim))  # type: ignore[no-any-return]
 
 
 def offload_reference(value: torch.Tensor, dim: int, first: int, layer: int = 0) -> torch.Tensor:
@@ -188,7 +195,8 @@ def _append_fake(host, new, dim, first):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("mom::extend", lib=LIBRARY)
 def _extend_fake(past, new, dim):  # type: ignore[no-untyped-def]
-    return buffer_like(past, new.shape[dim], dim, past.device)
+    shape = _with_rows(past, dim, past.shape[dim] + new.shape[dim])
+    return torch.empty_permuted(shape, growing_order(shape, dim), dtype=past.dtype, device=past.device)
 
 
 @torch.library.register_fake("mom::offload", lib=LIBRARY)
