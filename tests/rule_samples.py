@@ -287,6 +287,10 @@ def _of_keys() -> list[tuple[torch.Tensor | None, ...]]:
     return [(*vectors, mom.spans.default(*vectors)) for vectors in said] + [(padding, None, None, None)]
 
 
+def _copied_rows() -> list[Call]:
+    return [Call(mom.copy_rows.default, (floats(2, 3, 7, 4), order)) for order in ([2, 0, 1, 3], [0, 1, 2, 3])]
+
+
 def _mom_attention() -> list[Call]:
     made = _attentions()
     query, key, value, grouped = made["query"], made["key"], made["value"], made["grouped"]
@@ -337,7 +341,7 @@ CUDA_ONLY = {
 
 BY_HAND: list[Callable[[], list[Call]]] = [
     _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
-    _bitsandbytes, _mom_attention, _sdpa_for_cpu,
+    _bitsandbytes, _copied_rows, _mom_attention, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

@@ -79,8 +79,13 @@ def test_it_says_why_a_graph_has_no_loops():
     assert "no loops: its 5 tokens fit in one mini-sequence" in text
 
 
+def short_mlp() -> mom_compile.Explanation:
+    """Neither tokens to cut nor an attention to cut behind."""
+    return mom_compile.explain(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()), torch.randn(1, 5, 8))
+
+
 def test_it_says_why_a_graph_is_left_alone():
-    text = str(mom_compile.explain(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()), torch.randn(1, 5, 8)))
+    text = str(short_mlp())
     assert "stock Inductor: its 5 tokens fit in one mini-sequence" in text
 
 
@@ -439,7 +444,7 @@ def test_a_memory_timeline_is_drawn(tmp_path):
     report.plot(tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"nothing to draw: .* tokens fit in one mini-sequence"):
-        explained(mini_seq_len=64)[0].plot(tmp_path / "other.png")
+        short_mlp()[0].plot(tmp_path / "other.png")
 
 
 PLAN = """
