@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from benchmarks import measure
 from mom_compile import reports
-from mom_compile.runtime.extend import LEAST, Extend
+from mom_compile.runtime.extend import LEAST, Extend, room_for
 from mom_passes.ops.transfers import EXTEND, extend_reference, token_major
 from tests.models import ids, small_model
 from tests.shares import random_examples
@@ -55,14 +55,14 @@ def test_new_rows_are_behind_the_old_ones_token_by_token(dtype: torch.dtype) -> 
 
 
 def test_rows_laid_out_otherwise_move_once_and_then_stay_where_they_are() -> None:
-    past = rows(5)
+    past = rows(80)
     before = place(past)
     found = extend(past, rows(1, 1))
     assert place(found) == place(past) != before, "the old tensor moves, so that its rows do not exist twice"
-    assert torch.equal(past, rows(5))
+    assert torch.equal(past, rows(80))
     del past
     at, wanted = place(found), found.clone()
-    for seed in range(LEAST - 1):
+    for seed in range(room_for(81)):
         new = rows(1, seed)
         found, wanted = extend(found, new), torch.cat([wanted, new], DIM)
         assert place(found) == at
@@ -83,6 +83,22 @@ def test_a_step_allocates_nothing_while_there_is_room() -> None:
     past, new = grown(1000), rows(1, 2)
     peak = measure.peak_bytes(lambda: extend(past, new)).peak
     assert peak < 64 * new.nbytes  # the objects, and no rows
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_storage_grows_and_no_other_is_made() -> None:
+    past = token_major([1, 8, 5000, 64], DIM, torch.empty(0), torch.device("cuda")).normal_()
+    wanted, new = past.clone(), torch.randn(1, 8, 1, 64, device="cuda")
+    found = extend(past, new)
+    del past
+    at = place(found)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    for _ in range(LEAST - 1):
+        found = extend(found, new)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < wanted.nbytes // 10 and place(found) == at
+    assert torch.equal(found[:, :, :5000], wanted) and torch.equal(found[:, :, 5000:], new.expand(-1, -1, LEAST, -1))
 
 
 # --- others who see it ---
@@ -127,7 +143,7 @@ def test_a_window_that_moves_on_does_not_keep_what_is_behind_it() -> None:
     past = grown(9)
     for seed in range(4 * LEAST):
         past = extend(past, rows(1, seed))[:, :, -9:]
-    assert past.untyped_storage().nbytes() <= (10 + LEAST) * past[:, :, :1].nbytes
+    assert past.untyped_storage().nbytes() <= (10 + room_for(10)) * past[:, :, :1].nbytes
 
 
 def test_memory_that_numpy_shows_is_not_moved() -> None:

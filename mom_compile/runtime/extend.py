@@ -14,6 +14,8 @@ alone     No other tensor sees the storage of a tensor: neither a second cache m
 
 The result is a new tensor. The old tensor still shows its rows, so an error in a later step leaves a cache as it was.
 Keys and values are extended one after another: of a cache that only this call sees, at most one of them exists twice.
+
+This has run on CPUs, and never on a GPU.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ import torch
 from mom_compile.torch_compat import is_alone
 from mom_passes.ops.transfers import growing_strides
 
-#: Room that a storage gets beyond the rows that it needs: this part of them, and at least so many.
-PART, LEAST = 32, 64
+#: Room that a storage gets beyond the rows that it needs: this part of them.
+PART = 32
+#: Of fewer rows, so many and at most this part.
+LEAST, LARGEST_PART = 64, 8
 
 #: Two threads may extend the same tensor. The one that comes second finds the result of the first in the storage.
 _LOCK = threading.Lock()
@@ -102,7 +106,7 @@ def _hasroom_for(past: torch.Tensor, numbers: int, rows: int) -> bool:
 
 def room_for(rows: int) -> int:
     """How many rows of room a storage gets for so many rows."""
-    return max(LEAST, rows // PART)
+    return max(1, rows // PART, min(LEAST, rows // LARGEST_PART))
 
 
 def _seen(

@@ -37,7 +37,6 @@ from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
 from mom_passes.graph.values import bytes_of, operands
 from mom_passes.graph.writes import written_by
-from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules import Dim
 from mom_passes.rules.view import TO_THE_END
@@ -52,8 +51,8 @@ MOST_WASTE = 8
 #: A copy with room has at least so many rows.
 LEAST_WITH_ROOM = 32
 
-#: What returns rows that are no part of a storage of the device, or that have their own already.
-NO_BASE = frozenset({OFFLOAD, APPEND, COPY_ROWS})
+#: What returns rows that are no part of a storage of the device.
+NO_BASE = frozenset({OFFLOAD, APPEND})
 
 
 @dataclass(frozen=True)
