@@ -56,9 +56,11 @@ def cudnn(
 
 
 def log_sum_exp(call: AttentionCall) -> torch.Tensor:
-    """Of each row's scores, `[B, H, R]`, in float32; of a call without mask and conditions."""
+    """Of each row's scores, `[B, H, R]`, in float32; of a call without conditions, whose mask is a bias."""
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = (call.query.double() @ key.double().transpose(-1, -2)) * call.scale
+    if call.mask is not None:
+        scores = scores + call.mask
     if call.is_causal:
         seen = visible(call.rows, call.tokens, call.start, call.window, scores.device)
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -81,8 +83,9 @@ def flash(
 def efficient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, cum_q: None, cum_k: None,
     max_q: None, max_k: None, dropout: float, masked: int, with_sums: bool, *, scale: float,
-) -> tuple[torch.Tensor]:  # fmt: skip
-    """`[B, tokens, heads, D]`, as many heads of keys as of queries. A row that sees nothing is NaN, to be seen."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`[B, tokens, heads, D]`, as many heads of keys as of queries; sums of whole tiles of 32 rows. A row that sees
+    nothing is NaN, to be seen, and so is what pads the sums."""
     assert query.shape[2] == key.shape[2] == value.shape[2]
     assert all(t.stride(-1) == 1 and t.dtype == query.dtype for t in (query, key, value))
     assert masked in (NOT_MASKED, CAUSAL_LOWER_RIGHT) and not (masked and bias is not None)
@@ -91,10 +94,13 @@ def efficient(
         assert bias.shape == (query.shape[0], query.shape[2], rows, keys) and bias.dtype == query.dtype
         assert bias.stride(-1) == 1 and not any(step % ALIGNED for step in (bias.storage_offset(), *bias.stride()[:-1]))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    made = attention_reference(AttentionCall(q, k, v, bias, keys - rows, masked == CAUSAL_LOWER_RIGHT, scale))
+    call = AttentionCall(q, k, v, bias, keys - rows, masked == CAUSAL_LOWER_RIGHT, scale)
+    made, sums = attention_reference(call), log_sum_exp(call)
     if bias is not None:
-        made = made.masked_fill((bias == -torch.inf).all(-1, keepdim=True), torch.nan)
-    return (made.transpose(1, 2),)
+        blind = (bias == -torch.inf).all(-1, keepdim=True)
+        made, sums = made.masked_fill(blind, torch.nan), sums.masked_fill(blind.squeeze(-1), torch.nan)
+    assert with_sums
+    return made.transpose(1, 2), torch.nn.functional.pad(sums, (0, -rows % 32), value=torch.nan)
 
 
 #: Sizes and strides.

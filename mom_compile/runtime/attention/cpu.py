@@ -93,8 +93,8 @@ def flash(
 
 def flash_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    return flash(query, key, value, scale, bias=bias)[0]
+) -> Part:
+    return flash(query, key, value, scale, bias=bias)
 
 
 def causal(call: AttentionCall) -> torch.Tensor:
@@ -106,7 +106,7 @@ def causal(call: AttentionCall) -> torch.Tensor:
         if call.start < call.tokens:
             yield _part(call, call.start, call.start + call.rows, is_causal=True)
 
-    return merge(parts())
+    return merge(parts(), call.sinks)
 
 
 def windowed(call: AttentionCall, window: int) -> torch.Tensor:
@@ -119,7 +119,8 @@ def windowed(call: AttentionCall, window: int) -> torch.Tensor:
         result[:, :, :unlimited] = causal(call.of_rows(0, unlimited))
     for first in range(unlimited, rows, window - 1):
         count = min(window - 1, rows - first)
-        result[:, :, first : first + count] = merge(_window_parts(call.of_rows(first, count), window))
+        parts = _window_parts(call.of_rows(first, count), window)
+        result[:, :, first : first + count] = merge(parts, call.sinks)
     return result
 
 

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from mom_compile.runtime.attention.cudnn import in_parts
 from mom_compile.runtime.attention.flash import flash
+from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.attention.rows import (
     BlockKernel,
     bias_bytes_per_row,
@@ -54,12 +55,13 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
         key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
         call = replace(call, key=key, value=value)
     if way is Way.FLASH:
-        return token_major(flash(call)[0], call)
+        return token_major(merge([flash(call)], call.sinks), call)
     if way is Way.CUDNN:
         return in_parts(call)
     if way is Way.EFFICIENT:
         kernel = _efficient_causal if call.is_causal else _efficient
-        return token_major(_grouped(kernel, call.query, call.key, call.value, None, call.scale), call)
+        part = _grouped(kernel, call.query, call.key, call.value, None, call.scale)
+        return token_major(merge([part], call.sinks), call)
     if way is Way.BIAS:
         return in_blocks(_efficient_grouped, call, max(bias_bytes_per_row(call), _bytes_of_aligned(call)))
     return in_blocks(math_kernel, call, math_bytes_per_row(call))
@@ -72,25 +74,30 @@ def _efficient(
     bias: torch.Tensor | None,
     scale: float,
     masked: int = NOT_MASKED,
-) -> torch.Tensor:
-    """As many heads of keys as of queries. A row that sees nothing is zeroed: the kernel does not promise that."""
+) -> Part:
+    """As many heads of keys as of queries. A row that sees nothing is zeroed: the kernel does not promise that. Its
+    sums are padded to whole tiles of rows."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     added = None
     if bias is not None:
         added = _aligned(bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])).expand(*query.shape[:3], -1)
-    result = EFFICIENT(q, k, v, added, None, None, None, None, 0.0, masked, False, scale=scale)[0].transpose(1, 2)
-    return result if bias is None else result.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    found, sums, *_ = EFFICIENT(q, k, v, added, None, None, None, None, 0.0, masked, True, scale=scale)
+    result, sums = found.transpose(1, 2), sums.narrow(-1, 0, query.shape[2])
+    if bias is None:
+        return result, sums
+    blind = bias.amax(-1, keepdim=True) == -torch.inf
+    return result.masked_fill(blind, 0.0), sums.masked_fill(blind.squeeze(-1), -torch.inf)
 
 
 def _efficient_causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+) -> Part:
     return _efficient(query, key, value, bias, scale, CAUSAL_LOWER_RIGHT)
 
 
 def _efficient_grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+) -> Part:
     return _grouped(_efficient, query, key, value, bias, scale)
 
 
@@ -117,7 +124,7 @@ def _grouped(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
+) -> Part:
     """`kernel`, which knows no grouped heads, on grouped heads. `[B, H, R, Dv]`, token-major where heads are grouped.
 
     For each entry of the batch, keys `[G, T, D]` are a batch of G with one head, expanded to the H / G that see it.
@@ -127,11 +134,15 @@ def _grouped(
     if groups == heads:
         return kernel(query, key, value, bias, scale)
     result = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+    sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
     for i in range(batch):
         q, out = (t[i].unflatten(0, (groups, -1)) for t in (query, result))
         k, v = (t[i].unsqueeze(1).expand(-1, heads // groups, -1, -1) for t in (key, value))
-        out.copy_(kernel(q, k, v, _bias_of_entry(bias, i, groups), scale))
-    return result
+        found, sums_of_entry = kernel(q, k, v, _bias_of_entry(bias, i, groups), scale)
+        out.copy_(found)
+        sums[i].unflatten(0, (groups, -1)).copy_(sums_of_entry)
+        del found, sums_of_entry  # not while the next entry's are made
+    return result, sums
 
 
 def _bias_of_entry(bias: torch.Tensor | None, i: int, groups: int) -> torch.Tensor | None:

@@ -74,7 +74,7 @@ def in_parts(call: AttentionCall) -> torch.Tensor:
     result = call.output()
     for i in range(call.query.shape[0]):
         q, k, v = (t[i : i + 1] for t in (call.query, call.key, call.value))
-        result[i : i + 1].copy_(merge(_parts(replace(call, query=q, key=k, value=v))))
+        result[i : i + 1].copy_(merge(_parts(replace(call, query=q, key=k, value=v)), call.sinks))
     return result
 
 
