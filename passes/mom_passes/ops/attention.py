@@ -29,8 +29,8 @@ most the query's and, with `window` and without `is_causal`, more than that less
 the last two where they stand, `start + i`. `spans` is what `mom.spans` has found in these three; without it, or where
 it found nothing, they are applied as masks.
 
-`sinks`, `[H]`, is one more score of every row of a head, which no mask hides and no `scale` multiplies: it takes part in
-the softmax, and its weight is dropped. With `lse`, the logarithm of the sum of a row's exponentiated scores without
+`sinks`, `[H]`, is one more score of every row of a head, which no mask hides and no `scale` multiplies: it takes part
+in the softmax, and its weight is dropped. With `lse`, the logarithm of the sum of a row's exponentiated scores without
 it, the result is the one without it times `sigmoid(lse - sink)`.
 
 The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
