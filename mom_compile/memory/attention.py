@@ -4,7 +4,7 @@ Terms
 -----
 R, T    Rows of the query, in a loop those of a mini-sequence; keys.
 
-    logsumexp           B x H x R numbers in float32: every kernel returns them
+    logsumexp           B x H x R numbers in float32: every kernel returns them; sinks make `SINKS` times that of it
     another layout      the result once more, where the kernel's is not what the operator promises
     parts               of attention in parts (`runtime/attention/cudnn.py`), for one entry of the batch: the result in
                         float32, another part's as it is made, and `SUMS` times its logsumexp while they are merged
@@ -26,6 +26,7 @@ from torch import fx
 from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
 from mom_compile.runtime.attention.ways import HALF
+from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START
@@ -35,6 +36,8 @@ ATTENTION = torch.ops.mom.attention.default
 BIASES = 3
 #: Of both parts and of their union, and two shares.
 SUMS = 5
+#: The share of the keys, which is made of a difference.
+SINKS = 2
 
 
 def most_of_attention(program: Program) -> sympy.Expr:
@@ -51,14 +54,15 @@ def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
 
 
 def own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
-    query, key, value, mask = (_type(argument) for argument in node.args[:4])
+    query, key, value, mask = (_type(operand) for operand in node.args[:4])
     batch, heads, length, _ = (expr(size) for size in query.shape)
     size = query.dtype.itemsize
     result = batch * heads * length * expr(value.shape[-1]) * size
-    own = batch * heads * length * torch.float32.itemsize + result
+    sums = 1 if argument(node, "sinks") is None else 1 + SINKS
+    own = sums * batch * heads * length * torch.float32.itemsize + result
     if _may_be_in_parts(node, loop):
         own = sympy.Max(own, _bytes_of_parts(query, value), evaluate=False)
-    conditions = [argument for argument in node.args[8:11] if argument is not None]
+    conditions = any(argument(node, name) is not None for name in ("keys", "segments", "positions"))
     if mask is not None or conditions:
         repeats = expr(product(mask.shape[:-2])) if mask is not None else sympy.S.One
         repeats = sympy.Max(repeats, batch) if conditions else repeats
@@ -81,6 +85,6 @@ def _bytes_of_parts(query: Any, value: Any) -> sympy.Expr:
     return expr(product(query.shape[1:3])) * (expr(value.shape[-1]) * (wide + query.dtype.itemsize) + SUMS * wide)
 
 
-def _type(argument: Any) -> Any:
+def _type(operand: Any) -> Any:
     """Shape and dtype of an operand, in a graph or in a body."""
-    return argument.meta.get("type", argument.meta.get("val")) if isinstance(argument, fx.Node) else None
+    return operand.meta.get("type", operand.meta.get("val")) if isinstance(operand, fx.Node) else None

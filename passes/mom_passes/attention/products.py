@@ -175,7 +175,7 @@ def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
         if not isinstance(scores, fx.Node) or not isinstance(number, fx.Node) or argument(node, "alpha") != 1:
             return node
         shape = number.meta["val"].shape
-        if len(shape) and not is_one(shape[-1]) or not all_same(scores.meta["val"].shape, node.meta["val"].shape):
+        if (len(shape) and not is_one(shape[-1])) or not all_same(scores.meta["val"].shape, node.meta["val"].shape):
             return node
         node = scores
 
