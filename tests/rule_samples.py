@@ -303,7 +303,8 @@ def _mom_attention() -> list[Call]:
         *((query, grouped, grouped, None, 3, False, 0.3, None, *vectors) for vectors in _of_keys()),
     ]
     sinks = [(query, key, value, None, 3, True, 0.3, 4), (query, grouped, grouped, per_row, 3, True, 0.3)]
-    with_sinks = [Call(mom.attention.default, one, {"sinks": floats(4, seed=8)}) for one in sinks]
+    more: list[dict[str, Any]] = [{"sinks": floats(4, seed=8)}, {"softcap": 0.5}]
+    with_sinks = [Call(mom.attention.default, one, {**named}) for one in sinks for named in more]
     return [*(Call(mom.attention.default, one) for one in arguments), *with_sinks]
 
 

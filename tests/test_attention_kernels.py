@@ -53,6 +53,7 @@ class Case:
     conditions: str = ""
     shared: bool = False
     sinks: bool = False
+    softcap: float | None = None
 
     def call(self) -> AttentionCall:
         torch.manual_seed(self.seed)
@@ -62,6 +63,7 @@ class Case:
         value = self._tensor(self.kv_heads, self.keys, self.value_channels)
         scale = self.channels**-0.5
         plain = AttentionCall(query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window)
+        plain = replace(plain, softcap=self.softcap)
         if self.sinks:
             plain = replace(plain, sinks=torch.randn(heads).mul_(3.0))
         return replace(plain, **self._conditions()) if self.conditions else plain
@@ -151,6 +153,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, tor
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 99)),
         sinks=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, None, None, 0.7, 5.0])),
     )
 
 

@@ -142,6 +142,31 @@ def test_a_finite_fill_hides_keys_where_there_is_a_sink() -> None:
     assert argument(node, "mask").meta["val"].dtype == torch.bool
 
 
+CAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "divided": lambda scores: torch.tanh(scores / 0.5) * 0.5,
+    "multiplied": lambda scores: 0.5 * torch.tanh(scores * 2.0),
+    "in float32": lambda scores: torch.tanh(scores.float() / 0.5).to(scores.dtype) * 0.5,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CAPS)
+def test_capped_scores(name: str, dtype: torch.dtype) -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        return (CAPS[name](scores_of(q, k)) + causal().to(q)).softmax(-1) @ repeated(v)
+
+    gm = check(attention, dtype)
+    (node,) = attentions(gm)
+    assert argument(node, "softcap") == 0.5
+    assert argument(node, "scale") == pytest.approx(0.4)
+    assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": T - R}
+    assert no_scores(gm, R, T)
+
+
+def capped_behind_the_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    return (torch.tanh((scores_of(q, k) + causal(-9.0)) / 0.5) * 0.5).softmax(-1) @ repeated(v)
+
+
 def several_times(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     weights = scores_of(q, k).softmax(-1)
     return torch.cat([weights @ repeated(v), weights], -1)
@@ -179,8 +204,8 @@ def of_other_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torc
     return powers / (powers + 1).sum(-1, keepdim=True) @ repeated(v)
 
 
-OTHERS = (several_times, of_each_row, at_the_front, cut_at_the_front, over_the_rows, less_of_a_key,
-          less_before_it_is_joined, of_other_sums)  # fmt: skip
+OTHERS = (capped_behind_the_mask, several_times, of_each_row, at_the_front, cut_at_the_front, over_the_rows,
+          less_of_a_key, less_before_it_is_joined, of_other_sums)  # fmt: skip
 
 
 @pytest.mark.parametrize("function", OTHERS)

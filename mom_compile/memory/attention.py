@@ -10,6 +10,7 @@ R, T    Rows of the query, in a loop those of a mini-sequence; keys.
                         float32, another part's as it is made, and `SUMS` times its logsumexp while they are merged
     bias                where there is a mask or a condition: `BIASES` blocks of it, as it is made, converted and
                         aligned, each of `BLOCK_BYTES`, or of `FEWEST_ROWS` rows where those are more
+    capped scores       such a block of them in float32, and keys and values in float32 (`Way.MATH`)
 
 This is a bound, read off `runtime/attention/`; no GPU has confirmed it.
 """
@@ -67,7 +68,16 @@ def own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
         repeats = expr(product(mask.shape[:-2])) if mask is not None else sympy.S.One
         repeats = sympy.Max(repeats, batch) if conditions else repeats
         own += BIASES * sympy.Max(BLOCK_BYTES, FEWEST_ROWS * repeats * expr(key.shape[2]) * size)
+    if argument(node, "softcap") is not None:
+        own += _bytes_of_products(query, key, value)
     return own if loop is None else own.xreplace({COUNT: sympy.Integer(loop.rows), START: expr(loop.length)})
+
+
+def _bytes_of_products(query: Any, key: Any, value: Any) -> sympy.Expr:
+    wide = torch.float32.itemsize
+    scores = FEWEST_ROWS * expr(product(query.shape[:2])) * expr(key.shape[2]) * wide
+    copies = expr(product(key.shape)) + expr(product(value.shape))
+    return sympy.Max(BLOCK_BYTES, scores) + (wide * copies if query.dtype in HALF else 0)
 
 
 def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:

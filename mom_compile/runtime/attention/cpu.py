@@ -25,8 +25,7 @@ from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.attention.rows import (
     bias_bytes_per_row,
     in_blocks,
-    math_bytes_per_row,
-    math_kernel,
+    in_blocks_of_products,
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
@@ -55,7 +54,7 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
     if tokens == 0 or 0 in call.query.shape[:3]:
         return call.output().zero_()
     if not takes_flash(call):
-        return in_blocks(math_kernel, call, math_bytes_per_row(call))
+        return in_blocks_of_products(call)
     if call.mask is not None or call.has_conditions or not call.is_causal:
         return in_blocks(flash_kernel, call, bias_bytes_per_row(call))
     window = call.felt_window
@@ -69,8 +68,11 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
 
 
 def takes_flash(call: AttentionCall) -> bool:
-    """The flash kernel wants one head size and a floating dtype it knows. It does not check for empty tensors."""
+    """The flash kernel wants one head size and a floating dtype it knows, and caps no scores. It does not check for
+    empty tensors."""
     query, key = call.query, call.key
+    if call.softcap is not None:
+        return False
     return query.dtype in FLASH_DTYPES and query.shape[-1] == call.value.shape[-1] and query.shape[0] == key.shape[0]
 
 

@@ -28,8 +28,7 @@ from mom_compile.runtime.attention.rows import (
     BlockKernel,
     bias_bytes_per_row,
     in_blocks,
-    math_bytes_per_row,
-    math_kernel,
+    in_blocks_of_products,
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
@@ -64,7 +63,7 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
         return token_major(merge([part], call.sinks), call)
     if way is Way.BIAS:
         return in_blocks(_efficient_grouped, call, max(bias_bytes_per_row(call), _bytes_of_aligned(call)))
-    return in_blocks(math_kernel, call, math_bytes_per_row(call))
+    return in_blocks_of_products(call)
 
 
 def _efficient(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -130,14 +131,26 @@ def token_major(result: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     return call.output().copy_(result)
 
 
-def math_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
+def in_blocks_of_products(call: AttentionCall) -> torch.Tensor:
+    """What no kernel computes: products and a softmax, whose scores are those of a block of rows."""
+    return in_blocks(partial(_products, softcap=call.softcap), call, math_bytes_per_row(call))
+
+
+def _products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> Part:
     """Two matmuls and a softmax between them, in float32 at least; the rows of grouped heads share one matmul."""
     batch, heads, rows, channels = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).reshape(batch, key.shape[1], -1, channels)
     scores = (grouped @ key.to(wide).transpose(-1, -2)).mul_(scale).view(batch, heads, rows, -1)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         scores += bias
     most = scores.amax(-1, keepdim=True)

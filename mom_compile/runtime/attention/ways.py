@@ -8,7 +8,8 @@
                 FlashAttention 3 or 4 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
     EFFICIENT   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
     BIAS        the same kernel with a bias for what else is masked, in blocks of rows
-    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
+    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes, and scores
+                that are capped
 
 Stock PyTorch takes cuDNN first (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in its C++ `sdp_utils.cpp` for CUDA)
 with compute capability 9.0, 10.0 or 10.3 and cuDNN later than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Older
@@ -47,6 +48,8 @@ class Way(Enum):
 
 def way_of(call: AttentionCall) -> Way:
     """How a call is computed that has rows and keys."""
+    if call.softcap is not None:
+        return Way.MATH
     plain = call.mask is None and not call.has_conditions
     if call.is_causal and call.start + call.rows > call.tokens:
         plain = False  # rows further down than all keys: no corner is where they stand

@@ -82,6 +82,7 @@ class _Call:
     window: int | None = None
     form: MaskForm | None = None
     sinks: fx.Node | None = None
+    softcap: float | None = None
 
 
 def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
@@ -118,7 +119,8 @@ def _read_products(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     if found is None:
         return None
     query, key, value = found.query, found.key, found.value
-    call = _Call(query, key, value, found.mask, False, found.scale, found.results, sinks=found.sinks)
+    call = _Call(query, key, value, found.mask, False, found.scale, found.results)
+    call = replace(call, sinks=found.sinks, softcap=found.softcap)
     return _with_proven_mask(call, masks)
 
 
@@ -184,6 +186,8 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
         named |= vectors.arguments(call.form, (batch, tokens), before=node)
     if call.sinks is not None:
         named["sinks"] = call.sinks
+    if call.softcap is not None:
+        named["softcap"] = call.softcap
     with graph.inserting_before(node):
         if call.form is not None:
             start = size_node(graph, call.form.start, before=node)

@@ -5,8 +5,9 @@ Terms
 scores      `queries @ keys`, `[.., R, T]`, from the first product up to the softmax.
 sink        A score more for every row of a head, of which the softmax takes account and which is cut off behind it.
 of a row    A value that is the same for all of a row's scores: subtracted from them it changes no weight.
+cap         Scores `s` whose size is limited by `c`: `c tanh(s / c)`.
 
-    queries @ keys  [* scale]  [+ mask]  [joined by sinks]  [- of a row]  softmax  [sinks cut off]  @ values
+    queries @ keys  [* scale]  [capped]  [+ mask]  [joined by sinks]  [- of a row]  softmax  [sinks cut off]  @ values
 
 Read from the second product back. Copies, casts and views that leave the last two dimensions alone may stand anywhere;
 nothing else may read what stands between the two products, or it would be made all the same.
@@ -45,6 +46,7 @@ class Scores:
     factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Products:
     mask: fx.Node | None
     scale: float
     sinks: fx.Node | None
+    softcap: float | None
     results: list[fx.Node]
 
 
@@ -90,7 +93,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
         sinks = None if scores.sinks is None else _vector(scores.sinks, heads)
     if {one.meta["val"].dtype for one in (query, key)} != {dtype}:
         return None
-    return Products(query, key, value, scores.mask, scores.scale, sinks, results)
+    return Products(query, key, value, scores.mask, scores.scale, sinks, scores.softcap, results)
 
 
 def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
@@ -119,19 +122,33 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
     """Scores and the mask that is added to them, be it before or behind."""
-    scaled = _scaled(node)
-    if scaled is not None:
-        return scaled
+    alone = _capped(node)
+    if alone is not None:
+        return alone
     if node.target is not aten.add.Tensor or argument(node, "alpha") != 1:
         return None
     for scores, mask in (node.args, reversed(node.args)):
         if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
             return None
-        found = _scaled(_through(scores))
+        found = _capped(_through(scores))
         if found is not None and _is_a_mask(mask) and all_same(scores.meta["val"].shape, shape):
             found.mask = mask
             return found
     return None
+
+
+def _capped(node: fx.Node) -> Scores | None:
+    """Scores whose size is limited, or not: `c tanh(s / c)`, where the division is one of `s`'s factors."""
+    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], int | float):
+        return _scaled(node)
+    (bounded, cap), bound = node.args, _through(node.args[0])  # type: ignore[arg-type]
+    if bound.target is not aten.tanh.default or not all_same(bounded.meta["val"].shape, node.meta["val"].shape):  # type: ignore[union-attr]
+        return _scaled(node)
+    found = _scaled(_through(argument(bound, "self")))
+    if found is None or cap <= 0:  # type: ignore[operator]
+        return None
+    found.softcap, found.scale = float(cap), found.scale * float(cap)  # type: ignore[arg-type]
+    return found
 
 
 def _scaled(node: fx.Node) -> Scores | None:

@@ -13,7 +13,7 @@ from mom_passes.ops.library import LIBRARY
 LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float? scale,"
     " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None,"
-    " Tensor? sinks=None) -> Tensor",
+    " Tensor? sinks=None, float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 """Rows [start, start + R) of an attention over whole keys and values.
@@ -32,6 +32,8 @@ it found nothing, they are applied as masks.
 `sinks`, `[H]`, is one more score of every row of a head, which no mask hides and no `scale` multiplies: it takes part
 in the softmax, and its weight is dropped. With `lse`, the logarithm of the sum of a row's exponentiated scores without
 it, the result is the one without it times `sigmoid(lse - sink)`.
+
+With `softcap`, `c`, a score `s` is `c tanh(s / c)`, before anything masks it; a sink stays what it is.
 
 The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
 folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
@@ -93,6 +95,7 @@ class AttentionCall:
     positions: torch.Tensor | None = None
     spans: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    softcap: float | None = None
 
     @property
     def rows(self) -> int:
@@ -151,6 +154,8 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
     value = call.value.repeat_interleave(group, dim=1)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
     if call.is_causal:
