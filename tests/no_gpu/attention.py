@@ -12,13 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mom_compile.runtime.attention import cuda as attention_cuda
 from mom_compile.runtime.attention import cudnn as attention_cudnn
 from mom_compile.runtime.attention import flash as attention_flash
+from mom_compile.runtime.attention import tiles as attention_tiles
 from mom_compile.runtime.attention import ways
 from mom_compile.runtime.attention.cuda import ALIGNED, CAUSAL_LOWER_RIGHT, NOT_MASKED
 from mom_passes.ops.attention import AttentionCall, attention_reference, visible
 
 
-def on_device(patch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None = 91900) -> None:
-    """A device with flash, as PyTorch describes it; `cudnn` as `torch.backends.cudnn.version()` gives it."""
+def on_device(
+    patch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None = 91900, tiles: bool = False
+) -> None:
+    """A device with flash, as PyTorch describes it; `cudnn` as `torch.backends.cudnn.version()` gives it. `tiles`: with
+    Triton, and so with our own kernel."""
+    patch.setattr(attention_tiles, "AVAILABLE", tiles)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     patch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
@@ -27,10 +32,15 @@ def on_device(patch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int
 
 
 def kernels_of_pytorch(patch: pytest.MonkeyPatch) -> None:
-    """Stand-ins that do what is documented of the kernels and ask for no less."""
+    """Stand-ins that do what is documented of the kernels, and of ours, and ask for no less."""
+    patch.setattr(attention_cuda, "attention_in_tiles", in_tiles)
     patch.setattr(attention_flash, "FLASH", flash)
     patch.setattr(attention_cuda, "EFFICIENT", efficient)
     patch.setattr(attention_cudnn, "CUDNN", cudnn)
+
+
+def in_tiles(call: AttentionCall) -> torch.Tensor:
+    return attention_reference(call)
 
 
 def cudnn_takes(params: Any) -> bool:

@@ -32,6 +32,7 @@ from mom_compile.runtime.attention.rows import (
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
+from mom_compile.runtime.attention.tiles import attention_in_tiles, each_its_range, takes_tiles
 from mom_compile.runtime.attention.ways import Way, way_of
 from mom_passes.ops.attention import AttentionCall
 
@@ -43,13 +44,16 @@ NOT_MASKED, CAUSAL_LOWER_RIGHT = 0, 2
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:
     """See `mom_passes.ops.attention` for shapes and meaning."""
-    found = attention_in_spans(attention_cuda, call)
+    ranges = takes_tiles(call) and each_its_range(call)  # in one launch for all entries
+    found = None if ranges else attention_in_spans(attention_cuda, call)
     if found is not None:
         return found
     tokens, end = call.tokens, call.start + call.rows
     if tokens == 0 or 0 in call.query.shape[:3]:
         return call.output().zero_()
     way = way_of(call)
+    if way is Way.TILES:
+        return attention_in_tiles(call)
     if call.is_causal and end < tokens:
         key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
         call = replace(call, key=key, value=value)

@@ -1,6 +1,6 @@
 """Which of PyTorch's kernels computes an attention on CUDA: by what is masked, dtype, device and version.
 
-`way_of` is the one place that chooses. Its tests ran on an H200, times are unknown.
+`way_of` is the one place that chooses. Its tests ran on an H200 before there was TILES, times are unknown.
 
     CUDNN       fp16 and bf16, causal, no mask or window, many keys before the rows: cuDNN for those, flash for the rest
                 (`cudnn.py`), where stock PyTorch would take cuDNN first
@@ -8,8 +8,9 @@
                 FlashAttention 3 or 4 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
     EFFICIENT   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
     BIAS        the same kernel with a bias for what else is masked, in blocks of rows
-    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes, and scores
-                that are capped
+    TILES       our own kernel in Triton (`tiles.py`), which has never run on a GPU: scores that are capped, and in half
+                precision masks and conditions, among them a range of keys for each entry of the batch
+    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
 
 Stock PyTorch takes cuDNN first (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in its C++ `sdp_utils.cpp` for CUDA)
 with compute capability 9.0, 10.0 or 10.3 and cuDNN later than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Older
@@ -29,6 +30,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import current_flash_attention_impl
 
 from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, blocks_before, keys_keep_their_place
+from mom_compile.runtime.attention.tiles import each_its_range, takes_tiles
 from mom_passes.ops.attention import AttentionCall
 
 HALF = (torch.float16, torch.bfloat16)
@@ -43,11 +45,14 @@ class Way(Enum):
     FLASH = "flash"
     EFFICIENT = "efficient"
     BIAS = "bias"
+    TILES = "tiles"
     MATH = "math"
 
 
 def way_of(call: AttentionCall) -> Way:
     """How a call is computed that has rows and keys."""
+    if takes_tiles(call) and (call.softcap is not None or each_its_range(call)):
+        return Way.TILES
     if call.softcap is not None:
         return Way.MATH
     plain = call.mask is None and not call.has_conditions
@@ -57,6 +62,8 @@ def way_of(call: AttentionCall) -> Way:
         return Way.CUDNN if takes_cudnn(call) else Way.FLASH
     if not takes_efficient(call):
         return Way.MATH
+    if (call.mask is not None or call.has_conditions) and call.query.dtype in HALF and takes_tiles(call):
+        return Way.TILES
     return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
 
 

@@ -15,7 +15,7 @@ nothing else may read what stands between the two products, or it would be made 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,10 @@ _CAST = prims.convert_element_type.default
 _KEEP_MATRICES = (*VIEWS, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 _HEADS = 4
 """Rank of `[B, H, tokens, channels]`."""
+
+
+#: Whether a cast from a dtype to another is looked through.
+Casts = Callable[[torch.dtype, torch.dtype], bool]
 
 
 @dataclass
@@ -98,11 +102,11 @@ def attention_of_products(second: fx.Node) -> Products | None:
 
 def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
     """The scores whose softmax these weights are: `[B, H, R, T]`, or that and a sink which was cut off."""
-    node, joined = _through(weights), False
+    node, joined = _through(weights, _any), False
     if node.target is aten.slice.Tensor and all_same(node.meta["val"].shape, shape):
         if argument(node, "start") not in (0, None) or argument(node, "step") != 1:
             return None
-        node, joined = _through(argument(node, "self")), True
+        node, joined = _through(argument(node, "self"), _any), True
     softmaxed = _softmaxed(node)
     if softmaxed is None or not all_same(node.meta["val"].shape, (*shape[:3], expr(shape[3]) + int(joined))):
         return None
@@ -224,14 +228,23 @@ def _vector(node: fx.Node, heads: Size) -> fx.Node:
     return emit(graph, aten.reshape.default, (node, [size]))
 
 
-def _through(node: fx.Node) -> fx.Node:
-    """What a value is but for copies, casts and how its leading dimensions are folded."""
-    return list(_sources(node))[-1]
+def _through(node: fx.Node, casts: Casts | None = None) -> fx.Node:
+    """What scores are but for copies, casts and how their leading dimensions are folded."""
+    return list(_sources(node, casts or _keeps_range))[-1]
 
 
-def _sources(node: fx.Node, cast_from: torch.dtype | None = None) -> Iterator[fx.Node]:
-    """A value and, one by one, what it is a copy, a cast or a view of, the last two dimensions the same. With a dtype,
-    of casts only those from it."""
+def _any(old: torch.dtype, new: torch.dtype) -> bool:
+    """Weights are between zero and one."""
+    return True
+
+
+def _keeps_range(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether what is finite stays so: a mask's smallest number in float64 is -inf in float32."""
+    return torch.finfo(new).smallest_normal <= torch.finfo(old).smallest_normal
+
+
+def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
+    """A value and, one by one, what it is a copy, a view or such a cast of, the last two dimensions the same."""
     while True:
         yield node
         source: Any = node.args[0] if node.args else None
@@ -239,8 +252,7 @@ def _sources(node: fx.Node, cast_from: torch.dtype | None = None) -> Iterator[fx
             return
         old, new = source.meta["val"], node.meta["val"]
         if node.target is _CAST:
-            known = old.dtype.is_floating_point if cast_from is None else old.dtype == cast_from
-            if not known or not new.dtype.is_floating_point:
+            if not old.dtype.is_floating_point or not casts(old.dtype, new.dtype):
                 return
         elif node.target not in COPIES and not (node.target in _KEEP_MATRICES and _same_matrices(old, new)):
             return
@@ -256,7 +268,8 @@ def _same_matrices(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.Node:
     """An operand of a product with batch and heads apart: what it is a view of, or a view."""
-    found = [source for source in _sources(node, dtype) if all_same(source.meta["val"].shape, shape)]
+    sources = _sources(node, lambda old, new: old == dtype)
+    found = [source for source in sources if all_same(source.meta["val"].shape, shape)]
     if found:
         return found[-1]
     return emit(node.graph, aten.reshape.default, (node, [size_node(node.graph, size) for size in shape]))
