@@ -86,7 +86,8 @@ def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:
     if mask is not None or not is_causal or query.dtype not in HALF:
         return False
     rows = query.shape[2] if loop is None else loop.rows
-    far = not isinstance(start, int) or start >= BLOCK
+    alone = query.shape[-1] != _type(node.args[2]).shape[-1]  # then also where no keys are before the rows
+    far = alone or not isinstance(start, int) or start >= BLOCK
     return far and (not isinstance(rows, int) or rows % ROWS == 0)
 
 

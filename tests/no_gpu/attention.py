@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mom_compile.runtime.attention import cuda as attention_cuda
 from mom_compile.runtime.attention import cudnn as attention_cudnn
+from mom_compile.runtime.attention import efficient as attention_efficient
 from mom_compile.runtime.attention import flash as attention_flash
 from mom_compile.runtime.attention import tiles as attention_tiles
 from mom_compile.runtime.attention import ways
-from mom_compile.runtime.attention.cuda import ALIGNED, CAUSAL_LOWER_RIGHT, NOT_MASKED
+from mom_compile.runtime.attention.efficient import ALIGNED, CAUSAL_LOWER_RIGHT, NOT_MASKED
 from mom_passes.ops.attention import AttentionCall, attention_reference, visible
 
 
@@ -35,7 +36,7 @@ def kernels_of_pytorch(patch: pytest.MonkeyPatch) -> None:
     """Stand-ins that do what is documented of the kernels, and of ours, and ask for no less."""
     patch.setattr(attention_cuda, "attention_in_tiles", in_tiles)
     patch.setattr(attention_flash, "FLASH", flash)
-    patch.setattr(attention_cuda, "EFFICIENT", efficient)
+    patch.setattr(attention_efficient, "EFFICIENT", efficient)
     patch.setattr(attention_cudnn, "CUDNN", cudnn)
 
 
@@ -46,10 +47,12 @@ def in_tiles(call: AttentionCall) -> torch.Tensor:
 def cudnn_takes(params: Any) -> bool:
     """What torch 2.11 asks, of its own accord, before it calls cuDNN for a dense call without dropout."""
     query, key, value = tensors = (params.query, params.key, params.value)
-    assert params.attn_mask is None and params.dropout == 0.0 and not params.is_causal and params.enable_gqa
+    latent = (key.shape[-1], value.shape[-1]) == (192, 128)
+    assert params.attn_mask is None and params.dropout == 0.0 and params.enable_gqa
+    assert not params.is_causal or query.shape[2] == key.shape[2]
     return (
         all(t.dtype in (torch.float16, torch.bfloat16) and t.stride(-1) == 1 for t in tensors)
-        and all(t.shape[-1] % 8 == 0 and t.shape[-1] <= 128 for t in tensors)
+        and all(t.shape[-1] % 8 == 0 and (t.shape[-1] <= 128 or latent) for t in tensors)
         and query.shape[1] % key.shape[1] == 0
         and key.shape[2] == value.shape[2] > 1
     )
@@ -60,9 +63,12 @@ def cudnn(
     is_causal: bool, debug: bool, *, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`[B, heads, tokens, D]`; grouped heads; the result has the query's layout, the sums a last dimension of one."""
-    assert (bias, with_sums, dropout, is_causal, debug) == (None, True, 0.0, False, False)
-    call = AttentionCall(query, key, value, None, 0, False, scale)
-    return torch.empty_like(query).copy_(attention_reference(call)), log_sum_exp(call).unsqueeze(-1)
+    assert (bias, with_sums, dropout, debug) == (None, True, 0.0, False)
+    assert not is_causal or query.shape[2] == key.shape[2]
+    call = AttentionCall(query, key, value, None, 0, is_causal, scale)
+    result = attention_reference(call)
+    as_the_query = torch.empty_like(query)[..., : result.shape[-1]] if query.shape[-1] >= result.shape[-1] else result
+    return as_the_query.copy_(result), log_sum_exp(call).unsqueeze(-1)
 
 
 def log_sum_exp(call: AttentionCall) -> torch.Tensor:
