@@ -306,7 +306,10 @@ def _mom_attention() -> list[Call]:
         *((query, key, value, None, 3, True, 0.3, 4, *vectors) for vectors in _of_keys()),
         *((query, grouped, grouped, None, 3, False, 0.3, None, *vectors) for vectors in _of_keys()),
     ]
-    return [Call(mom.attention.default, one) for one in arguments]
+    sinks = [(query, key, value, None, 3, True, 0.3, 4), (query, grouped, grouped, per_row, 3, True, 0.3)]
+    more: list[dict[str, Any]] = [{"sinks": floats(4, seed=8)}, {"softcap": 0.5}]
+    with_sinks = [Call(mom.attention.default, one, {**named}) for one in sinks for named in more]
+    return [*(Call(mom.attention.default, one) for one in arguments), *with_sinks]
 
 
 def _sdpa_for_cpu() -> list[Call]:

@@ -1,4 +1,7 @@
-"""`mom::attention` on CUDA against its definition: what is said of keys, by every kernel it may take."""
+"""`mom::attention` on CUDA against its definition: what is said of keys, by every kernel it may take.
+
+What is of sinks, of caps and of our own kernel has not run on a GPU yet.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
-from mom_compile.runtime.attention import ways
+from mom_compile.runtime.attention import tiles, ways
 from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.ways import Way, prefers_cudnn, way_of
 from mom_passes.ops.attention import AttentionCall, attention_reference
@@ -17,10 +20,14 @@ from tests.test_attention_kernels import CONDITIONS, TOLERANCE, Case, in_float64
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("available", [False, True], ids=["kernels of PyTorch", "ours"])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("conditions", ["", *CONDITIONS])
-def test_what_is_said_of_keys(conditions: str, dtype: torch.dtype, window: int | None) -> None:
+def test_what_is_said_of_keys(
+    conditions: str, dtype: torch.dtype, window: int | None, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "AVAILABLE", available and tiles.AVAILABLE)
     check(Case(3, 2, 2, 50, 200, 64, 64, 100, True, window, None, (False,) * 4, "head-major", dtype, 0, conditions))
 
 
@@ -35,6 +42,21 @@ def test_grouped_heads_in_prefill_and_decode(
     broadcast = (False, True, False, False)
     sizes = (2, 2, group, rows, start + rows, 64, 64, start)
     check(Case(*sizes, True, None, mask, broadcast, "token-major", dtype, 0))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "own dtype"])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("rows", "start"), [(130, 0), (50, 3000), (1, 3000)])
+@pytest.mark.parametrize("channels", [64, 24, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sinks_and_capped_scores(
+    dtype: torch.dtype, channels: int, rows: int, start: int, sinks: bool, softcap: float | None, mask: str | None
+) -> None:
+    """By whichever kernel; of one row by split keys."""
+    sizes = (2, 2, 4, rows, start + rows, channels, channels, start)
+    case = Case(*sizes, True, None, mask, (False, True, False, False), "token-major", dtype, 0)
+    check(replace(case, sinks=sinks, softcap=softcap))
 
 
 @pytest.mark.parametrize(("batch", "groups", "group"), [(1, 2, 4), (2, 4, 1)])

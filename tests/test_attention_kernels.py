@@ -52,6 +52,8 @@ class Case:
     #: What is said of the keys, and how it looks: see `_conditions`.
     conditions: str = ""
     shared: bool = False
+    sinks: bool = False
+    softcap: float | None = None
 
     def call(self) -> AttentionCall:
         torch.manual_seed(self.seed)
@@ -61,6 +63,9 @@ class Case:
         value = self._tensor(self.kv_heads, self.keys, self.value_channels)
         scale = self.channels**-0.5
         plain = AttentionCall(query, key, value, self._mask(heads), self.start, self.is_causal, scale, self.window)
+        plain = replace(plain, softcap=self.softcap)
+        if self.sinks:
+            plain = replace(plain, sinks=torch.randn(heads).mul_(3.0))
         return replace(plain, **self._conditions()) if self.conditions else plain
 
     def _conditions(self) -> dict[str, torch.Tensor | None]:
@@ -147,6 +152,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, tor
         layout=draw(st.sampled_from(["head-major", "token-major", "channels apart"])),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 99)),
+        sinks=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, None, None, 0.7, 5.0])),
     )
 
 
@@ -274,7 +281,7 @@ def test_grouped_heads_are_rows_of_one_where_blocks_are_larger_for_it(
     key, value = torch.randn(2, 2, 2, 900, 16, dtype=torch.float64)
     for window in (850, None):
         seen.clear()
-        call = AttentionCall(query, key, value, None, 900 - rows, True, 0.25, window)
+        call = AttentionCall(query, key, value, None, 900 - rows, True, 0.25, window, sinks=torch.randn(heads))
         result = attention_cpu.attention_cpu(call)
         torch.testing.assert_close(result, attention_reference(call), atol=1e-10, rtol=1e-10)
         assert result.transpose(1, 2).is_contiguous()
@@ -300,10 +307,34 @@ def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int
     assert torch.count_nonzero(stock[:, :, 3]) == 0
 
 
+def test_a_sink_is_a_key_whose_value_is_zero() -> None:
+    """With a score that is given: the definition by a key more, which every row sees and no window ends before."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    sinks, seen = torch.randn(4, dtype=torch.float64), torch.ones(9, 9, dtype=torch.bool).tril().triu(-4)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~seen, -math.inf)
+    weights = torch.cat([scores, sinks[None, :, None, None].expand(2, -1, 9, 1)], -1).softmax(-1)[..., :-1]
+    expected = weights @ value.repeat_interleave(2, 1)
+    call = AttentionCall(query, key, value, None, 0, True, 0.3, 5, sinks=sinks)
+    torch.testing.assert_close(attention_reference(call), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(run(call), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sinks_of_any_size_and_dtype(dtype: torch.dtype) -> None:
+    """One so high takes all of a row's weight, one so low none of it; neither overflows."""
+    query, key = torch.randn(1, 4, 6, 8, dtype=dtype), torch.randn(1, 2, 6, 8, dtype=dtype)
+    without = AttentionCall(query, key, key, None, 0, True, 1.0)
+    result = run(replace(without, sinks=torch.tensor([1e30, -1e30, math.inf, -math.inf])))
+    assert torch.count_nonzero(result[:, 0]) == torch.count_nonzero(result[:, 2]) == 0
+    assert torch.equal(result[:, 1::2], run(without)[:, 1::2])
+
+
 def test_no_keys_and_no_rows() -> None:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
     none = key[:, :, :0]
     assert torch.equal(OP(query, none, none, None, 0, True, 1.0), torch.zeros(2, 4, 5, 8))
+    assert torch.equal(OP(query, none, none, None, 0, True, 1.0, sinks=torch.ones(4)), torch.zeros(2, 4, 5, 8))
     assert OP(query[:, :, :0], key, key, None, 0, True, 1.0).shape == (2, 4, 0, 8)
     assert OP(query[:0], key[:0], key[:0], None, 0, True, 1.0).shape == (0, 4, 5, 8)
 
@@ -339,7 +370,8 @@ def test_operator_contract(mask: torch.dtype | None, window: int | None) -> None
     query, key, value = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 600, 8), torch.randn(1, 2, 600, 8)
     given = None if mask is None else torch.ones(1, 1, 40, 600, dtype=mask)
     arguments = (query, key, value, given, 500, True, 0.3, window)
-    torch.library.opcheck(OP, arguments, test_utils=("test_schema", "test_faketensor"))
+    for sinks in (None, torch.randn(4)):
+        torch.library.opcheck(OP, arguments, {"sinks": sinks}, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_call_has_a_field_for_each_argument_of_the_schema() -> None:
@@ -384,8 +416,9 @@ def test_causal_rows_allocate_rows_only() -> None:
         key, value = torch.randn(1, 2, keys, channels), torch.randn(1, 2, keys, channels)
         result_bytes = query.numel() * 4
         for start in (0, keys // 2, keys - rows):
-            peak = peak_bytes((query, key, value, None, start, True, 0.125))
-            assert peak <= 3 * result_bytes + flash_scratch(channels), (keys, start, peak, result_bytes)
+            for sinks in (None, torch.randn(8)):
+                peak = peak_bytes((query, key, value, None, start, True, 0.125, *(None,) * 5, sinks))
+                assert peak <= 3 * result_bytes + flash_scratch(channels), (keys, start, peak, result_bytes)
 
 
 def test_windowed_rows_allocate_rows_only() -> None:
@@ -411,3 +444,26 @@ def test_masked_rows_allocate_a_block() -> None:
 def flash_scratch(channels: int) -> int:
     """The flash kernel's own scratch, by thread: scores, maxima, sums and a result tile of its 256 x 512 blocks."""
     return torch.get_num_threads() * 256 * (512 + 2 + channels) * 4 + (128 << 10)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("batch", "groups", "keys", "window", "sinks"),
+    [(1, 1, 5001, None, False), (1, 1, 5001, 3000, True), (1, 2, 4097, None, True), (2, 1, 3000, None, False)],
+)
+def test_one_row_sees_its_keys_in_as_many_parts_as_there_are_threads(
+    threads: int, batch: int, groups: int, keys: int, window: int | None, sinks: bool
+) -> None:
+    """A model with one head of keys has work for one thread, unless its keys are split."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, batch, groups, keys, 32, dtype=torch.float64, generator=generator)
+    query = torch.randn(batch, 4, 1, 32, dtype=torch.float64, generator=generator)
+    sink = torch.randn(4, dtype=torch.float64, generator=generator) if sinks else None
+    call = AttentionCall(query, key, value, None, keys - 1, True, 0.2, window, sinks=sink)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attention_cpu(call)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, attention_reference(call), rtol=0, atol=1e-14)

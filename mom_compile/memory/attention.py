@@ -4,12 +4,13 @@ Terms
 -----
 R, T    Rows of the query, in a loop those of a mini-sequence; keys.
 
-    logsumexp           B x H x R numbers in float32: every kernel returns them
+    logsumexp           B x H x R numbers in float32: every kernel returns them; sinks make `SINKS` times that of it
     another layout      the result once more, where the kernel's is not what the operator promises
     parts               of attention in parts (`runtime/attention/cudnn.py`), for one entry of the batch: the result in
                         float32, another part's as it is made, and `SUMS` times its logsumexp while they are merged
     bias                where there is a mask or a condition: `BIASES` blocks of it, as it is made, converted and
                         aligned, each of `BLOCK_BYTES`, or of `FEWEST_ROWS` rows where those are more
+    capped scores       such a block of them in float32, and keys and values in float32 (`Way.MATH`)
 
 This is a bound, read off `runtime/attention/`; no GPU has confirmed it.
 """
@@ -26,6 +27,7 @@ from torch import fx
 from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
 from mom_compile.runtime.attention.ways import HALF
+from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START
@@ -35,6 +37,8 @@ ATTENTION = torch.ops.mom.attention.default
 BIASES = 3
 #: Of both parts and of their union, and two shares.
 SUMS = 5
+#: The share of the keys, which is made of a difference.
+SINKS = 2
 
 
 def most_of_attention(program: Program) -> sympy.Expr:
@@ -51,19 +55,29 @@ def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
 
 
 def own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
-    query, key, value, mask = (_type(argument) for argument in node.args[:4])
+    query, key, value, mask = (_type(operand) for operand in node.args[:4])
     batch, heads, length, _ = (expr(size) for size in query.shape)
     size = query.dtype.itemsize
     result = batch * heads * length * expr(value.shape[-1]) * size
-    own = batch * heads * length * torch.float32.itemsize + result
+    sums = 1 if argument(node, "sinks") is None else 1 + SINKS
+    own = sums * batch * heads * length * torch.float32.itemsize + result
     if _may_be_in_parts(node, loop):
         own = sympy.Max(own, _bytes_of_parts(query, value), evaluate=False)
-    conditions = [argument for argument in node.args[8:11] if argument is not None]
+    conditions = any(argument(node, name) is not None for name in ("keys", "segments", "positions"))
     if mask is not None or conditions:
         repeats = expr(product(mask.shape[:-2])) if mask is not None else sympy.S.One
         repeats = sympy.Max(repeats, batch) if conditions else repeats
         own += BIASES * sympy.Max(BLOCK_BYTES, FEWEST_ROWS * repeats * expr(key.shape[2]) * size)
+    if argument(node, "softcap") is not None:
+        own += _bytes_of_products(query, key, value)
     return own if loop is None else own.xreplace({COUNT: sympy.Integer(loop.rows), START: expr(loop.length)})
+
+
+def _bytes_of_products(query: Any, key: Any, value: Any) -> sympy.Expr:
+    wide = torch.float32.itemsize
+    scores = FEWEST_ROWS * expr(product(query.shape[:2])) * expr(key.shape[2]) * wide
+    copies = expr(product(key.shape)) + expr(product(value.shape))
+    return sympy.Max(BLOCK_BYTES, scores) + (wide * copies if query.dtype in HALF else 0)
 
 
 def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:
@@ -72,7 +86,8 @@ def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:
     if mask is not None or not is_causal or query.dtype not in HALF:
         return False
     rows = query.shape[2] if loop is None else loop.rows
-    far = not isinstance(start, int) or start >= BLOCK
+    alone = query.shape[-1] != _type(node.args[2]).shape[-1]  # then also where no keys are before the rows
+    far = alone or not isinstance(start, int) or start >= BLOCK
     return far and (not isinstance(rows, int) or rows % ROWS == 0)
 
 
@@ -81,6 +96,6 @@ def _bytes_of_parts(query: Any, value: Any) -> sympy.Expr:
     return expr(product(query.shape[1:3])) * (expr(value.shape[-1]) * (wide + query.dtype.itemsize) + SUMS * wide)
 
 
-def _type(argument: Any) -> Any:
+def _type(operand: Any) -> Any:
     """Shape and dtype of an operand, in a graph or in a body."""
-    return argument.meta.get("type", argument.meta.get("val")) if isinstance(argument, fx.Node) else None
+    return operand.meta.get("type", operand.meta.get("val")) if isinstance(operand, fx.Node) else None

@@ -1,7 +1,12 @@
 """Graphs of large models without their weights, as CUDA would get them.
 
 Captured on the CPU with stand-ins for weights and inputs, then every tensor is said to be on `cuda:0`, and attention is
-the operator that PyTorch chooses there. (Capturing on fake CUDA tensors needs a CUDA build: indexing raises.)
+the operator that PyTorch chooses on that GPU. (Capturing on fake CUDA tensors needs a CUDA build: indexing raises.)
+
+    Hopper, data-center Blackwell   cuDNN first, in half precision, for heads of 128 at most; with a mask or without, of
+                                    one query too. A recent cuDNN is taken to be there
+    flash                           otherwise, without a mask, in half precision, with values as wide as keys
+    efficient                       otherwise
 """
 
 from __future__ import annotations
@@ -15,8 +20,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mom_compile.capture import capture
+from mom_compile.runtime.attention.ways import CUDNN_CAPABILITIES, HALF
 from mom_compile.stand_ins import on_stand_ins
 from mom_compile.torch_compat import mark_boxed, trace_whole, tree_map, undisturbed
+from mom_passes.graph.edit import fake_value
+from tests.no_gpu.target import Gpu
 
 aten = torch.ops.aten
 
@@ -32,8 +40,8 @@ class Graph:
     example_inputs: list[Any]
     more: Mapping[str, Any]
 
-    def on_cuda(self) -> Graph:
-        return Graph(graph_on_cuda(self.gm), [value_on_cuda(value) for value in self.example_inputs], self.more)
+    def on_cuda(self, gpu: Gpu) -> Graph:
+        return Graph(graph_on_cuda(self.gm, gpu), [value_on_cuda(value) for value in self.example_inputs], self.more)
 
 
 def graph_of(function: Callable[..., Any], inputs: Callable[[], dict[str, Any]]) -> Graph:
@@ -64,7 +72,7 @@ def value_on_cuda(value: Any) -> Any:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
 
 
-def graph_on_cuda(gm: fx.GraphModule) -> fx.GraphModule:
+def graph_on_cuda(gm: fx.GraphModule, gpu: Gpu) -> fx.GraphModule:
     """In place."""
 
     def moved(value: Any) -> Any:
@@ -77,20 +85,28 @@ def graph_on_cuda(gm: fx.GraphModule) -> fx.GraphModule:
             node.args = fx.node.map_aggregate(node.args, moved)
             node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
             if node.target is ON_CPU:
-                _attention_on_cuda(node)
+                _attention_on_cuda(node, gpu)
     gm.recompile()
     return gm
 
 
-def _attention_on_cuda(node: fx.Node) -> None:
-    """Flash without a mask, the efficient kernel with one."""
+def _attention_on_cuda(node: fx.Node, gpu: Gpu) -> None:
+    """The operator of that GPU in place of the CPU's; its result keeps the layout on which the graph's views rely."""
     query, key, value, *others = node.args
     dropout, is_causal = [*others, *(0.0, False)[len(others) :]]
     mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")
-    if mask is None:
+    assert all(isinstance(one, fx.Node) for one in (query, key, value))
+    heads = [one.meta["val"] for one in (query, key, value)]  # type: ignore[union-attr]
+    half = heads[0].dtype in HALF
+    if half and (gpu.major, gpu.minor) in CUDNN_CAPABILITIES and all(head.shape[-1] <= 128 for head in heads):
+        node.target = aten._scaled_dot_product_cudnn_attention.default
+        node.args = (query, key, value, mask, False, dropout, is_causal)
+    elif half and mask is None and heads[0].shape[-1] == heads[2].shape[-1]:
         node.target = aten._scaled_dot_product_flash_attention.default
-        node.args, node.kwargs = (query, key, value, dropout, is_causal), {"scale": scale}
+        node.args = (query, key, value, dropout, is_causal)
     else:
         node.target = aten._scaled_dot_product_efficient_attention.default
         node.args = (query, key, value, mask, False, dropout, is_causal)
-        node.kwargs = {"scale": scale}
+    node.kwargs = {"scale": scale}
+    result, *_ = node.meta["val"]
+    node.meta["val"] = (result, *fake_value(node)[1:])

@@ -95,7 +95,7 @@ def compiled_for_cuda(model: Callable[..., Any], rows: int) -> Callable[..., Any
             mock.patch.object(backend, "Lowering", OnCpu),
             mock.patch.object(guards, "_empty_strided_cuda", guards._empty_strided_cpu, create=True),
         ):
-            program = backend.compile_graph(graph_on_cuda(gm), inputs, options=options, **kwargs)
+            program = backend.compile_graph(graph_on_cuda(gm, H100), inputs, options=options, **kwargs)
 
         def run(given: list[Any]) -> Any:
             with _without_a_device():

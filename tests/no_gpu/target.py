@@ -73,6 +73,7 @@ class Gpu:
 H100 = Gpu("pretended H100", 9, 0, 132, 232448, 233472, 50 << 20)
 H200 = Gpu("pretended H200", 9, 0, 132, 232448, 233472, 50 << 20, total_memory=141 << 30)
 A100 = Gpu("pretended A100", 8, 0, 108, 166912, 167936, 40 << 20)
+B200 = Gpu("pretended B200", 10, 0, 148, 232448, 233472, 126 << 20, total_memory=180 << 30)
 RTX_4090 = Gpu("pretended RTX 4090", 8, 9, 128, 101376, 102400, 72 << 20, total_memory=24 << 30)
 
 

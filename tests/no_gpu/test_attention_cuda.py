@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from mom_compile.runtime.attention import cuda
 from mom_compile.runtime.attention import rows as attention_rows
 from mom_compile.runtime.attention.cuda import attention_cuda
 from mom_compile.runtime.attention.rows import BLOCK_BYTES
@@ -63,6 +64,46 @@ def test_matches_its_definition(block_bytes: int, dtype: torch.dtype, case: Case
 @settings(max_examples=40, deadline=None)
 def test_what_is_said_of_keys_is_what_a_mask_would_say(dtype: torch.dtype, case: Case) -> None:
     assert_matches_definition(case, dtype)
+
+
+@given(conditioned())
+@settings(max_examples=40, deadline=None)
+def test_and_so_it_is_where_our_kernel_computes_it(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        on_device(patch, (8, 0), tiles=True)
+        assert_matches_definition(case, torch.bfloat16)
+
+
+def padded(dtype: torch.dtype, pads: tuple[int, ...], softcap: float | None = None) -> AttentionCall:
+    q, k = torch.empty(2, 4, 8, 64, dtype=dtype), torch.empty(2, 2, 64, 64, dtype=dtype)
+    keys = torch.arange(64) >= torch.tensor(pads)[:, None]
+    spans = torch.ops.mom.spans.default(keys, None, None)
+    return AttentionCall(q, k, k, None, 56, True, 0.1, keys=keys, spans=spans, softcap=softcap)
+
+
+@pytest.mark.parametrize(
+    ("call", "own"),
+    [
+        (padded(HALF, (3, 9)), True),
+        (padded(HALF, (3, 3)), False),  # one range for the batch: flash, on those keys
+        (padded(torch.float32, (3, 9)), True),
+        (padded(torch.float64, (3, 9)), False),
+        (padded(HALF, (3, 3), softcap=30.0), True),
+        (replace(padded(HALF, (3, 9)), spans=None), True),
+        (replace(padded(torch.float32, (3, 9)), spans=None), False),
+        (replace(padded(HALF, (3, 9)), keys=None, spans=None, mask=torch.ones(8, 64, dtype=torch.bool)), True),
+        (replace(padded(HALF, (3, 9)), keys=None, spans=None), False),
+    ],
+)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_what_our_kernel_is_for(call: AttentionCall, own: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is Triton: caps in any dtype that it takes; ranges of keys for each entry; other masks, in half."""
+    on_device(monkeypatch, (8, 0), tiles=tiles)
+    kernels_of_pytorch(monkeypatch)
+    seen: list[AttentionCall] = []
+    monkeypatch.setattr(cuda, "attention_in_tiles", lambda call: seen.append(call) or attention_reference(call))
+    attention_cuda(call)
+    assert bool(seen) == (own and tiles)
 
 
 # --- calls and allocates ---

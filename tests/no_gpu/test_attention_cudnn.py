@@ -187,6 +187,22 @@ def test_far_keys_by_cudnn_and_near_ones_by_flash(
     assert kernels.flash == [flash] * batch
 
 
+@pytest.mark.parametrize(
+    ("start", "cudnn"), [(0, [8]), (16, [8, 16]), (48, [8, 32, 16]), (21, [16]), (7, [])]
+)
+@pytest.mark.parametrize(("batch", "group"), [(1, 2), (2, 1)])
+def test_values_that_are_narrower_than_keys(
+    start: int, cudnn: list[int], batch: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent attention: cuDNN reads the rows' own keys, too, where nothing stands between them and the blocks."""
+    kernels = Kernels(monkeypatch, block=1 << 20, rows=8)
+    monkeypatch.setattr(attention_cudnn, "ALONE", 16)
+    sizes = (batch, 2, group, 8, start + 12, 192, 128, start)
+    matches_its_definition(Case(*sizes, True, None, None, (False,) * 4, "token-major", torch.float16, 0).call())
+    assert kernels.cudnn == cudnn * batch
+    assert not kernels.flash
+
+
 @st.composite
 def far_cases(draw: st.DrawFn) -> tuple[Case, int]:
     """A case that is computed in parts, and the keys of a block: some keys before the rows, and any after them."""

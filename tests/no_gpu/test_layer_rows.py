@@ -28,7 +28,7 @@ def graph(shape: str = "llama", tokens: int = 147_456, sequences: int = 1, **inp
         model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16).eval()
     ids = torch.empty(sequences, tokens, dtype=torch.long)
     given = {"use_cache": True, "logits_to_keep": 1, **inputs}
-    return graph_of(model, lambda: {"input_ids": ids, **given}).on_cuda()
+    return graph_of(model, lambda: {"input_ids": ids, **given}).on_cuda(H200)
 
 
 def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:

@@ -25,9 +25,8 @@ from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.attention.rows import (
     bias_bytes_per_row,
     in_blocks,
+    in_blocks_of_products,
     keys_in_sight,
-    math_bytes_per_row,
-    math_kernel,
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
@@ -43,6 +42,9 @@ NARROW_ROWS = 128
 #: 256 rows of 8 heads take 0.81 of the time as 1024 rows of 2, on 2 cores; 512 rows 0.82, 768 rows 0.96.
 MIDDLE_BLOCKS, LARGE_BLOCKS, LARGEST_BLOCK = 192, 768, 256
 
+#: Keys of a part in a decode step. Fewer take less time than a thread takes to begin.
+FEWEST_KEYS = 512
+
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +58,7 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
     if tokens == 0 or 0 in call.query.shape[:3]:
         return call.output().zero_()
     if not takes_flash(call):
-        return in_blocks(math_kernel, call, math_bytes_per_row(call))
+        return in_blocks_of_products(call)
     if call.rows == 1 and call.mask is None and not call.has_conditions:
         return one_row(call)
     if call.mask is not None or call.has_conditions or not call.is_causal:
@@ -72,8 +74,11 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
 
 
 def takes_flash(call: AttentionCall) -> bool:
-    """The flash kernel wants one head size and a floating dtype it knows. It does not check for empty tensors."""
+    """The flash kernel wants one head size and a floating dtype it knows, and caps no scores. It does not check for
+    empty tensors."""
     query, key = call.query, call.key
+    if call.softcap is not None:
+        return False
     return query.dtype in FLASH_DTYPES and query.shape[-1] == call.value.shape[-1] and query.shape[0] == key.shape[0]
 
 
@@ -96,14 +101,35 @@ def flash(
 
 def flash_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    return flash(query, key, value, scale, bias=bias)[0]
+) -> Part:
+    return flash(query, key, value, scale, bias=bias)
 
 
 def one_row(call: AttentionCall) -> torch.Tensor:
     """A decode step: one row sees all keys in its sight, so nothing has to be masked."""
     low, high = keys_in_sight(call)
-    return token_major(_whole(call, low, high)[0], call) if low < high else call.output().zero_()
+    if low >= high:
+        return call.output().zero_()
+    return token_major(merge(_split(call, low, high), call.sinks), call)
+
+
+def _split(call: AttentionCall, low: int, high: int) -> Iterator[Part]:
+    """One row of one sequence against keys `[low, high)`, in as many parts as threads have nothing to do otherwise."""
+    batch, heads = call.key.shape[:2]
+    parts = min(-(-torch.get_num_threads() // (batch * heads)), (high - low) // FEWEST_KEYS)
+    if batch > 1 or parts < 2:
+        yield _whole(call, low, high)
+        return
+    size = (high - low) // parts
+    rows = call.query.unflatten(1, (heads, -1)).flatten(2, 3).expand(parts, -1, -1, -1)
+    # A part is an entry of a batch: a view, since there is one sequence.
+    split = slice(low, low + parts * size)
+    key, value = (t[0, :, split].unflatten(1, (parts, size)).transpose(0, 1) for t in (call.key, call.value))
+    found, log_sum_exp = flash(rows, key, value, call.scale)
+    for part in range(parts):
+        yield found[part].flatten(0, 1)[None, :, None], log_sum_exp[part].flatten()[None, :, None]
+    if low + parts * size < high:
+        yield _whole(call, low + parts * size, high)
 
 
 def causal(call: AttentionCall) -> torch.Tensor:
@@ -115,7 +141,7 @@ def causal(call: AttentionCall) -> torch.Tensor:
         if call.start < call.tokens:
             yield _part(call, call.start, call.start + call.rows, is_causal=True)
 
-    return merge(parts())
+    return merge(parts(), call.sinks)
 
 
 def windowed(call: AttentionCall, window: int) -> torch.Tensor:
@@ -128,7 +154,8 @@ def windowed(call: AttentionCall, window: int) -> torch.Tensor:
         result[:, :, :unlimited] = causal(call.of_rows(0, unlimited))
     for first in range(unlimited, rows, window - 1):
         count = min(window - 1, rows - first)
-        result[:, :, first : first + count] = merge(_window_parts(call.of_rows(first, count), window))
+        parts = _window_parts(call.of_rows(first, count), window)
+        result[:, :, first : first + count] = merge(parts, call.sinks)
     return result
 
 
@@ -163,7 +190,7 @@ def _gains_rows(call: AttentionCall, grouped: int) -> bool:
     """
     batch, heads = call.key.shape[:2]
     if call.rows == 1:
-        return grouped > 1 and batch * heads >= torch.get_num_threads()
+        return grouped > 1
     blocks = batch * heads * math.ceil(grouped * call.rows / LARGEST_BLOCK)
     larger = grouped > 1 and call.rows < LARGE_BLOCKS and grouped * call.rows >= MIDDLE_BLOCKS
     return larger and blocks >= 2 * torch.get_num_threads()

@@ -3,142 +3,64 @@
 `tests/no_gpu` runs it on tensors without data, which shows what is called and what is allocated, and with stand-ins for
 PyTorch's kernels.
 
-Which of PyTorch's kernels computes a call is chosen in `ways.py`. `flash.py` and `cudnn.py` call theirs; the others are
-called here.
+Which kernel computes a call is chosen in `ways.py`. `flash.py`, `cudnn.py` and `efficient.py` call PyTorch's kernels,
+`tiles.py` ours.
 
 Keys after the last row are cut off first, so that "lower right" is where the rows stand. Where keys have conditions,
 each query mostly sees one range of them (`attention_in_spans`), and the ways without a mask do.
-
-Kernels without grouped heads are given each key head as a batch entry of its own, seen by all of its query heads: a
-view. Repeated, keys and values of 150,000 tokens would be some gigabytes in every call.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import pad
 
 from mom_compile.runtime.attention.cudnn import in_parts
+from mom_compile.runtime.attention.efficient import (
+    bytes_of_aligned,
+    efficient,
+    efficient_causal,
+    efficient_grouped,
+    grouped,
+)
 from mom_compile.runtime.attention.flash import flash
+from mom_compile.runtime.attention.merging import merge
 from mom_compile.runtime.attention.rows import (
-    BlockKernel,
     bias_bytes_per_row,
     in_blocks,
-    math_bytes_per_row,
-    math_kernel,
+    in_blocks_of_products,
     token_major,
 )
 from mom_compile.runtime.attention.spans import attention_in_spans
+from mom_compile.runtime.attention.tiles import attention_in_tiles, each_its_range, takes_tiles
 from mom_compile.runtime.attention.ways import Way, way_of
 from mom_passes.ops.attention import AttentionCall
-
-EFFICIENT = torch.ops.aten._efficient_attention_forward.default
-
-#: How `EFFICIENT` is told what is masked.
-NOT_MASKED, CAUSAL_LOWER_RIGHT = 0, 2
 
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:
     """See `mom_passes.ops.attention` for shapes and meaning."""
-    found = attention_in_spans(attention_cuda, call)
+    ranges = takes_tiles(call) and each_its_range(call)  # in one launch for all entries
+    found = None if ranges else attention_in_spans(attention_cuda, call)
     if found is not None:
         return found
     tokens, end = call.tokens, call.start + call.rows
     if tokens == 0 or 0 in call.query.shape[:3]:
         return call.output().zero_()
     way = way_of(call)
+    if way is Way.TILES:
+        return attention_in_tiles(call)
     if call.is_causal and end < tokens:
         key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
         call = replace(call, key=key, value=value)
     if way is Way.FLASH:
-        return token_major(flash(call)[0], call)
+        return token_major(merge([flash(call)], call.sinks), call)
     if way is Way.CUDNN:
         return in_parts(call)
     if way is Way.EFFICIENT:
-        kernel = _efficient_causal if call.is_causal else _efficient
-        return token_major(_grouped(kernel, call.query, call.key, call.value, None, call.scale), call)
+        kernel = efficient_causal if call.is_causal else efficient
+        part = grouped(kernel, call.query, call.key, call.value, None, call.scale)
+        return token_major(merge([part], call.sinks), call)
     if way is Way.BIAS:
-        return in_blocks(_efficient_grouped, call, max(bias_bytes_per_row(call), _bytes_of_aligned(call)))
-    return in_blocks(math_kernel, call, math_bytes_per_row(call))
-
-
-def _efficient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    masked: int = NOT_MASKED,
-) -> torch.Tensor:
-    """As many heads of keys as of queries. A row that sees nothing is zeroed: the kernel does not promise that."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    added = None
-    if bias is not None:
-        added = _aligned(bias.to(query.dtype).expand(*bias.shape[:-1], key.shape[2])).expand(*query.shape[:3], -1)
-    result = EFFICIENT(q, k, v, added, None, None, None, None, 0.0, masked, False, scale=scale)[0].transpose(1, 2)
-    return result if bias is None else result.masked_fill(bias.amax(-1, keepdim=True) == -torch.inf, 0.0)
-
-
-def _efficient_causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    return _efficient(query, key, value, bias, scale, CAUSAL_LOWER_RIGHT)
-
-
-def _efficient_grouped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    return _grouped(_efficient, query, key, value, bias, scale)
-
-
-#: The kernel reads a bias in groups of 16 bytes: where rows begin elsewhere, it is copied to rows of so many values.
-ALIGNED = 8
-
-
-def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """The same values, adjacent in the last dimension, each row at a multiple of `ALIGNED` from the storage's start."""
-    if bias.stride(-1) == 1 and not any(n % ALIGNED for n in (bias.storage_offset(), *bias.stride()[:-1])):
-        return bias
-    return pad(bias, (0, -bias.shape[-1] % ALIGNED)).narrow(-1, 0, bias.shape[-1])
-
-
-def _bytes_of_aligned(call: AttentionCall) -> int:
-    """What that copy of a mask takes for each row."""
-    return 0 if call.mask is None else math.prod(call.mask.shape[:-2]) * call.tokens * call.query.element_size()
-
-
-def _grouped(
-    kernel: BlockKernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """`kernel`, which knows no grouped heads, on grouped heads. `[B, H, R, Dv]`, token-major where heads are grouped.
-
-    For each entry of the batch, keys `[G, T, D]` are a batch of G with one head, expanded to the H / G that see it.
-    """
-    batch, heads, rows, _ = query.shape
-    groups = key.shape[1]
-    if groups == heads:
-        return kernel(query, key, value, bias, scale)
-    result = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
-    for i in range(batch):
-        q, out = (t[i].unflatten(0, (groups, -1)) for t in (query, result))
-        k, v = (t[i].unsqueeze(1).expand(-1, heads // groups, -1, -1) for t in (key, value))
-        out.copy_(kernel(q, k, v, _bias_of_entry(bias, i, groups), scale))
-    return result
-
-
-def _bias_of_entry(bias: torch.Tensor | None, i: int, groups: int) -> torch.Tensor | None:
-    """`[B or 1, H or 1, R or 1, T]` to what broadcasts to `[G, H / G, R, T]`."""
-    if bias is None:
-        return None
-    while bias.dim() < 4:
-        bias = bias.unsqueeze(0)
-    own = bias[i if bias.shape[0] > 1 else 0]
-    return own.unsqueeze(0) if own.shape[0] == 1 else own.unflatten(0, (groups, -1))
+        return in_blocks(efficient_grouped, call, max(bias_bytes_per_row(call), bytes_of_aligned(call)))
+    return in_blocks_of_products(call)

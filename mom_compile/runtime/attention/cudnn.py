@@ -29,6 +29,11 @@ numbers the shortest block saves as much.
 
 Rows are whole multiples of `ROWS`: mini-sequences are, and of the lengths of last ones, of which every prompt may have
 another, few are.
+
+Values that are not as wide as keys (latent attention, 192 and 128 channels) flash does not take, and the memory-
+efficient kernel is said to be several times slower. There cuDNN reads all that it can: blocks from `ALONE` keys on, and
+the rows' own, a square, by its causal mode; the memory-efficient kernel reads near keys that are no square. That has
+never run on a GPU.
 """
 
 from __future__ import annotations
@@ -38,25 +43,32 @@ from dataclasses import replace
 
 import torch
 
+from mom_compile.runtime.attention.efficient import efficient_causal, grouped
 from mom_compile.runtime.attention.flash import flash
 from mom_compile.runtime.attention.merging import Part, merge
 from mom_passes.ops.attention import AttentionCall
 
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
-#: Keys of the shortest block.
-BLOCK = 8192
+#: Keys of the shortest block, and where flash takes none.
+BLOCK, ALONE = 8192, 2048
 #: Rows of a tile of the kernels.
 ROWS = 128
 #: Of a result, R x H x D.
 NUMBERS = 1 << 21
 
 
-def blocks_before(start: int) -> list[tuple[int, int]]:
-    """`(first key, count)` of the blocks that cuDNN reads for rows that stand at `start`; none below `BLOCK`."""
-    blocks, low = [], 0
-    while (left := (start - low) // BLOCK) > 0:
-        count = BLOCK << (left.bit_length() - 1)
+def block_of(call: AttentionCall) -> int:
+    """Keys of the shortest block that cuDNN reads for a call."""
+    return BLOCK if call.query.shape[-1] == call.value.shape[-1] else ALONE
+
+
+def blocks_before(start: int, block: int | None = None) -> list[tuple[int, int]]:
+    """`(first key, count)` of the blocks that cuDNN reads for rows that stand at `start`; none below `block` keys, or
+    `BLOCK`."""
+    blocks, low, block = [], 0, block or BLOCK
+    while (left := (start - low) // block) > 0:
+        count = block << (left.bit_length() - 1)
         blocks.append((low, count))
         low += count
     return blocks
@@ -74,29 +86,39 @@ def in_parts(call: AttentionCall) -> torch.Tensor:
     result = call.output()
     for i in range(call.query.shape[0]):
         q, k, v = (t[i : i + 1] for t in (call.query, call.key, call.value))
-        result[i : i + 1].copy_(merge(_parts(replace(call, query=q, key=k, value=v))))
+        result[i : i + 1].copy_(merge(_parts(replace(call, query=q, key=k, value=v)), call.sinks))
     return result
 
 
 def _parts(call: AttentionCall) -> Iterator[Part]:
-    """Flash's comes first, in float32, before another is made: there each row sees a key, itself."""
-    blocks = blocks_before(call.start)
+    """The near keys' comes first, in float32, before another is made: there each row sees a key, itself."""
+    blocks = blocks_before(call.start, block_of(call))
     near = sum(count for _, count in blocks)
     own = replace(call, key=call.key[:, :, near:], value=call.value[:, :, near:], start=call.start - near)
-    yield _in_float32(*flash(own))
+    yield _in_float32(*_near(own))
     for low, count in blocks:
         yield _cudnn(call, low, count)
+
+
+def _near(call: AttentionCall) -> Part:
+    """Keys that end with the rows' own, causal from the lower right corner."""
+    if call.query.shape[-1] == call.value.shape[-1]:
+        return flash(call)
+    if call.start == 0:
+        return _cudnn(call, 0, call.rows, is_causal=True)
+    return grouped(efficient_causal, call.query, call.key, call.value, None, call.scale)
 
 
 def _in_float32(result: torch.Tensor, log_sum_exp: torch.Tensor) -> Part:
     return result.float(), log_sum_exp
 
 
-def _cudnn(call: AttentionCall, low: int, count: int) -> Part:
-    """Keys `[low, low + count)`, seen by every row. Grouped heads as they are; the result is laid out as the query."""
+def _cudnn(call: AttentionCall, low: int, count: int, is_causal: bool = False) -> Part:
+    """Keys `[low, low + count)`, seen by every row, or of a square the causal half. Grouped heads as they are; the
+    result is laid out as the query."""
     tensors = (call.query, *(t.narrow(2, low, count) for t in (call.key, call.value)))
     q, k, v = map(_alone, tensors)
-    result, log_sum_exp, *_ = CUDNN(q, k, v, None, True, 0.0, False, False, scale=call.scale)
+    result, log_sum_exp, *_ = CUDNN(q, k, v, None, True, 0.0, is_causal, False, scale=call.scale)
     return result, log_sum_exp.reshape(q.shape[:3])  # some versions keep a last dimension of one
 
 

@@ -8,6 +8,8 @@ sees nothing    A row whose keys in a part are all masked: its log-sum-exp is -i
 
 A row's result over two parts is the mean of its results, weighted by their sums: with `s = sigmoid(lse2 - lse1)`, which
 neither overflows nor divides, it is `(1 - s) result1 + s result2`. That is exact but for the rounding of the parts.
+
+A sink is a part whose result is zero and whose log-sum-exp is the sink itself: merged last, once, it is a factor.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import torch
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
-def merge(parts: Iterable[Part]) -> torch.Tensor:
-    """Attention over the union of the parts' keys, in the dtype of the log-sum-exps where there are several parts.
+def merge(parts: Iterable[Part], sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention over the union of the parts' keys, and a sink for each head, `[H]`: in the dtype of the log-sum-exps
+    where there are several parts.
 
     The first part is written to. At most two results live at a time, if the parts are made as they are asked for.
     """
@@ -35,4 +38,7 @@ def merge(parts: Iterable[Part]) -> torch.Tensor:
         merged = merged.mul_(1.0 - share).addcmul_(result, share)
         merged_lse = torch.logaddexp(merged_lse, log_sum_exp)
         del result, log_sum_exp, share  # not while the next part is made
-    return merged
+    if sinks is None:
+        return merged
+    share = torch.sigmoid(merged_lse - sinks.to(merged_lse.dtype)[:, None]).unsqueeze(-1)
+    return merged.mul_(share)

@@ -6,7 +6,7 @@ position    Where a query row stands among the keys: row `i` of a call stands at
 bias        An additive mask for the keys in sight of a block of rows: 0 or what the user adds, -inf where
             nothing may be seen. `[B or 1, H or 1, rows or 1, keys in sight]`.
 block kernel
-            `(query, key, value, bias, scale) -> result`, for one block of rows; nothing is causal in it.
+            `(query, key, value, bias, scale) -> part`, for one block of rows; nothing is causal in it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
+from mom_compile.runtime.attention.merging import Part, merge
 from mom_compile.runtime.observers import Observers
 from mom_passes.ops.attention import AttentionCall, visible
 
-BlockKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+BlockKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], Part]
 
 #: Bytes a block may spend on its bias or its scores. Blocks below 32 rows would starve the matmuls.
 BLOCK_BYTES = 16 << 20
@@ -119,7 +121,7 @@ def _block(kernel: BlockKernel, call: AttentionCall) -> torch.Tensor:
     if low >= high:
         return call.output().zero_()
     key, value = (t.narrow(2, low, high - low) for t in (call.key, call.value))
-    return kernel(call.query, key, value, bias_of(call, low, high), call.scale)
+    return merge([kernel(call.query, key, value, bias_of(call, low, high), call.scale)], call.sinks)
 
 
 def token_major(result: torch.Tensor, call: AttentionCall) -> torch.Tensor:
@@ -129,24 +131,39 @@ def token_major(result: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     return call.output().copy_(result)
 
 
-def math_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """Two matmuls and a softmax, in float32 at least; the rows of grouped heads share one matmul."""
+def in_blocks_of_products(call: AttentionCall) -> torch.Tensor:
+    """What no kernel computes: products and a softmax, whose scores are those of a block of rows."""
+    return in_blocks(partial(_products, softcap=call.softcap), call, math_bytes_per_row(call))
+
+
+def _products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Part:
+    """Two matmuls and a softmax between them, in float32 at least; the rows of grouped heads share one matmul."""
     batch, heads, rows, channels = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).reshape(batch, key.shape[1], -1, channels)
     scores = (grouped @ key.to(wide).transpose(-1, -2)).mul_(scale).view(batch, heads, rows, -1)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         scores += bias
-    blind = scores.amax(-1, keepdim=True) == -math.inf
-    weights = torch.softmax(scores, dim=-1).masked_fill_(blind, 0.0)
-    result = weights.view(batch, key.shape[1], -1, key.shape[2]) @ value.to(wide)
-    return result.view(batch, heads, rows, -1).to(query.dtype)
+    most = scores.amax(-1, keepdim=True)
+    # A row that sees nothing has weights of zero, whose sum is zero, in place of the exponentials of NaN.
+    weights = scores.sub_(most.masked_fill(most == -math.inf, 0.0)).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    result = (weights.view(batch, key.shape[1], -1, key.shape[2]) @ value.to(wide)).view(batch, heads, rows, -1)
+    result.div_(sums.masked_fill(sums == 0, 1.0))
+    return result.to(query.dtype), sums.log_().add_(most).squeeze(-1)
 
 
 def math_bytes_per_row(call: AttentionCall) -> int:
-    """Scores, weights and the softmax between them, in float32 at least."""
+    """Scores, and in their place weights, in float32 at least."""
     query = call.query
     wide = torch.promote_types(query.dtype, torch.float32)
-    return 2 * query.shape[0] * query.shape[1] * call.tokens * wide.itemsize
+    return query.shape[0] * query.shape[1] * call.tokens * wide.itemsize

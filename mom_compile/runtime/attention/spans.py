@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,6 +58,7 @@ def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | No
     if any(entry is None for entry in entries):
         return None
     size = batch if all(entry == entries[0] for entry in entries) else 1
+    plain = replace(call, is_causal=is_causal, keys=None, segments=None, positions=None, spans=None)
     result: torch.Tensor | None = None
     for first, spans in zip(range(0, batch, size), entries, strict=False):
         own = slice(first, first + size)
@@ -65,7 +66,7 @@ def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | No
             at = start + part.first - part.low if is_causal else 0
             q = call.query[own, :, part.first : part.first + part.count]
             k, v = (t[own, :, part.low : part.high] for t in (call.key, call.value))
-            made = kernel(AttentionCall(q, k, v, None, at, is_causal, call.scale, call.window))
+            made = kernel(replace(plain, query=q, key=k, value=v, start=at))
             if made.shape[:3] == shape[:3]:
                 return made
             if result is None:

@@ -1,13 +1,15 @@
 """Which of PyTorch's kernels computes an attention on CUDA: by what is masked, dtype, device and version.
 
-`way_of` is the one place that chooses. Its tests ran on an H200, times are unknown.
+`way_of` is the one place that chooses. Its tests ran on an H200 before there was TILES, times are unknown.
 
     CUDNN       fp16 and bf16, causal, no mask or window, many keys before the rows: cuDNN for those, flash for the rest
-                (`cudnn.py`), where stock PyTorch would take cuDNN first
+                (`cudnn.py`), where stock PyTorch would take cuDNN first; there also all keys of a latent attention
     FLASH       fp16 and bf16, no mask: grouped heads, windows and causality from the lower right corner natively. Where
                 FlashAttention 3 or 4 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
     EFFICIENT   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
     BIAS        the same kernel with a bias for what else is masked, in blocks of rows
+    TILES       our own kernel in Triton (`tiles.py`), which has never run on a GPU: scores that are capped, and in half
+                precision masks and conditions, among them a range of keys for each entry of the batch
     MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
 
 Stock PyTorch takes cuDNN first (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in its C++ `sdp_utils.cpp` for CUDA)
@@ -27,7 +29,8 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import current_flash_attention_impl
 
-from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, blocks_before, keys_keep_their_place
+from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, block_of, blocks_before, keys_keep_their_place
+from mom_compile.runtime.attention.tiles import each_its_range, takes_tiles
 from mom_passes.ops.attention import AttentionCall
 
 HALF = (torch.float16, torch.bfloat16)
@@ -42,18 +45,27 @@ class Way(Enum):
     FLASH = "flash"
     EFFICIENT = "efficient"
     BIAS = "bias"
+    TILES = "tiles"
     MATH = "math"
 
 
 def way_of(call: AttentionCall) -> Way:
     """How a call is computed that has rows and keys."""
+    if takes_tiles(call) and (call.softcap is not None or each_its_range(call)):
+        return Way.TILES
+    if call.softcap is not None:
+        return Way.MATH
     plain = call.mask is None and not call.has_conditions
     if call.is_causal and call.start + call.rows > call.tokens:
         plain = False  # rows further down than all keys: no corner is where they stand
     if plain and takes_flash(call):
         return Way.CUDNN if takes_cudnn(call) else Way.FLASH
+    if plain and takes_cudnn_alone(call):
+        return Way.CUDNN
     if not takes_efficient(call):
         return Way.MATH
+    if (call.mask is not None or call.has_conditions) and call.query.dtype in HALF and takes_tiles(call):
+        return Way.TILES
     return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
 
 
@@ -68,9 +80,30 @@ def takes_cudnn(call: AttentionCall) -> bool:
         return False
     if not (keys_keep_their_place(call.key) and keys_keep_their_place(call.value)):
         return False
-    first, count = blocks[0]
-    key, value = (t.narrow(2, first, count) for t in (call.key, call.value))
-    return can_use_cudnn_attention(SDPAParams(call.query, key, value, None, 0.0, False, True))
+    return _cudnn_reads(call, *blocks[0], False)
+
+
+def takes_cudnn_alone(call: AttentionCall) -> bool:
+    """Of what flash does not take, since values are not as wide as keys: also the rows' own keys, if they are a
+    square."""
+    if call.query.dtype not in HALF or call.query.shape[-1] == call.value.shape[-1] or not takes_efficient(call):
+        return False
+    if not call.is_causal or call.felt_window is not None or call.rows % ROWS != 0:
+        return False
+    if not prefers_cudnn(call.query.device):
+        return False
+    if not (keys_keep_their_place(call.key) and keys_keep_their_place(call.value)):
+        return False
+    blocks = blocks_before(call.start, block_of(call))
+    reads = [(low, count, False) for low, count in blocks[:1]]
+    if call.start == sum(count for _, count in blocks):
+        reads.append((call.start, call.rows, True))
+    return bool(reads) and all(_cudnn_reads(call, *one) for one in reads)
+
+
+def _cudnn_reads(call: AttentionCall, low: int, count: int, is_causal: bool) -> bool:
+    key, value = (t.narrow(2, low, count) for t in (call.key, call.value))
+    return can_use_cudnn_attention(SDPAParams(call.query, key, value, None, 0.0, is_causal, True))
 
 
 def prefers_cudnn(device: torch.device) -> bool:

@@ -3,14 +3,15 @@
 Terms
 -----
 SDPA        PyTorch's own attention operators: one for each kernel, with different arguments and outputs.
+products    The same by two batched products and a softmax between them, as models write it that have sinks, say.
 grouped     Keys and values with fewer heads than the query; query head `h` of H uses key head `h // (H / G)`.
 repeat_kv   Models copy grouped keys and values to the query's heads before SDPA: n times the memory.
 
     for node in graph:
-        if node is SDPA, deterministic, and only its result is used:
+        if node is SDPA, deterministic, and only its result is used, or the second of two products:
             key, value = what repeat_kv was given, if both were repeated alike
             mask, start, is_causal, window, keys, ... = what the mask is proved to be (`mask_structure`)
-            node -> mom.attention(query, key, value, mask, start, is_causal, scale, window, keys, ...)
+            node -> mom.attention(query, key, value, mask, start, is_causal, scale, window, keys, ..., sinks)
 
 An attention that does not fit is left alone: it stays correct, on the full sequence.
 """
@@ -27,21 +28,20 @@ from torch import fx
 from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
+from mom_passes.attention.products import all_same, attention_of_products
+from mom_passes.attention.repeated_heads import without_repeats
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.edit import fake_value, size_node, strides_differ
-from mom_passes.graph.sizes import is_one, same
+from mom_passes.graph.sizes import same
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.attention import SDPA
 from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
 
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-
 
 def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite SDPA operators to `mom.attention`, in place.
+    """Rewrite SDPA operators, and attentions by products, to `mom.attention`, in place.
 
     Before::
 
@@ -56,10 +56,13 @@ def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
     """
     masks, vectors = MaskAnalysis(), KeyVectors(gm.graph)
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in SDPA:
+        call = None
+        if node.target in SDPA:
             call = _read(node, masks)
-            if call is not None:
-                _rewrite(vectors, node, call)
+        elif node.target is aten.bmm.default:
+            call = _read_products(node, masks)
+        if call is not None:
+            _rewrite(vectors, node, call)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -67,7 +70,7 @@ def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Call:
-    """What an SDPA node computes, whichever operator it calls."""
+    """What an attention computes, whichever operators it calls; `results` are the nodes that it replaces."""
 
     query: fx.Node
     key: fx.Node
@@ -75,8 +78,11 @@ class _Call:
     mask: fx.Node | None
     is_causal: bool
     scale: float | None
+    results: list[fx.Node]
     window: int | None = None
     form: MaskForm | None = None
+    sinks: fx.Node | None = None
+    softcap: float | None = None
 
 
 def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
@@ -104,20 +110,33 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     scale = given["scale"]
     if scale is None and isinstance(channels, int):
         scale = channels**-0.5
-    call = _Call(query, key, value, mask, bool(given["is_causal"]), scale)
-    return call if mask is None else _with_proven_mask(call, masks)
+    results = [user for user in node.users if user.args[1] == 0]
+    return _with_proven_mask(_Call(query, key, value, mask, bool(given["is_causal"]), scale, results), masks)
+
+
+def _read_products(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
+    found = attention_of_products(node)
+    if found is None:
+        return None
+    query, key, value = found.query, found.key, found.value
+    call = _Call(query, key, value, found.mask, False, found.scale, found.results)
+    call = replace(call, sinks=found.sinks, softcap=found.softcap)
+    return _with_proven_mask(call, masks)
 
 
 def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
     """What the mask is proved to say goes into the other arguments; if that is all, the mask goes."""
-    assert call.mask is not None
-    form, shape = masks.form(call.mask), call.mask.meta["val"].shape
+    if call.mask is None:
+        return call
+    # A row that sees nothing but its sink is zero, whatever masks its keys; without one, a finite number hides nothing.
+    hidden = call.sinks is not None
+    form, shape = masks.form(call.mask, hidden), call.mask.meta["val"].shape
     rows, keys = call.query.meta["val"].shape[2], call.key.meta["val"].shape[2]
     if form is None or not same(shape[-1], keys) or not (same(shape[-2], rows) or _of_keys_alone(form)):
-        return replace(call, mask=_slim(call.mask, masks))
+        return replace(call, mask=_slim(call.mask, masks, hidden))
     if call.is_causal and form.start != 0:  # causal from two places
-        return replace(call, mask=_slim(call.mask, masks))
-    mask = None if form.exact else _slim(call.mask, masks)
+        return replace(call, mask=_slim(call.mask, masks, hidden))
+    mask = None if form.exact else _slim(call.mask, masks, hidden)
     return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window, form=form)
 
 
@@ -125,10 +144,10 @@ def _of_keys_alone(form: MaskForm) -> bool:
     return not form.causal and form.segments is None and form.positions is None
 
 
-def _slim(mask: fx.Node, masks: MaskAnalysis) -> fx.Node:
+def _slim(mask: fx.Node, masks: MaskAnalysis, hidden: bool) -> fx.Node:
     """The same mask with fewer bytes: boolean instead of 0 and -inf, not repeated over what broadcasts anyway."""
     while True:
-        source: Any = masks.condition(mask) or _unpadded(mask)
+        source: Any = masks.condition(mask, hidden=hidden) or _unpadded(mask)
         if source is None and mask.target is aten.expand.default:
             source = mask.args[0]
         if source is None or source.meta["val"].dim() != 4:
@@ -144,7 +163,7 @@ def _unpadded(mask: fx.Node) -> fx.Node | None:
     if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
         return None
     source, pad = argument(padded, "self"), argument(padded, "pad")
-    alike = _all_same(source.meta["val"].shape, mask.meta["val"].shape)
+    alike = all_same(source.meta["val"].shape, mask.meta["val"].shape)
     return source if alike and len(pad) == 2 and pad[0] == 0 else None
 
 
@@ -165,15 +184,19 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
     if call.form is not None:
         batch, _, tokens, _ = call.key.meta["val"].shape
         named |= vectors.arguments(call.form, (batch, tokens), before=node)
+    if call.sinks is not None:
+        named["sinks"] = call.sinks
+    if call.softcap is not None:
+        named["softcap"] = call.softcap
     with graph.inserting_before(node):
         if call.form is not None:
             start = size_node(graph, call.form.start, before=node)
-        key, value = _without_repeats(graph, call.key, call.value)
+        key, value = without_repeats(graph, call.key, call.value)
         args: tuple[Any, ...] = (call.query, key, value, call.mask, start, call.is_causal, call.scale)
         if call.window is not None:
             args = (*args, call.window)
         new = graph.call_function(MOM_ATTENTION, args, named)
-        for result in [user for user in node.users if user.args[1] == 0]:
+        for result in call.results:
             new.meta = {**result.meta, "val": fake_value(new)}
             result.replace_all_uses_with(_in_layout(graph, new, result))
     # SDPA counts as random, which dead code elimination would spare.
@@ -206,92 +229,3 @@ def _relaid(new: fx.Node, old: fx.Node) -> bool:
 
 def _makes_contiguous(node: fx.Node) -> bool:
     return node.target is aten.clone.default and argument(node, "memory_format") == torch.contiguous_format
-
-
-def _without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Keys and values before repeat_kv, if both went through the same one."""
-    key_source, value_source = _ungrouped(key, 1), _ungrouped(value, 1)
-    if key_source is None or value_source is None or not same(key_source.heads, value_source.heads):
-        return key, value
-    return key_source.emit(graph), value_source.emit(graph)
-
-
-@dataclass(frozen=True)
-class _Grouped:
-    """A value before its heads were repeated, and the permutations to apply to it still."""
-
-    source: fx.Node
-    heads: Any
-    permutations: tuple[tuple[int, ...], ...] = ()
-    squeeze: int | None = None
-
-    def emit(self, graph: fx.Graph) -> fx.Node:
-        node = self.source
-        if self.squeeze is not None:
-            node = _call(graph, aten.squeeze.dim, node, self.squeeze)
-        for order in self.permutations:
-            node = _call(graph, aten.permute.default, node, list(order))
-        return node
-
-
-def _call(graph: fx.Graph, target: Any, source: fx.Node, argument: Any) -> fx.Node:
-    node = graph.call_function(target, (source, argument))
-    node.meta["val"] = target(source.meta["val"], argument)
-    return node
-
-
-def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
-    """Follows a value whose dimension `heads` may be a repetition back to what was repeated."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    source = node.args[0]
-    if node.target in _COPIES:
-        return _ungrouped(source, heads)
-    if node.target is aten.permute.default:
-        rank = len(node.meta["val"].shape)
-        order = tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr, arg-type]
-        found = _ungrouped(source, order[heads])
-        if found is None:
-            return None
-        return _Grouped(found.source, found.heads, (*found.permutations, order), found.squeeze)
-    if node.target is aten.expand.default:
-        return _expanded(node, source, heads)
-    if node.target in _VIEWS:
-        return _merged(node, source, heads)
-    return None
-
-
-def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
-    """One key head for all: `[B, 1, S, D] -> [B, H, S, D]`."""
-    wide, narrow = node.meta["val"].shape, source.meta["val"].shape
-    if len(wide) != len(narrow) or not is_one(narrow[heads]) or not _same_but(wide, narrow, heads):
-        return None
-    return _Grouped(source, 1)
-
-
-def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
-    """`[.., G, 1, ..] -> expand [.., G, n, ..] -> view [.., G * n, ..]`."""
-    merged, split = node.meta["val"].shape, source.meta["val"].shape
-    outside = (*split[:heads], *split[heads + 2 :])
-    if len(split) != len(merged) + 1 or not _all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
-        return None
-    while source.target in _COPIES:
-        source = source.args[0]  # type: ignore[assignment]
-    if source.target is not aten.expand.default:
-        return None
-    before = source.args[0]
-    assert isinstance(before, fx.Node)
-    narrow = before.meta["val"].shape
-    if len(narrow) != len(split) or not is_one(narrow[heads + 1]) or not _same_but(split, narrow, heads + 1):
-        return None
-    if before.target is aten.unsqueeze.default and before.args[1] % len(narrow) == heads + 1:  # type: ignore[operator]
-        return _Grouped(before.args[0], split[heads])  # type: ignore[arg-type]
-    return _Grouped(before, split[heads], squeeze=heads + 1)
-
-
-def _same_but(a: Any, b: Any, dim: int) -> bool:
-    return _all_same((*a[:dim], *a[dim + 1 :]), (*b[:dim], *b[dim + 1 :]))
-
-
-def _all_same(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

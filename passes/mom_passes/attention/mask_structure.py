@@ -42,26 +42,31 @@ class MaskAnalysis:
     def __init__(self) -> None:
         self._known: dict[fx.Node, Value] = {}
 
-    def form(self, mask: fx.Node) -> MaskForm | None:
-        """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use."""
+    def form(self, mask: fx.Node, hidden: bool = False) -> MaskForm | None:
+        """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use. `hidden`: a finite number
+        in it hides a key in any row, as -inf does."""
         value, meta = self.value(mask), mask.meta["val"]
         if isinstance(value, Truth) and meta.dtype == torch.bool:
             return mask_form(value, meta.shape, -math.inf)
         if isinstance(value, Additive) and meta.dtype.is_floating_point:
-            return mask_form(value.visible, meta.shape, value.lowest)
+            return mask_form(value.visible, meta.shape, -math.inf if hidden else value.lowest)
         return None
 
     def boolean(self, mask: fx.Node) -> fx.Node:
         """The boolean mask that SDPA has filled for cuDNN; any other mask as it is."""
         return self.condition(mask, FOR_CUDNN.get(mask.meta["val"].dtype, -math.inf)) or mask
 
-    def condition(self, mask: fx.Node, lowest: float = -math.inf) -> fx.Node | None:
-        """The boolean of an additive `where(condition, 0, lowest)`, if it has the mask's shape."""
+    def condition(self, mask: fx.Node, lowest: float = -math.inf, hidden: bool = False) -> fx.Node | None:
+        """The boolean of an additive `where(condition, 0, lowest)`, if it has the mask's shape; `hidden` as in `form`:
+        of any number that is as good as -inf."""
         if mask.target is not aten.where.self:
             return None
         condition, *fills = mask.args
         assert isinstance(condition, fx.Node)
-        if [self._given(fill) for fill in fills] != [Additive(TRUE), Additive(FALSE, lowest)]:
+        shown, filled = (self._given(fill) for fill in fills)
+        if shown != Additive(TRUE) or not isinstance(filled, Additive) or filled.visible != FALSE:
+            return None
+        if filled.lowest != lowest and not hidden:
             return None
         before, after = condition.meta["val"].shape, mask.meta["val"].shape
         alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))

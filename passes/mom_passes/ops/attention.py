@@ -12,8 +12,8 @@ from mom_passes.ops.library import LIBRARY
 
 LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float? scale,"
-    " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None)"
-    " -> Tensor",
+    " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None,"
+    " Tensor? sinks=None, float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 """Rows [start, start + R) of an attention over whole keys and values.
@@ -28,6 +28,12 @@ be seen at all (no padding); `segments`, whose number a key must share with the 
 most the query's and, with `window` and without `is_causal`, more than that less `window`. Queries read theirs of
 the last two where they stand, `start + i`. `spans` is what `mom.spans` has found in these three; without it, or where
 it found nothing, they are applied as masks.
+
+`sinks`, `[H]`, is one more score of every row of a head, which no mask hides and no `scale` multiplies: it takes part
+in the softmax, and its weight is dropped. With `lse`, the logarithm of the sum of a row's exponentiated scores without
+it, the result is the one without it times `sigmoid(lse - sink)`.
+
+With `softcap`, `c`, a score `s` is `c tanh(s / c)`, before anything masks it; a sink stays what it is.
 
 The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
 folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
@@ -88,6 +94,8 @@ class AttentionCall:
     segments: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     spans: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    softcap: float | None = None
 
     @property
     def rows(self) -> int:
@@ -146,6 +154,8 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
     value = call.value.repeat_interleave(group, dim=1)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
     if call.is_causal:
@@ -157,7 +167,10 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
         scores = scores.masked_fill(~seen, -math.inf)
     # The softmax of a row that sees nothing is NaN; a NaN that the user put in stays one.
     blind = (scores == -math.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
+    if call.sinks is not None:
+        sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :tokens].masked_fill(blind, 0.0)
     return call.output().copy_((weights @ value.to(wide)).to(query.dtype))
 
 

@@ -7,6 +7,7 @@ several query heads share a key head.
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
     mom.attention(..., start)       ->  start + window.start, since rows say where they stand
     what is said of each key        whole along the queries; along the batch, each entry its own
+    sinks                           each head its own
     SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
 """
 
@@ -100,6 +101,7 @@ PER_KEY = ("keys", "segments", "positions", "spans")
 @register(MOM_ATTENTION, recompute=False, work=attention_work)
 def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     needs = {**attention_needs(node, dim, "mask"), **_per_key_needs(node, dim)}
+    needs["sinks"] = Rows(dim.at(0)) if dim.index == HEADS else All()
     if dim.index != QUERY:
         return claim(node, needs)
     placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))

@@ -1,0 +1,304 @@
+"""An attention that is written as two batched products, with a softmax between them.
+
+Terms
+-----
+scores      `queries @ keys`, `[.., R, T]`, from the first product up to the softmax.
+sink        A score more for every row of a head, of which the softmax takes account and which is cut off behind it.
+of a row    A value that is the same for all of a row's scores: subtracted from them it changes no weight.
+cap         Scores `s` whose size is limited by `c`: `c tanh(s / c)`.
+
+    queries @ keys  [* scale]  [capped]  [+ mask]  [joined by sinks]  [- of a row]  softmax  [sinks cut off]  @ values
+
+Read from the second product back. Copies, casts and views that leave the last two dimensions alone may stand anywhere;
+nothing else may read what stands between the two products, or it would be made all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_passes.graph.arguments import argument, axis
+from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.sizes import Size, expr, is_one, product, same
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_CAST = prims.convert_element_type.default
+_KEEP_MATRICES = (*VIEWS, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+_HEADS = 4
+"""Rank of `[B, H, tokens, channels]`."""
+
+
+#: Whether a cast from a dtype to another is looked through.
+Casts = Callable[[torch.dtype, torch.dtype], bool]
+
+
+@dataclass
+class Scores:
+    """What is done to the first product before the softmax. `of` is that product, `factors` multiply it, or divide."""
+
+    of: fx.Node
+    scale: float = 1.0
+    factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Products:
+    """An attention's operands, `[B, H, tokens, channels]` and, of `sinks`, `[H]`; `results` are what replaces it."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    sinks: fx.Node | None
+    softcap: float | None
+    results: list[fx.Node]
+
+
+def attention_of_products(second: fx.Node) -> Products | None:
+    """What a batched product computes, if it is the second of an attention. Operands may be made ahead of it."""
+    weights, values = second.args
+    results = [user for user in second.users if user.target in VIEWS and _rank(user) == _HEADS]
+    if not results or len(results) < len(second.users):
+        return None
+    batch, heads, rows, channels = shape = results[0].meta["val"].shape
+    assert isinstance(weights, fx.Node) and isinstance(values, fx.Node)
+    tokens = values.meta["val"].shape[1]
+    if not all(all_same(result.meta["val"].shape, shape) for result in results):
+        return None
+    scores = _scores_of(weights, (batch, heads, rows, tokens))
+    if scores is None or not _read_by_nobody_else(scores.of, second):
+        return None
+    queries, keys = scores.of.args
+    assert isinstance(queries, fx.Node) and isinstance(keys, fx.Node)
+    inner = queries.meta["val"].shape[2]
+    if not all(same(product((batch, heads)), node.meta["val"].shape[0]) for node in (queries, values)):
+        return None
+    dtype = values.meta["val"].dtype
+    with second.graph.inserting_before(second):
+        query = _by_heads(queries, (batch, heads, rows, inner), dtype)
+        key = _transposed(_by_heads(keys, (batch, heads, inner, tokens), dtype))
+        key = _by_heads(key, (batch, heads, tokens, inner), dtype)
+        value = _by_heads(values, (batch, heads, tokens, channels), dtype)
+        for target, factor in scores.factors:
+            query = emit(second.graph, target, (query, factor))
+        sinks = None if scores.sinks is None else _vector(scores.sinks, heads)
+    if {one.meta["val"].dtype for one in (query, key)} != {dtype}:
+        return None
+    return Products(query, key, value, scores.mask, scores.scale, sinks, scores.softcap, results)
+
+
+def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
+    """The scores whose softmax these weights are: `[B, H, R, T]`, or that and a sink which was cut off."""
+    node, joined = _through(weights, _any), False
+    if node.target is aten.slice.Tensor and all_same(node.meta["val"].shape, shape):
+        if argument(node, "start") not in (0, None) or argument(node, "step") != 1:
+            return None
+        node, joined = _through(argument(node, "self"), _any), True
+    softmaxed = _softmaxed(node)
+    if softmaxed is None or not all_same(node.meta["val"].shape, (*shape[:3], expr(shape[3]) + int(joined))):
+        return None
+    node = _without_numbers_of_a_row(softmaxed)
+    sinks = None
+    if joined:
+        if node.target is not aten.cat.default or axis(argument(node, "dim"), _rank(node)) != _HEADS - 1:
+            return None
+        node, sinks = argument(node, "tensors") if len(argument(node, "tensors")) == 2 else (node, None)
+        if sinks is None or not _is_of_heads(sinks, shape[1]) or not all_same(node.meta["val"].shape, shape):
+            return None
+    found = _masked(_without_numbers_of_a_row(node) if not joined else _through(node), shape)
+    if found is not None:
+        found.sinks = sinks
+    return found
+
+
+def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
+    """Scores and the mask that is added to them, be it before or behind."""
+    alone = _capped(node)
+    if alone is not None:
+        return alone
+    if node.target is not aten.add.Tensor or argument(node, "alpha") != 1:
+        return None
+    for scores, mask in (node.args, reversed(node.args)):
+        if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+            return None
+        found = _capped(_through(scores))
+        if found is not None and _is_a_mask(mask) and all_same(scores.meta["val"].shape, shape):
+            found.mask = mask
+            return found
+    return None
+
+
+def _capped(node: fx.Node) -> Scores | None:
+    """Scores whose size is limited, or not: `c tanh(s / c)`, where the division is one of `s`'s factors."""
+    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], int | float):
+        return _scaled(node)
+    (bounded, cap), bound = node.args, _through(node.args[0])  # type: ignore[arg-type]
+    if bound.target is not aten.tanh.default or not all_same(bounded.meta["val"].shape, node.meta["val"].shape):  # type: ignore[union-attr]
+        return _scaled(node)
+    found = _scaled(_through(argument(bound, "self")))
+    if found is None or cap <= 0:  # type: ignore[operator]
+        return None
+    found.softcap, found.scale = float(cap), found.scale * float(cap)  # type: ignore[arg-type]
+    return found
+
+
+def _scaled(node: fx.Node) -> Scores | None:
+    """The first product and what it is multiplied with."""
+    scale, factors = 1.0, []
+    while node.target in (aten.mul.Tensor, aten.div.Tensor):
+        scores, factor = node.args
+        if isinstance(factor, fx.Node):
+            if not isinstance(factor.meta["val"], torch.Tensor) or factor.meta["val"].dim():
+                return None
+            factors.append((node.target, factor))
+        else:
+            assert isinstance(factor, int | float)
+            scale = scale * factor if node.target is aten.mul.Tensor else scale / factor
+        assert isinstance(scores, fx.Node)
+        node = _through(scores)
+    return Scores(node, scale, factors[::-1]) if node.target is aten.bmm.default else None
+
+
+def _softmaxed(node: fx.Node) -> fx.Node | None:
+    """What a softmax over the last dimension is computed of, be it an operator or decomposed."""
+    last = _rank(node) - 1
+    if node.target is aten._softmax.default:
+        return argument(node, "self") if axis(argument(node, "dim"), last + 1) == last else None
+    if node.target is not aten.div.Tensor:
+        return None
+    powers, sums = node.args
+    if not isinstance(powers, fx.Node) or not isinstance(sums, fx.Node) or powers.target is not aten.exp.default:
+        return None
+    if sums.target is not aten.sum.dim_IntList or argument(sums, "self") is not powers:
+        return None
+    over = [axis(dim, last + 1) for dim in argument(sums, "dim")]
+    return argument(powers, "self") if over == [last] and argument(sums, "keepdim") else None
+
+
+def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
+    """Scores from which a number of each row is subtracted, its largest say, as they were before."""
+    while True:
+        node = _through(node)
+        scores, number = node.args[:2] if node.target is aten.sub.Tensor else (None, None)
+        if not isinstance(scores, fx.Node) or not isinstance(number, fx.Node) or argument(node, "alpha") != 1:
+            return node
+        shape = number.meta["val"].shape
+        if (len(shape) and not is_one(shape[-1])) or not all_same(scores.meta["val"].shape, node.meta["val"].shape):
+            return node
+        node = scores
+
+
+def _is_a_mask(node: fx.Node) -> bool:
+    """Whether what is added to scores, and broadcasts to them, is an additive mask."""
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() == _HEADS
+
+
+def _is_of_heads(node: fx.Node, heads: Size) -> bool:
+    """Whether a value is a number of each head, the same for every entry and row."""
+    while node.target in (*COPIES, _CAST, aten.expand.default):
+        node = node.args[0]  # type: ignore[assignment]
+    shape = node.meta["val"].shape
+    ones = len(shape) == _HEADS and all(is_one(shape[d]) for d in (0, 2, 3))
+    return ones and (same(shape[1], heads) or is_one(shape[1]))
+
+
+def _vector(node: fx.Node, heads: Size) -> fx.Node:
+    """The numbers of each head, `[H]`."""
+    while node.target in (*COPIES, _CAST, aten.expand.default):
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target in VIEWS and all_same(node.args[0].meta["val"].shape, (heads,)):  # type: ignore[union-attr]
+        return node.args[0]  # type: ignore[return-value]
+    graph, size = node.graph, size_node(node.graph, heads)
+    if not same(node.meta["val"].shape[1], heads):
+        node = emit(graph, aten.expand.default, (node, [1, size, 1, 1]))
+    return emit(graph, aten.reshape.default, (node, [size]))
+
+
+def _through(node: fx.Node, casts: Casts | None = None) -> fx.Node:
+    """What scores are but for copies, casts and how their leading dimensions are folded."""
+    return list(_sources(node, casts or _keeps_range))[-1]
+
+
+def _any(old: torch.dtype, new: torch.dtype) -> bool:
+    """Weights are between zero and one."""
+    return True
+
+
+def _keeps_range(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether what is finite stays so: a mask's smallest number in float64 is -inf in float32."""
+    return torch.finfo(new).smallest_normal <= torch.finfo(old).smallest_normal
+
+
+def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
+    """A value and, one by one, what it is a copy, a view or such a cast of, the last two dimensions the same."""
+    while True:
+        yield node
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not isinstance(source.meta["val"], torch.Tensor):
+            return
+        old, new = source.meta["val"], node.meta["val"]
+        if node.target is _CAST:
+            if not old.dtype.is_floating_point or not casts(old.dtype, new.dtype):
+                return
+        elif node.target not in COPIES and not (node.target in _KEEP_MATRICES and _same_matrices(old, new)):
+            return
+        node = source
+
+
+def _same_matrices(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether a view folds leading dimensions at most: as many matrices of the same shape, in the same order."""
+    if min(old.dim(), new.dim()) < 2 or not all_same(old.shape[-2:], new.shape[-2:]):
+        return False
+    return same(product(old.shape[:-2]), product(new.shape[:-2]))
+
+
+def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.Node:
+    """An operand of a product with batch and heads apart: what it is a view of, or a view."""
+    sources = _sources(node, lambda old, new: old == dtype)
+    found = [source for source in sources if all_same(source.meta["val"].shape, shape)]
+    if found:
+        return found[-1]
+    return emit(node.graph, aten.reshape.default, (node, [size_node(node.graph, size) for size in shape]))
+
+
+def _transposed(node: fx.Node) -> fx.Node:
+    swapped = [0, 1, 3, 2]
+    if node.target is aten.permute.default and [axis(d, _HEADS) for d in node.args[1]] == swapped:  # type: ignore[union-attr, arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    return emit(node.graph, aten.permute.default, (node, swapped))
+
+
+def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
+    """Whether all that is made of the first product goes into the second alone."""
+    pending, seen = [first], {first, second}
+    while pending:
+        for user in pending.pop().users:
+            if user.op != "call_function" or (user is not second and user.target is aten.bmm.default):
+                return False
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return True
+
+
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
