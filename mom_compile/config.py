@@ -29,7 +29,7 @@ class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
     mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
-                  length, but no fewer than are efficient on a device, and no more than help
+                  length, but no fewer than are efficient on a device, and no more than help; on a GPU as many as help
     scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
                   in the MOM paper, to compare with; "none": stock Inductor
     kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
