@@ -116,6 +116,11 @@ def test_a_layer_has_the_rows_of_its_rule_on_a_gpu_however_little_lives_at_full_
     assert rows(GPU, tokens, row, full, sequences=8, widest=8 * 4 * 14_336) == 512
 
 
+def test_a_prompt_of_less_than_one_and_a_half_mini_sequences_is_one_on_a_gpu() -> None:
+    found = [rows(GPU, tokens, 72 * KIB, MIB, widest=4 * 14_336) for tokens in (4097, 6143, 6144)]
+    assert found == [4096 + BLOCK_ROWS, 6144, 4096]
+
+
 def test_values_wider_than_the_layers_have_few_rows_on_a_gpu_in_whole_blocks() -> None:
     """Logits of Llama 3 in float32: as many as 128 MiB hold, and of a long text no more than all at full length."""
     widest = 4 * 128_256

@@ -37,7 +37,7 @@ class Known:
 KNOWN = {
     "Gemma-3-270M": Known(2.8, 1.3, LENGTHS),
     "Qwen3-30B-A3B": Known(0.27, MOST_BYTES, (4096,)),
-    "GPT-OSS-20B": Known(2.0, MOST_BYTES, LENGTHS),
+    "GPT-OSS-20B": Known(1.9, MOST_BYTES, LENGTHS),
 }
 
 

@@ -197,9 +197,10 @@ def _within(bounds: Bounds, row_bytes: int, full: int, long: bool) -> int:
 
 def evened(length: int, rows: int, bounds: Bounds) -> int:
     """As many rows, or a few more, that divide a length into mini-sequences of nearly one length: a short last one is
-    not efficient. All of it where it has no two such."""
+    not efficient. All of it where it has no two such; of rows in multiples of a step, where the second one of two would
+    have less than half."""
     if bounds.step > 1:
-        return rows
+        return rows if 2 * length >= 3 * rows else max(rows, math.ceil(length / bounds.step) * bounds.step)
     return max(rows, math.ceil(length / max(1, length // rows)))
 
 
