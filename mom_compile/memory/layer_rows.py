@@ -108,13 +108,10 @@ def _computed(rewritten: Rewritten, static: Collection[str]) -> dict[fx.Node, _C
 
 
 def _most(computed: Mapping[fx.Node, _Computed]) -> Layer | None:
-    """What most loops compute, the one that computes most if there are as many of several; None where it multiplies
-    with no weights."""
-    found = Counter(one.layer for one in computed.values())
-    if not found:
-        return None
-    layer = max(found, key=lambda one: (found[one], one.parameters))
-    return layer if layer.products else None
+    """What most loops that multiply with weights compute, the one that computes most if there are as many of several;
+    None where none does."""
+    found = Counter(one.layer for one in computed.values() if one.layer.products)
+    return max(found, key=lambda one: (found[one], one.parameters), default=None)
 
 
 def _of_loop(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Memory) -> _Computed:
