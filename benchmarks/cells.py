@@ -69,7 +69,10 @@ def _or_why_not(measured: Callable[[], Row]) -> Row:
 
 
 def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
-    """First call, peak, decode and, where they are asked for, timed calls; from `once` tokens on one call for all."""
+    """First call, peak, decode and, where they are asked for, timed calls; from `once` tokens on one call for all.
+
+    Decode steps for which there is not enough memory are a `step_error`: the prefill's figures stay.
+    """
     once = setup.tokens >= spec.get("once", setup.tokens + 1)
     results: list[tuple[torch.Tensor, Any]] = []
     with measure.at_most(spec["limit"], setup.device):
@@ -79,13 +82,14 @@ def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
         seconds = [time.perf_counter() - began] if once else []
         logits, cache = results.pop()
         values, found = logits[0, -1].float().topk(TOLD)
-        row = {
+        row: Row = {
             "first": first, "peak": report.peak, "kept": report.kept, "reserved": report.reserved,
             "logits": values.tolist(), "ids": found.tolist(),
         }  # fmt: skip
         del logits
         if spec["steps"]:
-            row |= decode(model, cache, spec["steps"], batch=setup.batch, device=setup.device)
+            steps = _or_why_not(partial(decode, model, cache, spec["steps"], batch=setup.batch, device=setup.device))
+            row |= {"step_error": steps["error"]} if "error" in steps else steps
         del cache
         seconds += [measure.seconds(call, setup.device) for _ in range(0 if once else spec["repeats"])]
     return row | {"seconds": seconds}

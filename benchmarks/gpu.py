@@ -1,26 +1,37 @@
 """The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
 
-1. the tests marked `gpu`, in a subprocess with a time limit;
+1. `gpu_questions.QUESTIONS`, each a process: what the device reaches, then whether decode is mended, prefill beside
+   eager mode and stock, whether the device or its host is waited for, which kernels ran, rows of `auto` beside fixed
+   ones, the cache and the weights on the host. 8 of 32 layers are enough for that (`--question-layers`);
 2. `PARTS`, each a process: Llama-3-8B's shape in bf16 by one method (`benchmarks/methods.py`) at lengths upwards, the
    most telling first: what the MOM paper measured (144k, then 155k to 455k), under 80 GiB, then under 24 GiB, uncapped
    at last. Peak above the weights (`torch.cuda.max_memory_allocated`), what the allocator had of the device
-   (`max_memory_reserved`), time to first token, decode steps and the bytes that they move.
+   (`max_memory_reserved`), time to first token, decode steps and the bytes that they move;
+3. the tests marked `gpu`, eight at once, for which `TESTS` seconds are kept.
 
-All of it keeps to one budget of time (`--budget`). A length that is not expected to be done in what is left waits for
-the next run, which goes on where this one ended: results are read from benchmarks/results/ and written, whole, to
-`$OUT` or there, after every length. So a cut loses at most the length under way. Running out of memory is a result,
-while compiling as well. The page is made with them: `python -m benchmarks.suite --page`.
+All of it keeps to one budget of time (`--budget`). Every figure is a line of `gpu-NAME.jsonl` as soon as it is known,
+so a run that is killed loses none. What is not expected to be done in what is left waits for the next run, which goes
+on where this one ended: results are read from benchmarks/results/ and written, whole, to `$OUT` or there, after every
+figure. Running out of memory is a result, while compiling as well. The page is made with them:
+`python -m benchmarks.suite --page`. To try it without a GPU:
+
+    OUT=/tmp/out python -m benchmarks.gpu --device cpu --shape narrow --question-layers 1 --tokens 64 128 \\
+        --only questions
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, physical
+from benchmarks.gpu_questions import QUESTIONS, Question
 from benchmarks.measure import MIB
 from benchmarks.methods import METHODS, Setup
 from benchmarks.results_file import OtherMachine, Results
@@ -39,10 +51,20 @@ K, GIB = 1024, 1 << 30
 FOLDER = Path(__file__).with_name("results")
 
 #: Where the tests marked `gpu` are: to look for them everywhere takes longer than to run them.
-GPU_TESTS = ("tests/test_attention_gpu.py", "tests/test_kv_gpu.py", "tests/test_measure.py")
+GPU_TESTS = (
+    "tests/test_attention_gpu.py", "tests/test_kv_gpu.py", "tests/test_measure.py", "tests/test_models_gpu.py",
+)  # fmt: skip
+#: As many at once, and seconds that are kept for them: all of an earlier run took 100 s on an H200.
+TEST_WORKERS, TESTS = 8, 110.0
+#: Tests between two lines of how many have passed.
+TESTS_TOLD = 20
+#: What `pytest -v` says of a test, with pytest-xdist or without.
+OUTCOME = re.compile(r"(?:^\[gw\d+\].*?|::.*)\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
-#: FLOPS of bf16 that a prefill is expected to reach at least, of the slowest device meant (an A100, less than half).
-EXPECTED_FLOPS = 130e12
+#: Of the FLOPS that a large product reaches on the device, what a prefill is expected to reach at least.
+EXPECTED_SHARE = 0.5
+#: A question is not begun with fewer seconds left.
+LEAST_SECONDS = 20.0
 #: Seconds that a process is expected to take beside its prefills: making the model, compiling, decoding.
 EXPECTED_REST = 75.0
 #: Prefills of a length: the first one, the one whose peak is measured, and `REPEATS` timed ones; from `ONCE` tokens on
@@ -85,18 +107,19 @@ PARTS = (
 )
 
 
-def expected_seconds(setup: Setup) -> float:
-    """What one length is expected to take, its compiling apart."""
+def expected_seconds(setup: Setup, flops: float) -> float:
+    """What one length is expected to take on a device whose large products reach `flops`, its compiling apart."""
     calls = 1 if setup.tokens >= ONCE else 2 + REPEATS
-    return calls * physical.prefill_flops(setup) / EXPECTED_FLOPS
+    return calls * physical.prefill_flops(setup) / (EXPECTED_SHARE * flops)
 
 
 def due(part: Part, setup: Setup, results: Results, left: float) -> tuple[int, ...]:
     """Lengths of a part that are still to be measured and are expected to be done within `left` seconds."""
+    flops = results.data["rates"]["flops"]
     lengths: list[int] = []
     left -= EXPECTED_REST
     for tokens in part.lengths:
-        left -= expected_seconds(replace(setup, tokens=tokens))
+        left -= expected_seconds(replace(setup, tokens=tokens), flops)
         if part.key(tokens) not in results.cells and left >= 0:
             lengths.append(tokens)
     return tuple(lengths)
@@ -125,15 +148,93 @@ def run_part(part: Part, setup: Setup, lengths: Sequence[int], left: float) -> I
             yield {"tokens": missing[0], "error": str(failed)}
 
 
-def run_gpu_tests(limit: float) -> Row:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
-    start = time.monotonic()
+class Lines:
+    """A file of JSON lines, each on the disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        text = json.dumps(row)
+        print(text, flush=True)
+        with self.path.open("a") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run_question(question: Question, setup: Setup, lengths: Sequence[int], left: float, lines: Lines) -> list[Row]:
+    """Its rows, the last of which says why there are no more, if there was an error."""
+    spec = {"question": asdict(question), "setup": asdict(setup), "lengths": list(lengths)}
+    rows: list[Row] = []
+    began = time.monotonic()
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        lines.write({"question": question.name, **row})
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        status, output = str(done.returncode), done.stdout
-    except subprocess.TimeoutExpired as expired:
-        status, output = "ran out of time", (expired.stdout or b"").decode(errors="replace")
-    return {"status": status, "seconds": time.monotonic() - start, "tail": output.splitlines()[-15:]}
+        with Worker("benchmarks.gpu_questions", spec, timeout=min(question.seconds, left)) as worker:
+            for row in worker.rows():
+                keep(row)
+    except WorkerFailed as failed:
+        keep({"error": str(failed)})
+    lines.write({"question": question.name, "done": time.monotonic() - began})
+    return rows
+
+
+def answered(rows: Sequence[Row]) -> bool:
+    """Whether a question's process ended by itself; without enough memory is an answer."""
+    return bool(rows) and str(rows[-1].get("error", "out of memory")).startswith("out of memory")
+
+
+def run_questions(options: argparse.Namespace, results: Results, lines: Lines, end: float) -> None:
+    """Those that no earlier run has answered."""
+    setup = Setup(options.shape, options.question_layers, 0, dtype="bfloat16", device=options.device)
+    known = results.data.setdefault("questions", {})
+    for question in QUESTIONS:
+        if answered(known.get(question.name, [])) or question.name not in (options.ask or [question.name]):
+            continue
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            lines.write({"question": question.name, "waits": True})
+            continue
+        rows = run_question(question, setup, options.tokens, left, lines)
+        known[question.name] = rows
+        results.data["rates"] = next((row["rates"] for row in rows if "rates" in row), results.data["rates"])
+        results.write()
+
+
+def run_gpu_tests(limit: float, lines: Lines) -> Row:
+    """What passed and what did not, failures as soon as they are known."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", *GPU_TESTS]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(TEST_WORKERS)]
+    start, found, tail = time.monotonic(), Counter[str](), deque[str](maxlen=15)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        timer = threading.Timer(max(limit, 1.0), stop)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            tail.append(line.rstrip())
+            outcome = OUTCOME.search(line)
+            if outcome is None:
+                continue
+            found[outcome[1].lower()] += 1
+            if outcome[1] in ("FAILED", "ERROR") or found.total() % TESTS_TOLD == 0:
+                lines.write({"tests": dict(found), "line": line.strip()})
+        timer.cancel()
+    status = "ran out of time" if late.is_set() else str(process.returncode)
+    row = {"status": status, "seconds": time.monotonic() - start, **found, "tail": list(tail)}
+    lines.write({"tests": row})
+    return row
 
 
 def show(row: Row) -> str:
@@ -143,21 +244,13 @@ def show(row: Row) -> str:
         return head + str(row["error"]).splitlines()[0]
     reserved = f", {row['reserved'] / MIB:.0f} MiB reserved" if row["reserved"] is not None else ""
     first = "" if row["first"] is None else f" (first call {row['first']:.0f} s)"
-    step = f", {min(row['step']) * 1e3:.0f} ms a token" if row.get("step") else ""
+    step = f", {min(row['step']) * 1e3:.1f} ms a token" if row.get("step") else ""
+    step = f", decode {row['step_error']}" if "step_error" in row else step
     return head + f"peak {row['peak'] / MIB:9.0f} MiB{reserved}, {min(row['seconds']):7.2f} s{first}{step}"
 
 
-def run(options: argparse.Namespace, results: Results) -> None:
-    end = time.monotonic() + options.budget
-    print(measure.describe_machine(results.data["machine"]), flush=True)
-    if not options.skip_tests:
-        results.data["tests"] = run_gpu_tests(options.budget / 6)
-        results.write()
-        print(*results.data["tests"]["tail"], sep="\n", flush=True)
+def run_lengths(options: argparse.Namespace, results: Results, lines: Lines, end: float) -> None:
     base = Setup(options.shape, options.layers, 0, dtype="bfloat16", device=options.device)
-    if results.data["rates"] is None:
-        results.data["rates"] = asdict(physical.measure_rates(base.device, base.dtype))
-        results.write()
     for part in PARTS:
         left = end - time.monotonic()
         lengths = due(part, base, results, left)
@@ -168,9 +261,30 @@ def run(options: argparse.Namespace, results: Results) -> None:
             setup = asdict(replace(base, tokens=row["tokens"]))
             whole = {"method": part.method, "setup": setup, "limit": None, "memory": part.memory, **row}
             results.keep(part.key(row["tokens"]), whole)
+            lines.write({"length": part.key(row["tokens"]), **row})
             print(show(whole), flush=True)
     waiting = [key for part in PARTS for key in map(part.key, part.lengths) if key not in results.cells]
     print(f"{len(waiting)} lengths wait for the next run" + (f", {waiting[0]} first" if waiting else ""))
+
+
+def run(options: argparse.Namespace, results: Results, lines: Lines) -> None:
+    end = time.monotonic() + options.budget
+    print(measure.describe_machine(results.data["machine"]), flush=True)
+    lines.write({"machine": results.data["machine"]})
+    before_tests = end - (TESTS if "tests" in options.only else 0)
+    if "questions" in options.only:
+        run_questions(options, results, lines, before_tests)
+    if "lengths" in options.only:
+        if results.data["rates"] is None:
+            results.data["rates"] = asdict(physical.measure_rates(options.device, "bfloat16"))
+            results.write()
+        run_lengths(options, results, lines, before_tests)
+    if "tests" in options.only:
+        results.data["tests"] = run_gpu_tests(end - time.monotonic(), lines)
+        results.write()
+
+
+STAGES = ("questions", "lengths", "tests")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -178,8 +292,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--question-layers", type=int, default=8, help="of the model that questions are asked of")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16 * K, 64 * K], help="lengths that questions have")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--ask", nargs="+", choices=[one.name for one in QUESTIONS], metavar="QUESTION")
     parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")
     return parser.parse_args(arguments)
 
@@ -201,10 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OtherMachine as other:
         print(other, file=sys.stderr)
         return NO_DEVICE
-    run(options, results)
+    run(options, results, Lines(results.path.with_suffix(".jsonl")))
     print(f"written to {results.path}")
     tests = results.data.get("tests")
-    errors = [str(row["error"]) for row in results.cells.values() if "error" in row]
+    asked = [row for rows in results.data.get("questions", {}).values() for row in rows]
+    errors = [str(row["error"]) for row in (*results.cells.values(), *asked) if "error" in row]
     failed = [error for error in errors if not error.startswith("out of memory")]
     return 0 if (tests is None or tests["status"] == "0") and not failed else 1
 

@@ -52,6 +52,8 @@ class Results:
             )
         self.data["cells"] |= found["cells"]
         self.data["rates"] = found["rates"]
+        if "questions" in found:
+            self.data["questions"] = {**self.data.get("questions", {}), **found["questions"]}
 
     @property
     def cells(self) -> dict[str, Row]:

@@ -68,6 +68,22 @@ memory's bandwidth; mini-sequences times loops times the host's time for a body;
 nothing leaves; all else is the same.
 """
 
+_BESIDE_EAGER = """
+Eager mode has the same arithmetic, which that table counts by one rate, and other kernels for attention: cuDNN computes
+all its rows, where ours are FlashAttention's for a mini-sequence's own rows and cuDNN's for the keys before them. By
+the rates that the FlashAttention-3 paper has measured for each on an H100 (`benchmarks/predicted.py`), without launches
+and without what merges our parts, so *mom of eager* is the best that can be:
+"""
+
+_DECODE = """
+A decode step behind such a prefill reads all weights and all keys and values once, in the time *memory*; the host
+launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/rows.py`, an estimate of its own); keys and
+values on the host come over the link. At best these go on at once; *one after the other* is their sum, which is what a
+step takes if nothing does. The target at 16,384 tokens is 10 ms. *All bytes* are those of the whole device at the
+prefill's peak, the weights included: the paper's 465,920 tokens and a million have to stay below 80 GiB. The same from
+the command line: `mom-compile plan {shape} --seq-len 16384 --device {device}`, and `-o kv_offload=True` for *mom-host*.
+"""
+
 _PREFILL_HEADINGS = (
     "method", "first call", "time to first token", "of the least", "of Inductor's", "peak above the weights",
     "of the least", "of Inductor's", "decode", "logits off eager's",
@@ -103,7 +119,9 @@ def predictions(folder: Path) -> list[str]:
     results = json.loads((folder / PREDICTED).read_text())
     head = {"shape": results["shape"], "device": results["device"], "weights": results["weights"] / GIB}
     lines = [_PREDICTED_HEAD.format(**head), *_predicted_peaks(results["cells"])]
-    return ["\n".join([*lines, _ARITHMETIC, *_predicted_times(results["cells"])])]
+    lines += [_ARITHMETIC, *_predicted_times(results["cells"])]
+    lines += [_BESIDE_EAGER, *_predicted_attention(results["cells"]), _DECODE.format(**head)]
+    return ["\n".join([*lines, *_predicted_steps(results["cells"], results["weights"])])]
 
 
 def _predicted_peaks(cells: Mapping[str, Row]) -> list[str]:
@@ -122,6 +140,31 @@ def _predicted_times(cells: Mapping[str, Row]) -> list[str]:
         kept, away = cell["seconds"]["mom"], cell["seconds"]["mom-host"]
         seconds = (f"{time:.3g}" for time in away["parts"].values())
         lines.append(_line(f"{int(tokens):,}", *seconds, kept["bound"], away["bound"]))
+    return lines
+
+
+def _predicted_attention(cells: Mapping[str, Row]) -> list[str]:
+    lines = _table_head(("tokens", "products, s", "eager's attention, s", "mom's attention, s", "mom of eager"))
+    for tokens, cell in cells.items():
+        products, eager, ours = (cell["attention"][name] for name in ("products", "eager", "mom"))
+        times = (f"{time:.3g}" for time in (products, eager, ours))
+        lines.append(_line(f"{int(tokens):,}", *times, _times(products + ours, products + eager)))
+    return lines
+
+
+def _predicted_steps(cells: Mapping[str, Row], weights: int) -> list[str]:
+    lines = _table_head((
+        "tokens", "mom, all bytes", "mom-host, all bytes", "memory, ms", "launches, ms", "mom one after the other, ms",
+        "link, ms", "mom-host one after the other, ms",
+    ))  # fmt: skip
+    for tokens, cell in cells.items():
+        sizes = (f"{(cell['peaks'][name] + weights) / GIB:.1f} GiB" for name in ("mom", "mom-host"))
+        kept, away = (cell["decode"][name]["parts"] for name in ("mom", "mom-host"))
+        times = (
+            kept["memory bandwidth"], kept["launching kernels"], sum(kept.values()), away["the link to the host"],
+            sum(away.values()),
+        )  # fmt: skip
+        lines.append(_line(f"{int(tokens):,}", *sizes, *(f"{1e3 * time:.1f}" for time in times)))
     return lines
 
 

@@ -29,7 +29,7 @@ class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
     mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
-                  length, but no fewer than are efficient on a device, and no more than help
+                  length, but no fewer than are efficient on a device, and no more than help; on a GPU as many as help
     scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
                   in the MOM paper, to compare with; "none": stock Inductor
     kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
@@ -38,6 +38,9 @@ class Options:
     memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
                   device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
                   tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
+    decode_cuda_graphs
+                  whether pieces of a decode step between two attentions are recorded as CUDA graphs, where their shapes
+                  are the same in every step and their weights on the device; it has never run on a GPU
     strict        a failure of our own raises instead of falling back to stock Inductor; a piece that Inductor cannot
                   compile raises instead of running eagerly
     inductor      Inductor options, passed through; a `mode` adds to them
@@ -52,6 +55,7 @@ class Options:
     kv_offload: bool | str = "auto"
     kv_dir: str | None = None
     memory_budget: int | str | None = None
+    decode_cuda_graphs: bool = False
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     #: Not in `repr`, which is in the keys of the compile cache.
@@ -116,7 +120,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             f"scope={parsed.scope!r} is not valid{_meant(parsed.scope, SCOPES)}; it is one of {_listed(SCOPES)}"
         )
     _check_kv(parsed)
-    for name in ("strict", "progress"):
+    for name in ("decode_cuda_graphs", "strict", "progress"):
         value = getattr(parsed, name)
         if not isinstance(value, bool):
             raise UserError(f"{name}={value!r} is not valid; it is True or False")

@@ -21,6 +21,7 @@ from mom_compile.memory.bounds import BLOCK_ROWS, CountedRows, DeviceRows, Exper
 from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
 from mom_compile.memory.devices import DEVICES
 from mom_compile.memory.policy import with_chosen_rows
+from mom_compile.memory.rows import Layer, rows_for
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS, Loop, RowLimit, loops
@@ -103,17 +104,36 @@ def test_rows_so_wide_that_they_are_the_larger_part_are_as_few_as_there_may_be()
     assert rows(CPU, 1024, 2 * MIB, 1024 * 4 * KIB) == CPU.efficient
 
 
-GPU = GpuRows(DEVICES["H100"], LLAMA_8B.heads, LLAMA_8B.products, ExpertRows(300, 512 << 20))
+GPU = GpuRows(DEVICES["H100"], LLAMA_8B, ExpertRows(300, 512 << 20))
 
 
 @pytest.mark.parametrize("tokens", [1, 4096, 16_384, 65_536, 147_456, 1_000_000])
-def test_a_mini_sequence_on_a_gpu_holds_at_most_a_tenth_of_what_lives_at_full_length(tokens: int) -> None:
-    """Without a cache: the residual stream, keys and values of a layer; 72 KiB for each row of a mini-sequence."""
+def test_a_layer_has_the_rows_of_its_rule_on_a_gpu_however_little_lives_at_full_length(tokens: int) -> None:
+    """Without a cache: the residual stream, keys and values of a layer; 72 KiB for each row of a mini-sequence, of
+    which the widest value has as much as the layer's products make."""
     row, full = 72 * KIB, tokens * 12 * KIB
-    found = rows(GPU, tokens, row, full)
-    assert found == BLOCK_ROWS or found * row <= SHARE * full
-    assert found % BLOCK_ROWS == 0
-    assert (found == 2048) == (tokens >= 147_456)
+    assert rows(GPU, tokens, row, full, widest=4 * 14_336) == rows_for(DEVICES["H100"], LLAMA_8B) == 4096
+    assert rows(GPU, tokens, row, full, sequences=8, widest=8 * 4 * 14_336) == 512
+
+
+def test_a_prompt_of_less_than_one_and_a_half_mini_sequences_is_one_on_a_gpu() -> None:
+    found = [rows(GPU, tokens, 72 * KIB, MIB, widest=4 * 14_336) for tokens in (4097, 6143, 6144)]
+    assert found == [4096 + BLOCK_ROWS, 6144, 4096]
+
+
+def test_values_wider_than_the_layers_have_few_rows_on_a_gpu_in_whole_blocks() -> None:
+    """Logits of Llama 3 in float32: as many as 128 MiB hold, and of a long text no more than all at full length."""
+    widest = 4 * 128_256
+    assert rows(GPU, 4096, 2 * widest, 4096 * 12 * KIB, widest=widest) == 2 * BLOCK_ROWS
+    assert rows(GPU, 65_536, 2 * widest, 65_536 * KIB, widest=widest) == BLOCK_ROWS
+
+
+def test_a_loop_with_experts_has_rows_in_whole_blocks_on_a_gpu() -> None:
+    """Mixtral 8x7B on an A100: more than the rule of its layer says."""
+    layer = Layer(32, ((4096, 4096), *[(4096, 28_672), (14_336, 4096)] * 2), others=6 * 3 * 4096 * 14_336)
+    gpu = GpuRows(DEVICES["A100"], layer, ExpertRows(600, 512 << 20))
+    assert gpu.bounds(1).most < 2400
+    assert rows(gpu, 100_000, 72 * KIB, MIB, widest=2 * 2 * 28_672, spread=4) == 2400 // BLOCK_ROWS * BLOCK_ROWS
 
 
 @pytest.mark.parametrize(
@@ -155,6 +175,18 @@ def test_rows_are_those_of_the_sizes_that_are_asked_for() -> None:
     # The peak is that of these rows, and of no others.
     assert footprint.bytes((1, 2048), (256, 1024)) == 2048 * 8 * KIB + 256 * 24 * KIB
     assert footprint.bytes((1, 2048), (128, 128)) == 2048 * 8 * KIB + 128 * 24 * KIB
+
+
+def test_scores_are_as_wide_as_a_run_has_keys() -> None:
+    """Captured with 1024 tokens, 64 heads in float32; with experts, as GPT-OSS has both in a body."""
+    tokens = sympy.Integer(1024)
+    for spread in (1, 8):
+        one = loop(TOKENS, widest=64 * 4 * 1024, spread=spread)
+        scratch = COUNT * (72 * KIB + 3 * 64 * 4 * TOKENS)
+        memory, nodes = program(TOKENS * 64 * MIB, (one, scratch), hints={TOKENS: tokens})
+        rule = RowRule(GPU, {nodes[one]: sympy.S.One})
+        short, long = (rows_at(memory, rule, {TOKENS: sympy.Integer(n)})[one] for n in (4096, 65_536))
+        assert (short, long) == ((BLOCK_ROWS, BLOCK_ROWS) if spread == 1 else (512, BLOCK_ROWS))
 
 
 def test_alike_layers_are_looked_at_once() -> None:

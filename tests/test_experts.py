@@ -318,6 +318,19 @@ def outlined() -> tuple[fx.GraphModule, fx.GraphModule]:
     return gm, changed
 
 
+def test_a_row_of_a_region_is_as_wide_whatever_its_graph_was_captured_with() -> None:
+    """Where the number of tokens is a symbol, too: how many rows loops have follows from it."""
+    routing = Routing()
+    found = []
+    for dynamic in (False, True):
+        changed = copy_graph(traced(lambda x, w: mixture(x, w, routing), routing, tokens=40, dynamic=dynamic))
+        assert outline_experts(changed) == {}
+        (call, region), *_ = regions(changed.graph)
+        found.append((region.rows, region.widest, region.facts.work(call)))
+    assert found[0] == found[1]
+    assert found[0][0] == 2 * 40 and found[0][1] == routing.k * max(HIDDEN, INNER) * torch.float64.itemsize
+
+
 def test_a_region_is_one_operator() -> None:
     """It computes what it was made of, on any number of rows, and is put back as it was."""
     gm, changed = outlined()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mom_compile.memory.devices import DEVICES, Properties, device_of, find_device
 from mom_compile.memory.rows import (
     BLOCK_ROWS,
     HOST_SECONDS,
+    OVER_LAUNCHING,
     Layer,
     filled_by_products,
     for_intensity,
@@ -20,8 +23,8 @@ LLAMA_70B = Layer(64, ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), *
 GEMMA_270M = Layer(4, ((640, 1024), (640, 256), (640, 256), (1024, 640), *[(640, 2048)] * 2, (2048, 640)))
 #: What the rule says for Llama-3-8B.
 ROWS = {
-    "A100": 1536, "A100 40GB": 1536, "H100": 2048, "H100 PCIe": 1792, "H100 NVL": 2048, "H200": 2048, "B200": 2304,
-    "GB200": 2304, "RTX 4090": 2048, "L40S": 2048, "L4": 2304, "RTX 5090": 2560, "RTX 3090": 1280, "MI300X": 4864,
+    "A100": 1536, "A100 40GB": 1536, "H100": 4096, "H100 PCIe": 3584, "H100 NVL": 4096, "H200": 4096, "B200": 5760,
+    "GB200": 5760, "RTX 4090": 2048, "L40S": 2048, "L4": 2304, "RTX 5090": 2560, "RTX 3090": 1280, "MI300X": 7296,
 }  # fmt: skip
 LAYERS = {"Llama-3-8B": LLAMA_8B, "Llama-3-70B": LLAMA_70B, "Gemma-3-270M": GEMMA_270M}
 
@@ -105,8 +108,27 @@ def test_rows_are_enough_and_whole_waves(device, layer) -> None:
 
 def test_small_layers_need_more_rows_for_the_hosts_launches_than_for_arithmetic() -> None:
     device = DEVICES["H100"]
-    assert for_launches(device, GEMMA_270M) > for_intensity(device) > for_launches(device, LLAMA_8B)
+    assert for_launches(device, GEMMA_270M) > for_launches(device, LLAMA_8B) > for_intensity(device)
+    assert for_launches(device, LLAMA_8B) / OVER_LAUNCHING < for_intensity(device), "no device waits for its host"
     assert rows_for(device, GEMMA_270M) >= for_launches(device, GEMMA_270M)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_launches_take_a_tenth_or_rows_hold_about_as_much_as_the_layers_weights(device) -> None:
+    """Unless the device waited for its host with so few, or for its memory: more is a wave at most."""
+    for layer in (LLAMA_8B, LLAMA_70B):
+        rows, wave = rows_for(device, layer), BLOCK_ROWS * (2 * device.multiprocessors // layer.heads)
+        tenth = 2 * layer.parameters * rows / (0.65 * device.flops) >= OVER_LAUNCHING * HOST_SECONDS
+        assert tenth or rows >= layer.parameters / layer.values
+        assert rows <= 2 * max(layer.parameters / layer.values, for_intensity(device)) + 2 * wave
+
+
+def test_experts_that_a_row_does_not_choose_count_as_weights_and_not_as_work() -> None:
+    few = Layer(32, ((2048, 5120), *[(2048, 1536), (768, 2048)] * 8))
+    many = replace(few, others=15 * few.parameters)
+    device = DEVICES["H200"]
+    assert many.parameters == few.parameters
+    assert for_launches(device, many) > 2 * for_launches(device, few)
 
 
 def test_a_tile_that_stands_alone_in_its_wave_leaves_the_others_idle() -> None:

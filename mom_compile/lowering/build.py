@@ -37,6 +37,7 @@ from mom_compile.memory.place import KVPlace
 from mom_compile.progress import expect
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
+from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.host.steps import KeepWeights, Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
@@ -260,6 +261,22 @@ class Lowering:
                 self._slot(result)
         self.steps.append((run, arguments))
 
+    def _replayed(self, step: plans.Step, run: Callable[[list[Any]], Any], arguments: Sequence[Any]) -> Any:
+        """A piece as a CUDA graph, where all that it reads has the same shape in every run; anything else as it is."""
+        if not isinstance(run, Piece) or run.symbols or _writes_to_what_it_is_given(run.gm.graph):
+            return run
+        own = [base_of(node).name in self.static_inputs for node in arguments]
+        fixed = tuple(itertools.compress(itertools.count(), own))
+        if not may_be_recorded([_fixed_shape(template) for template in run.templates], fixed, self.kv.device):
+            return run
+        return Replayed(run, self.kv.device, fixed, tuple(i for i, n in enumerate(step.outs) if self._outlives(n)))
+
+    def _outlives(self, result: fx.Node | None) -> bool:
+        """Whether somebody reads a result when its step runs again: who has called, or a copy engine."""
+        moved = (node for step in self.plan.steps if isinstance(step, Transfer) for node in step.ins)
+        read = {base_of(node) for node in (*self.plan.outputs, *moved) if isinstance(node, fx.Node)}
+        return result is not None and base_of(result) in read
+
     def _assemble(self) -> Program:
         """The steps with slots in place of values. A tensor's is emptied when the last step that reads it begins."""
         plan, last = self.plan, lives(self.plan).last
@@ -269,6 +286,7 @@ class Lowering:
             sizes = tuple(Slot(self.slots[node]) for node in self._deciding)
             steps.append(Step("memory_budget", KeepsBudget(self.kv.choice), sizes, (), ()))
         for i, (step, (run, arguments)) in enumerate(zip(plan.steps, self.steps, strict=True)):
+            run = self._replayed(step, run, arguments) if self.kv.cuda_graphs else run
             dying = {self.slots[n] for n in step.ins if last[n] == i and tensors_of(n)}
             steps.append(
                 Step(
@@ -298,6 +316,17 @@ def _are_whole(loop: Loop, count: int) -> list[bool]:
     """Which of a body's arguments are whole values."""
     of_inputs = [isinstance(port, WholeIn) for port in loop.inputs]
     return [False, False, *of_inputs, *[False] * (count - 2 - len(of_inputs))]
+
+
+def _fixed_shape(template: Template) -> tuple[list[int], torch.dtype, torch.device] | None:
+    if isinstance(template, SizeTemplate) or any(not size.is_Integer for size in (*template.shape, *template.stride)):
+        return None
+    return [int(size) for size in template.shape], template.dtype, template.device
+
+
+def _writes_to_what_it_is_given(graph: fx.Graph) -> bool:
+    overloads = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(overload._schema.is_mutable for overload in overloads)
 
 
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:

@@ -5,14 +5,16 @@ Terms
 rows        Of one sequence of a batch. Products have the rows of all sequences: bounds are counted over these.
 fewest      What a budget may ask for. Products are slower by then, which is better than no run, or than keys and values
             that every token has to fetch.
-efficient   What a small share of memory may ask for: fewer cost time.
+efficient   What a small share of memory may ask for: fewer cost time. On a GPU they cost so much, in launches that the
+            device waits for, that it has as many as help; they hold a few hundred MiB at the most.
 most        More gain nothing.
+width       Bytes of a row that a value may have whatever its rows are: those of the layer that the bounds are for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,6 +40,7 @@ class Bounds:
     efficient: int
     most: int
     step: int = 1
+    width: int = 0
 
 
 class DeviceRows(Protocol):
@@ -68,16 +71,17 @@ class CountedRows:
 
 @dataclass(frozen=True)
 class GpuRows:
-    """Of a GPU and a layer, by the rule of `rows`: NEVER MEASURED. Attention has blocks of `BLOCK_ROWS` rows."""
+    """Of a GPU and a layer, by the rule of `rows`: NEVER MEASURED. Attention has blocks of `BLOCK_ROWS` rows, and only
+    a budget asks for fewer than that rule says."""
 
     device: Device
-    heads: int
-    products: tuple[tuple[int, int], ...]
+    layer: Layer
     experts: ExpertRows
 
     def bounds(self, sequences: int) -> Bounds:
-        most = rows_for(self.device, Layer(self.heads, self.products, sequences))
-        return Bounds(BLOCK_ROWS, BLOCK_ROWS, most, BLOCK_ROWS)
+        most = rows_for(self.device, replace(self.layer, sequences=sequences))
+        width = torch.float32.itemsize * max(outputs for _, outputs in self.layer.products) * sequences
+        return Bounds(BLOCK_ROWS, most, most, BLOCK_ROWS, width)
 
 
 #: Measured at the width of `benchmarks.cpu`. One thread, as CPU time beside the quickest number of rows (torch 2.13.0,
@@ -110,4 +114,4 @@ def rows_on(type: str, gpu: Properties | None, layer: Layer | None) -> DeviceRow
         return cpu_rows(torch.get_num_threads())
     if gpu is None or layer is None:
         return ELSEWHERE
-    return GpuRows(device_of(gpu)[0], layer.heads, layer.products, EXPERTS_ELSEWHERE)
+    return GpuRows(device_of(gpu)[0], layer, EXPERTS_ELSEWHERE)

@@ -9,9 +9,10 @@ bounds    Between how many rows the device is efficient (`bounds`).
 
     room = SHARE * full
     rows = as many as there is room for, between the fewest that are efficient and the most that help
-           fewer, down to the fewest of all, where a value would take more than `VALUE_BYTES`: logits
-           fewer, down to the fewest of all, where even the efficient ones would hold more than all at full length, as
-           logits do, and the loop is not a short one
+           fewer, down to the fewest of all, where a value that is wider than the device's layer would take more than
+           `VALUE_BYTES`: logits
+           fewer, down to the fewest of all, where even the efficient ones of such a loop would hold more than all at
+           full length, and it is not a short one
            for experts, as many as give each expert's product the rows that it should have
 
 Sizes are those of a run: a graph that was captured for all lengths has other rows for each. Rows are counted over all
@@ -74,11 +75,13 @@ class LoopSizes:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What a step needs as functions of a run's sizes: `kept` beside its scratch, `scratch` in these and a count."""
+    """What a step needs as functions of a run's sizes: `kept` beside its scratch, `scratch` in these and a count.
+    `captured` are the sizes of the first run."""
 
     kept: SizeFunction
     scratch: SizeFunction
     loop: LoopSizes | None
+    captured: tuple[int, ...] = ()
 
     def bytes(self, sizes: tuple[int, ...], rows: int) -> int:
         """With mini-sequences of so many rows, if it is a loop."""
@@ -89,6 +92,13 @@ class StepSizes:
         """What a mini-sequence holds for each of its rows."""
         few, many = (self.scratch((*sizes, count)) for count in (FEW, MANY))
         return max(1, int(many - few) // (MANY - FEW))
+
+    def widest(self, sizes: tuple[int, ...]) -> int:
+        """Bytes of a loop's widest value for a token. It is known at the captured sizes, and grows as all values of a
+        row together: a row of scores has a value for each key."""
+        assert self.loop is not None
+        known, row_bytes = self.loop.widest, self.row_bytes(sizes)
+        return max(1, known, min(row_bytes, known * row_bytes // self.row_bytes(self.captured)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,8 @@ class Footprint:
         found = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         sizes = [*more, *(size for key in found for size in key if isinstance(size, sympy.Basic))]
         symbols = tuple(sorted({symbol for size in sizes for symbol in size.free_symbols} - {COUNT}, key=str))
-        steps = tuple(_functions(key, symbols) for key in found)
+        captured = tuple(int(memory.hints.get(symbol, 2)) for symbol in symbols)
+        steps = tuple(_functions(key, symbols, captured) for key in found)
         order = tuple(found[key] for key in keys)
         of_steps = zip(memory.moments, order, strict=True)
         numbers = {m.step.node: number for m, number in of_steps if isinstance(m.step, LoopStep)}
@@ -152,13 +163,17 @@ class Footprint:
             return loop.rows
         sequences, length = loop.sequences(sizes), loop.length(sizes)
         bounds, row_bytes = self.device.bounds(sequences), step.row_bytes(sizes)
-        rows = _within(bounds, row_bytes, full, length)
+        widest = step.widest(sizes)
+        wide = widest > bounds.width
+        rows = _within(bounds, row_bytes, full, wide and length >= LONG * bounds.efficient)
         if loop.spread > 1:
             experts = self.device.experts
             wanted = math.ceil(experts.rows * loop.spread / sequences)
-            rows = max(rows, min(wanted, length // FEWEST_ITERATIONS))
-            return max(bounds.fewest, min(rows, experts.bytes // max(1, loop.widest)))
-        return evened(length, min(rows, max(bounds.fewest, VALUE_BYTES // max(1, loop.widest))), bounds)
+            rows = min(max(rows, min(wanted, length // FEWEST_ITERATIONS)), experts.bytes // widest)
+            return max(bounds.fewest, rows // bounds.step * bounds.step)
+        if wide:
+            rows = min(rows, max(bounds.fewest, VALUE_BYTES // widest // bounds.step * bounds.step))
+        return evened(length, rows, bounds)
 
 
 def rows_at(memory: Memory, rule: RowRule, sizes: Mapping[sympy.Symbol, int] | None = None) -> dict[Loop, int]:
@@ -173,18 +188,19 @@ def rows_at(memory: Memory, rule: RowRule, sizes: Mapping[sympy.Symbol, int] | N
     return {steps[node]: rows[number] for node, number in numbers.items()}
 
 
-def _within(bounds: Bounds, row_bytes: int, full: int, length: int) -> int:
+def _within(bounds: Bounds, row_bytes: int, full: int, long: bool) -> int:
     room = int(SHARE * full) // row_bytes // bounds.step * bounds.step
-    if room < bounds.efficient and bounds.efficient * row_bytes > full and length >= LONG * bounds.efficient:
+    if room < bounds.efficient and bounds.efficient * row_bytes > full and long:
         return max(bounds.fewest, full // row_bytes // bounds.step * bounds.step)
     return min(bounds.most, max(bounds.efficient, room))
 
 
 def evened(length: int, rows: int, bounds: Bounds) -> int:
     """As many rows, or a few more, that divide a length into mini-sequences of nearly one length: a short last one is
-    not efficient. All of it where it has no two such."""
+    not efficient. All of it where it has no two such; of rows in multiples of a step, where the second one of two would
+    have less than half."""
     if bounds.step > 1:
-        return rows
+        return rows if 2 * length >= 3 * rows else max(rows, math.ceil(length / bounds.step) * bounds.step)
     return max(rows, math.ceil(length / max(1, length // rows)))
 
 
@@ -201,9 +217,9 @@ def _key(moment: Moment, rule: RowRule | None, beside: sympy.Expr) -> _Key:
     return kept, moment.scratch, expr(loop.length), sequences, loop.widest, loop.spread, loop.rows
 
 
-def _functions(key: _Key, symbols: tuple[sympy.Symbol, ...]) -> StepSizes:
+def _functions(key: _Key, symbols: tuple[sympy.Symbol, ...], captured: tuple[int, ...]) -> StepSizes:
     kept, scratch, length, sequences, widest, spread, rows = key
     loop = None
     if length is not None:
         loop = LoopSizes(function_of(length, symbols), function_of(sequences, symbols), widest, spread, rows)
-    return StepSizes(function_of(kept, symbols), function_of(scratch, (*symbols, COUNT)), loop)
+    return StepSizes(function_of(kept, symbols), function_of(scratch, (*symbols, COUNT)), loop, captured)

@@ -52,6 +52,9 @@ DEVICES = {
     "B200": Device(2.25e15, 8e12, 148, 100, 180 * GIB, _PCIE_5),
     # NVIDIA GB200 NVL72 page, one of a superchip's two GPUs: 5 PFLOPS with sparsity, 8 TB/s, 186 GB. NVLink-C2C has
     # 900 GB/s for both GPUs and both directions: 225 GB/s in one direction for each GPU, of which 25/32 are counted.
+    # NVIDIA prints no number of multiprocessors for it. 152 is what GB200s say of themselves in published device
+    # properties and profiles (`multi_processor_count=152, cc=100` in kernels that Inductor has generated there); a B200
+    # says 148 (pytorch/ao#4002).
     "GB200": Device(2.5e15, 8e12, 152, 100, 186 * GIB, 176e9),
     # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 TFLOPS with FP32 accumulation, 1,008 GB/s, PCIe 4.0.
     "RTX 4090": Device(165.2e12, 1.008e12, 128, 89, 24 * GIB, _PCIE_4),

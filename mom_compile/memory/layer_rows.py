@@ -49,7 +49,6 @@ class _Computed:
 
     layer: Layer
     sequences: sympy.Expr
-    experts: bool
 
 
 def row_rule(rewritten: Rewritten, type: str, gpu: Properties | None, static: Collection[str]) -> RowRule:
@@ -88,8 +87,7 @@ def why(rewritten: Rewritten, gpu: Properties | None, static: Collection[str], r
         return ""
     device, whose = device_of(gpu)
     need = rows_for(device, layer)
-    fewer = ", fewer where they would hold more than a tenth of what lives at full length"
-    cut = fewer if any(n < need for n in rows) else ""
+    cut = ", fewer where values are wider than that" if any(0 < n < need for n in rows) else ""
     return f"{need} tokens at a time for {_in_words(layer)} on {whose}{cut} (never measured)"
 
 
@@ -110,14 +108,10 @@ def _computed(rewritten: Rewritten, static: Collection[str]) -> dict[fx.Node, _C
 
 
 def _most(computed: Mapping[fx.Node, _Computed]) -> Layer | None:
-    """What most loops compute, the one that computes most if there are as many of several; None where it is none for
-    a rule: it multiplies with no weights, or with those of experts."""
-    found = Counter(one.layer for one in computed.values())
-    if not found:
-        return None
-    layer = max(found, key=lambda one: (found[one], one.parameters))
-    experts = any(one.experts for one in computed.values() if one.layer == layer)
-    return None if experts or not layer.products else layer
+    """What most loops that multiply with weights compute, the one that computes most if there are as many of several;
+    None where none does."""
+    found = Counter(one.layer for one in computed.values() if one.layer.products)
+    return max(found, key=lambda one: (found[one], one.parameters), default=None)
 
 
 def _of_loop(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Memory) -> _Computed:
@@ -125,7 +119,7 @@ def _of_loop(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Me
     given = list(loop.body.graph.find_nodes(op="placeholder"))[2:]
     bound = zip(given, loop.inputs, loop.bind(node), strict=True)
     whole = {own for own, port, outer in bound if isinstance(port, WholeIn) and outer in weights}
-    heads, products, sequences = 0, [], set()
+    heads, products, sequences, others = 0, [], set(), 0
     for inner in loop.body.graph.nodes:
         if inner.target is MOM_ATTENTION:
             heads = memory.number(inner.args[0].meta["type"].shape[1])
@@ -133,12 +127,16 @@ def _of_loop(loop: Loop, node: fx.Node, weights: Collection[fx.Node], memory: Me
             whole.add(inner)  # what is made of weights alone, a transposed matrix say
         for matrix in _matrices(inner, whole):
             *rows, outputs = inner.meta["type"].shape
-            products.append((memory.number(product(matrix.shape)) // memory.number(outputs), memory.number(outputs)))
+            weights_of, columns = memory.number(product(matrix.shape)), memory.number(outputs)
+            experts = memory.number(matrix.shape[0]) if len(matrix.shape) == 3 and loop.spread > 1 else 1
+            chosen = max(1, round(experts / loop.spread))
+            products.extend([(weights_of // experts // columns, columns)] * chosen)
+            others += weights_of // experts * (experts - chosen)
             sequences.add(expr(product(rows)).xreplace({COUNT: sympy.S.One}))
     # Experts' products have several rows for each row of a loop: the fewest are those of the others.
     several = min(sequences, key=memory.number, default=sympy.S.One)
-    layer = Layer(heads, tuple(sorted(products)), memory.number(several))
-    return _Computed(layer, several, loop.spread > 1)
+    layer = Layer(heads, tuple(sorted(products)), memory.number(several), others)
+    return _Computed(layer, several)
 
 
 def _matrices(node: fx.Node, whole: Collection[fx.Node]) -> list[TensorType]:

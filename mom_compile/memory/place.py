@@ -1,4 +1,4 @@
-"""Where a graph's keys and values go, as lowering needs to know it."""
+"""Where a graph's keys and values go, and what else lowering needs to know of a run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class KVPlace:
     choice: Choice | None = None
     #: Of loops whose rows are for each run to say, by their nodes.
     rows: Mapping[fx.Node, RowsOf] = field(default_factory=dict)
+    #: Whether pieces of a graph without loops are recorded as CUDA graphs.
+    cuda_graphs: bool = False
 
     @property
     def is_for_each_run(self) -> bool:

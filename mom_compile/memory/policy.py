@@ -65,7 +65,8 @@ def kv_place(rewritten: Rewritten, options: Options, static: Collection[str], ru
     by_run = rule is not None and (bool(choice.footprint.symbols) or choice.budget is not None)
     rows = {node: RowsOf(choice, number) for node, number in numbers.items()} if by_run else {}
     device = compute_device(rewritten.gm)
-    return KVPlace(device, placement_of(options, device), choice, rows)
+    graphs = options.decode_cuda_graphs and rewritten.no_loops is not None
+    return KVPlace(device, placement_of(options, device), choice, rows, graphs)
 
 
 def rule_for(rewritten: Rewritten, options: Options, static: Collection[str]) -> RowRule | None:

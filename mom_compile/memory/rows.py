@@ -7,12 +7,15 @@ Terms
 intensity   A product with a matrix reads each of its values once for all rows, and computes two operations with it for
             each row: in 16 bits one operation for each byte and row. FLOPS / bandwidth rows take as long to compute as
             the matrix takes to read, four times as many hide that.
-launches    Python passes a body's arguments and launches its kernels; the device must have as long to compute.
+launches    Python passes a body's arguments and launches its kernels. A device with less than that to compute waits
+            for its host. With ten times as much, launches take a tenth of the time of a prefill: worth as many values
+            of a body as its layer has weights, which is a tenth of them all where there are ten layers.
 wave        As many blocks of a kernel as run at once. Attention has one block for 128 rows of a head, two of which fit
             into a multiprocessor; a product has one for a tile of its result. The last wave of each is not full.
 
-    need = the most of intensity, launches
-    rows = the first whole number of attention's waves from `need` on in which products fill theirs well enough
+    launches = rows whose products take as long as the host; ten times as many, up to those that hold a layer's weights
+    need     = the most of intensity, launches
+    rows     = the first whole number of attention's waves from `need` on in which products fill theirs well enough
 """
 
 from __future__ import annotations
@@ -27,10 +30,15 @@ from mom_compile.memory.devices import Device
 BLOCK_ROWS = 128
 #: Times over that computing with a matrix takes as long as reading it.
 OVER_READING = 4
-#: Seconds of the host for one body. 107 microseconds of Python were measured with the launches stubbed, of a whole call
-#: on a slow core (torch 2.13.0). A body's time in its loop alone has gone from 41 to 29 microseconds since, on
-#: a faster one (`tests/no_gpu/overhead.py`); launches come on top, which nobody has measured: it stays until then.
-HOST_SECONDS = 107e-6
+#: Seconds of the host for one body: AN ESTIMATE, no GPU has confirmed it. Of Llama-3-8B a body launches 7 kernels of
+#: Triton (6.5 us each through `CachingAutotuner.run`, meta-pytorch/tritonbench#1016), 7 products (7 us) and one
+#: attention of 1 to 30 kernels (10 to 60 us, and 13 to 119 us of Python); its loop takes 28 us
+#: (`tests/no_gpu/overhead.py`), its wrapper 10: 155 to 310 us.
+HOST_SECONDS = 250e-6
+#: The same for one layer of a decode step: 6 kernels of Triton, 7 products and an attention (20 us), 15 us of Python.
+STEP_SECONDS = 120e-6
+#: Times over that a body should compute as long as its host takes for it.
+OVER_LAUNCHING = 10
 #: Of the peak, what large products reach.
 REACHED = 0.65
 #: Tiles that cuBLAS has for products of 16 bits, rows and columns, and how fast each is beside the largest.
@@ -43,15 +51,23 @@ FULL_ENOUGH = 0.95
 @dataclass(frozen=True)
 class Layer:
     """What a body of one layer computes: query heads (0: it attends to nothing), its products as `(inputs, outputs)`,
-    and how many sequences it has rows of at once."""
+    how many sequences it has rows of at once, and how many weights there are beside those of the products: of experts
+    that a row does not choose."""
 
     heads: int
     products: tuple[tuple[int, int], ...]
     sequences: int = 1
+    others: int = 0
 
     @property
     def parameters(self) -> int:
+        """Weights that a row is multiplied with."""
         return sum(n * m for n, m in self.products)
+
+    @property
+    def values(self) -> int:
+        """What the products make of a row: about as many values as a body holds for it."""
+        return sum(m for _, m in self.products)
 
 
 def rows_for(device: Device, layer: Layer) -> int:
@@ -69,8 +85,11 @@ def for_intensity(device: Device) -> float:
 
 
 def for_launches(device: Device, layer: Layer) -> float:
-    """Rows whose products alone take as long as the host does for a body."""
-    return HOST_SECONDS * REACHED * device.flops / (2 * layer.parameters)
+    """Rows whose products alone take as long as the host does for a body, so that the device never waits; and more, up
+    to those that hold as much as the layer's weights, until launches take a tenth of the time."""
+    as_long = HOST_SECONDS * REACHED * device.flops / (2 * layer.parameters)
+    as_much = (layer.parameters + layer.others) / layer.values
+    return max(as_long, min(OVER_LAUNCHING * as_long, as_much))
 
 
 def filled_by_products(device: Device, products: Sequence[tuple[int, int]], rows: int) -> float:

@@ -13,7 +13,7 @@ A decode step, which adds a token to each sequence:
     arithmetic    FLOPs of the products with the weights that are read, as above
     memory        bytes of these weights, and of all keys and values / bandwidth of the memory
     link          those of them that are on the host / the link
-    launching     layers * the host's time for a body
+    launching     layers * the host's time for a layer
 
 All of these go on at once, so the longest of them bounds the time. A multiply-add is two FLOPs; a causal attention
 computes half of what it would with all keys, one with a window as many keys a row as that has.
@@ -28,7 +28,7 @@ import sympy
 from torch import fx
 
 from mom_compile.memory.devices import DEVICES, Device, find_device, nearest_device
-from mom_compile.memory.rows import HOST_SECONDS, REACHED
+from mom_compile.memory.rows import HOST_SECONDS, REACHED, STEP_SECONDS
 from mom_compile.planning.configs import PlanError
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.arguments import argument
@@ -79,11 +79,11 @@ class DecodeEstimate:
 
 @dataclass(frozen=True)
 class Load:
-    """What a prefill computes and moves: multiply-adds, bytes, and how often each loop runs its body."""
+    """What a prefill computes and moves: multiply-adds, bytes, and how often each loop runs its body, on average."""
 
     work: int
     weights_read: int
-    mini_sequences: int
+    mini_sequences: float
     loops: int
     to_host: int
     to_device: int
@@ -135,7 +135,7 @@ def estimate_decode(step: Step, name: str) -> DecodeEstimate:
         "arithmetic": 2 * step.work / (device.flops * REACHED),
         "memory bandwidth": step.read / device.bandwidth,
         "the link to the host": step.fetched / device.link,
-        "launching kernels": step.layers * HOST_SECONDS,
+        "launching kernels": step.layers * STEP_SECONDS,
     }
     bound = max(parts, key=parts.__getitem__)
     return DecodeEstimate(known, step.sequences / parts[bound], bound, parts)

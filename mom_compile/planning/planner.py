@@ -176,15 +176,23 @@ class Planner:
         prefills = self.prefills(seq_len)
         works = [int(evaluate(self._work_of(p), p.sizes(self.batch, seq_len))) for p in prefills]
         made = self.compiled(seq_len, way)
-        rows = made[-1].rows(self.batch, seq_len, self._full(made, seq_len)) if made else 0
+        loops = straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers
         return Load(
             straight(works, self.subject.periods),
             self.weights.all,
-            -(-seq_len // rows) if rows else 1,
-            straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers,
+            self.bodies(way, seq_len) / loops,
+            loops,
             self.cache_on_host(way, seq_len),
             self.weights_on_host(way),
         )
+
+    def bodies(self, way: str, seq_len: int) -> int:
+        """How often a prefill runs a loop's body; without loops, how many layers there are."""
+        made = self.compiled(seq_len, way)
+        if not made:
+            return self.subject.layers
+        full = self._full(made, seq_len)
+        return straight([one.bodies(self.batch, seq_len, full) for one in made], self.subject.periods)
 
     def _work_of(self, prefill: Prefill) -> sympy.Expr:
         if prefill not in self._work:

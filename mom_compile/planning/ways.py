@@ -110,11 +110,12 @@ class Compiled:
         each = [step.bytes(sizes, count) for step, count in zip(self.footprint.steps, rows, strict=True)]
         return [each[number] for number in self.footprint.order]
 
-    def rows(self, batch_size: int, seq_len: int, full: int) -> int:
-        """Rows of a mini-sequence, of the loop that is most frequent; 0 without loops."""
-        rows = self.footprint.rows(self.sizes(batch_size, seq_len), full)
-        found = [rows[number] for number in self.footprint.order if rows[number]]
-        return max(set(found), key=found.count, default=0)
+    def bodies(self, batch_size: int, seq_len: int, full: int) -> int:
+        """How many mini-sequences all loops have together."""
+        sizes = self.sizes(batch_size, seq_len)
+        rows, steps = self.footprint.rows(sizes, full), self.footprint.steps
+        lengths = [step.loop.length(sizes) if step.loop is not None else 0 for step in steps]
+        return sum(-(-lengths[number] // rows[number]) for number in self.footprint.order if rows[number])
 
     def on_host(self, batch_size: int, seq_len: int) -> int:
         return self.rewritten.memory.number(self.host, self.prefill.sizes(batch_size, seq_len))

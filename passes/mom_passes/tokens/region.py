@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.edit import fake_value
-from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
+from mom_passes.graph.sizes import count_hint, hint, product, quotient
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Described, Dim, OperatorFacts, Rows
 from mom_passes.rules.factories import checked
@@ -54,7 +54,7 @@ class Region(Described):
         self.facts = OperatorFacts(self._claim, recompute=False, work=self._work)
         self._run = fx.GraphModule(nn.Module(), template, name)
         #: Rows when the graph was captured.
-        self.rows = max(1, hint(self.rows_of([node for node in template.nodes if node.op == "placeholder"][1:])))
+        self.rows = max(1, self._captured_rows([node for node in template.nodes if node.op == "placeholder"][1:]))
         self.work = sum(map(matmul_work, template.nodes))
 
     def __str__(self) -> str:
@@ -63,12 +63,11 @@ class Region(Described):
     def __call__(self, *given: torch.Tensor) -> Any:
         return self._run(next(v.shape[0] // n for v, n in zip(given, self.per_row, strict=True) if n), *given)
 
-    def rows_of(self, given: Sequence[fx.Node]) -> Size:
-        """How many rows the region has with these operands."""
+    def _captured_rows(self, given: Sequence[fx.Node]) -> int:
+        """How many rows the region had with these operands when the graph was captured. Of their quotient, an
+        expression, nobody knows the values of its symbols."""
         value, per_row = next((value_of(node), n) for node, n in zip(given, self.per_row, strict=True) if n)
-        rows = quotient(value.shape[0], per_row)
-        assert rows is not None, f"{per_row} rows each do not divide {value.shape[0]}"
-        return rows
+        return hint(value.shape[0]) // per_row
 
     @property
     def widest(self) -> int:
@@ -93,7 +92,7 @@ class Region(Described):
         return Dim(0, dim.outer, inner)
 
     def _work(self, node: fx.Node) -> int:
-        return self.work * hint(self.rows_of(operands(node))) // self.rows
+        return self.work * self._captured_rows(operands(node)) // self.rows
 
     def inline(
         self, graph: fx.Graph, given: Sequence[fx.Node], describe: Callable[[fx.Node, fx.Node], None]
