@@ -463,7 +463,7 @@ def test_one_row_sees_its_keys_in_as_many_parts_as_there_are_threads(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = attention_cpu(call)
+        found = attention_cpu.attention_cpu(call)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found, attention_reference(call), rtol=0, atol=1e-14)
