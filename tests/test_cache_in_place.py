@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from benchmarks import measure
+from benchmarks.models import keeping
 from mom_compile import reports
 from mom_compile.runtime.extend import LEAST, Extend, room_for
 from mom_passes.ops.transfers import EXTEND, extend_reference, token_major
@@ -226,13 +227,13 @@ def compiled(family: str = "Llama", **options: Any) -> Any:
 
 def step(model: Any, cache: Any, token: int, **named: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.tensor([[token]]), past_key_values=cache, use_cache=True, **named).logits[0, -1]
+        return model(torch.tensor([[token]]), **keeping(cache, model), use_cache=True, **named).logits[0, -1]
 
 
 def prefilled(model: Any, tokens: int = 50) -> Any:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids(1, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids(1, tokens), **keeping(cache, model), use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -288,8 +289,8 @@ def test_a_cache_that_is_cropped_and_used_in_eager_mode_between_steps_goes_on() 
             cache.crop(-2 - turn)
         assert torch.allclose(step(plain, found, 5), step(plain, wanted, 5), atol=1e-5)
         with torch.no_grad():
-            more = model(ids(1, 20), past_key_values=found, use_cache=True).logits
-            wanted_more = plain(ids(1, 20), past_key_values=wanted, use_cache=True).logits
+            more = model(ids(1, 20), **keeping(found, model), use_cache=True).logits
+            wanted_more = plain(ids(1, 20), **keeping(wanted, plain), use_cache=True).logits
         assert torch.allclose(more, wanted_more, atol=1e-5)
 
 

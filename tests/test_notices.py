@@ -118,7 +118,8 @@ def test_eager_attention_is_a_decode_step_too(lines):
     model = small_model("Llama")
     model.set_attn_implementation("eager")
     decode(compiled(model), steps=1)
-    assert lines()[1:] == ["stock Inductor: decode step: one token, nothing to cut"]
+    (line,) = lines()[1:]
+    assert line.startswith("decode step: one token, nothing to cut; in 4 pieces by layers, expected peak ")
 
 
 def test_a_prompt_too_short_to_cut_says_so(lines):

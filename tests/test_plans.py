@@ -86,7 +86,7 @@ def test_the_first_decode_step_takes_what_is_planned(way, backend):
     if backend is not None:
         model.compile(backend=backend, options={"strict": True})
     past = transformers.DynamicCache(config=config)
-    given = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+    given = {**models.keeping(past, model), "use_cache": True, "logits_to_keep": 1}
     with torch.no_grad():
         model(models.tokens(model, 4000), **given)
         taken = measure.peak_bytes(lambda: model(models.tokens(model, 1), **given)).peak

@@ -41,7 +41,7 @@ from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.host.steps import KeepWeights, Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
+from mom_compile.torch_compat import UNCHECKED, OpOverload, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import base_of
@@ -59,6 +59,7 @@ from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules import Dim
+from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -325,8 +326,8 @@ def _fixed_shape(template: Template) -> tuple[list[int], torch.dtype, torch.devi
 
 
 def _writes_to_what_it_is_given(graph: fx.Graph) -> bool:
-    overloads = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
-    return any(overload._schema.is_mutable for overload in overloads)
+    overloads = (node.target for node in graph.nodes if isinstance(node.target, OpOverload))
+    return any(schema_of(overload).is_mutable for overload in overloads)
 
 
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:
