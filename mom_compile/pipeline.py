@@ -158,7 +158,8 @@ def keys_and_values_as_they_lie(state: State) -> str:
     """Keys and values are laid out token by token, as products write them, and not head by head as in eager mode: so
     they leave for the host, and so they grow in place on the device."""
     less = as_they_lie(state.gm)
-    return f"{less} copies less, {0 if state.kv_on_host else lay_out_for_growth(state.gm)} laid out to grow"
+    laid_out = 0 if state.kv_on_host else lay_out_for_growth(state.gm, state.static_inputs)
+    return f"{less} copies less, {laid_out} laid out to grow"
 
 
 def find_keys_and_values(state: State) -> str:
@@ -338,7 +339,8 @@ def keys_and_values_to_host(state: State) -> str:
 
 def cache_grows_in_place(state: State) -> str:
     """Keys and values that stay on the device get their new rows in the storage of the old ones."""
-    return f"{extend_in_place(state.gm, state.kv) if state.kv is not None else 0} keys and values"
+    extended = 0 if state.kv is None else extend_in_place(state.gm, state.kv, state.static_inputs)
+    return f"{extended} keys and values"
 
 
 def weights_for_their_stretch(state: State) -> str:

@@ -102,6 +102,18 @@ def test_on_a_gpu_a_storage_grows_and_no_other_is_made() -> None:
     assert torch.equal(found[:, :, :5000], wanted) and torch.equal(found[:, :, 5000:], new.expand(-1, -1, LEAST, -1))
 
 
+@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("extended", [torch.no_grad, torch.inference_mode])
+def test_a_cache_that_was_made_in_another_mode_grows(made: Callable[[], Any], extended: Callable[[], Any]) -> None:
+    for past in (rows(80), token_major([2, 3, 80, 4], DIM, torch.empty(0), torch.device("cpu")).copy_(rows(80))):
+        with made():
+            past = past.clone()
+        with extended():
+            found = extend(past, rows(1, 1))
+            found = extend(found, rows(1, 2))
+        assert torch.equal(found, torch.cat([rows(80), rows(1, 1), rows(1, 2)], DIM)) and torch.equal(past, rows(80))
+
+
 # --- others who see it ---
 
 
@@ -257,6 +269,34 @@ def test_steps_over_a_cache_in_place_give_eager_logits(family: str) -> None:
     found, wanted = prefilled(model), prefilled(plain)
     for token in range(5):
         assert torch.allclose(step(model, found, token), step(plain, wanted, token), atol=1e-5)
+
+
+class Prefixed(torch.nn.Module):
+    """Attention to keys of its own and then to those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past = torch.nn.Parameter(token_major([1, 2, 7, 16], DIM, torch.empty(0), torch.device("cpu")).normal_())
+
+    def forward(self, query: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = torch.cat([self.past, new], DIM)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, keys), keys
+
+
+@pytest.mark.usefixtures("eager_pieces")
+def test_a_parameter_is_no_cache_that_grows() -> None:
+    model = Prefixed()
+    before, size = model.past.detach().clone(), model.past.untyped_storage().nbytes()
+    query, new = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+    run = torch.compile(model, backend="mom", options=OPTIONS)
+    with torch.no_grad():
+        for _ in range(2):
+            found, keys = run(query, new)
+            wanted, wanted_keys = model(query, new)
+            assert torch.allclose(found, wanted, atol=1e-6) and torch.equal(keys, wanted_keys)
+            keys.zero_()
+    assert torch.equal(model.past, before) and model.past.untyped_storage().nbytes() == size
+    assert reports()[-1].layer_pieces
 
 
 def forked(cache: Any) -> Any:

@@ -37,7 +37,8 @@ PART = 32
 LEAST, LARGEST_PART = 64, 8
 
 #: Two threads may extend the same tensor. The one that comes second finds the result of the first in the storage.
-_LOCK = threading.Lock()
+#: Collecting garbage may run code of others.
+_LOCK = threading.RLock()
 
 #: Set behind each trace of Dynamo, which leaves the inputs of the call in cycles of references.
 _TRACED = threading.Event()
@@ -70,7 +71,7 @@ def _with_rows(past: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     shape[dim] = rows
     strides = growing_strides(shape, dim)
     alone = is_alone(past) or _is_alone_but_for_garbage(past)
-    if alone and _lies_so(past, strides) and _hasroom_for(past, rows * strides[dim], rows):
+    if alone and _lies_so(past, strides) and _finds_room(past, rows * strides[dim], rows):
         return _seen(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)
     buffer = past.new_empty((rows + room_for(rows)) * strides[dim])
     result = _seen(buffer.untyped_storage(), 0, past, shape, strides)
@@ -89,7 +90,7 @@ def _is_alone_but_for_garbage(past: torch.Tensor) -> bool:
     return is_alone(past)
 
 
-def _hasroom_for(past: torch.Tensor, numbers: int, rows: int) -> bool:
+def _finds_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
     """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it.
 
     A storage that begins with rows that `past` does not show does not grow: a window that moves on would keep them all.

@@ -13,6 +13,8 @@ After:   k = copy_rows(permute(view(product)), [2, 0, 1, 3]);  return k      of 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
@@ -26,14 +28,14 @@ from mom_passes.ops.transfers import EXTEND, OFFLOAD, growing_order
 aten = torch.ops.aten
 
 
-def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
+def extend_in_place(gm: fx.GraphModule, kv: KVValues, static: Collection[str] = ()) -> int:
     """Replace each concatenation of a cached input with new rows. Return their number.
 
-    The cache keeps all rows or, of a window, the last ones. A value that leaves for the host only where it has to grows
-    on the device first.
+    `static` names parameters and buffers, which are the model's and no cache. The cache keeps all rows or, of a window,
+    the last ones. A value that leaves for the host only where it has to grows on the device first.
     """
     found = {_on_device(value.full): value.dim for value in located(gm, kv).found}
-    grown = [(node, dim) for node, dim in found.items() if _grows(node, dim)]
+    grown = [(node, dim) for node, dim in found.items() if _grows(node, dim, static)]
     for node, dim in grown:
         past, new = argument(node, "tensors")
         with gm.graph.inserting_before(node):
@@ -46,7 +48,7 @@ def extend_in_place(gm: fx.GraphModule, kv: KVValues) -> int:
     return len(grown)
 
 
-def lay_out_for_growth(gm: fx.GraphModule) -> int:
+def lay_out_for_growth(gm: fx.GraphModule, static: Collection[str] = ()) -> int:
     """Lay out the keys and values that a cache keeps, and that an input has no part in, as `extend` does. Return how
     many were not."""
     made = 0
@@ -55,7 +57,7 @@ def lay_out_for_growth(gm: fx.GraphModule) -> int:
         order = growing_order(shape, value.dim)
         with fake_mode(gm.graph):
             wanted = torch.empty_permuted(shape, order, dtype=full.meta["val"].dtype, device=full.meta["val"].device)
-        if _grows(full, value.dim) or not strides_differ(wanted, full.meta["val"]):
+        if _grows(full, value.dim, static) or not strides_differ(wanted, full.meta["val"]):
             continue
         with gm.graph.inserting_before(behind(full)):
             replace_relaid(full, emit(gm.graph, COPY_ROWS, (full, order)))
@@ -71,11 +73,11 @@ def _on_device(value: fx.Node) -> fx.Node:
     return value.args[0] if leaves else value  # type: ignore[return-value]
 
 
-def _grows(node: fx.Node, dim: int) -> bool:
-    """Whether a value is an input with rows behind it, along `dim`."""
+def _grows(node: fx.Node, dim: int, static: Collection[str]) -> bool:
+    """Whether a value is an input of a call with rows behind it, along `dim`."""
     if node.target is not aten.cat.default or len(argument(node, "tensors")) != 2:
         return False
     past, new = argument(node, "tensors")
-    if axis(argument(node, "dim"), node.meta["val"].dim()) != dim or past.op != "placeholder":
+    if axis(argument(node, "dim"), node.meta["val"].dim()) != dim or past.op != "placeholder" or past.name in static:
         return False
     return all(part.meta["val"].dtype == node.meta["val"].dtype for part in (past, new))
