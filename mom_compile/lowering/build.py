@@ -41,10 +41,10 @@ from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.host.steps import KeepWeights, Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import UNCHECKED, OpOverload, codegen_settings, keep_output_strides
+from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
-from mom_passes.graph.aliasing import base_of
+from mom_passes.graph.aliasing import base_of, is_mutation
 from mom_passes.graph.edit import add_input, attribute
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
@@ -59,7 +59,6 @@ from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules import Dim
-from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -264,7 +263,7 @@ class Lowering:
 
     def _replayed(self, step: plans.Step, run: Callable[[list[Any]], Any], arguments: Sequence[Any]) -> Any:
         """A piece as a CUDA graph, where all that it reads has the same shape in every run; anything else as it is."""
-        if not isinstance(run, Piece) or run.symbols or _writes_to_what_it_is_given(run.gm.graph):
+        if not isinstance(run, Piece) or run.symbols or any(map(is_mutation, run.gm.graph.nodes)):
             return run
         own = [base_of(node).name in self.static_inputs for node in arguments]
         fixed = tuple(itertools.compress(itertools.count(), own))
@@ -323,11 +322,6 @@ def _fixed_shape(template: Template) -> tuple[list[int], torch.dtype, torch.devi
     if isinstance(template, SizeTemplate) or any(not size.is_Integer for size in (*template.shape, *template.stride)):
         return None
     return [int(size) for size in template.shape], template.dtype, template.device
-
-
-def _writes_to_what_it_is_given(graph: fx.Graph) -> bool:
-    overloads = (node.target for node in graph.nodes if isinstance(node.target, OpOverload))
-    return any(schema_of(overload).is_mutable for overload in overloads)
 
 
 def _sizes_in_a_run(loop: Loop) -> list[sympy.Expr]:
