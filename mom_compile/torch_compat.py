@@ -832,3 +832,8 @@ def make_wrapper(
 def being_traced() -> bool:
     """Whether a graph is being captured (Dynamo, AOTAutograd)."""
     return TracingContext.try_get() is not None
+
+
+def assert_later(holds: torch.Tensor, message: str) -> None:
+    """Have a device check a condition that it has computed, without waiting for it, as `item` would."""
+    torch._assert_async(holds, message)
