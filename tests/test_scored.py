@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import mom_compile
+from benchmarks import measure
 from mom_compile.runtime import scored as runtime
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.values import tensors_of
@@ -397,3 +398,66 @@ def test_a_loss_of_labels_is_the_models(family: str, eager_pieces: None, stock_i
                 actual = compiled(input_ids=x, labels=labels, **named)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert any("1 heads" in taken.change for report in mom_compile.reports() for taken in report.passes)
+
+
+class Wide(torch.nn.Module):
+    """An attention and a head over a vocabulary of which 64 rows of logits are 64 MiB."""
+
+    def __init__(self, vocabulary: int = 262_144) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(64, 16)
+        self.head = torch.nn.Linear(16, vocabulary, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.table(input_ids)
+        x = x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)[:, 0]
+        logits = self.head(x)
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def wide() -> Wide:
+    measure.watch_cpu()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return Wide().eval()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> None:
+    """Whatever the rows, which are as many as a loop without logits has; and the report says what is measured."""
+    sequence = ids(1, 1400, 0, 64)
+
+    def score() -> Any:
+        return mom_compile.token_log_probs(wide, sequence, entropy=entropy, options={"strict": True})
+
+    scores = score()
+    peak = measure.peak_bytes(score).peak
+    (report,) = mom_compile.reports()
+    assert report.kind == "scoring"
+    assert peak < 8 * MIB
+    assert report.expected_peak_bytes == pytest.approx(peak, rel=0.01)
+    assert min(moment.rows for moment in report.memory.moments if moment.rows) >= 256
+    with torch.no_grad():
+        exact = wide(sequence)[0, :-1].double().log_softmax(-1)
+    torch.testing.assert_close(
+        scores.log_probs[0].double(), exact.gather(-1, sequence[0, 1:, None])[:, 0], rtol=0, atol=1e-5
+    )
+
+
+def test_a_text_that_is_not_cut_has_no_logits_either(wide: Wide) -> None:
+    """Its length is a number, and one mini-sequence has all of it: a graph without loops, and without logits."""
+    compiled = torch.compile(wide, backend="mom", options={"strict": True}, dynamic=False)
+    x = ids(1, 100, 0, 64)
+    with torch.no_grad():
+        expected = wide(x, x)
+        torch.testing.assert_close(compiled(x, x), expected, rtol=0, atol=1e-5)
+        assert measure.peak_bytes(lambda: compiled(x, x)).peak < 8 * MIB
+    (report,) = mom_compile.reports()
+    assert not report.stages
+    assert report.expected_peak_bytes < 8 * MIB

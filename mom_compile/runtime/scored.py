@@ -42,8 +42,8 @@ from mom_passes.ops.scored import (
 #: A block has so many columns at least, if there are as many: products with fewer take longer.
 FEWEST_COLUMNS = 256
 
-#: One part in so many of a block's rows may be copied to look for a column in them.
-FEW_ROWS = 8
+#: Up to one part in so many of a block's rows are looked through one by one.
+FEW_ROWS = 16
 
 
 def scored_in_blocks(call: ScoredCall) -> Results:
@@ -168,11 +168,12 @@ class _Running:
         if x.device.type != "cpu":
             self.best = torch.where(larger, x.argmax(1, keepdim=True) + start, self.best)
             return
-        rows = larger.squeeze(1).nonzero().squeeze(1)
+        rows = larger.squeeze(1).nonzero().squeeze(1).tolist()
         if len(rows) * FEW_ROWS > len(x):
             self.best = torch.where(larger, x.argmax(1, keepdim=True) + start, self.best)
-        elif len(rows):
-            self.best[rows] = x[rows].argmax(1, keepdim=True) + start
+            return
+        for row in rows:
+            self.best[row] = x[row].argmax() + start
 
     def _sum(self, x: torch.Tensor) -> None:
         """Changes the block."""
