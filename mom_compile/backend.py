@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import mom_compile.runtime.attention.register  # noqa: F401  registers the attention kernels
+import mom_compile.runtime.attention.register
+import mom_compile.runtime.scored  # noqa: F401  registers its kernel
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.capture import capture
 from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep

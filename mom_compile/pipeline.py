@@ -38,6 +38,7 @@ from mom_passes.loops.loop import RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.rows import LAID_OUT
+from mom_passes.ops.scored import SCORED
 from mom_passes.ops.spans import SPANS
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
@@ -55,6 +56,7 @@ from mom_passes.tokens.experts import outline_experts
 from mom_passes.tokens.mlp_scope import mlp_only
 from mom_passes.tokens.picked_rows import picked_rows
 from mom_passes.tokens.region import inline_regions, regions
+from mom_passes.tokens.scored import outline_scores, scores_in_blocks
 from mom_passes.verify import Contract, verify
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -143,6 +145,14 @@ def experts_as_regions(state: State) -> str:
     return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
 
 
+def scores_as_one(state: State) -> str:
+    """What is asked of logits, a token at a time, as one operator that goes over the vocabulary in blocks."""
+    refused = outline_scores(state.gm)
+    found = len(state.gm.graph.find_nodes(op="call_function", target=SCORED))
+    reasons = "".join(f"; {name} is not: {why}" for name, why in refused.items())
+    return f"{found} heads{reasons}"
+
+
 def results_as_claimed(state: State) -> str:
     """Copy results of called operators that may have other strides than their fake kernels claim."""
     held = hold_results(state.gm, _is_doubtful)
@@ -206,14 +216,16 @@ def in_one(tokens: int, rows: int) -> str:
 
 
 def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
-    """Whether no cache is kept and a product in the loops is as wide as the vocabulary: logits of every token."""
+    """Whether no cache is kept, and logits of every token are read in blocks or made in the loops, by a product as wide
+    as the vocabulary."""
     assert state.kv is not None
     embeddings = [node for node in state.gm.graph.nodes if node.target is EMBEDDING]
     # Of tokens, that is of ids that are given: positions are counted in the graph.
     given = [node for node in embeddings if source_of(node.args[1]).op == "placeholder"]
     vocabularies = {hint(node.args[0].meta["val"].shape[0]) for node in given}
     cached = state.kv.found or state.kv.left_out
-    return not cached and any(hint(node.meta["val"].shape[-1]) in vocabularies for node in in_loops)
+    made = (hint(value.shape[-1]) for node in in_loops for value in tensors_of(node))
+    return not cached and (any(node.target is SCORED for node in in_loops) or not vocabularies.isdisjoint(made))
 
 
 def _token_dims(state: State) -> TokenDims | None:
@@ -381,6 +393,7 @@ TO_LOOPS: tuple[Step, ...] = (
     empty_parts_left_out,
     canonical_attention,
     experts_as_regions,
+    scores_as_one,
     results_as_claimed,
     keys_and_values_as_they_lie,
     find_keys_and_values,
@@ -431,7 +444,7 @@ def run_pipeline(
     except NotWorthwhile as decision:
         no_loops = decision
     _run(BETWEEN_LOOPS, state, skip)
-    if no_loops is not None and not state.offload and not _reads_weights_on_the_host(state):
+    if no_loops is not None and not _is_rewritten(state):
         no_loops.rewritten = _by_layers(state, str(no_loops), skip)
         raise no_loops
     _run(STORAGE, state, skip)
@@ -445,8 +458,11 @@ def _by_layers(state: State, no_loops: str, skip: Collection[str]) -> Rewritten 
     return None if plan is None else Rewritten.planned(state.gm, plan, no_loops)
 
 
-def _reads_weights_on_the_host(state: State) -> bool:
-    return bool(state.weights) or any(node.target in (FETCH_ROWS, FETCH_CHOSEN) for node in state.gm.graph.nodes)
+def _is_rewritten(state: State) -> bool:
+    """Whether a graph without loops is another than the captured one in what matters: it reads weights on the host,
+    moves keys and values there, or has logits in blocks."""
+    fetches = any(node.target in (FETCH_ROWS, FETCH_CHOSEN) for node in state.gm.graph.nodes)
+    return bool(state.offload or state.weights) or fetches or scores_in_blocks(state.gm.graph)
 
 
 def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:

@@ -834,6 +834,11 @@ def being_traced() -> bool:
     return TracingContext.try_get() is not None
 
 
+def assert_later(holds: torch.Tensor, message: str) -> None:
+    """Have a device check a condition that it has computed, without waiting for it, as `item` would."""
+    torch._assert_async(holds, message)
+
+
 # --- who sees a storage ---
 
 

@@ -312,6 +312,16 @@ def _mom_attention() -> list[Call]:
     return [*(Call(mom.attention.default, one) for one in arguments), *with_sinks]
 
 
+def _scored() -> list[Call]:
+    hidden, matrix, targets = floats(2, 6, 8), floats(33, 8, seed=1).t(), integers(2, 6, 2, below=33)
+    capped, wants = [["mul", "tanh", "mul"], [0.1, 0.0, 10.0]], ["total", "weighted", "greedy"]
+    return [
+        Call(mom.scored.default, (hidden, matrix, None, targets, [], [], wants)),
+        Call(mom.scored.default, (hidden, matrix, floats(33), targets, *capped, ["total", "likely"])),
+        Call(mom.scored.default, (hidden[0], matrix, None, None, ["float32"], [0.0], [])),
+    ]
+
+
 def _sdpa_for_cpu() -> list[Call]:
     made = _attentions()
     target = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -344,7 +354,7 @@ CUDA_ONLY = {
 
 BY_HAND: list[Callable[[], list[Call]]] = [
     _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
-    _bitsandbytes, _copied_rows, _mom_attention, _sdpa_for_cpu,
+    _bitsandbytes, _copied_rows, _mom_attention, _scored, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

@@ -4,9 +4,9 @@ Terms
 -----
 alive   From the kernel that makes a value to the last that reads it (see `kernels` for what is held at all).
 
-    bytes = most, over the kernels, of the bytes of all held values that are alive there
+    own     What a library's kernel takes for itself, where its operator says so (`rules.registry`).
 
-What a library's kernel needs for itself is not counted.
+    bytes = most, over the kernels, of the bytes of all held values that are alive there, and of what is its own
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Costs:
 
     bytes: Callable[[fx.Node], sympy.Expr]
     number: Callable[[sympy.Expr], int]
+    #: What the kernel of an operator takes for itself.
+    own: Callable[[fx.Node], sympy.Expr]
     #: Whether a compiler fuses; else every operator's result but a view is held, and nothing is written over.
     fused: bool = True
     #: The type of device that is compiled for, if that is not where the graph was captured.
@@ -92,6 +94,7 @@ class _Held:
                 self.last[storage] = at
         self.last |= dict.fromkeys(kept & self.first.keys(), len(kernels))
         self.size = {storage: costs.number(costs.bytes(storage)) for storage in self.first}
+        self.own = [sum(map(costs.own, kernel.makes), sympy.S.Zero) for kernel in kernels]
         #: What a compiler expects that does not look at what lies over what.
         self.expected = self.numbers()
         for kernel in kernels:
@@ -103,14 +106,15 @@ class _Held:
             return sympy.S.Zero
         if self.costs.fused:
             self._use_again()
-        if self.costs.everywhere:
+        # What is a kernel's own does not grow as values do: with few rows it may be the most, with many it is not.
+        if self.costs.everywhere or any(own != 0 for own in self.own):
             return sympy.Max(*_highest([self._bytes(at) for at in range(len(self.kernels))]), evaluate=False)
         numbers = self.numbers()
         return self._bytes(max(range(len(numbers)), key=numbers.__getitem__))
 
     def _bytes(self, kernel: int) -> sympy.Expr:
         alive = [storage for storage, first in self.first.items() if first <= kernel <= self.last[storage]]
-        return sympy.expand(sum((self.costs.bytes(storage) for storage in alive), sympy.S.Zero))
+        return sympy.expand(sum((self.costs.bytes(storage) for storage in alive), self.own[kernel]))
 
     def numbers(self) -> list[int]:
         """Bytes that are held while each kernel runs, at the captured sizes."""

@@ -4,7 +4,7 @@ Terms
 -----
 moment    One step, with the storages that exist while it runs and what it needs beside them, its scratch.
 scratch   Of a piece: what its operators hold between each other (see `held`). Of a loop: what one mini-sequence holds,
-          in `count`, its rows. What kernels need for themselves is not counted.
+          in `count`, its rows. What kernels need for themselves is counted where their operators say so.
 
     peak = most, over the steps, of bytes of all storages of the device that are alive + scratch
 
@@ -30,6 +30,7 @@ from mom_passes.program.lives import Lives, lives
 from mom_passes.program.program import Compute, LoopStep, Place, Program, Step, Storage, Transfer
 from mom_passes.program.schedule import schedule
 from mom_passes.program.storages import bytes_of_value
+from mom_passes.rules import facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,11 @@ def memory(
     def number(size: sympy.Expr) -> int:
         return int(size.xreplace(known).doit())
 
-    costs = partial(Costs, number=number, fused=fused, device=device, everywhere=everywhere)
+    def own(node: fx.Node) -> sympy.Expr:
+        scratch = facts(node).scratch
+        return sympy.S.Zero if scratch is None else scratch(node, device or _device_of(node))
+
+    costs = partial(Costs, number=number, own=own, fused=fused, device=device, everywhere=everywhere)
     moments = [_moment(program, found, i, costs) for i in range(len(program.steps))]
     return Memory(tuple(moments), hints)
 
@@ -136,6 +141,13 @@ def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
     rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
     stored = [value for value in rows if isinstance(value, fx.Node)]  # type: ignore[union-attr]
     return most_held(nodes, (), lambda node: False, costs, stored)
+
+
+def _device_of(node: fx.Node) -> str:
+    """The type of device that an operator's first operand is on, in a body or in a graph."""
+    first = node.all_input_nodes[0]
+    value = first.meta["type"] if "type" in first.meta else first.meta["val"]
+    return str(value.device.type)
 
 
 def _typed_bytes(node: fx.Node) -> sympy.Expr:

@@ -7,7 +7,7 @@ claim       A rule's answer for (node, dim): one need per tensor operand, which 
 edit        `(args, kwargs, window) -> (args, kwargs)`: arguments inside a loop body. Arguments that
             mention the sequence length must not survive into a body.
 facts       An operator's rule, whether its work may be repeated, whether it only relabels storage, how much it
-            computes, and which of its arguments are sizes.
+            computes and takes for itself, and which of its arguments are sizes.
 
 The law every rule must keep, for any cut of the rows [0, S) into pieces:
 
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -57,6 +58,8 @@ Rule = Callable[[fx.Node, Dim], Claim]
 Candidates = Callable[[fx.Node, tuple[Dim | None, ...]], list[Dim]]
 #: Multiply-adds of a call at the captured sizes.
 Work = Callable[[fx.Node], int]
+#: Bytes that a call's kernel takes on a type of device beside operands and results, in the graph's sizes.
+Scratch = Callable[[fx.Node, str], sympy.Expr]
 
 
 class Alias(enum.Enum):
@@ -88,6 +91,7 @@ class OperatorFacts:
     work             multiply-adds, for what is not `recompute`; None: those of a matrix product
     size_arguments   names of arguments that are sizes: there, and only there, a literal equal to a length means it
     apart            dims along which its rows have nothing to do with each other, although they cannot be cut
+    scratch          what its kernel takes for itself, where that is worth counting
     """
 
     rule: Rule | None = None
@@ -97,6 +101,7 @@ class OperatorFacts:
     work: Work | None = None
     size_arguments: tuple[str, ...] = ()
     apart: tuple[int, ...] = ()
+    scratch: Scratch | None = None
 
     def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
         """The rule's claim, checked; `in_order` takes one that has a state.
@@ -156,6 +161,7 @@ def register(
     alias: Alias = Alias.NONE,
     work: Work | None = None,
     size_arguments: tuple[str, ...] = (),
+    scratch: Scratch | None = None,
 ) -> Callable[[Rule], Rule]:
     """Decorator: the chunk rule and the other facts of one or more operator overloads (see `OperatorFacts`).
 
@@ -177,7 +183,9 @@ def register(
     def decorate(rule: Rule) -> Rule:
         _check_rule(rule)
         for target in targets:
-            _FACTS[_key(target)] = OperatorFacts(rule, recompute, candidates, alias, work, size_arguments)
+            _FACTS[_key(target)] = OperatorFacts(
+                rule, recompute, candidates, alias, work, size_arguments, scratch=scratch
+            )
         return rule
 
     return decorate

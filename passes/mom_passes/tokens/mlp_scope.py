@@ -8,6 +8,7 @@ widening   A linear whose rows are wider than those it reads, and whose result r
 
     keep row-wise: what lies between a widening linear and the linears it feeds, both included
                    experts, and what makes one row for each token of theirs
+                   what is asked of logits (`mom::scored`)
     everything else runs on the full sequence
 """
 
@@ -20,6 +21,7 @@ from torch import fx
 
 from mom_passes.graph.sizes import count_hint
 from mom_passes.graph.values import bytes_of, is_tensor, operands
+from mom_passes.ops.scored import SCORED
 from mom_passes.rules import All, claim_for
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.dims import TokenDims
@@ -30,8 +32,10 @@ def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
     """The same token dimensions with fewer values row-wise. An analysis; it changes nothing."""
     kept: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if is_linear(node, dims) and _widens(node):
+        if node.target is not SCORED and is_linear(node, dims) and _widens(node):
             kept |= _until_the_next_product(node, dims)
+        elif node.target is SCORED and node in dims.rowwise:
+            kept |= {node, *node.users}
         elif isinstance(node.target, Region) and node in dims.rowwise:
             kept |= _until_as_narrow_as(node, max(map(bytes_of, _activations(node, dims))), dims)
     return replace(dims, rowwise=dims.rowwise & kept)

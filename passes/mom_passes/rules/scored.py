@@ -1,0 +1,43 @@
+"""The chunk rule of `mom::scored`: rows are independent, all columns of the matrix are needed."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.sizes import count_hint, expr, hint, product
+from mom_passes.ops.scored import LIKELY, SCORED, WEIGHTED, block_bytes, dtypes_on_the_way, element_bytes
+from mom_passes.rules.calls import claim
+from mom_passes.rules.factories import checked, output_shape, outputs_of
+from mom_passes.rules.needs import Dim, Rows
+from mom_passes.rules.registry import Claim, register
+
+
+def scored_work(node: fx.Node) -> int:
+    rows = count_hint(argument(node, "hidden").meta["val"].shape)
+    return rows * hint(argument(node, "matrix").meta["val"].shape[-1])
+
+
+def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
+    """A block of logits, or all of them where these are fewer."""
+    hidden, matrix = (_type(argument(node, name)) for name in ("hidden", "matrix"))
+    wants = argument(node, "wants")
+    dtypes = dtypes_on_the_way(argument(node, "steps"), hidden.dtype)
+    each = element_bytes(dtypes, WEIGHTED in wants or LIKELY in wants)
+    rows = expr(product(hidden.shape[:-1]))
+    return sympy.Min(rows * expr(matrix.shape[-1]) * each, block_bytes(device))
+
+
+def _type(operand: fx.Node) -> torch.Tensor:
+    """Shape and dtype of an operand, in a body or in a graph."""
+    return operand.meta["type"] if "type" in operand.meta else operand.meta["val"]  # type: ignore[no-any-return]
+
+
+@register(SCORED, recompute=False, work=scored_work, scratch=scored_scratch)
+def scored(node: fx.Node, dim: Dim) -> Claim:
+    if checked(node, dim).index == len(output_shape(node)) - 1:
+        raise CannotChunk(node, dim, "it is of all columns")
+    return claim(node, {"hidden": Rows(dim), "targets": Rows(dim)}, (dim,) * len(outputs_of(node)))

@@ -1,0 +1,344 @@
+"""What values are that have a number for each column of a wide product: logits, and what is made of them.
+
+Terms
+-----
+head      A product of rows with a matrix, of more columns than a row has numbers, and the bias that is added.
+chain     From the head to its logits: views, conversions and arithmetic with a number, each the only reader of the one
+          before.
+column    One of the head's. A wide value has one number for each, in its last dimension; a row value has 1 there, or
+          is a number.
+form      What a wide value is of the logits x, with row values a, b and f:
+
+              f * (x - a)        linear      logits, log-softmax
+              f * exp(x - b)     exponent    softmax
+              f * (x - a) * exp(x - b)       what an entropy sums up
+
+    softmax(x)  =  exp(x - amax(x)) / sum(exp(x - amax(x)))        exponent (amax,), factors 1 / sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_passes.graph.arguments import argument, arguments_of, aten, axes, axis, prims
+from mom_passes.graph.sizes import Size, hint, is_one, same
+from mom_passes.graph.values import is_tensor, operands, value_of
+from mom_passes.ops.scored import DTYPES, WITH_NUMBER, WITHOUT
+
+_PRODUCTS: dict[Any, tuple[str, str]] = {aten.mm.default: ("self", "mat2"), aten.addmm.default: ("mat1", "mat2")}
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CONVERT = prims.convert_element_type.default
+_STEPS: dict[Any, str] = {
+    **{getattr(getattr(aten, name), kind): name for name in WITH_NUMBER for kind in ("Tensor", "Scalar")},
+    **{getattr(aten, name).default: name for name in WITHOUT},
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class NotScored(Exception):
+    """Why logits are made."""
+
+
+class NothingAsked(NotScored):
+    """Nothing is known to be asked of the columns of a product: it is none of logits."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A row value that is multiplied with, or divided by."""
+
+    value: Any
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """See above. `linear` and `exponent` are what is subtracted, None where there is no such part. `likely`: columns of
+    likelihood 0 add nothing, whatever their logits. `asks`: whether the likelihood is above 0, a bool."""
+
+    linear: tuple[Any, ...] | None = ()
+    exponent: tuple[Any, ...] | None = None
+    factors: tuple[Factor, ...] = ()
+    likely: bool = False
+    asks: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        return self.exponent is None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether it is the logits less something, which is largest where these are."""
+        return self.is_linear and not self.factors
+
+    @property
+    def is_likelihood(self) -> bool:
+        return self.linear is None and not self.asks
+
+
+@dataclass(frozen=True)
+class Head:
+    """`logits` are `steps` of `hidden @ matrix + bias`, seen through the views of the chain."""
+
+    product: fx.Node
+    chain: tuple[fx.Node, ...]
+    steps: tuple[tuple[str, float], ...]
+
+    @property
+    def logits(self) -> fx.Node:
+        return self.chain[-1] if self.chain else self.product
+
+    @property
+    def hidden(self) -> fx.Node:
+        return argument(self.product, _PRODUCTS[self.product.target][0])  # type: ignore[no-any-return]
+
+    @property
+    def matrix(self) -> fx.Node:
+        return argument(self.product, _PRODUCTS[self.product.target][1])  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return argument(self.product, "self") if self.product.target is aten.addmm.default else None
+
+    @property
+    def columns(self) -> Size:
+        return value_of(self.matrix).shape[1]
+
+
+def head_of(node: fx.Node) -> Head | None:
+    """The head that a node is, with its chain."""
+    if node.target not in _PRODUCTS or not value_of(node).is_floating_point():
+        return None
+    found = Head(node, (), ())
+    inner, columns = map(hint, value_of(found.matrix).shape)
+    if columns <= inner or not _adds_a_bias(found):
+        return None
+    chain, steps = [], []
+    while len(readers := readers_of(node)) == 1:
+        (node,) = readers
+        step = _step(node)
+        if step is None and not keeps_columns(node, found.columns):
+            break
+        chain.append(node)
+        steps += [] if step is None else [step]
+    return replace(found, chain=tuple(chain), steps=tuple(steps))
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Who reads more of a value than its sizes."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
+
+
+def _adds_a_bias(head: Head) -> bool:
+    """Whether what is added, if anything, is one number for each column."""
+    if head.bias is None:
+        return True
+    once = all(argument(head.product, name) == 1 for name in ("alpha", "beta"))
+    shape = value_of(head.bias).shape
+    return once and len(shape) == 1 and same(shape[0], head.columns)
+
+
+def _step(node: fx.Node) -> tuple[str, float] | None:
+    """Arithmetic of each element by itself, as `mom.scored` knows it."""
+    if node.target is _CONVERT:
+        name = _NAMES.get(node.args[1])  # type: ignore[arg-type]
+        return None if name is None else (name, 0.0)
+    name = _STEPS.get(node.target)
+    if name in WITHOUT:
+        return name, 0.0
+    if name is None or len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], (int, float)):
+        return None
+    return name, float(node.args[1])
+
+
+def keeps_columns(node: fx.Node, columns: Size) -> bool:
+    """Whether a node shows rows of its operand otherwise, or some of them, and each with all its columns; or copies."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if node.target is aten.clone.default:
+        return True
+    shape = value_of(node).shape
+    if not shape or not same(shape[-1], columns):
+        return False
+    if node.target in _VIEWS:
+        return same(value_of(operands(node)[0]).shape[-1], columns)
+    if node.target not in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim):
+        return False
+    rank = len(shape) if node.target is aten.unsqueeze.default else len(value_of(operands(node)[0]).shape)
+    return axis(argument(node, "dim"), rank) != rank - 1
+
+
+def with_columns(node: fx.Node, of: fx.Node, columns: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """The call that shows another value's rows as `node` shows those of a wide one; None: as they are."""
+    if node.target is aten.clone.default:
+        return None
+    kwargs = dict(node.kwargs)
+    if node.target in _VIEWS:
+        sizes = list(argument(node, "shape" if "shape" in arguments_of(node.target) else "size"))
+        return aten.reshape.default, (of, [*sizes[:-1], columns]), {}
+    return node.target, (of, *node.args[1:]), kwargs
+
+
+# ---------------------------------------------------------------------------------------------------- forms
+
+
+def form_of(node: fx.Node, forms: Mapping[fx.Node, Form], columns: Size) -> Form:
+    """What a node is that reads wide values and is one. Raises `NotScored` where it is none of the forms."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        raise NotScored(f"{node.target} ({node.name}) reads logits or what is made of them")
+    if keeps_columns(node, columns):
+        return forms[operands(node)[0]]
+    if node.target is _CONVERT:
+        before, after = value_of(operands(node)[0]).dtype, value_of(node).dtype
+        if torch.promote_types(before, after) == after and after.is_floating_point:
+            return forms[operands(node)[0]]
+    form = _elementwise(node, forms)
+    if form is None:
+        raise NotScored(f"{node.target} ({node.name}) reads logits or what is made of them")
+    return form
+
+
+def _elementwise(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
+    wide = [operand for operand in operands(node) if operand in forms]
+    if not all(_alike(node, one) for one in wide) or not _in_float32(node):
+        return None
+    if node.target is aten.where.self:
+        return _where(node, forms)
+    if node.kwargs or any(isinstance(arg, (list, tuple)) for arg in node.args):
+        return None
+    given = [forms.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    if not all(isinstance(arg, Form) or is_row(arg) for arg in given) or any(_asks(arg) for arg in given):
+        return None
+    rule: Any = _RULES.get(node.target)
+    return None if rule is None else rule(*given)
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have the same shape."""
+    one, other = value_of(a).shape, value_of(b).shape
+    return len(one) == len(other) and all(map(same, one, other))
+
+
+def _in_float32(node: fx.Node) -> bool:
+    """At least: what is made of logits in half precision is rounded element by element."""
+    dtype = value_of(node).dtype
+    return dtype in (torch.float32, torch.float64, torch.bool)
+
+
+def _asks(arg: Any) -> bool:
+    return isinstance(arg, Form) and arg.asks
+
+
+def is_row(arg: Any) -> bool:
+    """Whether something is one number for all columns of a row."""
+    if not isinstance(arg, fx.Node):
+        return isinstance(arg, (int, float))
+    if not isinstance(arg.meta.get("val"), torch.Tensor):
+        return not is_tensor(arg)
+    shape = value_of(arg).shape
+    return len(shape) == 0 or is_one(shape[-1])
+
+
+def _sub(left: Any, right: Any) -> Form | None:
+    if isinstance(left, Form) and isinstance(right, Form):
+        return None
+    form, other = (left, right) if isinstance(left, Form) else (right, left)
+    if not form.is_shifted:
+        return None
+    less = replace(form, linear=(*(form.linear or ()), other))
+    return less if form is left else replace(less, factors=(Factor(-1),))
+
+
+def _exp(form: Form) -> Form | None:
+    return Form(None, form.linear) if form.is_shifted else None
+
+
+def _mul(left: Any, right: Any) -> Form | None:
+    if not (isinstance(left, Form) and isinstance(right, Form)):
+        form, other = (left, right) if isinstance(left, Form) else (right, left)
+        return _scaled(form, Factor(other))
+    likelihood, linear = (left, right) if left.is_likelihood else (right, left)
+    if not likelihood.is_likelihood or not linear.is_linear:
+        return None
+    return Form(linear.linear, likelihood.exponent, (*likelihood.factors, *linear.factors))
+
+
+def _div(left: Any, right: Any) -> Form | None:
+    return _scaled(left, Factor(right, divides=True)) if not isinstance(right, Form) else None
+
+
+def _scaled(form: Form, factor: Factor) -> Form:
+    return replace(form, factors=(*form.factors, factor))
+
+
+def _gt(form: Form, number: Any) -> Form | None:
+    plain = isinstance(form, Form) and form.is_likelihood and not form.factors and number == 0
+    return replace(form, asks=True) if plain else None
+
+
+_RULES: dict[Any, Any] = {
+    aten.sub.Tensor: _sub,
+    aten.exp.default: _exp,
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
+    aten.neg.default: lambda form: _scaled(form, Factor(-1)),
+    aten.gt.Scalar: _gt,
+}
+
+
+def _where(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
+    """What is weighted, where the likelihood is above 0, and 0 elsewhere."""
+    condition, value, otherwise = (argument(node, name) for name in ("condition", "self", "other"))
+    asked, form = forms.get(condition), forms.get(value)
+    if asked is None or form is None or not asked.asks or form.is_linear or form.linear is None:
+        return None
+    same_likelihood = asked.exponent == form.exponent
+    return replace(form, likely=True) if same_likelihood and _is_zero(otherwise) else None
+
+
+def _is_zero(value: Any) -> bool:
+    if not isinstance(value, fx.Node):
+        return bool(value == 0)
+    filled = value.target in (aten.full.default, aten.scalar_tensor.default)
+    return filled and argument(value, "fill_value" if value.target is aten.full.default else "s") == 0
+
+
+# ----------------------------------------------------------------------------------------------- what is asked
+
+
+#: Reductions over the columns that are known, by what they are called here.
+REDUCTIONS: dict[Any, str] = {aten.amax.default: "amax", aten.argmax.default: "argmax", aten.sum.dim_IntList: "sum"}
+
+
+def asked_of(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
+    """What a node asks of the columns of a wide value: "amax", "argmax", "sum" or "gather"; None where nothing.
+
+    Raises `NotScored` where that cannot be had of all columns' blocks.
+    """
+    if node.op != "call_function" or not is_tensor(node) or operands(node)[0] not in forms:
+        return None
+    wide = operands(node)[0]
+    rank = value_of(wide).dim()
+    if node.target is aten.gather.default and axis(argument(node, "dim"), rank) == rank - 1:
+        known = argument(node, "index") not in forms and not forms[wide].asks and not forms[wide].likely
+        return _checked("gather", node, forms[wide], known)
+    name = REDUCTIONS.get(node.target)
+    if name is None:
+        return None
+    dims = argument(node, "dim")
+    last = dims is not None and dims != [] and axes(dims, rank) == [rank - 1]
+    form = forms[wide]
+    fits = (form.exponent is not None and not form.asks) if name == "sum" else form.is_shifted
+    return _checked(name, node, form, last and fits)
+
+
+def _checked(name: str, node: fx.Node, form: Form, fits: bool) -> str:
+    if not fits:
+        raise NotScored(f"{node.target} ({node.name}) asks for something else of {form}")
+    return name
+
