@@ -1,4 +1,5 @@
-"""A model whose attention has sinks, GPT-OSS: compiled it is what it is in eager mode, and holds no scores."""
+"""Models that write their attention as products, since it has sinks (GPT-OSS) or caps its scores (Gemma 2): compiled
+they are what they are in eager mode, and hold no scores."""
 
 from __future__ import annotations
 
@@ -14,11 +15,10 @@ from tests.test_models import compile_for_test
 BEFORE = 101_197_324
 
 
-@pytest.fixture
-def model():
+def model_of(family):
     torch.manual_seed(0)
-    model = small_model("GptOss")
-    for layer in model.model.layers:
+    model = small_model(family)
+    for layer in model.model.layers if family == "GptOss" else ():
         torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
     compile_for_test(model)
     return model
@@ -38,14 +38,23 @@ def steps(forward, inputs, count=3):
 
 
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
-@pytest.mark.parametrize(("batch", "tokens", "padded"), [(1, 1, False), (1, 2, False), (1, 37, False), (3, 50, True)])
-def test_it_generates_what_eager_mode_generates(model, batch, tokens, padded):
+@pytest.mark.parametrize(
+    ("family", "batch", "tokens", "padded"),
+    [
+        ("GptOss", 1, 1, False), ("GptOss", 1, 2, False), ("GptOss", 1, 37, False), ("GptOss", 3, 50, True),
+        ("Gemma2", 3, 50, True),
+    ],
+)  # fmt: skip
+def test_it_generates_what_eager_mode_generates(family, batch, tokens, padded):
     """Greedily, by layers that see a window of 16 tokens and everything in turn."""
-    inputs = prompt(batch, tokens, padded)
+    model, inputs = model_of(family), prompt(batch, tokens, padded)
     ours, eager = steps(model, inputs), steps(model.forward, inputs)
     torch.testing.assert_close(ours, eager, rtol=0, atol=2e-5 * float(eager.abs().max()))
     assert torch.equal(ours.argmax(-1), eager.argmax(-1))
-    assert bool(reports()[0].stages) == (tokens > 8)
+    prefill = reports()[0]
+    assert bool(prefill.stages) == (tokens > 8)
+    assert any("mom.attention" in stage.operators for stage in prefill.stages) == (tokens > 8)
+    assert not any("aten.bmm" in stage.operators for stage in prefill.stages)
 
 
 def test_it_takes_less_than_half_of_what_products_took():
