@@ -267,6 +267,7 @@ def test_a_model_with_sinks_behind_a_past(new: int, dynamic: bool) -> None:
     assert argument(full, "mask") is None
     # How long a window's past is has a symbol of its own, of which nothing is known: its mask is kept, as it is.
     assert argument(window, "mask") is None or (dynamic and argument(window, "mask").meta["val"].dtype == torch.bool)
-    assert aten.bmm.default not in {node.target for node in gm.graph.nodes}
+    # Of entries and heads; before transformers 5.23 angles of positions are a product, too.
+    assert not [n for n in gm.graph.nodes if n.target is aten.bmm.default and n.meta["val"].shape[0] == 2 * 4]
     for new_value, old in zip(gm(*captured.inputs), captured.outputs, strict=True):
         torch.testing.assert_close(new_value, old, atol=2e-6, rtol=2e-6)
