@@ -16,6 +16,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mom_compile import MomWarning
 from mom_compile.runtime.attention import tiles
 from mom_passes.ops.attention import AttentionCall
 from tests.no_gpu.target import A100, B200, H100, Gpu, _usage, triton
@@ -100,3 +101,15 @@ def test_they_compile_for_gpus(name: str, gpu: Gpu) -> None:
         registers, stack = _usage(one.asm["cubin"])
         assert registers <= MOST_REGISTERS and stack <= MOST_STACK, (registers, stack)
         assert one.metadata.shared <= MOST_SHARED, one.metadata.shared
+
+
+def test_a_kernel_that_cannot_be_launched_makes_way_for_others_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(call: AttentionCall) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tiles, "_launched", fails)
+    monkeypatch.setattr(tiles, "REFUSED", {})
+    call = AttentionCall(*torch.randn(3, 1, 2, 4, 16).unbind(), None, 0, True, 0.25)
+    with pytest.warns(MomWarning, match="other kernels take its place: RuntimeError: out of resource"):
+        assert tiles.attention_in_tiles(call) is None
+    assert not tiles.takes_tiles(call), "it is asked before the GPU is looked at"

@@ -49,7 +49,8 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
         return call.output().zero_()
     way = way_of(call)
     if way is Way.TILES:
-        return attention_in_tiles(call)
+        found = attention_in_tiles(call)
+        return attention_cuda(call) if found is None else found  # by another way
     if call.is_causal and end < tokens:
         key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
         call = replace(call, key=key, value=value)

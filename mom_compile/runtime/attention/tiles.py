@@ -13,8 +13,8 @@ tile    `TILE_ROWS` rows of a program against `TILE_KEYS` keys at a time. A row 
         heads that share keys are rows of one tile, so that keys are read once for all of them.
 split   Some of the keys of a tile's rows, a program's own where rows are few; `combine` merges what comes of several.
 
-Triton comes with PyTorch's builds for CUDA. Where it is missing, and with MOM_COMPILE_TILES=0, `AVAILABLE` is False and
-nobody asks for this.
+Triton comes with PyTorch's builds for CUDA. Where it is missing, with MOM_COMPILE_TILES=0, and once the kernel could
+not be launched, nobody asks for this.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from typing import Any
 
 import torch
 
+from mom_compile.notices import warn_once
 from mom_passes.ops.attention import AttentionCall
 
 AVAILABLE = importlib.util.find_spec("triton") is not None and os.environ.get("MOM_COMPILE_TILES") != "0"
+
+#: Why the kernel could not be launched, by device: other kernels take its place there.
+REFUSED: dict[torch.device, str] = {}
 
 #: Keys and values that are loaded ahead.
 STAGES = 2
@@ -44,6 +48,7 @@ def takes_tiles(call: AttentionCall) -> bool:
     tensors = (call.query, call.key, call.value)
     return (
         AVAILABLE
+        and call.query.device not in REFUSED
         and torch.cuda.get_device_capability(call.query.device) >= (8, 0)
         and call.query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and all(t.dtype == call.query.dtype and t.stride(-1) == 1 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
@@ -58,8 +63,24 @@ def each_its_range(call: AttentionCall) -> bool:
     return bool((spans >= 0).all()) and not bool((spans == spans[:1]).all())
 
 
-def attention_in_tiles(call: AttentionCall) -> torch.Tensor:
-    """`[B, H, R, Dv]`, token-major: a whole call, masks, conditions, cap and sinks included."""
+def attention_in_tiles(call: AttentionCall) -> torch.Tensor | None:
+    """`[B, H, R, Dv]`, token-major: a whole call, masks, conditions, cap and sinks included.
+
+    None where the kernel does not compile for a device or needs more of it than there is, with one warning.
+    """
+    try:
+        return _launched(call)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        device, reason = call.query.device, f"{type(error).__name__}: {error}"
+        REFUSED[device] = reason
+        text = f"the attention kernel in Triton cannot be launched on {device}; other kernels take its place: {reason}"
+        warn_once(f"tiles: {device}", text)
+        return None
+
+
+def _launched(call: AttentionCall) -> torch.Tensor:
     from mom_compile.runtime.attention.tile_kernels import attend, combine
 
     result = call.output()
