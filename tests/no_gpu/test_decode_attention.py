@@ -1,8 +1,8 @@
 """Decode steps, compiled for GPUs that are not there: attention is ours, whichever operator PyTorch would choose.
 
 On Hopper and data-center Blackwell that is cuDNN's, for one query too: it plans anew for every length (23 to 37 ms on
-an H100), and before cuDNN 9.25.1 is silently wrong on a B200 for fewer than eight heads of keys (pytorch#193893). With a
-mask it is elsewhere the memory-efficient kernel, on keys repeated for all heads and without split keys.
+an H100), and before cuDNN 9.25.1 is silently wrong on a B200 for fewer than eight heads of keys (pytorch#193893). With
+a mask it is elsewhere the memory-efficient kernel, on keys repeated for all heads and without split keys.
 """
 
 from __future__ import annotations
