@@ -18,7 +18,7 @@ from mom_compile.lowering.canonical import NO_LITERALS, Literals
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import Report
 from mom_passes.ops.transfers import EXTEND
-from mom_passes.program.program import Compute, Transfer
+from mom_passes.program.program import Call, Compute, Transfer, Why
 from mom_passes.program.rewritten import Rewritten
 from tests.captured import capture
 from tests.models import ids, tiny
@@ -40,9 +40,9 @@ def generate(model: Any, tokens: int) -> torch.Tensor:
 
 
 @functools.cache
-def decode_graph(layers: int = LAYERS, tokens: int = 20) -> fx.GraphModule:
+def decode_graph(layers: int = LAYERS, tokens: int = 20, family: str = "Llama") -> fx.GraphModule:
     """A decode step as captured, over a cache of so many tokens."""
-    model = tiny("Llama", num_hidden_layers=layers)
+    model = tiny(family, num_hidden_layers=layers)
     with torch.no_grad():
         past = model(ids(1, tokens), use_cache=True).past_key_values
 
@@ -94,11 +94,12 @@ def test_what_a_piece_of_layers_computes_is_the_graph() -> None:
     assert set(computed) == {node for node in rewritten.gm.graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_keys_and_values_cut_a_decode_step_once_in_each_layer(layers: int) -> None:
-    rewritten = by_layers(decode_graph(layers))
+@pytest.mark.parametrize(("family", "layers"), [("Llama", 1), ("Llama", 3), ("Mixtral", 2)])
+def test_keys_and_values_cut_a_decode_step_once_in_each_layer(family: str, layers: int) -> None:
+    rewritten = by_layers(decode_graph(layers, family=family))
     assert rewritten is not None
     steps = rewritten.plan.steps
+    assert not any(isinstance(step, Call) and step.why is Why.NUMBER for step in steps)
     assert sum(isinstance(step, Compute) for step in steps) == layers + 1
     assert [step.node.target for step in steps if isinstance(step, Transfer)] == [EXTEND] * 2 * layers
 

@@ -286,11 +286,11 @@ def launched(products: int, kernels: int, *others: str) -> Counter[str]:
 #:                 Values are a product that goes into theirs. A layer: the norm once more, which is cheaper than to
 #:                 keep it for all tokens; sine and cosine; rotated queries; sum and norm; silu and product; sum and
 #:                 norm; keys.
-#:     decode      Before the first: embedding and norm, angles, rotated query, a row joined to keys and one to
-#:                 values. A layer: sum and norm; silu and product; sum and norm; query, keys and values as before.
+#:     decode      Before the first: embedding and norm, angles, rotated query and key. A layer: sum and norm; silu and
+#:                 product; sum and norm; query and key as before. Between pieces a cache is extended.
 LLAMA = {
     "prefill": [launched(1, 3, INTO), launched(6, 7, ATTENTION, INTO), launched(6, 5, ATTENTION)],
-    "decode": [launched(3, 5, STOCK), launched(7, 6, STOCK), launched(5, 3)],
+    "decode": [launched(3, 4), launched(7, 5, ATTENTION), launched(5, 3, ATTENTION)],
 }
 
 

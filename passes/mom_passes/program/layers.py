@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import is_mutation
+from mom_passes.graph.aliasing import base_of, is_mutation
+from mom_passes.graph.values import operands
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import COPIES
 from mom_passes.program.program import Program
@@ -27,4 +28,4 @@ def by_layers(gm: fx.GraphModule) -> Program | None:
     found = {node for node in gm.graph.nodes if node.target is MOM_ATTENTION or isinstance(node.target, FlexAttention)}
     if not found or any(is_mutation(node) for node in gm.graph.nodes):
         return None
-    return schedule(gm, {node for node in found if not any(n.target in COPIES for n in node.all_input_nodes)})
+    return schedule(gm, {node for node in found if not any(n.target in COPIES for n in map(base_of, operands(node)))})

@@ -139,6 +139,10 @@ def inline_regions(gm: fx.GraphModule) -> int:
             result = region.inline(gm.graph, operands(node), lambda new, _: None)
         while (new := new.next) is not node:
             new.meta["val"] = fake_value(new)
+            if isinstance(new.meta["val"], int):  # a number to be computed would end a compiled piece
+                known, new = new, new.prev
+                known.replace_all_uses_with(known.meta["val"])
+                gm.graph.erase_node(known)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
     return len(found)
