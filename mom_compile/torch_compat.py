@@ -886,10 +886,9 @@ with torch.inference_mode(False):
 
 
 def is_alone(value: torch.Tensor) -> bool:
-    """Whether nobody else sees the memory of `value`: no other tensor, apart from one that only `value` keeps alive, and
-    nothing outside of PyTorch.
+    """Whether nobody else sees the memory of `value`: no other tensor and nothing outside of PyTorch.
 
-    Outside of inference mode a view keeps its base alive.
+    A tensor that only `value` keeps alive does not count. Outside of inference mode a view keeps its base alive.
     """
     uses = _uses(value) - _USES_OF_ONE
     if _holders(value) > _HOLDERS_OF_ONE or _is_foreign(value.untyped_storage()):
