@@ -850,9 +850,25 @@ def _uses(value: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(value.untyped_storage()._cdata)
 
 
+def _holders(value: torch.Tensor) -> int:
+    """What holds a tensor: its Python object is one, and so is DLPack, a view, or a graph that saved it for a gradient.
+
+    `Tensor._use_count` is the reference count of the C++ tensor.
+    """
+    return value._use_count()  # type: ignore[attr-defined]
+
+
 def _references_to_base(view: torch.Tensor) -> int:
     """How many references there are to what a tensor is a view of (`_base`), with a constant on top."""
     return sys.getrefcount(view._base)
+
+
+def _is_foreign(storage: torch.UntypedStorage) -> bool:
+    """Whether the memory may be another's: of NumPy, a file, a process, or a part of another storage.
+
+    On a GPU `is_shared` is always true.
+    """
+    return not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared())
 
 
 def _shares_storage_with_base(view: torch.Tensor) -> bool:
@@ -861,16 +877,23 @@ def _shares_storage_with_base(view: torch.Tensor) -> bool:
     return base is not None and base.untyped_storage()._cdata == view.untyped_storage()._cdata
 
 
-_USES_OF_ONE = _uses(torch.empty(1))
-_REFERENCES_OF_NOBODY = _references_to_base(torch.empty(2)[:1])
+# Of tensors that nobody else sees. In inference mode a view has no base.
+with torch.inference_mode(False):
+    _ONE = torch.empty(2, device="cpu")
+    _USES_OF_ONE, _HOLDERS_OF_ONE = _uses(_ONE), _holders(_ONE)
+    _VIEW = torch.empty(2, device="cpu")[:1]
+    _REFERENCES_OF_NOBODY, _HOLDERS_OF_BASE = _references_to_base(_VIEW), _holders(_VIEW._base)  # type: ignore[arg-type]
 
 
 def is_alone(value: torch.Tensor) -> bool:
-    """Whether no other tensor sees the storage of `value`, apart from one that only `value` keeps alive.
+    """Whether nobody else sees the memory of `value`: no other tensor and nothing outside of PyTorch.
 
-    Outside of inference mode a view keeps its base alive.
+    A tensor that only `value` keeps alive does not count. Outside of inference mode a view keeps its base alive.
     """
     uses = _uses(value) - _USES_OF_ONE
+    if _holders(value) > _HOLDERS_OF_ONE or _is_foreign(value.untyped_storage()):
+        return False
     if uses != 1 or not value._is_view() or not _shares_storage_with_base(value):
         return uses == 0
-    return _references_to_base(value) == _REFERENCES_OF_NOBODY
+    base_is_free = _references_to_base(value) == _REFERENCES_OF_NOBODY
+    return base_is_free and _holders(value._base) == _HOLDERS_OF_BASE  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -167,6 +168,60 @@ def test_memory_that_numpy_shows_is_not_moved() -> None:
     assert torch.equal(found, torch.cat([rows(7), rows(1, 1)], DIM))
 
 
+def _of_numpy() -> tuple[torch.Tensor, Any]:
+    array = np.zeros((9, 2, 3, 4), np.float32)
+    return torch.from_numpy(array), array
+
+
+def _of_bytes() -> tuple[torch.Tensor, Any]:
+    data = bytearray(9 * 24 * 4)
+    return torch.frombuffer(data, dtype=torch.float32).view(9, 2, 3, 4), np.frombuffer(data, np.float32)
+
+
+def _seen_through_dlpack() -> tuple[torch.Tensor, Any]:
+    whole = torch.zeros(9, 2, 3, 4)
+    return whole, np.from_dlpack(whole)
+
+
+def _part_of_a_storage() -> tuple[torch.Tensor, Any]:
+    whole = torch.zeros(12, 2, 3, 4)
+    return torch.empty(0).set_(whole.untyped_storage()[: 9 * 24 * 4], 0, (9, 2, 3, 4)), whole
+
+
+def _of_another_process() -> tuple[torch.Tensor, Any]:
+    whole = torch.zeros(9, 2, 3, 4).share_memory_()
+    other = torch.UntypedStorage._new_shared_fd_cpu(*whole.untyped_storage()._share_fd_cpu_())
+    return whole, torch.empty(0).set_(other, 0, whole.shape, whole.stride())
+
+
+def _saved_for_a_gradient() -> tuple[torch.Tensor, Any]:
+    whole = torch.zeros(9, 2, 3, 4, requires_grad=True)
+    return whole, (whole * whole).mul(0)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [_of_numpy, _of_bytes, _seen_through_dlpack, _part_of_a_storage, _of_another_process, _saved_for_a_gradient],
+)
+@torch.no_grad()
+def test_memory_that_somebody_else_sees_is_not_written_to(made: Callable[[], tuple[torch.Tensor, Any]]) -> None:
+    with torch.enable_grad():
+        whole, other = made()
+    past, at = whole.permute(1, 2, 0, 3)[:, :, :6], place(whole)
+    del whole
+    found = extend(past, rows(2, 1))
+    assert place(found) != at and place(past) == at
+    assert torch.equal(found, torch.cat([torch.zeros(2, 3, 6, 4), rows(2, 1)], DIM))
+    assert not other.any()
+
+
+def test_memory_that_dlpack_shows_is_not_moved() -> None:
+    past = token_major([2, 3, 7, 4], DIM, torch.empty(0), torch.device("cpu")).copy_(rows(7))
+    seen, at = np.from_dlpack(past), place(past)
+    found = extend(past, rows(1, 1))
+    assert place(found) != place(past) == at and (seen == rows(7).numpy()).all()
+
+
 def test_of_two_threads_that_extend_one_tensor_each_gets_its_own_rows() -> None:
     for _ in range(20):
         past, results = grown(6), {}
@@ -297,6 +352,32 @@ def test_a_parameter_is_no_cache_that_grows() -> None:
             keys.zero_()
     assert torch.equal(model.past, before) and model.past.untyped_storage().nbytes() == size
     assert reports()[-1].layer_pieces
+
+
+def read_behind(query: torch.Tensor, past: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    keys = torch.cat([past, new], DIM)
+    seen = torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
+    return torch.nn.functional.scaled_dot_product_attention(seen, past, past), keys
+
+
+def joined_with_more(query: torch.Tensor, past: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    keys, twice = torch.cat([past, new], DIM), torch.cat([past, past, new], DIM)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, keys), keys, twice
+
+
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+@pytest.mark.parametrize("function", [read_behind, joined_with_more])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_an_input_that_is_read_by_something_else_keeps_its_strides(function: Any, queries: int) -> None:
+    """Pieces check the strides of their inputs."""
+    run = torch.compile(function, backend="mom", options=OPTIONS)
+    for tokens in (40, 41):
+        query, past, new = (torch.randn(1, 2, size, 16) for size in (queries, tokens, queries))
+        before, strides = past.clone(), past.stride()
+        with torch.no_grad():
+            found, wanted = run(query, past, new), function(query, past, new)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+        assert past.stride() == strides and torch.equal(past, before)
 
 
 def forked(cache: Any) -> Any:

@@ -35,8 +35,9 @@ def extend_in_place(gm: fx.GraphModule, kv: KVValues, static: Collection[str] = 
     the last ones. A value that leaves for the host only where it has to grows on the device first.
     """
     found = {_on_device(value.full): value.dim for value in located(gm, kv).found}
-    grown = [(node, dim) for node, dim in found.items() if _grows(node, dim, static)]
-    for node, dim in grown:
+    grown = {node: dim for node, dim in found.items() if _grows(node, dim, static)}
+    grown = {node: dim for node, dim in grown.items() if _may_move(argument(node, "tensors")[0], grown)}
+    for node, dim in grown.items():
         past, new = argument(node, "tensors")
         with gm.graph.inserting_before(node):
             extended = emit(gm.graph, EXTEND, (past, new, dim))
@@ -71,6 +72,11 @@ def _on_device(value: fx.Node) -> fx.Node:
     """What all rows of a value are copied from to the host, if they are, or else the value."""
     leaves = value.target is OFFLOAD and value.args[2] == 0
     return value.args[0] if leaves else value  # type: ignore[return-value]
+
+
+def _may_move(past: fx.Node, grown: Collection[fx.Node]) -> bool:
+    """Whether an input may get other strides within the call: pieces that read it would be made for those it had."""
+    return all(user in grown or user.target is aten.sym_size.int for user in past.users)
 
 
 def _grows(node: fx.Node, dim: int, static: Collection[str]) -> bool:
