@@ -52,7 +52,8 @@ FOLDER = Path(__file__).with_name("results")
 
 #: Where the tests marked `gpu` are: to look for them everywhere takes longer than to run them.
 GPU_TESTS = (
-    "tests/test_attention_gpu.py", "tests/test_kv_gpu.py", "tests/test_measure.py", "tests/test_models_gpu.py",
+    "tests/test_attention_gpu.py", "tests/test_cache_in_place.py", "tests/test_kv_gpu.py", "tests/test_measure.py",
+    "tests/test_models_gpu.py",
 )  # fmt: skip
 #: As many at once, and seconds that are kept for them: all of an earlier run took 100 s on an H200.
 TEST_WORKERS, TESTS = 8, 110.0

@@ -52,7 +52,8 @@ def test_a_cache_that_was_cropped_to_nothing(kv_offload: bool) -> None:
             expected, expected_kept = prefill(x, pasts)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close([one.clone() for one in kept], expected_kept, rtol=1e-9, atol=1e-9)
-            assert kv_offload or not any(a.data_ptr() == b.data_ptr() for a, b in zip(kept, pasts, strict=True))
+            # Rows behind a past are written behind it; an empty past is nobody's storage.
+            assert kv_offload or past or not any(a.data_ptr() == b.data_ptr() for a, b in zip(kept, pasts, strict=True))
     assert all(report.stages and not report.work_outside for report in reports())
     assert not kv_offload or all(len(report.on_host) == 2 for report in reports())
 

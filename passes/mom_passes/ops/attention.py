@@ -137,11 +137,12 @@ Kernel = Callable[[AttentionCall], torch.Tensor]
 
 
 def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
-    """`kernel` with the arguments of the operator's schema."""
+    """`kernel` with the arguments of the operator's schema. It has no gradient, and may write to what it has made."""
 
     def operator(*arguments, **named):  # type: ignore[no-untyped-def]
         call = AttentionCall(*arguments, **named)
-        return kernel(call if call.scale is not None else replace(call, scale=call.query.shape[-1] ** -0.5))
+        with torch.no_grad():
+            return kernel(call if call.scale is not None else replace(call, scale=call.query.shape[-1] ** -0.5))
 
     return operator
 
