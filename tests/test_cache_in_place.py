@@ -160,6 +160,15 @@ def test_a_window_that_moves_on_does_not_keep_what_is_behind_it() -> None:
     assert past.untyped_storage().nbytes() <= (10 + room_for(10)) * past[:, :, :1].nbytes
 
 
+def test_a_cache_that_was_cropped_to_little_gives_the_rest_back() -> None:
+    past = grown(500)
+    wanted = past[:, :, :5].clone()
+    past = past[:, :, :5]
+    found = extend(past, rows(1, 2))
+    assert torch.equal(found, torch.cat([wanted, rows(1, 2)], DIM))
+    assert found.untyped_storage().nbytes() <= 8 * found[:, :, :1].nbytes
+
+
 def test_memory_that_numpy_shows_is_not_moved() -> None:
     past = token_major([2, 3, 7, 4], DIM, torch.empty(0), torch.device("cpu")).copy_(rows(7))
     seen = past.numpy()

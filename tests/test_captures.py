@@ -82,7 +82,9 @@ def test_the_first_keys_and_values_are_laid_out_to_grow(family: str, tokens: int
     model = small_model(family)
     model.compile(backend="mom", options=KEPT)
     found = keys(model, tokens)
-    assert [list(value.stride()) for value in found] == [growing_strides(value.shape, 2) for value in expected]
+    for value in found:
+        known = zip(value.shape, value.stride(), growing_strides(value.shape, 2), strict=True)
+        assert all(stride == wanted for size, stride, wanted in known if size > 1)
     for mine, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, reference)
 

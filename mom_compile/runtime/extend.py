@@ -36,6 +36,9 @@ PART = 32
 #: Of fewer rows, so many and at most this part.
 LEAST, LARGEST_PART = 64, 8
 
+#: A storage that is so many times as large as what is needed of it, behind a `crop` say, is left for a smaller one.
+MOST_KEPT = 4
+
 #: Two threads may extend the same tensor. The one that comes second finds the result of the first in the storage.
 #: Collecting garbage may run code of others.
 _LOCK = threading.RLock()
@@ -98,7 +101,7 @@ def _finds_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
     storage, size, first = past.untyped_storage(), past.element_size(), int(past.storage_offset())
     needed = (first + numbers) * size
     if needed <= storage.nbytes():
-        return True
+        return storage.nbytes() <= MOST_KEPT * needed
     if first > 0 or past.numel() == 0 or not storage.resizable():
         return False
     storage.resize_(needed + room_for(rows) * (numbers // rows) * size)
