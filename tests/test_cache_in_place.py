@@ -451,7 +451,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
     "asked",
-    [{"num_beams": 2}, {}, {"prompt_lookup_num_tokens": 3}],
+    [{"num_beams": 2}, pytest.param({}, marks=pytest.mark.slow), {"prompt_lookup_num_tokens": 3}],
     ids=["beams", "greedy", "assisted"],
 )
 def test_generation_gives_eager_tokens(asked: dict[str, Any]) -> None:

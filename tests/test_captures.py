@@ -46,7 +46,7 @@ def keys(model: Any, tokens: int) -> list[torch.Tensor]:
         pytest.param("Llama", ON_HOST, id="Llama on host", marks=pytest.mark.slow),
         pytest.param("Gemma3Text", KEPT, id="Gemma kept", marks=pytest.mark.slow),
         pytest.param("Gemma3Text", ON_HOST, id="Gemma on host"),
-        pytest.param("Mistral", KEPT, id="Mistral kept"),
+        pytest.param("Mistral", KEPT, id="Mistral kept", marks=pytest.mark.slow),
         pytest.param("Mistral", ON_HOST, id="Mistral on host", marks=pytest.mark.slow),
     ],
 )

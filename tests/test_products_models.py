@@ -41,8 +41,8 @@ def steps(forward, inputs, count=3):
 @pytest.mark.parametrize(
     ("family", "batch", "tokens", "padded"),
     [
-        ("GptOss", 1, 1, False), ("GptOss", 1, 2, False), ("GptOss", 1, 37, False), ("GptOss", 3, 50, True),
-        ("Gemma2", 3, 50, True),
+        ("GptOss", 1, 1, False), ("GptOss", 3, 50, True), ("Gemma2", 3, 50, True),
+        *(pytest.param("GptOss", 1, tokens, False, marks=pytest.mark.slow) for tokens in (2, 37)),
     ],
 )  # fmt: skip
 def test_it_generates_what_eager_mode_generates(family, batch, tokens, padded):

@@ -428,7 +428,7 @@ def wide() -> Wide:
     return Wide().eval()
 
 
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("entropy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> None:
     """Whatever the rows, which are as many as a loop without logits has; and the report says what is measured."""
     sequence = ids(1, 1400, 0, 64)

@@ -226,6 +226,7 @@ def test_a_cell_is_measured_in_a_process_that_then_answers_with_times() -> None:
         assert worker.ask("time")["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_search_in_a_process_stops_where_allocating_raised() -> None:
     spec = {**SPEC, "limit": 4 * MIB, "longest": {"first": 128, "grain": 64, "most": 1 << 12}}
     with Worker("benchmarks.cells", spec, timeout=120) as worker:

@@ -221,6 +221,7 @@ def test_two_threads_run_one_model(compiled: nn.Module) -> None:
         assert in_threads(*(functools.partial(wrong_at_all, compiled, first) for first in range(2))) == [False, False]
 
 
+@pytest.mark.slow
 def test_two_threads_run_two_models_that_share_their_weights_and_one_outlives_the_other(compiled: nn.Module) -> None:
     """By tensors of the same storages; the holders are the same."""
     second = model()
