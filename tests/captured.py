@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
+
+from benchmarks.models import keeping
+from tests.models import ids
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,17 @@ def capture(function: Callable[..., Any], *, dynamic: bool | None = None, **inpu
     torch._dynamo.reset()
     (only,) = captured
     return only
+
+
+def behind_a_past(model: Any, new: int, dynamic: bool) -> Captured:
+    """The call for `new` tokens behind twelve, of two sequences of which the first is padded at the left."""
+    mask = torch.ones(2, 12 + new, dtype=torch.long)
+    mask[0, :3] = 0
+    past = transformers.DynamicCache(config=model.config)
+    (name,) = kept = keeping(past, model)
+    with torch.no_grad():
+        model(input_ids=ids(2, 12), attention_mask=mask[:, :12], **kept)
+    return capture(
+        lambda past, **given: model(**{name: past}, **given).logits,
+        dynamic=dynamic, past=past, input_ids=ids(2, new), attention_mask=mask,
+    )  # fmt: skip

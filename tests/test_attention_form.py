@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
-from benchmarks.models import keeping
 from mom_passes.attention.form import SDPA, attention_form
 from mom_passes.graph.arguments import argument
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.verify import verify
-from tests.captured import Captured, capture
+from tests.captured import Captured, behind_a_past, capture
 from tests.models import ids, tiny
 from tests.tracing import trace
 
@@ -127,16 +125,7 @@ def test_packed_sequences_are_segments(dynamic: bool) -> None:
 @pytest.mark.parametrize("new", [1, 7])
 def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
     """A second turn is causal from where it begins; a decode step sees all keys but padding."""
-    model, mask = tiny("Llama"), torch.ones(2, 12 + new, dtype=torch.long)
-    mask[0, :3] = 0
-    past = transformers.DynamicCache(config=model.config)
-    (name,) = kept = keeping(past, model)
-    with torch.no_grad():
-        model(input_ids=ids(2, 12), attention_mask=mask[:, :12], **kept)
-    captured = capture(
-        lambda past, **given: model(**{name: past}, **given).logits,
-        dynamic=dynamic, past=past, input_ids=ids(2, new), attention_mask=mask,
-    )  # fmt: skip
+    captured = behind_a_past(tiny("Llama"), new, dynamic)
     for node in attentions(rewritten(captured)):
         given, told = facts(node), conditions(node)
         assert given["mask"] is None

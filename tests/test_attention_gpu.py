@@ -1,6 +1,6 @@
-"""`mom::attention` on CUDA against its definition: what is said of keys, by every kernel it may take.
+"""`mom::attention` on CUDA against its definition: conditions of keys, by every kernel that may compute them.
 
-What is of sinks, of caps and of our own kernel has not run on a GPU yet.
+The tests of sinks, of caps and of our own kernel have not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import fx
 
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
-from benchmarks.models import keeping
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.arguments import argument
 from mom_passes.verify import verify
-from tests.captured import capture
+from tests.captured import behind_a_past, capture
 from tests.models import ids, tiny
 from tests.test_attention_form import attentions, conditions, facts
 from tests.tracing import trace
@@ -251,16 +249,7 @@ def test_a_model_with_sinks(tokens: int, dynamic: bool, padded: bool) -> None:
 @pytest.mark.parametrize("new", [1, 7])
 def test_a_model_with_sinks_behind_a_past(new: int, dynamic: bool) -> None:
     """A second turn and a decode step; the layer with a window has the keys of that window alone as its past."""
-    model, mask = tiny("GptOss", sliding_window=5), torch.ones(2, 12 + new, dtype=torch.long)
-    mask[0, :3] = 0
-    past = transformers.DynamicCache(config=model.config)
-    (name,) = kept = keeping(past, model)
-    with torch.no_grad():
-        model(input_ids=ids(2, 12), attention_mask=mask[:, :12], **kept)
-    captured = capture(
-        lambda past, **given: model(**{name: past}, **given).logits,
-        dynamic=dynamic, past=past, input_ids=ids(2, new), attention_mask=mask,
-    )  # fmt: skip
+    captured = behind_a_past(tiny("GptOss", sliding_window=5), new, dynamic)
     gm = attention_form(captured.gm)
     verify(gm)
     window, full = attentions(gm)
