@@ -52,7 +52,7 @@ def model_types() -> list[str]:
     return [*FIRST, *(name for name in NAMES if name not in FIRST)]
 
 
-def twin_of(name: str) -> str | None:
+def find_twin(name: str) -> str | None:
     """The type whose model and configuration this one has under another name, or whose text model it is built as."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -164,7 +164,7 @@ def missing(found: Mapping[str, Any], key: str, options: argparse.Namespace) -> 
 
 def set_apart(name: str, composites: Sequence[str], results: Results, key: str) -> bool:
     """Record a type that is not run: it is another's twin, or the exceptions say so."""
-    twin = None if composites else twin_of(name)
+    twin = None if composites else find_twin(name)
     own = exceptions(composites[0] if composites else name)
     if twin is not None:
         results.add(name, {"same_as": twin, key: 0})

@@ -24,7 +24,16 @@ import transformers
 
 from benchmarks import measure, results_file
 from benchmarks.architectures import COMPILED, write_page
-from benchmarks.architectures_worker import BOUND_FLOAT32, Caller, NoState, Subject, build, difference, in_a_child, said
+from benchmarks.architectures_worker import (
+    BOUND_FLOAT32,
+    Caller,
+    NoState,
+    Subject,
+    build,
+    describe_error,
+    difference,
+    in_a_child,
+)
 from benchmarks.small_configs import SMALL, Scale
 from benchmarks.workers import row, run_worker
 from mom_compile import reports
@@ -79,12 +88,12 @@ def run_one(subject: Subject, tokens: int, uses: Sequence[str]) -> None:
         found |= {"eager_pieces": sum(len(report.eager_pieces) for report in reports())}
         found |= {"fallbacks": sorted({report.fallback for report in reports() if report.fallback})}
     except Exception as error:
-        found = {"error": said(error)}
+        found = {"error": describe_error(error)}
         row({"type": subject.name, **found})
         try:
             compiled_logits(build(subject, SCALE, torch.float32), "inductor", [tokens], uses)
         except Exception as stock:
-            found["stock_error"] = said(stock)
+            found["stock_error"] = describe_error(stock)
     row({"type": subject.name, **found})
 
 

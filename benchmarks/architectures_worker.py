@@ -167,7 +167,7 @@ class Caller:
             self.model.compile(backend=self.backend, options=self.options if self.backend == "mom" else None)
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The innermost error's kind and first line, and where in our own code it was raised, if it was there."""
     while error.__cause__ is not None and type(error).__module__.startswith("torch._dynamo"):
         error = error.__cause__
@@ -242,7 +242,7 @@ def run_uses(subject: Subject) -> None:
     try:
         model = build(subject, SMALL, dtype)
     except Exception as error:
-        row({"type": name, "not_built": said(error)})
+        row({"type": name, "not_built": describe_error(error)})
         return
     parameters = sum(p.numel() for p in model.parameters())
     row({"type": name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "bound": bound})
@@ -255,7 +255,7 @@ def run_uses(subject: Subject) -> None:
             wanted[use] = eager.use(use, expected).clone()
             uses[use] = {}
         except Exception as error:
-            uses[use] = {"eager_error": said(error)}
+            uses[use] = {"eager_error": describe_error(error)}
     if "prefill" in expected:
         row({"type": name, "recurrent": is_recurrent(expected["prefill"])})
     got: dict[str, Any] = {}
@@ -270,7 +270,7 @@ def run_uses(subject: Subject) -> None:
                 actual = ours.use(use, got)
             uses[use] = {"difference": difference(actual, wanted[use]), **found.entry()}
         except Exception as error:
-            uses[use] = {"error": said(error)}
+            uses[use] = {"error": describe_error(error)}
         row({"type": name, "uses": uses})
     wrong = [use for use in wanted if "error" in uses[use] or not uses[use]["difference"] <= bound]
     if wrong:
@@ -290,7 +290,7 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
             actual = stock.use(use, got)
             uses[use]["stock_difference"] = difference(actual, wanted[use])
         except Exception as error:
-            uses[use]["stock_error"] = said(error)
+            uses[use]["stock_error"] = describe_error(error)
 
 
 def run_peaks(name: str, backends: Sequence[str]) -> None:
@@ -316,7 +316,7 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
         call: Callable[[], Any] = lambda: caller(inputs)  # noqa: E731
         return {"peak": measure.peak_bytes(call).peak, "difference": apart, "seconds": round(measure.seconds(call), 2)}
     except Exception as error:
-        return {"error": said(error)}
+        return {"error": describe_error(error)}
 
 
 def run_one(subject: Subject, backends: Sequence[str]) -> None:
@@ -342,7 +342,7 @@ def in_a_child(name: str, work: Callable[[], None], timeout: float) -> str | Non
             work()
             status = 0
         except BaseException as error:
-            row({"type": name, "ended": said(error)})
+            row({"type": name, "ended": describe_error(error)})
         sys.stdout.flush()
         os._exit(status)
     end = time.monotonic() + timeout

@@ -22,7 +22,7 @@ from benchmarks.longest import longest
 from benchmarks.methods import METHODS, Method, Setup
 
 #: How many of the largest logits are told, to compare methods by.
-TOLD = 8
+NOTICES = 8
 Row = dict[str, Any]
 Call = Callable[[], tuple[torch.Tensor, Any]]
 
@@ -81,7 +81,7 @@ def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
         report = measure.peak_bytes(lambda: results.append(call()), setup.device)
         seconds = [time.perf_counter() - began] if once else []
         logits, cache = results.pop()
-        values, found = logits[0, -1].float().topk(TOLD)
+        values, found = logits[0, -1].float().topk(NOTICES)
         row: Row = {
             "first": first, "peak": report.peak, "kept": report.kept, "reserved": report.reserved,
             "logits": values.tolist(), "ids": found.tolist(),

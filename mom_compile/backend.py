@@ -20,7 +20,7 @@ import mom_compile.runtime.attention.register
 import mom_compile.runtime.scored  # noqa: F401  registers its kernel
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.capture import capture
-from mom_compile.compiled import NEEDS_GRADIENTS, PIECES, TOLD, CompiledGraph, Told, forget_compiled, keep
+from mom_compile.compiled import NEEDS_GRADIENTS, NOTICES, PIECES, CompiledGraph, Notice, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
@@ -71,11 +71,11 @@ def mom(
         start_the_compiler()
     inner = functools.partial(compile_graph, options=parsed)
     tag = cache_tag(parsed, devices_of(example_inputs))
-    before = TOLD[-1:]
+    before = NOTICES[-1:]
     with compiling(f"a graph of {_operators(gm)} operators, once for each kind of call", parsed.progress) as shown:
         compiled = capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
-        if shown is not None and TOLD[-1:] != before:
-            shown.result = TOLD[-1].report.headline
+        if shown is not None and NOTICES[-1:] != before:
+            shown.result = NOTICES[-1].report.headline
     expect_garbage()
     return compiled
 
@@ -95,7 +95,7 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 def reports() -> list[Report]:
     """What was done to each graph compiled so far in this process, oldest first."""
-    return [told.report for told in list(TOLD)]  # a copy: another thread may be compiling
+    return [notice.report for notice in list(NOTICES)]  # a copy: another thread may be compiling
 
 
 def compile_graph(
@@ -112,8 +112,8 @@ def compile_graph(
         inline_nested_regions(gm)
     report = Report(nodes=len(gm.graph.nodes))
     report.fallback = not_ours = why_stock(gm, options, kwargs)
-    told = Told(report, options, not_ours, any(map(_attends, gm.graph.nodes)), compute_device(gm))
-    keep(told)
+    notice = Notice(report, options, not_ours, any(map(_attends, gm.graph.nodes)), compute_device(gm))
+    keep(notice)
     program = None
     if not_ours is None:
         try:
@@ -132,12 +132,12 @@ def compile_graph(
             report.failed = True
             report.fallback = f"{type(error).__name__}: {error}"
             log.debug("our passes failed", exc_info=True)
-    told.warn()
+    notice.warn()
     if program is not None:
-        return CompiledGraph(program, told)
+        return CompiledGraph(program, notice)
     if options.scope == "none" or not kwargs.get("is_inference"):
-        return CompiledGraph(stock(gm, example_inputs, **kwargs), told)
-    return CompiledGraph(stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs)), told)
+        return CompiledGraph(stock(gm, example_inputs, **kwargs), notice)
+    return CompiledGraph(stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs)), notice)
 
 
 def _attends(node: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """A graph compiled by us: what runs, the report on it, and how both are stored for another process.
 
-    compiled here          passes and lowering made the program, or stock Inductor the code
-    read from the cache    the program is linked with this process's pieces, which Inductor's cache has, and with what
-                           the device has free now; its report says what the process said that compiled it
+compiled here          passes and lowering made the program, or stock Inductor the code
+read from the cache    the program is linked with this process's pieces, which Inductor's cache has, and with what
+                       the device has free now; its report says what the process said that compiled it
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PIECES = PieceCache()
 
 
 @dataclass(frozen=True)
-class Told:
+class Notice:
     """What there is to say of a graph: `not_ours` is why it was none for us, `attends` whether it has attentions,
     `device` where it computes."""
 
@@ -85,22 +85,23 @@ class Told:
 
 
 #: Of the graphs compiled in this process, oldest first; at most `MOST_TOLD` are kept.
-TOLD: list[Told] = []
+NOTICES: list[Notice] = []
 MOST_TOLD = 256
 
 
-def keep(told: Told) -> None:
-    """Add a graph's report to `TOLD` while Dynamo compiles the graph."""
-    told.report.graphs = graphs = graph_count()
+def keep(notice: Notice) -> None:
+    """Add a graph's report to `NOTICES` while Dynamo compiles the graph."""
+    notice.report.graphs = graphs = graph_count()
     if graphs is not None and graphs.number == graphs.most > 1:
         warn_of_last_graph(graphs.code, graphs.limit, graphs.most)
-    TOLD.append(told)
-    del TOLD[:-MOST_TOLD]
+    NOTICES.append(notice)
+    del NOTICES[:-MOST_TOLD]
 
 
 def _note_limit(count: GraphCount) -> None:
     """Record that Dynamo makes no more graphs of a code object. Reports of its graphs say so, and a warning."""
-    ours = [told.report for told in list(TOLD) if told.report.graphs and told.report.graphs.code == count.code]
+    reports = [notice.report for notice in list(NOTICES)]
+    ours = [report for report in reports if report.graphs and report.graphs.code == count.code]
     for report in ours:
         report.limit_hit = True
     if ours:
@@ -115,7 +116,7 @@ class _Stored:
     """`code` is a program, or what stands for stock Inductor's code."""
 
     code: Any
-    told: Told
+    notice: Notice
 
 
 class CompiledGraph(Storable):
@@ -124,15 +125,15 @@ class CompiledGraph(Storable):
     It is stored at once, if at all, and holds no report: this has the whole graph, with all values and symbols.
     """
 
-    def __init__(self, run: Callable[[list[Any]], Any], told: Told) -> None:
+    def __init__(self, run: Callable[[list[Any]], Any], notice: Notice) -> None:
         super().__init__()
-        self._begin(run, told)
+        self._begin(run, notice)
 
-    def _begin(self, run: Callable[[list[Any]], Any], told: Told) -> None:
+    def _begin(self, run: Callable[[list[Any]], Any], notice: Notice) -> None:
         self.run = run
-        self.told = weakref.ref(told)
+        self.notice = weakref.ref(notice)
         #: Without it, Dynamo captures a graph for the first step behind a prompt, and another for all others.
-        self.growing = told.report.growing if sizes_become_dynamic() else ()
+        self.growing = notice.report.growing if sizes_become_dynamic() else ()
 
     def __call__(self, inputs: Any) -> Any:
         outputs = self.run(inputs)
@@ -142,35 +143,35 @@ class CompiledGraph(Storable):
 
     def stored(self) -> bytes:
         """What failed is not kept: it may have been this process's own trouble."""
-        told = self.told()
-        if told is None:
+        notice = self.notice()
+        if notice is None:
             raise NotStorable("its report is gone")
-        if told.report.failed or told.report.eager_pieces:
+        if notice.report.failed or notice.report.eager_pieces:
             raise NotStorable("something of ours failed")
         # A copy, without what a program keeps once it has run.
         code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
-        return dumps(_Stored(code, replace(told, report=told.report.to_store())))
+        return dumps(_Stored(code, replace(notice, report=notice.report.to_store())))
 
     def load(self, data: bytes, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
         found: _Stored = loads(data)
-        told, report = found.told, found.told.report
+        notice, report = found.notice, found.notice.report
         asked = report.for_long
-        if asked is not None and asked.fits != _asked_now(asked, told).fits:
+        if asked is not None and asked.fits != _with_current_budget(asked, notice).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
-            run = _linked(found.code, told.options, report, told.device)
-            if report.eager_pieces and told.options.strict:
+            run = _linked(found.code, notice.options, report, notice.device)
+            if report.eager_pieces and notice.options.strict:
                 raise NotStorable("Inductor cannot compile a piece of it any more")
         else:
             run = loaded_stock(found.code, example_inputs, settings)
-        self._begin(run, told)
-        keep(told)
-        told.warn()
+        self._begin(run, notice)
+        keep(notice)
+        notice.warn()
 
 
-def _asked_now(asked: ForLong, told: Told) -> ForLong:
+def _with_current_budget(asked: ForLong, notice: Notice) -> ForLong:
     """The same of this process's device."""
-    return replace(asked, budget=budget_of(told.options, told.device, asked.weights))
+    return replace(asked, budget=budget_of(notice.options, notice.device, asked.weights))
 
 
 def _linked(program: Program, options: Options, report: Report, device: torch.device) -> Program:
@@ -211,4 +212,4 @@ def _linked(program: Program, options: Options, report: Report, device: torch.de
 def forget_compiled() -> None:
     """Forget pieces and reports."""
     PIECES.clear()
-    TOLD.clear()
+    NOTICES.clear()

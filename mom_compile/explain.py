@@ -1,9 +1,9 @@
 """`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
 
-    one graph       traced, rewritten, and then the call is given up: nothing of it has run
-    several         the call goes on from break to break on stand-ins, which have no data
-    a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
-                    on the meta device, where that cannot be, it ends there and says so, too
+one graph       traced, rewritten, and then the call is given up: nothing of it has run
+several         the call goes on from break to break on stand-ins, which have no data
+a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
+                on the meta device, where that cannot be, it ends there and says so, too
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def explain(
     if not callable(model):
         return _explain_config(model, args, options, named)
     model = unwrapped(model)
-    chosen, kwargs = _told_apart(model, options, named)
+    chosen, kwargs = _split_options(model, options, named)
     return _explain_call(_Call(model, *_by_name(model, args, kwargs)), parse_options(chosen))
 
 
@@ -172,7 +172,7 @@ def _explain_call(call: _Call, options: Options) -> Explanation:
             return found if broken is None else _as_far_as_it_goes(call, options, broken)
 
 
-def _told_apart(
+def _split_options(
     model: Callable[..., Any], options: Mapping[str, Any] | None, named: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate the options of the backend from the arguments of the model."""

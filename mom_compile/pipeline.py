@@ -20,14 +20,15 @@ from mom_passes.attention.reads import source_of
 from mom_passes.graph.claimed_layouts import real_layouts
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.known_symbols import without_known_symbols
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import hold_results
 from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, tensors_of, value_of
-from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.graph.whole_slices import drop_whole_slices_of
 from mom_passes.graph.without_empty_parts import without_empty_parts
 from mom_passes.graph.writes import read_behind_a_write
-from mom_passes.host.as_they_lie import as_they_lie
 from mom_passes.host.chosen import only_what_is_used
+from mom_passes.host.drop_layout_copies import drop_layout_copies
 from mom_passes.host.kv_extended import extend_in_place, lay_out_for_growth
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues, find_kv
@@ -112,19 +113,19 @@ def flex_attention_as_one(state: State) -> str:
     return f"{outline_flex(state.gm)} calls"
 
 
-def weights_as_they_lie(state: State) -> str:
+def move_fetches_to_whole_weights(state: State) -> str:
     """Weights on the host are fetched once each, as they lie there, and seen otherwise on the device."""
     return f"{whole_weights(state.gm)} weights on the host"
 
 
-def layouts_as_they_are(state: State) -> str:
+def hold_real_layouts(state: State) -> str:
     """Strides of views are those of what they are views of: what is compiled for them relies on it."""
     return f"{real_layouts(state.gm)} values claimed others"
 
 
-def slices_of_everything(state: State) -> str:
+def drop_whole_slices(state: State) -> str:
     """A slice that keeps everything is what it is cut from: a window's cache, as long as the prompt is shorter."""
-    return f"{without_whole_slices(state.gm)} slices"
+    return f"{drop_whole_slices_of(state.gm)} slices"
 
 
 def empty_parts_left_out(state: State) -> str:
@@ -164,10 +165,10 @@ def _is_doubtful(target: Any) -> bool:
     return is_called(target) and target.namespace != "mom" and not has_own_rule(target)
 
 
-def keys_and_values_as_they_lie(state: State) -> str:
+def lay_out_keys_and_values(state: State) -> str:
     """Keys and values are laid out token by token, as products write them, and not head by head as in eager mode: so
     they leave for the host, and so they grow in place on the device."""
-    less = as_they_lie(state.gm)
+    less = drop_layout_copies(state.gm)
     laid_out = 0 if state.kv_on_host else lay_out_for_growth(state.gm, state.static_inputs)
     return f"{less} copies less, {laid_out} laid out to grow"
 
@@ -192,7 +193,7 @@ def find_tokens(state: State) -> str:
         raise NotWorthwhile("decode step: one token, nothing to cut")
     if dims is None:
         raise NotWorthwhile(_why_no_tokens(state.gm))
-    before = dims.seed.meta["val"].shape[: dims.seed_dim.index]
+    before = value_of(dims.seed).shape[: dims.seed_dim.index]
     # Behind a front the channels may stand before the tokens: `[B, C, S]`.
     state.sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
     if isinstance(dims.length, int) and state.limit.fits(dims.length, state.sequences):
@@ -222,7 +223,7 @@ def _scores_tokens(state: State, in_loops: Collection[fx.Node]) -> bool:
     embeddings = [node for node in state.gm.graph.nodes if node.target is EMBEDDING]
     # Of tokens, that is of ids that are given: positions are counted in the graph.
     given = [node for node in embeddings if source_of(node.args[1]).op == "placeholder"]
-    vocabularies = {hint(node.args[0].meta["val"].shape[0]) for node in given}
+    vocabularies = {hint(value_of(node.args[0]).shape[0]) for node in given}
     cached = state.kv.found or state.kv.left_out
     made = (hint(value.shape[-1]) for node in in_loops for value in tensors_of(node))
     return not cached and (any(node.target is SCORED for node in in_loops) or not vocabularies.isdisjoint(made))
@@ -240,7 +241,7 @@ def _is_decode_step(gm: fx.GraphModule) -> bool:
     values: dict[object, list[torch.Tensor]] = {MOM_ATTENTION: [], EMBEDDING: []}
     for node in gm.graph.nodes:
         if node.target in values:
-            values[node.target].append(node.args[node.target is EMBEDDING].meta["val"])
+            values[node.target].append(meta_value(node.args[node.target is EMBEDDING]))
     values[MOM_ATTENTION] += [value_of(operands(node)[0]) for node in flex_attentions(gm)]
     tokens = [query.shape[2] for query in values[MOM_ATTENTION]]
     tokens = tokens or [indices.shape[-1] for indices in values[EMBEDDING] if indices.dim()]
@@ -387,15 +388,15 @@ def residual_in_place(state: State) -> str:
 #: What makes loops, and what then works on the graph with loops or, where they are not worthwhile, without.
 TO_LOOPS: tuple[Step, ...] = (
     flex_attention_as_one,
-    weights_as_they_lie,
-    layouts_as_they_are,
-    slices_of_everything,
+    move_fetches_to_whole_weights,
+    hold_real_layouts,
+    drop_whole_slices,
     empty_parts_left_out,
     canonical_attention,
     experts_as_regions,
     scores_as_one,
     results_as_claimed,
-    keys_and_values_as_they_lie,
+    lay_out_keys_and_values,
     find_keys_and_values,
     find_tokens,
     rows_on_demand,

@@ -64,6 +64,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.torch_compat import is_wrapper
 
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
@@ -705,7 +706,7 @@ class SymbolicSizes:
         for node in gm.graph.nodes:
             if "eager_input_vals" in node.meta:
                 # As captured they are in the symbols of the user's graph; Inductor takes strides from them.
-                node.meta["eager_input_vals"] = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+                node.meta["eager_input_vals"] = fx.map_arg((node.args, node.kwargs), lambda arg: meta_value(arg))
 
     def assumptions(self) -> list[sympy.Basic]:
         """Conditions on the symbols that tracing or compiling has relied on so far (guards, specialisations)."""

@@ -190,9 +190,9 @@ def test_a_model_with_a_picture_is_right_when_compiled() -> None:
 
 
 def test_names_of_the_same_model_are_run_once() -> None:
-    assert architectures.twin_of("gpt-sw3") == "gpt2"
-    assert architectures.twin_of("llama4") == "llama4_text"
-    assert architectures.twin_of("llama") is None
+    assert architectures.find_twin("gpt-sw3") == "gpt2"
+    assert architectures.find_twin("llama4") == "llama4_text"
+    assert architectures.find_twin("llama") is None
 
 
 def test_results_are_kept_type_by_type(tmp_path) -> None:

@@ -74,7 +74,7 @@ def test_a_pass_and_its_test(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ran(recipe, "passes/mom_passes/graph/undone_permutes.py")
     ran(recipe, "tests/test_undone_permutes.py")["test_a_value_that_is_permuted_back_is_itself"]()
     step = ran(recipe, "mom_compile/pipeline.py")["permutes_undone"]
-    at = pipeline.TO_LOOPS.index(pipeline.slices_of_everything) + 1
+    at = pipeline.TO_LOOPS.index(pipeline.drop_whole_slices) + 1
     monkeypatch.setattr(pipeline, "TO_LOOPS", (*pipeline.TO_LOOPS[:at], step, *pipeline.TO_LOOPS[at:]))
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError, ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.errands import Errands
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import HostRegion
 from mom_compile.runtime.host.store import HostStore
+from mom_compile.runtime.host.task_queue import TaskQueue
 from mom_compile.runtime.host.weight_bytes import bytes_under
 from tests.forks import in_a_fork
 
@@ -279,14 +279,14 @@ def asking_all_the_time(ask):
 
 def test_a_fork_while_another_thread_asks_has_a_thread_of_its_own():
     """Whatever that thread holds at that moment. Without PyTorch: it makes no promise of a fork while it computes."""
-    errands = Errands("asked")
+    tasks = TaskQueue("asked")
 
     def child():
-        errand = errands.put(lambda: None)
-        errand.wait()
-        return errand.ran and errand.error is None
+        task = tasks.put(lambda: None)
+        task.wait()
+        return task.ran and task.error is None
 
-    with asking_all_the_time(lambda: errands.put(lambda: None)):
+    with asking_all_the_time(lambda: tasks.put(lambda: None)):
         assert all(in_a_fork(child) for _ in range(10))
 
 

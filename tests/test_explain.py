@@ -121,7 +121,7 @@ def gemma(layers):
     return small_model("Gemma3Text", num_hidden_layers=layers)
 
 
-def loops_told(text):
+def loop_lines(text):
     """How many loops the lines of alike ones add up to."""
     return sum(int(count) for count in re.findall(r"^ +(\d+) x +(?:no )?attention", text, re.MULTILINE))
 
@@ -130,7 +130,7 @@ def test_eighteen_layers_are_told_in_a_few_lines_alike_ones_with_how_many_there_
     found = mom_compile.explain(gemma(18), **prompt(1, 90), logits_to_keep=1, options={"mini_seq_len": 16})
     text = str(found)
     assert len(text.splitlines()) <= 25
-    assert loops_told(text) == len(found[0].stages) >= 18
+    assert loop_lines(text) == len(found[0].stages) >= 18
     # Before transformers 5.23 one of them leaves more than the others: the positions' cosines and sines.
     assert re.search(r"1[12] x +attention to a window of 16 tokens: .*stage_1", text)
     assert re.search(r"5 x +attention to all tokens: ", text)

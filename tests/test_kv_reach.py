@@ -20,7 +20,7 @@ from mom_compile import HostTensor, MomWarning
 from mom_compile.runtime.host.tensor import on_host
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.edit import copy_graph
-from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.graph.whole_slices import drop_whole_slices_of
 from mom_passes.host.kv_offload import kv_offload
 from mom_passes.host.kv_values import STATIC, UNREAD, KVValues, find_kv
 from mom_passes.ops.transfers import FETCH_START
@@ -123,7 +123,7 @@ def _is(output: Any, tensor: torch.Tensor) -> bool:
 
 def found_in(captured: Captured) -> KVValues:
     gm = copy_graph(captured.gm)
-    without_whole_slices(gm)
+    drop_whole_slices_of(gm)
     return find_kv(attention_form(gm))
 
 

@@ -21,7 +21,7 @@ from benchmarks import measure
 from mom_compile.runtime import scored as runtime
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.values import tensors_of
-from mom_passes.graph.whole_slices import without_whole_slices
+from mom_passes.graph.whole_slices import drop_whole_slices_of
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.ops.scored import GREEDY, LIKELY, SCORED, TOTAL, WEIGHTED, ScoredCall, scored_reference
 from mom_passes.tokens.scored import outline_scores
@@ -243,7 +243,7 @@ def outlined(asking: Asking, batch: int, tokens: int, dynamic: bool) -> tuple[fx
     dtype = torch.bfloat16 if asking.half else torch.float64
     gm = trace(function_of(asking), *inputs(batch, tokens, dtype), dynamic=dynamic)
     changed = copy_graph(gm)
-    without_whole_slices(changed)  # as the pipeline does before
+    drop_whole_slices_of(changed)  # as the pipeline does before
     assert outline_scores(changed, 0) == {}
     changed.graph.lint()
     changed.recompile()
@@ -260,9 +260,7 @@ def askings() -> st.SearchStrategy[Asking]:
 @random_examples(
     30, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
-def test_what_is_asked_of_logits_is_the_same(
-    asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool
-) -> None:
+def test_what_is_asked_of_logits_is_the_same(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """As one operator, and in loops with blocks that do not divide the vocabulary; and no logits are left."""
     gm, changed = outlined(asking, batch, tokens, dynamic)
     columns = gm.graph.find_nodes(op="placeholder")[2].meta["val"].shape[0]
@@ -385,9 +383,7 @@ HEADS = {
 def test_a_loss_of_labels_is_the_models(family: str, eager_pieces: None, stock_is_eager: None) -> None:
     """Mean, sum and its own number of tokens; with labels of -100, and where all are. One length, and then any."""
     model = small_model(family, **HEADS[family])
-    compiled = torch.compile(
-        lambda **named: model(**named, use_cache=False).loss, backend="mom", options=OPTIONS
-    )
+    compiled = torch.compile(lambda **named: model(**named, use_cache=False).loss, backend="mom", options=OPTIONS)
     for tokens in (40, 57, 70):
         x = ids(2, tokens, tokens, SMALL.vocabulary)
         labels = x.clone()

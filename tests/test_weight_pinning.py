@@ -19,7 +19,7 @@ from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.seams import between_seams
 from mom_compile.runtime.host.weight import HostWeight, host_weight
-from mom_compile.runtime.host.weight_bytes import PAGE, bytes_under, map_file, pin_where_they_lie
+from mom_compile.runtime.host.weight_bytes import PAGE, bytes_under, map_file, pin_in_place
 from mom_compile.weights import offload
 from tests.forks import in_a_fork
 
@@ -86,7 +86,7 @@ def weights(*sizes: int) -> list[torch.Tensor]:
 def hosted(tensors: list[torch.Tensor], pin: Pin) -> list[HostWeight]:
     """Pinned, then made weights, as `offload_weights` does."""
     own = [tensor[:] for tensor in tensors]
-    pin_where_they_lie(own, pin)
+    pin_in_place(own, pin)
     return [host_weight(tensor, CPU) for tensor in own]
 
 
@@ -276,13 +276,13 @@ def test_what_is_refused_half_way_leaves_what_is_pinned_and_copies_right(driver:
     driver.room = 2 * PIECE
     big, other = weights(3 * PIECE, 4 * PAGE)
     with pytest.raises(HostMemoryError, match=f"{PIECE} bytes of host memory cannot be pinned"):
-        pin_where_they_lie([big, other], driver)
+        pin_in_place([big, other], driver)
     assert sum(driver.ranges.values()) == 2 * PIECE
     held = [host_weight(tensor, CPU) for tensor in (big, other)]
     assert pieces(held[0]) == [PIECE, PIECE, PIECE]  # the last is pageable: its own copy
     assert pieces(held[1]) == [4 * PAGE]
     driver.room = 1 << 40
-    pin_where_they_lie([big, other], driver)  # another model's: the rest is tried again
+    pin_in_place([big, other], driver)  # another model's: the rest is tried again
     check(driver, *held)
 
 

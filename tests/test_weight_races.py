@@ -150,10 +150,10 @@ def test_random_delays_in_both_queues_change_nothing(compiled: nn.Module, runs: 
 
 # --- what would go wrong ---
 
-TOLD = [Story(random.Random(i).randint(17, 60), (1,), i) for i in range(8)]
+NOTICES = [Story(random.Random(i).randint(17, 60), (1,), i) for i in range(8)]
 
 
-def goes_wrong(made: nn.Module, told: Sequence[Story] = TOLD) -> bool:
+def goes_wrong(made: nn.Module, told: Sequence[Story] = NOTICES) -> bool:
     with delayed(Delays(1, scale=5)):
         return any(differs(made, story) for story in told)
 
@@ -187,7 +187,7 @@ def test_a_slot_that_is_taken_one_layer_too_early_goes_wrong(monkeypatch: pytest
 
     monkeypatch.setattr(slots, "_last_reader", too_early)
     made = compiled_model(kv_offload=False)
-    assert goes_wrong(made, [Story(story.prompt, (), story.seed) for story in TOLD])
+    assert goes_wrong(made, [Story(story.prompt, (), story.seed) for story in NOTICES])
     assert len(taken) >= 7 * LAYERS
 
 
@@ -212,11 +212,11 @@ def in_threads(*work: functools.partial[bool]) -> list[bool]:
 
 
 def wrong_at_all(made: nn.Module, first: int) -> bool:
-    return any(differs(made, story) for story in TOLD[first::2])
+    return any(differs(made, story) for story in NOTICES[first::2])
 
 
 def test_two_threads_run_one_model(compiled: nn.Module) -> None:
-    assert not differs(compiled, TOLD[0])
+    assert not differs(compiled, NOTICES[0])
     with delayed(Delays(2)):
         assert in_threads(*(functools.partial(wrong_at_all, compiled, first) for first in range(2))) == [False, False]
 
@@ -232,13 +232,13 @@ def test_two_threads_run_two_models_that_share_their_weights_and_one_outlives_th
     assert leases[0] == leases[1]
     leases.clear()
     compile_it(second)
-    assert not differs(second, TOLD[0])
+    assert not differs(second, NOTICES[0])
     with delayed(Delays(3)):
         work = [functools.partial(wrong_at_all, made, first) for first, made in enumerate((compiled, second))]
         assert in_threads(*work) == [False, False]
     del second, work, own, shared
     gc.collect()
-    assert not differs(compiled, TOLD[1])
+    assert not differs(compiled, NOTICES[1])
 
 
 def test_slots_take_turns_in_what_was_told(compiled: nn.Module) -> None:

@@ -46,6 +46,7 @@ from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import base_of, is_mutation
 from mom_passes.graph.edit import add_input, attribute
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
@@ -142,7 +143,7 @@ class Lowering:
             for node in step.ins
         ]
         values = dict.fromkeys(literals.facts, literals.length)
-        orders = tuple(order_if_dense(node.meta["val"]) for node in step.outs)
+        orders = tuple(order_if_dense(meta_value(node)) for node in step.outs)
         piece, extra, left = self._compile(graph, templates, step.name, values, literals.facts, literals, orders=orders)
         return piece, [*extra, *itertools.compress(step.ins, left)]
 
@@ -189,9 +190,9 @@ class Lowering:
         It is computed once here, at the captured sizes: what cannot be computed must not fail in the running program.
         """
         nodes = [n if isinstance(n, fx.Node) else None for n in extra]
-        symbols = [expr(n.meta["val"]) if n is not None else LENGTH for n in nodes]
+        symbols = [expr(meta_value(n)) if n is not None else LENGTH for n in nodes]
         compute = function_of(size, symbols)
-        found = compute([hint(n.meta["val"]) if n is not None else extra[i] for i, n in enumerate(nodes)])
+        found = compute([hint(meta_value(n)) if n is not None else extra[i] for i, n in enumerate(nodes)])
         if found != int(found):
             raise PassError(f"the size {size} is {found} where the captured sizes are")
         return compute
@@ -237,7 +238,7 @@ class Lowering:
                 self.cache.finish(self.pieces[step.name], self.report, step.name)
 
     def template(self, node: fx.Node) -> Template:
-        value = node.meta["val"]
+        value = meta_value(node)
         if isinstance(value, torch.Tensor):
             shape = tuple(self.symbols.check(expr(s)) for s in value.shape)
             stride = self.strides(node)
@@ -245,7 +246,7 @@ class Lowering:
         return SizeTemplate(self.symbols.check(expr(value)))
 
     def strides(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
-        value = node.meta["val"]
+        value = meta_value(node)
         if node in self.layouts:
             return dense_strides(value.shape, self.layouts[node].type.dense)
         return tuple(self.symbols.check(expr(s)) for s in value.stride())

@@ -27,9 +27,10 @@ from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template
 from mom_passes.errors import PassError
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import add_input
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import fixed_sizes
-from mom_passes.graph.values import is_tensor
+from mom_passes.graph.values import is_tensor, value_of
 from mom_passes.loops.loop import loops
 from mom_passes.loops.ports import COUNT, START
 from mom_passes.torch_compat import schema_of, takes_sizes
@@ -56,7 +57,7 @@ class Literals:
         pasts = {} if any(True for _ in loops(gm)) else _pasts(gm, static)
         lengths = list(pasts.values()) or [loop.length for _, loop in loops(gm) if isinstance(loop.length, int)]
         length = max(lengths, default=0)
-        taken = fixed_sizes(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
+        taken = fixed_sizes(meta_value(n) for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
         if length < 8 or taken & {length - 1, length, length + 1}:
             return NO_LITERALS
         longest = [past for past in pasts if pasts[past] == length]
@@ -84,8 +85,8 @@ def _pasts(gm: fx.GraphModule, static: Collection[str]) -> dict[tuple[fx.Node, i
     for node in gm.graph.nodes:
         if node.target is aten.cat.default and is_tensor(node):
             first = argument(node, "tensors")[0]
-            dim = axis(argument(node, "dim"), node.meta["val"].dim())
-            size = first.meta["val"].shape[dim]
+            dim = axis(argument(node, "dim"), value_of(node).dim())
+            size = value_of(first).shape[dim]
             if first.op == "placeholder" and first.name not in static and isinstance(size, int):
                 found[first, dim] = size
     return found

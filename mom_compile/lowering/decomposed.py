@@ -16,6 +16,7 @@ from torch import fx
 
 from mom_compile.torch_compat import FakeTensorMode, decomposition, is_only_decomposed
 from mom_passes.graph.edit import attribute
+from mom_passes.graph.meta import meta_value
 
 
 def decompose(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
@@ -49,7 +50,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    traced = decomposition(call, [value.meta["val"] for value in given], mode)
+    traced = decomposition(call, [meta_value(value) for value in given], mode)
     traced.graph.eliminate_dead_code()
     inputs = iter(given)
     env: dict[fx.Node, Any] = {}
@@ -81,7 +82,7 @@ def _put_in_place(node: fx.Node, result: Any) -> None:
     if isinstance(result, fx.Node):
         # Readers outside the piece rely on the strides that the call was captured with.
         if result not in node.all_input_nodes:
-            result.meta["val"] = node.meta["val"]
+            result.meta["val"] = meta_value(node)
         node.replace_all_uses_with(result)
     else:
         for user in list(node.users):

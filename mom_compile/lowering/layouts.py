@@ -19,6 +19,7 @@ from torch import fx
 from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template, TensorTemplate
 from mom_compile.torch_compat import least_value
 from mom_passes.errors import PassError
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, hint, product
 from mom_passes.loops.ports import COUNT, START, CarryIn, In, RowsIn, SizeIn, Stored
 from mom_passes.rules import Dim
@@ -33,7 +34,7 @@ class Symbols:
         self.sources: dict[sympy.Symbol, fx.Node] = {}
         self.facts: dict[sympy.Symbol, SymbolFacts] = {}
         for node in gm.graph.nodes:
-            value = node.meta.get("val")
+            value = meta_value(node)
             if node.op == "placeholder" and isinstance(value, torch.SymInt) and expr(value).is_Symbol:
                 self.sources[expr(value)] = node
                 self.facts[expr(value)] = SymbolFacts(hint(value), least_value(value))
@@ -121,7 +122,7 @@ class LoopLayout:
 def of_any_length(source: TemplateSource, node: fx.Node, size_of: Callable[[int, int], Any]) -> Template:
     """The template of a value, with what `size_of(number, dimension)` says in place of sizes that are numbers, and the
     strides with them where it is dense. Parameters and what is not dense stay as they are."""
-    template, value = source.template(node), node.meta["val"]
+    template, value = source.template(node), meta_value(node)
     if isinstance(template, SizeTemplate) or node.name in source.static_inputs:
         return template
     shape = tuple(expr(size_of(n, i) if isinstance(n, int) else n) for i, n in enumerate(value.shape))

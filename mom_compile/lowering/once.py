@@ -24,6 +24,7 @@ from torch import fx
 
 from mom_compile.torch_compat import mark_stored
 from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def store_once(graph: fx.Graph) -> list[fx.Node]:
 
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether every element is computed from one of each operand; views count."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+    if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target in CASTS or seen_from(node) is not None
@@ -74,5 +75,5 @@ def _made(node: fx.Node) -> fx.Node:
 
 
 def _elements(node: fx.Node) -> int:
-    value = node.meta.get("val")
+    value = meta_value(node)
     return count_hint(value.shape) if isinstance(value, torch.Tensor) else 0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from mom_passes.graph.edit import emit
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in
 from mom_passes.ops.rows import COPY_ROWS
 
@@ -30,7 +31,7 @@ def lay_out_results(gm: fx.GraphModule, orders: Sequence[Sequence[int] | None]) 
     returned = list(output.args[0])  # type: ignore[arg-type]
     for number, order in enumerate(orders):
         result = returned[number]
-        if order is not None and not is_dense_in(result.meta["val"], order):
+        if order is not None and not is_dense_in(meta_value(result), order):
             with graph.inserting_before(output):
                 returned[number] = emit(graph, COPY_ROWS, (result, list(order)))
     if returned != list(output.args[0]):  # type: ignore[arg-type]

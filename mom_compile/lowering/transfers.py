@@ -11,6 +11,7 @@ from mom_compile.memory.choice import Stays
 from mom_compile.memory.place import KVPlace
 from mom_compile.runtime.extend import Extend
 from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
@@ -61,5 +62,5 @@ def _later_alike(node: fx.Node) -> int:
 
 
 def _type(node: fx.Node) -> tuple[object, ...]:
-    value = node.meta["val"]
+    value = meta_value(node)
     return value.dtype, tuple(expr(size) for size in value.shape)

@@ -28,6 +28,7 @@ from mom_compile.runtime.attention.cudnn import BLOCK, ROWS
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
 from mom_compile.runtime.attention.ways import HALF
 from mom_passes.graph.arguments import argument
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr, product
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START
@@ -98,4 +99,4 @@ def _bytes_of_parts(query: Any, value: Any) -> sympy.Expr:
 
 def _type(operand: Any) -> Any:
     """Shape and dtype of an operand, in a graph or in a body."""
-    return operand.meta.get("type", operand.meta.get("val")) if isinstance(operand, fx.Node) else None
+    return operand.meta.get("type", meta_value(operand)) if isinstance(operand, fx.Node) else None

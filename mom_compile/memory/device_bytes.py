@@ -10,6 +10,7 @@ from torch import fx
 
 from mom_compile.config import Options
 from mom_passes.graph.aliasing import views_of
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, expr, product
 from mom_passes.ops.transfers import ARRIVING
 
@@ -38,13 +39,13 @@ def budget_of(options: Options, device: torch.device, weights: int) -> int:
 
 def static_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.device) -> int:
     """Parameters and buffers on the device."""
-    values = [node.meta["val"] for node in _on(device, gm) if node.name in static]
+    values = [meta_value(node) for node in _on(device, gm) if node.name in static]
     return sum(count_hint(value.shape) * value.element_size() for value in values)
 
 
 def input_bytes(gm: fx.GraphModule, static: Collection[str], device: torch.device) -> dict[fx.Node, sympy.Expr]:
     """Bytes of each other input on the device, in the sizes of the graph."""
-    values = {node: node.meta["val"] for node in _on(device, gm) if node.name not in static}
+    values = {node: meta_value(node) for node in _on(device, gm) if node.name not in static}
     return {node: expr(product(value.shape)) * value.element_size() for node, value in values.items()}
 
 
@@ -52,7 +53,7 @@ def _on(device: torch.device, gm: fx.GraphModule) -> Iterator[fx.Node]:
     """Inputs on the device. What is read by transfers alone, in whatever view, is on the host, though a CPU's is that,
     too."""
     for node in gm.graph.nodes:
-        value = node.meta.get("val")
+        value = meta_value(node)
         is_there = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.device == device
         if is_there and not _is_on_host(node):
             yield node

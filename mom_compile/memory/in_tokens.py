@@ -18,6 +18,7 @@ from dataclasses import replace
 import sympy
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import fixed_sizes, same
 from mom_passes.graph.values import tensors_of
 from mom_passes.program.memory import Memory, Moment
@@ -32,7 +33,7 @@ def captured_tokens(memory: Memory, gm: fx.GraphModule, static: Collection[str])
     if not lengths or memory.hints or not all(isinstance(length, int) for length in lengths):
         return None
     tokens = max(memory.number(length) for length in lengths)
-    parameters = (n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
+    parameters = (meta_value(n) for n in gm.graph.nodes if n.op == "placeholder" and n.name in static)
     return None if tokens in fixed_sizes(parameters) else tokens
 
 

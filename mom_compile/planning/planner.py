@@ -44,7 +44,7 @@ class Planner:
     ) -> None:
         self.subject, self.weights, self.batch = subject, weights, batch
         self.options, self.say = options, say
-        self._told: set[str] = set()
+        self._raise_copy_error: set[str] = set()
         self.models = [subject.build(count) for count in subject.counts]
         self.captured: list[tuple[Prefill, ...]] = []
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
@@ -156,8 +156,8 @@ class Planner:
 
     def _tell(self, text: str) -> None:
         """Each thing once."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._raise_copy_error:
+            self._raise_copy_error.add(text)
             self.say(text)
 
     def cache(self, seq_len: int) -> int:
@@ -206,9 +206,7 @@ class Planner:
         fetched = self.cache_on_host(way, seq_len) * (layers - resident_layers) // layers
         if self.weights_on_host(way):
             fetched += weights.leaving.read(self.batch)
-        return Step(
-            weights.each.work(self.batch), weights.each.read(self.batch) + cache, fetched, layers, self.batch
-        )
+        return Step(weights.each.work(self.batch), weights.each.read(self.batch) + cache, fetched, layers, self.batch)
 
 
 def _loops(made: Compiled) -> int:

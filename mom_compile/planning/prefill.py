@@ -22,6 +22,7 @@ from mom_compile.torch_compat import (
     trace_whole,
     undisturbed,
 )
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 
 
@@ -89,5 +90,5 @@ def _bounds(tokens: Any) -> tuple[int, int | None]:
 
 
 def _ids(gm: fx.GraphModule, static: frozenset[str]) -> torch.Tensor:
-    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if n.name not in static]
+    values = [meta_value(n) for n in gm.graph.find_nodes(op="placeholder") if n.name not in static]
     return next(value for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.int64)

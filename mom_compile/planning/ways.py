@@ -31,6 +31,7 @@ from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
+from mom_passes.graph.values import value_of
 from mom_passes.ops.transfers import FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.program.memory import memory, stock_peak
 from mom_passes.program.program import Place, Program
@@ -153,7 +154,7 @@ def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) 
     fetched, and the others whole."""
     gm = copy_graph(prefill.graph)
     inputs, device = gm.graph.find_nodes(op="placeholder"), compute_device(gm)
-    hosted = [node for node in inputs if node.name in prefill.static and tuple(node.meta["val"].shape) in shapes]
+    hosted = [node for node in inputs if node.name in prefill.static and tuple(value_of(node).shape) in shapes]
     for node in hosted:
         for user in [user for user in node.users if user.target is EMBEDDING]:
             with gm.graph.inserting_before(user):

@@ -74,7 +74,7 @@ def _with_rows(past: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     shape[dim] = rows
     strides = growing_strides(shape, dim)
     alone = is_alone(past) or _is_alone_but_for_garbage(past)
-    if alone and _lies_so(past, strides) and _finds_room(past, rows * strides[dim], rows):
+    if alone and _has_strides(past, strides) and _has_room(past, rows * strides[dim], rows):
         return _seen(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)
     buffer = past.new_empty((rows + room_for(rows)) * strides[dim])
     result = _seen(buffer.untyped_storage(), 0, past, shape, strides)
@@ -93,7 +93,7 @@ def _is_alone_but_for_garbage(past: torch.Tensor) -> bool:
     return is_alone(past)
 
 
-def _finds_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
+def _has_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
     """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it.
 
     A storage that begins with rows that `past` does not show does not grow: a window that moves on would keep them all.
@@ -120,6 +120,6 @@ def _seen(
     return like.new_empty(0).set_(storage, offset, tuple(shape), tuple(strides))  # type: ignore[call-overload]
 
 
-def _lies_so(value: torch.Tensor, strides: Sequence[int]) -> bool:
+def _has_strides(value: torch.Tensor, strides: Sequence[int]) -> bool:
     found = zip(value.shape, value.stride(), strides, strict=True)
     return all(size == 1 or stride == wanted for size, stride, wanted in found)

@@ -22,7 +22,7 @@ from mom_compile.quantities import parse_bytes
 from mom_compile.report.units import in_units
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.weight_bytes import bytes_under, pin_where_they_lie
+from mom_compile.runtime.host.weight_bytes import bytes_under, pin_in_place
 from mom_compile.weights.checkpoint import Checkpoint
 from mom_compile.weights.living import hosted, like, live_with
 from mom_compile.weights.nested import LEAST_INNER_BYTES, fault_of, is_nested, is_on_host, leaves
@@ -220,7 +220,7 @@ def _pin(tensors: list[torch.Tensor], device: torch.device) -> None:
     if device.type != "cuda" or not tensors:
         return
     try:
-        pin_where_they_lie(tensors, pin_for(device))
+        pin_in_place(tensors, pin_for(device))
     except HostMemoryError as error:
         warn_once(
             "weights are not pinned",

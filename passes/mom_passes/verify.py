@@ -1,7 +1,7 @@
 """What must hold after every pass, as a table of laws. A violation is a bug of ours; the caller falls back.
 
-    level 1   always: reads the graph and its types
-    level 2   in tests: also runs operators and loop bodies on fake tensors
+level 1   always: reads the graph and its types
+level 2   in tests: also runs operators and loop bodies on fake tensors
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx
 
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import returns_a_tensor, returns_nothing
 from mom_passes.graph.writes import read_behind_a_write, written_inputs
 from mom_passes.loops import laws
@@ -50,7 +51,7 @@ def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def _type_of(output: Any) -> TensorType | type:
-    value = output.meta.get("val") if isinstance(output, fx.Node) else output
+    value = meta_value(output) if isinstance(output, fx.Node) else output
     return TensorType.of(value) if isinstance(value, torch.Tensor) else type(value)
 
 
@@ -115,9 +116,9 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
 def describes_what_is(gm: fx.GraphModule) -> str | None:
     """Every value is what its operator gives, strides included. Slow: for tests."""
     for node in gm.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
             continue
-        claimed, given = node.meta["val"], fake_value(node)
+        claimed, given = meta_value(node), fake_value(node)
         wrong = TensorType.of(claimed).difference(given)
         if wrong is None and strides_differ(claimed, given):
             wrong = f"has strides {list(given.stride())} in place of {list(claimed.stride())}"

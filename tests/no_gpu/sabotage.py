@@ -19,7 +19,6 @@ from types import CodeType, FunctionType, ModuleType
 from mom_compile.runtime import program
 from mom_compile.runtime.host import (
     bounce,
-    doors,
     engine,
     engine_cuda,
     holders,
@@ -27,13 +26,14 @@ from mom_compile.runtime.host import (
     steps,
     store,
     tensor,
+    tensor_points,
     weight_bytes,
 )
 from mom_compile.runtime.host.backings import pinned
 
 #: Where somebody waits for a copy, or sees to it that somebody can.
 MODULES = (
-    engine_cuda, bounce, engine, steps, store, region, weight_bytes, holders, pinned, tensor, doors, program,
+    engine_cuda, bounce, engine, steps, store, region, weight_bytes, holders, pinned, tensor, tensor_points, program,
 )  # fmt: skip
 #: Methods and functions that wait, or note what is to be waited for. `settled` returns the rows that it has waited for.
 WAITS = {

@@ -301,7 +301,7 @@ def a_program_fails(sim: Simulation) -> None:
         program(inputs)
     assert not sim.engine.abandoned
     assert not any(stream.queue for stream in sim.streams)
-    assert not any(errands.queue for errands in sim.errands)
+    assert not any(tasks.queue for tasks in sim.tasks)
     assert alive() is None
     sim.expect(host.fetch(), values(40) + 1)
 
@@ -463,7 +463,7 @@ def a_disk_is_full(sim: Simulation) -> None:
         Settle(CPU)()
     assert alive() is None
     assert not sim.engine.abandoned
-    assert not any(errands.queue for errands in sim.errands)
+    assert not any(tasks.queue for tasks in sim.tasks)
     longer = append(sim, host, values(1) + 1)
     for read in (host.fetch, longer.fetch, host.settled, longer.settled):
         if "No space left on device" not in error_of(read):

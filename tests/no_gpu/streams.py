@@ -46,8 +46,8 @@ from mom_compile.runtime.host.write import mutated, returns_view
 from mom_compile.runtime.program import Program
 from mom_passes.ops.transfers import FETCH, FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.torch_compat import packet_of, schema_of
-from tests.no_gpu.errands import SimErrands, seen_by
 from tests.no_gpu.ledger import Clock, Ledger
+from tests.no_gpu.tasks import SimErrands, seen_by
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -118,9 +118,9 @@ def at_times(pattern: Sequence[bool]) -> Schedule:
         for stream in sim.streams:
             if stream.queue and next(choices):
                 stream.go_on()
-        for errands in sim.errands if not sim.running else ():
-            if errands.queue and next(choices):
-                errands.go_on()
+        for tasks in sim.tasks if not sim.running else ():
+            if tasks.queue and next(choices):
+                tasks.go_on()
 
     return some
 
@@ -265,8 +265,8 @@ class Simulation:
         self.schedule, self.everything = schedule, everything
         self.problems: list[str] = []
         self.streams: list[SimStream] = []
-        self.errands: list[SimErrands] = []
-        #: How many errands are being run, one within another where it waits for that.
+        self.tasks: list[SimErrands] = []
+        #: How many tasks are being run, one within another where it waits for that.
         self.running = 0
         self.local = threading.local()
         self.ledger = Ledger(self)
@@ -310,9 +310,9 @@ class Simulation:
             return run(*given)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        for errands in self.errands:
-            while errands.queue:
-                errands.go_on()
+        for tasks in self.tasks:
+            while tasks.queue:
+                tasks.go_on()
         self._stack.close()
         self.active = False
         for stream in self.streams:

@@ -60,9 +60,7 @@ PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "
 PRODUCTS |= {INTO_ITS_PLACE}
 ATTENTION = "torch.ops.mom.attention.default"
 #: Of a decode step, which goes as it is to stock Inductor's kernels: which of them, the GPU says.
-STOCKS = {
-    f"torch.ops.aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")
-}
+STOCKS = {f"torch.ops.aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")}
 ATTENTIONS = {ATTENTION} | STOCKS
 STOCK = "an attention of PyTorch"
 #: How tokens find their experts: PyTorch has kernels of its own for these.
@@ -160,7 +158,7 @@ def test_a_graph_compiles_for_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch)
     if case.kind != "decode":
         positions_have_a_sine_once_and_not_for_each_head(found)
         bodies_launch_no_more_than_they_need(found, case)
-    llama_launches_what_is_said(found, case)
+    llama_launches_as_documented(found, case)
 
 
 def every_piece_is_compiled(found: Compiled) -> None:
@@ -294,7 +292,7 @@ LLAMA = {
 }
 
 
-def llama_launches_what_is_said(found: Compiled, case: Case) -> None:
+def llama_launches_as_documented(found: Compiled, case: Case) -> None:
     """Copies to the host launch nothing. (Where angles are a product, a decode step has a mask, too.)"""
     if case.shape == "llama" and not ANGLES_ARE_A_PRODUCT:
         said = LLAMA["decode" if case.kind == "decode" else "prefill"]

@@ -70,7 +70,7 @@ SHOWS_IN = {
     "engine_cuda.CudaEngine.settle: one.done.finish()": "a_program_fails",
     "engine_cuda._gathered: after.synchronize()": "rows_across_seams",
     "engine_cuda.pin_for: torch.cuda.synchronize(device)": "memory_is_unpinned",
-    "bounce.FileDone.finish: self.errand.wait()": "a_program_fails_in_files",
+    "bounce.FileDone.finish: self.task.wait()": "a_program_fails_in_files",
     "bounce.FileDone.finish: self.event.synchronize()": "a_program_fails_in_files",
     "steps.Append._fork: settle(host)": "rows_arrive_while_others_of_them_leave",
     "steps._fetch_rows: engine.to_device(target, chosen, None).wait()": "rows_of_a_table_are_brought",
@@ -81,8 +81,8 @@ SHOWS_IN = {
     "tensor.HostTensor.__repr__: self.settled()": "the_host_reads",
     "tensor.HostTensor.__reduce_ex__: self.settled()": "the_host_reads",
     "tensor._to_host: value.settled()": "the_host_reads",
-    "doors.Doors.tolist: self.settled()": "the_host_reads",
-    "doors.Doors.__format__: self.settled()": "the_host_reads",
+    "tensor_points.TensorPoints.tolist: self.settled()": "the_host_reads",
+    "tensor_points.TensorPoints.__format__: self.settled()": "the_host_reads",
     "tensor._write: value.settled()": "the_host_writes",
     "program.Program.__call__: self.finish()": "a_program_fails",
 }
@@ -195,7 +195,7 @@ def test_events_order_what_would_not_be_ordered() -> None:
 # --- a whole model ---
 
 
-class Told:
+class StreamLog:
     """A model and its cache, in one simulation after another. What is compiled stays, and pins in the present one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +243,9 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, eager_pieces: None) -> Iterator[Told]:
+def told(monkeypatch: pytest.MonkeyPatch, eager_pieces: None) -> Iterator[StreamLog]:
     with torch._dynamo.config.patch(recompile_limit=32):
-        yield Told(monkeypatch)
+        yield StreamLog(monkeypatch)
 
 
 def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -254,7 +254,7 @@ def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: Told) -> None:
+def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: StreamLog) -> None:
     told.under(latest, same)
 
     @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -1,7 +1,7 @@
 """What weights on the host go through, as short stories on simulated streams: see `stories.py`.
 
-    prefill   layer:  ... start(next, over the one before) | wait(own) | compute with it | offload what it made ...
-    decode    layer:  ... start(next, over ...), start(next's rows) | wait both | compute | append ...
+prefill   layer:  ... start(next, over the one before) | wait(own) | compute with it | offload what it made ...
+decode    layer:  ... start(next, over ...), start(next's rows) | wait both | compute | append ...
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mom_compile.runtime.host.steps import (
     Settle,
 )
 from mom_compile.runtime.host.weight import HostWeight, host_weight
-from mom_compile.runtime.host.weight_bytes import PAGE, map_file, pin_where_they_lie
+from mom_compile.runtime.host.weight_bytes import PAGE, map_file, pin_in_place
 from mom_compile.runtime.program import Program, Slot, Step
 from tests.no_gpu.stories import Story, error_of, in_files, place, values
 from tests.no_gpu.streams import CPU, Simulation
@@ -52,7 +52,7 @@ def model(sim: Simulation, layers: int = LAYERS) -> list[HostWeight]:
         return [host_weight(part.view(20, 128), CPU) for part in parts]
     storages = [on_own_pages(torch.stack([plain(layer), plain(layer + 1)])) for layer in range(0, layers, 2)]
     parts = [part for storage in storages for part in storage][:layers]
-    pin_where_they_lie(parts, sim.pin)
+    pin_in_place(parts, sim.pin)
     sim.synchronize()  # they have been there for long
     return [host_weight(part, CPU) for part in parts]
 
@@ -224,7 +224,7 @@ def a_program_with_weights_fails(sim: Simulation) -> None:
         sim.problem("an exception is lost")
     assert not sim.engine.abandoned
     assert not any(stream.queue for stream in sim.streams)
-    assert not any(errands.queue for errands in sim.errands)
+    assert not any(tasks.queue for tasks in sim.tasks)
     x, *_ = prefill(sim)([values(3), *inner])
     sim.expect(x, after_prefill(values(3), PLAIN)[0])
 
@@ -278,7 +278,7 @@ def weights_that_cannot_be_pinned_are_brought(sim: Simulation) -> None:
     parts = [on_own_pages(plain(layer)) for layer in range(2)]
     with small_pieces():
         try:
-            pin_where_they_lie(parts, sim.pin)
+            pin_in_place(parts, sim.pin)
             sim.problem("a refusal is lost")
         except HostMemoryError:
             pass
@@ -331,7 +331,7 @@ def two_models_share_a_storage(sim: Simulation) -> None:
     models = []
     for _ in range(2):
         parts = list(block.unbind())
-        pin_where_they_lie(parts, sim.pin)
+        pin_in_place(parts, sim.pin)
         models.append([host_weight(part, CPU) for part in parts])
         del parts
     assert len(sim.runtime.ranges) == 1
@@ -360,7 +360,7 @@ def a_checkpoint_cannot_be_read(sim: Simulation) -> None:
         if "model.safetensors': [Errno 5] Input/output error" not in said:
             sim.problem("a weight that is not there is read")
     assert not sim.engine.abandoned
-    assert not any(errands.queue for errands in sim.errands)
+    assert not any(tasks.queue for tasks in sim.tasks)
     x, *_ = prefill(sim)([values(3), *inner])
     sim.expect(x, after_prefill(values(3), PLAIN)[0])
 

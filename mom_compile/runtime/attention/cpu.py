@@ -63,7 +63,7 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
         return one_row(call)
     if call.mask is not None or call.has_conditions or not call.is_causal:
         return in_blocks(flash_kernel, call, bias_bytes_per_row(call))
-    window = call.felt_window
+    window = call.effective_window
     if window is None:
         return token_major(causal(call), call)
     narrow = window <= max(NARROW_WINDOW, NARROW_FOR_ROWS * call.rows)

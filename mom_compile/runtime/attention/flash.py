@@ -16,7 +16,7 @@ FLASH = torch.ops.aten._flash_attention_forward.default
 def flash(call: AttentionCall) -> Part:
     """Result `[B, H, R, D]`, token-major, and log-sum-exp `[B, H, R]`. If causal, the last row is the last key's."""
     q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
-    window = call.felt_window if call.is_causal else None
+    window = call.effective_window if call.is_causal else None
     # What is registered in place of FlashAttention 2 need not know windows: no word of one that is not there.
     sight = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     sizes = (q.shape[1], k.shape[1])

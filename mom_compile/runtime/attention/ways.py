@@ -66,12 +66,12 @@ def way_of(call: AttentionCall) -> Way:
         return Way.MATH
     if (call.mask is not None or call.has_conditions) and call.query.dtype in HALF and takes_tiles(call):
         return Way.TILES
-    return Way.EFFICIENT if plain and not (call.is_causal and call.felt_window is not None) else Way.BIAS
+    return Way.EFFICIENT if plain and not (call.is_causal and call.effective_window is not None) else Way.BIAS
 
 
 def takes_cudnn(call: AttentionCall) -> bool:
     """Of what flash takes: cheapest question first, since most calls of a short prompt stop there."""
-    if not call.is_causal or call.felt_window is not None or call.rows % ROWS != 0:
+    if not call.is_causal or call.effective_window is not None or call.rows % ROWS != 0:
         return False
     if call.query[0].numel() < NUMBERS:
         return False
@@ -88,7 +88,7 @@ def takes_cudnn_alone(call: AttentionCall) -> bool:
     square."""
     if call.query.dtype not in HALF or call.query.shape[-1] == call.value.shape[-1] or not takes_efficient(call):
         return False
-    if not call.is_causal or call.felt_window is not None or call.rows % ROWS != 0:
+    if not call.is_causal or call.effective_window is not None or call.rows % ROWS != 0:
         return False
     if not prefers_cudnn(call.query.device):
         return False

@@ -27,10 +27,10 @@ import torch
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.done import CopyError, Done
-from mom_compile.runtime.host.errands import Errand, Errands
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.holders import holder_of, said_of
+from mom_compile.runtime.host.holders import error_prefix, holder_of
 from mom_compile.runtime.host.seams import as_bytes
+from mom_compile.runtime.host.task_queue import Task, TaskQueue
 
 #: 0.2 milliseconds of a link and 1 or 2 of a disk's cache: a call, an event and a thread that wakes up (0.03) are
 #: little beside it, and a copy's first rows are soon on their way. Four are pinned for as long as there is an engine.
@@ -74,43 +74,41 @@ Piece = tuple[FileRows, torch.Tensor]
 
 @dataclass(frozen=True)
 class FileDone:
-    """The file's rows are read, or written. `event` is recorded by the errand, behind the device's last copy.
+    """The file's rows are read, or written. `event` is recorded by the task, behind the device's last copy.
 
     `failed` is how an error begins that says they could not be.
     """
 
-    errand: Errand
+    task: Task
     event: torch.cuda.Event
     failed: str
 
     def check(self) -> None:
-        if self.errand.error is not None:
+        if self.task.error is not None:
             # A new error each time: the frames of whoever waits must not live as long as the copy.
-            told = isinstance(self.errand.error, CopyError)  # by the copy before
-            raise CopyError(
-                str(self.errand.error) if told else f"{self.failed}: {self.errand.error}"
-            ) from self.errand.error
+            told = isinstance(self.task.error, CopyError)  # by the copy before
+            raise CopyError(str(self.task.error) if told else f"{self.failed}: {self.task.error}") from self.task.error
 
     def synchronize(self) -> None:
-        self.errand.wait()
+        self.task.wait()
         self.check()
 
     def finished(self) -> bool:
         """Nobody touches what was copied any more."""
-        return self.errand.ran and self.event.query()
+        return self.task.ran and self.event.query()
 
     def finish(self) -> None:
-        self.errand.wait()
+        self.task.wait()
         self.event.synchronize()
 
 
 class Way:
     """One direction, with the stream of a device that copies there."""
 
-    def __init__(self, queue: torch.cuda.Stream, pin: Pin, errands: Errands) -> None:
+    def __init__(self, queue: torch.cuda.Stream, pin: Pin, tasks: TaskQueue) -> None:
         self.queue = queue
         self._pin = pin
-        self._errands = errands
+        self._tasks = tasks
         self._buffers: tuple[Buffer, ...] = ()
 
     def copy(
@@ -122,7 +120,7 @@ class Way:
         move = self._leave if to_host else self._arrive
         # It keeps both tensors, and with rows on the host their lease, until it has run.
         work = functools.partial(self._copy, (target, source), move, pieces, ready, after, done)
-        return FileDone(self._errands.put(work), done, said_of(target, source))
+        return FileDone(self._tasks.put(work), done, error_prefix(target, source))
 
     def _copy(
         self,

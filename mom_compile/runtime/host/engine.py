@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from mom_compile.runtime.host.done import CopyError, Done, Ticket
-from mom_compile.runtime.host.errands import Errand, Errands
-from mom_compile.runtime.host.holders import said_of
+from mom_compile.runtime.host.holders import error_prefix
 from mom_compile.runtime.host.mapped import copy_rows
+from mom_compile.runtime.host.task_queue import Task, TaskQueue
 
 #: Copies to the host that may be under way when another begins: keys and values of the layer before. Its stage has
 #: run meanwhile; a link that was slower than that would otherwise let more and more layers wait on the device.
@@ -85,16 +85,16 @@ class CopyEngine:
 class ThreadTicket:
     """A copy that a thread makes."""
 
-    def __init__(self, errand: Errand) -> None:
-        self._errand = errand  # what has run keeps nothing
+    def __init__(self, task: Task) -> None:
+        self._task = task  # what has run keeps nothing
 
     @property
     def done(self) -> ThreadTicket:
         return self
 
     def wait(self) -> None:
-        self._errand.wait()
-        error = self._errand.error
+        self._task.wait()
+        error = self._task.error
         if error is not None:
             # A new error each time: the frames of whoever waits must not live as long as the ticket.
             told = isinstance(error, CopyError)
@@ -104,10 +104,10 @@ class ThreadTicket:
         self.wait()
 
     def finished(self) -> bool:
-        return self._errand.ran
+        return self._task.ran
 
     def release(self) -> None:
-        self._errand.wait()
+        self._task.wait()
 
 
 class ThreadedEngine(CopyEngine):
@@ -119,8 +119,8 @@ class ThreadedEngine(CopyEngine):
     def __init__(self) -> None:
         super().__init__()
         self.delay: Callable[[], float] | None = None
-        self._to_host = Errands("mom-copies-to-host")
-        self._to_device = Errands("mom-copies-to-device")
+        self._to_host = TaskQueue("mom-copies-to-host")
+        self._to_device = TaskQueue("mom-copies-to-device")
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> ThreadTicket:
         way = self._to_host if to_host else self._to_device
@@ -137,4 +137,4 @@ class ThreadedEngine(CopyEngine):
                 copy_rows(target, source)
         except Exception as error:
             # Its frames hold tensors.
-            raise CopyError(f"{said_of(target, source)}: {error}") from error.with_traceback(None)
+            raise CopyError(f"{error_prefix(target, source)}: {error}") from error.with_traceback(None)

@@ -26,11 +26,11 @@ from mom_compile.runtime.host.backings.registration import Pin
 from mom_compile.runtime.host.bounce import FileDone, Way, in_file
 from mom_compile.runtime.host.done import CopyError, Done
 from mom_compile.runtime.host.engine import CopyEngine
-from mom_compile.runtime.host.errands import Errands
-from mom_compile.runtime.host.holders import said_of
+from mom_compile.runtime.host.holders import error_prefix
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.mapped import is_mapped, read
 from mom_compile.runtime.host.seams import between_seams, same_layout
+from mom_compile.runtime.host.task_queue import TaskQueue
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class FileTicket(StreamTicket):
         self.done.check()
 
     def release(self) -> None:
-        self.done.errand.wait()
+        self.done.task.wait()
         super().release()
 
 
@@ -102,15 +102,15 @@ class CudaEngine(CopyEngine):
     for the one `after`. An error ends the process' use of the device, so tickets need not pass one on."""
 
     def __init__(
-        self, device: torch.device, pin: Pin | None = None, errands: Callable[[str], Errands] = Errands
+        self, device: torch.device, pin: Pin | None = None, tasks: Callable[[str], TaskQueue] = TaskQueue
     ) -> None:
         super().__init__()
         self.device = device
         self.arriving = torch.cuda.Stream(device)
         self.departing = torch.cuda.Stream(device)
         pin = pin or pin_for(device)
-        self._from_files = Way(self.arriving, pin, errands("mom-files-to-device"))
-        self._to_files = Way(self.departing, pin, errands("mom-device-to-files"))
+        self._from_files = Way(self.arriving, pin, tasks("mom-files-to-device"))
+        self._to_files = Way(self.departing, pin, tasks("mom-device-to-files"))
         #: Appended to by finalisers, so without a lock.
         self.abandoned: collections.deque[Abandoned] = collections.deque()
 
@@ -176,7 +176,7 @@ def _gathered(source: torch.Tensor, after: Done | None) -> torch.Tensor:
     try:
         return read(source)
     except OSError as error:
-        raise CopyError(f"{said_of(source)}: {error}") from error
+        raise CopyError(f"{error_prefix(source)}: {error}") from error
 
 
 def _forget_error(device: torch.device) -> None:

@@ -72,7 +72,7 @@ def holder_of(tensor: torch.Tensor) -> Holder | None:
     return HOLDERS.get(tensor.untyped_storage().data_ptr())
 
 
-def said_of(*tensors: torch.Tensor) -> str:
+def error_prefix(*tensors: torch.Tensor) -> str:
     """How an error begins that tells of a copy between these."""
     holder = next((held for held in map(holder_of, tensors) if held is not None), None)
     if holder is None:

@@ -11,7 +11,7 @@ class HostMemoryError(MemoryError):
 
 def available_memory() -> int | None:
     """Bytes of host memory that may still be taken, or None where the machine does not say (not Linux)."""
-    found = [_meminfo("MemAvailable"), *_cgroup_rooms()]
+    found = [_meminfo("MemAvailable"), *_cgroup_free_bytes()]
     known = [size for size in found if size is not None]
     return min(known) if known else None
 
@@ -25,7 +25,7 @@ def _meminfo(name: str) -> int | None:
     return next((int(size[1]) * 1024 for size in sizes), None)
 
 
-def _cgroup_rooms() -> list[int]:
+def _cgroup_free_bytes() -> list[int]:
     """What the limits of a container leave, by either version of control groups. Cached files count as free."""
     rooms = []
     for folder, limit, used in (

@@ -21,7 +21,7 @@ import mom_passes.ops  # noqa: F401  defines mom::fetch
 from mom_compile.runtime.host.done import CopyError, Ticket
 from mom_compile.runtime.host.engine import CopyEngine
 from mom_compile.runtime.host.engines import beside, engine_for
-from mom_compile.runtime.host.holders import READERS, holder_of, said_of, settle
+from mom_compile.runtime.host.holders import READERS, error_prefix, holder_of, settle
 from mom_compile.runtime.host.mapped import is_mapped, read, read_rows
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
@@ -215,7 +215,7 @@ def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
         _arrive(target, host, engine).wait()
         return target
     if is_mapped(host):
-        with _told(host):
+        with _raise_copy_error(host):
             return read(host)
     settle(host)
     return fetch_reference(host, device)
@@ -228,7 +228,7 @@ def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) ->
     at = rows.cpu()
     at = torch.where(at < 0, at + host.shape[0], at)
     if is_mapped(host):
-        with _told(host):
+        with _raise_copy_error(host):
             host, at = read_rows(host, at)
     if engine.in_host_memory:
         found = host[at]
@@ -252,12 +252,12 @@ def _fetch_chosen(host: torch.Tensor, keys: torch.Tensor, device: torch.device) 
 
 
 @contextlib.contextmanager
-def _told(host: torch.Tensor) -> Iterator[None]:
+def _raise_copy_error(host: torch.Tensor) -> Iterator[None]:
     """Raises `CopyError` where a file cannot be read."""
     try:
         yield
     except OSError as error:
-        raise CopyError(f"{said_of(host)}: {error}") from error
+        raise CopyError(f"{error_prefix(host)}: {error}") from error
 
 
 LIBRARY.impl("fetch", _fetch, "CPU")

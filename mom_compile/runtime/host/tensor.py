@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from mom_compile.runtime.host.doors import Doors
 from mom_compile.runtime.host.engines import beside
 from mom_compile.runtime.host.holders import settle
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
+from mom_compile.runtime.host.tensor_points import TensorPoints
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
 from mom_compile.torch_compat import OpOverload, make_wrapper, no_torch_function, tree_any, tree_map
 from mom_passes.torch_compat import packet_of, schema_of
@@ -38,7 +38,7 @@ aten = torch.ops.aten
 _ON_HOST = frozenset({aten.index_select.default, aten.index.Tensor, aten.clone.default})
 
 
-class HostTensor(Doors, torch.Tensor):
+class HostTensor(TensorPoints, torch.Tensor):
     """Shape, dtype and device of the tensor it stands for; the bytes are in `host`, on the host."""
 
     host: torch.Tensor

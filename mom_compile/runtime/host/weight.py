@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from mom_compile.notices import warn_once
-from mom_compile.runtime.host.doors import refusal
 from mom_compile.runtime.host.engines import beside
 from mom_compile.runtime.host.holders import READERS
 from mom_compile.runtime.host.store import without_base
 from mom_compile.runtime.host.tensor import HostTensor
+from mom_compile.runtime.host.tensor_points import refusal
 from mom_compile.runtime.host.weight_bytes import WeightBytes, bytes_under
 from mom_compile.torch_compat import make_wrapper
 
@@ -259,5 +259,3 @@ def _rows(func: Any, args: Any) -> torch.Tensor | None:
         index = args[1][0]
         return None if index is None or index.dtype in (torch.bool, torch.uint8) else index
     return None
-
-

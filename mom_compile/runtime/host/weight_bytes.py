@@ -194,7 +194,7 @@ class _Run:
         return [holder for holder, begin in begins if begin < end and first < begin + holder.size]
 
 
-def pin_where_they_lie(tensors: Sequence[torch.Tensor], pin: Pin) -> None:
+def pin_in_place(tensors: Sequence[torch.Tensor], pin: Pin) -> None:
     """Pin the pages under tensors that are no file's, and are not pinned yet, at most `PIECE` bytes in a call.
 
     It stays pinned as long as one of them is there, or a weight made of it. Raises `HostMemoryError`; what was pinned

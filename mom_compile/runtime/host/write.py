@@ -1,11 +1,11 @@
 """Operators that write into host tensors, done in host memory.
 
-    operator                        what happens
-    --------                        ------------
-    h.mul_(x)                       on h's rows
-    torch.add(x, y, out=h)          computed apart, then copied to h's rows: `out` might be resized, rows may not
-    torch._foreach_zero_([h, x])    on h's rows and a copy of x, which is copied back
-    h.unsqueeze_(0), h.resize_(3)   refused
+operator                        what happens
+--------                        ------------
+h.mul_(x)                       on h's rows
+torch.add(x, y, out=h)          computed apart, then copied to h's rows: `out` might be resized, rows may not
+torch._foreach_zero_([h, x])    on h's rows and a copy of x, which is copied back
+h.unsqueeze_(0), h.resize_(3)   refused
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mom_compile.runtime.host.doors import refusal
 from mom_compile.runtime.host.store import without_base
+from mom_compile.runtime.host.tensor_points import refusal
 from mom_compile.torch_compat import tree_map
 from mom_passes.torch_compat import packet_of, schema_of
 

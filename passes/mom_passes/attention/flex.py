@@ -27,6 +27,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.edit import attribute, copy_graph, fake_mode, fake_value
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, same
 from mom_passes.graph.structure import Structured, lines_of
 from mom_passes.graph.values import value_of
@@ -94,7 +95,7 @@ def _refuse(node: fx.Node, dim: Dim) -> Claim:
 def _work(node: fx.Node) -> int:
     """Products of all queries with all keys, and of their weights with all values: blocks that are masked count too."""
     operands: Any = node.args
-    query, key = operands[0].meta["val"], operands[1].meta["val"]
+    query, key = meta_value(operands[0]), meta_value(operands[1])
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
 
@@ -131,7 +132,7 @@ def outline_flex(gm: fx.GraphModule) -> int:
             known[names] = FlexAttention(*(attribute(gm, name) for name in names))
         args: Any = node.args
         query, key, value, _, block_mask, *others = args
-        lengths = (query.meta["val"].shape[2], key.meta["val"].shape[2])
+        lengths = (value_of(query).shape[2], value_of(key).shape[2])
         own = [None if _is(n, size) else n for n, size in zip(block_mask[:2], lengths, strict=True)]
         node.target = known[names]
         node.args = (query, key, value, None, (*own, *block_mask[2:-1], None), *others)
@@ -144,7 +145,7 @@ def outline_flex(gm: fx.GraphModule) -> int:
 
 
 def _is(given: Any, size: Any) -> bool:
-    return same(given.meta["val"] if isinstance(given, fx.Node) else given, size)
+    return same(meta_value(given) if isinstance(given, fx.Node) else given, size)
 
 
 def flex_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -184,7 +185,7 @@ def _attribute(gm: fx.GraphModule, name: str, graph: fx.GraphModule, given: list
     for node in copied.graph.nodes:
         if node.op == "placeholder":
             value = next(values)
-            node.meta["val"] = value.meta["val"] if isinstance(value, fx.Node) else value
+            node.meta["val"] = meta_value(value) if isinstance(value, fx.Node) else value
         elif node.op == "get_attr":
             node.meta["val"] = attribute(copied, str(node.target))
         elif node.op == "call_function":

@@ -32,7 +32,9 @@ from mom_passes.attention.products import all_same, attention_of_products
 from mom_passes.attention.repeated_heads import without_repeats
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.edit import fake_value, size_node, strides_differ
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import same
+from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.attention import SDPA
 from mom_passes.torch_compat import schema_of
@@ -92,12 +94,12 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     if random or given.get("return_debug_mask") or not _only_result_used(node):
         return None
     query, key, value = given["query"], given["key"], given["value"]
-    shape = query.meta["val"].shape
+    shape = value_of(query).shape
     channels = shape[-1]
     if len(shape) != 4:
         return None
     # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
-    if given["is_causal"] and not same(shape[2], key.meta["val"].shape[2]):
+    if given["is_causal"] and not same(shape[2], value_of(key).shape[2]):
         return None
     name = SDPA[node.target]
     mask = given[name] if name is not None else None
@@ -105,7 +107,7 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     if mask is not None and "cudnn" in str(node.target):
         mask = masks.boolean(mask)
     # The math operator adds a boolean mask as numbers.
-    if mask is not None and mask.meta["val"].dtype == torch.bool and "math" in str(node.target):
+    if mask is not None and value_of(mask).dtype == torch.bool and "math" in str(node.target):
         return None
     scale = given["scale"]
     if scale is None and isinstance(channels, int):
@@ -130,8 +132,8 @@ def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
         return call
     # A row that sees nothing but its sink is zero, whatever masks its keys; without one, a finite number hides nothing.
     hidden = call.sinks is not None
-    form, shape = masks.form(call.mask, hidden), call.mask.meta["val"].shape
-    rows, keys = call.query.meta["val"].shape[2], call.key.meta["val"].shape[2]
+    form, shape = masks.form(call.mask, hidden), value_of(call.mask).shape
+    rows, keys = value_of(call.query).shape[2], value_of(call.key).shape[2]
     if form is None or not same(shape[-1], keys) or not (same(shape[-2], rows) or _of_keys_alone(form)):
         return replace(call, mask=_slim(call.mask, masks, hidden))
     if call.is_causal and form.start != 0:  # causal from two places
@@ -150,7 +152,7 @@ def _slim(mask: fx.Node, masks: MaskAnalysis, hidden: bool) -> fx.Node:
         source: Any = masks.condition(mask, hidden=hidden) or _unpadded(mask)
         if source is None and mask.target is aten.expand.default:
             source = mask.args[0]
-        if source is None or source.meta["val"].dim() != 4:
+        if source is None or value_of(source).dim() != 4:
             return mask
         mask = source
 
@@ -163,7 +165,7 @@ def _unpadded(mask: fx.Node) -> fx.Node | None:
     if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
         return None
     source, pad = argument(padded, "self"), argument(padded, "pad")
-    alike = all_same(source.meta["val"].shape, mask.meta["val"].shape)
+    alike = all_same(value_of(source).shape, value_of(mask).shape)
     return source if alike and len(pad) == 2 and pad[0] == 0 else None
 
 
@@ -182,7 +184,7 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
     start: Any = 0
     named: dict[str, Any] = {}
     if call.form is not None:
-        batch, _, tokens, _ = call.key.meta["val"].shape
+        batch, _, tokens, _ = value_of(call.key).shape
         named |= vectors.arguments(call.form, (batch, tokens), before=node)
     if call.sinks is not None:
         named["sinks"] = call.sinks
@@ -207,7 +209,7 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
 
 def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
     """The new result with the strides of the old one, on which views further down may rely."""
-    if not strides_differ(old.meta["val"], new.meta["val"]) or _relaid(new, old):
+    if not strides_differ(meta_value(old), meta_value(new)) or _relaid(new, old):
         return new
     copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
     copy.meta = dict(old.meta)
@@ -221,7 +223,7 @@ def _relaid(new: fx.Node, old: fx.Node) -> bool:
         if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
             return False
     for user in old.users:
-        user.meta["val"] = new.meta["val"].permute(0, 2, 1, 3)
+        user.meta["val"] = value_of(new).permute(0, 2, 1, 3)
         for copy in list(user.users):
             copy.replace_all_uses_with(user)
     return True

@@ -21,6 +21,7 @@ from mom_passes.attention.affine import Affine, nonnegative
 from mom_passes.attention.mask_form import MaskForm, OfKeys
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.sizes import Size, expr, same
+from mom_passes.graph.values import value_of
 from mom_passes.ops.spans import SPANS
 
 aten = torch.ops.aten
@@ -85,13 +86,13 @@ class KeyVectors:
 
     def _range(self, value: fx.Node, dim: int, first: Any, count: Size, before: fx.Node) -> fx.Node:
         """The entries that the mask looks up. Where they may be too few, it would raise; a slice would be short."""
-        size, end = value.meta["val"].shape[dim], first + expr(count)
+        size, end = value_of(value).shape[dim], first + expr(count)
         if same(first, 0) and same(size, count):
             return value
         low, high = (size_node(self.graph, bound, before) for bound in (first, end))
         if nonnegative(expr(size) - end):
             return emit(self.graph, aten.slice.Tensor, (value, dim, low, high))
-        device = value.meta["val"].device
+        device = value_of(value).device
         index = emit(self.graph, aten.arange.start, (low, high), {"device": device, "pin_memory": False})
         return emit(self.graph, aten.index_select.default, (value, dim, index))
 

@@ -66,7 +66,7 @@ def mask_form(truth: Truth, shape: Sequence[Any], lowest: float) -> MaskForm | N
     plain = truth.on(shape).plain()
     if plain is None or plain == FALSE or len(shape) < 2:
         return None
-    said = _Said(tuple(shape))
+    said = _Statements(tuple(shape))
     for statement in plain.constraints:
         said.take(statement)
     form = said.form()
@@ -80,7 +80,7 @@ def mask_form(truth: Truth, shape: Sequence[Any], lowest: float) -> MaskForm | N
 
 
 @dataclass
-class _Said:
+class _Statements:
     """The statements of a mask of this shape, sorted by kind; `others` are those of no use."""
 
     shape: tuple[Any, ...]

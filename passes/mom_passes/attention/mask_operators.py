@@ -16,7 +16,9 @@ from torch import fx
 
 from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, Additive, Affine, Lookup, Order, Truth, Value, lowest_of
 from mom_passes.graph.arguments import argument, has_argument
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
+from mom_passes.graph.values import value_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -66,16 +68,16 @@ def constant(value: Any, dtype: torch.dtype) -> Value:
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
+    return value_of(node).dtype
 
 
 def shape_of(node: Any) -> Sequence[Any]:
-    return node.meta["val"].shape
+    return value_of(node).shape
 
 
 def size_of(value: Any) -> Any:
     """A size argument: a number, or a node that stands for one."""
-    return value.meta["val"] if isinstance(value, fx.Node) else value
+    return meta_value(value) if isinstance(value, fx.Node) else value
 
 
 def count(value: Value) -> Affine | None:

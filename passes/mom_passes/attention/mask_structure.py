@@ -33,7 +33,9 @@ import mom_passes.attention.mask_views  # noqa: F401  registers its rules
 from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Affine, Flag, Lookup, Truth, Value
 from mom_passes.attention.mask_form import MaskForm, mask_form
 from mom_passes.attention.mask_operators import FOR_CUDNN, RULES, WIDE, aten, constant
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import same
+from mom_passes.graph.values import value_of
 
 
 class MaskAnalysis:
@@ -45,7 +47,7 @@ class MaskAnalysis:
     def form(self, mask: fx.Node, hidden: bool = False) -> MaskForm | None:
         """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use. `hidden`: a finite number
         in it hides a key in any row, as -inf does."""
-        value, meta = self.value(mask), mask.meta["val"]
+        value, meta = self.value(mask), meta_value(mask)
         if isinstance(value, Truth) and meta.dtype == torch.bool:
             return mask_form(value, meta.shape, -math.inf)
         if isinstance(value, Additive) and meta.dtype.is_floating_point:
@@ -54,7 +56,7 @@ class MaskAnalysis:
 
     def boolean(self, mask: fx.Node) -> fx.Node:
         """The boolean mask that SDPA has filled for cuDNN; any other mask as it is."""
-        return self.condition(mask, FOR_CUDNN.get(mask.meta["val"].dtype, -math.inf)) or mask
+        return self.condition(mask, FOR_CUDNN.get(value_of(mask).dtype, -math.inf)) or mask
 
     def condition(self, mask: fx.Node, lowest: float = -math.inf, hidden: bool = False) -> fx.Node | None:
         """The boolean of an additive `where(condition, 0, lowest)`, if it has the mask's shape; `hidden` as in `form`:
@@ -68,7 +70,7 @@ class MaskAnalysis:
             return None
         if filled.lowest != lowest and not hidden:
             return None
-        before, after = condition.meta["val"].shape, mask.meta["val"].shape
+        before, after = value_of(condition).shape, value_of(mask).shape
         alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
         return condition if alike else None
 
@@ -97,7 +99,7 @@ class MaskAnalysis:
         return Affine.number(1) if argument == 1.0 else constant(argument, torch.float64)
 
     def _interpret(self, node: fx.Node) -> Value:
-        meta = node.meta.get("val")
+        meta = meta_value(node)
         if isinstance(meta, (int, torch.SymInt)) and not isinstance(meta, bool):
             return Affine.number(meta)
         if not isinstance(meta, torch.Tensor):

@@ -24,7 +24,9 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, is_one, product, same
+from mom_passes.graph.values import value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -73,20 +75,20 @@ def attention_of_products(second: fx.Node) -> Products | None:
     results = [user for user in second.users if user.target in VIEWS and _rank(user) == _HEADS]
     if not results or len(results) < len(second.users):
         return None
-    batch, heads, rows, channels = shape = results[0].meta["val"].shape
+    batch, heads, rows, channels = shape = value_of(results[0]).shape
     assert isinstance(weights, fx.Node) and isinstance(values, fx.Node)
-    tokens = values.meta["val"].shape[1]
-    if not all(all_same(result.meta["val"].shape, shape) for result in results):
+    tokens = value_of(values).shape[1]
+    if not all(all_same(value_of(result).shape, shape) for result in results):
         return None
     scores = _scores_of(weights, (batch, heads, rows, tokens))
     if scores is None or not _read_by_nobody_else(scores.of, second):
         return None
     queries, keys = scores.of.args
     assert isinstance(queries, fx.Node) and isinstance(keys, fx.Node)
-    inner = queries.meta["val"].shape[2]
-    if not all(same(product((batch, heads)), node.meta["val"].shape[0]) for node in (queries, values)):
+    inner = value_of(queries).shape[2]
+    if not all(same(product((batch, heads)), value_of(node).shape[0]) for node in (queries, values)):
         return None
-    dtype = values.meta["val"].dtype
+    dtype = value_of(values).dtype
     with second.graph.inserting_before(second):
         query = _by_heads(queries, (batch, heads, rows, inner), dtype)
         key = _transposed(_by_heads(keys, (batch, heads, inner, tokens), dtype))
@@ -95,7 +97,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
         for target, factor in scores.factors:
             query = emit(second.graph, target, (query, factor))
         sinks = None if scores.sinks is None else _vector(scores.sinks, heads)
-    if {one.meta["val"].dtype for one in (query, key)} != {dtype}:
+    if {value_of(one).dtype for one in (query, key)} != {dtype}:
         return None
     return Products(query, key, value, scores.mask, scores.scale, sinks, scores.softcap, results)
 
@@ -103,12 +105,12 @@ def attention_of_products(second: fx.Node) -> Products | None:
 def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
     """The scores whose softmax these weights are: `[B, H, R, T]`, or that and a sink which was cut off."""
     node, joined = _through(weights, _any), False
-    if node.target is aten.slice.Tensor and all_same(node.meta["val"].shape, shape):
+    if node.target is aten.slice.Tensor and all_same(value_of(node).shape, shape):
         if argument(node, "start") not in (0, None) or argument(node, "step") != 1:
             return None
         node, joined = _through(argument(node, "self"), _any), True
     softmaxed = _softmaxed(node)
-    if softmaxed is None or not all_same(node.meta["val"].shape, (*shape[:3], expr(shape[3]) + int(joined))):
+    if softmaxed is None or not all_same(value_of(node).shape, (*shape[:3], expr(shape[3]) + int(joined))):
         return None
     node = _without_numbers_of_a_row(softmaxed)
     sinks = None
@@ -116,7 +118,7 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
         if node.target is not aten.cat.default or axis(argument(node, "dim"), _rank(node)) != _HEADS - 1:
             return None
         node, sinks = argument(node, "tensors") if len(argument(node, "tensors")) == 2 else (node, None)
-        if sinks is None or not _is_of_heads(sinks, shape[1]) or not all_same(node.meta["val"].shape, shape):
+        if sinks is None or not _is_of_heads(sinks, shape[1]) or not all_same(value_of(node).shape, shape):
             return None
     found = _masked(_without_numbers_of_a_row(node) if not joined else _through(node), shape)
     if found is not None:
@@ -135,7 +137,7 @@ def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
         if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
             return None
         found = _capped(_through(scores))
-        if found is not None and _is_a_mask(mask) and all_same(scores.meta["val"].shape, shape):
+        if found is not None and _is_a_mask(mask) and all_same(value_of(scores).shape, shape):
             found.mask = mask
             return found
     return None
@@ -146,7 +148,9 @@ def _capped(node: fx.Node) -> Scores | None:
     if node.target is not aten.mul.Tensor or not isinstance(node.args[1], int | float):
         return _scaled(node)
     (bounded, cap), bound = node.args, _through(node.args[0])  # type: ignore[arg-type]
-    if bound.target is not aten.tanh.default or not all_same(bounded.meta["val"].shape, node.meta["val"].shape):  # type: ignore[union-attr]
+    if bound.target is not aten.tanh.default or not isinstance(bounded, fx.Node):
+        return _scaled(node)
+    if not all_same(value_of(bounded).shape, value_of(node).shape):
         return _scaled(node)
     found = _scaled(_through(argument(bound, "self")))
     if found is None or cap <= 0:  # type: ignore[operator]
@@ -161,7 +165,7 @@ def _scaled(node: fx.Node) -> Scores | None:
     while node.target in (aten.mul.Tensor, aten.div.Tensor):
         scores, factor = node.args
         if isinstance(factor, fx.Node):
-            if not isinstance(factor.meta["val"], torch.Tensor) or factor.meta["val"].dim():
+            if not isinstance(meta_value(factor), torch.Tensor) or value_of(factor).dim():
                 return None
             factors.append((node.target, factor))
         else:
@@ -195,15 +199,15 @@ def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
         scores, number = node.args[:2] if node.target is aten.sub.Tensor else (None, None)
         if not isinstance(scores, fx.Node) or not isinstance(number, fx.Node) or argument(node, "alpha") != 1:
             return node
-        shape = number.meta["val"].shape
-        if (len(shape) and not is_one(shape[-1])) or not all_same(scores.meta["val"].shape, node.meta["val"].shape):
+        shape = value_of(number).shape
+        if (len(shape) and not is_one(shape[-1])) or not all_same(value_of(scores).shape, value_of(node).shape):
             return node
         node = scores
 
 
 def _is_a_mask(node: fx.Node) -> bool:
     """Whether what is added to scores, and broadcasts to them, is an additive mask."""
-    value = node.meta["val"]
+    value = meta_value(node)
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() == _HEADS
 
 
@@ -211,7 +215,7 @@ def _is_of_heads(node: fx.Node, heads: Size) -> bool:
     """Whether a value is a number of each head, the same for every entry and row."""
     while node.target in (*COPIES, _CAST, aten.expand.default):
         node = node.args[0]  # type: ignore[assignment]
-    shape = node.meta["val"].shape
+    shape = value_of(node).shape
     ones = len(shape) == _HEADS and all(is_one(shape[d]) for d in (0, 2, 3))
     return ones and (same(shape[1], heads) or is_one(shape[1]))
 
@@ -220,10 +224,10 @@ def _vector(node: fx.Node, heads: Size) -> fx.Node:
     """The numbers of each head, `[H]`."""
     while node.target in (*COPIES, _CAST, aten.expand.default):
         node = node.args[0]  # type: ignore[assignment]
-    if node.target in VIEWS and all_same(node.args[0].meta["val"].shape, (heads,)):  # type: ignore[union-attr]
+    if node.target in VIEWS and all_same(value_of(node.args[0]).shape, (heads,)):  # type: ignore[arg-type]
         return node.args[0]  # type: ignore[return-value]
     graph, size = node.graph, size_node(node.graph, heads)
-    if not same(node.meta["val"].shape[1], heads):
+    if not same(value_of(node).shape[1], heads):
         node = emit(graph, aten.expand.default, (node, [1, size, 1, 1]))
     return emit(graph, aten.reshape.default, (node, [size]))
 
@@ -248,9 +252,9 @@ def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
     while True:
         yield node
         source: Any = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not isinstance(source.meta["val"], torch.Tensor):
+        if not isinstance(source, fx.Node) or not isinstance(meta_value(source), torch.Tensor):
             return
-        old, new = source.meta["val"], node.meta["val"]
+        old, new = meta_value(source), meta_value(node)
         if node.target is _CAST:
             if not old.dtype.is_floating_point or not casts(old.dtype, new.dtype):
                 return
@@ -269,7 +273,7 @@ def _same_matrices(old: torch.Tensor, new: torch.Tensor) -> bool:
 def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.Node:
     """An operand of a product with batch and heads apart: what it is a view of, or a view."""
     sources = _sources(node, lambda old, new: old == dtype)
-    found = [source for source in sources if all_same(source.meta["val"].shape, shape)]
+    found = [source for source in sources if all_same(value_of(source).shape, shape)]
     if found:
         return found[-1]
     return emit(node.graph, aten.reshape.default, (node, [size_node(node.graph, size) for size in shape]))
@@ -296,7 +300,7 @@ def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
 
 
 def _rank(node: fx.Node) -> int:
-    return int(node.meta["val"].dim())
+    return int(value_of(node).dim())
 
 
 def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -24,7 +24,7 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.values import operands
+from mom_passes.graph.values import operands, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
@@ -78,7 +78,7 @@ def _fused(node: fx.Node, key: fx.Node, value: fx.Node) -> Attention:
 
 
 def _rank(node: fx.Node) -> int:
-    return int(node.meta["val"].dim())
+    return int(value_of(node).dim())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any
 from torch import fx
 
 from mom_passes.attention.products import COPIES, VIEWS, all_same, aten
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import is_one, same
+from mom_passes.graph.values import value_of
 
 
 def without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -42,7 +44,7 @@ class _Grouped:
 
 def _call(graph: fx.Graph, target: Any, source: fx.Node, argument: Any) -> fx.Node:
     node = graph.call_function(target, (source, argument))
-    node.meta["val"] = target(source.meta["val"], argument)
+    node.meta["val"] = target(meta_value(source), argument)
     return node
 
 
@@ -54,7 +56,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
     if node.target in COPIES:
         return _ungrouped(source, heads)
     if node.target is aten.permute.default:
-        rank = len(node.meta["val"].shape)
+        rank = len(value_of(node).shape)
         order = tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr, arg-type]
         found = _ungrouped(source, order[heads])
         if found is None:
@@ -69,7 +71,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
 
 def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
     """One key head for all: `[B, 1, S, D] -> [B, H, S, D]`."""
-    wide, narrow = node.meta["val"].shape, source.meta["val"].shape
+    wide, narrow = value_of(node).shape, value_of(source).shape
     if len(wide) != len(narrow) or not is_one(narrow[heads]) or not _same_but(wide, narrow, heads):
         return None
     return _Grouped(source, 1)
@@ -77,7 +79,7 @@ def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
 
 def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
     """`[.., G, 1, ..] -> expand [.., G, n, ..] -> view [.., G * n, ..]`."""
-    merged, split = node.meta["val"].shape, source.meta["val"].shape
+    merged, split = value_of(node).shape, value_of(source).shape
     outside = (*split[:heads], *split[heads + 2 :])
     if len(split) != len(merged) + 1 or not all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
         return None
@@ -87,7 +89,7 @@ def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
         return None
     before = source.args[0]
     assert isinstance(before, fx.Node)
-    narrow = before.meta["val"].shape
+    narrow = value_of(before).shape
     if len(narrow) != len(split) or not is_one(narrow[heads + 1]) or not _same_but(split, narrow, heads + 1):
         return None
     if before.target is aten.unsqueeze.default and before.args[1] % len(narrow) == heads + 1:  # type: ignore[operator]

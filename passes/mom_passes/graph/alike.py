@@ -35,6 +35,7 @@ from torch import fx
 
 from mom_passes.graph.edit import attribute, fake_value
 from mom_passes.graph.effects import calls_graphs, changes_state, written_by
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.structure import lines_of
 from mom_passes.torch_compat import INVOKE_SUBGRAPH, SYMBOLIC, expression_of, has_hint, is_wrapper, storage_of
@@ -252,7 +253,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> list[fx.Node]:
     layer = attribute(gm, str(where.target))
     inputs = layer.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, Any] = dict(zip(inputs, call.args[2:], strict=True))
-    as_traced = all(_kind(inner.meta.get("val")) == _kind(_value(copies[inner])) for inner in inputs)
+    as_traced = all(_kind(meta_value(inner)) == _kind(_value(copies[inner])) for inner in inputs)
     results: Any = ()
     with gm.graph.inserting_before(call):
         for node in layer.graph.nodes:
@@ -288,7 +289,7 @@ def _compute_sizes_once(graph: fx.Graph, of_layers: set[fx.Node]) -> None:
     expression ahead of it, that is taken, as by who traces all layers in one."""
     known: dict[Hashable, fx.Node] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
+        value = meta_value(node)
         if isinstance(value, SYMBOLIC):
             same = known.setdefault((type(value), expression_of(value)), node)
             if same is not node and node in of_layers:
@@ -297,4 +298,4 @@ def _compute_sizes_once(graph: fx.Graph, of_layers: set[fx.Node]) -> None:
 
 
 def _value(operand: Any) -> Any:
-    return operand.meta.get("val") if isinstance(operand, fx.Node) else operand
+    return meta_value(operand) if isinstance(operand, fx.Node) else operand

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.torch_compat import SYMBOLIC, has_hint
 
 
@@ -29,7 +30,7 @@ def touches_unknown_numbers(node: fx.Node) -> bool:
 
 def has_unknown_numbers(node: fx.Node) -> bool:
     """Whether a node's value is an unknown number, or a tensor with one among its sizes and strides."""
-    value = node.meta.get("val")
+    value = meta_value(node)
     if isinstance(value, (tuple, list)):
         return any(map(is_unknown, value))
     return is_unknown(value)

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
 from mom_passes.graph.values import is_tensor, tensors_of
@@ -33,7 +34,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def compute_device(gm: fx.GraphModule) -> torch.device:
     """Where a graph computes: the first accelerator among its inputs' devices, else the CPU."""
-    values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
+    values = (meta_value(node) for node in gm.graph.nodes if node.op == "placeholder")
     devices = [value.device for value in values if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
@@ -73,11 +74,11 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
         return None
     known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
     for node in known:
-        value = node.meta.get("val")
+        value = meta_value(node)
         if isinstance(value, SYMBOLIC) and same(value, wanted):
             return node
     for node in known:
-        value = node.meta.get("val")
+        value = meta_value(node)
         entries: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
         for index, entry in enumerate(entries):
             if isinstance(entry, torch.SymInt) and same(entry, wanted):
@@ -87,7 +88,7 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
 
 def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any]) -> Any:
     """A size that no value of the graph has, computed from sizes that some have. Nothing is asked of their symbols."""
-    values: list[Any] = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    values: list[Any] = [meta_value(arg) if isinstance(arg, fx.Node) else arg for arg in args]
     env: Any = next((shape_env_of(value) for value in values if isinstance(value, SYMBOLIC)), None)
     if env is None:
         return target(*values)
@@ -142,7 +143,7 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def fake_value(node: fx.Node) -> Any:
     """What a call returns, on fake tensors. Nothing is assumed of the graph's symbols that it did not assume before."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: meta_value(arg))
     assert callable(node.target)
     with fake_mode(node.graph), torch.no_grad():
         return node.target(*args, **kwargs)
@@ -151,7 +152,7 @@ def fake_value(node: fx.Node) -> Any:
 @contextlib.contextmanager
 def fake_mode(graph: fx.Graph) -> Iterator[None]:
     """The mode of the graph's fake tensors: what makes a tensor out of sizes alone needs it. Adds no guards."""
-    modes = (fake_mode_of(node.meta.get("val")) for node in graph.nodes)
+    modes = (fake_mode_of(meta_value(node)) for node in graph.nodes)
     mode = next((mode for mode in modes if mode is not None), None)
     with contextlib.ExitStack() as stack:
         if mode is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from mom_passes.graph.writes import written_as_said
+from mom_passes.graph.writes import written_by_schema
 from mom_passes.torch_compat import is_higher_order, schemas_of
 
 #: `x += 1` and its like.
@@ -35,7 +35,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
     schemas = schemas_of(node.target)
     if schemas:
-        return [found for schema in schemas for found in written_as_said(node, schema)]
+        return [found for schema in schemas for found in written_by_schema(node, schema)]
     if node.target in _OPERATORS:
         return _nodes_in(node.args[:1])
     return [] if node.target in _OF_PYTHON else _by_convention(node)

@@ -18,13 +18,14 @@ import torch
 from torch import fx
 
 from mom_passes.graph.edit import fake_mode
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.torch_compat import SYMBOLIC, equalities_of, hint_of, new_number, shape_env_of
 
 
 def known_symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, sympy.Integer]:
     """The symbols among the graph's inputs that can have one value alone, with it."""
-    numbers = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+    numbers = [meta_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
     env = next((shape_env_of(number) for number in numbers if isinstance(number, SYMBOLIC)), None)
     known: dict[sympy.Symbol, sympy.Integer] = {}
     for left, right in equalities_of(env) if env is not None else ():
@@ -42,7 +43,7 @@ def without_known_symbols(gm: fx.GraphModule) -> int:
     """Describe values without them, in place; how many symbols that were."""
     known = known_symbols(gm)
     for node in gm.graph.nodes if known else ():
-        value = node.meta.get("val")
+        value = meta_value(node)
         items = value if isinstance(value, (tuple, list)) else (value,)
         if any(_mentions(item, known) for item in items):
             with fake_mode(gm.graph):

@@ -23,6 +23,7 @@ from torch import fx
 
 from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.edit import emit
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
 from mom_passes.ops.rows import LAID_OUT
 
@@ -32,23 +33,23 @@ def hold_results(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
 
     Values that are computed from results whose claim was not dense keep their old strides: see `claimed_layouts`.
     """
-    results = [result for node in gm.graph.nodes if _may_lie(node, is_doubtful) for result in _results(node)]
+    results = [result for node in gm.graph.nodes if _may_differ(node, is_doubtful) for result in _results(node)]
     for result in results:
         with gm.graph.inserting_before(result.next):
-            held = emit(gm.graph, LAID_OUT, (result, list(storage_order(result.meta["val"]))))
+            held = emit(gm.graph, LAID_OUT, (result, list(storage_order(meta_value(result)))))
         result.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)  # type: ignore[misc]
     if results:
         gm.recompile()
     return len(results)
 
 
-def _may_lie(node: fx.Node, is_doubtful: Callable[[Any], bool]) -> bool:
+def _may_differ(node: fx.Node, is_doubtful: Callable[[Any], bool]) -> bool:
     return node.op == "call_function" and is_doubtful(node.target) and seen_from(node) is None
 
 
 def _results(node: fx.Node) -> Iterator[fx.Node]:
     """The tensors that an operator returns: its value, or what is taken from its several values."""
-    value = node.meta.get("val")
+    value = meta_value(node)
     if isinstance(value, torch.Tensor):
         if value.dim() > 0:
             yield node

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.torch_compat import SYMBOLIC, expression_of, hint_of
 
 Size = int | torch.SymInt | sympy.Expr
@@ -131,7 +132,7 @@ def symbol_hints(inputs: Iterable[fx.Node]) -> dict[sympy.Symbol, sympy.Integer]
     """The symbols of a graph's inputs, with what they were when it was captured."""
     found: dict[sympy.Symbol, sympy.Integer] = {}
     for node in inputs:
-        value = node.meta.get("val")
+        value = meta_value(node)
         for size in (value,) if isinstance(value, SYMBOLIC) else getattr(value, "shape", ()):
             if isinstance(size, torch.SymInt) and expr(size).is_Symbol:
                 found[expr(size)] = sympy.Integer(hint(size))

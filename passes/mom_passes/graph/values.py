@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
 from mom_passes.torch_compat import schema_of
 
@@ -24,25 +25,25 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def is_tensor(node: fx.Node) -> bool:
     """Whether a node's value is a tensor or a tuple of tensors (not a size or a number)."""
-    value = node.meta.get("val")
+    value = meta_value(node)
     return isinstance(value, (torch.Tensor, tuple, list))
 
 
 def value_of(node: fx.Node) -> torch.Tensor:
     """The fake tensor a node stands for."""
-    value = node.meta["val"]
+    value = meta_value(node)
     assert isinstance(value, torch.Tensor), f"{node.name} is not a single tensor"
     return value
 
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a size: a number that is known, or a SymInt."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+    return isinstance(meta_value(node), (int, torch.SymInt))
 
 
 def bytes_of(node: fx.Node) -> int:
     """Of a value, at the captured sizes."""
-    value = node.meta["val"]
+    value = meta_value(node)
     return count_hint(value.shape) * int(value.element_size())
 
 
@@ -61,6 +62,6 @@ def returns_nothing(node: fx.Node) -> bool:
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The tensors a node stands for: one, several, or none."""
-    value = node.meta.get("val")
+    value = meta_value(node)
     values = value if isinstance(value, (tuple, list)) else [value]
     return [one for one in values if isinstance(one, torch.Tensor)]

@@ -14,11 +14,12 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import same
+from mom_passes.graph.values import value_of
 
 aten = torch.ops.aten
 
 
-def without_whole_slices(gm: fx.GraphModule) -> int:
+def drop_whole_slices_of(gm: fx.GraphModule) -> int:
     """Remove them, in place; how many there were. A slice of an input stays: an output must not become the input."""
     removed = 0
     for node in list(gm.graph.nodes):
@@ -33,5 +34,5 @@ def without_whole_slices(gm: fx.GraphModule) -> int:
 
 def _keeps_everything(node: fx.Node) -> bool:
     source = argument(node, "self")
-    before, after = source.meta["val"].shape, node.meta["val"].shape
+    before, after = value_of(source).shape, value_of(node).shape
     return source.op != "placeholder" and all(same(a, b) for a, b in zip(before, after, strict=True))

@@ -64,10 +64,10 @@ def written_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The operands that a write changes."""
-    return written_as_said(node, schema_of(node.target))
+    return written_by_schema(node, schema_of(node.target))
 
 
-def written_as_said(node: fx.Node, schema: Any) -> list[fx.Node]:
+def written_by_schema(node: fx.Node, schema: Any) -> list[fx.Node]:
     """The operands that a call changes if it is one of an operator with this schema."""
     written = []
     for place, argument in enumerate(schema.arguments):

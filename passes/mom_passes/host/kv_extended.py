@@ -20,6 +20,8 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import behind, emit, fake_mode, strides_differ
+from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import value_of
 from mom_passes.host.kv_values import KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
 from mom_passes.ops.rows import COPY_ROWS
@@ -41,7 +43,7 @@ def extend_in_place(gm: fx.GraphModule, kv: KVValues, static: Collection[str] = 
         past, new = argument(node, "tensors")
         with gm.graph.inserting_before(node):
             extended = emit(gm.graph, EXTEND, (past, new, dim))
-        extended.meta = {**node.meta, "val": extended.meta["val"]}
+        extended.meta = {**node.meta, "val": meta_value(extended)}
         replace_relaid(node, extended)
         gm.graph.erase_node(node)
     if grown:
@@ -54,11 +56,11 @@ def lay_out_for_growth(gm: fx.GraphModule, static: Collection[str] = ()) -> int:
     many were not."""
     made = 0
     for value in find_kv(gm).found:
-        full, shape = value.full, value.full.meta["val"].shape
+        full, shape = value.full, value_of(value.full).shape
         order = growing_order(shape, value.dim)
         with fake_mode(gm.graph):
-            wanted = torch.empty_permuted(shape, order, dtype=full.meta["val"].dtype, device=full.meta["val"].device)
-        if _grows(full, value.dim, static) or not strides_differ(wanted, full.meta["val"]):
+            wanted = torch.empty_permuted(shape, order, dtype=value_of(full).dtype, device=value_of(full).device)
+        if _grows(full, value.dim, static) or not strides_differ(wanted, meta_value(full)):
             continue
         with gm.graph.inserting_before(behind(full)):
             replace_relaid(full, emit(gm.graph, COPY_ROWS, (full, order)))
@@ -84,6 +86,6 @@ def _grows(node: fx.Node, dim: int, static: Collection[str]) -> bool:
     if node.target is not aten.cat.default or len(argument(node, "tensors")) != 2:
         return False
     past, new = argument(node, "tensors")
-    if axis(argument(node, "dim"), node.meta["val"].dim()) != dim or past.op != "placeholder" or past.name in static:
+    if axis(argument(node, "dim"), value_of(node).dim()) != dim or past.op != "placeholder" or past.name in static:
         return False
-    return all(part.meta["val"].dtype == node.meta["val"].dtype for part in (past, new))
+    return all(value_of(part).dtype == value_of(node).dtype for part in (past, new))

@@ -29,7 +29,7 @@ from torch import fx
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.edit import behind, emit, size_node
 from mom_passes.graph.sizes import Size
-from mom_passes.graph.values import is_size
+from mom_passes.graph.values import is_size, value_of
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
@@ -127,12 +127,12 @@ class _Rewriter:
         """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
         for node in list(self.graph.nodes):
             if node.target is FETCH and node.users and self._bring_ahead(node.args[0]):
-                dim = max(0, node.meta["val"].dim() - 2)
+                dim = max(0, value_of(node).dim() - 2)
                 replace_relaid(node, self._arrive(node.args[0], None, dim, before=node))
         return sum(node.target is FETCH_START for node in self.graph.nodes)
 
     def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
-        rows = 0 if new is None else self._size(new.meta["val"].shape[dim])
+        rows = 0 if new is None else self._size(value_of(new).shape[dim])
         with self.graph.inserting_before(self._first_operator()):
             buffer = emit(self.graph, FETCH_START, (past, rows, dim, self.device))
         with self.graph.inserting_before(before):

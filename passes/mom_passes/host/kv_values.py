@@ -27,8 +27,9 @@ from torch import fx
 from mom_passes.attention.reads import Attention, Read, attention_reads, attentions, read_of
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument, axis
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
-from mom_passes.graph.values import is_tensor, operands
+from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.host.kv_remade import kept_in_another_form
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules.views import seen_through_views
@@ -69,12 +70,12 @@ class KeyOrValue:
     @property
     def bytes(self) -> int:
         """Of what is kept, at the captured sizes."""
-        value = self.kept.meta["val"]
+        value = meta_value(self.kept)
         return count_hint(value.shape) * value.element_size()
 
     @property
     def bytes_per_token(self) -> int:
-        return self.bytes // max(1, hint(self.kept.meta["val"].shape[self.dim]))
+        return self.bytes // max(1, hint(value_of(self.kept).shape[self.dim]))
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class _Finder:
     def find(self) -> KVValues:
         places: dict[fx.Node, list[int]] = {}
         for i, node in enumerate(self.returned):
-            if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
+            if isinstance(node, fx.Node) and isinstance(meta_value(node), torch.Tensor):
                 places.setdefault(node, []).append(i)
         found: list[tuple[fx.Node, fx.Node, Read]] = []
         reasons: dict[fx.Node, str] = {}
@@ -140,7 +141,7 @@ class _Finder:
         if kept.target is aten.slice.Tensor:
             candidates.insert(0, argument(kept, "self"))
         for full in candidates:
-            if full.op == "placeholder" or full.meta["val"].dim() < 3:
+            if full.op == "placeholder" or value_of(full).dim() < 3:
                 continue
             read = read_of(full, self.reads)
             if full is not kept and (read is None or not _last_rows(kept, read.dim.index)):
@@ -226,21 +227,21 @@ def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
 
 
 def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, layer: int) -> KeyOrValue:
-    rows = expr(full.meta["val"].shape[dim]) - expr(kept.meta["val"].shape[dim])
+    rows = expr(value_of(full).shape[dim]) - expr(value_of(kept).shape[dim])
     past, new = _past(full)
     return KeyOrValue(full, kept, outputs, dim, int(rows) if rows.is_Integer else rows, layer, past, new)
 
 
 def _last_rows(node: fx.Node, dim: int) -> bool:
     """Whether a slice is the last rows of its operand along a dim, without gaps."""
-    return axis(argument(node, "dim"), node.meta["val"].dim()) == dim and _ends_where_it_ended(node)
+    return axis(argument(node, "dim"), value_of(node).dim()) == dim and _ends_where_it_ended(node)
 
 
 def _ends_where_it_ended(node: fx.Node) -> bool:
     """Whether a slice ends where its operand ends, without gaps."""
-    source, dim = argument(node, "self").meta["val"], argument(node, "dim")
+    source, dim = meta_value(argument(node, "self")), argument(node, "dim")
     end, step = argument(node, "end"), argument(node, "step")
-    end = end.meta["val"] if isinstance(end, fx.Node) else end
+    end = meta_value(end) if isinstance(end, fx.Node) else end
     size = source.shape[dim]
     return step == 1 and (end is None or same(end, size) or (isinstance(end, int) and end >= 1 << 62))
 
@@ -264,8 +265,8 @@ def _grows(full: fx.Node) -> bool:
 
 def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
     """Whether as many rows are kept as there were: the state of a convolution, say."""
-    before = argument(grown, "tensors")[0].meta["val"].shape
-    return all(same(a, b) for a, b in zip(before, kept.meta["val"].shape, strict=True))
+    before = value_of(argument(grown, "tensors")[0]).shape
+    return all(same(a, b) for a, b in zip(before, value_of(kept).shape, strict=True))
 
 
 def _written_into(node: fx.Node) -> fx.Node | None:

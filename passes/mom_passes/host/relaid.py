@@ -6,8 +6,10 @@ import torch
 from torch import fx
 
 from mom_passes.graph.edit import fake_value
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import same
 from mom_passes.graph.strides import viewable
+from mom_passes.graph.values import value_of
 from mom_passes.ops.transfers import COPIES
 from mom_passes.rules.work import matmul_work
 
@@ -21,11 +23,11 @@ def replace_relaid(old: fx.Node, new: fx.Node) -> None:
     for node in new.graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
-        before = node.meta.get("val")
+        before = meta_value(node)
         if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
             continue  # products lay their result out by themselves
         _relay(node)
-        if not _alike(before, node.meta["val"]):
+        if not _alike(before, meta_value(node)):
             changed.add(node)
 
 
@@ -35,8 +37,8 @@ def _relay(node: fx.Node) -> None:
     Fake tensors cannot be asked: they allow every view, and copy without a word.
     """
     if node.target is aten.view.default:
-        source = node.args[0].meta["val"]  # type: ignore[union-attr]
-        if not viewable(source.shape, source.stride(), node.meta["val"].shape):
+        source = meta_value(node.args[0])  # type: ignore[arg-type]
+        if not viewable(source.shape, source.stride(), value_of(node).shape):
             node.target = aten.reshape.default
     node.meta["val"] = fake_value(node)
 

@@ -25,7 +25,8 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.graph.aliasing import is_mutation, seen_from, view_chain
 from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
-from mom_passes.graph.values import bytes_of, is_size
+from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import bytes_of, is_size, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
 from mom_passes.rules.attention import SDPA
@@ -60,7 +61,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
                 env = {view.args[0]: seen}
                 seen = graph.node_copy(view, lambda n, env=env: env.get(n, n))  # type: ignore[misc]
                 seen.meta["val"] = fake_value(seen)
-            if strides_differ(seen.meta["val"], node.meta["val"]):
+            if strides_differ(meta_value(seen), meta_value(node)):
                 seen = emit(graph, aten.clone.default, (seen,), {"memory_format": torch.contiguous_format})
         node.replace_all_uses_with(seen)
         graph.erase_node(node)
@@ -161,7 +162,7 @@ def _first_operator(graph: fx.Graph) -> fx.Node:
 def _outermost(host: object) -> int:
     """The dimension that is outermost in storage: a buffer with it in front lies as the host does."""
     assert isinstance(host, fx.Node)
-    strides = host.meta["val"].stride()
+    strides = value_of(host).stride()
     return max(range(len(strides)), key=lambda dim: (strides[dim], -dim), default=0)
 
 

@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.edit import add_input
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import is_tensor, value_of
@@ -86,7 +87,7 @@ class Body:
         pasts = (i for i in members if isinstance(i.need, Past))
         scans = (i for i in members if i in computed and demands.claims[i].state is not None)
         self.carries = [*totals, *pasts, *scans]
-        made = [i for i in computed if isinstance(i.need, Rows) and isinstance(i.node.meta["val"], torch.Tensor)]
+        made = [i for i in computed if isinstance(i.need, Rows) and isinstance(meta_value(i.node), torch.Tensor)]
         self.widest = max(map(widest_per_token, made), default=1)
         self.spread = max((i.node.target.spread for i in made if isinstance(i.node.target, Region)), default=1)
         self.work = sum(matmul_work(i.node) for i in made)
@@ -135,7 +136,7 @@ class Body:
 
     def _ports(self, stored: int) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
         """In the order of the placeholders behind `start` and `count`."""
-        ports: list[tuple[In, Operand]] = [(SizeIn(i.node.meta["val"]), i) for i in self.sizes]
+        ports: list[tuple[In, Operand]] = [(SizeIn(meta_value(i.node)), i) for i in self.sizes]
         if self.literal is not None:
             ports.append((SizeIn(self.length), TheLength()))
         ports += [(RowsIn(TensorType.of(value_of(i.node)), i.dim), i) for i in self.rows]
@@ -186,7 +187,7 @@ class Body:
 
         def describe(new: fx.Node, inner: fx.Node) -> None:
             of_rows = inner.meta["per_row"]
-            values = inner.meta["val"]
+            values = meta_value(inner)
             types = [TensorType.of(value) for value in (values if isinstance(values, (tuple, list)) else [values])]
             if of_rows is not None:
                 need = Rows(Dim(0, dim.outer, product([dim.inner, of_rows])))
@@ -236,7 +237,7 @@ class Body:
     def _typed(self, node: fx.Node, instance: Instance) -> fx.Node:
         """Rows are as the value at full length, with as many tokens as the mini-sequence has. Of several values that
         an operator returns at once, one without rows (a seed, say) has no type."""
-        value, need, claim = instance.node.meta.get("val"), instance.need, self.demands.claims.get(instance)
+        value, need, claim = meta_value(instance.node), instance.need, self.demands.claims.get(instance)
         if isinstance(value, torch.Tensor):
             full = TensorType.of(value)
             node.meta["type"] = rows_type(full, need) if isinstance(need, Rows | Past) else full

@@ -32,8 +32,9 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.data_dependent import touches_unknown_numbers
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
-from mom_passes.graph.values import is_tensor, operands, returns_nothing
+from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
 from mom_passes.loops.shared_views import shared_views
 from mom_passes.rules import All, Claim, Dim, Past, Rows, claim_for, facts
 from mom_passes.rules.folds import fold_claim
@@ -43,14 +44,12 @@ from mom_passes.tokens.dims import TokenDims
 aten = torch.ops.aten
 
 
-
 @dataclass(frozen=True)
 class Total:
     """Of a reduction over the tokens: the total so far, which each mini-sequence adds to."""
 
     def __str__(self) -> str:
         return "total"
-
 
 
 class Kind(enum.Enum):
@@ -112,7 +111,7 @@ class DemandGraph:
 def instance_length(instance: Instance) -> Size:
     """How many tokens a sliced instance has."""
     dim = instance.dim
-    value = instance.node.meta["val"]
+    value = meta_value(instance.node)
     first = value[0] if isinstance(value, (tuple, list)) else value
     length = quotient(first.shape[dim.index], product([dim.outer, dim.inner]))
     assert length is not None, f"{instance}: rows do not divide the dimension"
@@ -161,20 +160,14 @@ def _roots(gm: fx.GraphModule) -> list[Instance]:
     return list(roots)
 
 
-
-
-
-
 def is_inline(node: fx.Node) -> bool:
     """A view, or a constant of one element: repeated where it is needed rather than kept."""
     if is_view(node):
         return True
-    value = node.meta.get("val")
+    value = meta_value(node)
     if not isinstance(value, torch.Tensor) or node.all_input_nodes:
         return False
     return node.op == "call_function" and count_hint(value.shape) == 1 and facts(node).rule is not None
-
-
 
 
 def repeats(node: fx.Node) -> bool:
@@ -184,7 +177,7 @@ def repeats(node: fx.Node) -> bool:
     (source,) = operands(node)
     while is_view(source):
         (before,) = operands(source)
-        if count_hint(source.meta["val"].shape) > count_hint(before.meta["val"].shape):
+        if count_hint(value_of(source).shape) > count_hint(value_of(before).shape):
             return True
         source = before
     return False
@@ -224,9 +217,7 @@ def _classify(
     return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
 
 
-def _classify_whole(
-    node: fx.Node, dims: TokenDims, shared: bool
-) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+def _classify_whole(node: fx.Node, dims: TokenDims, shared: bool) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     whole = tuple(Instance(n, All()) for n in node.all_input_nodes)
     if is_mutation(node):
         return Kind.WHOLE, whole, None

@@ -23,6 +23,7 @@ from torch import fx, nn
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.edit import attribute, copy_call, emit, fake_mode, size_node, strides_differ
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import returns_nothing, value_of
@@ -94,7 +95,7 @@ class _Rewriter:
             else:
                 kind = self.demands.kinds.get(Instance(node, All()))
                 if kind is Kind.SIZE and not self.demands.inputs[Instance(node, All())]:
-                    self.whole[node] = size_node(self.graph, node.meta["val"])
+                    self.whole[node] = size_node(self.graph, meta_value(node))
                     return self.whole[node]
                 if kind not in (Kind.INLINE, Kind.SIZE):
                     raise PassError(f"{node.name} is read before the stage that computes it ({kind})")
@@ -134,7 +135,7 @@ class _Rewriter:
         totals = [i for i in members if isinstance(i.need, Total)]
         length_node = size_node(self.graph, length)
         if isinstance(length_node, fx.Node):
-            length = length_node.meta["val"]  # the same size as a SymInt, which knows the captured value
+            length = meta_value(length_node)  # the same size as a SymInt, which knows the captured value
         body = Body(self.demands, plan, length, stored, totals)
         carries = [i for i, port in enumerate(body.inputs) if isinstance(port, CarryIn)]
         finals = [
@@ -158,7 +159,7 @@ class _Rewriter:
                 self.whole[instance.node] = item
         for instance, item in zip(totals, items[len(stored) :], strict=True):
             self.whole[instance.node] = self._finished(instance.node, item)
-        node.meta["val"] = tuple(item.meta["val"] for item in items)
+        node.meta["val"] = tuple(meta_value(item) for item in items)
 
     def _operand(self, operand: Operand, length: Any) -> Any:
         if isinstance(operand, TheLength):
@@ -176,7 +177,7 @@ class _Rewriter:
 
     def _lay_out(self, item: fx.Node, output: Stored) -> None:
         """The strides a stored value really has."""
-        value = item.meta["val"]
+        value = meta_value(item)
         with fake_mode(self.graph):
             dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
         if strides_differ(dense, value):

@@ -11,6 +11,7 @@ from torch import fx
 
 from mom_passes.graph.aliasing import base_of, views_of
 from mom_passes.graph.arguments import arguments_of
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr, hint, product, quotient, same, symbol_hints
 from mom_passes.graph.values import returns_a_tensor
 from mom_passes.loops.loop import Loop
@@ -180,7 +181,7 @@ def _returned(loop: Loop) -> tuple[fx.Node, ...]:
 
 
 def _value(operand: Any) -> Any:
-    return operand.meta.get("val") if isinstance(operand, fx.Node) else operand
+    return meta_value(operand) if isinstance(operand, fx.Node) else operand
 
 
 def _other_length(type: TensorType, dim: Dim, loop: Loop) -> str | None:

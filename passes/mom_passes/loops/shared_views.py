@@ -26,6 +26,7 @@ from torch import fx
 
 from mom_passes.graph.aliasing import is_a_view
 from mom_passes.graph.arguments import argument, axis
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, has_own_rule
 from mom_passes.rules.views import is_cut
@@ -46,7 +47,7 @@ def shared_views(gm: fx.GraphModule) -> frozenset[fx.Node]:
 def _of_outputs(output: fx.Node) -> set[fx.Node]:
     by_storage: dict[fx.Node, list[list[fx.Node]]] = {}
     for node in output.all_input_nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor):
+        if isinstance(meta_value(node), torch.Tensor):
             chain = _chain(node)
             by_storage.setdefault(chain[0], []).append(chain)
     found: set[fx.Node] = set()

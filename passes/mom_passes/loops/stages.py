@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from mom_passes.graph.aliasing import is_mutation
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import returns_nothing
@@ -175,7 +176,7 @@ class _Planner:
 
     def _cost(self, instance: Instance, k: int) -> int | None:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
-        value = instance.node.meta["val"]
+        value = meta_value(instance.node)
         # A past is made from its rows, else one storage would be priced twice.
         if not isinstance(value, torch.Tensor) or self.demands.kinds[instance] is Kind.PAST:
             return None
@@ -233,7 +234,7 @@ class _Planner:
         for k in reversed(range(len(stored))):
             for instance in body_instances(self.demands, stored[k], available[k]):
                 home = self.latest[instance]
-                kept = self.demands.kinds[instance] is Kind.ROWS and isinstance(instance.node.meta["val"], torch.Tensor)
+                kept = self.demands.kinds[instance] is Kind.ROWS and isinstance(meta_value(instance.node), torch.Tensor)
                 if kept and self.fixed(instance) and home < k:
                     stored[home].add(instance)
                     for later in range(home + 1, k + 1):
@@ -266,7 +267,7 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
 
 def bytes_per_token(instance: Instance) -> int:
     """Bytes that one token of a row instance takes at full length (at the captured sizes)."""
-    value = instance.node.meta["val"]
+    value = meta_value(instance.node)
     assert isinstance(value, torch.Tensor)
     dim = instance.dim
     length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))

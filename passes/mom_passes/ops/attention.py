@@ -115,7 +115,7 @@ class AttentionCall:
         return KeyConditions(self.keys, self.segments, self.positions)
 
     @property
-    def felt_window(self) -> int | None:
+    def effective_window(self) -> int | None:
         """None for a window that by their index no row would feel."""
         idle = self.window is not None and self.positions is None and self.window >= self.start + self.rows
         return None if idle else self.window

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.program.kernels import Fusion, Kernel
 from mom_passes.program.storages import shares_with
 
@@ -146,7 +147,7 @@ class _Held:
                 free.setdefault(self._kind(storage), []).append(storage)
 
     def _kind(self, storage: fx.Node) -> Hashable:
-        value = storage.meta.get("type", storage.meta.get("val"))
+        value = storage.meta.get("type", meta_value(storage))
         return sympy.expand(self.costs.bytes(storage)), getattr(value, "dtype", None)
 
 

@@ -28,6 +28,7 @@ import sympy
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.program.storages import shares_with
 from mom_passes.torch_compat import packet_of
 
@@ -272,7 +273,7 @@ class Fusion:
 
 
 def _device(node: fx.Node) -> str | None:
-    value = node.meta.get("type", node.meta.get("val"))
+    value = node.meta.get("type", meta_value(node))
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     device = getattr(first, "device", None)
     return device.type if device is not None else None

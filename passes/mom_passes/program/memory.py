@@ -21,6 +21,7 @@ from typing import Any
 import sympy
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
@@ -91,9 +92,7 @@ class Memory:
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 
 
-def memory(
-    program: Program, *, fused: bool = True, device: str | None = None, everywhere: bool = False
-) -> Memory:
+def memory(program: Program, *, fused: bool = True, device: str | None = None, everywhere: bool = False) -> Memory:
     """What a program needs, step by step. Without `fused`, what its pieces would hold if each operator ran by itself,
     as in eager mode; with a type of `device`, what it would need there, wherever it was captured. With `everywhere`,
     what a piece holds is its most at any sizes, where it is else what is the most at the captured ones."""
@@ -146,7 +145,7 @@ def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
 def _device_of(node: fx.Node) -> str:
     """The type of device that an operator's first operand is on, in a body or in a graph."""
     first = node.all_input_nodes[0]
-    value = first.meta["type"] if "type" in first.meta else first.meta["val"]
+    value = first.meta["type"] if "type" in first.meta else meta_value(first)
     return str(value.device.type)
 
 
@@ -174,7 +173,7 @@ def leaving(program: Program) -> dict[fx.Node, Leaving]:
     for step in program.steps:
         if isinstance(step, Transfer) and step.node.target is OFFLOAD:
             _, dim, _, layer = step.node.args
-            value = step.node.meta["val"]
+            value = meta_value(step.node)
             size = count_hint(value.shape) * value.element_size()
             found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
     return found

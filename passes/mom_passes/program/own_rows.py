@@ -26,6 +26,7 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation, seen_from, views_of
 from mom_passes.graph.edit import behind, emit, fake_value
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import bytes_of, is_size
 from mom_passes.loops.loop import MiniSequence
@@ -68,7 +69,7 @@ class _Rewriter:
     def run(self) -> OwnRows:
         cover = self._cover()
         with self.graph.inserting_before(cover.next):
-            own = emit(self.graph, COPY_ROWS, (cover, list(storage_order(cover.meta["val"])), self.part.room))
+            own = emit(self.graph, COPY_ROWS, (cover, list(storage_order(meta_value(cover))), self.part.room))
         seen: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(self.output):
             for cut, rows in self.part.cuts.items():

@@ -34,8 +34,9 @@ from torch import fx
 
 from mom_passes.graph.aliasing import base_of, is_mutation, view_chain, views_of
 from mom_passes.graph.arguments import argument
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
-from mom_passes.graph.values import bytes_of, operands
+from mom_passes.graph.values import bytes_of, operands, value_of
 from mom_passes.graph.writes import written_by
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules import Dim
@@ -72,7 +73,7 @@ class Part:
 
     @property
     def shape(self) -> tuple[Size, ...]:
-        shape = list(self.cover.meta["val"].shape)
+        shape = list(value_of(self.cover).shape)
         if self.rows is not None:
             shape[self.dim] = self.rows[1] - self.rows[0]
         return tuple(shape)
@@ -83,8 +84,8 @@ class Part:
         cut = self.cover
         if cut.target is not aten.slice.Tensor or self.rows is not None or set(self.cuts) != {cut}:
             return None
-        dim = int(argument(cut, "dim")) % int(cut.meta["val"].dim())
-        count, rows = cut.meta["val"].shape[dim], operands(cut)[0].meta["val"].shape[dim]
+        dim = int(argument(cut, "dim")) % int(value_of(cut).dim())
+        count, rows = value_of(cut).shape[dim], value_of(operands(cut)[0]).shape[dim]
         span = span_of(cut, Dim(dim), rows)
         last = span is not None and same(span.end, rows)
         return dim if last and isinstance(count, int) and count >= LEAST_WITH_ROOM else None
@@ -92,7 +93,7 @@ class Part:
     @property
     def bytes(self) -> int:
         """Of the cover, at the captured sizes."""
-        return count_hint(self.shape) * int(self.cover.meta["val"].element_size())
+        return count_hint(self.shape) * int(value_of(self.cover).element_size())
 
 
 def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
@@ -100,7 +101,7 @@ def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
     output = next(iter(reversed(gm.graph.nodes)))
     outputs_of: dict[fx.Node, list[fx.Node]] = {}
     for node in output.all_input_nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor):
+        if isinstance(meta_value(node), torch.Tensor):
             outputs_of.setdefault(base_of(node), []).append(node)
     found: list[Part] = []
     for base, outputs in sorted(outputs_of.items(), key=lambda item: item[0]):
@@ -164,7 +165,7 @@ def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
     assert isinstance(source, fx.Node)
     if dim is None or any(cut.args[0] is not source or _dim_of(cut) != dim for cut in cuts):
         return []
-    spans = {cut: span_of(cut, Dim(dim), source.meta["val"].shape[dim]) for cut in cuts}
+    spans = {cut: span_of(cut, Dim(dim), value_of(source).shape[dim]) for cut in cuts}
     known = {cut: span for cut, span in spans.items() if span is not None}
     if len(known) < len(spans):
         return []
@@ -186,7 +187,7 @@ def _dim_of(cut: fx.Node) -> int | None:
     """The dimension of a slice or select."""
     if not is_cut(cut):
         return None
-    return int(argument(cut, "dim")) % int(operands(cut)[0].meta["val"].dim())
+    return int(argument(cut, "dim")) % int(value_of(operands(cut)[0]).dim())
 
 
 def _within(span: Span, around: Span) -> tuple[int, int] | None:
@@ -206,9 +207,9 @@ def _worth_copying(base: fx.Node, parts: Sequence[Part]) -> bool:
     """Whether more than an eighth of a base would stay allocated for nobody, or may for other sizes."""
     if bytes_of(base) == 0:
         return False
-    size = base.meta["val"].element_size()
-    kept = sum(expr(product(part.shape)) * part.cover.meta["val"].element_size() for part in parts)
-    waste = sympy.cancel(1 - kept / (expr(product(base.meta["val"].shape)) * size))
+    size = value_of(base).element_size()
+    kept = sum(expr(product(part.shape)) * value_of(part.cover).element_size() for part in parts)
+    waste = sympy.cancel(1 - kept / (expr(product(value_of(base).shape)) * size))
     numerator, _ = sympy.fraction(sympy.together(waste))
     hinted = bytes_of(base) - sum(part.bytes for part in parts)
     bounded = not numerator.free_symbols or _grows_by_a_few_rows(base)
@@ -223,6 +224,6 @@ def _grows_by_a_few_rows(base: fx.Node) -> bool:
     if base.target is not aten.cat.default:
         return False
     tensors = argument(base, "tensors")
-    dim = int(argument(base, "dim")) % int(base.meta["val"].dim())
+    dim = int(argument(base, "dim")) % int(value_of(base).dim())
     new = [n for n in tensors if base_of(n).op != "placeholder"]
-    return len(new) < len(tensors) and all(isinstance(n.meta["val"].shape[dim], int) for n in new)
+    return len(new) < len(tensors) and all(isinstance(value_of(n).shape[dim], int) for n in new)

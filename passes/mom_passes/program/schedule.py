@@ -25,6 +25,7 @@ from torch import fx
 
 from mom_passes.graph.aliasing import is_a_view, seen_from
 from mom_passes.graph.data_dependent import touches_unknown_numbers
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in, storage_order
 from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.loop import MiniSequence
@@ -78,7 +79,7 @@ class _Scheduler:
         if node.target in COPIES:
             self._flush()
             self.made.append(Transfer(node))
-        elif isinstance(node.meta.get("val"), (int, float, bool, *SYMBOLIC)):
+        elif isinstance(meta_value(node), (int, float, bool, *SYMBOLIC)):
             if any(n in self.run for n in node.all_input_nodes):
                 self._flush()
             self.made.append(Call(node, Why.NUMBER))
@@ -143,7 +144,7 @@ def _views(node: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
 
 def _is_dense(node: fx.Node) -> bool:
     """Whether a piece can be held to the strides of a value: see `lowering.results`."""
-    value = node.meta["val"]
+    value = meta_value(node)
     return isinstance(value, torch.Tensor) and is_dense_in(value, storage_order(value))
 
 
@@ -158,7 +159,7 @@ def _computed(run: Sequence[fx.Node], outs: Collection[fx.Node]) -> tuple[fx.Nod
 
 def _items(node: fx.Node) -> list[fx.Node]:
     """What is taken from the values that an operator returns at once, and from lists among those."""
-    if not isinstance(node.meta.get("val"), (tuple, list)):
+    if not isinstance(meta_value(node), (tuple, list)):
         return []
     items = [user for user in node.users if user.target is operator.getitem]
     return [each for item in items for each in (item, *_items(item))]

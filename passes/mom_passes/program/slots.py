@@ -16,6 +16,7 @@ from collections.abc import Collection, Hashable
 from torch import fx
 
 from mom_passes.graph.aliasing import may_be_a_view
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, expr
 from mom_passes.graph.values import tensors_of
 from mom_passes.rules.work import matmul_work
@@ -45,7 +46,7 @@ def reuse_slots(gm: fx.GraphModule, waits: Collection[fx.Node]) -> int:
 
 
 def _kind(start: fx.Node) -> Hashable:
-    value = start.meta["val"]
+    value = meta_value(start)
     shape, stride = (tuple(map(expr, sizes)) for sizes in (value.shape, value.stride()))
     return shape, stride, value.dtype, value.device
 

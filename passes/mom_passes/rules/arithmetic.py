@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
+
 
 def add(a: Any, b: Any) -> Any:
     """`a + b`; emits a node when either is one."""
@@ -37,7 +39,7 @@ def _apply(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     if anchor is None:
         return function(a, b)
     node = anchor.graph.call_function(function, (a, b))
-    values = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in (a, b)]
+    values = [meta_value(value) if isinstance(value, fx.Node) else value for value in (a, b)]
     if all(value is not None for value in values):
         node.meta["val"] = function(*values)
     return node

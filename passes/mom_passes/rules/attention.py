@@ -19,6 +19,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, given, replace
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, same
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.arithmetic import add
@@ -32,7 +33,7 @@ BATCH, HEADS, QUERY, CHANNELS = range(4)
 
 def attention_work(node: fx.Node) -> int:
     """Products of all queries with all keys, and of their weights with all values."""
-    query, key = argument(node, "query").meta["val"], argument(node, "key").meta["val"]
+    query, key = meta_value(argument(node, "query")), meta_value(argument(node, "key"))
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
 

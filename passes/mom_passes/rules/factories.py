@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.needs import All, Dim, Need, Rows
@@ -39,7 +40,7 @@ def shape_of(node: fx.Node) -> torch.Size:
 
 def outputs_of(node: fx.Node) -> list[Any]:
     """The values a node returns: of a tuple its items, else the one value."""
-    value = node.meta["val"]
+    value = meta_value(node)
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
@@ -74,7 +75,7 @@ def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
     checked(node, dim)
     shape = output_shape(node)
     count = len(outputs_of(node))
-    outputs = (dim,) * count if isinstance(node.meta["val"], (tuple, list)) else None
+    outputs = (dim,) * count if isinstance(meta_value(node), (tuple, list)) else None
     return Claim(tuple(broadcast_need(node, operand, shape, dim) for operand in operands(node)), outputs)
 
 
@@ -84,7 +85,7 @@ def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
     origin = origins[dim.index]
     if isinstance(origin, str):
         raise CannotChunk(node, dim, origin)
-    outputs = (dim,) * len(outputs_of(node)) if isinstance(node.meta["val"], (tuple, list)) else None
+    outputs = (dim,) * len(outputs_of(node)) if isinstance(meta_value(node), (tuple, list)) else None
     return Claim((Rows(dim.at(origin)),) * len(operands(node)), outputs)
 
 

@@ -20,7 +20,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.sizes import same
-from mom_passes.graph.values import operands
+from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import (
     Origin,
@@ -70,7 +70,7 @@ def index(node: fx.Node, dim: Dim) -> Claim:
     source = argument(node, "self")
     indices: list[Any] = list(argument(node, "indices"))
     tensors = [one for one in indices if one is not None]
-    if any(one.meta["val"].dtype in (torch.bool, torch.uint8) for one in tensors):
+    if any(value_of(one).dtype in (torch.bool, torch.uint8) for one in tensors):
         raise CannotChunk(node, dim, "a boolean index selects a number of elements known only at run time")
     indexed = [position for position, one in enumerate(indices) if one is not None]
     rank = len(output_shape(node)) - (len(shape_of(source)) - len(indexed))

@@ -16,7 +16,7 @@ from torch import fx
 
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import operands
+from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.factories import broadcast_need, checked, output_shape
 from mom_passes.rules.needs import All, Dim, Need, Rows
 from mom_passes.rules.registry import Claim, Rule, facts, register, register_work
@@ -43,7 +43,7 @@ GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def grouped_work(node: fx.Node) -> int:
-    return count_hint(node.meta["val"].shape) * hint(operands(node)[0].meta["val"].shape[-1])
+    return count_hint(value_of(node).shape) * hint(value_of(operands(node)[0]).shape[-1])
 
 
 # By itself it has no rows that can be cut. Among what sorts rows and puts them back it has: `tokens.experts`.

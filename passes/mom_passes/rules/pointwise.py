@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, overloads, prims
+from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import value_of
 from mom_passes.rules.factories import Origin, all_but, follows, pointwise_claim, shape_of
 from mom_passes.rules.registry import Alias, register
 
@@ -78,7 +80,7 @@ register(*overloads(prims, PRIMITIVES))(pointwise_claim)
 def view_dtype(node: fx.Node) -> list[Origin]:
     """Reading the bytes as another type: element by element, unless elements change their size."""
     operand: Any = argument(node, "self")
-    value: torch.Tensor = operand.meta["val"]
+    value: torch.Tensor = meta_value(operand)
     rank = len(shape_of(operand))
-    resized = value.element_size() != node.meta["val"].element_size()
+    resized = value.element_size() != value_of(node).element_size()
     return all_but(rank, [rank - 1] if resized else [], "elements of another size regroup the last dimension")

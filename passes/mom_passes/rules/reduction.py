@@ -18,6 +18,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axes, axis, has_argument, overloads
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
@@ -94,5 +95,5 @@ def norm(node: fx.Node, dim: Dim) -> Claim:
     count = len(shape_of(operand)) - len(argument(node, "normalized_shape"))
     if checked(node, dim).index >= count:
         raise CannotChunk(node, dim, "normalises over it")
-    outputs = (dim,) * len(node.meta["val"])
+    outputs = (dim,) * len(meta_value(node))
     return claim(node, {"input": Rows(dim), "weight": All(), "bias": All()}, outputs)

@@ -8,7 +8,9 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, expr, hint, product
+from mom_passes.graph.values import value_of
 from mom_passes.ops.scored import LIKELY, SCORED, WEIGHTED, block_bytes, dtypes_on_the_way, element_bytes
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import checked, output_shape, outputs_of
@@ -17,8 +19,8 @@ from mom_passes.rules.registry import Claim, register
 
 
 def scored_work(node: fx.Node) -> int:
-    rows = count_hint(argument(node, "hidden").meta["val"].shape)
-    return rows * hint(argument(node, "matrix").meta["val"].shape[-1])
+    rows = count_hint(value_of(argument(node, "hidden")).shape)
+    return rows * hint(value_of(argument(node, "matrix")).shape[-1])
 
 
 def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
@@ -33,7 +35,7 @@ def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
 
 def _type(operand: fx.Node) -> torch.Tensor:
     """Shape and dtype of an operand, in a body or in a graph."""
-    return operand.meta["type"] if "type" in operand.meta else operand.meta["val"]  # type: ignore[no-any-return]
+    return operand.meta["type"] if "type" in operand.meta else meta_value(operand)  # type: ignore[no-any-return]
 
 
 @register(SCORED, recompute=False, work=scored_work, scratch=scored_scratch)

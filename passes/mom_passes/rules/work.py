@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import operands
+from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.registry import facts
 
 
@@ -17,7 +18,7 @@ def matmul_work(node: fx.Node) -> int:
         return 0
     if known.work is not None:
         return known.work(node)
-    values = [n.meta["val"] for n in inputs[:2]]
+    values = [meta_value(n) for n in inputs[:2]]
     if not all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values):
         return 0
     return _product_work(node)
@@ -31,8 +32,8 @@ def products(graph: fx.Graph) -> dict[fx.Node, int]:
 
 def _product_work(node: fx.Node) -> int:
     """Of a matrix product: all elements of the result, each over the contracted dimension."""
-    out, inputs = node.meta.get("val"), operands(node)
+    out, inputs = meta_value(node), operands(node)
     if not isinstance(out, torch.Tensor) or out.dim() < 2:
         return 0
-    contracted = inputs[-2].meta["val"].shape[-1] if len(inputs) > 1 else 1
+    contracted = value_of(inputs[-2]).shape[-1] if len(inputs) > 1 else 1
     return count_hint(out.shape) * hint(contracted)

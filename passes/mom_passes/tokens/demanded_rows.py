@@ -34,9 +34,10 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, fake_value, size_node
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
-from mom_passes.graph.values import is_tensor, operands
+from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.rules import All, Dim, Need, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
@@ -75,7 +76,7 @@ def span_of(node: fx.Node, dim: Dim, length: Size) -> Span | None:
     """The rows a slice or select takes from an operand with tokens in `dim`; None if it is no token slice."""
     if not is_cut(node) or not dim.plain:
         return None
-    rank = operands(node)[0].meta["val"].dim()
+    rank = value_of(operands(node)[0]).dim()
     if axis(argument(node, "dim"), rank) != dim.index:
         return None
     if node.target is aten.select.int:
@@ -91,7 +92,7 @@ def _selected(index: Any, length: Size) -> Span | None:
 
 
 def _sliced(node: fx.Node, dim: Dim, length: Size) -> Span | None:
-    count = expr(node.meta["val"].shape[dim.index])
+    count = expr(value_of(node).shape[dim.index])
     start, end, step = (argument(node, name) for name in ("start", "end", "step"))
     if step != 1 or same(count, 0) or same(count, length):
         return None
@@ -230,7 +231,7 @@ class _Narrower(InPart[Piece]):
 
     def _slice(self, value: fx.Node, dim: Dim, span: Span, length: Size | None) -> fx.Node:
         """Rows of a value. Tokens folded with other dimensions are unfolded first."""
-        shape = list(value.meta["val"].shape)
+        shape = list(value_of(value).shape)
         at = dim.index
         if not dim.plain:
             length = length if length is not None else _folded_length(shape[at], dim)
@@ -297,7 +298,7 @@ def bytes_per_row(node: fx.Node, dim: Dim, order: int) -> int | None:
 
     Inputs are there anyway. None for a tuple: its items can be sliced.
     """
-    value = node.meta["val"]
+    value = meta_value(node)
     tie = max(0, 999 - order)
     if not isinstance(value, torch.Tensor):
         return None

@@ -18,6 +18,7 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, prims, replace
 from mom_passes.graph.edit import add_input
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import hint, quotient
 from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.rules import Window, claim_for, facts
@@ -82,7 +83,7 @@ class _Template:
         per_row = {Use.ALL: None, Use.OF_SLOTS: self.per_token, Use.OF_TOKENS: 1}
         for operand, use in wanted:
             env[operand, use] = add_input(self.graph, operand.name)
-            env[operand, use].meta["val"] = operand.meta["val"]
+            env[operand, use].meta["val"] = meta_value(operand)
         for node in self.members:
             env[node, None] = self._emit(node, env)
         self.graph.output(env[self.result, None])

@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, arguments_of, aten, axes, axis, prims
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, hint, is_one, same
 from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.ops.scored import DTYPES, WITH_NUMBER, WITHOUT
@@ -44,7 +45,7 @@ class NotScored(Exception):
     """Why logits are made."""
 
 
-class NothingAsked(NotScored):
+class NoReductions(NotScored):
     """Nothing is known to be asked of the columns of a product: it is none of logits."""
 
 
@@ -158,7 +159,7 @@ def _step(node: fx.Node) -> tuple[str, float] | None:
 
 def keeps_columns(node: fx.Node, columns: Size) -> bool:
     """Whether a node shows rows of its operand otherwise, or some of them, and each with all its columns; or copies."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+    if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
     if node.target is aten.clone.default:
         return True
@@ -189,7 +190,7 @@ def with_columns(node: fx.Node, of: fx.Node, columns: Any) -> tuple[Any, tuple[A
 
 def form_of(node: fx.Node, forms: Mapping[fx.Node, Form], columns: Size) -> Form:
     """What a node is that reads wide values and is one. Raises `NotScored` where it is none of the forms."""
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+    if not isinstance(meta_value(node), torch.Tensor):
         raise NotScored(f"{node.target} ({node.name}) reads logits or what is made of them")
     if keeps_columns(node, columns):
         return forms[operands(node)[0]]
@@ -238,7 +239,7 @@ def is_row(arg: Any) -> bool:
     """Whether something is one number for all columns of a row."""
     if not isinstance(arg, fx.Node):
         return isinstance(arg, (int, float))
-    if not isinstance(arg.meta.get("val"), torch.Tensor):
+    if not isinstance(meta_value(arg), torch.Tensor):
         return not is_tensor(arg)
     shape = value_of(arg).shape
     return len(shape) == 0 or is_one(shape[-1])
@@ -315,7 +316,7 @@ def _is_zero(value: Any) -> bool:
 REDUCTIONS: dict[Any, str] = {aten.amax.default: "amax", aten.argmax.default: "argmax", aten.sum.dim_IntList: "sum"}
 
 
-def asked_of(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
+def reduction_by(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
     """What a node asks of the columns of a wide value: "amax", "argmax", "sum" or "gather"; None where nothing.
 
     Raises `NotScored` where that cannot be had of all columns' blocks.
@@ -341,4 +342,3 @@ def _checked(name: str, node: fx.Node, form: Form, fits: bool) -> str:
     if not fits:
         raise NotScored(f"{node.target} ({node.name}) asks for something else of {form}")
     return name
-

@@ -20,7 +20,7 @@ from dataclasses import replace
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint
-from mom_passes.graph.values import bytes_of, is_tensor, operands
+from mom_passes.graph.values import bytes_of, is_tensor, operands, value_of
 from mom_passes.ops.scored import SCORED
 from mom_passes.rules import All, claim_for
 from mom_passes.rules.work import matmul_work
@@ -56,9 +56,9 @@ def _whole(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
 
 
 def _widens(node: fx.Node) -> bool:
-    sizes = [count_hint(n.meta["val"].shape) for n in operands(node)]
+    sizes = [count_hint(value_of(n).shape) for n in operands(node)]
     activation = sizes[-2]
-    return count_hint(node.meta["val"].shape) > activation
+    return count_hint(value_of(node).shape) > activation
 
 
 def _until_the_next_product(node: fx.Node, dims: TokenDims) -> set[fx.Node]:

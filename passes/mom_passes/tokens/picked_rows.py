@@ -30,6 +30,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import overloads, prims
 from mom_passes.graph.edit import emit, fake_value, size_node
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, expr, is_one, same
 from mom_passes.graph.values import operands, value_of
@@ -278,7 +279,7 @@ class _Mover(InPart[Piece]):
 def _unfolded(piece: Piece) -> tuple[list[Size], int, int | None] | None:
     """A shape of the whole value in which tokens and entries are dimensions of their own, and which; None if there is
     none."""
-    value = piece.node.meta["val"]
+    value = meta_value(piece.node)
     if not isinstance(value, torch.Tensor):
         return None
     shape, at, length = list(value.shape), piece.dim.index, piece.picks.length

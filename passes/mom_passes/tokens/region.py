@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.edit import fake_value
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, product, quotient
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Described, Dim, OperatorFacts, Rows
@@ -72,7 +73,7 @@ class Region(Described):
     @property
     def widest(self) -> int:
         """The most bytes that one row of a value inside takes."""
-        inner = (node.meta["val"] for node in self.template.nodes if node.meta.get("per_row"))
+        inner = (meta_value(node) for node in self.template.nodes if node.meta.get("per_row"))
         tensors = (value for value in inner if isinstance(value, torch.Tensor))
         return max(count_hint(value.shape) * value.element_size() for value in tensors) // self.rows
 
@@ -139,9 +140,9 @@ def inline_regions(gm: fx.GraphModule) -> int:
             result = region.inline(gm.graph, operands(node), lambda new, _: None)
         while (new := new.next) is not node:
             new.meta["val"] = fake_value(new)
-            if isinstance(new.meta["val"], int):  # a number to be computed would end a compiled piece
+            if isinstance(meta_value(new), int):  # a number to be computed would end a compiled piece
                 known, new = new, new.prev
-                known.replace_all_uses_with(known.meta["val"])
+                known.replace_all_uses_with(meta_value(known))
                 gm.graph.erase_node(known)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)

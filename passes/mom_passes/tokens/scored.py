@@ -37,6 +37,7 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, prims
 from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, product, same
 from mom_passes.graph.values import bytes_of, operands, value_of
 from mom_passes.ops.scored import GREEDY, LIKELY, SCORED, TOTAL, WEIGHTED, block_bytes
@@ -44,12 +45,12 @@ from mom_passes.tokens.logits import (
     Factor,
     Form,
     Head,
-    NothingAsked,
+    NoReductions,
     NotScored,
-    asked_of,
     form_of,
     head_of,
     keeps_columns,
+    reduction_by,
     with_columns,
 )
 
@@ -70,8 +71,8 @@ def outline_scores(gm: fx.GraphModule, least: int | None = None) -> dict[str, st
         if head is None or _is_small(head, least):
             continue
         try:
-            found = Asked(head)
-        except NothingAsked:
+            found = Reductions(head)
+        except NoReductions:
             continue
         except NotScored as reason:
             refused[node.name] = str(reason)
@@ -86,7 +87,7 @@ def _is_small(head: Head, least: int | None) -> bool:
     return isinstance(product(value.shape), int) and bytes_of(head.logits) <= least
 
 
-class Asked:
+class Reductions:
     """What a graph asks of a head's logits: `asking` nodes with what each wants, and the `forms` of wide values.
 
     Raises `NotScored` where logits are read for something else.
@@ -99,7 +100,7 @@ class Asked:
         try:
             self._read()
         except NotScored as reason:
-            raise reason if self.asking else NothingAsked(str(reason)) from None
+            raise reason if self.asking else NoReductions(str(reason)) from None
         self.first = min(self.asking)
         self.late = self._late()
 
@@ -110,7 +111,7 @@ class Asked:
                 continue
             if node.op == "output":
                 raise NotScored("logits are returned")
-            asked = asked_of(node, self.forms)
+            asked = reduction_by(node, self.forms)
             if asked is None:
                 self.forms[node] = form_of(node, self.forms, self.head.columns)
             else:
@@ -167,7 +168,7 @@ class Asked:
 class _Outline:
     """Puts a call and answers in place of a head and what is asked of it."""
 
-    def __init__(self, graph: fx.Graph, found: Asked) -> None:
+    def __init__(self, graph: fx.Graph, found: Reductions) -> None:
         self.graph, self.found, self.head = graph, found, found.head
         self.answers: dict[fx.Node, fx.Node] = {}
         self.results: dict[int, fx.Node] = {}
@@ -181,7 +182,7 @@ class _Outline:
         for node in found.late:
             found.first.prepend(node)
         with self.graph.inserting_before(found.first):
-            targets = [self._as_logits_lie(node) for node, asked in found.asking.items() if asked == "gather"]
+            targets = [self._shape_like_logits(node) for node, asked in found.asking.items() if asked == "gather"]
             self._call(targets)
         for node, asked in found.asking.items():
             with self.graph.inserting_before(node):
@@ -233,7 +234,7 @@ class _Outline:
         width = size_node(self.graph, value_of(self.head.hidden).shape[-1], before)
         return self._shown(value, rows, width)
 
-    def _as_logits_lie(self, node: fx.Node) -> fx.Node:
+    def _shape_like_logits(self, node: fx.Node) -> fx.Node:
         """The columns that a `gather` chooses, with the rows as the logits have them."""
         index, shape = argument(node, "index"), value_of(self.head.logits).shape
         if _same_sizes(value_of(index).shape[:-1], shape[:-1]):
@@ -289,7 +290,7 @@ class _Outline:
     def _row(self, factor: Factor) -> Any:
         """A row value in float64; if it was itself an answer, that."""
         value = factor.value
-        if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], torch.Tensor):
+        if not isinstance(value, fx.Node) or not isinstance(meta_value(value), torch.Tensor):
             return value
         return self._converted(self.answers.get(value, value), torch.float64)
 

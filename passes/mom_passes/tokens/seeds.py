@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import hint, is_one, same
-from mom_passes.graph.values import operands
+from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, claim_for, dim_of
 from mom_passes.rules.work import matmul_work
 
@@ -34,7 +35,7 @@ def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            if node not in static and isinstance(node.meta.get("val"), torch.Tensor):
+            if node not in static and isinstance(meta_value(node), torch.Tensor):
                 found.add(node)
         elif any(n in found for n in node.all_input_nodes):
             found.add(node)
@@ -44,7 +45,7 @@ def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
 def seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
     """User inputs by the matmul work they reach, most first: an old layer's cache reaches less than the ids."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static]
-    inputs = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dim() > 0]
+    inputs = [n for n in inputs if isinstance(meta_value(n), torch.Tensor) and value_of(n).dim() > 0]
     reach: dict[fx.Node, int] = {}
     for candidate in inputs[:64]:
         reached = {candidate}
@@ -72,10 +73,10 @@ def inner_seeds(gm: fx.GraphModule, activations: set[fx.Node]) -> list[tuple[fx.
 
 
 def _beginning(node: fx.Node, activations: set[fx.Node]) -> list[Dim]:
-    value = node.meta.get("val")
+    value = meta_value(node)
     if not isinstance(value, torch.Tensor):
         return []
-    given = [operand.meta["val"] for operand in operands(node) if operand in activations]
+    given = [meta_value(operand) for operand in operands(node) if operand in activations]
     shapes = [one.shape for one in given if isinstance(one, torch.Tensor) and one.dim() == value.dim()]
     new = [i for i, size in enumerate(value.shape) if not any(same(shape[i], size) for shape in shapes)]
     return [Dim(index) for index in new if hint(value.shape[index]) > 1 and _has_no_rows_before(node, Dim(index))]

@@ -295,7 +295,7 @@ class Sorting:
         except CannotChunk as refusal:
             raise NotSeparable(f"{node.target} ({node.name}): {refusal.reason}") from refusal
         if claim.edit is not None:
-            _check_places_are_not_asked(node, claim.edit)
+            _check_rows_are_position_free(node, claim.edit)
         uses: list[Use | None] = []
         for operand, need in zip(operands(node), claim.needs, strict=True):
             inside = self.role(operand) in (Role.PLACED, Role.KEYS)
@@ -337,7 +337,7 @@ class Sorting:
         return [node for node in self.members if node in found]
 
 
-def _check_places_are_not_asked(node: fx.Node, edit: Edit) -> None:
+def _check_rows_are_position_free(node: fx.Node, edit: Edit) -> None:
     """Places are no positions: a rule that asks where rows begin is refused."""
     graph = fx.Graph()
     start, count = add_input(graph, "start"), add_input(graph, "count")

@@ -11,6 +11,7 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, hint, product, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Dim, Rows, claim_for, dim_of, facts
@@ -196,7 +197,7 @@ class Sweep:
 
     def _restart_after(self, node: fx.Node, carried: list[Carrier]) -> None:
         """The result of a mixing operator may still have one row per token: carry on from there."""
-        value = node.meta.get("val")
+        value = meta_value(node)
         if not isinstance(value, torch.Tensor):
             self._restart_with_items(node)
             return
@@ -246,7 +247,7 @@ def _has_rows(item: fx.Node, carrier: Carrier) -> bool:
 
 
 def _candidates(node: fx.Node, dims: list[list[tuple[Dim, Size]]]) -> list[tuple[Dim, Size]]:
-    value = node.meta.get("val")
+    value = meta_value(node)
     first = value[0] if isinstance(value, (tuple, list)) else value
     if not isinstance(first, torch.Tensor):
         return []

@@ -31,7 +31,7 @@ class _Absent:
         raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}")
 
 
-class Doors:
+class TensorPoints:
     """What `HostTensor` overrides of `torch.Tensor`; `traced` says that it stands for one in a graph being captured."""
 
     @property

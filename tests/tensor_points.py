@@ -73,7 +73,7 @@ def foreach(tensor: torch.Tensor) -> list[torch.Tensor]:
 STORAGE = "Access to the storage"
 FETCH = r"tensor\.fetch\(\)"
 
-DOORS: dict[str, Door] = {
+POINTS: dict[str, Door] = {
     # its memory
     "untyped_storage": Door(lambda t: t.untyped_storage(), STORAGE),
     "storage": Door(lambda t: t.storage(), STORAGE),
@@ -180,6 +180,6 @@ def tensor() -> torch.Tensor:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # TypedStorage is deprecated
-    for name, door in DOORS.items():
+    for name, door in POINTS.items():
         sys.stdout.write(json.dumps([name, outcome(door, on_host(tensor(), CPU))]) + "\n")
         sys.stdout.flush()

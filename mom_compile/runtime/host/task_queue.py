@@ -1,9 +1,9 @@
-"""What a thread does beside everybody else, one errand after another.
+"""What a thread does beside everybody else, one task after another.
 
-    errand = errands.put(work)        returns at once
-    errand.wait()                     `work()` has run, or has failed: `error`
+    task = tasks.put(work)        returns at once
+    task.wait()                     `work()` has run, or has failed: `error`
 
-A fork has a thread of its own, begun with its first errand. What its parent had given and not done by then is `Lost`.
+A fork has a thread of its own, begun with its first task. What its parent had given and not done by then is `Lost`.
 So is what has not begun when a process ends: nobody reads it any more.
 """
 
@@ -23,10 +23,10 @@ SECONDS_AT_EXIT = 10.0
 
 
 class Lost(RuntimeError):
-    """An errand that nobody runs: a parent's, which it had not run at a fork, or one of a process that ends."""
+    """A task that nobody runs: a parent's, which it had not run at a fork, or one of a process that ends."""
 
 
-class Errand:
+class Task:
     """`error` is what it failed with. What it worked on is let go before anybody knows that it has run."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -63,7 +63,7 @@ class Errand:
             self.error = Lost("it was under way when this process was forked, and no thread of a fork goes on with it")
 
 
-class Errands:
+class TaskQueue:
     """In the order they are given, by a thread that begins with the first and stays."""
 
     def __init__(self, name: str) -> None:
@@ -73,18 +73,18 @@ class Errands:
 
     def begin_anew(self) -> None:
         """With nothing to do, and no thread."""
-        self._waiting: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def put(self, work: Callable[[], None]) -> Errand:
-        errand = Errand(work)
+    def put(self, work: Callable[[], None]) -> Task:
+        task = Task(work)
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(self._waiting,), name=self.name, daemon=True)
                 self._thread.start()
-            self._waiting.put(errand)
-        return errand
+            self._waiting.put(task)
+        return task
 
     def lose(self) -> threading.Thread | None:
         """What has not begun is `Lost`. The thread, which ends with what it does now."""
@@ -92,30 +92,30 @@ class Errands:
             thread, waiting = self._thread, self._waiting
             self._thread, self._waiting = None, queue.SimpleQueue()
         with contextlib.suppress(queue.Empty):
-            while (errand := waiting.get_nowait()) is not None:
-                errand.lose()
+            while (task := waiting.get_nowait()) is not None:
+                task.lose()
         waiting.put(None)
         return thread
 
     @staticmethod
-    def _run(waiting: queue.SimpleQueue[Errand | None]) -> None:
-        while (errand := waiting.get()) is not None:
-            errand.run()
-            del errand  # what it worked on must not live until the next
+    def _run(waiting: queue.SimpleQueue[Task | None]) -> None:
+        while (task := waiting.get()) is not None:
+            task.run()
+            del task  # what it worked on must not live until the next
 
 
-_ALL: weakref.WeakSet[Errands] = weakref.WeakSet()
+_ALL: weakref.WeakSet[TaskQueue] = weakref.WeakSet()
 
 
 def _forked() -> None:
     """A fork has no threads, and must not do what its parent was asked for."""
-    for errands in list(_ALL):
-        errands.begin_anew()
+    for tasks in list(_ALL):
+        tasks.begin_anew()
 
 
 def _ending() -> None:
     """A thread that the interpreter ends while it is inside of PyTorch takes the process down: they end before."""
-    threads = [errands.lose() for errands in list(_ALL)]
+    threads = [tasks.lose() for tasks in list(_ALL)]
     until = time.monotonic() + SECONDS_AT_EXIT
     for thread in threads:
         if thread is not None:

@@ -13,29 +13,29 @@ import torch
 
 from mom_compile import HostTensor
 from mom_compile.runtime.host.tensor import on_host
-from tests.doors import CPU, DOORS, outcome, tensor
+from tests.tensor_points import CPU, POINTS, outcome, tensor
 
 aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
 def walked() -> dict[str, object]:
-    """What came of each door, in one process that may end at any of them."""
-    ran = subprocess.run([sys.executable, "-m", "tests.doors"], capture_output=True, text=True, check=False)
+    """What came of each point, in one process that may end at any of them."""
+    ran = subprocess.run([sys.executable, "-m", "tests.tensor_points"], capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     return {**dict(lines), "": (ran.returncode, ran.stderr[-2000:])}
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", POINTS)
 def test_a_door_works_or_refuses_by_name(walked, name):
-    door = DOORS[name]
+    point = POINTS[name]
     assert name in walked, walked[""]
-    if door.error is None:
+    if point.error is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert walked[name] == outcome(door, tensor())
+            assert walked[name] == outcome(point, tensor())
     else:
-        assert re.search(f"(RuntimeError|BufferError): .*{door.error}", str(walked[name])), walked[name]
+        assert re.search(f"(RuntimeError|BufferError): .*{point.error}", str(walked[name])), walked[name]
 
 
 def test_the_walk_comes_to_its_end(walked):

@@ -13,13 +13,14 @@ from torch import fx
 
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.edit import strides_differ
+from mom_passes.graph.meta import meta_value
 from mom_passes.host.kv_values import find_kv
 from mom_passes.host.relaid import replace_relaid
 
 aten = torch.ops.aten
 
 
-def as_they_lie(gm: fx.GraphModule) -> int:
+def drop_layout_copies(gm: fx.GraphModule) -> int:
     """Take out such copies, in place, and say how many. What a prompt was given lies as it was given."""
     copies = [value.full for value in find_kv(gm).found if _only_lays_out(value.full)]
     for copy in copies:
@@ -34,4 +35,4 @@ def _only_lays_out(node: fx.Node) -> bool:
     if node.target is not aten.clone.default:
         return False
     (operand,) = node.all_input_nodes
-    return source_of(node).op == "call_function" and strides_differ(node.meta["val"], operand.meta["val"])
+    return source_of(node).op == "call_function" and strides_differ(meta_value(node), meta_value(operand))

@@ -1,7 +1,7 @@
-"""A thread that runs errands and moves files' rows, simulated: each errand as late as somebody waits for it, or at any
+"""A thread that runs tasks and moves files' rows, simulated: each task as late as somebody waits for it, or at any
 moment before that.
 
-It is an agent of its own. What the one who gave an errand knew then, the thread knows when it runs it; what that tells
+It is an agent of its own. What the one who gave an task knew then, the thread knows when it runs it; what that tells
 it, those know who have waited for it.
 """
 
@@ -14,33 +14,33 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from mom_compile.runtime.host.bounce import Buffer, FileRows
-from mom_compile.runtime.host.errands import Errand, Errands
+from mom_compile.runtime.host.task_queue import Task, TaskQueue
 from tests.no_gpu.ledger import Clock
 
 if TYPE_CHECKING:
     from tests.no_gpu.streams import Simulation
 
 
-class SimErrand(Errand):
-    def __init__(self, errands: SimErrands, work: Callable[[], None], clock: Clock) -> None:
+class SimErrand(Task):
+    def __init__(self, tasks: SimErrands, work: Callable[[], None], clock: Clock) -> None:
         super().__init__(work)
-        self.errands, self.clock = errands, clock
+        self.tasks, self.clock = tasks, clock
 
     @property
     def ran(self) -> bool:
-        self.errands.sim.moment()
+        self.tasks.sim.moment()
         if super().ran:
-            self.errands.sim.thread_clock.learn(self.clock)
+            self.tasks.sim.thread_clock.learn(self.clock)
         return super().ran
 
     def wait(self) -> None:
-        self.errands.sim.moment()
+        self.tasks.sim.moment()
         while not super().ran:
-            self.errands.go_on()
-        self.errands.sim.thread_clock.learn(self.clock)
+            self.tasks.go_on()
+        self.tasks.sim.thread_clock.learn(self.clock)
 
 
-class SimErrands(Errands):
+class SimErrands(TaskQueue):
     """In place of a thread."""
 
     def __init__(self, sim: Simulation, name: str) -> None:
@@ -48,20 +48,20 @@ class SimErrands(Errands):
         self.sim = sim
         self.queue: collections.deque[SimErrand] = collections.deque()
         self.clock = Clock()
-        sim.errands.append(self)
+        sim.tasks.append(self)
 
-    def put(self, work: Callable[[], None]) -> Errand:
+    def put(self, work: Callable[[], None]) -> Task:
         self.sim.moment()
-        errand = SimErrand(self, work, Clock(self.sim.thread_clock))
-        self.queue.append(errand)
-        return errand
+        task = SimErrand(self, work, Clock(self.sim.thread_clock))
+        self.queue.append(task)
+        return task
 
     def go_on(self) -> None:
-        errand = self.queue.popleft()
-        self.clock.learn(errand.clock)
+        task = self.queue.popleft()
+        self.clock.learn(task.clock)
         with self.sim.acting_as(self.name, self.clock):
-            errand.run()
-        errand.clock = Clock(self.clock)
+            task.run()
+        task.clock = Clock(self.clock)
 
 
 def seen_by(sim: Simulation) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,12 @@
+"""The one place where a node's example value is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+def meta_value(node: fx.Node) -> Any:
+    """The example value of a node: a fake tensor, several, a size or a number; None where it was not propagated."""
+    return node.meta.get("val")
