@@ -48,8 +48,7 @@ from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
-from mom_passes.rules import has_own_rule
-from mom_passes.rules.folds import FOLDS
+from mom_passes.rules import facts, has_own_rule
 from mom_passes.rules.work import products
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -297,7 +296,7 @@ def follow_demands(state: State) -> str:
 
 def _reduces_an_input(node: fx.Node, dims: TokenDims) -> bool:
     """Whether a node is a reduction of what is as cheap as an input: what is asserted of ids, say."""
-    return node.target in FOLDS and dims.worked.isdisjoint(operands(node))
+    return facts(node).fold is not None and dims.worked.isdisjoint(operands(node))
 
 
 def _named(node: fx.Node) -> str:
