@@ -50,6 +50,7 @@ from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
 from mom_passes.rules import facts, has_own_rule
 from mom_passes.rules.work import products
+from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.experts import outline_experts
@@ -143,6 +144,12 @@ def experts_as_regions(state: State) -> str:
     """Mixtures of experts as one operator each, of which every token's rows are its own."""
     state.together = outline_experts(state.gm)
     return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
+
+
+def convolutions_as_one(state: State) -> str:
+    """Causal convolutions, whichever way they are padded, as one operator that reads rows ahead of its own."""
+    replaced = causal_convolutions(state.gm)
+    return f"{len(replaced)} convolutions and states, {real_layouts(state.gm, replaced)} values laid out otherwise"
 
 
 def scores_as_one(state: State) -> str:
@@ -392,6 +399,7 @@ TO_LOOPS: tuple[Step, ...] = (
     drop_whole_slices,
     empty_parts_left_out,
     canonical_attention,
+    convolutions_as_one,
     experts_as_regions,
     scores_as_one,
     results_as_claimed,

@@ -2,6 +2,7 @@
 
 from mom_passes.rules import (
     attention,
+    convolution,
     folds,
     index,
     layout,
@@ -30,8 +31,8 @@ from mom_passes.rules.registry import (
 )
 
 __all__ = [
-    "Alias", "All", "Carry", "Claim", "Described", "Dim", "Final", "Fold", "Last", "Need", "OperatorFacts", "Output",
-    "Rows", "Window", "attention", "claim_for", "dim_of", "facts", "facts_of", "fold_for", "folds", "has_own_rule",
-    "index", "layout", "matmul", "pointwise", "quantised", "reduction", "register", "register_fold", "registered",
-    "scored", "source", "view",
+    "Alias", "All", "Carry", "Claim", "Described", "Dim", "Final", "Fold", "Last", "Need", "OperatorFacts",
+    "Output", "Rows", "Window", "attention", "claim_for", "convolution", "dim_of", "facts", "facts_of",
+    "fold_for", "folds", "has_own_rule", "index", "layout", "matmul", "pointwise", "quantised", "reduction",
+    "register", "register_fold", "registered", "scored", "source", "view",
 ]  # fmt: skip
