@@ -5,6 +5,9 @@ Both have a reference in plain PyTorch, which a compiler lowers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from mom_passes.ops.library import LIBRARY
@@ -61,4 +64,4 @@ LIBRARY.impl("causal_conv1d", causal_conv1d, "CompositeExplicitAutograd")
 LIBRARY.impl("last_rows", last_rows, "CompositeExplicitAutograd")
 
 #: Operator -> a function of other operators that computes it, for a compiler that has no lowering of it.
-DECOMPOSITIONS = {CAUSAL_CONV1D: causal_conv1d, LAST_ROWS: last_rows}
+DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {CAUSAL_CONV1D: causal_conv1d, LAST_ROWS: last_rows}
