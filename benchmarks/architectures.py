@@ -204,8 +204,10 @@ def summary(found: dict[str, Any]) -> str:
         return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks)
     parts: list[str] = [found.get("not_built") or found.get("ended") or ""]
     for use, got in found.get("uses", {}).items():
-        said = (got.get("eager_error") and "eager raises") or got.get("error") or f"{got.get('difference'):.1e}"
-        parts.append(f"{use} {said[:160]}")
+        outcome = (got.get("eager_error") and "eager raises") or got.get("error")
+        if outcome is None:
+            outcome = f"{got['difference']:.1e}" if "difference" in got else "not run"
+        parts.append(f"{use} {outcome[:160]}")
     return "; ".join(filter(None, parts)) + f" ({found.get('seconds', found.get('compile_seconds'))} s)"
 
 

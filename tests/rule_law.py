@@ -204,25 +204,21 @@ def check_fold(node: fx.Node, claim: Claim) -> None:
 
 
 def check_folds(call: Call) -> int:
-    """Checks a call with tokens in every dim of its first operand, and with the same number of them in the others.
-
-    Returns how many combinations the rule accepted.
-    """
+    """Checks a call with tokens in any dims of its operands; returns how many combinations the rule accepted."""
     node = node_of(call)
     values = [operand.meta["val"] for operand in operands(node)]
+    options = [[None, *(d for d in dims(value.shape) if i == 0 or d.plain)] for i, value in enumerate(values)]
     accepted = 0
-    for first in dims(values[0].shape) if values else ():
-        rows = length(values[0], first)
-        others = [[None, *(d for d in dims(v.shape) if d.plain and length(v, d) == rows)] for v in values[1:]]
-        for rest in itertools.product(*others):
+    for given in itertools.product(*options):
+        if len({length(v, d) for v, d in zip(values, given, strict=True) if d is not None}) == 1:
             try:
-                claim = fold_for(node, (first, *rest))
+                claim = fold_for(node, given)
             except CannotChunk:
                 continue
             try:
                 check_fold(node, claim)
             except Exception as error:
-                raise AssertionError(f"{call} along {first} and {rest}, claim {claim}: {error}") from error
+                raise AssertionError(f"{call} with tokens in {given}, claim {claim}: {error}") from error
             accepted += 1
     return accepted
 

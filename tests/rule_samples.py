@@ -352,9 +352,20 @@ CUDA_ONLY = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 
+def _convolutions() -> list[Call]:
+    x, mom = floats(2, 4, 7), torch.ops.mom
+    return [
+        Call(mom.causal_conv1d.default, (x, floats(4, 1, 4), floats(4), 1, 4)),
+        Call(mom.causal_conv1d.default, (x, floats(6, 4, 3), None, 2)),
+        Call(mom.causal_conv1d.default, (x, floats(4, 2, 1), None, 1, 2)),
+        Call(mom.last_rows.default, (floats(2, 4, 3), x, 2)),
+        Call(mom.last_rows.default, (floats(2, 9, 7), x[:, :, :7].repeat(1, 3, 1), 1)),
+    ]
+
+
 BY_HAND: list[Callable[[], list[Call]]] = [
     _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
-    _bitsandbytes, _copied_rows, _mom_attention, _scored, _sdpa_for_cpu,
+    _bitsandbytes, _convolutions, _copied_rows, _mom_attention, _scored, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def test_a_reduction_over_other_dimensions_is_no_fold():
 @pytest.mark.parametrize(
     ("dims", "reason"),
     [
-        ((Dim(1), None), "does not contract it"),
+        ((None, Dim(1)), "does not contract it"),
         ((Dim(0), Dim(0)), "does not contract it"),
         ((Dim(1, outer=2), Dim(0, inner=2)), "different layouts"),
     ],
@@ -163,6 +163,30 @@ def test_what_is_reduced_never_exists_at_full_length(reduction):
     _, report = rewrite(gm, 4, parameter_names(gm))
     assert not report.left_out
     assert report.stages[-1].folds and not report.stages[-1].crossing
+
+
+CONTRACTIONS = {
+    "of each sequence": lambda x: x.transpose(1, 2) @ x,
+    "of all sequences": lambda x: x.flatten(0, 1).t() @ x.flatten(0, 1),
+    "with an input": lambda x: torch.arange(x.shape[1], dtype=x.dtype)[None] @ x[0],
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("contraction", CONTRACTIONS)
+def test_a_product_that_contracts_the_tokens_is_summed_in_the_loop(contraction, dynamic):
+    """Linear attention without a mask is such a product. Neither of its operands exists at full length."""
+    weights = weights_of(torch.float64)
+
+    def program(x, *parameters):
+        w = Weights(*parameters)
+        return (CONTRACTIONS[contraction](STEPS["mlp"](STEPS["linear"](x, w), w)),)
+
+    x = torch.randn(2, 13, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gm = trace(program, x, *weights, dynamic=dynamic)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+    assert report.stages[-1].folds and not report.stages[-1].crossing and not report.left_out
 
 
 def test_a_bfloat16_mean_is_summed_in_float32():

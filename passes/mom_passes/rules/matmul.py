@@ -45,20 +45,20 @@ GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def contract_tokens(equation: str) -> FoldRule:
-    """The fold rule of a product whose operands both have tokens in the contracted dimension: parts are summed."""
+    """The fold rule of a product that contracts the tokens: the products of parts are summed."""
     terms = equation.split("->")[0].split(",")
     (label,) = set(terms[0]) & set(terms[1]) - set(equation.split("->")[1])
 
     def rule(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
-        first = next(dim for dim in (*dims, Dim(0)) if dim is not None)
-        if any(dim is None or term[dim.index] != label for term, dim in zip(terms, dims, strict=True)):
+        first = next((dim for dim in dims if dim is not None), Dim(0))
+        if any(dim is not None and term[dim.index] != label for term, dim in zip(terms, dims, strict=True)):
             raise CannotChunk(node, first, "does not contract it")
         if len({dim.at(0) for dim in dims if dim is not None}) > 1:
             raise CannotChunk(node, first, "its operands have tokens in different layouts")
         if value_of(node).dtype in HALF:
             raise CannotChunk(node, first, "a partial product would be rounded for every mini-sequence")
-        needs = tuple(Rows(dim) for dim in dims if dim is not None)
-        return Claim(needs, (Fold(aten.add.Tensor, 0),))
+        # An operand that carries no tokens, positions say, has as many entries in the contracted dimension.
+        return Claim(tuple(Rows(first.at(term.index(label))) for term in terms), (Fold(aten.add.Tensor, 0),))
 
     return rule
 
