@@ -52,7 +52,7 @@ def rule() -> Iterator[None]:
     @chunk_rule(OP, recompute=False, work=lambda node: 1)
     def recurrence_rule(node: fx.Node, dim: Dim) -> Claim:
         state = [All()] * (len(node.all_input_nodes) - 2)
-        if dim.index == 1 and dim.plain:
+        if dim.index == 1:
             return Claim((Rows(dim), All(), *state), (Rows(dim), Final(0)), carries=(Carry(0, 1, operand="state"),))
         raise CannotChunk(node, dim, "only along the tokens")
 

@@ -144,12 +144,11 @@ NO_CLAIMS: list[tuple[Any, str]] = [
     (lambda node, dim: Claim((dim,)), r"a tuple of Rows\(dim, before\)"),
     (lambda node, dim: Claim(Rows(dim)), r"a tuple of Rows\(dim, before\)"),
     (lambda node, dim: Claim((Rows(dim), Rows(dim))), "has 2 needs for 1 tensor operands"),
-    (lambda node, dim: Claim((Rows(dim, before=-1),)), "rows before others are at least one"),
+    (lambda node, dim: Claim((Rows(dim, before=-1),)), "the number of rows before others is not negative"),
     (lambda node, dim: Claim((Rows(dim),), (dim,)), r"expected a tuple of Rows\(dim\), Fold, Final\(carry\) and None"),
     (lambda node, dim: Claim((Rows(dim),), (Final(0),)), "but has 0 carries"),
     (lambda node, dim: Claim((Rows(dim),), carries=(Carry(0, 0),)), "name either the operand that receives it or"),
     (lambda node, dim: Claim((Rows(dim),), carries=(Carry(0, 0, "state"),)), "aten.relu.default has no argument state"),
-    (lambda node, dim: Claim((Rows(Dim(0, 2), before=3),)), "along a dimension that holds tokens alone"),
     (fails, "raised IndexError: tuple index out of range"),
 ]
 
@@ -161,3 +160,14 @@ def test_a_rule_that_answers_with_no_claim_is_named_when_it_is_asked(rule: Any, 
         OperatorFacts(rule).claim(node, Dim(1))
     assert "the chunk rule of aten.relu.default" in str(refusal.value)
     assert f"asked for {node.name} along dim 1" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [Claim((Rows(Dim(0, 2), before=3),)), Claim((Rows(Dim(0, 2)),), carries=(Carry(0, 0, join=aten.add.Tensor),))],
+    ids=["rows ahead", "a carry"],
+)
+def test_rows_are_handed_on_only_along_a_dimension_that_holds_tokens_alone(claim: Claim) -> None:
+    node = node_of(Call(aten.relu.default, (x,)))
+    with pytest.raises(CannotChunk, match="along a dimension that holds more than tokens"):
+        OperatorFacts(lambda node, dim: claim).claim(node, Dim(0, 2), in_order=True)

@@ -40,8 +40,6 @@ def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
     if dim.index == BATCH:
         return claim(node, {"x": Rows(dim)})
     ahead = rows_ahead(value_of(argument(node, "weight")), argument(node, "dilation"))
-    if not dim.plain and ahead:
-        raise CannotChunk(node, dim, "reads rows ahead in a dimension that holds more than tokens")
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x, weight, bias, dilation, groups = (

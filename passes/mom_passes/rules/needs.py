@@ -74,7 +74,7 @@ class Rows:
     """The computed rows along `dim` and, of an operand, `before` rows ahead of them.
 
     Ahead of the first row of the sequence there are none: an operator gets zeros there, and `Window.first` is negative.
-    With `before`, the dim is plain: rows ahead of others in a folded dimension are no range.
+    A claim with `before` is refused along a folded dimension: rows ahead of others are no range there.
     """
 
     dim: Dim
@@ -89,8 +89,8 @@ Need = All | Rows
 
 def find_fault(need: Need) -> str | None:
     """Return what is wrong with a need, whatever the operator, or None."""
-    if isinstance(need, Rows) and need.before and not (need.dim.plain and need.before > 0):
-        return "rows before others are at least one, along a dimension that holds tokens alone"
+    if isinstance(need, Rows) and need.before < 0:
+        return "the number of rows before others is not negative"
     return None
 
 

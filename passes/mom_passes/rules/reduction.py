@@ -66,8 +66,6 @@ def scan(node: fx.Node, dim: Dim) -> Claim:
     along = axis(argument(node, "dim"), len(shape_of(operands(node)[0])))
     if checked(node, dim).index != along:
         return Claim((Rows(dim),))
-    if not dim.plain:
-        raise CannotChunk(node, dim, "accumulates along a dimension that holds more than tokens")
     if value_of(node).dtype in HALF:
         raise CannotChunk(node, dim, "the accumulated value would be rounded for every mini-sequence")
     return Claim((Rows(dim),), carries=(SCANS[node.target],))

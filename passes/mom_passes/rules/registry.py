@@ -131,6 +131,9 @@ class OperatorFacts:
         if self.rule is None:
             raise CannotChunk(node, dim, NO_RULE)
         claim = _asked(self.rule, node, dim, dim)
+        ahead = [need.dim for need in claim.needs if isinstance(need, Rows) and need.before]
+        if not all(one.plain for one in ahead) or (claim.carries and not dim.plain):
+            raise CannotChunk(node, dim, "hands rows on along a dimension that holds more than tokens")
         if claim.carries and not in_order:
             raise CannotChunk(node, dim, "accumulates along it")
         return claim
