@@ -1,4 +1,4 @@
-"""The threaded engine copies beside the computation, in order, and keeps what it copies alive."""
+"""The threaded engine copies asynchronously and in order, and keeps tensors alive while it copies them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.forks import in_a_fork
 
 @pytest.fixture
 def held():
-    """An engine whose copies start only when told to."""
+    """An engine whose copies start only on request."""
     engine, go = ThreadedEngine(), threading.Event()
     engine.delay = lambda: float(not go.wait(10))
     yield engine, go
@@ -54,7 +54,7 @@ def test_copies_are_done_in_the_order_they_were_asked_for(held):
 
 @pytest.fixture
 def slow_departures():
-    """An engine whose copies to the host start only when told to."""
+    """An engine whose copies to the host start only on request."""
     engine, go = ThreadedEngine(), threading.Event()
     engine.delay = lambda: float("to-host" in threading.current_thread().name and not go.wait(10))
     yield engine, go
@@ -85,7 +85,7 @@ def test_copies_of_the_same_rows_stay_in_order_from_one_queue_to_the_other(slow_
 
 
 def test_chains_across_both_queues_from_several_threads_end(slow_departures):
-    """Each copy waits for one in the other queue, of another thread's as well: no two wait for each other."""
+    """Each copy waits for one in the other queue, also of another thread, without a deadlock."""
     engine, go = slow_departures
     region, counts = HostRegion(BLOCK, Anonymous()), []
     region.commit(4)
@@ -106,7 +106,7 @@ def test_chains_across_both_queues_from_several_threads_end(slow_departures):
         thread.join(20)
     assert counts == [199] * 4
     region.wait()
-    assert len(set(region.bytes[:4].tolist())) == 1  # no copy was in the middle of another
+    assert len(set(region.bytes[:4].tolist())) == 1  # copies did not interleave
 
 
 def test_who_reads_or_writes_rows_behind_several_threads_copies_waits_for_all_of_them(held):
@@ -151,7 +151,7 @@ def test_no_more_than_a_few_values_are_leaving_at_a_time(held):
     asked = threading.Thread(target=lambda: engine.to_host(torch.zeros(4), torch.ones(4), None))
     asked.start()
     asked.join(0.2)
-    assert asked.is_alive()  # it waits for the first to have left
+    assert asked.is_alive()  # it waits until the first copy is done
     go.set()
     asked.join(10)
     assert not asked.is_alive()
@@ -225,12 +225,12 @@ def fails_as_lost(work):
     try:
         work()
     except CopyError as error:
-        return "under way when this process was forked" in str(error)
+        return "pending when this process was forked" in str(error)
     return False
 
 
 def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(held):
-    """Nobody in the fork waits for a thread that it has not: not for rows, nor for room to let others leave."""
+    """The fork must not wait for its parent's thread, neither for rows nor before the next copy."""
     engine, go = held
     target, rows = torch.zeros(4), torch.zeros(4)
     arriving = engine.to_device(target, torch.ones(4), None)
@@ -239,7 +239,7 @@ def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(he
     def child():
         go.set()
         lost = fails_as_lost(arriving.wait) and fails_as_lost(leaving[0].done.synchronize)
-        behind = engine.to_device(torch.zeros(4), rows, leaving[0].done)  # of rows that are not there
+        behind = engine.to_device(torch.zeros(4), rows, leaving[0].done)  # the rows do not exist
         own = torch.zeros(4)
         engine.to_host(own, torch.ones(4), None).wait()
         engine.settle()
@@ -261,7 +261,7 @@ def test_a_copy_that_was_done_before_a_fork_is_done_there():
 
 @contextlib.contextmanager
 def asking_all_the_time(ask):
-    """A thread that asks again and again meanwhile."""
+    """A thread starts copies continuously meanwhile."""
     stop = threading.Event()
 
     def again():
@@ -278,7 +278,7 @@ def asking_all_the_time(ask):
 
 
 def test_a_fork_while_another_thread_asks_has_a_thread_of_its_own():
-    """Whatever that thread holds at that moment. Without PyTorch: it makes no promise of a fork while it computes."""
+    """Whatever that thread holds at that moment. Without PyTorch, which does not support a fork while it computes."""
     tasks = TaskQueue("asked")
 
     def child():
@@ -314,7 +314,7 @@ assert not last.finished()
 
 
 def test_a_process_that_ends_with_copies_under_way_ends_well():
-    """Its threads are not stopped inside of PyTorch, which would abort it."""
+    """Its threads are not stopped inside PyTorch, which would abort the process."""
     command = [sys.executable, "-c", ENDS_WITH_COPIES_UNDER_WAY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

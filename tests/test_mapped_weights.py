@@ -25,7 +25,7 @@ from mom_compile.weights import offload_weights
 from tests.models import TinyDecoder
 from tests.no_gpu.at_once import CPU, STAGE, device_at_once
 
-pytestmark = pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one")
+pytestmark = pytest.mark.filterwarnings("ignore:weights that are stored on the host are copied")
 
 #: Ways to see a weight.
 VIEWS = (
@@ -170,7 +170,7 @@ def test_a_file_that_was_cut_short_is_an_error_that_names_it_and_others_go_on(fi
         lambda: fetched(cut[:, ::2]),
         lambda: FetchRows(CPU)([cut.host, torch.tensor([50])]),
     ):
-        with pytest.raises(CopyError, match=r"^weights could not be copied to or from '.*safetensors': .*file ends"):
+        with pytest.raises(CopyError, match=r"^weights could not be copied to or from '.*safetensors': .*is shorter"):
             ask()
     assert torch.equal(fetched(there), file.expected(0, 40, 64))
     assert torch.equal(FetchRows(CPU)([cut.host, torch.tensor([3])])[0], file.expected(20 * STAGE, 60, 64)[[3]])
@@ -210,7 +210,7 @@ def test_a_model_whose_file_is_cut_short_fails_where_it_is_read_and_lives_on(tmp
         whole = path.read_bytes()
         os.truncate(path, len(whole) // 4)
         for _ in range(2):
-            with pytest.raises(CopyError, match="the file ends before the rows do"):
+            with pytest.raises(CopyError, match="the file is shorter than expected"):
                 made(ids)
         with path.open("r+b") as again:
             again.write(whole)

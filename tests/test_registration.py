@@ -1,4 +1,4 @@
-"""Pages are registered ahead on a thread of their own: who needs them has them, who drops them waits for nobody."""
+"""Pages are registered in a background thread: `complete` finishes a range, and `drop` waits for no one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 10.0
 
 
 class Driver:
-    """Registers pieces of a hundred bytes. `gate` holds up each call of another thread than the one that made it."""
+    """Registers pieces of a hundred bytes. `gate` blocks calls of threads other than its creator."""
 
     def __init__(self, refuse: tuple[int, ...] = ()) -> None:
         self.refuse = refuse
@@ -51,7 +51,7 @@ def test_who_asks_ahead_goes_on_at_once() -> None:
     driver, registrar = Driver(), Registrar()
     registrar.put(Registration(driver, 0, 300, None))
     assert driver.begun.wait(LIMIT)
-    assert not driver.ranges  # and we are here
+    assert not driver.ranges  # and this thread was not blocked
     driver.gate.set()
     registrar.finish()
     assert driver.ranges == {0, 100, 200}
@@ -64,7 +64,7 @@ def test_who_needs_a_range_waits_for_one_piece_and_does_the_rest() -> None:
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
     threading.Timer(0.05, driver.gate.set).start()
-    one.need()
+    one.complete()
     assert driver.ranges == {0, 100, 200, 300, 400}
     assert [thread for _, thread in driver.calls][-1] == driver.here.name
     registrar.finish()
@@ -77,7 +77,7 @@ def test_what_is_needed_does_not_wait_for_what_was_asked_for_before() -> None:
     registrar.put(before)
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
-    one.need()
+    one.complete()
     assert driver.ranges == {1000}
     driver.gate.set()
     registrar.finish()
@@ -104,10 +104,10 @@ def test_a_refusal_is_told_to_who_needs_the_range_and_what_waits_is_not_tried() 
     assert registrar.left == 0
     for refused in (one, one, other):
         with pytest.raises(HostMemoryError, match="100 bytes at 100 are refused"):
-            refused.need()
+            refused.complete()
     one.drop()
     assert not driver.ranges
-    registrar.put(Registration(driver, 2000, 100, None))  # others are tried again
+    registrar.put(Registration(driver, 2000, 100, None))  # later ranges are tried again
     registrar.finish()
     assert driver.ranges == {2000}
 
@@ -120,10 +120,10 @@ def test_what_is_no_refusal_ends_no_thread_and_is_an_error_of_who_needs_the_rang
     registrar.put(one)
     registrar.finish()
     with pytest.raises(HostMemoryError, match="broken") as found:
-        one.need()
+        one.complete()
     assert isinstance(found.value.__cause__, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        Registration(broken, 0, 300, None).need()
+        Registration(broken, 0, 300, None).complete()
 
 
 def test_what_is_dropped_under_way_is_undone_by_who_registers_it() -> None:
@@ -131,7 +131,7 @@ def test_what_is_dropped_under_way_is_undone_by_who_registers_it() -> None:
     one = Registration(driver, 0, 300, None)
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
-    one.drop()  # waits for nobody
+    one.drop()  # does not wait
     driver.gate.set()
     registrar.finish()
     assert len(driver.calls) == 1
@@ -183,7 +183,7 @@ def test_what_is_on_its_way_is_counted() -> None:
     registrar.put(one)
     registrar.put(other)
     assert driver.begun.wait(LIMIT)
-    assert registrar.left == 200 + 150  # a piece is being taken
+    assert registrar.left == 200 + 150  # a piece is being registered
     one.drop()
     assert registrar.left == 150
     driver.gate.set()
