@@ -67,7 +67,7 @@ def test_what_is_no_number_of_tokens_is_refused(bad):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("1.5", "1.5 is no whole number of tokens"), ("0.0001k", "0.1 is no whole"), ("9999T", "no model takes as many")],
+    [("1.5", "1.5 is not a whole number"), ("0.0001k", "0.1 is not a whole"), ("9999T", "no model supports that many")],
 )
 def test_it_is_said_what_is_wrong_with_a_number_of_tokens(text, why):
     with pytest.raises(ValueError, match=why):

@@ -218,7 +218,7 @@ def test_what_attention_takes_for_itself(tokens, mask, keys, blocks_of):
         ({"kv_offload": "host"}, r"kv_offload='host' is not valid"),
         ({"kv_offload": "disk"}, r"needs kv_dir"),
         ({"kv_offload": "disk", "kv_dir": "/nowhere/at/all"}, r"is not a folder"),
-        ({"kv_offload": True, "kv_dir": "/tmp"}, r"kv_dir is for kv_offload='disk'"),
+        ({"kv_offload": True, "kv_dir": "/tmp"}, r"kv_dir requires kv_offload='disk'"),
         ({"memory_budget": "much"}, r"memory_budget='much'"),
     ],
 )
@@ -229,5 +229,5 @@ def test_bad_options_say_what_is_wrong(options, message):
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match="cannot be written to"):
+    with pytest.raises(ValueError, match="is not writable"):
         parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)})

@@ -149,9 +149,9 @@ def test_spans() -> None:
     assert scores.sums([(1, 3), (1, 2)]).tolist() == [-3.0, -8.0]
     assert scores.all_greedy([(1, 3), (2, 4)]).tolist() == [True, False]
     for spans, message in (
-        ([(1, 2)], "1 spans for 2 sequences"),
-        ([(0, 2), (1, 2)], "the first that has a score is token 1"),
-        ([(1, 5), (1, 2)], "not within a text of 4 tokens"),
+        ([(1, 2)], "got 1 spans for 2 sequences"),
+        ([(0, 2), (1, 2)], "the first scored token is token 1"),
+        ([(1, 5), (1, 2)], "invalid for a text of 4 tokens"),
         ([(2, 2), (1, 2)], "2 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -161,18 +161,18 @@ def test_spans() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": torch.zeros(0, 9, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": [[1, 2, 3]]}, "are a list; a tensor"),
-        ({"input_ids": torch.zeros(9, dtype=torch.long)}, "of integers is wanted"),
-        ({"input_ids": torch.zeros(1, 9)}, "of integers is wanted"),
-        ({"input_ids": text(1, 9), "attention_mask": torch.ones(1, 8)}, r"attention_mask is \[1, 8\]"),
-        ({"input_ids": text(1, 9), "labels": text(2, 9)}, r"labels is \[2, 9\]"),
-        ({"input_ids": text(1, 9), "labels": text(1, 9) + 400}, "no token of a vocabulary of 320"),
-        ({"input_ids": text(1, 9), "labels": torch.full((1, 9), -7)}, "labels have -7, which is no token"),
-        ({"input_ids": text(1, 9), "attention_mask": torch.ones(9)}, r"attention_mask is \[9\]"),
-        ({"input_ids": text(1, 9) - 400}, "no token of a vocabulary"),
+        ({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": torch.zeros(0, 9, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": [[1, 2, 3]]}, "expected a tensor of integers, .* got a list"),
+        ({"input_ids": torch.zeros(9, dtype=torch.long)}, "expected integers"),
+        ({"input_ids": torch.zeros(1, 9)}, "expected integers"),
+        ({"input_ids": text(1, 9), "attention_mask": torch.ones(1, 8)}, r"attention_mask has shape \[1, 8\]"),
+        ({"input_ids": text(1, 9), "labels": text(2, 9)}, r"labels has shape \[2, 9\]"),
+        ({"input_ids": text(1, 9), "labels": text(1, 9) + 400}, "not in the vocabulary of 320"),
+        ({"input_ids": text(1, 9), "labels": torch.full((1, 9), -7)}, "labels contain -7, which is not"),
+        ({"input_ids": text(1, 9), "attention_mask": torch.ones(9)}, r"attention_mask has shape \[9\]"),
+        ({"input_ids": text(1, 9) - 400}, "not in the vocabulary"),
     ],
 )
 def test_what_cannot_be_scored_is_said(given: dict[str, Any], message: str) -> None:

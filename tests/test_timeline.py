@@ -69,13 +69,13 @@ def test_bare_numbers_are_one_for_each_step(tmp_path, drawn):
     count = len(report.memory.moments)
     report.plot(tmp_path / "memory.png", [1 << 20] * count)
     assert drawn == {"measured, after each step": [1.0] * count}
-    with pytest.raises(ValueError, match=f"measured has {count + 1} numbers, and the program {count} steps"):
+    with pytest.raises(ValueError, match=f"measured has {count + 1} numbers, but the program has {count} steps"):
         report.plot(tmp_path / "other.png", [1] * (count + 1))
     assert not (tmp_path / "other.png").exists()
 
 
 def test_what_was_measured_of_another_program_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no run of this program was measured: among 1 steps its \d+ are not"):
+    with pytest.raises(ValueError, match=r"no run of this program was measured: its \d+ steps are not among the 1"):
         report_of().plot(tmp_path / "memory.png", [StepBytes("stage_0", 3)])
     with pytest.raises(ValueError, match="measured has 0 numbers"):
         report_of().plot(tmp_path / "memory.png", [])

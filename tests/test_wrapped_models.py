@@ -191,9 +191,9 @@ def test_a_wrapped_model_is_given_what_its_inner_one_takes(wrap: Any) -> None:
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
-        (Drops, "Drops.forward does not pass position_ids on"),
-        (Closed, "Closed.forward does not pass position_ids on"),
-        (AsksForAValue, "it cannot be known whether AsksForAValue.forward"),
+        (Drops, "Drops.forward does not pass on position_ids"),
+        (Closed, "Closed.forward does not pass on position_ids"),
+        (AsksForAValue, "it is unknown whether AsksForAValue.forward"),
     ],
 )
 def test_where_positions_cannot_be_given_it_says_what_to_do(wrap: Any, reason: str) -> None:
@@ -234,7 +234,7 @@ def test_positions_that_a_decoder_cannot_be_given_are_refused() -> None:
         transformers.BartConfig(vocab_size=SMALL.vocabulary, d_model=32, decoder_layers=1, decoder_ffn_dim=32)
     )
     batch, mask, _ = padded()
-    with pytest.raises(ValueError, match=r"BartForCausalLM\.forward does not pass position_ids on: pad on the right"):
+    with pytest.raises(ValueError, match=r"BartForCausalLM\.forward does not pass on position_ids: pad on the right"):
         token_log_probs(model.eval(), batch, mask)
 
 
