@@ -251,7 +251,7 @@ BAD = [
     (("plan", "Llama-3-8B", "--device", "RTX 409"), "did you mean 'RTX 4090'?"),
     (("plan", "Llama-3-8B", "--batch-size", "0"), "--batch-size"),
     (("plan", "Llama-3-8B", "--dtype", "int4"), "'int4' is not one of 'bfloat16', 'float16', 'float32'"),
-    (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; it is NAME=VALUE"),
+    (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; expected NAME=VALUE"),
     (("plan", "Llama-3-8B", "--option", "kv_ofload=true"), "(did you mean 'kv_offload'?)"),
     (("plan", "Llama-3-8B", "--option", "seq_len=5"), "unknown option 'seq_len'"),
     (("plan", "Llama-3-8B", "-o", "strict=true", "-o", "strict=false"), "--option strict is given twice"),

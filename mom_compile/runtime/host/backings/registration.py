@@ -136,7 +136,7 @@ class Registrar:
                 self._give_up(one.error)
 
     def _give_up(self, error: BaseException) -> None:
-        """Fail the queued ranges: they would be refused too, or take memory that is needed. `complete` tries again."""
+        """Fail the queued ranges: they would be refused too, or take memory that is needed. Regions then retry them."""
         with self._lock:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -152,8 +152,10 @@ class Registrar:
     def close(self) -> None:
         """Stop registering. Called at exit, before the driver is shut down."""
         self._give_up(HostMemoryError("the process ends"))
-        if self._now is not None:
-            self._now.drop()
+        with self._lock:
+            now = self._now
+        if now is not None:
+            now.drop()
         self.finish()
 
 
