@@ -172,8 +172,7 @@ def _forked() -> None:
     _POOL.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:

@@ -123,5 +123,4 @@ def _ending() -> None:
 
 
 atexit.register(_ending)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)

@@ -178,8 +178,7 @@ def _forked() -> None:
     _PINNED.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ def _hold_addresses() -> None:
             _REPLACED.append(memory)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hold_addresses)
+os.register_at_fork(after_in_child=_hold_addresses)
 
 
 @dataclass(frozen=True)

@@ -162,5 +162,5 @@ class Registrar:
 #: The registrar of this process.
 REGISTRAR = Registrar()
 atexit.register(REGISTRAR.close)
-if hasattr(os, "register_at_fork"):  # a fork has no thread, and the queued ranges belong to its parent
-    os.register_at_fork(after_in_child=REGISTRAR.__init__)  # type: ignore[misc]
+# A fork has no thread, and the queued ranges belong to its parent
+os.register_at_fork(after_in_child=REGISTRAR.__init__)  # type: ignore[misc]
