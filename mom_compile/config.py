@@ -28,25 +28,25 @@ KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
 class Options:
     """What `torch.compile(..., backend="mom", options={...})` accepts.
 
-    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of the bytes at full length,
-                  within the bounds of what is efficient on the device; on a GPU, the upper bound
-    scope         "layer": everything between two attentions' keys and values; "mlp": only MLPs and the LM head, as in
-                  the MOM paper, for comparison; "none": stock Inductor
-    kv_offload    True: keys and values of a cache are stored in host memory; "disk": in files in `kv_dir`; "auto":
-                  only those of layers that do not fit into `memory_budget`; False: none
-    kv_dir        an existing, writable folder
-    memory_budget bytes of device memory for everything, including weights, as a number or as "24GiB"; None: the
-                  device's free memory (on a CPU, whose memory is host memory, None keeps all layers). To meet it,
-                  mini-sequences get shorter first, then layers are offloaded; otherwise it is a `MemoryBudgetError`
+    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
+                  length, but no fewer than are efficient on a device, and no more than help; on a GPU as many as help
+    scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
+                  in the MOM paper, to compare with; "none": stock Inductor
+    kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
+                  only those of as many layers as do not fit into `memory_budget`; False: none
+    kv_dir        an existing folder that may be written to
+    memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
+                  device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
+                  tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
     decode_cuda_graphs
-                  whether pieces of a decode step between two attentions are captured as CUDA graphs, if their shapes
-                  are the same in every step and their weights on the device; this has never run on a GPU
-    strict        raise an internal failure instead of falling back to stock Inductor, and a piece that Inductor cannot
-                  compile instead of running it eagerly
-    inductor      Inductor options, passed through; a `mode` is merged into them
-    progress      report compilations of more than a second on standard error
+                  whether pieces of a decode step between two attentions are recorded as CUDA graphs, where their shapes
+                  are the same in every step and their weights on the device; it has never run on a GPU
+    strict        a failure of our own raises instead of falling back to stock Inductor; a piece that Inductor cannot
+                  compile raises instead of running eagerly
+    inductor      Inductor options, passed through; a `mode` adds to them
+    progress      what takes longer than a second to compile is told on standard error
 
-    `torch.compile` takes `mode=` or `options=`, not both. With options, pass the mode's options:
+    `torch.compile` takes `mode=` or `options=`, not both: with options, write what the mode stands for,
     `options={"kv_offload": True, "inductor": torch._inductor.list_mode_options("max-autotune")}`.
     """
 
