@@ -65,7 +65,7 @@ class FetchChosen:
 
 @dataclass(frozen=True)
 class FetchStart:
-    """`[host, rows]` to a device buffer for `rows` rows, into which the host's rows are being copied.
+    """`[host, rows]` to a device buffer with room for `rows` more, into which the host's rows are being copied.
 
     `[host, rows, over]` reuses the buffer of another copy, of the same size and no longer read.
     """
