@@ -1,8 +1,8 @@
-"""Dynamo's graph to the one that passes are given: Inductor's front half, with layers that are alike traced once.
+"""From Dynamo's graph to the input of our passes: Inductor's front end, which traces identical layers once.
 
     Dynamo's graph -> outline_layers -> AOTAutograd, decompositions, joint passes -> inline_layers -> inner_compile
 
-For 24 layers that are alike AOTAutograd needs a fifth of the time. Whatever cannot be traced so is traced as it is.
+With 24 identical layers AOTAutograd takes a fifth of the time. If that fails, all layers are traced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def capture(
     cache_tag: str | None = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """`trace`, of which see arguments and result. `strict`: that layers cannot be traced once raises."""
+    """Call `trace`, with the same arguments and result. `strict`: raise if identical layers cannot be traced once."""
     traced = functools.partial(trace, gm, example_inputs, patches=patches, cache_tag=cache_tag)
     if needs_gradients(example_inputs) or any_autocast() or not outline_layers(gm):
         return traced(inner_compile)
@@ -40,13 +40,13 @@ def capture(
     except Exception:
         if strict or inlining.done:
             raise
-        log.debug("layers that are alike cannot be traced once", exc_info=True)
+        log.debug("identical layers cannot be traced once", exc_info=True)
     inline_layers(gm)
     return traced(inner_compile)
 
 
 class _Inlining:
-    """`inner_compile` on a graph whose layers have been put in their places."""
+    """Calls `inner_compile` on the graph with its layers inlined again."""
 
     def __init__(self, inner_compile: InnerCompile) -> None:
         self.inner_compile = inner_compile
@@ -54,6 +54,6 @@ class _Inlining:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         if not inline_layers(gm):
-            raise PassError("a layer writes to its operands, or is called in a way of its own")
+            raise PassError("a layer writes to its operands, or its call differs from the others")
         self.done = True
         return self.inner_compile(gm, example_inputs, **kwargs)

@@ -1,4 +1,4 @@
-"""Options of the backend: frozen, validated, with defaults in one place."""
+"""Options of the backend: frozen, validated, with all defaults in one place."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mom_compile.runtime.host.placement import MEMORY, TIERS
 from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
 from mom_passes.loops.loop import FEWEST_ROWS, RowLimit
 
-#: Beyond this no model has tokens; a larger number is a slip of the keyboard.
+#: No model has more tokens; a larger number is a typing error.
 MAX_MINI_SEQ_LEN = 1 << 30
 
-#: How alike a misspelt name and an option are: `max_seq_len`, a name that models have, is less like `mini_seq_len`.
+#: The similarity from which a name counts as a misspelt option. `max_seq_len`, a usual model argument, is below it.
 _SLIP = 0.9
 
 SCOPES = ("layer", "mlp", "none")
@@ -58,12 +58,14 @@ class Options:
     decode_cuda_graphs: bool = False
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    #: Not in `repr`, which is in the keys of the compile cache.
+    #: Not in `repr`, which is part of the compile cache's keys.
     progress: bool = field(default=True, repr=False)
 
     def limit(self, device: str) -> RowLimit:
-        """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`). With "auto" that is decided once it
-        is known what one holds: `memory/choose_rows.py`."""
+        """Return the row limit of a mini-sequence on a device type (`"cpu"`, `"cuda"`).
+
+        With "auto" the number of rows is decided when the bytes per row are known: `memory/choose_rows.py`.
+        """
         if self.mini_seq_len == "auto":
             return RowLimit(FEWEST_ROWS, fewest=True)
         return RowLimit(int(self.mini_seq_len))
@@ -86,7 +88,7 @@ def meant_as_option(name: str) -> bool:
 
 
 def joined_options(options: object, named: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the options of a mapping and those given by name. `parse_options` checks whether they are valid.
+    """Merge the options of a mapping and those given by name. `parse_options` validates them.
 
     Raises `TypeError` for `options` that are not a mapping, and for an option that is given both ways.
     """
@@ -103,7 +105,7 @@ def joined_options(options: object, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-    """Validate what the user passed. Raises `ValueError` that lists what is valid and names what is nearest to it."""
+    """Validate the user's options. Raises `ValueError` with the valid values and the closest match."""
     given = dict(options or {})
     names = option_names()
     unknown = sorted(set(given) - set(names), key=str)
@@ -133,7 +135,7 @@ def _check_mini_seq_len(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= MAX_MINI_SEQ_LEN:
         raise UserError(
             f"mini_seq_len={value!r} is not valid; it is 'auto' or a whole number of tokens "
-            f"from 2 to {MAX_MINI_SEQ_LEN} (a mini-sequence of one row would be specialised on)"
+            f"from 2 to {MAX_MINI_SEQ_LEN} (Dynamo would specialise on a mini-sequence of one row)"
         )
 
 
@@ -152,12 +154,12 @@ def _check_kv(options: Options) -> None:
         if options.kv_dir is None:
             raise UserError(f"kv_offload={options.kv_offload!r} needs kv_dir, the folder for the files")
         if not os.path.isdir(options.kv_dir):
-            raise UserError(f"kv_dir={options.kv_dir!r} is not a folder; it has to exist")
+            raise UserError(f"kv_dir={options.kv_dir!r} is not a folder; it must exist")
         if not os.access(options.kv_dir, os.W_OK | os.X_OK):
-            raise UserError(f"kv_dir={options.kv_dir!r} cannot be written to")
+            raise UserError(f"kv_dir={options.kv_dir!r} is not writable")
     elif options.kv_dir is not None:
         raise UserError(
-            f"kv_dir is for kv_offload={' or '.join(map(repr, in_a_folder))}, and kv_offload is {options.kv_offload!r}"
+            f"kv_dir requires kv_offload={' or '.join(map(repr, in_a_folder))}, but it is {options.kv_offload!r}"
         )
 
 
@@ -186,7 +188,7 @@ def _options_of_mode(mode: str | None) -> dict[str, Any]:
 
 
 def _meant(given: Any, valid: Iterable[Any]) -> str:
-    """The nearest of what is valid, in brackets; or where an Inductor option that stands among ours belongs."""
+    """Suggest the closest valid value; or, for an Inductor option among ours, where it belongs."""
     if not isinstance(given, str):
         return ""
     names = [name for name in valid if isinstance(name, str)]
@@ -194,7 +196,7 @@ def _meant(given: Any, valid: Iterable[Any]) -> str:
     if near:
         return f" (did you mean {near[0]!r}?)"
     if "inductor" in names and given in inductor_option_names():
-        return f" (it is one of Inductor's: options={{'inductor': {{{given!r}: ...}}}})"
+        return f" (it is an Inductor option: options={{'inductor': {{{given!r}: ...}}}})"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""What PyTorch imports where somebody first asks for `backend="mom"`, and nothing else does.
+"""The entry point of `backend="mom"`, imported by PyTorch on first use of that name.
 
-That is the earliest a C++ compiler can begin on what the first graph will wait for: before Dynamo looks at the model.
-Where there is an accelerator the model will hardly be on the CPU; one that is begins with its first graph.
+That is the earliest time to start a C++ compiler on code that the first graph needs, before Dynamo traces the model.
+With an accelerator, models are seldom on the CPU; the compiler then starts with the first CPU graph.
 """
 
 from __future__ import annotations

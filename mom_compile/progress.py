@@ -1,11 +1,11 @@
-"""Progress of compilation: a line on standard error at the beginning, and one at the end.
+"""Progress of a compilation: one line on standard error at the beginning, and one at the end.
 
     mom_compile: compiling a graph of 2311 operators, once for each kind of call
     mom_compile: compiled in 31 s: prefill, 19 loops, expected peak 119 MiB
 
-A terminal also shows a bar below the first line. A compilation of less than `PATIENCE` seconds writes nothing. Nothing
-is written to standard output. `MOM_COMPILE_PROGRESS=0` in the environment turns progress off for a process, the option
-`progress=False` for a model.
+A terminal also shows a bar below the first line. Compilations of less than `PATIENCE` seconds write nothing. Nothing is
+written to standard output. The environment variable `MOM_COMPILE_PROGRESS=0` turns progress off for a process, the
+option `progress=False` for a model.
 
 Two threads write: the one that compiles, and a timer that writes the first line. Each compilation holds Dynamo's lock,
 so only one runs at a time.
@@ -28,7 +28,7 @@ VARIABLE = "MOM_COMPILE_PROGRESS"
 
 
 class Compilation:
-    """The progress of one compilation. The last line has the text `result`."""
+    """The progress of one compilation. `result` is the text of the last line."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -44,7 +44,7 @@ class Compilation:
         self._timer.start()
 
     def expect(self, pieces: int) -> None:
-        """Set the number of pieces. Each advances the bar twice: when its code is written, and when it is ready."""
+        """Set the number of pieces. Each advances the bar twice: when it is generated and when it is compiled."""
         with self._lock:
             self._pieces = 2 * pieces
             self._draw()
@@ -108,17 +108,19 @@ def _write(text: str) -> None:
             sys.stderr.flush()
 
 
-#: The compilation that is shown now.
+#: The compilation that is shown.
 _now: Compilation | None = None
-#: Whether progress was wanted for the graph that was compiled last. This also decides for code that is compiled while a
-#: program runs, for further sizes: such code is shared by graphs.
+#: Whether progress was wanted for the last compiled graph. It also applies to code compiled while a program runs, for
+#: further sizes, which graphs share.
 _wanted = True
 
 
 @contextlib.contextmanager
 def compiling(what: str, wanted: bool | None = None) -> Iterator[Compilation | None]:
-    """Show the progress of a compilation in the `with` block if it is `wanted` and slow. With None the wish of the last
-    graph applies. The caller holds Dynamo's lock."""
+    """Show the progress of a compilation in this context if it is `wanted` and slow. None: as for the last graph.
+
+    The caller holds Dynamo's lock.
+    """
     global _now, _wanted
     if wanted is not None:
         _wanted = wanted
@@ -142,6 +144,6 @@ def expect(pieces: int) -> None:
 
 
 def advance() -> None:
-    """Record that the code of a piece is written, or that the piece is ready."""
+    """Record that the code of a piece has been generated, or that the piece has been compiled."""
     if _now is not None:
         _now.advance()

@@ -1,10 +1,10 @@
-"""Amounts as people write them: bytes and tokens.
+"""Parse amounts of bytes and tokens.
 
 Terms
 -----
 number   Digits, with a point or with commas between groups of three: "80", "1.5", "131,072", "1_000_000".
-unit     k, M, G, T are powers of 1000, Ki, Mi, Gi, Ti powers of 1024, in any case. Bytes may have a B behind it
-         ("80 GiB", "80gb", "80G" is 80 GB); tokens have none ("455k", "128Ki", "1M").
+unit     k, M, G, T are powers of 1000, Ki, Mi, Gi, Ti powers of 1024, in any case. Bytes may end with a B ("80 GiB",
+         "80gb"; "80G" is 80 GB); tokens may not ("455k", "128Ki", "1M").
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ _PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
              "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
 _NUMBER = re.compile(r"([0-9]+(?:_[0-9]+)*|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?\s*([A-Za-z]*)")
 
-#: Fewer bytes of a device are a slip: a number without its unit.
+#: Fewer bytes of a device are a mistake: a number without its unit.
 FEWEST_BYTES = 1 << 20
-#: More than any machine has; more is a slip of the keyboard.
+#: More than any machine has, so a typing error.
 MOST_BYTES = 1 << 60
 MOST_TOKENS = 1 << 40
-#: Python refuses to read numbers of more than 4300 digits, with advice of its own.
+#: Python refuses numbers of more than 4300 digits, with advice that does not apply here.
 MOST_DIGITS = 100
 
-BYTES_HELP = "it is a number of bytes above 0, or a text like '24GiB' (1024) or '24GB' (1000)"
-TOKENS_HELP = "it is a whole number of tokens above 0, or a text like '131072', '455k' (1000), '128Ki' (1024) or '1M'"
+BYTES_HELP = "it is a number of bytes above 0, or a string like '24GiB' (1024) or '24GB' (1000)"
+TOKENS_HELP = "it is a whole number of tokens above 0, or a string like '131072', '455k' (1000), '128Ki' (1024) or '1M'"
 
 
 def parse_bytes(value: Any, name: str = "memory_budget") -> int:
-    """Bytes of a number or of a text such as "24GiB", rounded down to a whole one.
+    """Parse bytes, as a number or a string such as "24GiB", rounded down to a whole number.
 
-    Raises `ValueError`, which calls it by `name`, for anything else.
+    Raises `ValueError` with the argument's `name` for anything else.
     """
     size = _amount(value, {p + end: factor for p, factor in _PREFIXES.items() for end in ("", "B")})
     if size is None or size < 1:
         raise UserError(f"{name}={value!r} is not valid; {BYTES_HELP}")
     if size > MOST_BYTES:
-        raise UserError(f"{name}={value!r} is not valid: no machine has as much; {BYTES_HELP}")
+        raise UserError(f"{name}={value!r} is not valid: no machine has that much; {BYTES_HELP}")
     return int(size)
 
 
 def unit_hint(value: Any) -> str:
-    """What was meant by so few bytes; empty where a number of bytes can be meant."""
+    """Return a suggestion if the value is implausibly few bytes, else an empty string."""
     size = _amount(value, {"": 1})
     if size is None or not 0 < size < FEWEST_BYTES:
         return ""
@@ -53,8 +53,7 @@ def unit_hint(value: Any) -> str:
 
 
 def parse_memory(value: Any, name: str) -> int:
-    """Bytes of a device's memory, as `parse_bytes` reads them. Raises `ValueError` for a small number without a unit,
-    too."""
+    """Parse a device's memory with `parse_bytes`. Also raises `ValueError` for a small number without a unit."""
     size, hint = parse_bytes(value, name), unit_hint(value)
     if hint:
         raise UserError(f"{name}={value!r} is not valid{hint}")
@@ -62,20 +61,19 @@ def parse_memory(value: Any, name: str) -> int:
 
 
 def parse_tokens(value: Any, name: str = "seq_len") -> int:
-    """Tokens of a number or of a text such as "455k". Raises `ValueError`, which calls it by `name`, for anything else.
-    """
+    """Parse tokens, as a number or a string such as "455k". Raises `ValueError` with the argument's `name`."""
     count = _amount(value, _PREFIXES)
     if count is None or count <= 0:
         raise UserError(f"{name}={value!r} is not valid; {TOKENS_HELP}")
     if count.denominator != 1:
-        raise UserError(f"{name}={value!r} is not valid: {float(count):g} is no whole number of tokens; {TOKENS_HELP}")
+        raise UserError(f"{name}={value!r} is not valid: {float(count):g} is not a whole number; {TOKENS_HELP}")
     if count > MOST_TOKENS:
-        raise UserError(f"{name}={value!r} is not valid: no model takes as many; {TOKENS_HELP}")
+        raise UserError(f"{name}={value!r} is not valid: no model supports that many; {TOKENS_HELP}")
     return int(count)
 
 
 def _amount(value: Any, units: dict[str, int]) -> Fraction | None:
-    """The exact amount; None for what is no whole number and no text of number and unit."""
+    """Return the exact amount; None unless it is an integer or a string of a number and a unit."""
     if isinstance(value, int) and not isinstance(value, bool):
         return Fraction(value)
     found = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else None

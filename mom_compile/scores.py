@@ -1,10 +1,10 @@
-"""What a model thinks of each token of a text: log-probabilities, greedy choices and entropy, without logits.
+"""Scores of each token of a text by a model: log-probabilities, greedy choices and entropy, without all logits.
 
     scores = mom_compile.token_log_probs(model, input_ids, attention_mask)
     scores.log_probs        [B, S - 1] float32, entry t is token t + 1's
 
-Logits of every token are the largest value of a scoring run by far: 2 GiB in float32 for 2,000 tokens of a vocabulary
-of 262,144. Here what is asked of them is computed in the loop that makes them, a mini-sequence at a time.
+The logits of all tokens are by far the largest value of scoring: 2 GiB in float32 for 2,000 tokens and a vocabulary of
+262,144. Here scores are computed in the loop that computes the logits, one mini-sequence at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mom_compile.report.notebook import html_of_text
 from mom_compile.report.units import counted
 from mom_compile.torch_compat import floats_are_constants
 
-#: Of labels: no token to score here, as in Hugging Face's losses.
+#: The label of a token that is not scored, as in Hugging Face's losses.
 IGNORED = -100
 
 
@@ -77,12 +77,12 @@ class TokenScores:
     def _check(self, spans: Sequence[tuple[int, int]]) -> None:
         batch, tokens = self.log_probs.shape[0], self.log_probs.shape[1] + 1
         if len(spans) != batch:
-            raise ValueError(f"{len(spans)} spans for {batch} sequences; one for each is wanted")
+            raise ValueError(f"expected one span per sequence, got {len(spans)} spans for {batch} sequences")
         for a, b in spans:
             if not 1 <= a < b <= tokens:
                 raise ValueError(
-                    f"the span {a} to {b} is not within a text of {tokens} tokens: the first that has a score is "
-                    f"token 1, and the end is behind the last"
+                    f"the span {a} to {b} is invalid for a text of {tokens} tokens: the first scored token is token 1, "
+                    f"and the end is exclusive"
                 )
 
 
@@ -129,29 +129,29 @@ def token_log_probs(
 
 
 def _scores(model: Any, given: dict[str, Any], targets: torch.Tensor, entropy: bool) -> Any:
-    """What is compiled: everything behind the logits is of one token each, so it runs where they are made."""
+    """The function that is compiled. All that follows the logits is per token, so it runs in the logits' loop."""
     out = model.forward(**given)
     logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
     if logits is None:
-        raise ValueError(f"the model returned a {type(out).__name__} without logits; a causal language model is wanted")
+        raise ValueError(f"expected a causal language model; the model returned a {type(out).__name__} without logits")
     extra = logits.shape[1] - given["input_ids"].shape[1]
     if extra < 0:
         raise ValueError(f"the model returned {logits.shape[1]} rows of logits for {logits.shape[1] - extra} tokens")
     logits = logits[:, extra:-1].float()
     below_top = logits - logits.amax(-1, keepdim=True)
-    # A sum of 262,144 terms in float32 is off by 1e-5 or more, to the same side for all tokens; in float64 it costs the
-    # same, since what it adds up is read once either way.
+    # In float32, a sum of 262,144 terms has an error of 1e-5 or more, biased in the same direction for all tokens. In
+    # float64 it takes the same time, as the terms are read once either way.
     log_sum = below_top.exp().sum(-1, dtype=torch.float64).log().float()
     log_probs = below_top.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
     greedy = logits.argmax(-1) == targets
     if not entropy:
         return log_probs, greedy, None
     log_all = below_top - log_sum.unsqueeze(-1)
-    likely = log_all.exp()
-    return log_probs, greedy, -torch.where(likely > 0, likely * log_all, 0.0).sum(-1)
+    probs = log_all.exp()
+    return log_probs, greedy, -torch.where(probs > 0, probs * log_all, 0.0).sum(-1)
 
 
-#: Compiled functions of a model, for as long as it lives: they are given it, and hold it in no other way.
+#: Compiled functions of each living model. They take the model as an argument and do not keep it alive.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 _COMPILING = threading.Lock()
 
@@ -162,7 +162,7 @@ def _compiled(model: torch.nn.Module, entropy: bool, options: Mapping[str, Any] 
         known = _COMPILED.setdefault(model, {})
         if key in known:
             return known[key]
-        # Dynamo keeps what it compiled by code object, and only so much for each: every model gets its own.
+        # Dynamo caches per code object, with a limit on each: every model gets its own code object.
         name = f"score_by_{type(model).__name__}"
         code = _scores.__code__.replace(co_name=name)
         function = types.FunctionType(code, _scores.__globals__, name)
@@ -175,19 +175,19 @@ def _check_inputs(
     model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
 ) -> None:
     if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first, or its dropout is scored, too")
+        raise ValueError("the model is in training mode: call model.eval() first, as dropout would change scores")
     head = getattr(model, "get_output_embeddings", None)
     if head is not None and head() is None:
         raise ValueError(f"{type(model).__name__} returns no logits: load it with AutoModelForCausalLM")
     if not isinstance(ids, torch.Tensor):
-        raise ValueError(f"input_ids are a {type(ids).__name__}; a tensor, [batch, tokens] of integers, is wanted")
+        raise ValueError(f"input_ids: expected a tensor of integers, [batch, tokens], got a {type(ids).__name__}")
     if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"input_ids are {list(ids.shape)} {ids.dtype}; [batch, tokens] of integers is wanted")
+        raise ValueError(f"input_ids: expected integers, [batch, tokens], got {ids.dtype} {list(ids.shape)}")
     if ids.shape[0] == 0 or ids.shape[1] < 2:
-        raise ValueError(f"input_ids are {list(ids.shape)}: a token is scored given those before it, so two are wanted")
+        raise ValueError(f"input_ids: expected a sequence of two or more tokens, got {list(ids.shape)}")
     for name, value in (("attention_mask", mask), ("labels", labels)):
         if value is not None and value.shape != ids.shape:
-            raise ValueError(f"{name} is {list(value.shape)} and input_ids are {list(ids.shape)}")
+            raise ValueError(f"{name} has shape {list(value.shape)}, but input_ids have shape {list(ids.shape)}")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         vocabulary = None
@@ -202,4 +202,4 @@ def _check_ids(name: str, ids: torch.Tensor, vocabulary: int | None) -> None:
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         wrong = low if low < 0 else high
-        raise ValueError(f"{name} have {wrong}, which is no token of a vocabulary of {vocabulary}")
+        raise ValueError(f"{name} contain {wrong}, which is not in the vocabulary of {vocabulary} tokens")

@@ -1,9 +1,9 @@
-"""A call as it would be with real data: it can be traced and goes on between graphs, but computes nothing.
+"""Calls on tensors without data: they can be traced, and code between graphs runs, but nothing is computed.
 
 Terms
 -----
-stand-in   A fake tensor (sizes, strides, dtype and a device, no data) in place of a real one or of one on the meta
-           device. On meta itself a graph is another one: attention is decomposed, and Inductor drops what has no data.
+stand-in   A fake tensor (sizes, strides, dtype and a device, no data) in place of a real or meta tensor. On the meta
+           device itself, graphs would differ: attention is decomposed, and Inductor drops values without data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from mom_compile.torch_compat import FakeCopyMode, FakeTensorMode, tree_any, tree_map
 from mom_passes.torch_compat import is_wrapper
 
-#: Arguments that are handed on as they are: nothing is written to them.
+#: Types of arguments that are passed on as they are, since they are not written to.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 
@@ -32,8 +32,8 @@ def is_on_meta(model: Callable[..., Any], arguments: Any) -> bool:
 
 
 def called_without_data(operator: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator returns for stand-ins. Its version without data asks for bfloat16 in products of experts, where
-    the one with data does not."""
+    """Return an operator's result for stand-ins. The meta kernel of grouped products only supports bfloat16; the real
+    one also supports other dtypes."""
     dtype = args[0].dtype if operator is _GROUPED_MM else torch.bfloat16
     if dtype is torch.bfloat16:
         return operator(*args, **kwargs)
@@ -47,13 +47,14 @@ def called_without_data(operator: Any, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def on_stand_ins(model: Callable[..., Any], arguments: Any, *, plain: bool = False) -> Iterator[Any]:
-    """While it lasts, the module (or that of a bound method) holds stand-ins; gives the arguments with stand-ins in
-    them. Behind it the module has the attributes that it had before, and the arguments are untouched: what is no
-    tensor, a cache, is copied.
+    """Within this context, the module (or that of a bound method) holds stand-ins. Yields the arguments as stand-ins.
 
-    Of meta tensors they are on the GPU where there is one, else on the CPU. With `plain`, those of a tensor that is
-    made of others (a weight that is kept on the host, a quantised one) are plain tensors of its sizes and dtype;
-    without, one whose storage cannot be read is an error. Raises whatever copying an argument does.
+    On exit the module gets its attributes back. Arguments are not changed: objects other than tensors, such as a cache,
+    are copied.
+
+    Stand-ins of meta tensors are on the GPU if there is one, else on the CPU. With `plain`, stand-ins of wrapper
+    subclasses (weights on the host, quantised weights) are plain tensors of the same sizes and dtype; without it, a
+    tensor whose storage cannot be read is an error. Passes on errors of copying an argument.
     """
     module = _module_of(model)
     parts = [] if module is None else list(module.modules())
@@ -73,7 +74,7 @@ def on_stand_ins(model: Callable[..., Any], arguments: Any, *, plain: bool = Fal
 
 
 class _StandIns:
-    """One for each tensor, however often that is held."""
+    """Creates stand-ins, one per tensor."""
 
     def __init__(self, mode: FakeTensorMode, plain: bool) -> None:
         self.mode, self.plain = mode, plain

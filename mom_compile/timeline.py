@@ -1,4 +1,4 @@
-"""A memory timeline: what a program is expected to take on the device, step by step, beside what it took.
+"""A memory timeline: the expected device memory of a program after each step, and the measured memory.
 
     with measured_steps() as measured:
         model(...)
@@ -6,9 +6,9 @@
 
 Terms
 -----
-moment   What is expected of one step: the storages that exist throughout it, and its own scratch beside them.
-measured What is live when a step has returned, above what was live before the program ran. That is to be compared with
-         the storages: a step's scratch has come and gone by then.
+moment   The expected memory of one step: the storages that exist throughout it, and its own scratch.
+measured The live bytes when a step has returned, above those before the program ran. Compare them with the storages: a
+         step's scratch has been freed by then.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What was live when a step had returned, in bytes above what was live at the start."""
+    """Live bytes when a step had returned, above those at the start."""
 
     name: str
     bytes: int
 
 
-#: One number for each step of a program, or what `measured_steps` gives.
+#: One number for each step of a program, or the result of `measured_steps`.
 Measured = Sequence[int] | Sequence[StepBytes]
 
 
@@ -63,33 +63,33 @@ def measured_steps(live_bytes: Callable[[], int] | None = None) -> Iterator[list
 
 
 def of_program(memory: Memory, measured: Measured) -> list[int]:
-    """What was measured of this program, one number for each of its steps: of several runs the last.
+    """Return what was measured of this program, one number per step; of several runs, the last.
 
-    Raises `ValueError` where nothing of it is.
+    Raises `ValueError` if it was not measured.
     """
     names, bare = [moment.step.name for moment in memory.moments], [m for m in measured if isinstance(m, int)]
     if len(bare) == len(measured):
         if len(bare) != len(names):
-            raise ValueError(f"measured has {len(bare)} numbers, and the program {len(names)} steps")
+            raise ValueError(f"measured has {len(bare)} numbers, but the program has {len(names)} steps")
         return bare
     steps = [m for m in measured if isinstance(m, StepBytes)]
     for start in range(len(steps) - len(names), -1, -1):
         run = steps[start : start + len(names)]
         if [step.name for step in run] == names:
             return [step.bytes for step in run]
-    raise ValueError(f"no run of this program was measured: among {len(steps)} steps its {len(names)} are not")
+    raise ValueError(f"no run of this program was measured: its {len(names)} steps are not among the {len(steps)}")
 
 
 def draw_timeline(memory: Memory, path: Path, measured: Measured | None = None) -> None:
-    """One bar for each step that computes or moves: storages below, scratch on top, in MiB at the captured sizes; and
-    what was measured as a line.
+    """Draw one bar per step that computes or moves data: storages below, scratch on top, in MiB at the captured sizes.
+    Measured bytes are a line.
 
-    Raises `ImportError` without matplotlib, `ValueError` for what was measured of another program.
+    Raises `ImportError` without matplotlib, `ValueError` for measurements of another program.
     """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError("Report.plot draws with matplotlib: pip install matplotlib") from error
+        raise ImportError("Report.plot requires matplotlib: pip install matplotlib") from error
     alive = [sum(memory.number(storage.bytes) for storage in moment.alive) / MIB for moment in memory.moments]
     total = [memory.number(moment.bytes) / MIB for moment in memory.moments]
     scratch = [most - held for most, held in zip(total, alive, strict=True)]

@@ -1,9 +1,9 @@
-"""Try a call on tensors without data, to see whether an argument that `**kwargs` hides has an effect.
+"""Call a model on tensors without data, to see whether an argument hidden by `**kwargs` has an effect.
 
     wrapper.forward(input_ids, attention_mask, **kwargs)  ->  logits that depend on position_ids, or do not
 
-A signature does not say where `**kwargs` go: a wrapper may pass them on, drop some of them or replace them. The call
-shows it. The result of an operator depends on the arguments that the operands of the operator depend on.
+A signature does not show what a wrapper does with `**kwargs`: pass them on, drop some or replace them. The call shows
+it: the result of an operator depends on the arguments that its operands depend on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Trial:
     """The result of a trial.
 
     logits    names of the arguments that the logits depend on
-    received  names of the arguments that `watched`, an argument of modules inside, was computed from
+    received  names of the arguments from which `watched`, an argument of inner modules, was computed
     """
 
     logits: frozenset[str]
@@ -38,8 +38,7 @@ class Trial:
 
 
 def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> Trial | None:
-    """Call `model.forward(**given)` without data or gradients. Returns None if the call fails, for example because it
-    needs data.
+    """Call `model.forward(**given)` without data or gradients. Returns None if the call fails, e.g. as it needs data.
 
     The model and the tensors are not changed.
     """
@@ -55,7 +54,7 @@ def tried(model: nn.Module, given: Mapping[str, torch.Tensor], watched: str) -> 
 
 @contextmanager
 def _watching(model: nn.Module, watched: str, sources: _Sources) -> Iterator[list[frozenset[str]]]:
-    """Record the sources of an argument, for each inner module that names it, during the `with` block."""
+    """Record the sources of an argument for each inner module that names it."""
     received: list[frozenset[str]] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,15 +74,15 @@ def _watching(model: nn.Module, watched: str, sources: _Sources) -> Iterator[lis
 
 
 class _Sources(TorchDispatchMode):
-    """Record which arguments each tensor is computed from."""
+    """Records the arguments from which each tensor is computed."""
 
     def __init__(self, arguments: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._names = {id(value): frozenset((name,)) for name, value in arguments.items()}
-        self._alive: list[torch.Tensor] = []  # the id of a tensor is unique only while the tensor lives
+        self._alive: list[torch.Tensor] = []  # the id of a tensor is only unique while the tensor lives
 
     def of(self, value: Any) -> frozenset[str]:
-        """The arguments that the tensors in a value were computed from."""
+        """Return the arguments from which the tensors in a value were computed."""
         return frozenset().union(*(self._names.get(id(leaf), frozenset()) for leaf in tree_leaves(value)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Which versions of Python, PyTorch and transformers the results are tested with."""
+"""The tested versions of Python, PyTorch and transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-#: First and last release that the tests run with; `constraints.txt` pins one set between them.
+#: The first and last tested release; `constraints.txt` pins one set in between.
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11", "2.14"),
     "transformers": ("5.17", "5.24"),
@@ -18,14 +18,14 @@ TESTED: dict[str, tuple[str, str]] = {
 
 
 def running() -> dict[str, str]:
-    """The versions in use. A model need not be transformers': it counts only where it has been imported."""
+    """Return the versions in use. transformers is included only if it has been imported."""
     found = {"torch": str(torch.__version__), "Python": platform.python_version()}
     transformers = getattr(sys.modules.get("transformers"), "__version__", None)
     return found if transformers is None else {**found, "transformers": str(transformers)}
 
 
 def untested(found: Mapping[str, str]) -> str | None:
-    """Which of these versions are outside the tested range, in a sentence; None if none is."""
+    """Return a sentence about versions outside the tested range, or None."""
     outside = [f"{name} {version}" for name, version in found.items() if not is_tested(name, version)]
     if not outside:
         return None
@@ -39,10 +39,10 @@ def is_tested(name: str, version: str) -> bool:
 
 
 def is_older(name: str, version: str) -> bool:
-    """Than the first that is tested."""
+    """Whether a version is older than the first tested one."""
     return _release(version) < _release(TESTED[name][0])
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor: `"2.14.1+cu130"` is `(2, 14)`. A version without numbers comes before all others."""
+    """Return major and minor: `"2.14.1+cu130"` is `(2, 14)`. A version without numbers is `()`, the lowest."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

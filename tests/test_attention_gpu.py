@@ -66,7 +66,7 @@ def test_many_keys_before_the_rows(
     dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Hopper and later cuDNN reads those, where there is a recent one; flash does where the rows are 130."""
-    monkeypatch.setattr(ways, "NUMBERS", 0)  # few, so that the definition is soon computed
+    monkeypatch.setattr(ways, "MIN_NUMBERS", 0)  # few, so that the definition is soon computed
     sizes = (batch, groups, group, rows, start + rows + 9, 64, 64, start)
     case = Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0)
     check(case)

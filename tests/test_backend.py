@@ -288,7 +288,7 @@ def test_a_graph_that_stock_inductor_cannot_compile_runs_eagerly_with_a_warning(
         ({"scope": ["layer"]}, r"scope=\['layer'\] is not valid; it is one of"),
         ({"kv_offload": "Disk"}, r"kv_offload='Disk' is not valid \(did you mean 'disk'\?\)"),
         ({"inductor": {"max_autotun": True}}, r"did you mean 'max_autotune'\?"),
-        ({"max_autotune": True}, r"one of Inductor's: options=\{'inductor': \{'max_autotune': \.\.\.\}\}"),
+        ({"max_autotune": True}, r"an Inductor option: options=\{'inductor': \{'max_autotune': \.\.\.\}\}"),
         ({"something else": True}, "unknown option 'something else' for backend 'mom'; valid options"),
     ],
 )

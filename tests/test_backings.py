@@ -1,6 +1,6 @@
-"""Every kind of backing keeps its promises, in regions and as a cache uses it.
+"""Every backing fulfils its interface, in regions and in a cache.
 
-A tier that is registered and not in `PLACEMENTS` fails here: a line there has it tried.
+A registered tier that is missing in `PLACEMENTS` fails here: add a line there to test it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 
 
 def counted_only(address: int, size: int) -> Callable[[], None]:
-    """Pins nothing: where there is no device, what is done with ranges can be seen all the same."""
+    """Pins nothing, so that ranges can be observed without a device."""
     return lambda: None
 
 
-#: A line for each kind of memory: where new stores go, given a folder of the test's own.
+#: One line per kind of memory: the placement of new stores, given the test's folder.
 PLACEMENTS: dict[str, Callable[[Path], Placement]] = {
     "memory": lambda folder: Placement(),
     "pinned memory": lambda folder: Placement(pin=counted_only),
@@ -50,11 +50,11 @@ def placement(request: pytest.FixtureRequest, tmp_path: Path) -> Placement:
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_a_backing_keeps_the_law(placement: Placement, law: Callable[[Make], None]) -> None:
+def test_a_backing_fulfils_its_interface(placement: Placement, law: Callable[[Make], None]) -> None:
     law(placement.backing)
 
 
-def test_rows_beyond_what_is_reserved_are_an_error(placement: Placement) -> None:
+def test_rows_beyond_the_reservation_raise(placement: Placement) -> None:
     store = HostStore((256,), torch.float32, 10, placement)
     store.rows(0, 10).fill_(1)
     with pytest.raises(HostMemoryError, match=rf"row {store.capacity} is beyond the {store.capacity} rows"):
@@ -62,7 +62,7 @@ def test_rows_beyond_what_is_reserved_are_an_error(placement: Placement) -> None
     assert (store.rows(0, 10) == 1).all()
 
 
-def test_memory_that_cannot_be_had_is_refused_and_changes_nothing(placement: Placement, monkeypatch) -> None:
+def test_a_failed_commit_raises_and_changes_nothing(placement: Placement, monkeypatch) -> None:
     region = filled(placement.backing, 3)
     before = host_memory()
 
@@ -79,8 +79,8 @@ def test_memory_that_cannot_be_had_is_refused_and_changes_nothing(placement: Pla
     assert torch.equal(region.bytes[: 3 * BLOCK], noise(3 * BLOCK))
 
 
-def test_a_cache_lives_in_it(placement: Placement) -> None:
-    """Offloaded, appended to in place, forked, read, and gone."""
+def test_a_cache_works_with_each_backing(placement: Placement) -> None:
+    """Offload, append in place, fork, read, delete."""
     gc.collect()
     empty_host_pool()
     before = host_memory()
@@ -90,7 +90,7 @@ def test_a_cache_lives_in_it(placement: Placement) -> None:
     for step in steps:
         (cache,) = Append(2, CPU, placement)([cache.host, step, 0])
     assert torch.equal(cache.fetch(), torch.cat([prompt, *steps], dim=2))
-    (other,) = Append(2, CPU, placement)([first.host, steps[2], 0])  # the rows behind it are another's
+    (other,) = Append(2, CPU, placement)([first.host, steps[2], 0])  # the rows after it belong to another lease
     assert torch.equal(other.fetch(), torch.cat([prompt, steps[2]], dim=2))
     held = host_memory()
     taken = held.disk - before.disk if placement.backing().on_disk else held.memory - before.memory
@@ -102,7 +102,7 @@ def test_a_cache_lives_in_it(placement: Placement) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_every_tier_is_tried_and_can_be_asked_for(tier: str, tmp_path: Path) -> None:
+def test_every_tier_is_tested_and_is_a_valid_option(tier: str, tmp_path: Path) -> None:
     tried = {make(tmp_path).tier for make in PLACEMENTS.values()}
     assert tier in tried, f"{tier} is a tier: write a line for it in PLACEMENTS"
     folder = {"kv_dir": str(tmp_path)} if TIERS[tier].needs_directory else {}
@@ -112,7 +112,7 @@ def test_every_tier_is_tried_and_can_be_asked_for(tier: str, tmp_path: Path) -> 
     assert type(found.backing()) is type(TIERS[tier].backing(found))
 
 
-# --- a guard for the guard: backings that are wrong in one point each ---
+# --- tests of the tests: backings with one fault each ---
 
 
 class GivesNothingBack(Anonymous):
@@ -121,7 +121,7 @@ class GivesNothingBack(Anonymous):
 
 
 class SharesItsBytes(InFile):
-    """Each region begins where the file begins."""
+    """Each region starts where the file starts."""
 
     def commit(self, first: int, size: int) -> None:
         self.file.extent(first, size)
@@ -144,7 +144,7 @@ class KeepsItsAddresses(Anonymous):
         (lambda folder: KeepsItsAddresses(), "all_is_given_back"),
     ],
 )
-def test_the_law_catches_what_breaks_it(make: Callable[[Path], Backing], broken: str, tmp_path: Path) -> None:
+def test_interface_tests_catch_broken_backings(make: Callable[[Path], Backing], broken: str, tmp_path: Path) -> None:
     found = []
     for law in LAWS:
         try:

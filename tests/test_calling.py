@@ -120,7 +120,7 @@ def test_a_config_is_explained_as_on_the_command_line(folder: Path) -> None:
         (("Llama-3-8B",), {"dtype": "int8"}, "dtype='int8' is not valid"),
         (("Llama-3-8B",), {"kv_ofload": True}, "did you mean 'kv_offload'"),
         (("Llama-3-8B",), {"logits_to_keep": 1}, "unknown option 'logits_to_keep'"),
-        (("Llama-4-8B",), {}, "no shipped shape"),
+        (("Llama-4-8B",), {}, "or a shipped shape"),
         (("Llama-3-8B", torch.ones(2)), {}, "takes no arguments of a call"),
         ((3,), {}, "int cannot be planned"),
     ],
@@ -154,7 +154,7 @@ def test_what_is_returned_is_shown_in_one_line_with_units(folder: Path) -> None:
     for words, shown in shown_as.items():
         html = shown._repr_html_()
         assert html.startswith("<pre") and html.rstrip().endswith("</pre>") and words in html
-    with pytest.raises(ValueError, match="is not a recorded device; recorded are A100"):
+    with pytest.raises(ValueError, match="is not a known device; known devices are A100"):
         made.estimate("cpu")
 
 
@@ -203,7 +203,7 @@ def test_options_that_are_named_are_those_that_are_parsed() -> None:
 
 @pytest.mark.parametrize(("name", "hub"), [("meta-llama/Llama-3.1-8B", True), ("gpt2", True), ("not/a/model", False)])
 def test_a_name_on_the_hub_is_not_downloaded_and_it_says_how(name: str, hub: bool) -> None:
-    with pytest.raises(ValueError, match="is not a folder; it has to be one with safetensors files") as raised:
+    with pytest.raises(ValueError, match="is not a folder; expected a folder with safetensors files") as raised:
         load_offloaded(name, "cpu", memory_budget="1GiB")
     text = str(raised.value)
     assert hub == (f"`hf download {name} --local-dir FOLDER`" in text) == ("HF_HUB_OFFLINE" in text)

@@ -1,4 +1,4 @@
-"""The command line: whole tables where they are piped, and one clear line for what is wrong."""
+"""The command line: complete tables when piped, and one clear line for an error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mom_compile.planning.configs import PlanError
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
-#: The module, which its command hides.
+#: The module, which is hidden by its command of the same name.
 
 
 @dataclass(frozen=True)
 class Way:
-    """A weight of one GiB, and so many bytes a token."""
+    """A weight of one GiB, and a fixed number of bytes per token."""
 
     what: str
     each: int
@@ -68,7 +68,7 @@ class Speed:
 
 @dataclass
 class Plan:
-    """What the command line reads of a plan."""
+    """The attributes of a plan that the command line reads."""
 
     seq_len: int = 100_000
     batch_size: int = 1
@@ -109,7 +109,7 @@ class Plan:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How plans were asked for; each is the same one."""
+    """Records the arguments of plan(), which always returns the same plan."""
     calls = []
 
     def plan(model, **given):
@@ -132,7 +132,7 @@ def run(capsys):
     return call
 
 
-def test_a_plan_is_asked_for_with_what_was_given(run, asked):
+def test_options_are_passed_to_plan(run, asked):
     code, _, err = run(
         "plan", "Llama-3-8B", "--seq-len", "455k", "--device-memory", "80GiB", "--batch-size", "2",
         "--dtype", "float16", "--device", "A100", "--option", "kv_offload=true", "-o", "mini_seq_len=2048",
@@ -142,7 +142,7 @@ def test_a_plan_is_asked_for_with_what_was_given(run, asked):
     assert asked == [("Llama-3-8B", {**given, "kv_offload": True, "mini_seq_len": 2048})]
 
 
-def test_without_a_length_it_is_the_models_own(run, asked):
+def test_the_default_length_is_the_models(run, asked):
     assert run("plan", "Qwen3-30B-A3B")[0] == 0
     assert asked[0][1]["seq_len"] == 40960
 
@@ -152,7 +152,7 @@ def test_contexts_are_powers_of_two_and_the_length_itself():
     assert contexts(4096) == [1024, 2048, 4096] and contexts(1025) == [1024, 1025] and contexts(7) == [7]
 
 
-def test_a_device_has_its_own_memory_unless_another_is_given(run, asked):
+def test_the_default_memory_is_the_devices(run, asked):
     for given, memory in (((), None), (("--device", "4090"), 24), (("--device", "4090", "--device-memory", "4GiB"), 4)):
         code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--json", *given)
         data = json.loads(out)
@@ -162,12 +162,12 @@ def test_a_device_has_its_own_memory_unless_another_is_given(run, asked):
     assert asked[0][1]["device"] == "H100" and asked[1][1]["device"] == "4090"
 
 
-def test_bits_of_weights_are_asked_for(run, asked):
+def test_weight_bits_are_passed_to_plan(run, asked):
     assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--weight-bits", "4")[0] == 0
     assert asked[0][1]["weight_bits"] == 4
 
 
-def test_times_are_told_of_ways_that_fit_and_of_others_what_they_need(run, asked):
+def test_ways_that_fit_have_times_and_others_their_bytes(run, asked):
     out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "2GiB")[1]
     assert re.search(r"eager +99 GiB +does not fit *$", out, re.MULTILINE)
     assert re.search(r"ours, cache on the host +1\.4 GiB +195 MiB +9\.0 s +12\.5 tokens/s +memory bandwidth", out)
@@ -180,34 +180,34 @@ def test_times_are_told_of_ways_that_fit_and_of_others_what_they_need(run, asked
     assert re.search(r"eager +none, needs 1\.0 GiB", out)
 
 
-def test_a_table_marks_what_does_not_fit_by_a_star_where_there_are_no_colours(run, asked):
+def test_without_colours_a_star_marks_what_does_not_fit(run, asked):
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")
     lines = out.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["65,536"])
     assert code == 0 and row.split() == ["65,536", "65.0*", "2.00", "1.25"]
     row = next(line for line in lines if line.split()[:1] == ["1,024"])
     assert row.split() == ["1,024", "2.00", "1.02", "1.00"]
-    assert "*: needed, and does not fit into 4.0 GiB" in out and "\x1b" not in out
+    assert "*: does not fit into 4.0 GiB" in out and "\x1b" not in out
     assert re.search(r"ours, cache on the host +786,432 +1\.5 GiB", out)
     assert "note: 100,000 tokens are more than" in out and "time of ours: about 9 s, bound by arithmetic" in out
 
 
-def test_what_does_not_fit_is_red_on_a_terminal():
+def test_on_a_terminal_what_does_not_fit_is_red():
     out, data = io.StringIO(), as_data(Plan(), [4 * GIB], 4 * GIB)
     show(Console(file=out, force_terminal=True, width=120, color_system="standard", highlight=False), data, 4 * GIB)
     row = next(line for line in out.getvalue().splitlines() if "65,536" in line)
     assert re.search(r"\x1b\[31m *65\.0\x1b\[0m +2\.00", row)
-    assert "in red: needed, and does not fit into 4.0 GiB" in out.getvalue()
+    assert "in red: does not fit into 4.0 GiB" in out.getvalue()
 
 
-def test_nothing_of_a_table_is_cut_where_it_is_piped(run, asked, monkeypatch):
+def test_piped_tables_are_not_cut(run, asked, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     out = run("plan", "Llama-3-8B", "--seq-len", "100k")[1]
     assert "…" not in out and "note: 100,000 tokens are more than the 8,192 it is made for\n" in out
     assert re.search(r"way +in 16 GiB +in 24 GiB +in 48 GiB +in 80 GiB +then on the host", out)
 
 
-def test_numbers_for_programs(run, asked):
+def test_json_output(run, asked):
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB", "--json")
     data = json.loads(out)
     assert code == 0 and data["seq_len"] == 100_000 and data["subject"]["weight_bytes"] == GIB
@@ -217,30 +217,30 @@ def test_numbers_for_programs(run, asked):
     assert (data["seconds"], data["bound"]) == (9.0, "arithmetic")
 
 
-def test_where_a_devices_speed_is_not_known_all_else_is_told(run, asked):
+def test_without_a_known_speed_all_other_output_is_shown(run, asked):
     code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "4k", "--device", "cpu")
     assert code == 0 and "no estimate: no figures of a CPU" in out and "longest context" in out
     assert json.loads(run("plan", "Llama-3-8B", "--seq-len", "4k", "--device", "cpu", "--json")[1])["seconds"] is None
 
 
-def test_a_plot_has_lines_for_the_memory_that_is_given_or_for_that_of_usual_cards(run, asked, tmp_path):
+def test_a_plot_has_lines_for_the_given_memory_or_usual_cards(run, asked, tmp_path):
     for given, memories in (((), CARDS), (("--device-memory", "4GiB"), (4 * GIB,))):
         assert run("plan", "Llama-3-8B", "--seq-len", "4k", "--plot", str(tmp_path / "out.png"), *given)[0] == 0
         assert (tmp_path / "out.png").read_text() == str(memories)
 
 
-def test_what_is_done_is_told_on_a_terminal_beside_the_results(run, asked, monkeypatch):
+def test_progress_is_shown_on_a_terminal(run, asked, monkeypatch):
     assert run("plan", "Llama-3-8B", "--seq-len", "4k")[2] == ""
     monkeypatch.setenv("FORCE_COLOR", "1")
     code, out, err = run("plan", "Llama-3-8B", "--seq-len", "4k")
     assert code == 0 and "half of it" in err and "half of it" not in out and "\x1b[" in out
     monkeypatch.setenv("NO_COLOR", "1")
     out = run("plan", "Llama-3-8B", "--seq-len", "100k", "--device-memory", "4GiB")[1]
-    assert re.search(r"65,536 +65\.0\* +2\.00", out) and "*: needed, and does not fit" in out
+    assert re.search(r"65,536 +65\.0\* +2\.00", out) and "*: does not fit" in out
 
 
 BAD = [
-    (("plan", "no-such-model"), "no-such-model' is no folder, no file and no shipped shape"),
+    (("plan", "no-such-model"), "no-such-model' is not a folder, a file or a shipped shape"),
     (("plan", "llama-8b"), "did you mean 'Llama-3-8B'?"),
     (("plan", "Llama-3-8B", "--seq-len", "many"), "--seq-len='many' is not valid; it is a whole number of tokens"),
     (("plan", "Llama-3-8B", "--seq-len", "-5"), "--seq-len='-5' is not valid"),
@@ -251,23 +251,23 @@ BAD = [
     (("plan", "Llama-3-8B", "--device", "RTX 409"), "did you mean 'RTX 4090'?"),
     (("plan", "Llama-3-8B", "--batch-size", "0"), "--batch-size"),
     (("plan", "Llama-3-8B", "--dtype", "int4"), "'int4' is not one of 'bfloat16', 'float16', 'float32'"),
-    (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; it is NAME=VALUE"),
+    (("plan", "Llama-3-8B", "--option", "kv_offload"), "--option 'kv_offload' is not valid; expected NAME=VALUE"),
     (("plan", "Llama-3-8B", "--option", "kv_ofload=true"), "(did you mean 'kv_offload'?)"),
     (("plan", "Llama-3-8B", "--option", "seq_len=5"), "unknown option 'seq_len'"),
     (("plan", "Llama-3-8B", "-o", "strict=true", "-o", "strict=false"), "--option strict is given twice"),
     (("plan", "Llama-3-8B", "--option", "mini_seq_len=1"), "mini_seq_len=1 is not valid"),
-    (("plan", "Llama-3-8B", "--plot", "/no/such/folder/out.png"), "there is no folder '/no/such/folder'"),
+    (("plan", "Llama-3-8B", "--plot", "/no/such/folder/out.png"), "the folder '/no/such/folder' does not exist"),
     (("plan", "Llama-3-8B", "--seqlen", "5"), "--seq-len"),
     (("plan",), "Missing argument 'CONFIG'"),
     (("explain", "Llama-3-8B", "--seq-len", "0"), "--seq-len='0' is not valid"),
-    (("explain", "no-such-model"), "no shipped shape"),
+    (("explain", "no-such-model"), "a shipped shape"),
     (("explain", "Llama-3-8B", "--option", "scope=all"), "scope='all' is not valid"),
     (("pland",), "No such command 'pland'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "why"), BAD, ids=lambda value: " ".join(value)[:40] if value else "")
-def test_bad_input_is_one_line_on_stderr_and_code_2(run, asked, monkeypatch, arguments, why):
+def test_invalid_input_prints_one_line_and_exits_with_2(run, asked, monkeypatch, arguments, why):
     if arguments[1:2] in (("no-such-model",), ("llama-8b",)):
         monkeypatch.setattr(mom_compile, "plan", lambda model, **given: pytest.fail("was planned"))
     code, out, err = run(*arguments)
@@ -275,7 +275,7 @@ def test_bad_input_is_one_line_on_stderr_and_code_2(run, asked, monkeypatch, arg
     assert err.startswith("mom-compile: ") and err.count("\n") == 1 and why in err
 
 
-def test_what_a_plan_refuses_is_one_line_too(run, monkeypatch):
+def test_a_plan_error_prints_one_line(run, monkeypatch):
     def refuses(model, **given):
         raise PlanError("the weights take 15 GiB\nand the budget is 8 GiB")
 
@@ -284,7 +284,7 @@ def test_what_a_plan_refuses_is_one_line_too(run, monkeypatch):
     assert (code, out, err) == (2, "", "mom-compile: the weights take 15 GiB and the budget is 8 GiB\n")
 
 
-def test_a_mistake_of_ours_is_no_bad_input(monkeypatch):
+def test_internal_errors_are_not_reported_as_invalid_input(monkeypatch):
     def breaks(model, **given):
         raise RuntimeError("ours")
 
@@ -293,7 +293,7 @@ def test_a_mistake_of_ours_is_no_bad_input(monkeypatch):
         main(["plan", "Llama-3-8B"])
 
 
-def test_options_are_read_as_what_they_are():
+def test_option_values_are_parsed_by_type():
     texts = ["kv_offload=true", "mini-seq-len=512", "scope=mlp", "kv_dir=none", "inductor.max_autotune=false",
              "inductor.x=1.5", "memory_budget=24GiB"]  # fmt: skip
     assert backend_options(texts) == {
@@ -303,7 +303,7 @@ def test_options_are_read_as_what_they_are():
 
 
 def test_a_small_model_is_explained_as_a_table_and_in_full(run, tmp_path, monkeypatch):
-    """Traced once."""
+    """The model is traced once."""
     made = mom_compile.explain
     traced = []
 
@@ -329,20 +329,20 @@ def test_a_small_model_is_explained_as_a_table_and_in_full(run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("plan", "--help"), ("explain", "-h"), ("doctor", "-h")])
-def test_help_says_what_there_is(run, arguments):
+def test_help_lists_the_commands(run, arguments):
     code, out, err = run(*arguments)
     assert (code, err) == (0, "") and out.startswith("Usage: mom-compile")
     if not arguments:
         assert all(re.search(rf"^  {name} ", out, re.MULTILINE) for name in ("plan", "explain", "doctor"))
 
 
-def test_the_script_is_main():
+def test_the_script_calls_main():
     script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mom-compile"]
     assert script == f"{main.__module__.removesuffix('.commands')}:main"
 
 
 @pytest.mark.slow
-def test_the_module_runs_by_itself():
+def test_the_module_can_be_run():
     command = [sys.executable, "-m", "mom_compile.cli", "plan", "--seq-len", "x", "y"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("mom-compile: --seq-len='x' is not valid")

@@ -1,4 +1,4 @@
-"""The threaded engine copies beside the computation, in order, and keeps what it copies alive."""
+"""The threaded engine copies asynchronously and in order, and keeps tensors alive while it copies them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.forks import in_a_fork
 
 @pytest.fixture
 def held():
-    """An engine whose copies start only when told to."""
+    """An engine whose copies start only on request."""
     engine, go = ThreadedEngine(), threading.Event()
     engine.delay = lambda: float(not go.wait(10))
     yield engine, go
     go.set()
 
 
-def test_a_copy_runs_beside_the_one_who_asked_for_it(held):
+def test_a_copy_does_not_block_its_caller(held):
     engine, go = held
     target = torch.zeros(4)
     ticket = engine.to_device(target, torch.ones(4), None)
@@ -43,7 +43,7 @@ def test_a_copy_runs_beside_the_one_who_asked_for_it(held):
     assert target.sum() == 4
 
 
-def test_copies_are_done_in_the_order_they_were_asked_for(held):
+def test_copies_run_in_order(held):
     engine, go = held
     target = torch.zeros(3)
     tickets = [engine.to_device(target, torch.full((3,), float(i)), None) for i in range(20)]
@@ -54,14 +54,14 @@ def test_copies_are_done_in_the_order_they_were_asked_for(held):
 
 @pytest.fixture
 def slow_departures():
-    """An engine whose copies to the host start only when told to."""
+    """An engine whose copies to the host start only on request."""
     engine, go = ThreadedEngine(), threading.Event()
     engine.delay = lambda: float("to-host" in threading.current_thread().name and not go.wait(10))
     yield engine, go
     go.set()
 
 
-def test_what_arrives_does_not_wait_for_what_leaves(slow_departures):
+def test_copies_to_the_device_do_not_wait_for_copies_to_the_host(slow_departures):
     engine, go = slow_departures
     left, arrived = torch.zeros(4), torch.zeros(4)
     leaving = engine.to_host(left, torch.ones(4), None)
@@ -72,7 +72,7 @@ def test_what_arrives_does_not_wait_for_what_leaves(slow_departures):
     assert left.sum() == 4
 
 
-def test_copies_of_the_same_rows_stay_in_order_from_one_queue_to_the_other(slow_departures):
+def test_copies_of_the_same_rows_are_ordered_across_queues(slow_departures):
     engine, go = slow_departures
     rows, seen = torch.zeros(4), torch.zeros(4)
     leaving = engine.to_host(rows, torch.ones(4), None)
@@ -84,8 +84,8 @@ def test_copies_of_the_same_rows_stay_in_order_from_one_queue_to_the_other(slow_
     assert (seen.tolist(), rows.tolist()) == ([1.0] * 4, [2.0] * 4)
 
 
-def test_chains_across_both_queues_from_several_threads_end(slow_departures):
-    """Each copy waits for one in the other queue, of another thread's as well: no two wait for each other."""
+def test_chains_across_both_queues_and_threads_do_not_deadlock(slow_departures):
+    """Each copy waits for one in the other queue, also of another thread, without a deadlock."""
     engine, go = slow_departures
     region, counts = HostRegion(BLOCK, Anonymous()), []
     region.commit(4)
@@ -106,10 +106,10 @@ def test_chains_across_both_queues_from_several_threads_end(slow_departures):
         thread.join(20)
     assert counts == [199] * 4
     region.wait()
-    assert len(set(region.bytes[:4].tolist())) == 1  # no copy was in the middle of another
+    assert len(set(region.bytes[:4].tolist())) == 1  # copies did not interleave
 
 
-def test_who_reads_or_writes_rows_behind_several_threads_copies_waits_for_all_of_them(held):
+def test_the_host_waits_for_copies_of_all_threads(held):
     engine, go = held
     region = HostRegion(BLOCK, Anonymous())
     region.commit(4)
@@ -129,7 +129,7 @@ def test_who_reads_or_writes_rows_behind_several_threads_copies_waits_for_all_of
     assert all(target.eq(7).all() for target in targets)
 
 
-def test_a_source_may_be_dropped_at_once_and_dies_with_its_copy(held):
+def test_a_source_lives_until_its_copy_is_done(held):
     engine, go = held
     source, target = torch.ones(4), torch.zeros(4)
     alive = weakref.ref(source)
@@ -144,20 +144,20 @@ def test_a_source_may_be_dropped_at_once_and_dies_with_its_copy(held):
     assert target.sum() == 4
 
 
-def test_no_more_than_a_few_values_are_leaving_at_a_time(held):
+def test_the_number_of_copies_to_the_host_is_limited(held):
     engine, go = held
     for _ in range(MOST_LEAVING):
         engine.to_host(torch.zeros(4), torch.ones(4), None)
     asked = threading.Thread(target=lambda: engine.to_host(torch.zeros(4), torch.ones(4), None))
     asked.start()
     asked.join(0.2)
-    assert asked.is_alive()  # it waits for the first to have left
+    assert asked.is_alive()  # it waits until the first copy is done
     go.set()
     asked.join(10)
     assert not asked.is_alive()
 
 
-def test_when_a_program_ends_nothing_is_leaving_any_more(held):
+def test_copies_to_the_host_are_done_when_a_program_ends(held):
     engine, go = held
     source = torch.ones(4)
     alive = weakref.ref(source)
@@ -176,7 +176,7 @@ def test_bytes_are_counted_by_direction():
     assert (engine.traffic.to_host, engine.traffic.to_device) == (16, 24)
 
 
-def test_a_copy_that_fails_tells_whoever_waits_for_it_and_the_engine_goes_on():
+def test_copy_failure_raises_in_the_waiting_thread():
     engine = ThreadedEngine()
     bad = engine.to_host(torch.zeros(3), torch.ones(4), None)
     with pytest.raises(CopyError, match="size of tensor"):
@@ -186,7 +186,7 @@ def test_a_copy_that_fails_tells_whoever_waits_for_it_and_the_engine_goes_on():
     assert target.sum() == 4
 
 
-def test_a_copy_after_one_that_failed_on_the_same_rows_fails_too():
+def test_a_copy_after_a_failed_one_of_the_same_rows_fails():
     engine = ThreadedEngine()
     bad = engine.to_host(torch.zeros(3), torch.ones(4), None)
     then = engine.to_device(torch.zeros(3), torch.ones(3), bad)
@@ -194,14 +194,14 @@ def test_a_copy_after_one_that_failed_on_the_same_rows_fails_too():
         then.wait()
 
 
-def test_somebody_elses_failure_does_not_stop_a_value_from_leaving():
+def test_a_failed_copy_does_not_stop_copies_of_other_rows():
     engine = ThreadedEngine()
     engine.to_host(torch.zeros(3), torch.ones(4), None)
     tickets = [engine.to_host(torch.zeros(4), torch.ones(4), None) for _ in range(2 * MOST_LEAVING)]
     tickets[-1].wait()
 
 
-def test_a_copy_into_an_inference_tensor_is_a_copy_like_others():
+def test_inference_tensors_can_be_copied_to():
     engine = ThreadedEngine()
     with torch.inference_mode():
         target = torch.zeros(4)
@@ -209,7 +209,7 @@ def test_a_copy_into_an_inference_tensor_is_a_copy_like_others():
     assert target.sum() == 4
 
 
-def test_a_forked_process_copies_with_a_thread_of_its_own():
+def test_a_forked_process_copies_with_its_own_thread():
     engine = ThreadedEngine()
     engine.to_device(torch.zeros(4), torch.ones(4), None).wait()
 
@@ -225,12 +225,12 @@ def fails_as_lost(work):
     try:
         work()
     except CopyError as error:
-        return "under way when this process was forked" in str(error)
+        return "pending when this process was forked" in str(error)
     return False
 
 
-def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(held):
-    """Nobody in the fork waits for a thread that it has not: not for rows, nor for room to let others leave."""
+def test_copies_pending_at_a_fork_fail_in_the_fork_only(held):
+    """The fork must not wait for its parent's thread, neither for rows nor before the next copy."""
     engine, go = held
     target, rows = torch.zeros(4), torch.zeros(4)
     arriving = engine.to_device(target, torch.ones(4), None)
@@ -239,7 +239,7 @@ def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(he
     def child():
         go.set()
         lost = fails_as_lost(arriving.wait) and fails_as_lost(leaving[0].done.synchronize)
-        behind = engine.to_device(torch.zeros(4), rows, leaving[0].done)  # of rows that are not there
+        behind = engine.to_device(torch.zeros(4), rows, leaving[0].done)  # the rows do not exist
         own = torch.zeros(4)
         engine.to_host(own, torch.ones(4), None).wait()
         engine.settle()
@@ -252,7 +252,7 @@ def test_copies_under_way_at_a_fork_are_errors_there_and_done_by_their_parent(he
     assert (target.sum(), rows.sum()) == (4, 4)
 
 
-def test_a_copy_that_was_done_before_a_fork_is_done_there():
+def test_a_copy_done_before_a_fork_is_done_in_the_fork():
     engine, target = ThreadedEngine(), torch.zeros(4)
     ticket = engine.to_device(target, torch.ones(4), None)
     ticket.wait()
@@ -261,7 +261,7 @@ def test_a_copy_that_was_done_before_a_fork_is_done_there():
 
 @contextlib.contextmanager
 def asking_all_the_time(ask):
-    """A thread that asks again and again meanwhile."""
+    """A thread starts copies continuously meanwhile."""
     stop = threading.Event()
 
     def again():
@@ -277,8 +277,8 @@ def asking_all_the_time(ask):
         thread.join()
 
 
-def test_a_fork_while_another_thread_asks_has_a_thread_of_its_own():
-    """Whatever that thread holds at that moment. Without PyTorch: it makes no promise of a fork while it computes."""
+def test_a_fork_during_puts_has_its_own_thread():
+    """Whatever that thread holds at that moment. Without PyTorch, which does not support a fork while it computes."""
     tasks = TaskQueue("asked")
 
     def child():
@@ -291,7 +291,7 @@ def test_a_fork_while_another_thread_asks_has_a_thread_of_its_own():
 
 
 @pytest.mark.slow
-def test_a_fork_while_another_thread_asks_for_copies_has_an_engine_that_works():
+def test_a_fork_during_copies_has_a_working_engine():
     engine = ThreadedEngine()
 
     def child():
@@ -313,14 +313,14 @@ assert not last.finished()
 """
 
 
-def test_a_process_that_ends_with_copies_under_way_ends_well():
-    """Its threads are not stopped inside of PyTorch, which would abort it."""
+def test_a_process_with_running_copies_exits_normally():
+    """Its threads are not stopped inside PyTorch, which would abort the process."""
     command = [sys.executable, "-c", ENDS_WITH_COPIES_UNDER_WAY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_has_not_begun_when_a_process_ends_is_an_error_and_nobody_waits_for_it(held):
+def test_tasks_not_started_at_exit_fail_without_a_wait(held):
     engine, go = held
     begun = threading.Event()
     engine.delay = lambda: float(begun.set() is not None or not go.wait(10))
@@ -335,7 +335,7 @@ def test_what_has_not_begun_when_a_process_ends_is_an_error_and_nobody_waits_for
     assert not ending.is_alive()
 
 
-def test_an_error_keeps_nothing_of_what_was_copied():
+def test_an_error_keeps_no_tensor_alive():
     engine, source = ThreadedEngine(), torch.ones(4)
     alive = weakref.ref(source)
     bad = engine.to_host(torch.zeros(3), source, None)
@@ -346,7 +346,7 @@ def test_an_error_keeps_nothing_of_what_was_copied():
     assert alive() is None
 
 
-def test_errors_say_what_was_copied():
+def test_errors_name_the_copied_data():
     engine = ThreadedEngine()
     table = torch.ones(4)
     holder = bytes_under(table)
@@ -360,7 +360,7 @@ def test_errors_say_what_was_copied():
     del holder
 
 
-def test_a_device_has_one_engine_and_an_unknown_kind_none():
+def test_each_device_has_one_engine_and_unknown_types_raise():
     assert engine_for(torch.device("cpu")) is engine_for(torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="'meta'"):
         engine_for(torch.device("meta"))

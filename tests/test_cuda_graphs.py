@@ -1,4 +1,4 @@
-"""Pieces of a decode step as CUDA graphs, with a stub in place of recording: no GPU has run them."""
+"""Pieces of a decode step as CUDA graphs, with a stub in place of the capture: this has never run on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Records as CUDA does: what is computed is written to the same results each time, and read where it was."""
+    """Captures like CUDA: results are written to the same tensors each time, and inputs are read from the same ones."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -47,7 +47,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def piece(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and what moves. It empties its list, as pieces do."""
+    """A piece of a weight and another input. It empties its argument list, as pieces do."""
     weight, x = arguments
     arguments.clear()
     return x @ weight, x + 1
@@ -64,14 +64,14 @@ def call(step: Replayed, weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.T
     return tuple(results)
 
 
-def test_it_is_recorded_once_behind_the_warm_up_and_replayed_from_there_on(recorder: Recorder) -> None:
+def test_a_piece_is_captured_after_the_warm_up_and_replayed(recorder: Recorder) -> None:
     step, weight = replayed(), torch.randn(4, 4)
     for number in range(6):
         call(step, weight, torch.randn(2, 4))
         assert (recorder.recorded, recorder.replayed) == ((1, number - WARM_UP + 1) if number >= WARM_UP else (0, 0))
 
 
-def test_a_weight_that_was_written_is_read_and_one_that_has_moved_is_recorded_anew(recorder: Recorder) -> None:
+def test_written_weights_take_effect_and_moved_ones_are_recaptured(recorder: Recorder) -> None:
     step, weight = replayed(), torch.randn(4, 4)
     for _ in range(WARM_UP + 1):
         call(step, weight, torch.randn(2, 4))
@@ -82,7 +82,7 @@ def test_a_weight_that_was_written_is_read_and_one_that_has_moved_is_recorded_an
     assert recorder.recorded == 2
 
 
-def test_results_hold_until_the_next_run_and_those_that_are_copied_longer(recorder: Recorder) -> None:
+def test_results_are_valid_until_the_next_run_and_copied_ones_longer(recorder: Recorder) -> None:
     step, weight = replayed(copied=(1,)), torch.randn(4, 4)
     for _ in range(WARM_UP):
         call(step, weight, torch.randn(2, 4))
@@ -104,15 +104,15 @@ def test_another_thread_runs_the_piece_itself(recorder: Recorder) -> None:
     assert recorder.replayed == 1
 
 
-def test_what_cannot_be_recorded_runs_as_ever(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_piece_that_cannot_be_captured_runs_directly(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
     step, weight = replayed(), torch.randn(4, 4)
     recorder.fails = True
     for _ in range(WARM_UP + 3):
         call(step, weight, torch.randn(2, 4))
-    assert step.off and caplog.text.count("cannot be recorded") == 1
+    assert step.off and caplog.text.count("cannot be captured") == 1
 
 
-def test_it_is_stored_without_what_it_has_recorded(recorder: Recorder) -> None:
+def test_pickling_omits_the_captured_graph(recorder: Recorder) -> None:
     step, weight = replayed((1,)), torch.randn(4, 4)
     for _ in range(WARM_UP + 1):
         call(step, weight, torch.randn(2, 4))
@@ -121,7 +121,7 @@ def test_it_is_stored_without_what_it_has_recorded(recorder: Recorder) -> None:
     call(again, weight, torch.randn(2, 4))
 
 
-def test_what_moves_is_small_and_all_is_on_the_device() -> None:
+def test_only_small_inputs_on_one_device_are_captured() -> None:
     small, large = ((1, 1, 8), torch.float32, CPU), ((MOST_MOVED,), torch.float32, CPU)
     assert may_be_recorded([large, small], {0}, CPU)
     assert not may_be_recorded([large, small], (), CPU)
@@ -136,10 +136,10 @@ def test_the_option() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_layers_of_one_token_are_recorded_where_that_is_asked_for(
+def test_decode_steps_are_captured_if_requested(
     asked: bool, recorder: Recorder, eager_pieces: None, stock_is_eager: None
 ) -> None:
-    """Without a cache, so that every piece has the same shapes in each step. Logits that the caller keeps stay."""
+    """Without a cache, so that every piece has the same shapes in each step. Logits kept by the caller stay valid."""
     model = tiny("Llama", num_hidden_layers=6)
     tokens = [ids(1, 1, seed) for seed in range(WARM_UP + 3)]
     with torch.no_grad():

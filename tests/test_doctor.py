@@ -1,4 +1,4 @@
-"""The doctor finds what was planted, names the remedy, and says whether the backend can work at all."""
+"""The doctor finds faults planted by these tests, names remedies, and reports whether the backend can work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fits(finding, state, found, remedy=""):
     assert bool(finding.remedy) == (state is not State.OK)
 
 
-def test_here_everything_that_a_cpu_needs_is_there(on_cpu):
+def test_this_machine_has_everything_for_the_cpu(on_cpu):
     found = findings()
     assert [finding.name for finding in found] == NAMES
     assert not [finding for finding in found if finding.state is State.BROKEN]
@@ -42,19 +42,19 @@ def test_here_everything_that_a_cpu_needs_is_there(on_cpu):
     ("version", "state"),
     [("2.13.0+cpu", State.OK), ("2.11.0", State.OK), ("2.10.1", State.BROKEN), ("2.99.0", State.LIMITED)],
 )
-def test_an_old_torch_is_the_end_and_a_new_one_unverified(monkeypatch, version, state):
+def test_an_old_torch_is_broken_and_a_new_one_unverified(monkeypatch, version, state):
     monkeypatch.setattr(torch, "__version__", version)
     fits(checks.pytorch(), state, version, "" if state is State.OK else "install torch 2.11 to 2.14")
 
 
-def test_plans_need_transformers_and_other_models_do_not(monkeypatch):
+def test_a_missing_transformers_limits_plans_only(monkeypatch):
     monkeypatch.setattr(checks, "_installed", {"transformers": "5.1.0"}.get)
-    fits(checks.transformers(), State.LIMITED, "5.1.0, outside of what is tested", "install transformers 5.17 to 5.24")
+    fits(checks.transformers(), State.LIMITED, "5.1.0, outside the tested range", "install transformers 5.17 to 5.24")
     monkeypatch.setattr(checks, "_installed", {}.get)
     fits(checks.transformers(), State.LIMITED, "not installed", "pip install transformers")
 
 
-def test_an_uninstalled_package_is_no_backend():
+def test_an_uninstalled_package_has_no_backend():
     fits(checks.backend(["inductor", "eager"]), State.BROKEN, 'no backend "mom"', "pip install")
     fits(checks.backend(["inductor", "mom"]), State.OK, "finds")
 
@@ -62,16 +62,16 @@ def test_an_uninstalled_package_is_no_backend():
 # --- devices ---
 
 
-def test_a_torch_for_cpus_is_told_from_a_gpu_that_is_not_there(on_cpu, monkeypatch):
+def test_a_cpu_build_of_torch_differs_from_a_missing_gpu(on_cpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    fits(checks.gpu(), State.LIMITED, "built for CPUs alone", "PyTorch's build for CUDA")
+    fits(checks.gpu(), State.LIMITED, "built for CPUs only", "PyTorch's CUDA build")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     fits(checks.gpu(), State.LIMITED, "none that PyTorch can use", "nvidia-smi")
 
 
 @pytest.mark.parametrize(("capability", "state"), [((9, 0), State.OK), ((6, 1), State.LIMITED)])
-def test_a_gpu_is_named_and_an_old_one_refused(monkeypatch, capability, state):
+def test_a_gpu_is_named_and_an_old_one_is_limited(monkeypatch, capability, state):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -81,7 +81,7 @@ def test_a_gpu_is_named_and_an_old_one_refused(monkeypatch, capability, state):
     fits(checks.gpu(), state, "A Card, 3.0 GiB of 80 GiB free, CUDA 13.0", "" if state is State.OK else "7.0 and later")
 
 
-def test_triton_is_for_gpus_alone(monkeypatch):
+def test_triton_is_needed_for_gpus_only(monkeypatch):
     monkeypatch.setattr(checks, "_installed", {}.get)
     fits(checks.triton(has_gpu=True), State.BROKEN, "not installed", "pip install triton")
     fits(checks.triton(has_gpu=False), State.OK, "not needed without a GPU")
@@ -89,7 +89,7 @@ def test_triton_is_for_gpus_alone(monkeypatch):
     fits(checks.triton(has_gpu=True), State.OK, "3.7.1")
 
 
-# --- what compiles, and where ---
+# --- compilation ---
 
 
 def planted_compiler(tmp_path, body):
@@ -110,33 +110,33 @@ def test_without_a_compiler_nothing_runs_on_a_cpu(monkeypatch, has_gpu, state):
     assert "\n" not in finding.found
 
 
-def test_a_compiler_that_is_not_there_or_does_not_compile_is_found(monkeypatch, tmp_path):
+def test_a_missing_or_failing_compiler_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "cxx_compiler", lambda: "/no/such/g++")
-    fits(checks.compiler(has_gpu=False), State.BROKEN, "/no/such/g++ is not there", "CXX")
+    fits(checks.compiler(has_gpu=False), State.BROKEN, "/no/such/g++ does not exist", "CXX")
     broken = planted_compiler(tmp_path, "echo 'program.cpp:2:10: fatal error: omp.h: No such file' >&2; exit 1")
     monkeypatch.setattr(checks, "cxx_compiler", broken)
     fits(checks.compiler(has_gpu=False), State.BROKEN, "C++17 with OpenMP: program.cpp:2:10: fatal error: omp.h", "CXX")
     silent = planted_compiler(tmp_path, "exit 3")
     monkeypatch.setattr(checks, "cxx_compiler", silent)
-    fits(checks.compiler(has_gpu=False), State.BROKEN, "it says nothing", "CXX")
+    fits(checks.compiler(has_gpu=False), State.BROKEN, "no message", "CXX")
 
 
-def test_a_cache_folder_that_cannot_be_written_to_is_found(monkeypatch, tmp_path):
+def test_an_unwritable_cache_folder_is_reported(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    fits(checks.cache_folder(), State.BROKEN, "cannot be written to: Not a directory", "TORCHINDUCTOR_CACHE_DIR")
+    fits(checks.cache_folder(), State.BROKEN, ": Not a directory", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def test_a_read_only_disk_is_found(monkeypatch, tmp_path):
+def test_a_read_only_disk_is_reported(monkeypatch, tmp_path):
     def refuses(**where):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), where["dir"])
 
     monkeypatch.setattr(checks, "compile_cache_folder", lambda: str(tmp_path))
     monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuses)
-    fits(checks.cache_folder(), State.BROKEN, f"{tmp_path} cannot be written to: Read-only file", "TORCHINDUCTOR_CACHE")
+    fits(checks.cache_folder(), State.BROKEN, f"cannot write to {tmp_path}: Read-only file", "TORCHINDUCTOR_CACHE")
 
 
-def test_a_folder_that_programs_cannot_be_loaded_from_is_found(monkeypatch, tmp_path):
+def test_a_noexec_folder_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "compile_cache_folder", lambda: str(tmp_path))
     fits(checks.cache_folder(), State.OK, str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -144,9 +144,9 @@ def test_a_folder_that_programs_cannot_be_loaded_from_is_found(monkeypatch, tmp_
     fits(checks.cache_folder(), State.BROKEN, "noexec", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def test_a_full_disk_is_found(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=300 << 20))
-    fits(checks.disk(tmp_path), State.LIMITED, "300 MiB free", "1.0 GiB should be free")
+    fits(checks.disk(tmp_path), State.LIMITED, "300 MiB free", "1.0 GiB is advised")
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=300 << 30))
     fits(checks.disk(tmp_path), State.OK, "300 GiB free")
 
@@ -156,7 +156,7 @@ def test_a_full_disk_is_found(monkeypatch, tmp_path):
 
 @pytest.fixture
 def pins(monkeypatch):
-    """Host memory of 16 GiB; what is pinned, and a refusal to put in its place."""
+    """Host memory of 16 GiB; records pinned sizes, or raises `refusal`."""
     asked = SimpleNamespace(sizes=[], refusal=None)
 
     def empty(size, *, dtype, pin_memory):
@@ -170,11 +170,11 @@ def pins(monkeypatch):
 
 
 def test_without_a_gpu_nothing_is_pinned(pins):
-    fits(checks.pinned_memory(has_gpu=False), State.OK, "16 GiB of host memory to be had; without a GPU none is pinned")
+    fits(checks.pinned_memory(has_gpu=False), State.OK, "16 GiB of host memory available; not pinned without a GPU")
     assert not pins.sizes
 
 
-def test_a_limit_below_the_hosts_memory_is_told(pins, monkeypatch):
+def test_a_lock_limit_below_host_memory_is_reported(pins, monkeypatch):
     monkeypatch.setattr(checks, "locked_limit", lambda: 8 << 20)
     fits(checks.pinned_memory(has_gpu=True), State.LIMITED, "RLIMIT_MEMLOCK is 8.0 MiB", "ulimit -l unlimited")
     monkeypatch.setattr(checks, "locked_limit", lambda: None)
@@ -182,29 +182,29 @@ def test_a_limit_below_the_hosts_memory_is_told(pins, monkeypatch):
     assert pins.sizes == [64 << 20] * 2
 
 
-def test_a_driver_that_refuses_to_pin_is_told(pins):
+def test_a_failure_to_pin_is_reported(pins):
     pins.refusal = RuntimeError("CUDA error: out of memory\nadvice")
     finding = checks.pinned_memory(has_gpu=True)
-    fits(finding, State.LIMITED, "64 MiB cannot be pinned: CUDA error: out of memory", "kv_offload=False")
+    fits(finding, State.LIMITED, "cannot pin 64 MiB: CUDA error: out of memory", "kv_offload=False")
     assert "advice" not in finding.found
 
 
-def test_the_limit_is_the_processes_own():
+def test_the_lock_limit_is_that_of_the_process():
     limit = checks.locked_limit()
     assert limit is None or limit > 0
 
 
-# --- all of them ---
+# --- all checks ---
 
 
-def test_a_check_that_fails_does_not_keep_others_from_being_told(monkeypatch, on_cpu):
+def test_a_failing_check_does_not_stop_others(monkeypatch, on_cpu):
     def fails(folder):
         raise PermissionError("planted")
 
     monkeypatch.setattr(checks.shutil, "disk_usage", fails)
     found = {finding.name: finding for finding in findings()}
     assert list(found) == NAMES
-    fits(found["disk"], State.LIMITED, "could not be looked at: PermissionError: planted", "report")
+    fits(found["disk"], State.LIMITED, "the check failed: PermissionError: planted", "report")
 
 
 def all_fine(**others):
@@ -227,7 +227,7 @@ def works(found):
                                    "cache and weights on the host"}),
     ],
 )  # fmt: skip
-def test_what_works_follows_from_what_was_found(missing, lost):
+def test_abilities_follow_from_findings(missing, lost):
     names = {"Cpp_compiler": "C++ compiler"}
     planted = {
         key: Finding(names.get(key, key.replace("_", " ")), state, "planted", "mend") for key, state in missing.items()
@@ -238,8 +238,8 @@ def test_what_works_follows_from_what_was_found(missing, lost):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_the_exit_code_says_whether_it_can_work_at_all(monkeypatch, capsys, broken):
-    planted = Finding("torch", State.BROKEN, "1.0, outside of what is tested", "install torch 2.11 to 2.14")
+def test_the_exit_code_is_1_if_the_backend_cannot_work(monkeypatch, capsys, broken):
+    planted = Finding("torch", State.BROKEN, "1.0, outside the tested range", "install torch 2.11 to 2.14")
     found = all_fine(torch=planted) if broken else all_fine(GPU=Finding("GPU", State.LIMITED, "none", "get one"))
     monkeypatch.setattr("mom_compile.cli.doctor.findings", lambda: found)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""Rows on the host: appended without moving, forked where another state needs them, freed with their last reader."""
+"""Stores in host memory: rows are appended without moving, forked on conflict, and freed with their last reader."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def store_with(rows: torch.Tensor, placement: Placement | None = None) -> tuple[
 
 
 def child(code: str) -> list[str]:
-    """What a program prints that may end its process, or its files."""
+    """Return the output of a program that may crash its process or exhaust its files."""
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
@@ -62,7 +62,7 @@ def rows_of(count: int, start: int = 0) -> torch.Tensor:
     return torch.arange(start * 24, (start + count) * 24, dtype=torch.float32).view(count, *ROW)
 
 
-def test_growing_never_moves_a_row_that_is_there():
+def test_growing_a_store_moves_no_row():
     store, lease = store_with(rows_of(3))
     address = store.rows(0, 3).data_ptr()
     for rows in range(3, 200_000, 40_000):
@@ -72,7 +72,7 @@ def test_growing_never_moves_a_row_that_is_there():
     assert lease.rows == 3
 
 
-def test_memory_is_taken_in_blocks_as_rows_come_and_given_back_with_the_last_view():
+def test_memory_is_committed_in_blocks_and_released_with_the_last_view():
     gc.collect()
     before = host_memory()
     store, lease = store_with(rows_of(3))
@@ -82,7 +82,7 @@ def test_memory_is_taken_in_blocks_as_rows_come_and_given_back_with_the_last_vie
     rows = 3 * BLOCK // ROW_BYTES
     store.rows(0, rows)
     assert host_memory().memory - before.memory == 3 * BLOCK
-    store.rows(0, rows + 1)  # what is held grows by a share of itself: not every row is a system call
+    store.rows(0, rows + 1)  # commits grow by a share: not every row is a system call
     assert host_memory().memory - before.memory == 3 * BLOCK + 3 * BLOCK // 16
     view = store.rows(0, 3)
     gone = weakref.ref(store)
@@ -98,16 +98,16 @@ def test_only_the_longest_state_of_a_cache_is_appended_to_in_place():
     assert store.may_append(first, 1)
     second = Lease(store, 0, 6)
     assert store.may_append(second, 1)
-    assert not store.may_append(first, 1)  # row 5 is another's
+    assert not store.may_append(first, 1)  # row 5 belongs to another lease
     del second
     assert store.may_append(first, 1)
 
 
-# --- what is held is what is shown ---
+# --- memory held for the visible rows ---
 
 
 def held_bytes(store: HostStore) -> int:
-    """What the kernel holds behind a store's addresses."""
+    """Bytes that the kernel holds for a store's addresses."""
     if store.region.backing.on_disk:
         return os.fstat(store.region.backing.file.number).st_blocks * 512
     address = store.region.bytes.data_ptr()
@@ -127,11 +127,11 @@ def placement(request, tmp_path) -> Placement:
 
 
 def ends(store: HostStore) -> int:
-    """Bytes that may be held beside the rows: a share and two blocks at each end."""
+    """Bytes that may be held in addition to the rows: a share and two blocks at each end."""
     return store.used_bytes // 8 + 4 * store.region.backing.block
 
 
-def test_a_window_that_moves_on_holds_little_more_than_itself_and_moves_no_row(placement):
+def test_a_sliding_window_holds_little_more_than_its_rows_and_moves_none(placement):
     length = 2 * BLOCK // ROW_BYTES if placement.tier == MEMORY else 16 * BLOCK // ROW_BYTES
     store, lease = store_with(rows_of(length), placement)
     address = store.region.bytes.data_ptr()
@@ -148,7 +148,7 @@ def test_a_window_that_moves_on_holds_little_more_than_itself_and_moves_no_row(p
     assert held_bytes(store) <= most <= 1.2 * store.used_bytes + 4 * store.region.backing.block
 
 
-def test_a_cropped_cache_holds_little_more_than_itself_and_grows_again(placement):
+def test_a_cropped_cache_releases_rows_and_can_grow_again(placement):
     rows = 8 * BLOCK // ROW_BYTES
     store, lease = store_with(rows_of(rows), placement)
     cropped = Lease(store, 1000, 2000)
@@ -165,34 +165,34 @@ def test_a_cropped_cache_holds_little_more_than_itself_and_grows_again(placement
     assert grown.rows == rows - 1000
 
 
-def test_rows_between_two_states_are_held_as_long_as_both_are():
+def test_rows_between_two_leases_stay_while_both_exist():
     store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
     first, last = Lease(store, 0, 10), Lease(store, lease.end - 10, lease.end)
     held = store.region.committed
     del lease
     assert store.region.committed == held
-    assert not store.may_append(last, 1) or last.first == 0  # it goes on in a store of its own
+    assert not store.may_append(last, 1) or last.first == 0  # it continues in a new store
     del last
     assert store.region.committed < held // 4
     torch.testing.assert_close(store.rows(0, 10), rows_of(10), rtol=0, atol=0)
     assert first.rows == 10
 
 
-def test_rows_that_were_given_back_are_not_shown_again_as_if_they_were_there():
+def test_leasing_released_rows_raises():
     store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
     kept = Lease(store, lease.end - 10, lease.end)
     del lease
-    with pytest.raises(RuntimeError, match="after the last tensor of them had gone"):
+    with pytest.raises(RuntimeError, match="after their last tensor was deleted"):
         Lease(store, 0, 10)
     assert store.held() == [kept]
 
 
-def test_a_lease_that_ends_while_its_store_is_at_work_does_not_wait():
+def test_ending_a_lease_does_not_wait_for_a_locked_store():
     store, lease = store_with(rows_of(4 * BLOCK // ROW_BYTES))
     kept = Lease(store, 0, 10)
     held = store.region.committed
     with store._lock:
-        del lease  # as the garbage collector may
+        del lease  # as the garbage collector may do
         assert store.region.committed == held
     del kept
     assert store.held() == []
@@ -201,7 +201,7 @@ def test_a_lease_that_ends_while_its_store_is_at_work_does_not_wait():
 # --- addresses ---
 
 
-def test_a_store_that_is_full_is_not_appended_to(monkeypatch):
+def test_a_full_store_is_not_appended_to(monkeypatch):
     monkeypatch.setattr(host_storage, "RESERVED_ROWS", 4)
     store, lease = store_with(rows_of(3))
     assert store.capacity == 6
@@ -209,7 +209,7 @@ def test_a_store_that_is_full_is_not_appended_to(monkeypatch):
     assert not store.may_append(lease, 4)
 
 
-def test_addresses_are_reserved_for_a_million_rows_but_not_for_rows_of_any_size():
+def test_reserved_addresses_are_limited_in_rows_and_in_bytes():
     store, _ = store_with(rows_of(3))
     assert store.capacity == 1 << 20
     wide = [HostStore((128, 32, 128), torch.float32, 100, Placement()) for _ in range(64)]
@@ -217,7 +217,7 @@ def test_addresses_are_reserved_for_a_million_rows_but_not_for_rows_of_any_size(
     assert HostStore((128, 32, 128), torch.float32, 10_000, Placement()).capacity == 20_000
 
 
-def test_fewer_addresses_are_taken_where_there_are_not_as_many_but_never_too_few():
+def test_fewer_addresses_are_reserved_when_they_run_out_but_never_too_few():
     ran = child("""
         import resource, torch
         from mom_compile.runtime.host.limits import HostMemoryError
@@ -249,7 +249,7 @@ def test_fewer_addresses_are_taken_where_there_are_not_as_many_but_never_too_few
         (lambda t: t.view(torch.int32), None),
     ],
 )
-def test_the_rows_that_a_tensor_shows_are_read_off_it(view, rows):
+def test_the_rows_of_a_tensor_are_found_from_its_storage(view, rows):
     store, _ = store_with(rows_of(6))
     tensor = view(store.rows(0, 6).movedim(0, 2))
     found = lease_of(tensor, 2)
@@ -260,7 +260,7 @@ def test_the_rows_that_a_tensor_shows_are_read_off_it(view, rows):
         assert found.store is store
 
 
-def test_a_tensor_apart_shows_the_same_rows_and_is_no_view():
+def test_without_base_keeps_the_rows_and_is_not_a_view():
     store, _ = store_with(rows_of(6))
     view = store.rows(0, 6).movedim(0, 2)[:, :, 1:]
     made = without_base(view)
@@ -277,7 +277,7 @@ def file_of(store: HostStore) -> int:
     return store.region.backing.file.number
 
 
-def test_files_are_their_owners_alone_and_have_no_name(tmp_path: Path):
+def test_files_are_private_to_their_owner_and_unnamed(tmp_path: Path):
     _store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
     assert list(tmp_path.iterdir()) == []
     file = file_of(lease.store)
@@ -286,7 +286,7 @@ def test_files_are_their_owners_alone_and_have_no_name(tmp_path: Path):
     assert os.fstat(file).st_blocks * 512 >= BLOCK
 
 
-def test_files_are_counted_apart_and_closed_with_the_cache(tmp_path: Path):
+def test_files_are_counted_separately_and_closed_with_the_cache(tmp_path: Path):
     gc.collect()
     before = host_memory()
     store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
@@ -301,7 +301,7 @@ def test_files_are_counted_apart_and_closed_with_the_cache(tmp_path: Path):
         os.fstat(file)
 
 
-def test_a_full_disk_is_an_error_before_a_row_is_written(tmp_path: Path, monkeypatch):
+def test_a_full_disk_raises_before_a_row_is_written(tmp_path: Path, monkeypatch):
     store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
 
     def full(*_):
@@ -314,7 +314,7 @@ def test_a_full_disk_is_an_error_before_a_row_is_written(tmp_path: Path, monkeyp
     assert lease.rows == 3
 
 
-def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
+def test_stores_in_one_folder_share_a_file_but_no_bytes(tmp_path: Path):
     rng = random.Random(0)
     stores: list[tuple[HostStore, Lease, int]] = []
     for number in range(30):
@@ -322,7 +322,7 @@ def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
         stores.append((store, lease, number))
         if rng.random() < 0.4:
             stores.pop(rng.randrange(len(stores)))
-        store, lease, number = rng.choice(stores)  # one grows
+        store, lease, number = rng.choice(stores)  # grow one of them
         longer = Lease(store, lease.first, lease.end + BLOCK // ROW_BYTES)
         store.rows(lease.end, longer.end).copy_(rows_of(BLOCK // ROW_BYTES, number + lease.end))
         stores[[s for s, _, _ in stores].index(store)] = (store, longer, number)
@@ -332,10 +332,10 @@ def test_stores_in_one_folder_share_a_file_and_never_its_bytes(tmp_path: Path):
     assert len({file_of(store) for store, _, _ in stores}) == 1
     file = file_of(stores[0][0])
     taken, held = os.fstat(file).st_blocks * 512, sum(store.region.committed for store, _, _ in stores)
-    assert held <= taken < held + BLOCK  # and what the file system needs for itself
+    assert held <= taken < held + BLOCK  # plus overhead of the file system
 
 
-def test_rows_on_disk_outlive_their_store_as_long_as_they_are_seen(tmp_path: Path):
+def test_rows_on_disk_outlive_their_store_while_a_view_exists(tmp_path: Path):
     store, lease = store_with(rows_of(3), Placement("disk", tmp_path))
     view = store.rows(0, 3)
     del store, lease
@@ -345,12 +345,12 @@ def test_rows_on_disk_outlive_their_store_as_long_as_they_are_seen(tmp_path: Pat
     torch.testing.assert_close(other.rows(0, 3), rows_of(3, 50), rtol=0, atol=0)
 
 
-def test_a_file_is_no_larger_than_what_is_in_it(tmp_path: Path):
+def test_a_file_is_no_larger_than_its_contents(tmp_path: Path):
     store, _lease = store_with(rows_of(3), Placement("disk", tmp_path))
     assert os.fstat(file_of(store)).st_size == BLOCK
 
 
-def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_error_that_says_so(tmp_path: Path):
+def test_hundreds_of_stores_share_one_descriptor_and_a_missing_one_raises(tmp_path: Path):
     ran = child(f"""
         import os, pathlib, resource, torch
         from mom_compile.runtime.host.limits import HostMemoryError
@@ -383,7 +383,7 @@ def test_hundreds_of_stores_in_a_folder_need_one_open_file_and_no_more_is_an_err
     assert ran == ["1", "True", "True"]
 
 
-def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Path):
+def test_a_fork_uses_its_own_file_and_does_not_change_its_parents(tmp_path: Path):
     ran = child(f"""
         import gc, os, pathlib, torch
         from mom_compile.runtime.host.placement import Placement
@@ -407,14 +407,14 @@ def test_a_fork_has_a_file_of_its_own_and_leaves_its_parents_alone(tmp_path: Pat
     assert ran == ["0", "[True, True, True]"]
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path: Path):
+def test_a_missing_folder_is_named_in_the_error(tmp_path: Path):
     with pytest.raises(HostMemoryError, match=r"kv_dir=.*nowhere"):
         store_with(rows_of(3), Placement("disk", tmp_path / "nowhere"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps addresses where they are free, or not at all")
-def test_a_fork_takes_no_addresses_back_that_it_has_given_to_others():
-    """What is there already is left alone, and is not unmapped with the view that its parent had of it either."""
+def test_a_fork_does_not_unmap_addresses_that_are_in_use():
+    """An existing mapping is not replaced, and not unmapped with the view that its parent had of it."""
     memory = mmap.mmap(-1, 4 * BLOCK)
     memory[:5] = b"other"
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -437,10 +437,10 @@ def test_a_fork_takes_no_addresses_back_that_it_has_given_to_others():
     assert ran == ["True"]
 
 
-# --- memory that cannot be had ---
+# --- allocation failures ---
 
 
-def test_more_than_the_machine_has_is_refused_with_the_amount_and_the_options(monkeypatch):
+def test_too_large_a_request_raises_with_the_amount_and_the_options(monkeypatch):
     monkeypatch.setattr(host_region, "available_memory", lambda: MARGIN + 2 * BLOCK)
     store, _lease = store_with(rows_of(3))
     wanted = 4 * BLOCK - SMALL_BLOCK
@@ -449,13 +449,13 @@ def test_more_than_the_machine_has_is_refused_with_the_amount_and_the_options(mo
     torch.testing.assert_close(store.rows(0, 3), rows_of(3))
 
 
-def test_the_machine_says_what_it_has_left():
+def test_available_memory_is_read_from_the_machine():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < host_region.available_memory() <= total
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on address space here")
-def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
+def test_failing_to_reserve_addresses_raises_with_advice():
     code = """
         import resource, torch
         from mom_compile.runtime.host.backings.anonymous import Anonymous
@@ -473,11 +473,11 @@ def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
     assert (ran.returncode, ran.stdout.strip()) == (0, "refused"), ran.stderr
 
 
-# --- pinned memory, with a pin that only counts ---
+# --- pinned memory, with a pin function that only counts ---
 
 
 class Pins:
-    """What a driver would have pinned."""
+    """Counts what a driver would have pinned."""
 
     def __init__(self, refuse_above: int | None = None) -> None:
         self.ranges: dict[int, int] = {}
@@ -492,7 +492,7 @@ class Pins:
         return lambda: self.ranges.pop(address) and None
 
 
-def test_pinned_memory_of_a_dead_cache_is_used_again_and_not_pinned_anew():
+def test_pinned_memory_of_a_deleted_cache_is_reused_without_pinning():
     empty_host_pool()
     pins = Pins()
     store, lease = store_with(rows_of(3), Placement(pin=pins))
@@ -504,7 +504,7 @@ def test_pinned_memory_of_a_dead_cache_is_used_again_and_not_pinned_anew():
     assert host_memory().pooled == 0
 
 
-def test_pinned_memory_is_not_used_again_before_the_last_copy_from_it_is_done():
+def test_pinned_memory_is_reused_only_after_the_last_copy_from_it():
     empty_host_pool()
     done = []
 
@@ -532,21 +532,21 @@ def test_the_pool_is_emptied_on_demand():
     assert host_memory().pooled == 0
 
 
-def test_the_pool_is_given_back_before_memory_is_refused():
+def test_the_pool_is_emptied_before_a_request_fails():
     empty_host_pool()
     pins = Pins(refuse_above=2 * BLOCK)
     one, lease = store_with(rows_of(3), Placement(pin=pins))
     other, other_lease = store_with(rows_of(3), Placement(pin=pins))
     del one, lease
     gc.collect()
-    other.rows(0, BLOCK // ROW_BYTES + 1)  # a second block: the pooled one makes room
+    other.rows(0, BLOCK // ROW_BYTES + 1)  # a second block: the pooled region is freed for it
     assert len(pins.ranges) == 2
     with pytest.raises(HostMemoryError, match="cannot be pinned"):
         other.rows(0, 2 * BLOCK // ROW_BYTES + 1)
     assert other_lease.rows == 3
 
 
-def test_a_region_has_whole_blocks():
+def test_a_region_is_a_multiple_of_its_blocks():
     for block, backing in ((SMALL_BLOCK, Anonymous()), (BLOCK, Pinned(Pins()))):
         region = HostRegion(1, backing)
         region.commit(1)
@@ -554,10 +554,10 @@ def test_a_region_has_whole_blocks():
         assert region.committed == block
 
 
-def test_rows_across_seams_are_copied_in_pieces_that_each_lie_in_one_pinned_range():
+def test_rows_across_seams_are_copied_in_pieces_within_pinned_ranges():
     pins = Pins()
     store, _lease = store_with(rows_of(3), Placement(pin=pins))
-    for blocks in (1.5, 2.5, 3.2):  # a row lies across a seam, and across the next
+    for blocks in (1.5, 2.5, 3.2):  # a row spans one seam, then the next
         count = int(blocks * BLOCK) // ROW_BYTES
         rows = store.rows(0, count).movedim(0, 2)
         other = torch.randn(count, *store.row).movedim(0, 2)
@@ -571,7 +571,7 @@ def test_rows_across_seams_are_copied_in_pieces_that_each_lie_in_one_pinned_rang
     assert len(pins.ranges) == len(store.region.backing.seams) > 2
 
 
-def test_pinned_memory_grows_by_a_share_of_itself_or_by_what_can_be_had():
+def test_pinned_memory_grows_by_a_share_or_by_what_is_available():
     pins = Pins(refuse_above=43 * BLOCK)
     region = HostRegion(100 * BLOCK, Pinned(pins))
     region.commit(40 * BLOCK)
@@ -584,7 +584,7 @@ def test_pinned_memory_grows_by_a_share_of_itself_or_by_what_can_be_had():
     assert region.committed == 41 * BLOCK
 
 
-def test_pinned_memory_grows_ahead_by_a_share_once_half_of_the_last_is_used():
+def test_pinned_memory_grows_in_the_background_once_half_is_used():
     region = HostRegion(100 * BLOCK, Pinned(Pins()))
     region.commit(40 * BLOCK)
     assert region.committed == 43 * BLOCK
@@ -597,7 +597,7 @@ def test_pinned_memory_grows_ahead_by_a_share_once_half_of_the_last_is_used():
     region.close()
 
 
-def test_memory_that_is_small_is_not_had_ahead():
+def test_small_regions_do_not_grow_in_the_background():
     region = HostRegion(100 * BLOCK, Pinned(Pins()))
     region.commit(AHEAD_FROM - BLOCK)
     assert region.committed == AHEAD_FROM - BLOCK
@@ -607,7 +607,7 @@ def test_memory_that_is_small_is_not_had_ahead():
     assert host_memory().pooled == 0
 
 
-def test_what_is_being_pinned_is_no_more_available(monkeypatch):
+def test_memory_being_pinned_does_not_count_as_available(monkeypatch):
     monkeypatch.setattr(host_region, "available_memory", lambda: MARGIN + 60 * BLOCK)
     pins, go = Pins(), threading.Event()
 
@@ -616,13 +616,13 @@ def test_what_is_being_pinned_is_no_more_available(monkeypatch):
         return pins(address, size)
 
     one, other = HostRegion(100 * BLOCK, Pinned(slow)), HostRegion(100 * BLOCK, Pinned(slow))
-    one.commit_ahead(BLOCK)  # holds the thread up
+    one.commit_ahead(BLOCK)  # blocks the thread
     one.commit_ahead(41 * BLOCK)
     with pytest.raises(HostMemoryError, match=f"{21 * BLOCK} bytes of host memory"):
         other.commit(21 * BLOCK)
     go.set()
     REGISTRAR.finish()
-    other.commit(21 * BLOCK)  # what is pinned now is not counted twice
+    other.commit(21 * BLOCK)  # memory being pinned is not counted twice
     REGISTRAR.finish()
     assert sum(pins.ranges.values()) == one.committed + other.committed
 

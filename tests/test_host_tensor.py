@@ -1,4 +1,4 @@
-"""A host tensor is usable wherever a tensor is, and what is written into it is not lost."""
+"""A host tensor works wherever a tensor works, and writes to it persist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def host() -> HostTensor:
 
 
 def fetches(monkeypatch) -> list[int]:
-    """Counts how often all of a host tensor is brought to the device."""
+    """Counts copies of a whole host tensor to the device."""
     calls: list[int] = []
     original = HostTensor.fetch
 
@@ -43,7 +43,7 @@ def fetches(monkeypatch) -> list[int]:
     return calls
 
 
-def test_it_looks_like_the_tensor_it_stands_for(host):
+def test_a_host_tensor_has_the_metadata_of_its_device_tensor(host):
     assert isinstance(host, torch.Tensor)
     assert (host.shape, host.dtype, host.device) == (plain().shape, torch.float32, CPU)
     assert host.shape[-2] == 5
@@ -70,7 +70,7 @@ def test_it_looks_like_the_tensor_it_stands_for(host):
         lambda t: t.max(dim=2).values,
     ],
 )
-def test_any_operator_gives_what_it_would_give(host, call):
+def test_any_operator_returns_the_result_of_a_device_tensor(host, call):
     torch.testing.assert_close(torch.as_tensor(call(host).cpu()), call(plain()), rtol=0, atol=0)
 
 
@@ -93,7 +93,7 @@ def test_any_operator_gives_what_it_would_give(host, call):
         lambda t: t.expand(2, 3, 5, 4),
     ],
 )
-def test_views_and_choices_of_batch_entries_stay_on_the_host(host, call, monkeypatch):
+def test_views_and_selected_batch_entries_stay_on_the_host(host, call, monkeypatch):
     counted = fetches(monkeypatch)
     result = call(host)
     assert isinstance(result, HostTensor)
@@ -101,7 +101,7 @@ def test_views_and_choices_of_batch_entries_stay_on_the_host(host, call, monkeyp
     torch.testing.assert_close(result.fetch(), call(plain()), rtol=0, atol=0)
 
 
-def test_it_is_printed_with_its_values(host):
+def test_repr_shows_the_values(host):
     assert "119." in repr(host)
     assert "HostTensor" in str(host)
 
@@ -112,7 +112,7 @@ def test_numpy_and_lists(host):
     assert host[0, 0, 0, 1].item() == 1.0
 
 
-def test_it_survives_pickle_and_torch_save(host):
+def test_pickle_and_torch_save_restore_a_host_tensor(host):
     for loaded in (pickle.loads(pickle.dumps(host)), _saved_and_loaded(host)):
         assert isinstance(loaded, HostTensor)
         torch.testing.assert_close(loaded.fetch(), plain(), rtol=0, atol=0)
@@ -126,7 +126,7 @@ def _saved_and_loaded(host):
     return torch.load(buffer, weights_only=False)
 
 
-def test_a_deep_copy_is_its_own(host):
+def test_a_deep_copy_is_independent(host):
     twin = copy.deepcopy({"a": host, "b": host})
     assert twin["a"] is twin["b"]
     twin["a"].zero_()
@@ -146,14 +146,14 @@ def test_a_deep_copy_is_its_own(host):
         lambda t: torch.add(plain(), 1, out=t),
     ],
 )
-def test_what_is_written_into_it_is_there_afterwards(host, write):
+def test_writes_persist(host, write):
     expected = plain()
     write(expected)
     write(host)
     torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
 
 
-def test_reading_it_into_a_plain_tensor_leaves_it_as_it_is(host):
+def test_copying_it_to_a_plain_tensor_does_not_change_it(host):
     target = torch.zeros(2, 3, 5, 4)
     target.copy_(host)
     target += host
@@ -169,7 +169,7 @@ def append(host: HostTensor, rows: torch.Tensor, first: int = 0) -> HostTensor:
     return longer
 
 
-def test_appending_leaves_the_shorter_state_as_it_was_and_moves_nothing(host):
+def test_appending_keeps_the_shorter_state_and_moves_no_row(host):
     before = engine_for(CPU).traffic.on_host
     longer = append(host, plain(2))
     assert longer.host.data_ptr() == host.host.data_ptr()
@@ -178,7 +178,7 @@ def test_appending_leaves_the_shorter_state_as_it_was_and_moves_nothing(host):
     assert engine_for(CPU).traffic.on_host == before
 
 
-def test_two_continuations_of_one_state_do_not_touch_each_other(host):
+def test_two_continuations_of_one_state_are_independent(host):
     one, other = append(host, plain(2)), append(host, -plain(1))
     torch.testing.assert_close(one.fetch(), torch.cat([plain(), plain(2)], 2), rtol=0, atol=0)
     torch.testing.assert_close(other.fetch(), torch.cat([plain(), -plain(1)], 2), rtol=0, atol=0)
@@ -193,7 +193,7 @@ def test_two_continuations_of_one_state_do_not_touch_each_other(host):
         lambda t: t.chunk(2, 2)[0],
     ],
 )
-def test_a_cropped_state_is_appended_to_in_place_once_the_longer_one_is_gone(crop):
+def test_a_cropped_state_grows_in_place_once_the_longer_one_is_deleted(crop):
     host = on_host(plain(), CPU)
     before = engine_for(CPU).traffic.on_host
     address = host.host.data_ptr()
@@ -206,13 +206,13 @@ def test_a_cropped_state_is_appended_to_in_place_once_the_longer_one_is_gone(cro
     assert engine_for(CPU).traffic.on_host == before
 
 
-def test_a_cropped_state_does_not_write_over_the_longer_one(host):
+def test_a_cropped_state_does_not_overwrite_the_longer_one(host):
     longer = append(host[..., :-2, :], plain(1))
     torch.testing.assert_close(host.fetch(), plain(), rtol=0, atol=0)
     torch.testing.assert_close(longer.fetch(), torch.cat([plain()[:, :, :3], plain(1)], 2), rtol=0, atol=0)
 
 
-def test_what_was_rearranged_can_be_appended_to():
+def test_a_rearranged_cache_can_be_appended_to():
     host = on_host(plain(), CPU)
     for choose in (
         lambda t: t.repeat_interleave(2, dim=0),
@@ -229,12 +229,12 @@ def test_what_was_rearranged_can_be_appended_to():
 def test_a_window_keeps_its_last_rows(host, new, first):
     expected = torch.cat([plain(), plain(new)], 2)[:, :, first:]
     torch.testing.assert_close(append(host, plain(new), first).fetch(), expected, rtol=0, atol=0)
-    longer = append(host, plain(1))  # a fork: `host` has been continued already, if its result were alive
+    longer = append(host, plain(1))  # would be a fork if the result of the first append were alive
     torch.testing.assert_close(append(host, plain(new), first).fetch(), expected, rtol=0, atol=0)
     del longer
 
 
-def test_a_long_run_of_a_window_holds_only_a_few_windows():
+def test_a_long_run_with_a_window_holds_only_a_few_windows():
     expected = plain(8)
     host = on_host(expected, CPU)
     for step in range(200):
@@ -245,7 +245,7 @@ def test_a_long_run_of_a_window_holds_only_a_few_windows():
     torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
 
 
-def test_a_window_that_was_cropped_or_moved_on_shows_and_holds_its_own_rows_alone():
+def test_a_cropped_or_moved_window_shows_and_holds_only_its_rows():
     gc.collect()
     before = host_memory().memory
     length, new = 4096, 32
@@ -258,7 +258,7 @@ def test_a_window_that_was_cropped_or_moved_on_shows_and_holds_its_own_rows_alon
         expected = torch.cat([expected, rows], 2)[:, :, new:]
         assert host_memory().memory - before <= 1.2 * shown + 64 * 1024
     torch.testing.assert_close(host.fetch(), expected, rtol=0, atol=0)
-    assert store_of(host.host).region.low > 0  # not moved: what was left behind was given back
+    assert store_of(host.host).region.low > 0  # not copied: the rows before were released
     part = host[..., 1000:1100, :]
     del host
     gc.collect()
@@ -266,13 +266,13 @@ def test_a_window_that_was_cropped_or_moved_on_shows_and_holds_its_own_rows_alon
     torch.testing.assert_close(part.fetch(), expected[:, :, 1000:1100], rtol=0, atol=0)
 
 
-def test_a_host_tensor_that_a_graph_puts_together_again_holds_its_rows(host):
+def test_a_host_tensor_rebuilt_by_a_graph_holds_its_rows(host):
     inner, meta = host.__tensor_flatten__()
     again = HostTensor.__tensor_unflatten__({name: getattr(host, name) for name in inner}, meta, None, None)
     assert again.lease is host.lease
 
 
-def test_many_small_caches_take_little_more_than_their_rows():
+def test_many_small_caches_take_little_more_memory_than_their_rows():
     gc.collect()
     before = host_memory()
     hosts = [on_host(plain(), CPU) for _ in range(100)]
@@ -282,7 +282,7 @@ def test_many_small_caches_take_little_more_than_their_rows():
     assert len(hosts) == held.stores - before.stores
 
 
-def test_rows_that_outgrow_their_addresses_move_to_twice_as_many_and_none_is_lost(monkeypatch):
+def test_rows_that_outgrow_their_addresses_move_to_twice_as_many(monkeypatch):
     monkeypatch.setattr(host_storage, "RESERVED_ROWS", 4)
     expected = plain(3)
     host = on_host(expected, CPU)
@@ -296,19 +296,19 @@ def test_rows_that_outgrow_their_addresses_move_to_twice_as_many_and_none_is_los
     assert capacities == [6, 6, 6, 14, 94, 94, 94, 298, 298]
 
 
-def test_writing_where_another_state_looks_is_refused(host):
+def test_writing_rows_of_another_state_raises(host):
     longer = append(host, plain(1))
-    with pytest.raises(RuntimeError, match=r"another tensor shows too.*clone\(\)"):
+    with pytest.raises(RuntimeError, match=r"another tensor also shows.*clone\(\)"):
         longer[:, :, 0].zero_()
-    with pytest.raises(RuntimeError, match="another tensor shows too"):
+    with pytest.raises(RuntimeError, match="another tensor also shows"):
         host.zero_()
-    longer[:, :, 5:].zero_()  # rows that only the longer one has
+    longer[:, :, 5:].zero_()  # rows of the longer one only
     del longer
     host.zero_()
     assert host.fetch().sum() == 0
 
 
-def test_a_write_waits_for_a_copy_that_still_runs():
+def test_a_write_waits_for_a_running_copy():
     host = on_host(plain(), CPU)
     engine = engine_for(CPU)
     engine.delay = lambda: 0.05
@@ -326,7 +326,7 @@ def test_a_value_offloaded_in_parts_shows_its_last_rows():
     torch.testing.assert_close(window.fetch(), plain()[:, :, 3:], rtol=0, atol=0)
 
 
-def test_nothing_is_held_for_tensors_that_are_gone():
+def test_deleted_tensors_hold_no_memory():
     gc.collect()
     before = host_memory()
     host = on_host(plain(), CPU)

@@ -1,4 +1,4 @@
-"""Where no operator is dispatched a host tensor works all the same, or refuses and says what to do."""
+"""Access to a host tensor that is not an operator works or raises with advice."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module")
 def walked() -> dict[str, object]:
-    """What came of each point, in one process that may end at any of them."""
+    """Return the outcome of each point, tried in one process, which any of them may crash."""
     ran = subprocess.run([sys.executable, "-m", "tests.tensor_points"], capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     return {**dict(lines), "": (ran.returncode, ran.stderr[-2000:])}
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_a_door_works_or_refuses_by_name(walked, name):
+def test_direct_access_works_or_raises_with_its_name(walked, name):
     point = POINTS[name]
     assert name in walked, walked[""]
     if point.error is None:
@@ -38,13 +38,13 @@ def test_a_door_works_or_refuses_by_name(walked, name):
         assert re.search(f"(RuntimeError|BufferError): .*{point.error}", str(walked[name])), walked[name]
 
 
-def test_the_walk_comes_to_its_end(walked):
+def test_the_process_that_tries_all_access_exits_normally(walked):
     assert walked[""][0] == 0, walked[""]
 
 
 def in_place_shape_operators() -> list[torch._ops.OpOverload]:
     found = []
-    neither = {"detach_", "rename_"}  # of storage and shape, though they are tagged so
+    neither = {"detach_", "rename_"}  # tagged so, although they change neither storage nor shape
     for name in dir(aten):
         packet = None if name in neither else getattr(aten, name)
         for one in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
@@ -54,25 +54,25 @@ def in_place_shape_operators() -> list[torch._ops.OpOverload]:
     return found
 
 
-def test_no_operator_that_changes_shape_or_storage_in_place_gets_to_a_host_tensor():
-    """By PyTorch's own tag, so that those to come are refused too."""
+def test_operators_that_change_shape_or_storage_in_place_raise():
+    """Found by PyTorch's tag, so that future operators are covered."""
     samples = {"Tensor": torch.zeros(2), "int": 0, "List[int]": [1], "Storage": torch.zeros(1).untyped_storage()}
     operators = in_place_shape_operators()
     assert len(operators) >= 12
     for operator in operators:
         host = on_host(tensor(), CPU)
         others = [a for a in operator._schema.arguments[1:] if not a.has_default_value()]
-        with pytest.raises(RuntimeError, match=r"kept on the host \(HostTensor\)"):
+        with pytest.raises(RuntimeError, match=r"stored on the host \(HostTensor\)"):
             operator(host, *(samples[str(a.type)] for a in others))
         assert host.shape == host.host.shape == (2, 3, 5, 4)
 
 
-def test_libraries_that_look_for_a_faster_way_than_dlpack_find_none():
+def test_the_dlpack_exchange_api_is_hidden():
     assert not hasattr(HostTensor, "__dlpack_c_exchange_api__")
     assert not hasattr(on_host(tensor(), CPU), "__dlpack_c_exchange_api__")
 
 
-def test_what_was_saved_loads_with_weights_only_as_a_host_tensor(tmp_path):
+def test_torch_load_with_weights_only_restores_a_host_tensor(tmp_path):
     torch.save({"keys": on_host(tensor(), CPU)}, tmp_path / "cache.pt")
     loaded = torch.load(tmp_path / "cache.pt", weights_only=True)["keys"]
     assert isinstance(loaded, HostTensor)
@@ -81,14 +81,14 @@ def test_what_was_saved_loads_with_weights_only_as_a_host_tensor(tmp_path):
     assert loaded.fetch().sum() == 0
 
 
-def test_a_foreach_operator_writes_into_the_plain_tensors_beside_it_too():
+def test_a_foreach_operator_also_writes_to_plain_tensors():
     host, plain = on_host(tensor(), CPU), torch.ones(3)
     torch._foreach_mul_([host, plain], 3)
     assert torch.equal(host.fetch(), 3 * tensor())
     assert plain.tolist() == [3.0] * 3
 
 
-def test_an_out_argument_is_returned_and_one_of_another_size_is_left_as_it_was():
+def test_an_out_argument_is_returned_or_unchanged_if_its_size_differs():
     host = on_host(tensor(), CPU)
     assert torch.mul(tensor(), 2, out=host) is host
     small = on_host(tensor()[:, :, :1], CPU)

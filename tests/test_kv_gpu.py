@@ -1,4 +1,4 @@
-"""The KV cache on the host of a CUDA device: copies on a stream, pinned memory. Skipped where there is none."""
+"""The KV cache of a CUDA device on the host: copies on streams, pinned memory. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_generate_keeps_its_cache_in_pinned_memory_and_gives_the_same_tokens(nam
 
 
 @torch.no_grad()
-def told(model: Any, tokens: int, steps: int) -> tuple[torch.Tensor, DynamicCache]:
-    """The last logits after a prompt and after each of some tokens that are given, `[steps + 1, B, vocabulary]`."""
+def logits_of_steps(model: Any, tokens: int, steps: int) -> tuple[torch.Tensor, DynamicCache]:
+    """Return the last logits after a prompt and after each of the given tokens, `[steps + 1, B, vocabulary]`."""
     device, cache = model.device, DynamicCache()
     given = prompt(2, tokens + steps)["input_ids"].to(device)
     logits = []
@@ -54,22 +54,22 @@ def told(model: Any, tokens: int, steps: int) -> tuple[torch.Tensor, DynamicCach
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
-def test_what_a_model_says_is_as_near_to_float64_as_eager_modes_is(name, dtype):
+def test_logits_are_as_close_to_float64_as_those_of_eager_mode(name, dtype):
     """In bfloat16 by FlashAttention with grouped heads, in float32 by another kernel."""
     model = small_model(name).to(dtype)
-    exact, _ = told(copy.deepcopy(model).double(), 300, 6)
+    exact, _ = logits_of_steps(copy.deepcopy(model).double(), 300, 6)
     model = model.cuda()
-    eager, _ = told(model, 300, 6)
+    eager, _ = logits_of_steps(model, 300, 6)
     model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64, "strict": True})
-    ours, cache = told(model, 300, 6)
+    ours, cache = logits_of_steps(model, 300, 6)
     assert all(isinstance(layer.keys, HostTensor) and layer.keys.dtype == dtype for layer in cache.layers)
     distance, eagers = ((logits.cpu().double() - exact).norm() for logits in (ours, eager))
     assert 0 < distance <= 1.5 * eagers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_copies_are_in_order_with_the_computation_on_both_sides(dtype):
-    """In both directions, each on a stream of its own, on the same rows."""
+def test_copies_are_ordered_with_the_computation(dtype):
+    """In both directions, each on its own stream, on the same rows."""
     engine, size = engine_for(torch.device("cuda")), 1 << 24
     host = torch.empty(size, dtype=dtype).pin_memory()
     for value in range(20):
@@ -83,7 +83,7 @@ def test_copies_are_in_order_with_the_computation_on_both_sides(dtype):
 
 
 def in_three_parts(rows, dtype, device, place):
-    """Rows that have left and to which others were added twice, as they are on the host and as they should be."""
+    """Return rows that were offloaded and appended to twice, on the host and as expected."""
     new = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
     (host,) = Offload(2, device, place)([new[0], 0])
     for more in new[1:]:
@@ -92,7 +92,7 @@ def in_three_parts(rows, dtype, device, place):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
+def test_rows_across_seams_of_pinned_memory_are_fetched_correctly(dtype):
     device, rows = torch.device("cuda", 0), 3 * BLOCK // (2 * 64 * dtype.itemsize)
     place = policy.placement_of(parse_options({"kv_offload": True}), device)
     host, expected = in_three_parts(rows, dtype, device, place)
@@ -103,8 +103,8 @@ def test_rows_across_seams_of_pinned_memory_come_back_whole(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_in_a_file_come_back_whole(dtype, tmp_path):
-    """Several buffers long, and no multiple of one; in several parts of the file."""
+def test_rows_in_a_file_are_fetched_correctly(dtype, tmp_path):
+    """Several buffers long, not a multiple of one, in several parts of the file."""
     device, rows = torch.device("cuda", 0), 3 * STAGE // (2 * 64 * dtype.itemsize) + 11
     place = policy.placement_of(parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)}), device)
     host, expected = in_three_parts(rows, dtype, device, place)
@@ -113,8 +113,8 @@ def test_rows_in_a_file_come_back_whole(dtype, tmp_path):
     assert torch.equal(host.cpu(), expected.cpu())
 
 
-def test_memory_that_is_pinned_ahead_takes_copies():
-    """Of the next layers, in pieces, and of rows that are appended."""
+def test_memory_pinned_in_the_background_takes_copies():
+    """For the next layers, in pieces, and for appended rows."""
     device, rows, dtype = torch.device("cuda", 0), 1 << 18, torch.bfloat16  # 64 MiB
     place = policy.placement_of(parse_options({"kv_offload": True}), device)
     values = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
@@ -125,7 +125,7 @@ def test_memory_that_is_pinned_ahead_takes_copies():
         assert torch.equal(longer.fetch(), torch.cat([value, new], 2))
 
 
-def test_pinned_memory_is_given_back_on_demand():
+def test_pinned_memory_is_freed_on_demand():
     model = small_model("Llama").cuda()
     model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64})
     result = generate(model, 300)

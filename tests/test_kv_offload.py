@@ -1,4 +1,4 @@
-"""An unmodified `generate()` keeps its keys and values on the host: same tokens, two graphs, only new rows leave."""
+"""An unmodified `generate()` with its KV cache on the host: same tokens, two graphs, only new rows are copied."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def same_cache(mine, reference, atol=1e-9):
         torch.testing.assert_close(a.fetch() if isinstance(a, HostTensor) else a, b, rtol=0, atol=atol)
 
 
-#: The others are the same in kind; `make sweep` runs them.
+#: The others are similar; `make sweep` runs them.
 QUICK = {"Mistral"}
 
 
@@ -66,7 +66,7 @@ def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     result = generate(compiled(name), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
-    # These two compute parts of a layer in float32, whatever the model's dtype.
+    # These two compute parts of a layer in float32 for any dtype of the model.
     same_cache(result.past_key_values, expected.past_key_values, atol=1e-6 if name in ("Gemma2", "Bloom") else 1e-9)
 
 
@@ -82,7 +82,7 @@ def test_a_padded_batch_generates_the_same_tokens(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mistral", "Gemma3Text", "GPT2"])
-def test_sixty_four_tokens_after_four_thousand_are_eagers(name):
+def test_sixty_four_tokens_after_four_thousand_equal_eager_mode(name):
     longer = {"n_positions" if name == "GPT2" else "max_position_embeddings": 8192}
     inputs = prompt(1, 4096)
     expected = generate(small_model(name, torch.float64, **longer), inputs, max_new_tokens=64)
@@ -120,11 +120,11 @@ def test_beam_search_reorders_on_the_host(monkeypatch):
 
 
 @pytest.mark.slow
-def test_assisted_generation_crops_the_cache_and_appends_where_it_was(monkeypatch):
+def test_assisted_generation_crops_the_cache_and_appends_in_place(monkeypatch):
     inputs = prompt(1, 41)
     helper = small_model("Llama", torch.float64)
     with torch.no_grad():
-        helper.lm_head.weight[::3] *= -1  # often wrong, so that tokens are taken back
+        helper.lm_head.weight[::3] *= -1  # often wrong, so that tokens are rejected
     expected = generate(small_model("Llama", torch.float64), inputs, assistant_model=helper)
     cropped = []
     original = DynamicCache.crop
@@ -150,7 +150,7 @@ def test_a_second_turn_continues_a_cache_that_is_on_the_host():
 
 
 @pytest.mark.slow
-def test_inference_mode_and_chunked_prefill_work_alike():
+def test_inference_mode_and_chunked_prefill_give_the_same_tokens():
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
     with torch.inference_mode():
@@ -162,7 +162,7 @@ def test_inference_mode_and_chunked_prefill_work_alike():
 # --- traffic and memory ---
 
 
-def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
+def test_only_new_rows_are_copied_to_the_host_and_no_row_moves_there():
     model = compiled("Llama")
     traffic = engine_for(CPU).traffic
     row = 3 * 2 * 2 * 16 * 8  # layers, keys and values, heads, channels, bytes
@@ -177,7 +177,7 @@ def test_only_new_rows_leave_for_the_host_and_no_row_is_moved_there():
     assert traffic.on_host == before.on_host
 
 
-def test_memory_for_the_next_layer_is_had_ahead_and_none_behind_the_last():
+def test_memory_for_the_next_layer_is_prepared_except_after_the_last():
     ahead: list[int] = []
 
     def watch(step: Step, results: Sequence[Any]) -> None:
@@ -190,7 +190,7 @@ def test_memory_for_the_next_layer_is_had_ahead_and_none_behind_the_last():
 
 
 class Rooms:
-    """Bytes of keys and values on the device: buffers that pasts arrive in, while they live."""
+    """Bytes of living device buffers into which pasts are fetched."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -217,7 +217,7 @@ def test_two_layers_are_on_the_device_at_most_while_decoding():
     assert buffers.now == 0
 
 
-def test_a_hundred_prompts_hold_no_more_than_one():
+def test_a_hundred_prompts_hold_no_more_memory_than_one():
     model = compiled("Llama")
 
     def run() -> DynamicCache:
@@ -227,7 +227,7 @@ def test_a_hundred_prompts_hold_no_more_than_one():
             model(torch.tensor([[7]]), **keeping(cache, model))
         return cache
 
-    run()  # Dynamo keeps what it compiled with until it is collected
+    run()  # Dynamo keeps the tensors it compiled with until they are collected
     gc.collect()
     start = host_memory()
     held = set()
@@ -235,14 +235,14 @@ def test_a_hundred_prompts_hold_no_more_than_one():
         cache = run()
         held.add(host_memory())
         del cache
-        assert host_memory() == start  # without the help of the garbage collector
+        assert host_memory() == start  # without garbage collection
     assert len(held) == 1
 
 
-# --- where it goes ---
+# --- placement ---
 
 
-def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_path):
+def test_a_cache_on_disk_has_the_same_rows_and_is_deleted_with_the_cache(tmp_path):
     inputs = prompt(2, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
     gc.collect()
@@ -261,7 +261,7 @@ def test_files_in_a_folder_take_the_same_rows_and_are_gone_with_the_cache(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "resident"), [("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
-def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
+def test_auto_keeps_as_many_layers_as_fit(budget, resident):
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
     result = generate(compiled("Llama", kv_offload="auto", memory_budget=budget), inputs)
@@ -274,8 +274,8 @@ def test_with_auto_as_many_layers_stay_as_fit(budget, resident):
 
 
 @pytest.mark.slow
-def test_decode_steps_are_left_whole_where_the_cache_will_fit_for_long():
-    """With "auto", a step is cut into pieces only if something is on the host or may have to leave for it."""
+def test_decode_steps_are_not_rewritten_if_the_cache_will_fit_for_long():
+    """With "auto", a step is cut into pieces only if something is on the host or may have to be offloaded."""
     model = compiled("Llama", kv_offload="auto", memory_budget="1GiB")
     generate(model, prompt(1, 41), max_new_tokens=2)
     prefill, decode = mom_compile.reports()
@@ -285,7 +285,7 @@ def test_decode_steps_are_left_whole_where_the_cache_will_fit_for_long():
 
 
 @pytest.mark.slow
-def test_a_budget_in_between_keeps_some_layers_spread_evenly():
+def test_a_partial_budget_keeps_evenly_spread_layers():
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
     model = compiled("Llama")
@@ -301,7 +301,7 @@ def test_a_budget_in_between_keeps_some_layers_spread_evenly():
 
 @pytest.mark.slow
 def test_one_graph_decides_by_the_sizes_of_each_run():
-    """As many layers as fit beside the peak that its program has for these sizes, in a graph for any."""
+    """As many layers as fit in addition to the program's peak for these sizes, in one graph for all sizes."""
     model, room = small_model("Llama", torch.float64), 10**6
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
     options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
@@ -330,11 +330,11 @@ def test_one_graph_decides_by_the_sizes_of_each_run():
     assert set(resident) == {-1, 0, 1, 2, 3}
 
 
-# --- caches that are not ours to move ---
+# --- caches that stay on the device ---
 
 
 @pytest.mark.slow
-def test_a_static_cache_stays_where_it_is_with_the_reason():
+def test_a_static_cache_stays_on_the_device_with_a_reason():
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
     model = compiled("Llama")
@@ -348,7 +348,7 @@ def test_a_static_cache_stays_where_it_is_with_the_reason():
 
 
 class Int8Layer(QuantizedLayer):
-    """Eight bits to a channel, with a scale for each token: in form what quanto and HQQ do."""
+    """Eight bits per channel, with a scale for each token, similar to quanto and HQQ."""
 
     def _quantize(self, tensor, axis):
         scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
@@ -359,8 +359,8 @@ class Int8Layer(QuantizedLayer):
 
 
 @pytest.mark.parametrize(("rows", "new"), [(80, 1), pytest.param(40, NEW, marks=pytest.mark.slow)])
-def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new):
-    """Prefilled with loops; and without, through steps (stock Inductor's) that fill its residual up and quantise it."""
+def test_a_quantised_cache_works_and_stays_on_the_device_with_a_reason(rows, new):
+    """Prefilled with loops, and without, by stock Inductor's steps that fill its residual and quantise it."""
     inputs = prompt(1, rows)
 
     def answer(model):
@@ -376,7 +376,7 @@ def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new
         kept = zip((*mine._quantized_keys, mine.values), (*reference._quantized_keys, reference.values), strict=True)
         for a, b in kept:
             assert not isinstance(a, HostTensor)
-            # Inductor's own sines of positions, in float32, are not eager's to the last bit.
+            # Inductor's float32 sines of positions differ from eager mode's in the last bit.
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9 if new == 1 else 1e-6)
     prefill = mom_compile.reports()[0]
     assert bool(prefill.stages) == (rows > 50)
@@ -386,7 +386,7 @@ def test_a_quantised_cache_works_and_stays_where_it_is_with_the_reason(rows, new
 
 
 class TokensFirst:
-    """A cache of a user's own: `[B, T, H, D]`, one tensor for each of keys and values."""
+    """A custom cache: `[B, T, H, D]`, one tensor each for keys and values."""
 
     def __init__(self) -> None:
         self.keys = self.values = None
@@ -399,7 +399,7 @@ class TokensFirst:
         return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-def test_a_cache_of_ones_own_with_another_layout_is_found_by_its_structure():
+def test_a_custom_cache_with_another_layout_is_found():
     def attend(x, cache):
         q, k, v = (t.view(1, -1, 2, 8).transpose(1, 2) for t in (x @ WQ, x @ WK, x @ WV))
         k, v = cache.update(k, v)
@@ -417,11 +417,11 @@ def test_a_cache_of_ones_own_with_another_layout_is_found_by_its_structure():
     torch.testing.assert_close(mine.keys.fetch(), reference.keys, rtol=0, atol=1e-10)
 
 
-# --- bad luck ---
+# --- failures ---
 
 
 @pytest.mark.slow
-def test_a_cache_goes_on_after_its_model_was_compiled_again():
+def test_a_cache_can_be_continued_after_its_model_is_recompiled():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
     model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
@@ -436,7 +436,7 @@ def test_a_cache_goes_on_after_its_model_was_compiled_again():
     same_cache(mine, expected)
 
 
-def test_what_a_user_writes_into_a_cache_between_steps_counts():
+def test_writes_to_a_cache_between_steps_take_effect():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
     model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
@@ -449,7 +449,7 @@ def test_what_a_user_writes_into_a_cache_between_steps_counts():
         torch.testing.assert_close(got, reference(step, **keeping(expected, reference)).logits, rtol=0, atol=1e-9)
 
 
-def test_a_copy_of_a_cache_can_go_another_way():
+def test_a_copied_cache_can_be_continued_separately():
     inputs = prompt(1, 41)
     model, reference = compiled("Llama"), small_model("Llama", torch.float64)
     mine, expected = DynamicCache(), DynamicCache()
@@ -491,7 +491,7 @@ def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monke
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
-def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(error, monkeypatch):
+def test_an_exception_in_a_prefill_leaves_no_copy_and_holds_no_memory(error, monkeypatch):
     inputs = prompt(1, 41)
     model = compiled("Llama")
     expected = generate(model, inputs).sequences
@@ -519,7 +519,7 @@ def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(
             generate(model, inputs)
     assert len(sources) == 4  # keys and values of two layers
     assert not engine._leaving
-    assert all(source() is None for source in sources)  # although the traceback is still there
+    assert all(source() is None for source in sources)  # although the traceback still exists
     assert caught.tb is not None
     del caught
     gc.collect()
@@ -527,7 +527,7 @@ def test_after_an_exception_in_a_prefill_nothing_is_leaving_and_nothing_is_held(
     assert torch.equal(generate(model, inputs).sequences, expected)
 
 
-def test_memory_that_cannot_be_had_is_an_error_and_the_model_stays_usable(monkeypatch):
+def test_running_out_of_host_memory_raises_and_the_model_stays_usable(monkeypatch):
     inputs = prompt(1, 41)
     model = compiled("Llama")
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""The pass that moves keys and values: what it finds, what it inserts, and that the graph still says the same."""
+"""The pass that offloads keys and values: what it finds, what it inserts, and that results stay the same."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def order(gm, *targets):
         pytest.param("Bloom", 1, True, marks=pytest.mark.slow),
     ],
 )
-def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
+def test_the_rewritten_graph_computes_the_same(name, rows, dynamic):
     captured = decode_step(name, rows, dynamic=dynamic)
     gm, record = offloaded(captured)
     assert len(record.leaving) == record.arriving == 6
@@ -84,7 +84,7 @@ def test_the_rewritten_graph_says_the_same(name, rows, dynamic):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6 if name == "Bloom" else 1e-10)
 
 
-def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
+def test_each_past_is_fetched_once_and_only_new_rows_are_offloaded():
     gm, record = offloaded(llama_step())
     counts = {target: len(order(gm, target)) for target in (FETCH, FETCH_START, FETCH_WAIT, APPEND, OFFLOAD)}
     assert counts == {FETCH: 0, FETCH_START: 6, FETCH_WAIT: 6, APPEND: 6, OFFLOAD: 0}
@@ -93,13 +93,13 @@ def test_each_past_is_fetched_once_and_nothing_but_the_new_rows_leaves():
     assert sum(node.target is APPEND for node in output.args[0]) == 6
 
 
-def test_a_fetch_begins_one_layer_ahead_and_no_earlier():
+def test_a_fetch_starts_exactly_one_layer_ahead():
     gm, _ = offloaded(llama_step())
     copies = ["begin" if node.target is FETCH_START else "wait" for node in order(gm, FETCH_START, FETCH_WAIT)]
     assert copies == ["begin"] * 4 + ["wait"] * 2 + ["begin"] * 2 + ["wait"] * 4
 
 
-def test_one_piece_lies_between_the_copies_of_two_layers():
+def test_one_piece_is_between_the_copies_of_two_layers():
     gm, _ = offloaded(llama_step())
     copies = {FETCH_START, FETCH_WAIT, APPEND}
     runs = 0
@@ -109,16 +109,16 @@ def test_one_piece_lies_between_the_copies_of_two_layers():
     assert runs == 4
 
 
-def test_a_step_calls_no_view_between_pieces_and_copies():
-    """The values of a layer's heads are a view of a product. Nothing else reads the product, so its piece returns them
-    as they are: a call for each view would make every decode step longer."""
+def test_a_step_has_no_view_between_pieces_and_copies():
+    """The values of a layer's heads are a view of a product without other readers, so its piece returns the view: a
+    call for each view would make every decode step longer."""
     gm, _ = offloaded(llama_step())
     steps = schedule(gm).steps
     assert sum(isinstance(step, Compute) for step in steps) == 4
     assert not [step for step in steps if isinstance(step, Call) and step.why is Why.VIEW]
 
 
-def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
+def test_a_cache_on_the_device_is_offloaded_only_if_allowed():
     captured = decode_step("Llama", host=False)
     gm, record = offloaded(captured)
     assert len(order(gm, OFFLOAD)) == 6
@@ -134,8 +134,8 @@ def test_a_cache_on_the_device_leaves_whole_if_it_may_and_stays_if_not():
 @pytest.mark.parametrize(
     ("name", "dynamic"), [pytest.param("Llama", True, marks=pytest.mark.slow), ("GPT2", None), ("Falcon", None)]
 )
-def test_keys_and_values_leave_before_the_next_layer_is_computed(name, dynamic):
-    """Not where the graph's outputs are, which is at its end: until then they would all be on the device."""
+def test_keys_and_values_are_offloaded_before_the_next_layer_runs(name, dynamic):
+    """Not at the end of the graph, with its outputs: until then they would all be on the device."""
     model = small_model(name, torch.float64)
     model.compile(backend="mom", dynamic=dynamic, options={"kv_offload": True, "mini_seq_len": 16, "strict": True})
     with torch.no_grad():
@@ -158,8 +158,8 @@ QUICK = {"Bloom"}
 
 
 @pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
-def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
-    """Two for each layer, tokens in dimension 2; a sliding window keeps the last of its rows."""
+def test_keys_and_values_are_distinguished_from_other_outputs(name):
+    """Two per layer, tokens in dimension 2; a sliding window keeps its last rows."""
     captured = decode_step(name)
     found = find_kv(attention_form(copy_graph(captured.gm))).found
     assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
@@ -171,7 +171,7 @@ def test_keys_and_values_are_told_from_everything_else_that_leaves(name):
         assert value.first == value.full.meta["val"].shape[2] - rows
 
 
-def test_what_each_layer_gives_is_not_taken_for_a_cache():
+def test_layer_outputs_are_not_taken_for_a_cache():
     model = TinyDecoder().double()
 
     def every_layer(input_ids):
@@ -184,7 +184,7 @@ def test_what_each_layer_gives_is_not_taken_for_a_cache():
     assert find_kv(attention_form(copy_graph(captured.gm))).found == ()
 
 
-def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
+def test_returned_attention_weights_are_not_taken_for_a_cache():
     def attend(x):
         q, k, v = x, x + 1, x - 1
         weights = (q @ k.transpose(-1, -2)).softmax(-1)
@@ -195,7 +195,7 @@ def test_attention_weights_that_are_returned_are_not_taken_for_a_cache():
     assert [value.outputs for value in found] == [(2,), (3,)]
 
 
-def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
+def test_a_step_is_not_cut_if_weights_and_twice_its_cache_fit():
     step = Rewritten.of(offloaded(decode_step("Llama", host=False))[0], no_loops="a decode step")
     weights = [node for node in step.gm.graph.nodes if node.op == "placeholder"][:5]
     layer = 2 * 2 * (PAST + 1) * 2 * 16 * 8  # K and V of a batch of two, two heads, float64
@@ -208,14 +208,14 @@ def test_a_step_is_left_whole_if_weights_and_twice_its_cache_fit():
     assert fits_for_long(step, parse_options({"kv_offload": True}, None), ()) is None
 
 
-def test_a_step_with_anything_on_the_host_is_never_left_whole():
+def test_a_step_with_host_values_is_always_cut():
     options = parse_options({"kv_offload": "auto", "memory_budget": "1TiB"}, None)
     step = Rewritten.of(offloaded(llama_step())[0], no_loops="a decode step")
     assert fits_for_long(step, options, ()) is None
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])
-def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
+def test_reading_a_buffer_before_it_is_filled_raises(spoil):
     gm, _ = offloaded(llama_step())
     wait = order(gm, FETCH_WAIT)[0]
     if spoil == "two readers":
@@ -226,7 +226,7 @@ def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
         verify(gm)
 
 
-def test_a_host_value_that_is_read_on_the_device_is_refused():
+def test_reading_a_host_value_on_the_device_raises():
     gm, _ = offloaded(llama_step())
     append = order(gm, APPEND)[0]
     append.append(gm.graph.call_function(torch.ops.aten.alias.default, (append,)))

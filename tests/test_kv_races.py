@@ -1,4 +1,4 @@
-"""Copies that take their time never change a result; without the wait for them they would."""
+"""Delayed copies do not change results; without the waits for them they do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("eager_pieces")
 
 @dataclass(frozen=True)
 class Story:
-    """A prompt, then new tokens in portions; before a portion the cache may lose some of its last tokens."""
+    """A prompt, then new tokens in portions; before a portion some of the cache's last tokens may be cropped."""
 
     prompt: int
     batch: int
@@ -92,7 +92,7 @@ def differs(model, story: Story) -> bool:
 
 @pytest.fixture
 def slow_copies():
-    """One new row or more, with and without a past, one row of it or more: more graphs than Dynamo's limit of eight."""
+    """One or more new rows, with a past of none, one or more rows: more graphs than Dynamo's limit of eight."""
     engine = engine_for(CPU)
     engine.delay = Delays(0)
     with torch._dynamo.config.patch(recompile_limit=32):
@@ -112,9 +112,9 @@ def test_random_delays_in_every_copy_change_nothing(slow_copies, runs):
     same()
 
 
-def test_without_the_wait_for_copies_the_same_stories_go_wrong(slow_copies, monkeypatch):
+def test_without_waits_for_copies_results_are_wrong(slow_copies, monkeypatch):
     model = compiled_model()
     monkeypatch.setattr(ThreadTicket, "wait", lambda self: None)
     rng = random.Random(0)
-    told = [Story(rng.randint(3, 60), 2, ((1, 0), (1, 0)), seed) for seed in range(20)]
-    assert any(differs(model, story) for story in told)
+    stories = [Story(rng.randint(3, 60), 2, ((1, 0), (1, 0)), seed) for seed in range(20)]
+    assert any(differs(model, story) for story in stories)

@@ -1,6 +1,6 @@
-"""No key or value stays on the device without a true reason: every family, every way to attend, every cache.
+"""Keys and values stay on the device only for a stated reason: all families, attention implementations and caches.
 
-The first half looks at captured graphs alone; the second runs them, with pieces that are not compiled.
+The first half examines captured graphs; the second half runs them with pieces that are not compiled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROMPT = 41
 
 @dataclass(frozen=True)
 class Way:
-    """A family and how it is run. `settings` go to its configuration, `generation` to `generate()`."""
+    """A family and how to run it. `settings` are passed to its configuration, `generation` to `generate()`."""
 
     family: str
     attention: str = "sdpa"
@@ -51,11 +51,11 @@ class Way:
         return "-".join([self.family, self.attention, *cast, f"{self.batch}x{self.rows}", *named])
 
     def model(self) -> Any:
-        # In float64, eager attention makes -inf of its masks and NaN of rows that see nothing; and the products of
-        # experts, which are grouped, want no more than float32.
+        # In float64, eager attention turns masks into -inf and rows that see nothing into NaN, and grouped products of
+        # experts support at most float32.
         narrow = self.family in UNUSUAL or self.autocast or self.attention == "eager"
         model = small_model(self.family, torch.float32 if narrow else torch.float64, **self.settings)
-        if self.attention != "sdpa":  # what is the default, where a family has it
+        if self.attention != "sdpa":  # the default of families that support it
             model.set_attn_implementation(self.attention)
         return model
 
@@ -75,7 +75,7 @@ def ways(quick: list[Way], slow: list[Way]) -> list[Any]:
 
 
 def held(cache: Any) -> list[torch.Tensor]:
-    """Everything a cache keeps that has rows of tokens; states of convolutions and recurrences have none."""
+    """Everything a cache keeps with one row per token; states of convolutions and recurrences are excluded."""
     return [
         tensor
         for layer in cache.layers
@@ -88,7 +88,7 @@ def held(cache: Any) -> list[torch.Tensor]:
 
 
 def graph_of(way: Way, *, past: int = 0, new: int | None = None) -> tuple[Captured, Any]:
-    """The graph of a prefill, or of `new` rows over a cache of `past` rows on the host; and the cache after it."""
+    """Return the graph of a prefill, or of `new` rows over a cache of `past` rows on the host, and the new cache."""
     model = way.model()
     cache = DynamicCache(config=model.config)
     kept = keeping(cache, model)
@@ -104,7 +104,7 @@ def graph_of(way: Way, *, past: int = 0, new: int | None = None) -> tuple[Captur
 
 
 def accounted(captured: Captured, cache: Any, kv: KVValues) -> tuple[int, int]:
-    """How many of a cache's tensors leave and how many stay with a reason. All of them do one or the other."""
+    """Return how many of a cache's tensors are offloaded and how many stay with a reason. There are no others."""
     leave = {i for value in kv.found for i in value.outputs}
     stay = {value.output for value in kv.left_out}
     counts = [0, 0]
@@ -142,7 +142,7 @@ PREFILLS = ways(
 
 
 @pytest.mark.parametrize("way", PREFILLS)
-def test_all_that_a_prefill_keeps_leaves(way):
+def test_a_prefill_offloads_its_whole_cache(way):
     captured, cache = graph_of(way)
     layers = 1 if way.family in ("Qwen3Next", "Bamba") else 3
     assert accounted(captured, cache, found_in(captured)) == (2 * layers, 0)
@@ -157,7 +157,7 @@ def test_all_that_a_prefill_keeps_leaves(way):
         + [Way(name, autocast=True) for name in ("Llama", "Gemma3Text")],
     ),
 )
-def test_all_that_a_step_adds_to_leaves_and_only_the_new_rows_do(way, rows):
+def test_a_step_offloads_only_the_new_rows_of_its_whole_cache(way, rows):
     captured, _ = graph_of(way, past=PROMPT, new=rows)
     gm = attention_form(copy_graph(captured.gm))
     record = kv_offload(gm, CPU, start=True)
@@ -169,8 +169,8 @@ def test_all_that_a_step_adds_to_leaves_and_only_the_new_rows_do(way, rows):
         torch.testing.assert_close(mine, reference, rtol=0, atol=way.tolerance)
 
 
-def test_latents_are_told_from_hidden_states():
-    """Latents are read by nothing but the products that make one attention's keys and values of them."""
+def test_latents_are_distinguished_from_hidden_states():
+    """Latents are read only by the products that compute one attention's keys and values."""
     captured, _ = graph_of(Way("DeepseekV3"))
     found = found_in(captured).found
     assert [value.layer for value in found] == [0, 0, 1, 1, 2, 2]
@@ -179,7 +179,7 @@ def test_latents_are_told_from_hidden_states():
 
 
 def test_hidden_states_are_not_taken_for_latents():
-    """Queries are made of them too, and the next layer's states."""
+    """Queries and the next layer's states are computed from them too."""
     wide, narrow = (torch.randn(8, 8) for _ in range(2))
 
     def layer(x):
@@ -193,8 +193,8 @@ def test_hidden_states_are_not_taken_for_latents():
     assert (kv.found, kv.left_out) == ((), ())
 
 
-def test_products_that_inductor_writes_as_sums_are_an_attention():
-    """With `coordinate_descent_tuning` on a GPU it does so where the query is one row."""
+def test_products_that_inductor_writes_as_sums_are_recognised_as_attention():
+    """With `coordinate_descent_tuning` on a GPU, Inductor does so for one query row."""
 
     def attend(q, past_k, past_v, x):
         k, v = torch.cat([past_k, x + 1], 1), torch.cat([past_v, x - 1], 1)
@@ -207,7 +207,7 @@ def test_products_that_inductor_writes_as_sums_are_an_attention():
     assert kv.left_out == ()
 
 
-def test_what_grows_and_is_read_by_no_attention_stays_with_the_reason():
+def test_a_growing_value_without_attention_stays_with_a_reason():
     def index(past, x):
         keys = torch.cat([past, x], 1)
         return (x @ keys.transpose(-1, -2)).relu().topk(3).indices, keys
@@ -216,7 +216,7 @@ def test_what_grows_and_is_read_by_no_attention_stays_with_the_reason():
     assert (left.output, left.reason) == (1, UNREAD)
 
 
-def test_the_state_of_a_convolution_is_no_cache_of_tokens():
+def test_the_state_of_a_convolution_is_not_a_token_cache():
     def shift(state, x):
         state = torch.cat([state, x], 2)
         return (state[..., -3:] * 2).sum(-1), state[..., -4:]
@@ -232,8 +232,8 @@ def test_the_state_of_a_convolution_is_no_cache_of_tokens():
         [Way("Gemma3Text", batch=2), Way("Qwen3Next", batch=2), Way("Bamba", batch=2), Way("Mistral", rows=10)],
     ),
 )
-def test_a_cache_that_is_allocated_ahead_stays_with_the_reason(way):
-    """Made inside the prefill, its buffers are constants with rows written into them; a window's, copied into."""
+def test_a_preallocated_cache_stays_with_a_reason(way):
+    """Its buffers, created in the prefill, are constants into which rows are written, or copied for a window."""
     model = way.model()
     cache = StaticCache(config=model.config, max_cache_len=64)
     kept = keeping(cache, model)
@@ -249,8 +249,8 @@ def test_a_cache_that_is_allocated_ahead_stays_with_the_reason(way):
     assert {value.reason for value in kv.left_out} == {STATIC}
 
 
-def test_a_view_of_a_past_is_fetched_behind_the_view():
-    """Of a past that nothing is added to, an attention written as products reads `view(expand(past))`."""
+def test_a_view_of_a_past_is_fetched_as_a_view():
+    """For a past without new rows, an attention written as products reads `view(expand(past))`."""
 
     def attend(q, k, v):
         k, v = (t.expand(2, 4, 20, 8).view(8, 20, 8) for t in (k, v))
@@ -278,7 +278,7 @@ def generated(model: Any, way: Way, inputs: dict[str, torch.Tensor], **more: Any
 
 
 def both(way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
-    """What the compiled model generates, which is what the eager one does."""
+    """Return the tokens of the compiled model, after comparing them with those of the eager model."""
     expected = generated(way.model(), way, inputs, **more)
     model = way.model()
     model.compile(backend="mom", options=OPTIONS)
@@ -302,7 +302,7 @@ def both(way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
         + [Way(name, "eager", batch=2, generation={"num_beams": 3}) for name in ("Llama", "DeepseekV3")],
     ),
 )
-def test_generation_is_eagers_and_all_of_the_cache_is_on_the_host(way):
+def test_generation_equals_eager_mode_with_the_whole_cache_on_the_host(way):
     result = both(way, prompt(way.batch, way.rows, padded=way.batch > 1))
     kept = held(result.past_key_values)
     assert kept
@@ -335,8 +335,8 @@ def test_a_static_cache_in_a_padded_batch_generates_the_same_tokens(way):
         *(pytest.param(n, a, marks=pytest.mark.slow) for n in ("Bart", "T5", "Whisper") for a in ("sdpa", "eager")),
     ],
 )
-def test_encoder_and_decoder_keep_both_caches_on_the_host(name, attention):
-    """Keys and values of the encoder are made once and then read through views; its states are an answer."""
+def test_both_caches_of_an_encoder_decoder_are_on_the_host(name, attention):
+    """Keys and values of the encoder are computed once and then read through views; its states are an output."""
     eager, model = small_model(name), small_model(name)
     for each in (eager, model):
         each.set_attn_implementation(attention)
@@ -354,7 +354,7 @@ def test_encoder_and_decoder_keep_both_caches_on_the_host(name, attention):
 
 
 def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], Any, torch.Tensor]:
-    """Logits of a prompt of two tokens and three more, the cache, and what the encoder said."""
+    """Return the logits of a prompt of two tokens and three more, the cache, and the encoder's output."""
     cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
     kept = keeping(cache, model)
     first = model(**source, decoder_input_ids=torch.tensor([[1, 7], [1, 9]]), **kept)
@@ -379,7 +379,7 @@ def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Ten
         pytest.param(lambda cache: cache.batch_select_indices(torch.tensor([1])), id="select", marks=pytest.mark.slow),
     ],
 )
-def test_a_cache_that_is_cut_or_rearranged_goes_on_as_eagers(way, change):
+def test_a_cut_or_rearranged_cache_continues_like_eager_mode(way, change):
     eager, model = way.model(), way.model()
     model.compile(backend="mom", options=OPTIONS)
     caches = [DynamicCache(config=eager.config), DynamicCache(config=eager.config)]
@@ -398,7 +398,7 @@ def test_a_cache_that_is_cut_or_rearranged_goes_on_as_eagers(way, change):
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize("way", ways([Way("DeepseekV3"), Way("Llama", "eager"), Way("Llama", autocast=True)], []))
-def test_a_second_turn_goes_on_from_the_host(way):
+def test_a_second_turn_continues_from_the_host(way):
     eager, model = way.model(), way.model()
     model.compile(backend="mom", options=OPTIONS)
     caches = [DynamicCache(config=eager.config), DynamicCache(config=eager.config)]

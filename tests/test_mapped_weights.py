@@ -1,5 +1,7 @@
-"""Weights in a file, mapped: read by calls at the right places, no more of them than is asked for; a file that was cut
-short meanwhile is an error, and the process goes on. For a CPU's engine and for CUDA's, whose device is a stand-in."""
+"""Weights in a mapped file are read by system calls at the right offsets, and no more than needed.
+
+A truncated file raises an error, and the process continues. Runs with the CPU engine and the CUDA engine on a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ from mom_compile.weights import offload_weights
 from tests.models import TinyDecoder
 from tests.no_gpu.at_once import CPU, STAGE, device_at_once
 
-pytestmark = pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one")
+pytestmark = pytest.mark.filterwarnings("ignore:weights that are stored on the host are copied")
 
-#: Ways to see a weight.
+#: Views of a weight.
 VIEWS = (
     lambda w: w.t(),
     lambda w: w[3:7],
@@ -47,7 +49,7 @@ def _engine(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @dataclass
 class Weights:
-    """A file with bytes at random, and what a test sees of it as weights."""
+    """A file with random bytes, and weights in it."""
 
     path: Path
     bytes: torch.Tensor
@@ -58,7 +60,7 @@ class Weights:
         self.file = map_file(self.path)
 
     def __call__(self, first: int, *shape: int, dtype: torch.dtype = torch.float32) -> HostWeight:
-        """The weight that begins at a byte."""
+        """Return the weight that starts at byte `first`."""
         return host_weight(self._seen(self.file.region.bytes, first, shape, dtype), CPU)
 
     def expected(self, first: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -81,7 +83,7 @@ def file(tmp_path: Path) -> Weights:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What has been read of files: offsets and sizes."""
+    """Records offsets and sizes read from files."""
     found: list[tuple[int, int]] = []
     read = Extent.read
 
@@ -94,7 +96,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def fetched(weight: HostWeight, over: object = None) -> torch.Tensor:
-    """As a program brings it."""
+    """Fetch a weight like a program."""
     (arriving,) = FetchStart(0, CPU)([weight.host, 0, *([] if over is None else [over])])
     (buffer,) = FetchWait(0)([arriving, None])
     return buffer
@@ -102,7 +104,7 @@ def fetched(weight: HostWeight, over: object = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("first", [0, 4, STAGE - 4, STAGE, 3 * STAGE + 52])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
-def test_every_byte_arrives_from_its_place_in_the_file(
+def test_every_byte_is_read_from_its_offset(
     file: Weights, first: int, rows: int, reads: list[tuple[int, int]]
 ) -> None:
     weight, expected = file(first, rows, 64), file.expected(first, rows, 64)
@@ -112,7 +114,7 @@ def test_every_byte_arrives_from_its_place_in_the_file(
     assert torch.equal(weight.fetch(), expected)
 
 
-def test_two_weights_of_a_file_take_turns_in_one_slot(file: Weights) -> None:
+def test_two_weights_of_a_file_share_one_buffer(file: Weights) -> None:
     slot = None
     for layer in range(8):
         first = layer * 6 * STAGE
@@ -121,7 +123,7 @@ def test_two_weights_of_a_file_take_turns_in_one_slot(file: Weights) -> None:
         assert torch.equal(buffer, file.expected(first, 90, 64))
 
 
-def test_other_types_and_views_of_a_weight_arrive(file: Weights, reads: list[tuple[int, int]]) -> None:
+def test_other_dtypes_and_views_of_a_weight_are_fetched(file: Weights, reads: list[tuple[int, int]]) -> None:
     half = file(2 * STAGE, 30, 64, dtype=torch.bfloat16)
     assert torch.equal(fetched(half).view(torch.int16), file.expected(2 * STAGE, 30, 64, dtype=torch.int16))
     weight, expected = file(STAGE, 50, 64), file.expected(STAGE, 50, 64)
@@ -133,7 +135,7 @@ def test_other_types_and_views_of_a_weight_arrive(file: Weights, reads: list[tup
     assert all(offset >= STAGE and offset + size <= STAGE + weight.nbytes for offset, size in reads)
 
 
-def test_chosen_rows_are_all_that_is_read_each_once_and_neighbours_together(
+def test_only_selected_rows_are_read_each_once(
     file: Weights, reads: list[tuple[int, int]]
 ) -> None:
     table, expected = file(4 * STAGE, 200, 64), file.expected(4 * STAGE, 200, 64)
@@ -154,12 +156,12 @@ def test_chosen_rows_are_all_that_is_read_each_once_and_neighbours_together(
 
 
 @pytest.mark.parametrize("row", [200, -201])
-def test_a_row_that_the_table_has_not_is_an_error_and_no_other_weights_bytes(file: Weights, row: int) -> None:
+def test_a_row_index_out_of_range_raises(file: Weights, row: int) -> None:
     with pytest.raises(IndexError):
         FetchRows(CPU)([file(4 * STAGE, 200, 64).host, torch.tensor([1, row])])
 
 
-def test_a_file_that_was_cut_short_is_an_error_that_names_it_and_others_go_on(file: Weights) -> None:
+def test_a_truncated_file_raises_with_its_name(file: Weights) -> None:
     there, cut = file(0, 40, 64), file(20 * STAGE, 60, 64)
     fetched(cut)
     os.truncate(file.path, 21 * STAGE)
@@ -170,13 +172,13 @@ def test_a_file_that_was_cut_short_is_an_error_that_names_it_and_others_go_on(fi
         lambda: fetched(cut[:, ::2]),
         lambda: FetchRows(CPU)([cut.host, torch.tensor([50])]),
     ):
-        with pytest.raises(CopyError, match=r"^weights could not be copied to or from '.*safetensors': .*file ends"):
+        with pytest.raises(CopyError, match=r"^weights could not be copied to or from '.*safetensors': .*is shorter"):
             ask()
     assert torch.equal(fetched(there), file.expected(0, 40, 64))
     assert torch.equal(FetchRows(CPU)([cut.host, torch.tensor([3])])[0], file.expected(20 * STAGE, 60, 64)[[3]])
 
 
-def test_a_read_that_fails_once_is_an_error_of_that_read_alone(file: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_affects_only_itself(file: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, read = file(0, 40, 64), Extent.read
 
     def broken(extent: Extent, view: memoryview) -> None:
@@ -190,8 +192,8 @@ def test_a_read_that_fails_once_is_an_error_of_that_read_alone(file: Weights, mo
     assert weight.settled().shape == (40, 64)
 
 
-def test_a_file_that_is_replaced_is_read_as_it_was(file: Weights) -> None:
-    """Downloads are written apart and renamed: what is open stays what it was."""
+def test_a_replaced_file_is_read_as_before(file: Weights) -> None:
+    """Downloads are written separately and renamed: an open file does not change."""
     weight = file(0, 40, 64)
     other = file.path.with_suffix(".new")
     other.write_bytes(bytes(len(file.bytes)))
@@ -199,7 +201,7 @@ def test_a_file_that_is_replaced_is_read_as_it_was(file: Weights) -> None:
     assert torch.equal(fetched(weight), file.expected(0, 40, 64))
 
 
-def test_a_model_whose_file_is_cut_short_fails_where_it_is_read_and_lives_on(tmp_path: Path) -> None:
+def test_a_model_with_a_truncated_file_raises_and_stays_usable(tmp_path: Path) -> None:
     made, ids = TinyDecoder(), torch.tensor([[5, 9, 33, 63]])
     path = tmp_path / "model.safetensors"
     save_file(made.state_dict(), path)
@@ -210,15 +212,15 @@ def test_a_model_whose_file_is_cut_short_fails_where_it_is_read_and_lives_on(tmp
         whole = path.read_bytes()
         os.truncate(path, len(whole) // 4)
         for _ in range(2):
-            with pytest.raises(CopyError, match="the file ends before the rows do"):
+            with pytest.raises(CopyError, match="the file is shorter than expected"):
                 made(ids)
         with path.open("r+b") as again:
             again.write(whole)
         assert torch.equal(made(ids), expected)
 
 
-def test_a_weight_that_was_fetched_by_one_thread_may_be_written_by_another(file: Weights) -> None:
-    """Unlike one that a program of another thread reads, up to its end."""
+def test_a_weight_fetched_by_one_thread_can_be_written_by_another(file: Weights) -> None:
+    """In contrast to one that a program of another thread reads until its end."""
     weight = host_weight(file.expected(0, 40, 64).clone(), CPU)
     in_a_thread(lambda: (weight.fetch(), FetchRows(CPU)([weight.host, torch.tensor([1])])))
     weight.zero_()

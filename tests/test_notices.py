@@ -1,4 +1,4 @@
-"""What is said while a model compiles: one line per graph in the log, and a warning for what does not go as asked."""
+"""Messages while a model compiles: one line per graph in the log, and a warning for each request not honoured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("eager_pieces")
 
 @pytest.fixture
 def lines(caplog, monkeypatch):
-    """The log at the level INFO; stock Inductor compiles nothing."""
+    """Lines of the log at level INFO; stock Inductor compiles nothing."""
     monkeypatch.setattr("mom_compile.backend.stock_or_eager", lambda gm, inputs, report, stock: _as_captured(gm))
     caplog.set_level(logging.INFO, logger="mom_compile")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("mom_compile")]
@@ -48,7 +48,7 @@ def decode(model, steps=2, tokens=41, **more):
 
 
 def only_ours(caught):
-    """How many warnings are ours: `pytest.warns` also records what is ignored elsewhere."""
+    """The number of our warnings: `pytest.warns` also records ignored ones."""
     return sum(warning.category is MomWarning for warning in caught)
 
 
@@ -56,7 +56,7 @@ def only_ours(caught):
 
 
 @pytest.mark.usefixtures("stock_is_eager")
-def test_a_model_behind_hooks_at_every_module_is_warned_of_once() -> None:
+def test_a_model_with_hooks_on_every_module_warns_once() -> None:
     model = compiled(cpu_offload(TinyDecoder(layers=1).eval(), execution_device="cpu"))
     with torch.no_grad(), pytest.warns(MomWarning, match="load_offloaded.*remove_hook_from_module") as caught:
         model(ids(1, 41))
@@ -65,8 +65,8 @@ def test_a_model_behind_hooks_at_every_module_is_warned_of_once() -> None:
 
 
 @pytest.mark.usefixtures("stock_is_eager")
-def test_one_hook_and_breaks_behind_it_are_not_warned_of() -> None:
-    """Dynamo goes on within the hook behind each break, but no module inside is compiled by itself."""
+def test_one_hook_with_later_breaks_does_not_warn() -> None:
+    """Dynamo continues within the hook after each break, but compiles no inner module separately."""
 
     class Broken(TinyDecoder):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,8 +87,8 @@ def test_one_hook_and_breaks_behind_it_are_not_warned_of() -> None:
 
 
 @pytest.mark.parametrize("how", ["option", "configuration"])
-def test_inductors_freezing_is_left_out_with_a_warning(how: str) -> None:
-    """It makes constants of weights, of which a graph then has no values."""
+def test_freezing_is_skipped_with_a_warning(how: str) -> None:
+    """Freezing makes weights constants, whose values a graph would not have."""
     as_option = {"inductor": {"freezing": True}} if how == "option" else {}
     model = compiled(TinyDecoder(layers=1).eval(), **as_option)
     configured = torch._inductor.config.patch(freezing=how == "configuration")
@@ -103,7 +103,7 @@ def test_inductors_freezing_is_left_out_with_a_warning(how: str) -> None:
 # --- the log ---
 
 
-def test_a_graph_is_a_line_in_the_log(lines):
+def test_each_graph_is_one_line_in_the_log(lines):
     decode(compiled(small_model("Llama")))
     prefill, *steps = lines()
     report, *counted = reports()
@@ -114,7 +114,7 @@ def test_a_graph_is_a_line_in_the_log(lines):
         assert line == f"decode step: one token, nothing to cut; in 4 pieces by layers, expected peak {peak}"
 
 
-def test_eager_attention_is_a_decode_step_too(lines):
+def test_a_step_with_eager_attention_is_logged_as_a_decode_step(lines):
     model = small_model("Llama")
     model.set_attn_implementation("eager")
     decode(compiled(model), steps=1)
@@ -122,14 +122,14 @@ def test_eager_attention_is_a_decode_step_too(lines):
     assert line.startswith("decode step: one token, nothing to cut; in 4 pieces by layers, expected peak ")
 
 
-def test_a_prompt_too_short_to_cut_says_so(lines):
+def test_a_prompt_too_short_to_cut_is_logged(lines):
     with torch.no_grad():
         compiled(TinyDecoder(layers=1).eval())(ids(1, 12))
     (line,) = lines()
     assert line.startswith("its 12 tokens fit in one mini-sequence of 16; in 2 pieces by layers, expected peak ")
 
 
-def test_with_a_cache_on_the_host_the_lines_say_what_leaves(lines):
+def test_the_log_shows_what_is_offloaded(lines):
     decode(compiled(small_model("Llama"), kv_offload=True), steps=1)
     prefill, step = lines()
     assert "loops, rows of 6 keys and values to the host, expected peak" in prefill
@@ -140,7 +140,7 @@ def test_with_a_cache_on_the_host_the_lines_say_what_leaves(lines):
 
 
 @pytest.mark.slow
-def test_a_call_with_gradients_is_one_warning_that_says_what_to_do(lines):
+def test_a_call_with_gradients_warns_once_with_advice(lines):
     def train():
         model = compiled(TinyDecoder(layers=1))
         for tokens in (20, 25):
@@ -155,12 +155,12 @@ def test_a_call_with_gradients_is_one_warning_that_says_what_to_do(lines):
     }
 
 
-def test_stock_inductor_that_was_asked_for_is_no_reason_to_warn(lines):
+def test_requested_stock_inductor_does_not_warn(lines):
     compiled(TinyDecoder(layers=1), scope="none")(ids(1, 20))
     assert lines() == ["stock Inductor: scope='none' asks for stock Inductor"]
 
 
-# --- keys and values that were to leave ---
+# --- keys and values that stay despite kv_offload ---
 
 
 def static(model, *lengths):
@@ -170,7 +170,7 @@ def static(model, *lengths):
             model(**prompt(1, tokens), **keeping(cache, model), use_cache=True)
 
 
-def test_a_static_cache_that_was_to_leave_is_a_warning_with_the_reason_and_only_one(lines):
+def test_a_static_cache_warns_once_with_the_reason(lines):
     model = compiled(small_model("Llama"), kv_offload=True)
     asked = r"kv_offload=True is not honoured for \d+ keys or values, which stay on the device: .*static cache.*\("
     with pytest.warns(MomWarning, match=asked) as caught:
@@ -179,7 +179,7 @@ def test_a_static_cache_that_was_to_leave_is_a_warning_with_the_reason_and_only_
     assert all(report.on_device for report in reports())
 
 
-def test_after_a_reset_it_is_said_again(lines):
+def test_after_a_reset_warnings_are_repeated(lines):
     for _ in range(2):
         torch._dynamo.reset()
         with pytest.warns(MomWarning, match="static cache"):
@@ -187,17 +187,17 @@ def test_after_a_reset_it_is_said_again(lines):
 
 
 @pytest.mark.parametrize("option", ["auto", False])
-def test_what_was_not_asked_for_is_no_reason_to_warn(lines, option):
+def test_options_that_were_not_given_do_not_warn(lines, option):
     static(compiled(small_model("Llama"), kv_offload=option))
     assert reports()[0].stages
 
 
-def test_kv_offload_that_another_option_undoes_is_a_warning(lines):
+def test_kv_offload_disabled_by_another_option_warns(lines):
     with pytest.warns(MomWarning, match=r"kv_offload=True is not honoured: scope='none' asks for stock Inductor"):
         decode(compiled(small_model("Llama"), kv_offload=True, scope="none", strict=False), steps=0)
 
 
-def test_many_values_with_one_reason_are_counted_and_some_named():
+def test_a_warning_counts_values_with_one_reason_and_names_some():
     with pytest.warns(MomWarning, match="kv_offload='disk' is not honoured for ") as caught:
         notices.warn_of_device_kv("disk", {**{f"k{i}": "why" for i in range(9)}, "other": "because"})
     assert [str(warning.message).partition(" for ")[2] for warning in caught] == [
@@ -206,18 +206,18 @@ def test_many_values_with_one_reason_are_counted_and_some_named():
     ]
 
 
-def test_a_warning_that_is_an_error_is_not_taken_for_said():
+def test_a_warning_raised_as_an_error_is_repeated():
     warnings.simplefilter("error", MomWarning)
     for _ in range(2):
         with pytest.raises(MomWarning, match="twice"):
             notices.warn_once("twice", "twice")
 
 
-# --- where a warning points ---
+# --- locations of warnings ---
 
 
 def test_a_warning_points_at_the_users_line(lines):
-    """Not at PyTorch's, at transformers' or at ours, which lie between it and what warns."""
+    """Not at a line of PyTorch, transformers or mom_compile, whose frames are in between."""
     model, x = compiled(small_model("Llama"), kv_offload=True), prompt(1, 40)
     cache = StaticCache(model.config, max_cache_len=64)
     with torch.no_grad(), pytest.warns(MomWarning, match="not honoured") as caught:
@@ -227,18 +227,18 @@ def test_a_warning_points_at_the_users_line(lines):
     assert set(ours) == {(__file__, call)}
 
 
-def test_a_warning_from_generate_points_at_the_call_of_it(lines):
+def test_a_warning_from_generate_points_at_its_call(lines):
     model = compiled(small_model("Llama"), kv_offload=True)
     settings = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": "static"}
     with pytest.warns(MomWarning, match="not honoured") as caught:
         model.generate(**prompt(1, 41), **settings, disable_compile=True)
-    call = test_a_warning_from_generate_points_at_the_call_of_it.__code__.co_firstlineno + 4
+    call = test_a_warning_from_generate_points_at_its_call.__code__.co_firstlineno + 4
     ours = [(warning.filename, warning.lineno) for warning in caught if warning.category is MomWarning]
     assert set(ours) == {(__file__, call)}
 
 
-def test_a_warning_in_a_thread_of_a_library_is_given_all_the_same():
-    """No frame there is a user's."""
+def test_a_warning_in_a_library_thread_is_shown():
+    """The stack has no frame of the user."""
 
     def in_a_thread():
         thread = threading.Thread(target=notices.warn_once, args=("in a thread", "in a thread"))

@@ -1,4 +1,4 @@
-"""A config is found where it is, or it is said why not; nothing is downloaded and no code of a model's own is run."""
+"""Configs are found, or an error says why not. Nothing is downloaded and no code shipped with a model is run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def written(tmp_path):
     return write
 
 
-def test_a_folder_and_its_config_json_are_one(written):
+def test_a_folder_and_its_config_json_give_the_same_config(written):
     folder = written(SMALL)
     for path in (folder, folder / "config.json", str(folder)):
         found = find_config(path)
@@ -37,29 +37,29 @@ def test_a_config_may_have_any_name(written):
     folder = written(SMALL)
     (folder / "config.json").rename(folder / "other.json")
     assert find_config(folder / "other.json").config.num_hidden_layers == 2
-    with pytest.raises(PlanError, match=r"has no config\.json; of JSON it has other\.json; give the folder that save_"):
+    with pytest.raises(PlanError, match=r"has no config\.json; its JSON files are other\.json; give the folder of a "):
         find_config(folder)
 
 
-def test_a_folder_here_comes_before_a_shape_of_its_name(written, monkeypatch):
+def test_an_existing_folder_precedes_a_shape_of_that_name(written, monkeypatch):
     monkeypatch.chdir(written(SMALL, "Llama-3-8B").parent)
     assert find_config("Llama-3-8B").config.hidden_size == 64
 
 
-def test_what_save_pretrained_writes_is_read(tmp_path):
+def test_configs_of_save_pretrained_are_read(tmp_path):
     LlamaConfig(**{**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5}}).save_pretrained(tmp_path)
     assert find_config(tmp_path).config.rope_parameters["rope_theta"] == 7e5
 
 
-def test_of_several_parts_the_text_part_is_planned(tmp_path):
+def test_the_text_part_of_a_multimodal_model_is_planned(tmp_path):
     Gemma3Config(text_config={"hidden_size": 64, "num_hidden_layers": 2}).save_pretrained(tmp_path)
     found = find_config(tmp_path)
     assert found.config.model_type == "gemma3_text" and found.config.hidden_size == 64
-    assert found.notes == ("gemma3 has other parts beside its text model: planned is that alone, gemma3_text",)
+    assert found.notes == ("gemma3 has parts other than its text model; the plan is for gemma3_text only",)
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_fewer_bits_are_found(written, inner):
+def test_the_quantisation_of_a_config_is_found(written, inner):
     bits = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     text = {**SMALL, **(bits if inner else {})}
     fields = {"model_type": "llava", "text_config": text} if inner else {**SMALL, **bits}
@@ -68,22 +68,22 @@ def test_fewer_bits_are_found(written, inner):
     assert found.config.hidden_size == 64 and getattr(found.config, "quantization_config", None) is None
 
 
-def test_code_that_comes_with_a_model_is_not_run(written):
+def test_code_shipped_with_a_model_is_not_run(written):
     folder = written({**SMALL, "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Model"}})
     (folder / "evil.py").write_text("raise SystemExit('was run')")
     found = find_config(folder)
-    assert found.notes == ("the code that comes with it (auto_map) is not run: planned is transformers' own llama",)
+    assert found.notes == ("the model's own code (auto_map) is not run: the plan uses transformers' llama",)
     assert not hasattr(found.config, "auto_map")
 
 
-def test_a_model_that_is_nothing_but_its_own_code_is_refused(written):
+def test_a_model_type_known_only_to_shipped_code_raises(written):
     folder = written({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}})
     (folder / "evil.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(PlanError, match=r"no model type 'evil'; its code comes with the model \(auto_map\), and no"):
+    with pytest.raises(PlanError, match=r"no model type 'evil'; the model ships its code \(auto_map\), which is not"):
         find_config(folder)
 
 
-def test_an_unknown_model_type_is_refused_with_the_nearest(written):
+def test_an_unknown_model_type_raises_with_the_closest(written):
     with pytest.raises(PlanError, match=r"small-llama.config\.json: transformers [\d.]+ has no .*'lama'; .*\bllama\b"):
         find_config(written({**SMALL, "model_type": "lama"}))
 
@@ -91,47 +91,47 @@ def test_an_unknown_model_type_is_refused_with_the_nearest(written):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"model_type": "llama",\n "hidden_size": }', r"is no JSON: Expecting value in line 2, column 17"),
-        ("", "is no JSON: Expecting value in line 1, column 1"),
-        ("[1, 2]", "holds a list, and a config is an object of named fields"),
-        ("3", "holds a number"),
+        ('{"model_type": "llama",\n "hidden_size": }', r"is not JSON: Expecting value in line 2, column 17"),
+        ("", "is not JSON: Expecting value in line 1, column 1"),
+        ("[1, 2]", "expected an object with named fields, got a list"),
+        ("3", "got a number"),
         ("[" * 100_000, "nested too deeply"),
-        ("{}", "is no config of transformers: it has no model_type"),
-        ('{"model_type": 3}', "its model_type is 3, which is no name"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', r"no valid config of llama: .*hidden_size"),
-        ('{"model_type": "llama", "num_attention_heads": 5}', r"no valid config of llama: .*multiple"),
-        ('{"model_type": "clip"}', r"no language model \(AutoModelForCausalLM\) of clip"),
-        ('{"model_type": "bert"}', "bert is an encoder: it keeps no keys and values"),
+        ("{}", "is not a transformers config: it has no model_type"),
+        ('{"model_type": 3}', "its model_type is 3, which is not a name"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', r"not a valid llama config: .*hidden_size"),
+        ('{"model_type": "llama", "num_attention_heads": 5}', r"not a valid llama config: .*multiple"),
+        ('{"model_type": "clip"}', r"no AutoModelForCausalLM for clip"),
+        ('{"model_type": "bert"}', "bert is an encoder without a KV cache"),
         ('{"model_type": "t5"}', "t5 is an encoder with a decoder"),
     ],
 )
-def test_a_malformed_config_is_refused_with_what_is_wrong(written, text, why):
+def test_a_malformed_config_raises_with_the_fault(written, text, why):
     with pytest.raises(PlanError, match=why) as raised:
         find_config(written(text))
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_no_text_is_no_config(written):
+def test_a_config_that_is_not_utf8_raises(written):
     folder = written(SMALL)
     (folder / "config.json").write_bytes(b"\x80PK\x03\x04")
-    with pytest.raises(PlanError, match=r"no text in UTF-8, so no config: invalid start byte at byte 0"):
+    with pytest.raises(PlanError, match=r"is not a config: it is not UTF-8 .invalid start byte at byte 0"):
         find_config(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("llama-8b", r"'llama-8b' is no folder, no file and no shipped shape \(did you mean 'Llama-3-8B'\?\); shipped"),
-        ("x" * 5000, "no folder, no file and no shipped shape"),
-        ("no/such/folder", r"'no/such/folder' is no folder, no file and no shipped shape; .*Mixtral-8x7B"),
+        ("llama-8b", r"'llama-8b' is not a folder, a file or a shipped shape \(did you mean 'Llama-3-8B'\?\); shipped"),
+        ("x" * 5000, "not a folder, a file or a shipped shape"),
+        ("no/such/folder", r"'no/such/folder' is not a folder, a file or a shipped shape; .*Mixtral-8x7B"),
         ("openai/gpt-oss-120b", r"nothing is downloaded; `hf download openai/gpt-oss-120b config\.json --local"),
     ],
 )
-def test_a_name_that_stands_for_nothing_is_refused(name, why):
+def test_an_unknown_name_raises(name, why):
     with pytest.raises(PlanError, match=why):
         find_config(name)
 
 
-def test_a_refusal_is_a_value_error():
+def test_a_plan_error_is_a_value_error():
     assert issubclass(PlanError, ValueError)
-    assert T5Config().is_encoder_decoder  # what one of the cases above rests on
+    assert T5Config().is_encoder_decoder  # assumed by a case above

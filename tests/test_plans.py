@@ -1,4 +1,4 @@
-"""Plans: what is planned of a prefill is what it takes, and the longest context that is planned is the longest."""
+"""Plans: planned memory equals measured memory, and the longest planned context is the longest that runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mom_compile.planning.estimate import Load, Step, estimate, estimate_decode
 from mom_compile.planning.planner import ID_BYTES, Planner
 from mom_compile.planning.shapes import shapes
 from mom_compile.planning.subject import subject_of
-from mom_compile.planning.ways import INDUCTOR, KINDS, carried_on, longest_that_fits, straight
+from mom_compile.planning.ways import INDUCTOR, KINDS, extrapolated, extrapolated_peak, longest_that_fits
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -44,7 +44,7 @@ def llama(layers=2, **settings):
 
 
 def llama_3_8b(layers):
-    """The shape of which an H200's figures are kept."""
+    """The shape for which figures of an H200 are stored."""
     settings = {**models.SHAPES["llama-3-8b"], "num_hidden_layers": layers, "rope_theta": 5e5}
     return transformers.LlamaConfig(**settings, max_position_embeddings=1 << 20)
 
@@ -58,14 +58,14 @@ def measured_on_the_h200(method, tokens, layers=8):
 
 
 @pytest.mark.parametrize("tokens", [16_384, 65_536])
-def test_eager_mode_takes_what_it_took_on_a_gpu(tokens):
+def test_planned_memory_of_eager_mode_equals_that_measured_on_a_gpu(tokens):
     model, _ = subject_of(llama_3_8b(8), "llama", torch.bfloat16)
     planned = max(eager_timeline(model.build(8), 1, tokens)) / MIB
     taken = measured_on_the_h200("eager", tokens)
     assert taken and all(abs(planned - peak) < 0.1 for peak in taken)
 
 
-def test_eager_mode_takes_what_is_measured_on_the_cpu():
+def test_planned_memory_of_eager_mode_equals_that_measured_on_the_cpu():
     measure.watch_cpu()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(llama()).eval()
@@ -78,8 +78,8 @@ def test_eager_mode_takes_what_is_measured_on_the_cpu():
 
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 @pytest.mark.parametrize(("way", "backend"), [("eager", None), ("mom", "mom")])
-def test_the_first_decode_step_takes_what_is_planned(way, backend):
-    """Without the weights, which are the model's own."""
+def test_planned_memory_of_the_first_decode_step_equals_the_measured(way, backend):
+    """Without the weights, which the model holds."""
     measure.watch_cpu()
     torch.manual_seed(0)
     config = llama(num_key_value_heads=4)
@@ -104,25 +104,25 @@ def test_the_longest_context_leaves_room_for_a_token(small):
     assert stock.step_bytes(100_000) - stock.weights == pytest.approx(2 * small.ways["mom-cache"].host_bytes(100_000))
 
 
-# --- carried on to all layers ---
+# --- extrapolation to all layers ---
 
 
 @given(
     st.lists(st.integers(0, 1000), min_size=2, max_size=12), st.integers(0, 500), st.integers(0, 50), st.integers(1, 6)
 )
-def test_what_a_period_of_layers_adds_it_adds_each_time(layer, kept, before, periods):
-    """Profiles as layers make them: each holds what is kept of those before, and its own for a while."""
+def test_every_period_of_layers_adds_the_same_memory(layer, kept, before, periods):
+    """Each layer's profile adds its own temporary bytes to what all layers before keep."""
 
     def profile(count):
         return [before, *(kept * i + own for i in range(count) for own in layer), kept * count]
 
     whole = profile(4 + periods)
-    assert carried_on([profile(4), profile(5)], periods) == max(whole)
-    assert straight([4 * kept, 5 * kept], periods) == (4 + periods) * kept
+    assert extrapolated_peak([profile(4), profile(5)], periods) == max(whole)
+    assert extrapolated([4 * kept, 5 * kept], periods) == (4 + periods) * kept
 
 
 @given(st.integers(1, 10**4), st.integers(0, 3), st.integers(0, 10**6), st.integers(0, 10**9))
-def test_the_longest_that_fits_is_the_last(slope, curve, kept, budget):
+def test_the_search_returns_the_longest_that_fits(slope, curve, kept, budget):
     asked = []
 
     def needed(tokens):
@@ -135,7 +135,7 @@ def test_the_longest_that_fits_is_the_last(slope, curve, kept, budget):
     assert len(set(asked)) < 80
 
 
-def test_a_model_that_fits_at_any_length_has_the_most_there_is():
+def test_a_model_that_fits_at_any_length_gets_the_limit():
     assert longest_that_fits(lambda tokens: 5, 5, 1000) == 1000
     assert longest_that_fits(lambda tokens: 6, 5, 1000) == 0
 
@@ -144,10 +144,10 @@ COUNTS = {"Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "GPT-OSS-20B": (4, 6),
 
 
 @pytest.mark.parametrize("name", shapes())
-def test_shipped_shapes_are_traced_with_a_few_of_their_layers(name):
+def test_shipped_shapes_are_traced_with_few_layers(name):
     found, weights = subject_of(find_config(name).config, name, torch.bfloat16)
     assert found.counts == COUNTS.get(name, (4, 5))
-    assert straight(found.counts, found.periods) == found.layers
+    assert extrapolated(found.counts, found.periods) == found.layers
     assert 0 < weights.resident < weights.all / 20
 
 
@@ -160,15 +160,15 @@ def test_layers_that_do_not_repeat_are_all_traced():
 
 
 def test_layers_that_are_not_built_are_not_counted():
-    """DeepSeek-V3 names one that predicts a further token, which transformers does not build."""
+    """DeepSeek-V3 has a layer that predicts a further token, which transformers does not build."""
     config = transformers.DeepseekV3Config(
         hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=20, num_attention_heads=2,
         num_key_value_heads=2, vocab_size=100, n_routed_experts=4, num_nextn_predict_layers=1,
     )  # fmt: skip
-    assert subject_of(config, "deep", torch.float32)[0].counts == (5, 6)  # three without experts come first
+    assert subject_of(config, "deep", torch.float32)[0].counts == (5, 6)  # the first three have no experts
 
 
-def test_a_setting_that_counts_layers_from_the_end_is_not_cut():
+def test_a_model_with_a_setting_that_counts_from_the_last_layer_is_not_shortened():
     config = llama(12)
     assert subject_of(config, "llama", torch.float32)[0].counts == (4, 5)
     config.num_kv_shared_layers = 3
@@ -182,9 +182,9 @@ def a_planner(config, batch=1, device="cpu", **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3"])
-def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
-    """Every way, as it is planned from two shorter models and from all layers. What stock Inductor keeps to read it
-    later depends on how long a sum has become, and so on the layer: there it is nearly the same."""
+def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch):
+    """Compares plans from two shorter models and from all layers, for every way. Stock Inductor reorders by the length
+    of a sum, and so by layer: its plans are nearly equal."""
     narrow = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 500}
     config = {
         "Llama": lambda: llama(9),
@@ -195,7 +195,7 @@ def test_a_shorter_model_stands_for_all_its_layers(family, monkeypatch):
         "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
             **narrow, num_hidden_layers=7, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
         ),
-        "DeepseekV3": lambda: transformers.DeepseekV3Config(  # three layers without experts come first
+        "DeepseekV3": lambda: transformers.DeepseekV3Config(  # the first three layers have no experts
             hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=9, n_routed_experts=8,
             num_attention_heads=2, num_key_value_heads=2, vocab_size=500, q_lora_rank=32, kv_lora_rank=32, n_group=2,
             topk_group=1, num_experts_per_tok=2, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
@@ -233,7 +233,7 @@ def test_each_way_takes_less_than_the_one_before(small):
     assert inductor > paper and weights < cache + small.subject.weight_bytes
 
 
-def test_what_leaves_the_device_is_on_the_host(small):
+def test_offloaded_bytes_are_on_the_host(small):
     cache = 2 * 2 * 64 * 4 * 4000
     assert small.ways["mom"].host_bytes(4000) == 0
     assert small.ways["mom-cache"].host_bytes(4000) == cache
@@ -247,14 +247,14 @@ def test_the_longest_context_is_the_last_that_fits_with_a_margin(small):
     assert small.peak_bytes(found) <= budget and small.max_seq_len(small.subject.weight_bytes) == 0
 
 
-def test_a_plan_says_what_it_is(small):
+def test_the_summary_of_a_plan(small):
     assert small.way == "mom" and str(small) == small.summary()
     assert "4,000 tokens" in str(small) and "stock Inductor" in str(small)
     assert small.formula.free_symbols and small.stages
     assert small.transfers.to_host == 0
 
 
-def test_a_plan_on_a_gpu_says_what_is_on_the_host_and_how_fast_it_decodes():
+def test_the_summary_has_host_memory_and_decode_speed():
     found = mom_compile.plan(llama(), seq_len="4k", dtype="float32", device="RTX 4090", kv_offload=True)
     cache = 2 * 2 * 64 * 4 * 4000
     assert found.memory == 24 << 30 and found.fits() and found.host_bytes() == cache
@@ -279,13 +279,13 @@ def test_a_plan_of_quantised_weights_counts_their_bytes():
     sizes = {bits: found.subject.weight_bytes for bits, found in plans.items()}
     assert sizes[None] < sizes[8] < sizes[16]
     ours, plain = plans[None], plans[16]
-    copy = 256 * 896 * 4  # the largest matrix, as it is multiplied with
+    copy = 256 * 896 * 4  # the largest matrix, dequantised for a product
     assert plain.peak_bytes() - ours.peak_bytes() == sizes[16] - sizes[None] - copy
     assert re.search(r"quantised \(gptq\): .* have 4 bits, .*; all others are in float32; a copy", str(ours))
     assert "the plan uses weight_bits=16 instead" in plain.notes[0] and len(plain.notes) == 1
 
 
-def test_a_scheme_that_is_not_known_is_told_and_planned_unquantised():
+def test_an_unknown_scheme_is_noted_and_planned_as_unquantised():
     found = mom_compile.plan(llama(1, quantization_config={"quant_method": "spqr"}), seq_len=600, device="cpu")
     assert re.search(r"'spqr' is not known. The plan uses unquantised weights; .*--weight-bits 4", found.notes[0])
 
@@ -297,7 +297,7 @@ def test_a_plan_can_be_drawn(small, tmp_path):
         small.plot(tmp_path / "plan.nothing")
 
 
-def test_a_time_is_bound_by_what_takes_longest():
+def test_the_longest_part_bounds_a_prefill():
     load = Load(work=10**15, weights_read=10**10, mini_sequences=10, loops=32, to_host=10**9, to_device=0)
     found = estimate(load, "h100")
     assert found.bound == "arithmetic" and found.seconds == max(found.parts.values())
@@ -305,7 +305,7 @@ def test_a_time_is_bound_by_what_takes_longest():
     assert slow.bound == "copies from the host" and slow.device == "RTX 4090"
 
 
-def test_decode_is_bound_by_what_takes_longest():
+def test_the_longest_part_bounds_decode():
     device = DEVICES["RTX 4090"]
     of_memory = estimate_decode(Step(10**9, 10**10, 0, 32, 1), "4090")
     assert of_memory.bound == "memory bandwidth" and of_memory.device == "RTX 4090"
@@ -327,33 +327,33 @@ def test_decode_is_bound_by_what_takes_longest():
         ({"device_memory": "24GiB"}, r"did you mean memory_budget='24GiB'.*max_seq_len\('24GiB'\)"),
         ({"options": {"gpu_memory": 5}}, "did you mean memory_budget=5"),
         ({"weight_bits": 7}, "weight_bits=7 is not valid; it is one of 2, 3, 4, 5, 6, 8, or 16"),
-        ({"memory_budget": 24, "device": "cpu"}, r"memory_budget=24 cannot be kept.*did you mean '24GiB'\?"),
+        ({"memory_budget": 24, "device": "cpu"}, r"memory_budget=24 is too small.*did you mean '24GiB'\?"),
         ({"seq_len": "many"}, "seq_len='many' is not valid"),
         ({"kv_ofload": True}, "did you mean 'kv_offload'"),
         ({"memory_budget": "-3GiB"}, "memory_budget='-3GiB' is not valid"),
     ],
 )
-def test_what_cannot_be_planned_is_told(settings, message):
+def test_invalid_arguments_of_a_plan_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         mom_compile.plan(llama(), **{"seq_len": 100, **settings})
 
 
-def test_what_is_no_decoder_is_told():
-    with pytest.raises(PlanError, match="Linear cannot be planned: give a folder"):
+def test_models_other_than_decoders_raise():
+    with pytest.raises(PlanError, match="cannot plan a Linear: give a folder"):
         mom_compile.plan(torch.nn.Linear(2, 2), seq_len=100)
-    with pytest.raises(PlanError, match="bert is an encoder: it keeps no keys and values"):
+    with pytest.raises(PlanError, match="bert is an encoder without a KV cache"):
         mom_compile.plan(transformers.BertConfig(), seq_len=100)
-    with pytest.raises(PlanError, match="no language model"):
+    with pytest.raises(PlanError, match="no AutoModelForCausalLM"):
         mom_compile.plan(transformers.ViTConfig(), seq_len=100)
 
 
-def test_more_tokens_than_a_model_is_made_for_are_noted():
+def test_more_tokens_than_positions_are_noted():
     found = mom_compile.plan(llama(1, max_position_embeddings=64), seq_len=4096, device="cpu")
-    assert found.notes == ["4,096 tokens are more than the 64 that the model is made for"]
+    assert found.notes == ["4,096 tokens exceed the 64 positions of the model"]
 
 
 @pytest.mark.slow
-def test_a_budget_decides_what_stays_or_is_refused():
+def test_a_budget_decides_which_layers_stay_or_raises():
     config = llama(6, hidden_size=128, intermediate_size=256)
     given = {"seq_len": 8192, "dtype": "float32", "device": "cpu"}
     free = mom_compile.plan(config, **given)
@@ -361,15 +361,15 @@ def test_a_budget_decides_what_stays_or_is_refused():
     part = mom_compile.plan(config, memory_budget=(least + most) // 2, **given)
     assert 0 < part.resident_layers < 6 and part.way == "mom-cache"
     assert mom_compile.plan(config, memory_budget=most, **given).resident_layers == 6
-    with pytest.raises(PlanError, match=r"smallest that can is \d+.*has room for [\d,]+ tokens.*weights on the host"):
+    with pytest.raises(PlanError, match=r"smallest valid budget is \d+.*suffices for [\d,]+ tokens.*weights on the"):
         mom_compile.plan(config, memory_budget=free.subject.weight_bytes + (1 << 20), **given)
 
 
 @pytest.mark.slow
-def test_a_plan_is_what_a_gpu_has_taken(monkeypatch):
-    """With the rows of that day, a tenth of what lives at full length. At 65,536 tokens ours attended with masks, which
-    took memory: that figure is no longer ours. Of stock Inductor on a GPU a tenth is missing, which a graph compiled
-    for a CPU does not lack: see the limits."""
+def test_planned_memory_equals_that_measured_on_a_gpu(monkeypatch):
+    """With the number of rows used at that time, a tenth of the bytes at full length. At 65,536 tokens mom attended
+    with masks, which took memory, so that figure is excluded. Plans of stock Inductor for a GPU miss a tenth, which a
+    graph compiled for a CPU does not miss: see docs/limits.md."""
     that_day = Bounds(BLOCK_ROWS, BLOCK_ROWS, 2048, BLOCK_ROWS)
     monkeypatch.setattr(GpuRows, "bounds", lambda self, sequences: that_day)
     found = mom_compile.plan(llama_3_8b(8), seq_len=16_384, dtype="bfloat16", device="H200")
@@ -422,14 +422,14 @@ def test_a_large_model_at_a_million_tokens_is_planned_in_little_memory():
     assert peak > 141e9 and memory < 4 << 30
 
 
-def test_the_page_is_what_its_results_say():
+def test_the_page_matches_its_results():
     data = json.loads(plans.RESULTS.read_text())
     assert list(data["cells"]) == list(shapes())
     assert plans.PAGE.read_text() == plans.page(data)
 
 
-def test_stock_inductors_masks_are_seen_from_a_plan_at_a_short_length() -> None:
-    """What grows with the square of the length is the most at a long one alone."""
+def test_masks_of_stock_inductor_show_in_a_plan_at_a_short_length() -> None:
+    """Memory that grows with the square of the length dominates only at a long one."""
     model = family_model("Gemma3Text")
     short, long = (mom_compile.plan(model, seq_len=tokens, device="cpu").ways["inductor"] for tokens in (500, 4000))
     assert short.peak_bytes(4000) == pytest.approx(long.peak_bytes(4000), rel=0.01)

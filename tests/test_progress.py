@@ -1,4 +1,4 @@
-"""What a user sees while something compiles that takes its time, and that nobody sees it otherwise."""
+"""Progress of slow compilations on standard error, and silence otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.threads import together
 
 pytestmark = pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 W = weights_of(torch.float64)
-#: Longer than is passed over in silence here.
+#: Longer than the patience set here.
 LONG = 0.15
 
 
@@ -42,7 +42,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Ours on standard error, since the last call; there are none on standard output."""
+    """Our lines on standard error since the last call; standard output must be empty."""
     out, err = capfd.readouterr()
     assert "mom_compile" not in out
     return [line for line in err.splitlines() if "mom_compile" in line]
@@ -64,14 +64,14 @@ def call(function: Callable[..., Any], tokens: int = 40, **options: Any) -> None
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_line_when_it_begins_and_one_when_it_has_ended(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_compilation_writes_a_first_and_a_last_line(capfd: pytest.CaptureFixture[str]) -> None:
     call(lambda x: mlp(x))
     first, last = lines(capfd)
     assert re.fullmatch(r"mom_compile: compiling a graph of \d+ operators, once for each kind of call", first)
     assert re.fullmatch(r"mom_compile: compiled in \d+ s: graph, 1 loops, expected peak .*", last)
 
 
-def test_what_compiles_fast_is_not_told(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_compilations_write_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 100.0)
     call(lambda x: mlp(x))
     assert lines(capfd) == []
@@ -79,7 +79,7 @@ def test_what_compiles_fast_is_not_told(capfd: pytest.CaptureFixture[str], monke
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_it_can_be_turned_off(by: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_can_be_off(by: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if by == "environment":
         monkeypatch.setenv(progress.VARIABLE, "0")
     call(lambda x: mlp(x), progress=by != "option")
@@ -87,7 +87,7 @@ def test_it_can_be_turned_off(by: str, capfd: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_terminal_has_a_bar_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_transient_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     call(lambda x: mlp(x))
@@ -112,7 +112,7 @@ def test_a_failure_has_no_last_line(capfd: pytest.CaptureFixture[str]) -> None:
 def test_code_for_further_sizes_is_shown_if_the_last_graph_was(
     wanted: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A loop of another length than the piece holds for: compiled while the program runs."""
+    """A loop of a length for which its piece is not valid is compiled while the program runs."""
     pieces: list[Piece] = []
     compile_nothing = Piece.compile
 
@@ -124,7 +124,7 @@ def test_code_for_further_sizes_is_shown_if_the_last_graph_was(
         time.sleep(LONG)
         compile_nothing(piece)
 
-    # Undone here: `monkeypatch` ends after `eager_pieces`, whose stand-in would stay.
+    # Undone here: `monkeypatch` ends after `eager_pieces`, whose stand-in would remain.
     with mock.patch.object(Piece, "compile", remember):
         call(lambda x: mlp(x), progress=wanted)
     piece = pieces[0]
@@ -137,13 +137,13 @@ def test_code_for_further_sizes_is_shown_if_the_last_graph_was(
 
 
 @pytest.mark.usefixtures("slow")
-def test_lines_of_several_threads_are_whole(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_several_threads_are_not_mixed(capfd: pytest.CaptureFixture[str]) -> None:
     together(4, lambda number: call(lambda x: mlp(x) + number))
     assert [line.split()[1] for line in lines(capfd)] == ["compiling", "compiled"] * 4
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_standard_error_that_is_closed_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_standard_error_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr("sys.stderr", closed)

@@ -1,4 +1,4 @@
-"""Amounts are read as people write them, and what is no amount is refused with what is accepted."""
+"""Amounts are parsed as people write them; invalid ones raise with the accepted forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mom_compile.report.units import in_units
      ("80 GiB", 80 << 30), ("80G", 80 * 10**9), ("80Gi", 80 << 30), (" 0.1 TB ", 10**11), ("131,072", 131072),
      ("1_000_000 B", 10**6), ("0.1 KiB", 102)],
 )  # fmt: skip
-def test_bytes_are_read_from_numbers_and_texts(text, size):
+def test_bytes_are_parsed_from_numbers_and_strings(text, size):
     assert parse_bytes(text) == size
 
 
@@ -26,24 +26,24 @@ NONSENSE = ["", "GiB", "-3GiB", "3 XiB", "1e9", 0, -1, True, 2.5, None, [1], "0"
 
 
 @pytest.mark.parametrize("bad", [*NONSENSE, "0.5", "9" * 5000, "99999999 TiB"])
-def test_what_is_no_amount_of_bytes_is_refused(bad):
+def test_invalid_amounts_of_bytes_raise(bad):
     with pytest.raises(ValueError, match=r"memory_budget=.*24GiB"):
         parse_bytes(bad)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("24", "24GiB"), ("80", "80GiB"), ("1_000", "1_000GiB"), (24, "24GiB")])
-def test_a_small_number_without_a_unit_is_no_memory(given, meant):
+def test_a_small_number_without_a_unit_raises(given, meant):
     with pytest.raises(ValueError, match=rf"^--device-memory={given!r} is not valid; .*did you mean '{meant}'\?"):
         parse_memory(given, "--device-memory")
     assert meant in unit_hint(given)
 
 
 @pytest.mark.parametrize("given", ["24GiB", "512 KiB", 1 << 20, "1048576", 25769803776])
-def test_what_has_a_unit_or_is_large_is_taken_as_it_is(given):
+def test_amounts_with_a_unit_or_large_numbers_are_accepted(given):
     assert parse_memory(given, "--device-memory") == parse_bytes(given) and unit_hint(given) == ""
 
 
-def test_a_refusal_names_the_option_that_it_was_given_for():
+def test_errors_name_the_option():
     with pytest.raises(ValueError, match=r"^--device-memory='80 elephants' is not valid; .*'24GB' \(1000\)"):
         parse_bytes("80 elephants", "--device-memory")
     with pytest.raises(ValueError, match=r"^--seq-len='many' is not valid; .*'455k' \(1000\), '128Ki' \(1024\)"):
@@ -55,34 +55,34 @@ def test_a_refusal_names_the_option_that_it_was_given_for():
     [("455k", 455_000), ("1M", 10**6), ("131072", 131072), ("128Ki", 1 << 17), ("128 ki", 1 << 17), ("1.5k", 1500),
      ("131,072", 131072), ("1_000_000", 10**6), ("1m", 10**6), ("0.5Mi", 1 << 19), (7, 7)],
 )  # fmt: skip
-def test_tokens_are_read_from_numbers_and_texts(text, count):
+def test_tokens_are_parsed_from_numbers_and_strings(text, count):
     assert parse_tokens(text) == count
 
 
 @pytest.mark.parametrize("bad", [*(value for value in NONSENSE), "80GiB", "5 kb", "9" * 5000])
-def test_what_is_no_number_of_tokens_is_refused(bad):
+def test_invalid_numbers_of_tokens_raise(bad):
     with pytest.raises(ValueError, match=r"seq_len=.*is not valid.*'455k'"):
         parse_tokens(bad)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("1.5", "1.5 is no whole number of tokens"), ("0.0001k", "0.1 is no whole"), ("9999T", "no model takes as many")],
+    [("1.5", "1.5 is not a whole number"), ("0.0001k", "0.1 is not a whole"), ("9999T", "no model supports that many")],
 )
-def test_it_is_said_what_is_wrong_with_a_number_of_tokens(text, why):
+def test_errors_explain_invalid_numbers_of_tokens(text, why):
     with pytest.raises(ValueError, match=why):
         parse_tokens(text)
 
 
 @given(st.integers(1, MOST_BYTES))
-def test_bytes_that_are_printed_can_be_read_again(size):
+def test_printed_bytes_can_be_parsed(size):
     assert parse_bytes(size) == parse_bytes(str(size)) == parse_bytes(f"{size:,}") == size
     # Two digits at least: 1.0 KiB stands for up to 1.05.
     assert abs(parse_bytes(in_units(size)) - size) <= 0.05 * size + 1
 
 
 @given(st.integers(1, MOST_TOKENS))
-def test_whole_numbers_of_tokens_can_be_read_again(count):
+def test_printed_tokens_can_be_parsed(count):
     assert parse_tokens(count) == parse_tokens(str(count)) == parse_tokens(f"{count:,}") == count
 
 
@@ -93,7 +93,7 @@ def test_a_unit_is_a_factor(count, unit):
 
 
 @given(st.text(max_size=12))
-def test_no_text_at_all_is_more_than_refused(text):
+def test_no_string_raises_another_error(text):
     for parse in (parse_bytes, parse_tokens):
         message = None
         try:

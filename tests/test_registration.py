@@ -1,4 +1,4 @@
-"""Pages are registered ahead on a thread of their own: who needs them has them, who drops them waits for nobody."""
+"""Pages are registered in a background thread: `complete` finishes a range, and `drop` waits for no one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 10.0
 
 
 class Driver:
-    """Registers pieces of a hundred bytes. `gate` holds up each call of another thread than the one that made it."""
+    """Registers pieces of a hundred bytes. `gate` blocks calls of threads other than its creator."""
 
     def __init__(self, refuse: tuple[int, ...] = ()) -> None:
         self.refuse = refuse
@@ -47,43 +47,43 @@ def _pieces_of_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "PIECE", 100)
 
 
-def test_who_asks_ahead_goes_on_at_once() -> None:
+def test_background_registration_does_not_block() -> None:
     driver, registrar = Driver(), Registrar()
     registrar.put(Registration(driver, 0, 300, None))
     assert driver.begun.wait(LIMIT)
-    assert not driver.ranges  # and we are here
+    assert not driver.ranges  # and this thread was not blocked
     driver.gate.set()
     registrar.finish()
     assert driver.ranges == {0, 100, 200}
     assert {thread for _, thread in driver.calls} == {"mom-registration"}
 
 
-def test_who_needs_a_range_waits_for_one_piece_and_does_the_rest() -> None:
+def test_complete_waits_for_one_piece_and_registers_the_rest() -> None:
     driver, registrar = Driver(), Registrar()
     one = Registration(driver, 0, 450, None)
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
     threading.Timer(0.05, driver.gate.set).start()
-    one.need()
+    one.complete()
     assert driver.ranges == {0, 100, 200, 300, 400}
     assert [thread for _, thread in driver.calls][-1] == driver.here.name
     registrar.finish()
     assert len(driver.calls) == 5
 
 
-def test_what_is_needed_does_not_wait_for_what_was_asked_for_before() -> None:
+def test_complete_does_not_wait_for_ranges_queued_earlier() -> None:
     driver, registrar = Driver(), Registrar()
     before, one = Registration(driver, 0, 100, None), Registration(driver, 1000, 100, None)
     registrar.put(before)
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
-    one.need()
+    one.complete()
     assert driver.ranges == {1000}
     driver.gate.set()
     registrar.finish()
 
 
-def test_launches_get_pauses_as_long_as_pieces() -> None:
+def test_pieces_are_followed_by_pauses_of_equal_length() -> None:
     driver, registrar = Driver(), Registrar()
     driver.gate.set()
     driver.within = lambda: time.sleep(0.02)
@@ -93,7 +93,7 @@ def test_launches_get_pauses_as_long_as_pieces() -> None:
     assert time.monotonic() - began >= 9 * 0.02
 
 
-def test_a_refusal_is_told_to_who_needs_the_range_and_what_waits_is_not_tried() -> None:
+def test_a_refusal_raises_in_complete_and_fails_queued_ranges() -> None:
     driver, registrar = Driver(refuse=(100,)), Registrar()
     one, other = Registration(driver, 0, 300, None), Registration(driver, 1000, 100, None)
     registrar.put(one)
@@ -104,15 +104,15 @@ def test_a_refusal_is_told_to_who_needs_the_range_and_what_waits_is_not_tried() 
     assert registrar.left == 0
     for refused in (one, one, other):
         with pytest.raises(HostMemoryError, match="100 bytes at 100 are refused"):
-            refused.need()
+            refused.complete()
     one.drop()
     assert not driver.ranges
-    registrar.put(Registration(driver, 2000, 100, None))  # others are tried again
+    registrar.put(Registration(driver, 2000, 100, None))  # later ranges are tried again
     registrar.finish()
     assert driver.ranges == {2000}
 
 
-def test_what_is_no_refusal_ends_no_thread_and_is_an_error_of_who_needs_the_range() -> None:
+def test_other_errors_raise_in_complete_and_keep_the_thread() -> None:
     def broken(address: int, size: int) -> Callable[[], None]:
         raise ZeroDivisionError("broken")
 
@@ -120,25 +120,25 @@ def test_what_is_no_refusal_ends_no_thread_and_is_an_error_of_who_needs_the_rang
     registrar.put(one)
     registrar.finish()
     with pytest.raises(HostMemoryError, match="broken") as found:
-        one.need()
+        one.complete()
     assert isinstance(found.value.__cause__, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
-        Registration(broken, 0, 300, None).need()
+        Registration(broken, 0, 300, None).complete()
 
 
-def test_what_is_dropped_under_way_is_undone_by_who_registers_it() -> None:
+def test_a_range_dropped_during_registration_is_undone() -> None:
     driver, registrar = Driver(), Registrar()
     one = Registration(driver, 0, 300, None)
     registrar.put(one)
     assert driver.begun.wait(LIMIT)
-    one.drop()  # waits for nobody
+    one.drop()  # does not wait
     driver.gate.set()
     registrar.finish()
     assert len(driver.calls) == 1
     assert not driver.ranges
 
 
-def test_a_finaliser_may_drop_a_range_on_the_thread_that_registers_it() -> None:
+def test_a_finalizer_may_drop_a_range_on_the_registering_thread() -> None:
     driver, registrar = Driver(), Registrar()
     one = Registration(driver, 0, 300, None)
     driver.within = one.drop
@@ -149,7 +149,7 @@ def test_a_finaliser_may_drop_a_range_on_the_thread_that_registers_it() -> None:
     assert not driver.ranges
 
 
-def test_addresses_are_kept_until_nobody_registers_them() -> None:
+def test_addresses_stay_mapped_until_registration_ends() -> None:
     class Memory:
         pass
 
@@ -166,7 +166,7 @@ def test_addresses_are_kept_until_nobody_registers_them() -> None:
     assert alive() is None
 
 
-def test_no_thread_is_there_when_there_is_nothing_to_do() -> None:
+def test_the_thread_ends_when_the_queue_is_empty() -> None:
     driver, registrar = Driver(), Registrar()
     driver.gate.set()
     for address in (0, 1000):
@@ -177,13 +177,13 @@ def test_no_thread_is_there_when_there_is_nothing_to_do() -> None:
     assert driver.ranges == {0, 1000}
 
 
-def test_what_is_on_its_way_is_counted() -> None:
+def test_queued_bytes_are_counted() -> None:
     driver, registrar = Driver(), Registrar()
     one, other = Registration(driver, 0, 300, None), Registration(driver, 1000, 150, None)
     registrar.put(one)
     registrar.put(other)
     assert driver.begun.wait(LIMIT)
-    assert registrar.left == 200 + 150  # a piece is being taken
+    assert registrar.left == 200 + 150  # a piece is being registered
     one.drop()
     assert registrar.left == 150
     driver.gate.set()
@@ -207,13 +207,13 @@ assert begun.wait(10)
 """
 
 
-def test_a_process_that_ends_finishes_one_piece_and_begins_no_other() -> None:
+def test_at_exit_only_the_current_piece_is_finished() -> None:
     found = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.splitlines() == ["pinned 0", "undone 0"]
 
 
-def test_a_fork_registers_on_a_thread_of_its_own() -> None:
+def test_a_fork_registers_in_its_own_thread() -> None:
     driver = Driver()
     registration.REGISTRAR.put(Registration(driver, 0, 100, None))
     assert driver.begun.wait(LIMIT)

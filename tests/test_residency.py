@@ -1,4 +1,4 @@
-"""How many layers stay on the device for a budget, and which."""
+"""How many and which layers stay on the device for a budget."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOTHING = Call(NODE, Why.VIEW)
 
 
 def choice(budget: int, weights: int, layers: int, *moments: sympy.Expr) -> Choice:
-    """For a program whose moments take so many bytes."""
+    """The choice for a program with these bytes at each moment."""
     made = tuple(Moment(NOTHING, (Storage(NODE, sympy.sympify(size), Place.DEVICE),), sympy.S.Zero) for size in moments)
     footprint, _ = Footprint.of(Memory(made, {}))
     nothing = function_of(0, footprint.symbols)
@@ -53,7 +53,7 @@ def stay(choice: Choice, sizes: tuple[int, ...], layer: int) -> list[int]:
     st.integers(1, 1 << 30),
     st.sampled_from([1, 3]),
 )
-def test_what_stays_fits_and_one_more_would_not(budget, weights, iteration, per_token, layers, tokens, layer, batch):
+def test_resident_layers_are_as_many_as_fit(budget, weights, iteration, per_token, layers, tokens, layer, batch):
     decides = choice(budget, weights, layers, 5 * BATCH, BATCH * (iteration + TOKENS * per_token))
     sizes = dict(zip((BATCH, TOKENS), (batch, tokens), strict=True))
     resident = len(stay(decides, tuple(sizes[symbol] for symbol in decides.footprint.symbols), layer))
@@ -63,7 +63,7 @@ def test_what_stays_fits_and_one_more_would_not(budget, weights, iteration, per_
 
 
 @given(st.integers(1, 100), st.integers(0, 100))
-def test_layers_that_stay_are_spread_evenly(layers, resident):
+def test_resident_layers_are_spread_evenly(layers, resident):
     kept = stay(choice(resident, 0, layers, 0), (), 1)
     assert len(kept) == min(resident, layers)
     gaps = {b - a for a, b in itertools.pairwise(kept)}
@@ -79,7 +79,7 @@ def test_three_times_the_captured_batch_leaves_room_for_fewer_layers():
 
 
 def test_another_moment_may_be_the_peak_of_a_longer_prompt():
-    """What is highest changes with the sizes, which no line through the captured peak tells."""
+    """The highest moment changes with the sizes, which a line through the captured peak would miss."""
     rows = sympy.ceiling(TOKENS / sympy.ceiling(TOKENS / 4))
     decides = choice(1000, 0, 10, 100 + TOKENS, TOKENS**2 - rows)
     assert decides.footprint.symbols == (TOKENS,)
@@ -87,12 +87,12 @@ def test_another_moment_may_be_the_peak_of_a_longer_prompt():
     assert [decides.resident_layers((tokens,), 100) for tokens in (4, 20, 30)] == [8, 6, 1]
 
 
-def test_a_graph_whose_sizes_were_captured_as_numbers_needs_a_number():
+def test_a_graph_with_constant_sizes_needs_a_number():
     decides = choice(100, 0, 10, 40, 70)
     assert decides.footprint.symbols == () and decides.resident_layers((), 10) == 3
 
 
-def test_what_a_model_needs_is_the_peak_that_its_program_says():
+def test_footprint_bytes_equal_the_peak_of_the_program():
     model, x = tiny("Llama", num_hidden_layers=3), torch.randint(3, 64, (2, 300))
     for dim in (0, 1):
         torch._dynamo.mark_dynamic(x, dim)
@@ -106,13 +106,13 @@ def test_what_a_model_needs_is_the_peak_that_its_program_says():
         assert len(sizes) == 2 and needed == memory.number(memory.peak, named)
 
 
-# --- what there is of a CUDA device, by given numbers ---
+# --- available memory of a simulated CUDA device ---
 
 GIB = 1 << 30
 
 
 def device_of(monkeypatch: pytest.MonkeyPatch, total: int, others: int, allocated: int, cached: int) -> None:
-    """A device of `total` bytes: other processes have `others`, this one's tensors and PyTorch's cache the rest."""
+    """A device of `total` bytes: other processes use `others`, the rest is used by tensors and PyTorch's cache."""
     free = total - others - allocated - cached
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated + cached)
@@ -122,13 +122,13 @@ def device_of(monkeypatch: pytest.MonkeyPatch, total: int, others: int, allocate
 @pytest.mark.parametrize(
     ("others", "allocated", "cached", "may_be_used"),
     [
-        (0, 16, 0, 80),  # our weights alone: all of it
-        (0, 16, 30, 80),  # what PyTorch keeps for itself is as good as free
-        (0, 46, 0, 50),  # tensors of others in this process are not
-        (20, 46, 10, 30),  # nor what other processes have
+        (0, 16, 0, 80),  # only our weights: all of it
+        (0, 16, 30, 80),  # PyTorch's cache counts as free
+        (0, 46, 0, 50),  # other tensors of this process do not
+        (20, 46, 10, 30),  # nor does memory of other processes
     ],
 )
-def test_what_a_graph_may_use_of_a_device(monkeypatch, others, allocated, cached, may_be_used):
+def test_device_memory_available_to_a_graph(monkeypatch, others, allocated, cached, may_be_used):
     device_of(monkeypatch, 80 * GIB, others * GIB, allocated * GIB, cached * GIB)
     margin = 80 * GIB // device_bytes.MARGIN_SHARE
     assert device_bytes.available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
@@ -140,7 +140,7 @@ def test_a_small_device_keeps_a_margin_too(monkeypatch):
 
 
 def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
-    """Of two sequences of 300 tokens, four heads of 8, in mini-sequences of at most 64."""
+    """For two sequences of 300 tokens, four heads of 8, in mini-sequences of at most 64."""
     found: list[Rewritten] = []
 
     def keep(rewritten: Rewritten, options: Options, static: Collection[str], rule: RowRule | None) -> KVPlace:
@@ -158,7 +158,7 @@ def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_layers_that_stay_leave_room_for_weights_program_and_attention(monkeypatch):
+def test_resident_layers_leave_room_for_weights_program_and_attention(monkeypatch):
     rewritten = rewritten_prefill(monkeypatch)
     device_of(monkeypatch, 8 * GIB, 0, 2 * GIB, GIB)
     monkeypatch.setattr(make_choice, "compute_device", lambda gm: CUDA)
@@ -167,13 +167,13 @@ def test_layers_that_stay_leave_room_for_weights_program_and_attention(monkeypat
     made = policy.kv_place(rewritten, parse_options({"kv_offload": "auto"}), ()).choice
     assert made is not None and made.budget is not None
     assert (made.weights, made.budget.bytes, made.budget.asked) == (GIB, 7 * GIB - device_bytes.LEAST_MARGIN, False)
-    own = 2 * 4 * 64 * (8 + 1) * 4  # a mini-sequence's result once more, and its logsumexp
+    own = 2 * 4 * 64 * (8 + 1) * 4  # a second copy of a mini-sequence's result, and its logsumexp
     assert made.at(()).needed == rewritten.memory.number(rewritten.memory.peak) + own
     asked = policy.kv_place(rewritten, parse_options({"kv_offload": "auto", "memory_budget": "3GiB"}), ()).choice
     assert asked is not None and asked.budget == Budget(3 * GIB, asked=True)
 
 
-def test_weights_that_are_elsewhere_take_nothing_of_a_device():
+def test_weights_on_other_devices_take_no_memory():
     graph = fx.Graph()
     for name, device in (("here", "meta"), ("there", "cpu"), ("input", "meta")):
         graph.placeholder(name).meta["val"] = torch.empty(10, device=device)
@@ -188,11 +188,11 @@ def test_weights_that_are_elsewhere_take_nothing_of_a_device():
         (100, None, False, 0),
         (100, (2, 1, 1, 100), False, BLOCK_BYTES),
         (100, None, True, BLOCK_BYTES),
-        (1 << 20, None, True, FEWEST_ROWS * 2 * (1 << 20) * 2),  # of two sequences, in bfloat16
+        (1 << 20, None, True, FEWEST_ROWS * 2 * (1 << 20) * 2),  # for two sequences, in bfloat16
         (1 << 20, (1, 4, 1, 1 << 20), True, FEWEST_ROWS * 4 * (1 << 20) * 2),
     ],
 )
-def test_what_attention_takes_for_itself(tokens, mask, keys, blocks_of):
+def test_scratch_memory_of_attention(tokens, mask, keys, blocks_of):
     graph = fx.Graph()
 
     def given(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> fx.Node:
@@ -218,16 +218,16 @@ def test_what_attention_takes_for_itself(tokens, mask, keys, blocks_of):
         ({"kv_offload": "host"}, r"kv_offload='host' is not valid"),
         ({"kv_offload": "disk"}, r"needs kv_dir"),
         ({"kv_offload": "disk", "kv_dir": "/nowhere/at/all"}, r"is not a folder"),
-        ({"kv_offload": True, "kv_dir": "/tmp"}, r"kv_dir is for kv_offload='disk'"),
+        ({"kv_offload": True, "kv_dir": "/tmp"}, r"kv_dir requires kv_offload='disk'"),
         ({"memory_budget": "much"}, r"memory_budget='much'"),
     ],
 )
-def test_bad_options_say_what_is_wrong(options, message):
+def test_invalid_options_raise_with_the_fault(options, message):
     with pytest.raises(ValueError, match=message):
         parse_options(options)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+def test_an_unwritable_folder_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match="cannot be written to"):
+    with pytest.raises(ValueError, match="is not writable"):
         parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)})

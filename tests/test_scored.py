@@ -1,4 +1,4 @@
-"""Scores without logits: what is asked of logits is asked of blocks of the vocabulary, and is the same."""
+"""Scores without logits: results computed in blocks of the vocabulary equal those computed from logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS = {"strict": True, "mini_seq_len": 16}
 
 @contextlib.contextmanager
 def blocks_of(size: int, columns: int = 4) -> Iterator[None]:
-    """Blocks of so many bytes, and of few columns if need be."""
+    """Limits blocks to a number of bytes, and to few columns if necessary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "block_bytes", lambda device: size)
         patch.setattr(runtime, "FEWEST_COLUMNS", columns)
@@ -47,7 +47,7 @@ def blocks_of(size: int, columns: int = 4) -> Iterator[None]:
 
 
 def compare(call: ScoredCall) -> None:
-    """The kernel's results are the reference's."""
+    """The kernel's results equal those of the reference."""
     for name, actual, expected in zip(
         ("top", "shift", "total", "weighted", "chosen", "greedy"),
         runtime.scored_in_blocks(call),
@@ -65,7 +65,7 @@ def call_of(
     shape: tuple[int, ...], columns: int, seed: int, dtype: torch.dtype = torch.float64, targets: int | None = 1,
     **changes: Any,
 ) -> ScoredCall:  # fmt: skip
-    """Whole numbers of the logits: their sums are exact in any order, and many are alike."""
+    """Integer logits: their sums are exact in any order, and many are equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(*size: int) -> torch.Tensor:
@@ -97,11 +97,11 @@ STEPS = {
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from(sorted(STEPS)),
     st.lists(st.sampled_from([TOTAL, WEIGHTED, GREEDY]), unique=True), st.booleans(), st.integers(32, 4000),
 )  # fmt: skip
-def test_blocks_give_what_all_columns_give(
+def test_blocks_give_the_result_of_all_columns(
     batch: int, rows: int, columns: int, targets: int, dtype: torch.dtype, steps: str, wants: list[str], bias: bool,
     size: int,
 ) -> None:  # fmt: skip
-    """Whatever the block: of a single column and row, of all, and of a last one that is shorter; and ties."""
+    """For any block: a single column and row, all of them, and a shorter last one; with ties."""
     known = STEPS[steps]
     moved = torch.arange(columns).to(dtype) % 3 if bias else None
     changes = {"steps": known.names, "numbers": known.numbers, "wants": wants, "bias": moved}
@@ -112,8 +112,8 @@ def test_blocks_give_what_all_columns_give(
 
 @pytest.mark.parametrize("wants", [[TOTAL, WEIGHTED, GREEDY], [TOTAL, LIKELY, GREEDY]])
 @pytest.mark.parametrize("special", list(itertools.product([-math.inf, math.inf, math.nan, -1e30, 700.0], repeat=2)))
-def test_logits_that_are_no_numbers_are_as_they_are_in_one(special: tuple[float, float], wants: list[str]) -> None:
-    """In the first block or the last, alone in it, and in all of them."""
+def test_nan_logits_give_the_result_of_all_columns(special: tuple[float, float], wants: list[str]) -> None:
+    """In the first or last block, alone in it, or in all of them."""
     at_first, at_last, everywhere = (torch.zeros(12, dtype=torch.float64) for _ in range(3))
     at_first[1:4], at_last[-2:] = special[0], special[1]
     both = at_first + at_last
@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_are_as_they_are_in_one(special: tuple[float,
             compare(call_of((5,), 12, 0, bias=bias, wants=wants))
 
 
-def test_of_several_largest_the_first() -> None:
+def test_the_first_of_equal_largest_logits_is_chosen() -> None:
     hidden, matrix = torch.ones(3, 1), torch.tensor([[1.0, 5, 2, 5, 5, 0, 5]])
     with blocks_of(3 * 4 * 2, 2):
         *_, greedy = runtime.scored_in_blocks(ScoredCall(hidden, matrix, None, None, [], [], [GREEDY]))
@@ -132,7 +132,7 @@ def test_of_several_largest_the_first() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 12])
-def test_a_target_that_is_no_column_is_an_error(wrong: int) -> None:
+def test_a_target_out_of_range_raises(wrong: int) -> None:
     call = call_of((5,), 12, 0)
     assert call.targets is not None
     call.targets[3] = wrong
@@ -140,12 +140,12 @@ def test_a_target_that_is_no_column_is_an_error(wrong: int) -> None:
         runtime.scored_in_blocks(call)
 
 
-# --- what is recognised ---
+# --- recognised graphs ---
 
 
 @dataclass(frozen=True)
 class Asking:
-    """What a function asks of logits, and how it is written."""
+    """A function of logits, and how it is written."""
 
     logits: str
     rows: str
@@ -154,14 +154,14 @@ class Asking:
 
 
 Tensor = torch.Tensor
-#: `(product [B, S, V]) -> logits`, as models have them.
+#: `(product [B, S, V]) -> logits`, as in models.
 LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "capped": lambda x: 30.0 * torch.tanh(x / 30.0),
     "scaled": lambda x: x * 0.25,
     "divided": lambda x: x / 1.5,
 }
-#: Which rows are scored, by which targets `[B, S]`.
+#: The scored rows, by targets `[B, S]`.
 ROWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "all": lambda x, t: (x, t),
     "all but the last": lambda x, t: (x[:, :-1], t[:, 1:]),
@@ -199,12 +199,12 @@ ASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "entropy": lambda x, t: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1),
     "entropy, as TRL": lambda x, t: x.logsumexp(-1) - (x.softmax(-1) * x).sum(-1),
 }
-#: A sum with columns of likelihood 0 and one without are not had at once.
+#: Sums with columns of probability 0 and sums without them are exclusive.
 LIKELY_ENTROPY = {"likely entropy": likely_entropy}
 
 
 def function_of(asking: Asking) -> Callable[..., tuple[Tensor, ...]]:
-    """An attention, so that there are tokens, and a head."""
+    """An attention, so that there is a token dimension, and a head."""
 
     def run(x: Tensor, targets: Tensor, weight: Tensor, square: Tensor) -> tuple[Tensor, ...]:
         x = x + torch.softmax(x @ square @ x.mT, -1) @ x
@@ -227,7 +227,7 @@ def inputs(batch: int, tokens: int, dtype: torch.dtype = torch.float64) -> tuple
 
 
 def has_logits(gm: fx.GraphModule, columns: Any = COLUMNS) -> bool:
-    """Whether a value of a graph or of its loops has a number for each column in every row."""
+    """Whether a value of a graph or its loops has a number for each column in every row."""
     graphs = [gm.graph, *(module.body.graph for _, module in loop_nodes(gm))]
     values = [v for graph in graphs for node in graph.nodes for v in [*tensors_of(node), node.meta.get("type")]]
     shapes = [list(map(str, value.shape)) for value in values if hasattr(value, "shape")]
@@ -243,7 +243,7 @@ def outlined(asking: Asking, batch: int, tokens: int, dynamic: bool) -> tuple[fx
     dtype = torch.bfloat16 if asking.half else torch.float64
     gm = trace(function_of(asking), *inputs(batch, tokens, dtype), dynamic=dynamic)
     changed = copy_graph(gm)
-    drop_whole_slices_of(changed)  # as the pipeline does before
+    drop_whole_slices_of(changed)  # as in the pipeline
     assert outline_scores(changed, 0) == {}
     changed.graph.lint()
     changed.recompile()
@@ -260,8 +260,8 @@ def askings() -> st.SearchStrategy[Asking]:
 @random_examples(
     30, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
-def test_what_is_asked_of_logits_is_the_same(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
-    """As one operator, and in loops with blocks that do not divide the vocabulary; and no logits are left."""
+def test_results_equal_those_from_logits(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
+    """As one operator, and in loops with blocks that do not divide the vocabulary; no logits remain."""
     gm, changed = outlined(asking, batch, tokens, dynamic)
     columns = gm.graph.find_nodes(op="placeholder")[2].meta["val"].shape[0]
     assert has_logits(gm, columns) and not has_logits(changed, columns)
@@ -290,7 +290,7 @@ def test_logits_in_half_precision_are_scored_in_float32(asked: str) -> None:
         torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
 
 
-# --- what is not ---
+# --- graphs that are not rewritten ---
 
 
 def returned(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
@@ -343,8 +343,8 @@ def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         (moved_by_column, "reads logits"),
     ],
 )
-def test_what_needs_all_logits_gets_them(function: Callable[..., Any], reason: str | None) -> None:
-    """With the reason, if anything is asked that could be had without."""
+def test_other_readers_get_all_logits(function: Callable[..., Any], reason: str | None) -> None:
+    """With a reason, if some results could be computed without logits."""
     gm = trace(lambda x, t, w: function(F.linear(x, w), t), *inputs(2, 9)[:3])
     same = copy_graph(gm)
     refused = outline_scores(same, 0)
@@ -353,14 +353,14 @@ def test_what_needs_all_logits_gets_them(function: Callable[..., Any], reason: s
     assert str(same.graph) == str(gm.graph)
 
 
-def test_rows_that_are_wider_than_their_logits_are_a_router_s() -> None:
+def test_a_router_is_not_scored() -> None:
     gm = trace(lambda x, w: (x @ w).argmax(-1), torch.randn(2, 9, 8), torch.randn(8, 8))
     assert outline_scores(gm, 0) == {}
     assert not gm.graph.find_nodes(op="call_function", target=SCORED)
 
 
 def test_logits_of_few_rows_stay() -> None:
-    """Of a known number of rows: a block is as large. Of any number they do not."""
+    """With a known number of rows that fits into a block they stay; with a symbolic number they do not."""
     for dynamic in (False, True):
         gm = trace(lambda x, t, w: F.linear(x, w).argmax(-1), *inputs(2, 9)[:3], dynamic=dynamic)
         assert outline_scores(gm) == {}
@@ -380,8 +380,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("family", sweep(sorted(HEADS), quick=["Gemma2"]))
-def test_a_loss_of_labels_is_the_models(family: str, eager_pieces: None, stock_is_eager: None) -> None:
-    """Mean, sum and its own number of tokens; with labels of -100, and where all are. One length, and then any."""
+def test_a_loss_of_labels_equals_the_models(family: str, eager_pieces: None, stock_is_eager: None) -> None:
+    """Mean, sum and custom number of tokens; with some or all labels -100; for one length, then for any."""
     model = small_model(family, **HEADS[family])
     compiled = torch.compile(lambda **named: model(**named, use_cache=False).loss, backend="mom", options=OPTIONS)
     for tokens in (40, 57, 70):
@@ -425,8 +425,8 @@ def wide() -> Wide:
 
 
 @pytest.mark.parametrize("entropy", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> None:
-    """Whatever the rows, which are as many as a loop without logits has; and the report says what is measured."""
+def test_at_most_one_block_of_logits_exists(wide: Wide, entropy: bool) -> None:
+    """For any number of rows, which equals that of a loop without logits; and the report matches what is measured."""
     sequence = ids(1, 1400, 0, 64)
 
     def score() -> Any:
@@ -446,8 +446,8 @@ def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> N
     )
 
 
-def test_a_text_that_is_not_cut_has_no_logits_either(wide: Wide) -> None:
-    """Its length is a number, and one mini-sequence has all of it: a graph without loops, and without logits."""
+def test_a_text_without_loops_has_no_logits_either(wide: Wide) -> None:
+    """Its length is a constant that fits into one mini-sequence: a graph without loops, and without logits."""
     compiled = torch.compile(wide, backend="mom", options={"strict": True}, dynamic=False)
     x = ids(1, 100, 0, 64)
     with torch.no_grad():

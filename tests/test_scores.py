@@ -1,4 +1,4 @@
-"""`token_log_probs`: each token's log-probability without logits, whatever the batch, the padding and the model."""
+"""`token_log_probs`: each token's log-probability without logits, for any batch, padding and model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 def wanted(model: Any, sequence: torch.Tensor, labels: torch.Tensor | None = None) -> TokenScores:
-    """Of one sequence without padding, in float64 from eager mode's logits."""
+    """Scores of one sequence without padding, in float64 from eager mode's logits."""
     with torch.no_grad():
         logits = model.forward(input_ids=sequence[None]).logits[0, :-1].double()
     targets = (sequence if labels is None else labels)[1:]
@@ -41,7 +41,7 @@ def assert_scores(actual: TokenScores, row: int, at: slice, expected: TokenScore
 
 @pytest.mark.parametrize("family", sweep(["Llama", "GPT2", "Gemma3Text"], quick=["Llama"]))
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_sequence_of_a_padded_batch_is_scored_as_alone(family: str, side: str, eager_pieces: None) -> None:
+def test_padded_sequences_are_scored_as_if_alone(family: str, side: str, eager_pieces: None) -> None:
     model = small_model(family)
     lengths = (60, 41, 2)
     batch, mask = torch.zeros(3, 60, dtype=torch.long), torch.zeros(3, 60, dtype=torch.long)
@@ -62,7 +62,7 @@ def test_each_sequence_of_a_padded_batch_is_scored_as_alone(family: str, side: s
 
 
 def test_one_compilation_for_all_lengths(eager_pieces: None) -> None:
-    """And no logits at full length in it."""
+    """And its graph has no logits at full length."""
     model = small_model("Llama")
     for tokens in (50, 33, 64, 90):
         sequence = text(2, tokens, tokens)
@@ -88,8 +88,8 @@ def test_compiled_code_and_half_precision() -> None:
     assert mom_compile.reports()[0].stages and not mom_compile.reports()[0].eager_pieces
 
 
-def test_labels_of_ones_own(eager_pieces: None) -> None:
-    """Scored in place of the tokens, and -100 for none; here and there as in Hugging Face's losses."""
+def test_custom_labels(eager_pieces: None) -> None:
+    """Scored instead of the tokens, -100 for none; some of them as in Hugging Face's losses."""
     model = small_model("Llama")
     sequence, labels = text(1, 40), text(1, 40, 7)
     labels[0, 5:9] = -100
@@ -101,7 +101,7 @@ def test_labels_of_ones_own(eager_pieces: None) -> None:
     assert not scores.log_probs[~seen].any() and not scores.greedy[~seen].any()
 
 
-def test_a_model_that_is_compiled_itself_goes_on_as_it_was(eager_pieces: None, stock_is_eager: None) -> None:
+def test_scoring_does_not_affect_a_compiled_model(eager_pieces: None, stock_is_eager: None) -> None:
     model = small_model("Llama")
     model.compile(backend="mom", options=OPTIONS)
     sequence = text(2, 50)
@@ -113,8 +113,8 @@ def test_a_model_that_is_compiled_itself_goes_on_as_it_was(eager_pieces: None, s
 
 
 @pytest.mark.slow
-def test_many_models_do_not_get_in_each_others_way(eager_pieces: None) -> None:
-    """Dynamo compiles a function a limited number of times; a model that has gone is not held."""
+def test_many_models_do_not_share_a_recompile_limit(eager_pieces: None) -> None:
+    """Dynamo limits the compilations of a function; deleted models are not kept alive."""
     gone = []
     for seed in range(12):
         model = small_model("Llama", num_hidden_layers=1, seed=seed)
@@ -149,9 +149,9 @@ def test_spans() -> None:
     assert scores.sums([(1, 3), (1, 2)]).tolist() == [-3.0, -8.0]
     assert scores.all_greedy([(1, 3), (2, 4)]).tolist() == [True, False]
     for spans, message in (
-        ([(1, 2)], "1 spans for 2 sequences"),
-        ([(0, 2), (1, 2)], "the first that has a score is token 1"),
-        ([(1, 5), (1, 2)], "not within a text of 4 tokens"),
+        ([(1, 2)], "got 1 spans for 2 sequences"),
+        ([(0, 2), (1, 2)], "the first scored token is token 1"),
+        ([(1, 5), (1, 2)], "invalid for a text of 4 tokens"),
         ([(2, 2), (1, 2)], "2 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -161,33 +161,33 @@ def test_spans() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": torch.zeros(0, 9, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "two are wanted"),
-        ({"input_ids": [[1, 2, 3]]}, "are a list; a tensor"),
-        ({"input_ids": torch.zeros(9, dtype=torch.long)}, "of integers is wanted"),
-        ({"input_ids": torch.zeros(1, 9)}, "of integers is wanted"),
-        ({"input_ids": text(1, 9), "attention_mask": torch.ones(1, 8)}, r"attention_mask is \[1, 8\]"),
-        ({"input_ids": text(1, 9), "labels": text(2, 9)}, r"labels is \[2, 9\]"),
-        ({"input_ids": text(1, 9), "labels": text(1, 9) + 400}, "no token of a vocabulary of 320"),
-        ({"input_ids": text(1, 9), "labels": torch.full((1, 9), -7)}, "labels have -7, which is no token"),
-        ({"input_ids": text(1, 9), "attention_mask": torch.ones(9)}, r"attention_mask is \[9\]"),
-        ({"input_ids": text(1, 9) - 400}, "no token of a vocabulary"),
+        ({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": torch.zeros(0, 9, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "two or more tokens"),
+        ({"input_ids": [[1, 2, 3]]}, "expected a tensor of integers, .* got a list"),
+        ({"input_ids": torch.zeros(9, dtype=torch.long)}, "expected integers"),
+        ({"input_ids": torch.zeros(1, 9)}, "expected integers"),
+        ({"input_ids": text(1, 9), "attention_mask": torch.ones(1, 8)}, r"attention_mask has shape \[1, 8\]"),
+        ({"input_ids": text(1, 9), "labels": text(2, 9)}, r"labels has shape \[2, 9\]"),
+        ({"input_ids": text(1, 9), "labels": text(1, 9) + 400}, "not in the vocabulary of 320"),
+        ({"input_ids": text(1, 9), "labels": torch.full((1, 9), -7)}, "labels contain -7, which is not"),
+        ({"input_ids": text(1, 9), "attention_mask": torch.ones(9)}, r"attention_mask has shape \[9\]"),
+        ({"input_ids": text(1, 9) - 400}, "not in the vocabulary"),
     ],
 )
-def test_what_cannot_be_scored_is_said(given: dict[str, Any], message: str) -> None:
+def test_invalid_inputs_raise(given: dict[str, Any], message: str) -> None:
     model = small_model("Llama", num_hidden_layers=1)
     with pytest.raises(ValueError, match=message):
         token_log_probs(model, **given)
 
 
-def test_a_wrong_option_is_said_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_option_raises_before_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *given, **named: pytest.fail("it was traced"))
     with pytest.raises(ValueError, match="did you mean 'scope'"):
         token_log_probs(small_model("Llama"), text(1, 9), options={"scop": "mlp"})
 
 
-def test_models_that_cannot_score_are_told_apart() -> None:
+def test_models_in_training_or_without_logits_raise() -> None:
     model = small_model("Llama", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"model\.eval"):
         token_log_probs(model.train(), text(1, 9))
@@ -195,8 +195,8 @@ def test_models_that_cannot_score_are_told_apart() -> None:
         token_log_probs(model.eval().model, text(1, 9))
 
 
-def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled for all sizes, Dynamo takes floats of a model for inputs, finds out late, and begins again."""
+def test_the_model_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for all sizes, Dynamo would first take a model's floats as inputs, and then start again."""
     seen: list[int] = []
     capture = backend.capture
 
@@ -212,7 +212,7 @@ def test_it_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kind", [tuple, dict])
-def test_a_model_that_returns_something_else(kind: type, eager_pieces: None) -> None:
+def test_a_model_with_another_result_raises(kind: type, eager_pieces: None) -> None:
     class Hidden(TinyDecoder):
         def forward(self, input_ids: torch.Tensor) -> Any:  # type: ignore[override]
             hidden = super().forward(input_ids)
@@ -222,8 +222,8 @@ def test_a_model_that_returns_something_else(kind: type, eager_pieces: None) -> 
         token_log_probs(Hidden().eval(), ids(1, 40), options=OPTIONS)
 
 
-def test_a_sequence_that_is_padding_altogether(eager_pieces: None) -> None:
-    """Has no scores, and takes none from the others."""
+def test_a_sequence_of_padding_only(eager_pieces: None) -> None:
+    """It has no scores and does not affect the others."""
     model = small_model("Llama")
     sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
     mask[0] = 0
@@ -235,7 +235,7 @@ def test_a_sequence_that_is_padding_altogether(eager_pieces: None) -> None:
 
 
 def test_a_large_vocabulary_does_not_bias_scores() -> None:
-    """A sum of so many terms in float32 is off by 2e-5 and more, and always to the same side."""
+    """In float32, a sum of this many terms has a biased error of 2e-5 or more."""
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a program was expected to hold after each step is what it holds, and is drawn beside it."""
+"""Live bytes after each step of a program equal the expected bytes, and both are drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report_of(layers=2):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is drawn as a line, by its label."""
+    """Records the lines that are drawn, by label."""
     from matplotlib.axes import Axes
 
     lines, plot = {}, Axes.plot
@@ -34,7 +34,7 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_what_is_live_after_each_step_is_what_was_expected(tmp_path, drawn):
+def test_live_bytes_after_each_step_equal_the_expected(tmp_path, drawn):
     watch_cpu()
     model, x = tiny("Llama", num_hidden_layers=3, max_position_embeddings=1024), ids(1, 800)
     model.compile(backend="mom", options={"mini_seq_len": 64})
@@ -48,7 +48,7 @@ def test_what_is_live_after_each_step_is_what_was_expected(tmp_path, drawn):
     loops = [moment for moment in moments if isinstance(moment.step, LoopStep)]
     assert len(loops) >= 3
     for step, (moment, after) in zip(measured, itertools.pairwise(loops), strict=False):
-        # What dies in a step is gone behind it.
+        # Values that die in a step are freed after it.
         alive = sum(report.memory.number(storage.bytes) for storage in moment.alive if storage in after.alive)
         assert step.name == moment.step.name and abs(step.bytes - alive) <= 0.02 * alive
     report.plot(tmp_path / "memory.png", measured)
@@ -64,24 +64,24 @@ def test_of_several_runs_the_last_is_drawn():
     assert of_program(memory, [*runs[0], *other, *runs[1], *other]) == [200 + i for i in range(len(names))]
 
 
-def test_bare_numbers_are_one_for_each_step(tmp_path, drawn):
+def test_plain_numbers_must_match_the_steps(tmp_path, drawn):
     report = report_of()
     count = len(report.memory.moments)
     report.plot(tmp_path / "memory.png", [1 << 20] * count)
     assert drawn == {"measured, after each step": [1.0] * count}
-    with pytest.raises(ValueError, match=f"measured has {count + 1} numbers, and the program {count} steps"):
+    with pytest.raises(ValueError, match=f"measured has {count + 1} numbers, but the program has {count} steps"):
         report.plot(tmp_path / "other.png", [1] * (count + 1))
     assert not (tmp_path / "other.png").exists()
 
 
-def test_what_was_measured_of_another_program_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no run of this program was measured: among 1 steps its \d+ are not"):
+def test_measurements_of_another_program_raise(tmp_path):
+    with pytest.raises(ValueError, match=r"no run of this program was measured: its \d+ steps are not among the 1"):
         report_of().plot(tmp_path / "memory.png", [StepBytes("stage_0", 3)])
     with pytest.raises(ValueError, match="measured has 0 numbers"):
         report_of().plot(tmp_path / "memory.png", [])
 
 
-def test_on_a_cpu_somebody_has_to_count(monkeypatch):
+def test_a_cpu_requires_a_function_that_counts_bytes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"measured_steps\(live_bytes\)"), mom_compile.measured_steps():
         pass

@@ -1,4 +1,4 @@
-"""One range of versions is tested; everything that names it agrees, and what lies outside is told once."""
+"""The tested range of versions: all places that state it agree, and versions outside of it warn once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSIDE = {"torch": "2.13.0+cpu", "transformers": "5.23.0", "Python": "3.12.1"}
         ("transformers", "5.17.0"), ("transformers", "5.24.3"), ("Python", "3.11.0"), ("Python", "3.13.9"),
     ],
 )  # fmt: skip
-def test_the_tested_range_is_silent_to_its_ends(name, version):
+def test_versions_within_the_tested_range_do_not_warn(name, version):
     assert untested({**INSIDE, name: version}) is None
 
 
@@ -37,27 +37,27 @@ def test_the_tested_range_is_silent_to_its_ends(name, version):
         ("transformers", "5.25.0"), ("Python", "3.14.0rc2"), ("transformers", "unknown"),
     ],
 )  # fmt: skip
-def test_what_is_outside_is_named_with_the_range(name, version):
+def test_a_version_outside_the_range_is_named(name, version):
     text = untested({**INSIDE, name: version})
     assert text is not None
     assert f"results with {name} {version} are unverified" in text
     assert "torch 2.11 to 2.14, transformers 5.17 to 5.24, Python 3.11 to 3.13" in text
 
 
-def test_all_that_is_outside_is_named():
+def test_all_versions_outside_the_range_are_named():
     text = untested({"torch": "2.15.0", "Python": "3.14.0"})
     assert text is not None
     assert "with torch 2.15.0 and Python 3.14.0 are" in text
 
 
-def test_transformers_counts_only_where_it_is_imported(monkeypatch):
+def test_transformers_counts_only_if_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     assert set(running()) == {"torch", "Python"}
     assert "transformers" not in sys.modules
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_a_process_is_warned_once_at_its_first_compilation(monkeypatch):
+def test_the_first_compilation_warns_once_per_process(monkeypatch):
     notices.warn_of_versions.cache_clear()
     monkeypatch.setattr(torch, "__version__", "2.15.0")
     first, second = (torch.compile(TinyDecoder(1).eval(), backend="mom", options={"mini_seq_len": 8}) for _ in range(2))
@@ -68,7 +68,7 @@ def test_a_process_is_warned_once_at_its_first_compilation(monkeypatch):
         second(ids(1, 20))  # a warning would be an error
 
 
-def test_the_metadata_has_the_lower_ends_and_leaves_the_upper_open():
+def test_the_package_metadata_has_the_lower_bounds_only():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert project["requires-python"] == f">={TESTED['Python'][0]}"
@@ -77,13 +77,13 @@ def test_the_metadata_has_the_lower_ends_and_leaves_the_upper_open():
         assert f"transformers>={TESTED['transformers'][0]}" in extras[extra]
 
 
-def test_what_is_pinned_is_inside():
+def test_the_pinned_versions_are_in_the_range():
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert untested({"torch": pins["torch"], "transformers": pins["transformers"]}) is None
 
 
 @pytest.mark.parametrize("place", ["README.md", "mom_compile/torch_compat.py"])
-def test_what_is_written_about_it_is_the_same(place):
+def test_the_documentation_states_the_range(place):
     text = (ROOT / place).read_text()
     assert f"torch {TESTED['torch'][0]} to {TESTED['torch'][1]}" in text
     if place == "README.md":

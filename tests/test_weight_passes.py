@@ -1,4 +1,4 @@
-"""Weights on the host in a rewritten graph: each arrives once, one stretch ahead, in one of two layers' slots."""
+"""Weights on the host in a rewritten graph: each is fetched once, one stage ahead, into one of two layers' buffers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 @cache
 def explained(family: str, kind: str) -> Any:
-    """The report of a prefill, or of the decode step behind it."""
+    """The report of a prefill, or of the decode step after it."""
     model = small_model(family)
     inputs = prompt(1, 100)
     if kind == "prefill":
@@ -51,7 +51,7 @@ def starts(report: Any) -> list[fx.Node]:
 
 
 def on_device(report: Any) -> Iterator[int]:
-    """Bytes of weights that are on their way or there, step by step."""
+    """Bytes of fetched weights on the device, step by step."""
     arriving = set(starts(report))
     for moment in report.memory.moments:
         yield sum(report.memory.number(s.bytes) for s in moment.alive if s.node in arriving)
@@ -61,7 +61,7 @@ KINDS = [(family, kind) for family in ("Llama", "Gemma3Text", "GPT2") for kind i
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-def test_every_weight_arrives_once(family: str, kind: str) -> None:
+def test_every_weight_is_fetched_once(family: str, kind: str) -> None:
     report = explained(family, kind)
     hosts = [start.args[0] for start in starts(report)]
     assert len(hosts) >= 12
@@ -72,7 +72,7 @@ def test_every_weight_arrives_once(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-def test_two_layers_are_on_the_device_at_most(family: str, kind: str) -> None:
+def test_at_most_two_layers_are_on_the_device(family: str, kind: str) -> None:
     model = small_model(family)
     made = mom_compile.offload_weights(model, "cpu", memory_budget=least(model))
     report = explained(family, kind)
@@ -81,15 +81,15 @@ def test_two_layers_are_on_the_device_at_most(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-def test_a_copy_begins_before_the_stretch_before_its_own(family: str, kind: str) -> None:
-    """A stretch that computes lies between where a copy begins and where it is waited for, but for the first group."""
+def test_a_copy_starts_one_stage_ahead(family: str, kind: str) -> None:
+    """Computation takes place between the start of a copy and the wait for it, except for the first group."""
     report = explained(family, kind)
     nodes = list(report.graph.graph.nodes)
     waits = [node for node in nodes if node.target is FETCH_WAIT and node.args[0] in starts(report)]
     groups: list[list[fx.Node]] = []
     for wait in waits:
-        beside = groups and not _computes(nodes[nodes.index(groups[-1][-1]) + 1 : nodes.index(wait)])
-        groups[-1].append(wait) if beside else groups.append([wait])
+        same_group = groups and not _computes(nodes[nodes.index(groups[-1][-1]) + 1 : nodes.index(wait)])
+        groups[-1].append(wait) if same_group else groups.append([wait])
     assert len(groups) >= 4
     for group in groups[1:]:
         for wait in group:
@@ -102,7 +102,7 @@ def _computes(nodes: list[fx.Node]) -> bool:
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-def test_a_slot_is_used_again_behind_its_last_reader(family: str, kind: str) -> None:
+def test_a_slot_is_reused_after_its_last_reader(family: str, kind: str) -> None:
     report = explained(family, kind)
     reused = [(start, taken_over(start)) for start in starts(report) if taken_over(start) is not None]
     assert len(reused) >= len(starts(report)) // 4
@@ -116,7 +116,7 @@ def test_a_slot_is_used_again_behind_its_last_reader(family: str, kind: str) -> 
 
 
 def _all_readers(value: fx.Node) -> set[fx.Node]:
-    """Who reads it or a view of it: a view has `view`, `t`, `permute` or the like for its name."""
+    """The readers of a node or of its views (operators named `view`, `t`, `permute` and the like)."""
     found: set[fx.Node] = set()
     for user in value.users:
         if getattr(user.target, "is_view", False):
@@ -126,7 +126,7 @@ def _all_readers(value: fx.Node) -> set[fx.Node]:
     return found
 
 
-def test_an_embedding_sends_rows_and_a_tied_one_is_fetched_for_the_head_alone() -> None:
+def test_embeddings_fetch_rows_and_tied_ones_are_fetched_only_for_the_head() -> None:
     model = offloaded(small_model("Llama", tie_word_embeddings=True))
     report = mom_compile.explain(model, **prompt(2, 70), logits_to_keep=1, options=STRICT)[0]
     (rows,) = report.graph.graph.find_nodes(op="call_function", target=FETCH_ROWS)
@@ -136,7 +136,7 @@ def test_an_embedding_sends_rows_and_a_tied_one_is_fetched_for_the_head_alone() 
     assert report.weights.rows == 2 * 70 * SMALL.width * 4
 
 
-def test_a_decode_step_of_a_mixture_brings_the_experts_that_were_chosen() -> None:
+def test_a_decode_step_fetches_only_the_chosen_experts() -> None:
     experts, chosen = 16, 2
     model = small_model("Qwen3Moe", num_experts=experts, num_experts_per_tok=chosen)
     layers = [layer.mlp.experts for layer in model.model.layers]
@@ -162,8 +162,8 @@ def test_a_decode_step_of_a_mixture_brings_the_experts_that_were_chosen() -> Non
     assert moved == whole + report.weights.rows + report.weights.chosen
 
 
-def test_a_prefill_of_a_mixture_brings_whole_banks() -> None:
-    """Every expert is some token's."""
+def test_a_prefill_fetches_whole_banks_of_experts() -> None:
+    """Every expert is used by some token."""
     model = offloaded(small_model("Qwen3Moe"))
     report = mom_compile.explain(model, **prompt(1, 100), options=STRICT)[0]
     banks = {tuple(b.shape) for b in model.model.layers[0].mlp.experts.parameters()}
@@ -173,7 +173,7 @@ def test_a_prefill_of_a_mixture_brings_whole_banks() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 100, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (2, 33))])
 @pytest.mark.parametrize("kv_offload", [False, True])
-def test_the_same_is_computed_as_with_weights_on_the_device(tokens: int, kv_offload: bool) -> None:
+def test_results_equal_those_with_weights_on_the_device(tokens: int, kv_offload: bool) -> None:
     plain, moved = TinyDecoder(), offloaded(TinyDecoder())
     options = {**STRICT, "kv_offload": kv_offload}
     given = ids(2, tokens)
@@ -188,12 +188,12 @@ def test_the_same_is_computed_as_with_weights_on_the_device(tokens: int, kv_offl
     on_host = sum(p.nbytes for p in moved.parameters() if isinstance(p, mom_compile.HostWeight))
     table = moved.embed.weight.nbytes
     assert on_host > weight_bytes(plain) // 2
-    # Each weight is read once, of the table as many rows as there are tokens.
+    # Each weight is read once; of the table, one row per token.
     assert traffic.to_device - before == on_host - table + 2 * tokens * moved.embed.weight.shape[1] * 4
 
 
-def test_what_weights_leave_of_a_budget_is_for_keys_and_values() -> None:
-    """The backend's budget is for everything: what is on the host is not in it, what is under way is."""
+def test_the_budget_left_by_weights_is_used_for_keys_and_values() -> None:
+    """The backend's budget is for everything on the device: buffers of fetched weights, but not weights on the host."""
     model = small_model("Llama")
     moved = offloaded(copy.deepcopy(model))
     options = {**STRICT, "kv_offload": "auto", "memory_budget": weight_bytes(model) * 7 // 8}
@@ -220,8 +220,8 @@ def test_what_weights_leave_of_a_budget_is_for_keys_and_values() -> None:
     assert all(isinstance(layer.keys, mom_compile.HostTensor) for layer in past.layers)
 
 
-def test_a_part_of_a_weight_is_seen_on_the_device_as_it_was_on_the_host() -> None:
-    """A weight that is read in pieces, one of which lies apart in storage, arrives once and whole."""
+def test_views_of_a_weight_are_equal_on_device_and_host() -> None:
+    """A weight read in slices, one of them strided, is fetched once as a whole."""
 
     class Split(torch.nn.Module):
         def __init__(self) -> None:
@@ -246,7 +246,7 @@ def test_a_part_of_a_weight_is_seen_on_the_device_as_it_was_on_the_host() -> Non
     assert len(starts(report)) == 6
 
 
-def test_what_is_not_hidden_is_told() -> None:
+def test_exposed_copy_time_is_reported() -> None:
     arrival = Arrival(("w",), bytes=50_000_000, work_before=10**9)
     assert arrival.exposed(25e9, 1e12) == pytest.approx(0.0)
     assert arrival.exposed(25e9, 1e14) == pytest.approx(0.002 - 2e-5)
@@ -258,7 +258,7 @@ def test_what_is_not_hidden_is_told() -> None:
     assert "weights on the host: each prefill brings" in str(explained("Llama", "prefill"))
 
 
-def test_a_group_that_is_too_large_arrives_in_parts() -> None:
+def test_a_group_that_is_too_large_is_fetched_in_parts() -> None:
     graph = fx.Graph()
     values = []
     for size in (4, 4, 2, 8, 1):
@@ -269,8 +269,8 @@ def test_a_group_that_is_too_large_arrives_in_parts() -> None:
     assert parts == [[4, 4], [2], [8], [1]]
 
 
-def test_arriving_weights_with_symbols_for_sizes_take_the_place_of_others_like_them() -> None:
-    """Another tensor than a parameter may have symbols for sizes, which no dictionary takes for keys."""
+def test_fetched_weights_with_symbolic_sizes_reuse_buffers_of_equal_ones() -> None:
+    """Fetched tensors other than parameters may have symbolic sizes, which are not hashable."""
 
     def products(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return x @ a @ b @ c

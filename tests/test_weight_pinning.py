@@ -1,5 +1,7 @@
-"""Weights are pinned where they lie: no page twice, all of them unpinned with the last weight there, and usable in any
-case. The driver is a stand-in that refuses what CUDA's would."""
+"""Weights are pinned in place: no page twice, unpinned with the last weight there, and usable if pinning fails.
+
+The driver is a stand-in that refuses what CUDA would refuse.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,13 @@ PIECE = 4 * PAGE
 
 
 class Driver:
-    """Pins whole pages, none of them twice, and `room` bytes at most."""
+    """Pins whole pages, none of them twice, and at most `room` bytes."""
 
     def __init__(self, room: int = 1 << 40) -> None:
         self.room = room
         self.ranges: dict[int, int] = {}
         self.undone: list[int] = []
-        #: What happens while it unpins.
+        #: Called while it unpins.
         self.meanwhile: Callable[[], object] = lambda: None
 
     def __call__(self, address: int, size: int) -> Callable[[], None]:
@@ -72,7 +74,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 
 def weights(*sizes: int) -> list[torch.Tensor]:
-    """Storages of their own, as bytes, that lie one behind the other in one block: neighbours share pages."""
+    """Separate storages, as bytes, adjacent in one block: neighbours share pages."""
     block = torch.zeros(sum(sizes) + 2 * PAGE, dtype=torch.uint8)
     first = -block.data_ptr() % PAGE
     made = []
@@ -84,20 +86,20 @@ def weights(*sizes: int) -> list[torch.Tensor]:
 
 
 def hosted(tensors: list[torch.Tensor], pin: Pin) -> list[HostWeight]:
-    """Pinned, then made weights, as `offload_weights` does."""
+    """Pin tensors and wrap them as weights, like `offload_weights`."""
     own = [tensor[:] for tensor in tensors]
     pin_in_place(own, pin)
     return [host_weight(tensor, CPU) for tensor in own]
 
 
 def pieces(weight: torch.Tensor) -> list[int]:
-    """Bytes of the copies by which a weight would go to a device."""
+    """Bytes of the copies in which a weight would be copied to a device."""
     host = weight.host if isinstance(weight, HostWeight) else weight
     return [one.nbytes for one, _ in between_seams(host, torch.empty_like(host))]
 
 
 def check(driver: Driver, *held: HostWeight) -> None:
-    """Each is pinned, and none of its copies lies across two ranges."""
+    """Each weight is pinned, and none of its copies spans two ranges."""
     for weight in held:
         assert driver.covers(weight.host)
         at = weight.host.data_ptr()
@@ -106,14 +108,14 @@ def check(driver: Driver, *held: HostWeight) -> None:
             at += size
 
 
-def test_neighbours_that_share_a_page_are_pinned_together(driver: Driver) -> None:
+def test_tensors_that_share_a_page_are_pinned_together(driver: Driver) -> None:
     held = hosted(weights(100, 200, PAGE, 50), driver)
     assert sorted(driver.ranges.values()) == [2 * PAGE]
     check(driver, *held)
     assert all(pieces(weight) == [weight.nbytes] for weight in held)
 
 
-def test_they_are_unpinned_when_the_last_of_them_dies_and_not_before(driver: Driver) -> None:
+def test_pages_are_unpinned_with_the_last_of_their_tensors(driver: Driver) -> None:
     held = hosted(weights(100, 200, 50), driver)
     while held:
         assert driver.ranges
@@ -123,7 +125,7 @@ def test_they_are_unpinned_when_the_last_of_them_dies_and_not_before(driver: Dri
 
 
 def test_memory_is_kept_while_it_is_pinned(driver: Driver) -> None:
-    """A neighbour may die before: its page is still there."""
+    """A neighbour may be deleted first: its page stays pinned."""
     held = hosted(weights(100, 200), driver)
     alive = weakref.ref(held[0].host.untyped_storage())
     del held[0]
@@ -134,7 +136,7 @@ def test_memory_is_kept_while_it_is_pinned(driver: Driver) -> None:
     assert alive() is None
 
 
-def test_a_large_storage_is_pinned_in_pieces_that_copies_do_not_cross(driver: Driver) -> None:
+def test_a_large_storage_is_pinned_in_pieces_and_copies_are_split_there(driver: Driver) -> None:
     (held,) = hosted(weights(3 * PIECE + 100), driver)
     assert sorted(driver.ranges.values()) == [PAGE, PIECE, PIECE, PIECE]
     assert pieces(held) == [PIECE, PIECE, PIECE, 100]
@@ -152,7 +154,7 @@ def test_several_tensors_of_one_storage_are_pinned_once(driver: Driver) -> None:
     check(driver, *held)
 
 
-def test_what_lies_between_two_pinned_tensors_of_a_storage_is_a_seam_at_either_end(driver: Driver) -> None:
+def test_the_gap_between_two_pinned_tensors_has_a_seam_at_each_end(driver: Driver) -> None:
     (block,) = weights(6 * PAGE)
     held = hosted([block[:PAGE], block[4 * PAGE :]], driver)
     assert sorted(driver.ranges.values()) == [PAGE, 2 * PAGE]
@@ -161,7 +163,7 @@ def test_what_lies_between_two_pinned_tensors_of_a_storage_is_a_seam_at_either_e
     del held
 
 
-def test_ranges_that_touch_are_seams_too(driver: Driver) -> None:
+def test_adjacent_pinned_ranges_have_a_seam(driver: Driver) -> None:
     (block,) = weights(2 * PAGE)
     held = hosted([block[:PAGE]], driver) + hosted([block[PAGE:]], driver)
     assert pieces(host_weight(block, CPU)) == [PAGE, PAGE]
@@ -176,7 +178,7 @@ def test_an_empty_weight_has_no_pages(driver: Driver) -> None:
 # --- several models ---
 
 
-def test_a_second_model_with_the_same_storage_pins_nothing_and_holds_what_is_pinned(driver: Driver) -> None:
+def test_a_second_model_on_the_same_storage_shares_its_pins(driver: Driver) -> None:
     (block,) = weights(2 * PIECE)
     first = hosted([block], driver)
     before = dict(driver.ranges)
@@ -188,7 +190,7 @@ def test_a_second_model_with_the_same_storage_pins_nothing_and_holds_what_is_pin
     check(driver, *second)
 
 
-def test_a_second_model_that_shares_a_page_with_the_first_pins_the_rest_and_keeps_the_page(driver: Driver) -> None:
+def test_a_second_model_that_shares_a_page_pins_only_its_other_pages(driver: Driver) -> None:
     a, b = weights(PAGE + 100, 2 * PAGE)
     first = hosted([a], driver)
     second = hosted([b], driver)
@@ -200,18 +202,18 @@ def test_a_second_model_that_shares_a_page_with_the_first_pins_the_rest_and_keep
     check(driver, *second)
 
 
-def test_a_model_around_another_ones_pages_pins_what_is_left_on_both_sides(driver: Driver) -> None:
+def test_a_model_around_pinned_pages_pins_both_sides(driver: Driver) -> None:
     (block,) = weights(3 * PIECE)
     inner = hosted([block[PIECE + 10 : 2 * PIECE - 10]], driver)
     outer = hosted([block], driver)
     check(driver, *inner, *outer)
     del outer
     gc.collect()
-    assert driver.ranges  # one storage: all of it goes with its last weight
+    assert driver.ranges  # one storage: unpinned as a whole with its last weight
     del inner
 
 
-def test_many_models_that_share_pages_at_random_are_right_whoever_goes_first(driver: Driver) -> None:
+def test_models_that_share_pages_at_random_work_in_any_order(driver: Driver) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def number(below: int) -> int:
@@ -253,7 +255,7 @@ def test_two_threads_that_share_pages_pin_each_once(driver: Driver) -> None:
     assert not errors
 
 
-def test_who_pins_where_another_thread_is_unpinning_waits_for_that(driver: Driver) -> None:
+def test_pinning_waits_for_a_thread_that_unpins_the_same_pages(driver: Driver) -> None:
     (block,) = weights(2 * PAGE)
     held = hosted([block], driver)
     begun, go = threading.Event(), threading.Event()
@@ -269,24 +271,24 @@ def test_who_pins_where_another_thread_is_unpinning_waits_for_that(driver: Drive
     assert driver.undone == [block.data_ptr()]
 
 
-# --- what is refused ---
+# --- failures to pin ---
 
 
-def test_what_is_refused_half_way_leaves_what_is_pinned_and_copies_right(driver: Driver) -> None:
+def test_a_refused_pin_keeps_earlier_pins_and_copies_work(driver: Driver) -> None:
     driver.room = 2 * PIECE
     big, other = weights(3 * PIECE, 4 * PAGE)
     with pytest.raises(HostMemoryError, match=f"{PIECE} bytes of host memory cannot be pinned"):
         pin_in_place([big, other], driver)
     assert sum(driver.ranges.values()) == 2 * PIECE
     held = [host_weight(tensor, CPU) for tensor in (big, other)]
-    assert pieces(held[0]) == [PIECE, PIECE, PIECE]  # the last is pageable: its own copy
+    assert pieces(held[0]) == [PIECE, PIECE, PIECE]  # the last is pageable: a separate copy
     assert pieces(held[1]) == [4 * PAGE]
     driver.room = 1 << 40
-    pin_in_place([big, other], driver)  # another model's: the rest is tried again
+    pin_in_place([big, other], driver)  # a second model: the rest is tried again
     check(driver, *held)
 
 
-def test_a_refusal_is_one_warning_that_says_what_it_costs(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_pin_warns_once_with_its_cost(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.room = PAGE
     monkeypatch.setattr(offload, "pin_for", lambda device: driver)
     tensors = weights(PAGE, PAGE)
@@ -312,7 +314,7 @@ def test_files_and_other_devices_pin_nothing(driver: Driver, monkeypatch: pytest
 
 
 class Runtime:
-    """CUDA's calls, counted."""
+    """Counts CUDA's calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -326,7 +328,7 @@ class Runtime:
         return 0
 
 
-def test_a_fork_unpins_nothing_and_reads_what_is_there(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_unpins_nothing_and_can_read_weights(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
@@ -347,7 +349,7 @@ def test_a_fork_unpins_nothing_and_reads_what_is_there(driver: Driver, monkeypat
     assert runtime.calls == ["pin", "unpin"]
 
 
-def test_a_weight_that_is_written_where_it_lies_stays_pinned(driver: Driver) -> None:
+def test_a_weight_written_in_place_stays_pinned(driver: Driver) -> None:
     (held,) = hosted([torch.zeros(5000)], driver)
     held.mul_(0).add_(3)
     assert bytes_under(held.host) is held.lease

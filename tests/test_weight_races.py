@@ -1,5 +1,4 @@
-"""Weights that arrive late, in both queues at once with keys and values, never change a result; copies in another order
-would."""
+"""Late copies of weights, alongside keys and values in both queues, never change results. Without waits they do."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ LAYERS = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def _eager_pieces() -> Iterator[None]:
-    """For all of them together: what is compiled here is used by several."""
+    """Shared by all tests, as several use the same compiled code."""
     torch._dynamo.reset()
     with pieces_run_eagerly(), torch._dynamo.config.patch(recompile_limit=32):
         yield
@@ -67,7 +66,7 @@ def eager_model() -> nn.Module:
 
 
 def offloaded(made: nn.Module) -> OffloadedWeights:
-    """With the smallest budget: every layer leaves."""
+    """Offload with the smallest budget: all layers."""
     with pytest.raises(ValueError, match="the smallest budget is") as refused:
         offload_weights(made, CPU, memory_budget=1)
     least = int(str(refused.value).split("the smallest budget is ")[1].split()[0])
@@ -104,7 +103,7 @@ def differs(model: nn.Module, story: Story) -> bool:
 
 
 class Delays:
-    """Seconds before each copy, in whichever queue: mostly none, seldom longer than several layers take."""
+    """Seconds before each copy, in either queue: mostly none, seldom longer than several layers take."""
 
     def __init__(self, seed: int, scale: float = 1.0) -> None:
         self.random, self.scale = random.Random(seed), scale
@@ -148,17 +147,17 @@ def test_random_delays_in_both_queues_change_nothing(compiled: nn.Module, runs: 
     assert delays.asked["mom-copies-to-host"] > runs * 2 * 2 * LAYERS
 
 
-# --- what would go wrong ---
+# --- results without waits ---
 
 NOTICES = [Story(random.Random(i).randint(17, 60), (1,), i) for i in range(8)]
 
 
-def goes_wrong(made: nn.Module, told: Sequence[Story] = NOTICES) -> bool:
+def goes_wrong(made: nn.Module, stories: Sequence[Story] = NOTICES) -> bool:
     with delayed(Delays(1, scale=5)):
-        return any(differs(made, story) for story in told)
+        return any(differs(made, story) for story in stories)
 
 
-def test_without_the_wait_for_copies_the_same_stories_go_wrong(
+def test_without_waits_for_copies_results_are_wrong(
     compiled: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not goes_wrong(compiled)
@@ -167,7 +166,7 @@ def test_without_the_wait_for_copies_the_same_stories_go_wrong(
 
 
 @pytest.mark.slow
-def test_without_the_wait_for_weights_alone_they_go_wrong(compiled: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_waits_for_weights_results_are_wrong(compiled: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     wait = steps.FetchWait.__call__
 
     def for_rows_alone(self: steps.FetchWait, arguments: list[Any]) -> tuple[torch.Tensor]:
@@ -177,8 +176,8 @@ def test_without_the_wait_for_weights_alone_they_go_wrong(compiled: nn.Module, m
     assert goes_wrong(compiled)
 
 
-def test_a_slot_that_is_taken_one_layer_too_early_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the copies for the next layer, while this one's are read."""
+def test_reusing_a_slot_one_layer_early_gives_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies for the next layer then overwrite the buffers that this layer reads."""
     taken = []
 
     def too_early(start: fx.Node) -> fx.Node:
@@ -195,7 +194,7 @@ def test_a_slot_that_is_taken_one_layer_too_early_goes_wrong(monkeypatch: pytest
 
 
 def in_threads(*work: functools.partial[bool]) -> list[bool]:
-    """What each returns, all of them at the same time."""
+    """Return the results of concurrent calls."""
     found: dict[int, bool] = {}
     start = threading.Barrier(len(work))
 
@@ -222,8 +221,8 @@ def test_two_threads_run_one_model(compiled: nn.Module) -> None:
 
 
 @pytest.mark.slow
-def test_two_threads_run_two_models_that_share_their_weights_and_one_outlives_the_other(compiled: nn.Module) -> None:
-    """By tensors of the same storages; the holders are the same."""
+def test_two_threads_run_two_models_with_shared_weights(compiled: nn.Module) -> None:
+    """The tensors share storages, so they have the same holders."""
     second = model()
     for own, shared in zip(second.parameters(), compiled.parameters(), strict=True):
         own.data = shared.host if isinstance(shared, HostWeight) else shared.data
@@ -241,8 +240,8 @@ def test_two_threads_run_two_models_that_share_their_weights_and_one_outlives_th
     assert not differs(compiled, NOTICES[1])
 
 
-def test_slots_take_turns_in_what_was_told(compiled: nn.Module) -> None:
-    """Or the above would say little of them."""
+def test_the_tested_program_reuses_slots(compiled: nn.Module) -> None:
+    """Otherwise the tests above would not cover slots."""
     fetches: list[int] = []
 
     def note(step: Step, results: Any) -> None:

@@ -1,4 +1,4 @@
-"""A model whose weights are on the host is a model like any other: saved, loaded, converted, copied, adapted."""
+"""A model with weights on the host can be saved, loaded, converted, copied and adapted like any other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mom_compile.runtime.program import observing
 from tests.models import TinyDecoder, ids
 from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloaded, on_host, parts_of_one
 
-pytestmark = pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one")
+pytestmark = pytest.mark.filterwarnings("ignore:weights that are stored on the host are copied")
 
 PROMPT = ids(1, 150)
 
@@ -30,7 +30,7 @@ def run(model: Any, x: torch.Tensor = PROMPT) -> torch.Tensor:
 
 
 def others(model: nn.Module, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Other weights for it."""
+    """A state dict with other weights."""
     generator = torch.Generator().manual_seed(seed)
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator)
             for name, value in model.state_dict().items()}  # fmt: skip
@@ -43,7 +43,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 # --- saved ---
 
 
-def test_a_state_dict_shows_the_weights_where_they_lie() -> None:
+def test_a_state_dict_shares_the_weights_bytes() -> None:
     model = decoder()
     before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
     state = offloaded(model).state_dict()
@@ -58,7 +58,7 @@ def test_a_state_dict_shows_the_weights_where_they_lie() -> None:
     assert not model.layers[1].q.weight.fetch().any()
 
 
-def test_so_does_that_of_a_part_and_with_keep_vars_there_are_the_parameters() -> None:
+def test_a_submodules_state_dict_shares_them_and_keep_vars_returns_parameters() -> None:
     model = offloaded(decoder())
     part = model.layers[0].state_dict(prefix="here.")
     assert type(part["here.q.weight"]) is torch.Tensor
@@ -66,7 +66,7 @@ def test_so_does_that_of_a_part_and_with_keep_vars_there_are_the_parameters() ->
     assert kept["layers.0.q.weight"] is model.layers[0].q.weight
 
 
-def test_parameters_are_parameters_and_as_many_as_before() -> None:
+def test_offloading_keeps_the_parameters() -> None:
     model = decoder()
     count = sum(value.numel() for value in model.parameters())
     offloaded(model)
@@ -76,7 +76,7 @@ def test_parameters_are_parameters_and_as_many_as_before() -> None:
     assert {value.device for value in model.parameters()} == {CPU}
 
 
-def test_what_is_saved_is_what_a_plain_model_saves() -> None:
+def test_a_saved_model_equals_that_of_a_plain_model() -> None:
     plain = decoder()
     plain.head.weight = plain.embed.weight
     model = offloaded(copy.deepcopy(plain))
@@ -91,7 +91,7 @@ def test_what_is_saved_is_what_a_plain_model_saves() -> None:
     assert loaded["head.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
 
 
-def test_a_model_that_is_unpickled_has_its_weights_on_the_host() -> None:
+def test_an_unpickled_model_has_its_weights_on_the_host() -> None:
     model = decoder()
     model.head.weight = model.embed.weight
     expected = run(offloaded(model))
@@ -111,8 +111,8 @@ def test_a_model_that_is_unpickled_has_its_weights_on_the_host() -> None:
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_a_compiled_model_follows_what_is_loaded_assigned_and_written() -> None:
-    """One program for all of it: weights are its inputs."""
+def test_a_compiled_model_uses_loaded_assigned_and_written_weights() -> None:
+    """One program suffices: weights are its inputs."""
     model, plain = offloaded(decoder()), decoder()
     there = on_host(model)
     compiled(model)
@@ -139,14 +139,14 @@ def test_an_assigned_tensor_is_not_copied() -> None:
     assert model.state_dict()["layers.0.q.weight"].data_ptr() == state["layers.0.q.weight"].data_ptr()
 
 
-def test_what_does_not_fit_is_refused_as_by_a_plain_model() -> None:
+def test_weights_of_another_shape_raise_as_in_a_plain_model() -> None:
     model = offloaded(decoder())
     expected = run(model)
     state = model.state_dict()
     state["layers.0.q.weight"] = torch.ones(3, 3)
     with pytest.raises(RuntimeError, match="size mismatch for layers"):
         model.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="weights that are kept on the host"):
+    with pytest.raises(RuntimeError, match="weights that are stored on the host"):
         model.layers[0].q.weight.data = torch.ones(3, 3)
     assert torch.equal(run(model), expected)
 
@@ -169,7 +169,7 @@ def test_tied_weights_stay_tied(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_of_a_tied_table_rows_arrive_for_the_embedding_and_all_of_it_once_for_the_head() -> None:
+def test_a_tied_table_is_fetched_by_rows_for_the_embedding_and_once_for_the_head() -> None:
     model = decoder(vocabulary=512)
     model.head.weight = model.embed.weight
     compiled(offloaded(model))
@@ -192,7 +192,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_mapped_weight_is_copied_before_it_is_written_and_all_views_see_that(folder: Path) -> None:
+def test_a_mapped_weight_is_copied_on_write_for_all_views(folder: Path) -> None:
     file = folder / "model.safetensors"
     before = file.read_bytes()
     model, plain = offloaded(decoder(), directory=folder), decoder()
@@ -245,7 +245,7 @@ def test_another_dtype_stays_on_the_host() -> None:
         torch.testing.assert_close(run(model), run(plain), rtol=0, atol=tolerance)
 
 
-def test_what_changes_nothing_changes_nothing() -> None:
+def test_calls_that_convert_nothing_move_no_weight() -> None:
     model = offloaded(decoder())
     expected, there = run(model), on_host(model)
     addresses = {name: value.data_ptr() for name, value in model.state_dict().items()}
@@ -266,7 +266,7 @@ def test_what_changes_nothing_changes_nothing() -> None:
     assert torch.equal(run(model), expected)
 
 
-def test_a_strided_view_is_counted_from_where_the_weight_begins() -> None:
+def test_as_strided_offsets_are_relative_to_the_weight() -> None:
     for weight, plain in zip(offloaded(parts_of_one()).parameters(), parts_of_one().parameters(), strict=True):
         if plain.dim() == 2:
             first = weight.storage_offset()
@@ -276,8 +276,8 @@ def test_a_strided_view_is_counted_from_where_the_weight_begins() -> None:
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_a_copy_is_a_model_of_its_own() -> None:
-    """Two models in one process, both compiled."""
+def test_a_deep_copied_model_is_independent() -> None:
+    """Both models are compiled in one process."""
     model = offloaded(decoder())
     expected = run(model)
     other = copy.deepcopy(model)
@@ -294,7 +294,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
         close(run(other), run(plain))
 
 
-def test_parameters_that_share_a_storage_in_part_still_do() -> None:
+def test_parameters_that_share_part_of_a_storage_still_do() -> None:
     model = offloaded(parts_of_one())
     assert torch.equal(run(model), run(parts_of_one()))
     layer = model.layers[0]
@@ -307,25 +307,26 @@ def test_parameters_that_share_a_storage_in_part_still_do() -> None:
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
-# --- uncompiled, under gradients ---
+# --- uncompiled, with gradients ---
 
 
-def test_an_uncompiled_model_says_so_once() -> None:
+def test_an_uncompiled_model_warns_once() -> None:
     forget()
     model, expected = offloaded(decoder()), run(decoder())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
             assert torch.equal(run(model), expected)
-    assert [str(one.message)[:22] for one in said if issubclass(one.category, MomWarning)] == ["weights that are kept "]
+    said_once = [str(one.message)[:24] for one in said if issubclass(one.category, MomWarning)]
+    assert said_once == ["weights that are stored "]
 
 
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
-def test_a_compiled_call_under_gradients_is_right_and_says_so() -> None:
+def test_a_compiled_call_with_gradients_is_correct_and_warns() -> None:
     forget()
     model, plain = offloaded(decoder()).requires_grad_(True), decoder()
     compiled(model)
-    with pytest.warns(MomWarning, match="graphs that need gradients are left to stock"):
+    with pytest.warns(MomWarning, match="graphs that need gradients are compiled by stock"):
         got = model(PROMPT, keep=4)
     close(got.detach(), run(plain))
 
@@ -334,7 +335,7 @@ def test_a_compiled_call_under_gradients_is_right_and_says_so() -> None:
 
 
 class Lora(nn.Module):
-    """A linear layer with two small matrices beside it."""
+    """A linear layer with two small matrices in addition."""
 
     def __init__(self, base: nn.Linear, rank: int = 4) -> None:
         super().__init__()
@@ -359,7 +360,7 @@ def adapted(model: TinyDecoder) -> TinyDecoder:
 
 @pytest.mark.usefixtures("eager_pieces")
 def test_adapters_on_top_stay_on_the_device_and_can_be_merged(folder: Path) -> None:
-    """Also into weights in a file, which is as it was."""
+    """Also into weights in a file, which does not change."""
     before = (folder / "model.safetensors").read_bytes()
     expected = run(adapted(decoder()))
     model = adapted(offloaded(decoder(), directory=folder))
@@ -375,12 +376,12 @@ def test_adapters_on_top_stay_on_the_device_and_can_be_merged(folder: Path) -> N
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-# --- read while it is written ---
+# --- writes while a program reads ---
 
 
 @pytest.mark.usefixtures("eager_pieces")
-def test_a_weight_that_a_running_program_reads_is_not_written_by_another_thread() -> None:
-    """Not the first one that it reads, nor the last one, which it has not begun to."""
+def test_writing_a_weight_that_a_running_program_reads_raises() -> None:
+    """Neither the first weight that it reads, nor the last, which it has not read yet."""
     model = compiled(offloaded(decoder()))
     expected = run(model)
     state, errors = others(model), []
@@ -414,7 +415,7 @@ def test_a_weight_that_a_running_program_reads_is_not_written_by_another_thread(
     close(run(model), run(plain))
 
 
-def test_the_budget_that_the_error_names_is_enough_and_one_byte_less_is_not() -> None:
+def test_the_budget_named_in_the_error_is_the_smallest() -> None:
     model = decoder(layers=3)
     smallest = least(model)
     with pytest.raises(ValueError, match=str(smallest)):

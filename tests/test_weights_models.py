@@ -1,4 +1,4 @@
-"""Models of all kinds compute with weights on the host what they compute without, from memory and from a checkpoint."""
+"""Models of many kinds compute the same with weights on the host, from memory and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.weights import CPU, bytes_arrived, compiled, decoder, least, offloade
 
 pytestmark = [
     pytest.mark.usefixtures("eager_pieces", "stock_is_eager"),
-    pytest.mark.filterwarnings("ignore:weights that are kept on the host are fetched one by one"),
+    pytest.mark.filterwarnings("ignore:weights that are stored on the host are copied"),
 ]
 
 
-# --- weights that are read in other ways than by a linear layer ---
+# --- weights with readers other than a linear layer ---
 
 
 class Fused(nn.Module):
-    """One weight of which parts are read (`weight[a:b]`), and one that is read as it is and transposed."""
+    """One weight of which slices are read (`weight[a:b]`), and one that is read both plain and transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Fused(nn.Module):
         return x
 
 
-def test_parts_of_a_weight_and_a_transposed_one() -> None:
+def test_slices_of_a_weight_and_a_transposed_weight() -> None:
     x = torch.randn(1, 150, 64, generator=torch.Generator().manual_seed(1)).double()
     plain, model = Fused().double(), offloaded(Fused().double())
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_parts_of_a_weight_and_a_transposed_one() -> None:
     assert bytes_arrived(lambda: model(x)) == once
 
 
-def test_weights_that_are_parts_of_one_storage() -> None:
+def test_weights_that_share_one_storage() -> None:
     x = ids(1, 150)
     with torch.no_grad():
         torch.testing.assert_close(compiled(offloaded(parts_of_one()))(x), parts_of_one()(x), rtol=0, atol=1e-5)
@@ -69,7 +69,7 @@ def test_weights_that_are_parts_of_one_storage() -> None:
 
 
 class Int8(torch.Tensor):
-    """A weight of int8 codes and a scale for each row, as torchao makes them: it says what tensors it is made of."""
+    """A weight of int8 codes and a scale for each row, like those of torchao, with `__tensor_flatten__`."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -120,7 +120,7 @@ def quantised(model: Any) -> Any:
     return model
 
 
-def test_a_quantised_weight_is_on_the_host_as_what_it_is_made_of() -> None:
+def test_the_inner_tensors_of_a_quantised_weight_are_on_the_host() -> None:
     x = ids(1, 150)
     plain, model = quantised(decoder()), quantised(decoder())
     codes = sum(value.codes.nbytes for value in model.layers.parameters() if isinstance(value, Int8))
@@ -129,7 +129,7 @@ def test_a_quantised_weight_is_on_the_host_as_what_it_is_made_of() -> None:
     assert isinstance(weight, Int8)
     assert isinstance(weight, nn.Parameter)
     assert type(weight.codes) is HostWeight
-    # Counted as what it takes, and little of it moves for good.
+    # Counted at its stored size, and little of it stays on the device.
     assert codes <= made.on_host < 1.3 * codes
     with torch.no_grad():
         expected = plain(x)
@@ -162,7 +162,7 @@ def text(model: Any, x: torch.Tensor, tokens: int = 4) -> torch.Tensor:
     ["GPT2", *(pytest.param(name, marks=pytest.mark.slow)
                for name in ("Llama", "GPTNeoX", "Phi", "Gemma3Text", "Bamba", "Mixtral", "Qwen3Moe", "T5", "Bart"))],
 )  # fmt: skip
-def test_a_text_is_the_same(family: str) -> None:
+def test_generated_tokens_are_equal(family: str) -> None:
     """Uncompiled and compiled, prefill and decode steps."""
     x = ids(1, 70)
     model = small_model(family) if family == "Bamba" else tiny(family)
@@ -174,7 +174,7 @@ def test_a_text_is_the_same(family: str) -> None:
     assert not any(report.failed for report in mom_compile.reports())
 
 
-def test_scores_are_the_same() -> None:
+def test_scores_are_equal() -> None:
     x = ids(2, 70)
     model = tiny("Llama", tie_word_embeddings=True)
     expected = token_log_probs(copy.deepcopy(model), x).log_probs
@@ -199,7 +199,7 @@ def half(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_checkpoint_is_mapped_and_says_the_same(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+def test_a_mapped_checkpoint_computes_the_same(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
     plain = saved(tmp_path, dtype=dtype, tie_word_embeddings=tied)
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
     before = host_memory().mapped
@@ -214,7 +214,7 @@ def test_a_checkpoint_is_mapped_and_says_the_same(tmp_path: Path, dtype: torch.d
     assert torch.equal(text(model, x), text(plain, x))
 
 
-def test_a_checkpoint_is_saved_again_as_it_was(tmp_path: Path) -> None:
+def test_saving_a_mapped_checkpoint_reproduces_it(tmp_path: Path) -> None:
     plain = saved(tmp_path / "first", tie_word_embeddings=True)
     model = load_offloaded(tmp_path / "first", "cpu", memory_budget=half(plain))
     model.save_pretrained(tmp_path / "second")
@@ -237,7 +237,7 @@ def test_a_compiled_checkpoint_in_another_dtype(tmp_path: Path) -> None:
     assert torch.equal(text(model, x, 1), text(plain, x, 1))
 
 
-def test_experts_that_are_put_together_while_loading(tmp_path: Path) -> None:
+def test_experts_that_transformers_merges_while_loading(tmp_path: Path) -> None:
     plain = saved(tmp_path, "Mixtral")
     model = load_offloaded(tmp_path, "cpu", memory_budget=half(plain))
     assert any("experts" in name for name in on_host(model))
@@ -245,8 +245,8 @@ def test_experts_that_are_put_together_while_loading(tmp_path: Path) -> None:
     assert torch.equal(text(model, x), text(plain, x))
 
 
-def test_a_compiled_checkpoint_says_the_same(tmp_path: Path) -> None:
-    """Many weights of one mapped file, at any place in it."""
+def test_a_compiled_checkpoint_computes_the_same(tmp_path: Path) -> None:
+    """Many weights of one mapped file, at arbitrary offsets."""
     plain = saved(tmp_path)
     plain.save_pretrained(tmp_path / "one")
     model = load_offloaded(tmp_path / "one", "cpu", memory_budget=half(plain))
@@ -282,7 +282,7 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_weights_that_torchao_quantised() -> None:
+def test_weights_quantised_by_torchao() -> None:
     torchao = pytest.importorskip("torchao.quantization")
     model = small_model("Llama")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())

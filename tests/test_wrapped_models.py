@@ -1,4 +1,4 @@
-"""A wrapped model is scored and explained as the model inside it, or the error says what to do."""
+"""A wrapped model is scored and explained like the model inside it, or the error gives advice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS, TEXT = 40, 23
 
 
 class PassesAllOn(nn.Module):
-    """What a user writes around a model."""
+    """A user's wrapper around a model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class AsksForAValue(PassesAllOn):
 
 
 def hooked(model: nn.Module) -> nn.Module:
-    """As accelerate has hooked modules: an instance's `forward` with any arguments, the one before beside it."""
+    """Like hooks of accelerate: the instance's `forward` takes any arguments and keeps the original one."""
     model._old_forward = model.forward  # type: ignore[assignment]
     model.forward = lambda *args, **kwargs: model._old_forward(*args, **kwargs)  # type: ignore[operator]
     return model
@@ -76,7 +76,7 @@ def with_a_compiled_forward(model: nn.Module) -> nn.Module:
     return model
 
 
-#: Wrappers that signatures see through, and one that has to be tried.
+#: Wrappers that are recognised by signatures, and one that must be tried.
 WRAPPERS = {
     "torch.compile": functools.partial(torch.compile, backend="eager"),
     "DataParallel": DataParallel,
@@ -88,7 +88,7 @@ WRAPPERS = {
 
 
 def padded(side: str = "left") -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Ids, a mask, and where the scores of the text are."""
+    """Ids, a mask, and the positions of the text's scores."""
     batch, mask = ids(1, TOKENS, 0, SMALL.vocabulary), torch.zeros(1, TOKENS, dtype=torch.long)
     text = slice(TOKENS - TEXT, TOKENS) if side == "left" else slice(0, TEXT)
     mask[:, text] = 1
@@ -96,12 +96,12 @@ def padded(side: str = "left") -> tuple[torch.Tensor, torch.Tensor, slice]:
 
 
 def gpt2() -> Any:
-    """Its positions are learned, so a wrong one is seen in every score."""
+    """With learned positions, so that a wrong one changes every score."""
     return small_model("GPT2", num_hidden_layers=1)
 
 
 def alone(model: nn.Module, text: torch.Tensor) -> torch.Tensor:
-    """In eager mode, without padding. Rows of logits before those of the text are of virtual tokens."""
+    """Scores in eager mode, without padding. Rows of logits before the text's belong to virtual tokens."""
     with torch.no_grad():
         logits = model(input_ids=text).logits[:, -text.shape[1] : -1]
     return logits.log_softmax(-1).gather(-1, text[:, 1:, None])[0, :, 0]
@@ -115,7 +115,7 @@ def assert_scored_as_alone(model: nn.Module, side: str = "left", expected: nn.Mo
 
 
 def assert_computed_as_alone(model: nn.Module, side: str = "left", expected: nn.Module | None = None) -> None:
-    """As `assert_scored_as_alone` by the arguments that scoring gives, in eager mode."""
+    """Like `assert_scored_as_alone`, with the arguments of scoring, in eager mode."""
     batch, mask, at = padded(side)
     text = batch[:, at.start : at.stop + 1]
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_signatures_are_read_through_wrappers(wrap: Any) -> None:
     assert isinstance(unwrapped(model), type(gpt2()))
 
 
-def test_what_a_signature_does_not_say_is_not_guessed() -> None:
+def test_open_signatures_give_none() -> None:
     assert takes(PassesAllOn(gpt2()), "position_ids") is None
     assert takes(Closed(gpt2()), "position_ids") is False
     assert takes(lambda input_ids, /: input_ids, "input_ids") is False
@@ -142,9 +142,9 @@ def test_what_a_signature_does_not_say_is_not_guessed() -> None:
     assert takes(print, "nothing") is not True
 
 
-def test_a_wrapper_of_a_compiled_model_is_not_left_out() -> None:
+def test_a_wrapper_of_a_compiled_model_is_not_bypassed() -> None:
     class Delegates(PassesAllOn):
-        """As peft does, it finds attributes of the inner model by its own name."""
+        """As in peft, it finds attributes of the inner model under its own name."""
 
         def __getattr__(self, name: str) -> Any:
             try:
@@ -158,16 +158,16 @@ def test_a_wrapper_of_a_compiled_model_is_not_left_out() -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of this process only."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:FSDP is switching")  # one process has nobody to share with
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # a single process has no other to share with
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-def test_signatures_are_read_through_wrappers_of_several_processes(one_process: None) -> None:
-    """FSDP gathers weights, so its inner module cannot be called in its place."""
+def test_signatures_are_read_through_distributed_wrappers(one_process: None) -> None:
+    """FSDP gathers weights, so its inner module cannot be called instead."""
     fsdp = importlib.import_module("torch.distributed.fsdp")
     replicated = nn.parallel.DistributedDataParallel(gpt2())
     sharded = fsdp.FullyShardedDataParallel(gpt2(), device_id=torch.device("cpu"))
@@ -179,35 +179,35 @@ def test_signatures_are_read_through_wrappers_of_several_processes(one_process: 
 
 
 @pytest.mark.parametrize("wrap", [WRAPPERS["both"], PassesAllOn])
-def test_a_wrapped_model_is_scored_as_the_model_itself(wrap: Any, eager_pieces: None) -> None:
+def test_a_wrapped_model_is_scored_like_the_model(wrap: Any, eager_pieces: None) -> None:
     assert_scored_as_alone(wrap(gpt2()).eval(), expected=gpt2())
 
 
 @pytest.mark.parametrize("wrap", [WRAPPERS["hooks"], WRAPPERS["accelerate"], PassesAllOn, Derives])
-def test_a_wrapped_model_is_given_what_its_inner_one_takes(wrap: Any) -> None:
+def test_a_wrapped_model_gets_the_arguments_of_its_inner_model(wrap: Any) -> None:
     assert_computed_as_alone(wrap(gpt2()).eval(), expected=gpt2())
 
 
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
-        (Drops, "Drops.forward does not pass position_ids on"),
-        (Closed, "Closed.forward does not pass position_ids on"),
-        (AsksForAValue, "it cannot be known whether AsksForAValue.forward"),
+        (Drops, "Drops.forward does not pass on position_ids"),
+        (Closed, "Closed.forward does not pass on position_ids"),
+        (AsksForAValue, "it is unknown whether AsksForAValue.forward"),
     ],
 )
-def test_where_positions_cannot_be_given_it_says_what_to_do(wrap: Any, reason: str) -> None:
+def test_errors_about_positions_give_advice(wrap: Any, reason: str) -> None:
     model = wrap(gpt2()).eval()
     batch, mask, _ = padded()
     with pytest.raises(ValueError, match=rf"{reason}.*pad on the right.*model\.inner, a GPT2LMHeadModel"):
         token_log_probs(model, batch, mask)
-    if wrap is Closed:  # what the error advises
+    if wrap is Closed:  # follow the error's advice
         assert_computed_as_alone(model, "right", gpt2())
         assert_computed_as_alone(model.inner, "left", gpt2())
 
 
 def test_a_wrapped_model_whose_weights_are_on_the_host() -> None:
-    """Such a weight has no storage, and is a plain tensor in a trial."""
+    """Such a weight has no storage; a trial replaces it by a plain tensor."""
     model = small_model("GPT2", num_hidden_layers=3)
     mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
     assert any(isinstance(parameter, mom_compile.HostWeight) for parameter in model.parameters())
@@ -217,28 +217,28 @@ def test_a_wrapped_model_whose_weights_are_on_the_host() -> None:
         assert ("position_ids" in given) == (type(wrapped) is PassesAllOn)
 
 
-def test_a_model_without_position_ids_derives_what_it_needs_from_the_mask() -> None:
-    """BLOOM has no module that takes them."""
+def test_a_model_without_position_ids_derives_them_from_the_mask() -> None:
+    """No module of BLOOM takes position_ids."""
     assert_computed_as_alone(small_model("Bloom", num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_begin_where_the_model_has_its_first(side: str) -> None:
-    """RoBERTa's is behind the row that its table has for padding."""
+def test_positions_start_at_the_models_first(side: str) -> None:
+    """RoBERTa's first position follows the padding row of its table."""
     assert_computed_as_alone(small_model("Roberta", is_decoder=True, pad_token_id=1), side)
 
 
-def test_positions_that_a_decoder_cannot_be_given_are_refused() -> None:
-    """BART's decoder counts places of the row, whatever the mask says."""
+def test_a_decoder_that_does_not_take_positions_raises() -> None:
+    """BART's decoder counts positions from the start of the row, regardless of the mask."""
     model = transformers.BartForCausalLM(
         transformers.BartConfig(vocab_size=SMALL.vocabulary, d_model=32, decoder_layers=1, decoder_ffn_dim=32)
     )
     batch, mask, _ = padded()
-    with pytest.raises(ValueError, match=r"BartForCausalLM\.forward does not pass position_ids on: pad on the right"):
+    with pytest.raises(ValueError, match=r"BartForCausalLM\.forward does not pass on position_ids: pad on the right"):
         token_log_probs(model.eval(), batch, mask)
 
 
-def test_a_model_that_takes_no_mask_is_given_no_padded_batch() -> None:
+def test_a_model_without_a_mask_argument_raises_for_padding() -> None:
     class Maskless(PassesAllOn):
         def forward(self, input_ids: Any) -> Any:  # type: ignore[override]
             return self.inner(input_ids=input_ids)
@@ -248,8 +248,8 @@ def test_a_model_that_takes_no_mask_is_given_no_padded_batch() -> None:
         token_log_probs(Maskless(gpt2()).eval(), batch, mask)
 
 
-def test_a_model_is_tried_once_for_each_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And stays as it is."""
+def test_a_model_is_tried_once_per_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial does not change the model."""
     trials: list[Any] = []
 
     def counting(*given: Any) -> Any:
@@ -278,20 +278,20 @@ def tuned(kind: str) -> Any:
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peft, about weights stored the other way round
+        warnings.simplefilter("ignore")  # peft warns about transposed weights
         torch.manual_seed(1)
         return peft.get_peft_model(gpt2(), configs[kind]()).eval()
 
 
-def test_what_was_tuned_has_an_effect() -> None:
+def test_tuned_parameters_have_an_effect() -> None:
     text = padded()[0]
     for kind in ("LoRA", "prefix", "prompt"):
         assert (alone(tuned(kind), text) - alone(gpt2(), text)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "prefix"])
-def test_a_tuned_model_is_given_positions(kind: str) -> None:
-    """Those behind a prefix, which is a cache, are peft's to shift."""
+def test_a_tuned_model_gets_positions(kind: str) -> None:
+    """peft shifts positions after a prefix, which is a cache."""
     assert_computed_as_alone(tuned(kind))
 
 
@@ -301,7 +301,7 @@ def test_rows_of_virtual_tokens_are_not_scored(eager_pieces: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-def test_a_tuned_prompt_before_padding_is_refused() -> None:
+def test_a_tuned_prompt_before_padding_raises() -> None:
     batch, mask, _ = padded()
     with pytest.raises(ValueError, match=r"PeftModelForCausalLM\.forward does not pass .*: pad on the right"):
         token_log_probs(tuned("prompt"), batch, mask)
@@ -311,7 +311,7 @@ def test_a_tuned_prompt_before_padding_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrap", [WRAPPERS["both"], WRAPPERS["hooks"], PassesAllOn])
-def test_a_wrapped_model_is_explained_as_the_model_itself(wrap: Any) -> None:
+def test_a_wrapped_model_is_explained_like_the_model(wrap: Any) -> None:
     x = {"input_ids": ids(1, TOKENS), "attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
     expected = str(mom_compile.explain(gpt2(), x, logits_to_keep=1, mini_seq_len=16))
     model = wrap(gpt2())
@@ -324,7 +324,7 @@ def test_a_wrapped_model_is_explained_as_the_model_itself(wrap: Any) -> None:
         mom_compile.explain(model, x, logits_to_keep=1)
 
 
-def test_a_wrapped_model_is_planned_as_the_model_itself() -> None:
+def test_a_wrapped_model_is_planned_like_the_model() -> None:
     wrapped = PassesAllOn(WRAPPERS["both"](gpt2()))
     plans = [mom_compile.plan(model, seq_len=64, device="cpu") for model in (gpt2(), wrapped)]
     assert plans[0].subject == plans[1].subject

@@ -1,4 +1,4 @@
-"""`mom-compile`: will it fit, what is rewritten, and what works on this machine. See `mom-compile --help`."""
+"""The `mom-compile` command: plans, explanations and a check of this machine. See `mom-compile --help`."""
 
 from mom_compile.cli.commands import main
 

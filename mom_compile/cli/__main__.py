@@ -1,4 +1,4 @@
-"""`python -m mom_compile.cli`, where the script is not installed."""
+"""`python -m mom_compile.cli`, for environments without the `mom-compile` script."""
 
 from mom_compile.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""All commands under one name, and what becomes of errors: bad input is one line on stderr and exit code 2."""
+"""The command group and its error handling: invalid input prints one line on stderr and exits with code 2."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mom_compile.cli.explain import explain
 from mom_compile.cli.plan import plan
 
 NAME = "mom-compile"
-#: Tracing makes many objects that live: to look at all of them every 700 takes a tenth of its time.
+#: Tracing creates many long-lived objects: collecting garbage every 700 of them takes a tenth of its time.
 COLLECT_SELDOM = (200_000, 20, 50)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(mom_compile.__version__, prog_name=NAME)
 def commands() -> None:
-    """Long contexts in a fraction of the memory: plans that need neither GPU nor weights."""
+    """Long contexts in a fraction of the memory. Plans need neither a GPU nor weights."""
 
 
 for command in (plan, explain, doctor):
@@ -30,7 +30,7 @@ for command in (plan, explain, doctor):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line, that of the process by default, and exit: 0, 2 for bad input, else what the command says."""
+    """Run a command line, by default the process's, and exit with 0, 2 for invalid input, or the command's code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     gc.set_threshold(*COLLECT_SELDOM)
     try:

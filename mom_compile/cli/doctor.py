@@ -1,4 +1,4 @@
-"""`mom-compile doctor`: what will and what won't work on this machine, each with its remedy."""
+"""`mom-compile doctor`: what works on this machine, what does not, and remedies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLES = {State.OK: "green", State.LIMITED: "yellow", State.BROKEN: "bold red"}
 
 @dataclass(frozen=True)
 class Ability:
-    """Something to do with the backend; `lacking` is what keeps it from working here, empty if it works."""
+    """A feature of the backend; `lacking` is why it does not work here, empty if it does."""
 
     what: str
     lacking: str = ""
@@ -28,7 +28,7 @@ class Ability:
 @click.command()
 @click.pass_context
 def doctor(ctx: click.Context) -> None:
-    """What will and what won't work here. The exit code is 1 if the backend cannot work at all."""
+    """Show what works on this machine. The exit code is 1 if the backend cannot work at all."""
     found = findings()
     show(results(), found, abilities(found))
     if any(finding.state is State.BROKEN for finding in found):
@@ -36,7 +36,7 @@ def doctor(ctx: click.Context) -> None:
 
 
 def abilities(found: Sequence[Finding]) -> list[Ability]:
-    """What follows from the findings, in a user's terms."""
+    """Derive which features work from the findings."""
     by_name = {finding.name: finding for finding in found}
     basis = _first_lacking(by_name, "torch", "backend", "compile cache")
     on_gpu = _first_lacking(by_name, "GPU", "Triton")
@@ -59,14 +59,14 @@ def _first_lacking(found: Mapping[str, Finding], *names: str) -> str:
 
 
 def _lacking(found: Mapping[str, Finding], name: str) -> str:
-    """A GPU or a compiler that is only limited is none for what needs it; versions that were never tested may do."""
+    """A limited GPU or compiler does not suffice; untested versions do."""
     finding, strict = found[name], name in ("GPU", "C++ compiler")
     bad = finding.state is State.BROKEN or (strict and finding.state is State.LIMITED)
     return f"{name}: {finding.found}" if bad else ""
 
 
 def show(console: Console, found: Sequence[Finding], able: Sequence[Ability]) -> None:
-    """Two tables: what was found, and what follows."""
+    """Print two tables: findings and abilities."""
     table = plain_table("", "", "found", "remedy", left=4)
     for finding in found:
         state = Text(finding.state.value, style=_STYLES[finding.state])

@@ -1,4 +1,4 @@
-"""What is given on a command line: amounts, options of the backend, and what is wrong with them."""
+"""Command-line parameters: amounts, backend options, and errors in them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """A `ValueError` is the user's: one line, no traceback (the log has it, at debug level)."""
+    """Report a `ValueError` or `ImportError` as one line, without a traceback (which is logged at debug level)."""
     try:
         yield
     except ValueError as error:
@@ -42,14 +42,16 @@ def bad_input() -> Iterator[None]:
 
 
 def backend_options(given: Sequence[str]) -> dict[str, Any]:
-    """`["kv_offload=true", "inductor.max_autotune=true"]` as the backend's options. Values are true, false, none,
-    numbers or texts; whether they are valid is the backend's to say."""
+    """Parse `["kv_offload=true", "inductor.max_autotune=true"]` as options of the backend, which validates them.
+
+    Values are true, false, none, numbers or strings.
+    """
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise click.UsageError(f"--option {text!r} is not valid; it is NAME=VALUE, such as kv_offload=true")
+            raise click.UsageError(f"--option {text!r} is not valid; expected NAME=VALUE, such as kv_offload=true")
         outer, dot, inner = name.partition(".")
         owner = found.setdefault(outer, {}) if dot else found
         key = inner if dot else name
@@ -68,13 +70,13 @@ def _value(text: str) -> Any:
     return text
 
 
-#: Arguments and options that several commands have.
+#: Parameters shared by several commands.
 CONFIG = click.argument("config", metavar="CONFIG")
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts at once.")
 DTYPE = click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights; by default the config's own."
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Dtype of weights. Default: the config's."
 )
 OPTION = click.option(
     "--option", "-o", "given", multiple=True, metavar="NAME=VALUE",
-    help="An option of the backend, such as kv_offload=true or mini_seq_len=2048; may be given several times.",
+    help="An option of the backend, such as kv_offload=true or mini_seq_len=2048. Can be repeated.",
 )  # fmt: skip

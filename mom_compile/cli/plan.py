@@ -1,4 +1,4 @@
-"""`mom-compile plan CONFIG`: what a context takes in each way to run it, the longest that fits, and how fast it is."""
+"""`mom-compile plan CONFIG`: memory and time of a context for each way to run it, and the longest that fits."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from mom_compile.planning.planner import CPU
 from mom_compile.report.rendered import plain_table
 from mom_compile.report.units import in_units
 
-#: How many contexts the table has below the longest.
+#: The number of contexts in the table below the longest.
 CONTEXTS = 8
 GIB = 1 << 30
-#: The memory of usual cards: what is told where neither a device nor its memory is given.
+#: Memory sizes of usual cards, used if neither a device nor its memory is given.
 CARDS = tuple(size * GIB for size in (16, 24, 48, 80))
-#: Where a config does not say how many positions it has.
+#: Used for configs without max_position_embeddings.
 USUAL_TOKENS = 131072
-#: Whose figures times are estimated with where no device is given.
+#: The device whose speed is used by default.
 USUAL_DEVICE = "H100"
 
 
 @click.command(short_help="Will it fit, and what is the longest context?")
 @CONFIG
-@click.option("--seq-len", type=TOKENS, help="The longest context: 131072, 455k, 1M. By default the model's own.")
-@click.option("--device-memory", type=BYTES, help="What the device has for everything: 80GiB. By default --device's.")
+@click.option("--seq-len", type=TOKENS, help="The longest context: 131072, 455k, 1M. Default: the model's own.")
+@click.option("--device-memory", type=BYTES, help="Memory of the device: 80GiB. Default: that of --device.")
 @BATCH_SIZE
 @DTYPE
-@click.option("--device", help=f"Whose memory and speed it is: {', '.join(DEVICES)}.  [default speed: {USUAL_DEVICE}]")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw memory against context.")
+@click.option("--device", help=f"Device for memory and speed: {', '.join(DEVICES)}.  [default speed: {USUAL_DEVICE}]")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot memory against context.")
 @OPTION
-@click.option("--weight-bits", type=int, help="Bits of quantised weights, 16 for none. By default as the config says.")
-@click.option("--weights-on-host", is_flag=True, help="Plan with weights that are kept on the host.")
-@click.option("--json", "as_json", is_flag=True, help="Numbers for programs, in bytes, tokens and seconds.")
+@click.option("--weight-bits", type=int, help="Bits of quantised weights, 16 for none. Default: the config's.")
+@click.option("--weights-on-host", is_flag=True, help="Plan with weights that are stored on the host.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, tokens and seconds.")
 def plan(
     config: str,
     seq_len: int | None,
@@ -61,25 +61,25 @@ def plan(
 ) -> None:
     """Will it fit, and what is the longest context? Needs neither a GPU nor weights.
 
-    CONFIG is a folder with a config.json, such a file, or the name of a shipped shape (Llama-3-8B, Qwen3-30B-A3B, ...).
-    A plan is of a prefill with the cache that is kept, and the last token's logits; weights are counted.
+    CONFIG is a folder with a config.json, a JSON file, or the name of a shipped shape (Llama-3-8B, Qwen3-30B-A3B, ...).
+    A plan is for a prefill that keeps its cache and returns the last token's logits; weights are included.
     """
     options = backend_options(given)
     if plot is not None and not plot.absolute().parent.is_dir():
-        raise click.UsageError(f"--plot {str(plot)!r}: there is no folder {str(plot.absolute().parent)!r}")
+        raise click.UsageError(f"--plot {str(plot)!r}: the folder {str(plot.absolute().parent)!r} does not exist")
     with bad_input():
-        parse_options(options)  # before anything takes time
+        parse_options(options)  # before slow steps
         memory = device_memory if device is None else device_memory or _memory_of(device)
         memories = CARDS if memory is None else (memory,)
         if seq_len is None:
             seq_len = getattr(find_config(config).config, "max_position_embeddings", None) or USUAL_TOKENS
-        asked: dict[str, Any] = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
-        asked["device"] = device or USUAL_DEVICE
+        settings: dict[str, Any] = {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
+        settings["device"] = device or USUAL_DEVICE
         if weight_bits is not None:
-            asked["weight_bits"] = weight_bits
-        with progress(f"planning {config}") as say:
-            made = mom_compile.plan(config, **asked, **options, weights_on_host=weights_on_host, progress=say)
-            data = as_data(made, memories, memory or made.memory)  # the ways are planned here
+            settings["weight_bits"] = weight_bits
+        with progress(f"planning {config}") as report:
+            made = mom_compile.plan(config, **settings, **options, weights_on_host=weights_on_host, progress=report)
+            data = as_data(made, memories, memory or made.memory)  # plans all ways
             if plot is not None:
                 made.plot(plot, memories)
     if as_json:
@@ -89,13 +89,15 @@ def plan(
 
 
 def _memory_of(device: str) -> int | None:
-    """Bytes of a recorded device; of a CPU nobody knows. Raises `PlanError` for another."""
+    """Return the memory of a known device in bytes, None for a CPU. Raises `PlanError` for an unknown device."""
     return None if device.lower() == CPU else device_named(device)[1].memory
 
 
 def as_data(made: Any, memories: Sequence[int], fits: int | None) -> dict[str, Any]:
-    """A plan as JSON has it: bytes and tokens as whole numbers, seconds, and tokens per second. Times are those of ways
-    that fit into `fits` bytes."""
+    """Return a plan as JSON data: bytes and tokens as integers, seconds, and tokens per second.
+
+    Times are given for ways that fit into `fits` bytes.
+    """
     subject, lengths = made.subject, contexts(made.seq_len)
     names = ("name", "model_type", "layers", "parameters", "weight_bytes", "longest", "dtype", "stored")
     ways = {key: _way(way, lengths, memories) for key, way in made.ways.items()}
@@ -135,7 +137,7 @@ _NO_TIMES: dict[str, Any] = {"time": None, "seconds": None, "bound": None, "deco
 
 
 def _times(made: Any, way: str) -> dict[str, Any]:
-    """The estimates of a way; of a device without recorded figures, a CPU, there are none."""
+    """Return the time estimates of a way. There are none for a device without recorded speed, such as a CPU."""
     try:
         prefill, decode = made.estimate(way=way), made.estimate_decode(way=way)
     except ValueError as error:
@@ -145,13 +147,13 @@ def _times(made: Any, way: str) -> dict[str, Any]:
 
 
 def contexts(seq_len: int) -> list[int]:
-    """Powers of two below a length, and the length itself."""
+    """Return powers of two below a length, and the length itself."""
     powers = [1 << power for power in range(10, (seq_len - 1).bit_length())]
     return [*powers[-CONTEXTS:], seq_len]
 
 
 def show(console: Console, data: Mapping[str, Any], fits: int | None) -> None:
-    """A plan as tables; `fits` are the bytes that contexts have to fit into, if any were given."""
+    """Print a plan as tables; contexts have to fit into `fits` bytes, if given."""
     console.print(Text(_subject(data), style="bold"))
     for note in data["notes"]:
         console.print(Text(f"note: {note}", style="yellow"))
@@ -178,12 +180,12 @@ def _subject(data: Mapping[str, Any]) -> str:
     )
 
 
-#: Behind a number that is more than there is, where there are no colours.
+#: Marks numbers that do not fit if there are no colours.
 _TOO_LARGE = "*"
 
 
 def _peaks(data: Mapping[str, Any], fits: int | None, colour: bool) -> Table:
-    """Contexts against peaks; what does not fit is red or, without colours, has a star."""
+    """Peaks by context; those that do not fit are red or, without colours, starred."""
     ways = data["ways"].values()
     unit = "GiB" if max(size for way in ways for size in way["peak_bytes"].values()) >= GIB else "MiB"
     title = f"peak memory of the device, in {unit}"
@@ -192,13 +194,13 @@ def _peaks(data: Mapping[str, Any], fits: int | None, colour: bool) -> Table:
         sizes = [way["peak_bytes"][str(tokens)] for way in ways]
         table.add_row(f"{tokens:,}", *(_peak(size, unit, fits, colour) for size in sizes))
     if fits is not None:
-        table.caption = Text(f"{'in red' if colour else _TOO_LARGE}: needed, and does not fit into {in_units(fits)}")
+        table.caption = Text(f"{'in red' if colour else _TOO_LARGE}: does not fit into {in_units(fits)}")
         table.caption_justify = "left"
     return table
 
 
 def _peak(size: int, unit: str, fits: int | None, colour: bool) -> Text:
-    """With three digits of meaning."""
+    """Format a size with three significant digits."""
     number = size / (GIB if unit == "GiB" else GIB >> 10)
     text = f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
     if fits is None or size <= fits:
@@ -207,7 +209,7 @@ def _peak(size: int, unit: str, fits: int | None, colour: bool) -> Text:
 
 
 def _longest(data: Mapping[str, Any]) -> Table:
-    """What of each way fits into each memory; in bold the way that the options stand for."""
+    """The longest context of each way in each memory; the way selected by the options is bold."""
     ways = data["ways"]
     memories = list(ways[data["way"]]["max_seq_len"])
     columns = [f"in {in_units(int(size))}" for size in memories]
@@ -221,7 +223,7 @@ def _longest(data: Mapping[str, Any]) -> Table:
 
 
 def _at_this_length(data: Mapping[str, Any]) -> Table:
-    """What the length that was asked for needs on the device and on the host, and how fast what fits is."""
+    """Memory of each way at the requested length on device and host, and the speed of those that fit."""
     tokens = data["seq_len"]
     columns = ("on the device", "on the host", "prefill", "decode", "decode is bound by")
     table = plain_table("way", *columns, title=f"{tokens:,} tokens, times estimated for {data['device']}")

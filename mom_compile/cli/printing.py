@@ -1,4 +1,4 @@
-"""Where things are printed: results on stdout, in colour on a terminal and whole elsewhere; progress on stderr."""
+"""Terminal output: results on stdout, coloured on a terminal and without line breaks otherwise; progress on stderr."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-#: Of what is piped no line is cut or broken: the widest table that there is has a sixth of it.
+#: Width of piped output, which is not wrapped: the widest table has a sixth of it.
 WHOLE = 2000
 
 
 def results() -> Console:
-    """Made anew for each command: what stdout is may change (and does in tests)."""
+    """Return a console. A new one for each command, as stdout may change (it does in tests)."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WHOLE, color_system=None)
 
@@ -25,9 +25,9 @@ def in_colour(console: Console) -> bool:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done, gone afterwards. Where stderr is no terminal there is none.
+    """Show a status line on stderr, only if it is a terminal. Yields a function that updates it.
 
-    Meanwhile models are traced: what PyTorch warns of there, of transformers' own code, is not the user's.
+    Models are traced within this context. Warnings of PyTorch about code of transformers are suppressed.
     """
     console = Console(stderr=True, highlight=False)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Whether a model fits, and how long its context may be: without a GPU and without weights."""
+"""Plans: whether a model fits and how long its context can be, without a GPU and without weights."""
 
 from mom_compile.planning.configs import PlanError
 from mom_compile.planning.estimate import DecodeEstimate, Estimate

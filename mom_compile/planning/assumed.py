@@ -11,13 +11,15 @@ from mom_compile.planning.subject import Subject
 from mom_compile.planning.weights import Weights
 from mom_compile.report.units import in_units
 
-#: `weight_bits` of weights that are not quantised.
+#: The `weight_bits` of unquantised weights.
 UNQUANTISED = 16
 
 
 def assumed_scheme(given: Mapping[str, Any] | None, bits: int | None) -> tuple[Scheme | None, list[str]]:
-    """How weights are quantised, by a `quantization_config` or by bits that are planned in place of it, and notes on
-    that. Raises `PlanError` for bits that weights do not come in."""
+    """Return the quantisation by a `quantization_config`, or by `bits` instead of it, and notes on it.
+
+    Raises `PlanError` for invalid bits.
+    """
     method = "" if given is None else f" ({given.get('quant_method') or 'no method named'})"
     if bits is not None:
         note = f"the checkpoint is quantised{method}; the plan uses weight_bits={bits} instead"
@@ -25,7 +27,7 @@ def assumed_scheme(given: Mapping[str, Any] | None, bits: int | None) -> tuple[S
         try:
             return (None if bits == UNQUANTISED else scheme_of_bits(bits)), instead
         except ValueError as error:
-            raise PlanError(f"{error}, or {UNQUANTISED} for weights that are not quantised") from error
+            raise PlanError(f"{error}, or {UNQUANTISED} for unquantised weights") from error
     if given is None:
         return None, []
     try:
@@ -37,8 +39,8 @@ def assumed_scheme(given: Mapping[str, Any] | None, bits: int | None) -> tuple[S
         ]
 
 
-def what_is_quantised(scheme: Scheme | None, weights: Weights, subject: Subject) -> list[str]:
-    """Notes on the assumed formats of quantised weights."""
+def quantisation_notes(scheme: Scheme | None, weights: Weights, subject: Subject) -> list[str]:
+    """Return notes on the assumed formats of quantised weights."""
     if scheme is None:
         return []
     if not weights.stored:
@@ -46,5 +48,5 @@ def what_is_quantised(scheme: Scheme | None, weights: Weights, subject: Subject)
     parts = [f"{count / 1e9:.3g}e9 of {subject.parameters / 1e9:.3g}e9 parameters have {fmt}"
              for fmt, count in weights.stored]  # fmt: skip
     text = f"weights are quantised ({scheme.method}): {', '.join(parts)}; all others are in {subject.dtype}"
-    copy = f"a copy in {subject.dtype} of the largest such matrix, {in_units(weights.copy)}, is counted"
+    copy = f"includes a {subject.dtype} copy of the largest such matrix, {in_units(weights.copy)}"
     return [f"{text}; {copy}" if weights.copy else text]

@@ -1,7 +1,6 @@
-"""The config of a model, from a folder, a config.json or the name of a shipped shape.
+"""Find the config of a model: from a folder, a config.json or the name of a shipped shape.
 
-Nothing is downloaded, and no code that comes with a model is run: what is built is what transformers itself has for the
-config's model type.
+Nothing is downloaded, and no code shipped with a model is run: plans use transformers' own class of the model type.
 
     name or path -> JSON -> fields -> config of transformers -> its text part -> (config, name, notes)
 """
@@ -30,8 +29,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A model's `config` (of transformers, its text part) without its `quantization_config`, what to call it, and what
-    its reader has to know of it."""
+    """A transformers `config` (of the text model, without `quantization_config`), its name, and notes for the user."""
 
     config: Any
     name: str
@@ -40,9 +38,9 @@ class Found:
 
 
 def find_config(model: str | Path) -> Found:
-    """The config that a path or the name of a shipped shape stands for. A path that exists comes first.
+    """Return the config of a path or of a shipped shape's name. An existing path takes precedence.
 
-    Raises `PlanError` for one that is not there, is no JSON, or is of no model that transformers can build by itself.
+    Raises `PlanError` if it does not exist, is not JSON, or is not of a model that transformers can build itself.
     """
     path = Path(model)
     if os.path.exists(path):
@@ -62,10 +60,10 @@ def _file_of(path: Path) -> Path:
     file = path / CONFIG_NAME
     if not file.is_file():
         others = sorted(entry.name for entry in path.glob("*.json"))
-        there = f"; of JSON it has {', '.join(others[:4])}" if others else ""
+        there = f"; its JSON files are {', '.join(others[:4])}" if others else ""
         raise PlanError(
-            f"the folder {path} has no {CONFIG_NAME}{there}; give the folder that save_pretrained or a download has "
-            f"written, or the file itself"
+            f"the folder {path} has no {CONFIG_NAME}{there}; give the folder of a download or of save_pretrained, or "
+            f"the file itself"
         )
     return file
 
@@ -76,10 +74,10 @@ def _not_there(model: str) -> str:
     known = f"shipped shapes are {', '.join(shapes())}"
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".json"):
         return (
-            f"there is no folder {model!r} here{meant}, and nothing is downloaded; `hf download {model} {CONFIG_NAME} "
-            f"--local-dir FOLDER` fetches its config.json, and {known}"
+            f"the folder {model!r} does not exist{meant}, and nothing is downloaded; `hf download {model} "
+            f"{CONFIG_NAME} --local-dir FOLDER` fetches its config.json, and {known}"
         )
-    return f"{model!r} is no folder, no file and no shipped shape{meant}; {known}"
+    return f"{model!r} is not a folder, a file or a shipped shape{meant}; {known}"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -88,13 +86,13 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise PlanError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise PlanError(f"{file} is no text in UTF-8, so no config: {error.reason} at byte {error.start}") from error
+        raise PlanError(f"{file} is not a config: it is not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise PlanError(f"{file} is no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+        raise PlanError(f"{file} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except RecursionError:
-        raise PlanError(f"{file} is no config: it is nested too deeply") from None
+        raise PlanError(f"{file} is not a config: it is nested too deeply") from None
     if not isinstance(fields, dict):
-        raise PlanError(f"{file} is no config: it holds {_kind(fields)}, and a config is an object of named fields")
+        raise PlanError(f"{file} is not a config: expected an object with named fields, got {_kind(fields)}")
     return fields
 
 
@@ -104,22 +102,22 @@ def _kind(value: Any) -> str:
 
 
 def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
-    """The config of a config.json's fields; `where` they were found is for messages."""
+    """Return the config of a config.json's fields. `where` is its location, for messages."""
     library = _transformers()
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
-        hint = "" if model_type is None else f" {model_type!r}, which is no name"
-        raise PlanError(f"{where} is no config of transformers: {_lacking(hint)}; every config.json of a model has one")
+        hint = "" if model_type is None else f" {model_type!r}, which is not a name"
+        raise PlanError(f"{where} is not a transformers config: {_lacking(hint)}; every model's config.json has one")
     if model_type not in library.CONFIG_MAPPING:
         raise PlanError(_unknown_type(library, model_type, fields, where))
     notes = []
     if "auto_map" in fields:
-        notes.append(f"the code that comes with it (auto_map) is not run: planned is transformers' own {model_type}")
+        notes.append(f"the model's own code (auto_map) is not run: the plan uses transformers' {model_type}")
     given = {key: value for key, value in fields.items() if key not in ("auto_map", "quantization_config")}
     config = _built(library, model_type, given, where)
     whole, config = config, _text_part(config, where)
     if config is not whole:
-        notes.append(f"{model_type} has other parts beside its text model: planned is that alone, {config.model_type}")
+        notes.append(f"{model_type} has parts other than its text model; the plan is for {config.model_type} only")
     nested = _quantization(config) if config is not whole else None
     if nested is not None:
         del config.quantization_config
@@ -128,15 +126,15 @@ def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
 
 
 def of_config(config: Any, name: str) -> Found:
-    """A config of transformers that is there already. Raises `PlanError` where it is of no decoder."""
+    """Return the config for an existing transformers config. Raises `PlanError` unless it is of a decoder."""
     library = _transformers()
     if not isinstance(config, library.PretrainedConfig):
         raise PlanError(
-            f"{type(config).__name__} cannot be planned: give a folder, a config.json, the name of a shipped shape, a "
-            f"config of transformers or a model that has one"
+            f"cannot plan a {type(config).__name__}: give a folder, a config.json, the name of a shipped shape, a "
+            f"transformers config or a model that has one"
         )
     text = _text_part(config, name)
-    notes = [] if text is config else [f"planned is its text model alone, {text.model_type}"]
+    notes = [] if text is config else [f"the plan is for its text model only, {text.model_type}"]
     given = _quantization(config) or _quantization(text)
     if _quantization(text) is not None:
         text = copy.deepcopy(text)
@@ -151,11 +149,11 @@ def _lacking(hint: str) -> str:
 
 def _unknown_type(library: ModuleType, model_type: str, fields: dict[str, Any], where: str) -> str:
     near = difflib.get_close_matches(model_type, list(library.CONFIG_MAPPING), n=3)
-    meant = f"; the nearest that it knows are {', '.join(near)}" if near else ""
+    meant = f"; the closest known types are {', '.join(near)}" if near else ""
     if "auto_map" in fields:
         return (
-            f"{where}: transformers {library.__version__} has no model type {model_type!r}; its code comes with the "
-            f"model (auto_map), and no such code is run here. A version of transformers that has it would do{meant}"
+            f"{where}: transformers {library.__version__} has no model type {model_type!r}; the model ships its code "
+            f"(auto_map), which is not run here. Install a version of transformers that has it{meant}"
         )
     return f"{where}: transformers {library.__version__} has no model type {model_type!r}{meant}"
 
@@ -163,9 +161,9 @@ def _unknown_type(library: ModuleType, model_type: str, fields: dict[str, Any], 
 def _built(library: ModuleType, model_type: str, fields: dict[str, Any], where: str) -> Any:
     try:
         return library.AutoConfig.for_model(**{**fields, "model_type": model_type})
-    except Exception as error:  # whatever a config class raises for values that it does not take
+    except Exception as error:  # config classes raise various errors for invalid values
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PlanError(f"{where} is no valid config of {model_type}: {reason}") from error
+        raise PlanError(f"{where} is not a valid {model_type} config: {reason}") from error
 
 
 def _text_part(config: Any, where: str) -> Any:
@@ -177,7 +175,7 @@ def _text_part(config: Any, where: str) -> Any:
 
 
 def _quantization(config: Any) -> Mapping[str, Any] | None:
-    """The fields of a config's `quantization_config`, which transformers keeps as a dictionary or an object."""
+    """Return the fields of a config's `quantization_config`, which is a dictionary or an object in transformers."""
     given = getattr(config, "quantization_config", None)
     if given is None or isinstance(given, Mapping):
         return given
@@ -186,13 +184,13 @@ def _quantization(config: Any) -> Mapping[str, Any] | None:
 
 def _check_decoder(library: ModuleType, config: Any, where: str) -> None:
     if config.is_encoder_decoder:
-        raise PlanError(f"{where}: {config.model_type} is an encoder with a decoder; plans are for decoders alone")
+        raise PlanError(f"{where}: {config.model_type} is an encoder with a decoder; plans support only decoders")
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise PlanError(f"{where}: transformers has no language model (AutoModelForCausalLM) of {config.model_type}")
+        raise PlanError(f"{where}: transformers has no AutoModelForCausalLM for {config.model_type}")
     if type(config) in library.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         raise PlanError(
-            f"{where}: {config.model_type} is an encoder: it keeps no keys and values, and plans are for decoders; a "
-            f"config of one that was trained as a decoder has is_decoder=true"
+            f"{where}: {config.model_type} is an encoder without a KV cache, and plans support only decoders; the "
+            f"config of a model trained as a decoder has is_decoder=true"
         )
 
 

@@ -1,9 +1,9 @@
-"""What eager mode holds, operator by operator: the model is really called, on tensors that have no data.
+"""Memory of eager mode, operator by operator: the model is called on tensors without data.
 
-Every storage is counted from the operator that makes it to where nothing refers to it any more, as Python has it. On an
-H200, eager mode peaked at 2376.1 MiB for 8 layers of Llama-3-8B's shape and 16,384 tokens, and at 9504.5 MiB for 65,536
-(`benchmarks/results/h200-2026-11-28.json`): what is counted here is 2376.1 and 9504.5 (a test). What kernels need for
-themselves is not counted.
+Every storage is counted from the operator that creates it until Python releases its last reference. On an H200, eager
+mode peaked at 2376.1 MiB for 8 layers of Llama-3-8B's shape and 16,384 tokens, and at 9504.5 MiB for 65,536
+(`benchmarks/results/h200-2026-11-28.json`). The count is 2376.1 and 9504.5 MiB (a test). Workspaces of kernels are not
+counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mom_compile.torch_compat import TorchDispatchMode, tree_map
 
 
 def eager_timeline(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
-    """Bytes above weights and inputs behind each operator of a prefill: the default cache, logits of the last token."""
+    """Return the bytes above weights and inputs after each operator of a prefill with default cache and last logits."""
     given = prefill_arguments(batch_size, seq_len)
     with torch.no_grad(), on_stand_ins(model, given) as (args, kwargs), _Live() as live:
         model.forward(*args, **kwargs)
@@ -28,7 +28,7 @@ def eager_timeline(model: nn.Module, batch_size: int, seq_len: int) -> list[int]
 
 
 class _Live(TorchDispatchMode):
-    """Counts the storages that operators make, as long as they live."""
+    """Counts living storages that operators created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Live(TorchDispatchMode):
         return out
 
     def _given(self, value: Any) -> None:
-        """What nobody has made here is the caller's: a weight, an input, and views of these."""
+        """Exclude storages of weights, inputs and their views."""
         if isinstance(value, torch.Tensor):
             self._known.add(value.untyped_storage())
 

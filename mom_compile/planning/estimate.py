@@ -1,22 +1,22 @@
-"""How long a prefill and a decode step take on a recorded device, by what bounds them. AN ESTIMATE: of ours, no GPU has
-confirmed one.
+"""Estimated time of a prefill and of a decode step on a known device, by its bottleneck. AN ESTIMATE: no GPU has
+confirmed one for our ways.
 
 A prefill:
 
-    arithmetic    FLOPs of all products and attentions / (what a device computes * the share that products reach)
-    reading       mini-sequences * bytes of the weights that each reads / bandwidth of the memory
-    launching     mini-sequences * loops * the host's time for a body
-    copies out    keys and values that leave / the link;  copies in: weights that arrive / the link
+    arithmetic    FLOPs of all products and attentions / (FLOPS of the device * the share that products reach)
+    reading       mini-sequences * bytes of the weights that each reads / memory bandwidth
+    launching     mini-sequences * loops * host time per loop body
+    copies        offloaded keys and values / link bandwidth; fetched weights / link bandwidth
 
 A decode step, which adds a token to each sequence:
 
-    arithmetic    FLOPs of the products with the weights that are read, as above
-    memory        bytes of these weights, and of all keys and values / bandwidth of the memory
-    link          those of them that are on the host / the link
-    launching     layers * the host's time for a layer
+    arithmetic    FLOPs of the products with the weights, as above
+    memory        bytes of these weights and of all keys and values / memory bandwidth
+    link          the part of them on the host / link bandwidth
+    launching     layers * host time per layer
 
-All of these go on at once, so the longest of them bounds the time. A multiply-add is two FLOPs; a causal attention
-computes half of what it would with all keys, one with a window as many keys a row as that has.
+All of these overlap, so the longest is the estimate. A multiply-add is two FLOPs. A causal attention computes half of
+all keys; one with a window computes as many keys per row as the window has.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Estimate:
         others = ", ".join(
             f"{what} {in_words(time)}" for what, time in self.parts.items() if what != self.bound and time
         )
-        beside = f" ({others})" if others else ""
-        return f"about {in_words(self.seconds)} on {self.device}, bound by {self.bound}{beside}; an estimate"
+        rest = f" ({others})" if others else ""
+        return f"about {in_words(self.seconds)} on {self.device}, bound by {self.bound}{rest}; an estimate"
 
     def __repr__(self) -> str:
         return f"<Estimate: {self}>"
@@ -79,7 +79,7 @@ class DecodeEstimate:
 
 @dataclass(frozen=True)
 class Load:
-    """What a prefill computes and moves: multiply-adds, bytes, and how often each loop runs its body, on average."""
+    """Work of a prefill: multiply-adds, bytes, and the average number of times that a loop runs its body."""
 
     work: int
     weights_read: int
@@ -91,8 +91,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Step:
-    """What a decode step of so many `sequences` computes and moves: multiply-adds, bytes of weights and of keys and
-    values that are read, bytes of both that are fetched from the host, and how many layers there are."""
+    """Work of a decode step of `sequences`: multiply-adds, bytes of weights, keys and values that are read, the part of
+    them that is fetched from the host, and the number of layers."""
 
     work: int
     read: int
@@ -102,20 +102,20 @@ class Step:
 
 
 def device_named(name: str) -> tuple[str, Device]:
-    """The recorded device with this name. Raises `PlanError`, which lists the names, if there is none."""
+    """Return a known device and its name. Raises `PlanError`, which lists the names, if there is none."""
     known = find_device(name)
     if known is None:
         near = nearest_device(name)
         meant = "" if near is None else f" (did you mean {near!r}?)"
         raise PlanError(
-            f"device={name!r} is not a recorded device{meant}; recorded are {', '.join(DEVICES)}; for another device "
-            f"take one of similar speed and give its memory (--device-memory, plan(memory_budget=...))"
+            f"device={name!r} is not a known device{meant}; known devices are {', '.join(DEVICES)}; for another device "
+            f"use one of similar speed and give its memory (--device-memory, plan(memory_budget=...))"
         )
     return known, DEVICES[known]
 
 
 def estimate(load: Load, name: str) -> Estimate:
-    """The time of a prefill. Raises `PlanError` for a device that is not recorded."""
+    """Estimate the time of a prefill. Raises `PlanError` for an unknown device."""
     known, device = device_named(name)
     parts = {
         "arithmetic": 2 * load.work / (device.flops * REACHED),
@@ -129,7 +129,7 @@ def estimate(load: Load, name: str) -> Estimate:
 
 
 def estimate_decode(step: Step, name: str) -> DecodeEstimate:
-    """The speed of decode. Raises `PlanError` for a device that is not recorded."""
+    """Estimate the speed of decode. Raises `PlanError` for an unknown device."""
     known, device = device_named(name)
     parts = {
         "arithmetic": 2 * step.work / (device.flops * REACHED),
@@ -142,8 +142,10 @@ def estimate_decode(step: Step, name: str) -> DecodeEstimate:
 
 
 def work_of(gm: fx.GraphModule, tokens: sympy.Expr, captured: int) -> sympy.Expr:
-    """Multiply-adds of a graph that was captured with so many tokens, in its sizes: those of products, which are known
-    for these, grow with the tokens."""
+    """Return the multiply-adds of a graph as an expression in its sizes.
+
+    Products are counted at the captured number of tokens and scaled with the tokens.
+    """
     graph = attention_form(copy_graph(gm)).graph
     attentions = [node for node in graph.nodes if node.target is MOM_ATTENTION]
     others = sum(work for node, work in products(graph).items() if node.target not in (MOM_ATTENTION, *SDPA))
@@ -161,7 +163,7 @@ def _of_attention(node: fx.Node) -> sympy.Expr:
 
 
 def in_words(seconds: float) -> str:
-    """Seconds for people, with two digits of meaning."""
+    """Format seconds with two significant digits."""
     if seconds >= 90:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"

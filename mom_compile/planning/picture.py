@@ -1,4 +1,4 @@
-"""Memory against context, one line for each way to run a model."""
+"""Plot memory against context, one line for each way to run a model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mom_compile.planning.ways import Way
 from mom_compile.report.units import in_units
 
 GIB = 1 << 30
-#: Lengths that are drawn.
+#: The number of lengths in the plot.
 POINTS = 17
-#: Ours are drawn wider.
+#: Ways with this prefix are drawn with thicker lines.
 _OURS = "mom"
 
 
 def draw(
     path: Path, subject: Subject, ways: Mapping[str, Way], batch_size: int, seq_len: int, memories: tuple[int, ...]
 ) -> None:
-    """Write an image file, with lengths up to one, and a line for each device's memory in bytes.
+    """Write an image of peaks at lengths up to `seq_len`, with a line for each device memory in bytes.
 
-    Raises `ImportError` without matplotlib, `ValueError` for a format that it does not know.
+    Raises `ImportError` without matplotlib, `ValueError` for an image format that it does not support.
     """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError("Plan.plot draws with matplotlib: pip install matplotlib") from error
+        raise ImportError("Plan.plot requires matplotlib: pip install matplotlib") from error
     lengths = [max(2, seq_len * i // (POINTS - 1)) for i in range(1, POINTS)]
     figure = figures.Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -45,9 +45,9 @@ def draw(
     axes.set_ylim(0, 1.15 * most)
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:.0f}k" if tokens else "0")
     axes.set_xlabel("context, in tokens")
-    axes.set_ylabel("GiB of the device, weights included")
+    axes.set_ylabel("GiB on the device, including weights")
     several = "" if batch_size == 1 else f", {batch_size} sequences"
-    axes.set_title(f"{subject.name} in {subject.dtype}: peak of a prefill, planned{several}")
+    axes.set_title(f"{subject.name} in {subject.dtype}: planned peak of a prefill{several}")
     axes.legend(loc="upper left", fontsize=9)
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=130)

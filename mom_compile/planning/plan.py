@@ -1,4 +1,4 @@
-"""`plan(model, seq_len=...)`: will it fit, and what is the longest context, without a GPU and without weights.
+"""`plan(model, seq_len=...)`: whether a model fits and the longest context, without a GPU and without weights.
 
 config -> model on the meta device -> two shorter ones -> prefill captured for any length
        -> for each way: program -> memory model -> bytes at any length, of all layers
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from mom_compile.config import Options, joined_options, parse_options
-from mom_compile.planning.assumed import assumed_scheme, what_is_quantised
+from mom_compile.planning.assumed import assumed_scheme, quantisation_notes
 from mom_compile.planning.configs import Found, PlanError, find_config, of_config
 from mom_compile.planning.estimate import DecodeEstimate, Estimate, device_named, estimate, estimate_decode
 from mom_compile.planning.picture import draw
 from mom_compile.planning.planner import CPU, Planner
+from mom_compile.planning.prompt import checked_batch, checked_dtype
 from mom_compile.planning.subject import Subject, subject_of
 from mom_compile.planning.ways import INDUCTOR, Way
 from mom_compile.quantities import parse_bytes, parse_tokens, unit_hint
@@ -32,7 +33,7 @@ from mom_compile.report.units import in_units
 
 @dataclass(frozen=True)
 class Transfers:
-    """What a prefill moves between host and device, in bytes: keys and values that leave, weights that arrive."""
+    """Bytes that a prefill moves between host and device: offloaded keys and values, and fetched weights."""
 
     to_host: int
     to_device: int
@@ -72,45 +73,45 @@ def plan(
     that cannot be kept: it names the smallest that can, and the longest context that the given one has room for.
     """
     _check_names({**(options or {}), **named})
-    tokens, batch = parse_tokens(seq_len), _checked_batch(batch_size)
+    tokens, batch = parse_tokens(seq_len), checked_batch(batch_size)
     budget = {} if memory_budget is None else {"memory_budget": memory_budget}
     parsed = parse_options(joined_options(options, {**named, **budget}))
-    say = progress or (lambda text: None)
+    report = progress or (lambda text: None)
     if device.lower() != CPU:
         device, _ = device_named(device)
     model = _of_transformers(model)
     found = _found(model)
-    say(f"reading {found.name}")
+    report(f"reading {found.name}")
     given = _dtype(dtype, model)
-    scheme, said = assumed_scheme(found.quantization, weight_bits)
+    scheme, scheme_notes = assumed_scheme(found.quantization, weight_bits)
     subject, weights = subject_of(found.config, found.name, given, _class_of(model), scheme)
-    planner = Planner(subject, weights, batch, device, parsed, say)
-    notes = [*found.notes, *said, *what_is_quantised(scheme, weights, subject)]
+    planner = Planner(subject, weights, batch, device, parsed, report)
+    notes = [*found.notes, *scheme_notes, *quantisation_notes(scheme, weights, subject)]
     made = Plan(subject, tokens, batch, device, notes, planner, _way_of(parsed, weights_on_host))
     if subject.longest is not None and tokens > subject.longest:
-        made.notes.append(f"{tokens:,} tokens are more than the {subject.longest:,} that the model is made for")
+        made.notes.append(f"{tokens:,} tokens exceed the {subject.longest:,} positions of the model")
     planner.prefills(tokens)
     if parsed.memory_budget is not None:
         made = replace(made, **made._within(parse_bytes(parsed.memory_budget), parsed.memory_budget))
     return made
 
 
-#: Wrong names for the memory of a device that users are likely to try.
+#: Wrong names for the device's memory that users are likely to try.
 _MEMORY_NAMES = frozenset({"device_memory", "gpu_memory", "memory", "max_memory", "vram"})
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    """Raise `PlanError` for a wrong name of the memory of a device, such as the command line's `device_memory`."""
+    """Raise `PlanError` for a wrong name of the device's memory, such as the command line's `device_memory`."""
     for name in _MEMORY_NAMES & given.keys():
         value = given[name]
         raise PlanError(
-            f"unknown option {name!r}: did you mean memory_budget={value!r}, a bound that the plan has to keep, or "
+            f"unknown option {name!r}: did you mean memory_budget={value!r}, a limit for the plan, or "
             f"plan(...).max_seq_len({value!r}), the longest context that fits?"
         )
 
 
 def _of_transformers(model: Any) -> Any:
-    """The model of transformers in a module that may be wrapped; anything else as it is."""
+    """Return the transformers model within a wrapped module; other values unchanged."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return next((module for module in modules if hasattr(type(module), "_from_config")), model)
 
@@ -122,19 +123,10 @@ def _found(model: Any) -> Found:
     return of_config(config, type(model).__name__)
 
 
-def _checked_batch(batch_size: Any) -> int:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise PlanError(f"batch_size={batch_size!r} is not valid; it is a whole number of sequences, 1 or more")
-    return batch_size
-
-
 def _dtype(given: torch.dtype | str | None, model: Any) -> torch.dtype | None:
     if given is None:
         return next(model.parameters()).dtype if isinstance(model, nn.Module) else None
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PlanError(f"dtype={given!r} is not valid; it is that of weights: 'bfloat16', 'float16', 'float32'")
-    return found
+    return checked_dtype(given)
 
 
 def _class_of(model: Any) -> Any:
@@ -244,23 +236,23 @@ class Plan:
             *(f"note: {note}" for note in self.notes),
             f"peak of the device for {self.batch_size} x {self.seq_len:,} tokens, weights included:",
             *(f"  {what:{width}}  {in_units(size)}" for what, size in sizes.items()),
-            self._in_its_way(),
+            self._way_line(),
         ]
         if self.budget is not None:
             stays = "" if self.resident_layers is None else f", keys and values of {self.resident_layers} layers stay"
             lines.append(f"longest context in {in_units(self.budget)}: {self.max_seq_len():,} tokens{stays}")
         return "\n".join(lines)
 
-    def _in_its_way(self) -> str:
-        """A line on the plan's way: host memory and times or, if it does not fit, the bytes that it needs."""
+    def _way_line(self) -> str:
+        """Return a line on the plan's way: host memory and times or, if it does not fit, the bytes that it needs."""
         what, host = self.ways[self.way].what, self.host_bytes()
-        beside = f"{what}: {in_units(host)} on the host" if host else f"{what}: nothing on the host"
+        on_host = f"{what}: {in_units(host)} on the host" if host else f"{what}: nothing on the host"
         if self.device == CPU:
-            return beside
+            return on_host
         if not self.fits():
             needed, there = self.ways[self.way].needed_bytes(self.seq_len), self.memory or 0
             return f"{what}: {in_units(needed)} ({needed:,} bytes) do not fit into {in_units(there)}, {self.device}"
-        return f"{beside}; prefill {self.estimate()}; decode {self.estimate_decode()}"
+        return f"{on_host}; prefill {self.estimate()}; decode {self.estimate_decode()}"
 
     def __str__(self) -> str:
         return self.summary()
@@ -277,31 +269,31 @@ class Plan:
         return html_of_text(self.summary())
 
     def _within(self, budget: int, given: int | str) -> dict[str, Any]:
-        """The plan for a budget: where the cache has to go. Raises `PlanError` where it cannot be kept."""
+        """Return the plan's fields for a budget: the placement of the cache. Raises `PlanError` if it does not fit."""
         options, planner = self._planner.options, self._planner
         may_leave = options.kv_offload is not False and self.way not in (INDUCTOR, "mlp")
-        away = "mom-weights" if self.way == "mom-weights" else "mom-cache" if may_leave else self.way
-        least = planner.peak(away, self.seq_len, fewest=True)
+        offloaded = "mom-weights" if self.way == "mom-weights" else "mom-cache" if may_leave else self.way
+        least = planner.peak(offloaded, self.seq_len, fewest=True)
         if least > budget:
-            raise PlanError(self._refused(budget, given, least, away))
-        if away != "mom-cache" or self.way == "mom-cache":
+            raise PlanError(self._refused(budget, given, least, offloaded))
+        if offloaded != "mom-cache" or self.way == "mom-cache":
             return {"budget": budget}
-        whole, gone = planner.peak("mom", self.seq_len), planner.peak(away, self.seq_len)
+        whole, gone = planner.peak("mom", self.seq_len), planner.peak(offloaded, self.seq_len)
         layers = self.subject.layers
-        each = max(1, planner.host(away, self.seq_len) // layers)
+        each = max(1, planner.host(offloaded, self.seq_len) // layers)
         stay = layers if whole <= budget else max(0, min(layers, (budget - gone) // each))
-        return {"budget": budget, "resident_layers": stay, "way": "mom" if stay == layers else away}
+        return {"budget": budget, "resident_layers": stay, "way": "mom" if stay == layers else offloaded}
 
     def _refused(self, budget: int, given: int | str, least: int, way: str) -> str:
-        weights = f", of which weights take {in_units(self.subject.weight_bytes)}" if way != "mom-weights" else ""
+        weights = f", including {in_units(self.subject.weight_bytes)} of weights" if way != "mom-weights" else ""
         longest = self.ways[way].max_seq_len(budget)
-        room = f"it has room for {longest:,} tokens" if longest else "it has no room for a single token"
+        room = f"it suffices for {longest:,} tokens" if longest else "it does not suffice for a single token"
         more = "" if way == "mom-weights" else self._with_weights_on_host()
         return (
-            f"memory_budget={given!r} cannot be kept for {self.seq_len:,} tokens: the smallest "
-            f"that can is {least} ({in_units(least)}){weights}; {room}{more}{unit_hint(given)}"
+            f"memory_budget={given!r} is too small for {self.seq_len:,} tokens: the smallest "
+            f"valid budget is {least} ({in_units(least)}){weights}; {room}{more}{unit_hint(given)}"
         )
 
     def _with_weights_on_host(self) -> str:
         least = self.ways["mom-weights"].peak_bytes(self.seq_len)
-        return f"; with the weights on the host, too, {in_units(least)} are enough"
+        return f"; with the weights on the host as well, {in_units(least)} suffice"

@@ -1,4 +1,4 @@
-"""The traced models of a plan, rewritten for each way and carried on to all layers, each once."""
+"""The traced models of a plan, rewritten for each way and extrapolated to all layers. Each result is computed once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mom_compile.planning.ways import (
     Compiled,
     Stock,
     Way,
-    carried_on,
     compile_for,
-    straight,
+    extrapolated,
+    extrapolated_peak,
 )
 from mom_compile.planning.weights import Weights
 from mom_compile.runtime.extend import room_for
@@ -31,50 +31,51 @@ from mom_passes.program.program import LoopStep
 
 #: Bytes of a token's id.
 ID_BYTES = 8
-#: No length beyond this is looked for: no model has so many tokens.
+#: The limit of searches: no model has a longer context.
 MOST_TOKENS = 1 << 30
 CPU = "cpu"
 
 
 class Planner:
-    """Traces and rewrites what is asked for, once."""
+    """Traces and rewrites models on demand, each once."""
 
     def __init__(
-        self, subject: Subject, weights: Weights, batch: int, device: str, options: Options, say: Callable[[str], None]
-    ) -> None:
+        self, subject: Subject, weights: Weights, batch: int, device: str, options: Options,
+        report: Callable[[str], None],
+    ) -> None:  # fmt: skip
         self.subject, self.weights, self.batch = subject, weights, batch
-        self.options, self.say = options, say
-        self._raise_copy_error: set[str] = set()
+        self.options, self.report = options, report
+        self._reported: set[str] = set()
         self.models = [subject.build(count) for count in subject.counts]
         self.captured: list[tuple[Prefill, ...]] = []
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
         self._stock: dict[Prefill, Stock] = {}
         self._work: dict[Prefill, sympy.Expr] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
-        #: The type of device.
+        #: Device type.
         self.type = CPU if gpu is None else "cuda"
         self.gpu = None if gpu is None else Properties(device, gpu.multiprocessors, gpu.capability)
 
-    # --- what is traced ---
+    # --- traced models ---
 
     def prefills(self, seq_len: int) -> tuple[Prefill, ...]:
-        """The traced models for a length."""
+        """Return the traced models for a length."""
         for known in self.captured:
             if all(prefill.holds_for(seq_len) for prefill in known):
                 return known
         counts = " and ".join(map(str, self.subject.counts))
-        self.say(f"tracing {self.subject.name}, {counts} layers of {self.subject.layers}, {seq_len:,} tokens")
+        self.report(f"tracing {self.subject.name}, {counts} layers of {self.subject.layers}, {seq_len:,} tokens")
         self.captured.append(tuple(capture_prefill(model, self.batch, seq_len) for model in self.models))
         return self.captured[-1]
 
     def compiled(self, seq_len: int, way: str) -> list[Compiled] | None:
-        """The traced models in one of our ways; None for another, and where there is nothing to gain."""
+        """Return the traced models in one of our ways; None for other ways, or if there is nothing to gain."""
         if way not in KINDS:
             return None
         found = []
         for prefill in self.prefills(seq_len):
             if (prefill, way) not in self._compiled:
-                self._tell(f"planning {KINDS[way].what}")
+                self._report_once(f"planning {KINDS[way].what}")
                 shapes = self.weights.shapes
                 self._compiled[prefill, way] = compile_for(prefill, KINDS[way], self.options, self.gpu, shapes)
             found.append(self._compiled[prefill, way])
@@ -83,25 +84,25 @@ class Planner:
     # --- bytes ---
 
     def peak(self, way: str, seq_len: int, *, fewest: bool = False) -> int:
-        """Bytes of the device at the peak, weights and inputs included, and a copy of a quantised matrix."""
+        """Bytes on the device at the peak, including weights, inputs and a copy of a quantised matrix."""
         inputs = ID_BYTES * self.batch * seq_len + self.weights.copy
         if way == EAGER:
-            self._tell("calling it in eager mode, without data")
+            self._report_once("calling it in eager mode, without data")
             timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
-            return self.weights.all + inputs + carried_on(timelines, self.subject.periods)
+            return self.weights.all + inputs + extrapolated_peak(timelines, self.subject.periods)
         made = self.compiled(seq_len, way)
         if made is None:
             return self.weights.all + inputs + self._stock_peak(seq_len)
         full = self._full(made, seq_len)
         profiles = [one.profile(self.batch, seq_len, full, fewest=fewest) for one in made]
-        return self.weights_on_device(way) + inputs + carried_on(profiles, self.subject.periods)
+        return self.weights_on_device(way) + inputs + extrapolated_peak(profiles, self.subject.periods)
 
     def step_peak(self, way: str, seq_len: int) -> int:
-        """Bytes of the device at the peak of the first decode step behind a prefill, weights included.
+        """Bytes on the device at the peak of the first decode step after a prefill, including weights.
 
-        Counted is the cache, and what of it exists twice: all of it with stock Inductor, which concatenates it and
-        returns the whole; one key or value in eager mode, which drops the old one of a layer before the next; one that
-        grows in place. A cache on the host arrives layer by layer, one layer ahead.
+        Counts the cache and its temporary copies: all of it with stock Inductor, which concatenates it and returns the
+        whole; one key or value in eager mode, which drops each layer's old one before the next; one key or value with
+        mom, which grows them in place. A cache on the host is prefetched one layer ahead.
         """
         weights, cache, layers = self.weights_on_device(way), self.cache(seq_len), self.subject.layers
         one = cache // (2 * layers)
@@ -114,18 +115,18 @@ class Planner:
         return weights + cache * (seq_len + room_for(seq_len)) // seq_len + one
 
     def _full(self, made: list[Compiled], seq_len: int) -> int:
-        return straight([one.full(self.batch, seq_len) for one in made], self.subject.periods)
+        return extrapolated([one.full(self.batch, seq_len) for one in made], self.subject.periods)
 
     def _stock_peak(self, seq_len: int) -> int:
         prefills = self.prefills(seq_len)
         found = [self.stock(prefill) for prefill in prefills]
         sizes = [prefill.sizes(self.batch, seq_len) for prefill in prefills]
         kept = [int(evaluate(one.keeps, own)) for one, own in zip(found, sizes, strict=True)]
-        return int(evaluate(found[-1].peak, sizes[-1])) + straight(kept, self.subject.periods) - kept[-1]
+        return int(evaluate(found[-1].peak, sizes[-1])) + extrapolated(kept, self.subject.periods) - kept[-1]
 
     def stock(self, prefill: Prefill) -> Stock:
         if prefill not in self._stock:
-            self._tell("planning stock Inductor")
+            self._report_once("planning stock Inductor")
             self._stock[prefill] = Stock.of(prefill, self.type)
         return self._stock[prefill]
 
@@ -136,12 +137,12 @@ class Planner:
         return self.weights.all - self.weights_on_device(way)
 
     def cache_on_host(self, way: str, seq_len: int) -> int:
-        """Keys and values that leave."""
+        """Bytes of offloaded keys and values."""
         made = self.compiled(seq_len, way)
-        return straight([one.on_host(self.batch, seq_len) for one in made], self.subject.periods) if made else 0
+        return extrapolated([one.on_host(self.batch, seq_len) for one in made], self.subject.periods) if made else 0
 
     def host(self, way: str, seq_len: int) -> int:
-        """Bytes on the host: keys and values, and weights."""
+        """Bytes on the host: keys, values and weights."""
         if self.compiled(seq_len, way) is None:
             return 0
         return self.cache_on_host(way, seq_len) + self.weights_on_host(way)
@@ -154,11 +155,10 @@ class Planner:
         of_device, of_step, of_host = (partial(bytes, name) for bytes in (self.peak, self.step_peak, self.host))
         return Way(what, self.weights_on_device(name), of_device, of_step, of_host, MOST_TOKENS)
 
-    def _tell(self, text: str) -> None:
-        """Each thing once."""
-        if text not in self._raise_copy_error:
-            self._raise_copy_error.add(text)
-            self.say(text)
+    def _report_once(self, text: str) -> None:
+        if text not in self._reported:
+            self._reported.add(text)
+            self.report(text)
 
     def cache(self, seq_len: int) -> int:
         """Bytes of the keys and values that a prefill keeps."""
@@ -169,16 +169,16 @@ class Planner:
         """Bytes that stock Inductor's graph returns: the cache, and the last token's logits."""
         prefills = self.prefills(seq_len)
         kept = [evaluate(self.stock(p).keeps, p.sizes(self.batch, seq_len)) for p in prefills]
-        return straight([int(one) for one in kept], self.subject.periods)
+        return extrapolated([int(one) for one in kept], self.subject.periods)
 
     def load(self, way: str, seq_len: int) -> Load:
-        """What a prefill computes and moves."""
+        """Return the work of a prefill."""
         prefills = self.prefills(seq_len)
         works = [int(evaluate(self._work_of(p), p.sizes(self.batch, seq_len))) for p in prefills]
         made = self.compiled(seq_len, way)
-        loops = straight([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers
+        loops = extrapolated([_loops(one) for one in made], self.subject.periods) if made else self.subject.layers
         return Load(
-            straight(works, self.subject.periods),
+            extrapolated(works, self.subject.periods),
             self.weights.all,
             self.bodies(way, seq_len) / loops,
             loops,
@@ -187,12 +187,12 @@ class Planner:
         )
 
     def bodies(self, way: str, seq_len: int) -> int:
-        """How often a prefill runs a loop's body; without loops, how many layers there are."""
+        """Return how often a prefill runs a loop body; without loops, the number of layers."""
         made = self.compiled(seq_len, way)
         if not made:
             return self.subject.layers
         full = self._full(made, seq_len)
-        return straight([one.bodies(self.batch, seq_len, full) for one in made], self.subject.periods)
+        return extrapolated([one.bodies(self.batch, seq_len, full) for one in made], self.subject.periods)
 
     def _work_of(self, prefill: Prefill) -> sympy.Expr:
         if prefill not in self._work:
@@ -200,8 +200,10 @@ class Planner:
         return self._work[prefill]
 
     def step(self, way: str, seq_len: int, resident_layers: int = 0) -> Step:
-        """What a decode step behind a prefill computes and moves. Of a cache on the host, keys and values of so many
-        layers are on the device."""
+        """Return the work of a decode step after a prefill.
+
+        Keys and values of `resident_layers` layers of an offloaded cache are on the device.
+        """
         weights, cache, layers = self.weights, self.cache(seq_len), self.subject.layers
         fetched = self.cache_on_host(way, seq_len) * (layers - resident_layers) // layers
         if self.weights_on_host(way):

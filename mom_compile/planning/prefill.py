@@ -1,4 +1,4 @@
-"""The graph of a prefill, captured for any number of tokens: what every way to compile it is planned from."""
+"""The graph of a prefill, captured for any number of tokens: the basis of the plans of all compiled ways."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from mom_passes.graph.sizes import expr
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """A captured graph, which nobody changes. `static` names its parameters and buffers, `tokens` and `sequences` are
-    its sizes, symbols mostly, and `captured` is how many tokens there were. It holds for `shortest` to `longest` tokens
-    (None: any number): a model with windows computes something else where all tokens are in one."""
+    """A captured graph, which must not be changed. `static` are the names of its parameters and buffers, `tokens` and
+    `sequences` its sizes (usually symbols), `captured` the number of tokens at capture. It is valid for `shortest` to
+    `longest` tokens (None: unlimited): a model with windows computes a different graph if all tokens fit into one."""
 
     graph: fx.GraphModule
     static: frozenset[str]
@@ -44,20 +44,20 @@ class Prefill:
         return self.shortest <= seq_len and (self.longest is None or seq_len <= self.longest)
 
     def sizes(self, batch_size: int, seq_len: int) -> dict[sympy.Symbol, int]:
-        """The values of its symbols in a run."""
+        """Return the values of its symbols in a run."""
         given = ((self.tokens, seq_len), (self.sequences, batch_size))
         return {symbol: value for symbol, value in given if symbol.is_Symbol}
 
 
 def prefill_arguments(batch_size: int, seq_len: int) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
-    """What a model is called with: ids `[batch_size, seq_len]` without data, the default cache kept, and the logits of
-    the last token alone."""
+    """Return a model's arguments: ids `[batch_size, seq_len]` without data, the default cache, and the logits of the
+    last token."""
     ids = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
     return (ids,), {"use_cache": True, "logits_to_keep": 1}
 
 
 def capture_prefill(model: nn.Module, batch_size: int, seq_len: int) -> Prefill:
-    """The graph of a prefill, traced on stand-ins: a model on the meta device takes no memory.
+    """Capture a prefill on stand-ins of a model on the meta device, which takes no memory.
 
     Raises `PlanError` for a model that cannot be traced as one graph.
     """

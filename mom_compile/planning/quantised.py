@@ -2,10 +2,10 @@
 
 Terms
 -----
-format   How one matrix is stored: bits of a value, and what its scales and zeros take.
-scheme   Which matrices of a model have which format. Products with weights and banks of experts have one; embeddings,
-         norms, routers and the head have none unless the config says so. What a config excludes has none either.
-group    Values along a row that share a scale, and a zero if there are zeros.
+format   How one matrix is stored: bits per value, and the size of scales and zeros.
+scheme   The format of each matrix of a model. By default products with weights and banks of experts are quantised;
+         embeddings, norms, routers and the head are not. Exclusions of the config are respected.
+group    Values along a row that share a scale, and a zero if the format has zeros.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-#: Bits that `weight_bits` may name; 16 and more would be no quantisation.
+#: Valid `weight_bits`; 16 and more would not be quantised.
 BITS = (2, 3, 4, 5, 6, 8)
 _GROUP = 128
-#: Rows and columns of a block that is a whole matrix.
+#: Rows and columns of a block that covers a whole matrix.
 _WHOLE = 1 << 30
 
 
 class Role(Enum):
-    """What a parameter is in its model."""
+    """The kind of a parameter."""
 
     LINEAR = auto()
     BANK = auto()
@@ -36,9 +36,9 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Format:
-    """Bits of a value, and what goes with it: a scale of `scale_bytes` and a zero of `zero_bits` for each `group` of a
-    row's values (None: a row) or for each `block` of rows and columns; `index_bytes` for each column. Kernels multiply
-    with the stored values, or have to make a `dequantised` copy of a matrix first."""
+    """Bits per value, with a scale of `scale_bytes` and a zero of `zero_bits` for each `group` of a row's values (None:
+    the row) or each `block` of rows and columns, and `index_bytes` for each column. `dequantised`: a product needs a
+    dequantised copy of the matrix."""
 
     bits: int
     group: int | None = None
@@ -49,7 +49,7 @@ class Format:
     dequantised: bool = True
 
     def bytes(self, shape: Sequence[int]) -> int:
-        """The bytes of a matrix `[..., rows, columns]`."""
+        """Return the bytes of a matrix `[..., rows, columns]`."""
         count, columns = math.prod(shape), shape[-1]
         matrices, rows = math.prod(shape[:-2]), shape[-2]
         if self.block is not None:
@@ -69,8 +69,8 @@ class Format:
 
 @dataclass(frozen=True)
 class Scheme:
-    """`method` names it; `targets` are patterns of module names with their formats, the first that matches counts;
-    `skips` are patterns of modules without one."""
+    """`targets` are patterns of module names and their formats, of which the first match counts; `skips` are patterns
+    of modules that are not quantised. `method` is the name for reports."""
 
     method: str
     targets: tuple[tuple[str, Format], ...]
@@ -78,7 +78,7 @@ class Scheme:
     roles: frozenset[Role] = field(default=frozenset({Role.LINEAR, Role.BANK}))
 
     def format_of(self, name: str, role: Role) -> Format | None:
-        """The format of a parameter; None if it is not quantised."""
+        """Return the format of a parameter; None if it is not quantised."""
         names = _modules(name, role)
         if role not in self.roles or any(_matches(skip, one) for skip in self.skips for one in names):
             return None
@@ -86,11 +86,11 @@ class Scheme:
 
 
 class UnreadableError(ValueError):
-    """A quantization_config does not say how many bytes weights take."""
+    """A quantization_config does not determine the bytes of weights."""
 
 
 def scheme_of(given: Mapping[str, Any]) -> Scheme:
-    """The scheme of a `quantization_config`. Raises `UnreadableError` for one that is not known."""
+    """Return the scheme of a `quantization_config`. Raises `UnreadableError` for an unknown one."""
     method = str(given.get("quant_method") or ("bitsandbytes" if _is_bitsandbytes(given) else "")).lower()
     method = method.replace("-", "_")
     if method not in _READERS:
@@ -102,8 +102,10 @@ def scheme_of(given: Mapping[str, Any]) -> Scheme:
 
 
 def scheme_of_bits(bits: int) -> Scheme:
-    """The scheme for all products and experts with this number of bits. 8 bits have a 16-bit scale for each row; fewer
-    have a 16-bit scale and a zero for each 128 values."""
+    """Return a scheme with this number of bits for all products and experts.
+
+    8 bits have a 16-bit scale for each row; fewer bits have a 16-bit scale and a zero for each 128 values.
+    """
     if bits not in BITS:
         raise ValueError(f"weight_bits={bits!r} is not valid; it is one of {', '.join(map(str, BITS))}")
     fmt = Format(8) if bits == 8 else Format(bits, _GROUP, zero_bits=bits)
@@ -117,7 +119,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def _modules(name: str, role: Role) -> list[str]:
-    """Names of a parameter's module that a config may use. The names of a bank are the projections of its experts."""
+    """Return the names that a config may use for a parameter's module; for a bank, its experts' projections."""
     if role is not Role.BANK:
         return [name.rpartition(".")[0]]
     owner, _, own = name.rpartition(".")
@@ -127,9 +129,9 @@ def _modules(name: str, role: Role) -> list[str]:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a module, or one that it is part of, has this name; `re:` begins an expression, `*` stands for anything.
+    """Whether a pattern names a module or one that contains it. `re:` starts an expression, `*` matches anything.
 
-    A model with other parts beside its text calls that `language_model`; the text alone does not.
+    `language_model` is ignored: it is the prefix of the text model within a multimodal model.
     """
     if pattern.startswith("re:"):
         return re.match(pattern[3:].replace("language_model\\.", ""), module) is not None
@@ -145,7 +147,7 @@ def _is_bitsandbytes(given: Mapping[str, Any]) -> bool:
 
 
 def _bitsandbytes(given: Mapping[str, Any]) -> Scheme:
-    """4 bits: a float32 maximum for each 64 values, or, quantised once more, a byte and a float32 for each 256 of
+    """4 bits: a float32 maximum for each 64 values or, with double quantisation, a byte and a float32 for each 256 of
     these. 8 bits: a float32 for each row, and int8 products."""
     skips = tuple(given.get("llm_int8_skip_modules") or ())
     if given.get("load_in_8bit"):
@@ -157,7 +159,7 @@ def _bitsandbytes(given: Mapping[str, Any]) -> Scheme:
 
 
 def _gptq(given: Mapping[str, Any]) -> Scheme:
-    """A float16 scale and a zero for each group, and an int32 for each column that says which group it is of."""
+    """A float16 scale and a zero for each group, and an int32 group index for each column."""
     bits, group = _bits(given, "bits"), _group(given.get("group_size", _GROUP))
     inside = given.get("modules_in_block_to_quantize")
     fmt = Format(bits, group, zero_bits=bits, index_bytes=4)
@@ -174,7 +176,7 @@ def _awq(given: Mapping[str, Any]) -> Scheme:
 
 
 def _fp8(given: Mapping[str, Any]) -> Scheme:
-    """A float32 scale for each block, or for a whole matrix."""
+    """A float32 scale for each block, or for the whole matrix."""
     rows, columns = given.get("weight_block_size") or (_WHOLE, _WHOLE)
     fmt = Format(8, scale_bytes=4, block=(int(rows), int(columns)), dequantised=False)
     return Scheme("fp8", ((_ALL, fmt),), _skips(given))
@@ -185,20 +187,20 @@ def _fbgemm_fp8(given: Mapping[str, Any]) -> Scheme:
 
 
 def _mxfp4(given: Mapping[str, Any]) -> Scheme:
-    """Banks of experts alone: a byte of scale for each 32 values."""
+    """Only banks of experts: one byte of scale for each 32 values."""
     fmt = Format(4, 32, scale_bytes=1, dequantised=False)
     return Scheme("mxfp4", ((_ALL, fmt),), _skips(given), frozenset({Role.BANK}))
 
 
 def _compressed_tensors(given: Mapping[str, Any]) -> Scheme:
-    """Groups of modules with a format each. A target is a class, of which all products are Linear, or a name."""
+    """One format per group of modules. A target is a module name, or the class Linear for all products."""
     targets = []
     for group in given["config_groups"].values():
         weights = group["weights"]
         bits = int(weights["num_bits"])
         zero = 0 if weights.get("symmetric", True) else bits
         strategy, size = weights.get("strategy") or "channel", _group(weights.get("group_size"))
-        # Scales of NVFP4 are a byte each.
+        # NVFP4 scales have one byte each.
         small = size == 16 and bits == 4 and weights.get("type") == "float"
         fmt = Format(bits, scale_bytes=1 if small else 2, zero_bits=zero, dequantised=bits < 8)
         if strategy in ("group", "tensor_group"):
@@ -208,7 +210,7 @@ def _compressed_tensors(given: Mapping[str, Any]) -> Scheme:
             fmt = replace(fmt, block=(int(rows), int(columns)))
         targets += [(_ALL if target == "Linear" else target, fmt) for target in group["targets"]]
     targets.sort(key=lambda item: item[0] == _ALL)  # names before the class
-    roles = frozenset({Role.LINEAR, Role.BANK, Role.HEAD})  # a head that stays as it is is named in `ignore`
+    roles = frozenset({Role.LINEAR, Role.BANK, Role.HEAD})  # an unquantised head is named in `ignore`
     return Scheme("compressed-tensors", tuple(targets), tuple(given.get("ignore") or ()), roles)
 
 
@@ -221,7 +223,7 @@ def _modelopt(given: Mapping[str, Any]) -> Scheme:
     return Scheme(f"modelopt {algorithm}", ((_ALL, formats[algorithm]),), tuple(given.get("ignore") or ()))
 
 
-#: What a torchao configuration stores: bits, and the group if it has one.
+#: Bits of each torchao configuration, and its group size if it has groups.
 _TORCHAO = {
     "int4weightonly": (4, _GROUP), "int8dynamicactivationint4weight": (4, 32), "int8weightonly": (8, None),
     "int8dynamicactivationint8weight": (8, None), "float8weightonly": (8, None),
@@ -230,7 +232,7 @@ _TORCHAO = {
 
 
 def _torchao(given: Mapping[str, Any]) -> Scheme:
-    """A text such as "int4_weight_only", or a configuration as torchao serialises it."""
+    """A name such as "int4_weight_only", or a configuration as serialised by torchao."""
     kind, settings = given["quant_type"], given.get("quant_type_kwargs") or {}
     if isinstance(kind, Mapping):
         inner = kind.get("default", kind)
@@ -238,7 +240,7 @@ def _torchao(given: Mapping[str, Any]) -> Scheme:
     plain = re.sub("[^a-z0-9]", "", kind.lower()).removesuffix("config")
     bits, group = _TORCHAO[plain]
     group = _group(settings.get("group_size", group))
-    # The scale and the zero of 4 bits are bfloat16; a product with 8 bits in both operands needs no copy.
+    # Scale and zero of 4 bits are bfloat16. Products of two 8-bit operands need no copy.
     fmt = Format(bits, group, zero_bits=16 if bits == 4 else 0, dequantised="dynamic" not in plain)
     both = {Role.HEAD, Role.EMBEDDING} if given.get("include_input_output_embeddings") else set()
     return Scheme(f"torchao {kind}", ((_ALL, fmt),), _skips(given), frozenset({Role.LINEAR, Role.BANK, *both}))
@@ -271,7 +273,7 @@ def _bits(given: Mapping[str, Any], *names: str) -> int:
 
 
 def _group(size: Any) -> int | None:
-    """-1 and null are a row."""
+    """Return the group size; -1 and null mean a row."""
     return None if size is None or int(size) < 1 else int(size)
 
 

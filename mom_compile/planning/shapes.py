@@ -1,9 +1,9 @@
-"""Well-known shapes, shipped as data: a name stands for a config.json that need not be downloaded.
+"""Shapes of well-known models, shipped as data: a name stands for a config.json, without a download.
 
 Terms
 -----
-shape   The fields of a published config.json that shapes and memory follow from, with the address they are from and the
-        published number of parameters.
+shape   The fields of a published config.json that determine shapes and memory, with its address and the published
+        number of parameters.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """`source` is the public address of the config.json, `what` says which part of it this is, `parameters` is the
-    published number of parameters, `config` the fields."""
+    """`source` is the public address of the config.json, `what` the part of it, `parameters` the published number of
+    parameters, `config` the fields."""
 
     name: str
     source: str
@@ -32,7 +32,7 @@ class Shape:
 
 @functools.cache
 def shapes() -> Mapping[str, Shape]:
-    """All of them by name, the smaller of a family first."""
+    """Return all shapes by name; within a family, smaller ones first."""
     files = resources.files("mom_compile.planning") / "shapes"
     read = (json.loads(file.read_text("utf-8")) for file in files.iterdir() if file.name.endswith(".json"))
     found = [Shape(**fields) for fields in read]
@@ -40,14 +40,13 @@ def shapes() -> Mapping[str, Shape]:
 
 
 def find_shape(name: str) -> Shape | None:
-    """By its name, in any case, with or without what stands between letters and digits and an owner before it
-    (`"meta-llama/llama3_8b"`); None where there is none of that name."""
+    """Return the shape with this name, or None. Ignores case, separators and an owner (`"meta-llama/llama3_8b"`)."""
     wanted = _plain(name.rpartition("/")[2])
     return next((shape for shape in shapes().values() if _plain(shape.name) == wanted), None)
 
 
 def nearest_shape(name: str) -> str | None:
-    """The name that somebody may have meant."""
+    """Return the most similar name, or None."""
     plain = {_plain(known): known for known in shapes()}
     near = difflib.get_close_matches(_plain(name.rpartition("/")[2]), plain, n=1, cutoff=0.6)
     return plain[near[0]] if near else None

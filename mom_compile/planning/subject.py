@@ -1,11 +1,11 @@
-"""The model that a plan is of, on the meta device: no weights, no memory, and no more layers than have to be traced.
+"""The model of a plan, on the meta device: without weights or memory, and with only the layers that must be traced.
 
 Terms
 -----
-kind       What tells a layer from others: its modules, the shapes of its parameters, its settings.
-period     Layers repeat themselves, from some layer on, every so many: one by one mostly, 5 with a window and one
-           without in Gemma 3. Of such a model two shorter ones are traced, one a period longer than the other: what a
-           period adds to one it adds to all.
+kind       What distinguishes layers: their modules, parameter shapes and settings.
+period     From some layer on, the kinds of layers repeat with this period: usually 1; 6 in Gemma 3, with five windowed
+           layers and one without. Two shorter models are traced that differ by one period. Their difference is what
+           each further period adds.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from mom_compile.planning.configs import PlanError
 from mom_compile.planning.quantised import Scheme
 from mom_compile.planning.weights import Weights, weights_of
 
-#: Layers that the shorter one has at least, and periods behind the layers that do not repeat: its first and its last
-#: layer are like no other, and what arrives for a layer does so while the one before computes.
+#: The fewest layers of the shorter model, and the fewest periods after the layers that do not repeat: its first and
+#: last layers are unlike others, and the weights of a layer are prefetched while the previous one computes.
 FEWEST_LAYERS, FEWEST_PERIODS = 4, 2
 
-#: Settings that count layers from the first one, or name a period: each layer has what follows from them.
-_TOLD_BY_LAYERS = frozenset(
+#: Settings that count layers from the first, or give a period. The kinds of layers reflect them.
+_VISIBLE_IN_LAYERS = frozenset(
     {"num_hidden_layers", "max_window_layers", "n_layer", "num_layers", "n_layers", "num_dense_layers",
      "global_attn_every_n_layers"}
 )  # fmt: skip
-#: Settings that count layers which transformers does not build: those that predict further tokens, of DeepSeek-V3 say.
+#: Settings that count layers transformers does not build: those that predict further tokens, e.g. in DeepSeek-V3.
 _NOT_BUILT = frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"})
 
 
 @dataclass(frozen=True)
 class Subject:
-    """`parameters` are counted once, `weight_bytes` with buffers; `longest` is how many positions the model was made
-    for, None where it says nothing. `dtype` is that of what is not quantised, `stored` names both. `counts` are the
-    layers of the models that are traced, `period` what lies between.
+    """`parameters` counts each parameter once, `weight_bytes` includes buffers. `longest` is the number of positions of
+    the model, None if the config has none. `dtype` is that of unquantised weights; `stored` also names the format of
+    quantised ones. `counts` are the numbers of layers of the traced models.
     """
 
     name: str
@@ -55,23 +55,22 @@ class Subject:
 
     @property
     def periods(self) -> int:
-        """By how many periods the model is longer than the shorter one that is traced."""
+        """The number of periods that the model has more than the shorter traced model."""
         return 0 if len(self.counts) == 1 else (self.layers - self.counts[0]) // (self.counts[1] - self.counts[0])
 
 
 def subject_of(
     config: Any, name: str, dtype: torch.dtype | None, model_class: Any = None, scheme: Scheme | None = None
 ) -> tuple[Subject, Weights]:
-    """The model of a config of transformers, in `dtype`, that of the config, or bfloat16; with a `scheme`, what that
-    quantises takes the bytes that it says.
+    """Return the model of a transformers config and its weights, in `dtype`, else the config's dtype, else bfloat16.
 
-    Raises `PlanError` where transformers cannot build it.
+    `scheme` determines the bytes of quantised weights. Raises `PlanError` if transformers cannot build the model.
     """
     chosen = dtype or getattr(config, "dtype", None) or torch.bfloat16
     config = copy.deepcopy(config)
 
     def build(layers: int) -> nn.Module:
-        return _on_meta(_shortened(config, layers), chosen, model_class)
+        return build_on_meta(_shortened(config, layers), model_class, dtype=chosen)
 
     whole = build(_layers_of(config))
     kinds, weights = _kinds(whole, _layers_of(config)), weights_of(whole, config, scheme)
@@ -94,21 +93,21 @@ def _layers_of(config: Any) -> int:
     return int(config.num_hidden_layers)
 
 
-def _on_meta(config: Any, dtype: torch.dtype, model_class: Any) -> nn.Module:
+def build_on_meta(config: Any, model_class: Any = None, **settings: Any) -> nn.Module:
+    """Build a model without weights. Raises `PlanError` if transformers cannot build it."""
     import transformers
 
+    make = transformers.AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     try:
         with torch.device("meta"):
-            if model_class is not None:
-                return model_class._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except Exception as error:  # whatever a model raises for values that do not go together
+            return make(config, **settings).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # models raise various errors for inconsistent values
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PlanError(f"transformers cannot build this {config.model_type}: {reason}") from error
 
 
 def _shortened(config: Any, layers: int) -> Any:
-    """A config of the first layers; what it lists layer by layer is cut, too."""
+    """Return a config of the first layers; lists with one entry per layer are cut too."""
     whole = _layers_of(config)
     if layers == whole:
         return copy.deepcopy(config)
@@ -120,11 +119,11 @@ def _shortened(config: Any, layers: int) -> Any:
     return shorter
 
 
-# --- which layers are alike ---
+# --- repeating layers ---
 
 
 def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], nn.Module]) -> tuple[int, ...]:
-    """The layers of the models to be traced: two, where that is shorter and they are as the whole one's."""
+    """Return the layer counts of the models to trace: two if they are shorter and have the same kinds of layers."""
     layers = _layers_of(config)
     found = None if kinds is None or _counts_layers(config) else _period(kinds)
     if kinds is None or found is None:
@@ -137,21 +136,21 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
     if short + period >= layers:
         return (layers,)
     try:
-        alike = all(_kinds(build(n), n) == list(kinds[:n]) for n in (short, short + period))
+        same = all(_kinds(build(n), n) == list(kinds[:n]) for n in (short, short + period))
     except PlanError:
         return (layers,)
-    return (short, short + period) if alike else (layers,)
+    return (short, short + period) if same else (layers,)
 
 
 def _counts_layers(config: Any) -> bool:
-    """Whether some setting counts layers from the end, say: those of a shorter model would then be others."""
+    """Whether a setting counts layers, e.g. from the end: a shorter model could then have other layers."""
     settings = {key: value for key, value in vars(config).items() if key.endswith("layers")}
-    known = _TOLD_BY_LAYERS | _NOT_BUILT
+    known = _VISIBLE_IN_LAYERS | _NOT_BUILT
     return any(isinstance(value, int) and value and key not in known for key, value in settings.items())
 
 
 def _period(kinds: Sequence[object]) -> tuple[int, int] | None:
-    """From which layer on they repeat themselves, and every how many: the pair with the smallest sum."""
+    """Return the first repeating layer and the period, with the smallest sum; None if layers do not repeat."""
     count = len(kinds)
     for total in range(1, count):
         for period in range(1, total + 1):
@@ -162,7 +161,7 @@ def _period(kinds: Sequence[object]) -> tuple[int, int] | None:
 
 
 def _kinds(model: nn.Module, layers: int) -> list[object] | None:
-    """Of each layer, in order; None where it is not told which modules are layers."""
+    """Return the kind of each layer; None if the layers cannot be identified."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
     return [_kind(layer) for layer in lists[0]] if lists else None
 

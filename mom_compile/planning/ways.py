@@ -1,15 +1,15 @@
-"""What a prefill takes in each way to run it, at any length: expressions of traced models, carried on to all layers.
+"""Memory of a prefill for each way to run it, at any length: expressions of traced models, extrapolated to all layers.
 
 Terms
 -----
-way        How a model is run: eager mode, stock Inductor, the MOM paper's scope, ours with more and more on the host.
-profile    Bytes above weights and inputs, moment by moment: after each operator in eager mode, in each step of a
-           program.
-head       How a shorter model's profile and a longer one's begin alike.
-rest       What follows in the longer one: its last period of layers, and its end.
-growth     What the longer one holds more at its very end: what a period keeps, of the cache mostly.
+way        How a model is run: eager mode, stock Inductor, the scope of the MOM paper, or mom with more and more on the
+           host.
+profile    Bytes above weights and inputs over time: after each operator in eager mode, in each step of a program.
+head       The common beginning of the profiles of the shorter and the longer traced model.
+rest       The remainder of the longer one's profile: its last period of layers, and its end.
+growth     What the longer model holds in addition at the end: what a period keeps, mostly of the cache.
 
-    peak(all layers) = the most of  head  and  rest + growth * periods between the longer one and all
+    peak(all layers) = max(head, rest + growth * periods between the longer one and all)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mom_passes.program.schedule import schedule
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to compile: the `scope` of loops, whether the `cache` and the `weights` are on the host."""
+    """A way to compile: the `scope` of loops, and whether the `cache` and the `weights` are on the host."""
 
     what: str
     scope: str = "layer"
@@ -51,15 +51,15 @@ class Kind:
 
 EAGER, INDUCTOR = "eager", "inductor"
 
-#: A length that is tried first, since most models are traced once for all lengths from there on; and the least.
+#: The length tried first, as most models are traced once for all longer lengths; and the shortest length.
 _FIRST, _FEWEST = 8192, 2
 
-#: One part in so many of what is above the weights a longest context leaves free: a plan is off by up to that.
+#: A longest context leaves 1 / MARGIN_SHARE of the bytes above the weights free, the largest error of a plan.
 MARGIN_SHARE = 32
 
 EMBEDDING = torch.ops.aten.embedding.default
 
-#: Those that go through our passes.
+#: The ways that use our passes.
 KINDS = {
     "mlp": Kind("the MOM paper's scope", scope="mlp"),
     "mom": Kind("mom"),
@@ -68,24 +68,24 @@ KINDS = {
 }
 
 
-def carried_on(profiles: Sequence[Sequence[int]], periods: int) -> int:
-    """The peak of all layers from the profiles of one model, whole, or of two, a period of layers apart."""
+def extrapolated_peak(profiles: Sequence[Sequence[int]], periods: int) -> int:
+    """Return the peak of all layers from the profile of the whole model, or of two models that differ by a period."""
     if len(profiles) == 1:
         return max(profiles[0], default=0)
     shorter, longer = profiles
-    alike = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
-    rest = max(longer[alike:], default=0) + (periods - 1) * (longer[-1] - shorter[-1])
-    return max(max(longer[:alike], default=0), rest)
+    head = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
+    rest = max(longer[head:], default=0) + (periods - 1) * (longer[-1] - shorter[-1])
+    return max(max(longer[:head], default=0), rest)
 
 
-def straight(values: Sequence[int], periods: int) -> int:
-    """What grows by as much with each period of layers."""
+def extrapolated(values: Sequence[int], periods: int) -> int:
+    """Return the value for all layers of a quantity that grows linearly with periods of layers."""
     return values[0] if len(values) == 1 else values[0] + periods * (values[1] - values[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A traced model rewritten for one way. `rows` of each moment are those that the rule says for a run."""
+    """A traced model rewritten for one way."""
 
     prefill: Prefill
     rewritten: Rewritten
@@ -98,12 +98,14 @@ class Compiled:
         return tuple(int(known[symbol]) for symbol in self.footprint.symbols)
 
     def full(self, batch_size: int, seq_len: int) -> int:
-        """What lives at full length."""
+        """Bytes of values at full length."""
         return self.footprint.full(self.sizes(batch_size, seq_len))
 
     def profile(self, batch_size: int, seq_len: int, full: int, *, fewest: bool = False) -> list[int]:
-        """Bytes of each moment, with the rows for what the whole model has at full length, or the `fewest` that there
-        may be."""
+        """Return the bytes of each moment.
+
+        Mini-sequences have the rows chosen for `full` bytes at full length, or the `fewest` possible.
+        """
         sizes = self.sizes(batch_size, seq_len)
         rows = self.footprint.rows(sizes, full)
         if fewest:
@@ -112,7 +114,7 @@ class Compiled:
         return [each[number] for number in self.footprint.order]
 
     def bodies(self, batch_size: int, seq_len: int, full: int) -> int:
-        """How many mini-sequences all loops have together."""
+        """Return the number of mini-sequences of all loops."""
         sizes = self.sizes(batch_size, seq_len)
         rows, steps = self.footprint.rows(sizes, full), self.footprint.steps
         lengths = [step.loop.length(sizes) if step.loop is not None else 0 for step in steps]
@@ -125,8 +127,10 @@ class Compiled:
 def compile_for(
     prefill: Prefill, kind: Kind, options: Options, gpu: Properties | None, shapes: frozenset[tuple[int, ...]]
 ) -> Compiled | None:
-    """A traced model in one way, on a GPU or on the CPU; `shapes` are of the weights that leave. None where there is
-    nothing to gain, and stock Inductor has it."""
+    """Rewrite a traced model for one way, on a GPU or on the CPU. `shapes` are those of offloaded weights.
+
+    Returns None if there is nothing to gain and stock Inductor compiles the graph.
+    """
     gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
     type, report = "cpu" if gpu is None else "cuda", Report()
     try:
@@ -143,15 +147,15 @@ def compile_for(
     if compute_device(gm).type != type:
         rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
     report.describe(rewritten)
-    beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
+    scratch = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
     rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
-    footprint, _ = Footprint.of(rewritten.memory, rule, beside)
+    footprint, _ = Footprint.of(rewritten.memory, rule, scratch)
     return Compiled(prefill, rewritten, report, footprint, _bytes_on_host(rewritten.plan))
 
 
 def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) -> fx.GraphModule:
-    """As it is captured where parameters of these shapes are kept on the host: rows of those that are looked up are
-    fetched, and the others whole."""
+    """Return the graph as captured with parameters of these shapes on the host: rows of embeddings are fetched, other
+    parameters as a whole."""
     gm = copy_graph(prefill.graph)
     inputs, device = gm.graph.find_nodes(op="placeholder"), compute_device(gm)
     hosted = [node for node in inputs if node.name in prefill.static and tuple(value_of(node).shape) in shapes]
@@ -169,7 +173,7 @@ def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) 
 
 
 def _reads(user: fx.Node, fetched: fx.Node) -> bool:
-    """Whether a user of a weight is to read what was fetched of it."""
+    """Whether a user of a weight reads the fetched copy."""
     return user is not fetched and user.target is not FETCH_ROWS
 
 
@@ -180,10 +184,9 @@ def _bytes_on_host(plan: Program) -> sympy.Expr:
 
 @dataclass(frozen=True)
 class Stock:
-    """A traced model as stock Inductor compiles it: its `peak`, and what of that it `keeps`, the cache mostly.
+    """A traced model as compiled by stock Inductor: its `peak`, and the bytes that it `keeps`, mostly the cache.
 
-    What it puts off to read it later depends on the layer, so that the peaks of two models differ by more or less than
-    what a period adds; what they keep does not.
+    The peak is not linear in layers, since Inductor's reordering depends on the layer; the kept bytes are.
     """
 
     peak: sympy.Expr
@@ -191,7 +194,7 @@ class Stock:
 
     @staticmethod
     def of(prefill: Prefill, device: str) -> Stock:
-        """For a type of device."""
+        """Plan for a device type."""
         gm = copy_graph(prefill.graph)
         plan = schedule(gm)
         kept = dict.fromkeys(plan.storages[node] for node in plan.outputs if node in plan.storages)
@@ -200,11 +203,10 @@ class Stock:
 
 
 def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> int:
-    """The most tokens that need at most `budget` bytes, where more tokens never need less; 0 where none fit, `most`
-    where all do.
+    """Return the most tokens that need at most `budget` bytes; 0 if none fit, `most` if all do. `needed` is monotonic.
 
-    Between what fits and what does not, the next length is where a straight line passes the budget, or half way where
-    that has moved the same end twice.
+    The search interpolates linearly between a length that fits and one that does not, and bisects once the same end has
+    moved twice.
     """
     low, high = _around(needed, budget, most)
     turns = 0
@@ -220,7 +222,7 @@ def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> i
 
 
 def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, int]:
-    """A length that fits and one that does not, or twice the same number: the answer."""
+    """Return a length that fits and the next tried one that does not; the result twice if the search is done."""
     first = min(_FIRST, most)
     if needed(first) > budget:
         if needed(_FEWEST) <= budget:
@@ -236,8 +238,8 @@ def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """Bytes of the device at the peak of a prefill and at that of the first decode step behind it, weights and inputs
-    included, and bytes on the host beside them, at any length. `weights` are those on the device."""
+    """Bytes at any length: on the device at the peaks of a prefill and of the first decode step after it, including
+    weights and inputs, and on the host. `weights` are those on the device."""
 
     what: str
     weights: int
@@ -250,11 +252,11 @@ class Way:
         return self._peak(seq_len)
 
     def step_bytes(self, seq_len: int) -> int:
-        """Of the first decode step behind a prefill of so many tokens."""
+        """Bytes of the first decode step after a prefill of `seq_len` tokens."""
         return self.of_step(seq_len)
 
     def needed_bytes(self, seq_len: int) -> int:
-        """What a prefill and one token take."""
+        """Bytes of a prefill and one more token."""
         return max(self._peak(seq_len), self.of_step(seq_len))
 
     def host_bytes(self, seq_len: int) -> int:
@@ -262,12 +264,11 @@ class Way:
 
     @property
     def fewest_bytes(self) -> int:
-        """Bytes that the shortest context needs, with the margin: what fits into fewer is nothing."""
+        """Bytes of the shortest context, with the margin."""
         return self._with_margin(_FEWEST)
 
     def max_seq_len(self, budget: int) -> int:
-        """The longest context that `budget` bytes of the device have room for, prefill and one more token, with a
-        margin; 0: none."""
+        """Return the longest context, prefill and one more token, that fits into `budget` bytes with a margin, or 0."""
         return longest_that_fits(self._with_margin, budget, self.most)
 
     def _with_margin(self, seq_len: int) -> int:

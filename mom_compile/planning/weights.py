@@ -1,10 +1,10 @@
-"""What a model's weights take, quantised or not: all of them, those that leave the device, those that a token reads.
+"""Bytes of a model's weights, quantised or not: of all, of those that are offloaded, and of those read per token.
 
 Terms
 -----
-bank     The matrices of all experts in one parameter, `[experts, ...]`. A token reads those of the experts that are
-         chosen for it; a decode step those of all its tokens, which are taken to choose different experts.
-table    An embedding that nothing else reads: a token reads a row of it, which is counted as nothing.
+bank     The matrices of all experts in one parameter, `[experts, ...]`. A token reads those of its experts. The tokens
+         of a decode step are assumed to choose different experts.
+table    An embedding without other readers: a token reads one row of it, which is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from mom_compile.planning.quantised import Format, Role, Scheme
 from mom_compile.weights.units import parameters_of
 
-#: Names of the config field for the number of experts of a token.
+#: Config fields for the number of experts per token.
 _CHOSEN = (
     "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "num_experts_per_token", "num_selected_experts",
     "moe_top_k", "top_k_routers", "moe_num_active_primary_experts",
@@ -27,8 +27,7 @@ _CHOSEN = (
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes and parameters of some weights: those that each decode step reads, and of banks, of which each token reads
-    a `share`."""
+    """Bytes and parameters of weights that each decode step reads, and of banks, of which a token reads a `share`."""
 
     bytes: int
     count: int
@@ -37,21 +36,21 @@ class Part:
     share: float
 
     def read(self, sequences: int) -> int:
-        """Bytes that a decode step reads, by the number of sequences."""
+        """Bytes that a decode step of `sequences` reads."""
         return self.bytes + int(self.bank_bytes * min(1.0, sequences * self.share))
 
     def work(self, sequences: int) -> int:
-        """Multiply-adds of a decode step, by the number of sequences."""
+        """Multiply-adds of a decode step of `sequences`."""
         return sequences * (self.count + int(self.bank_count * self.share))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of parameters and buffers of a whole model: `all`, and what stays on the device when weights are offloaded.
-    `shapes` are of those that do not. `each` are all of them as a decode step reads them, `leaving` those that leave.
+    """Bytes of a model's parameters and buffers: of `all`, and of those `resident` when weights are offloaded.
 
-    `stored` says how many parameters have each quantised format; a copy of the largest of these matrices that has to be
-    made to multiply with it takes `copy` bytes.
+    `shapes` are those of offloaded parameters. `each` is what a decode step reads of all parameters, `leaving` what it
+    reads of offloaded ones. `stored` has the number of parameters in each quantised format. `copy` is the size of a
+    dequantised copy of the largest matrix that must be dequantised for a product.
     """
 
     all: int
@@ -64,7 +63,7 @@ class Weights:
 
 
 def weights_of(model: nn.Module, config: Any, scheme: Scheme | None) -> Weights:
-    """The weights of a model whose parameters are not quantised, in the formats of a `scheme`."""
+    """Return the weights of a model with unquantised parameters, in the formats of `scheme`."""
     named, roles = dict(model.named_parameters()), _roles(model)
     formats = {name: scheme.format_of(name, roles[name]) if scheme is not None else None for name in named}
     sizes = {name: _bytes(parameter, formats[name]) for name, parameter in named.items()}
@@ -103,7 +102,7 @@ def _bytes(parameter: nn.Parameter, fmt: Format | None) -> int:
 
 
 def _roles(model: nn.Module) -> dict[str, Role]:
-    """Of each parameter, by its first name. A head that shares its parameter with an embedding is an embedding."""
+    """Return each parameter's role, by its first name. A head tied to an embedding is an embedding."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     roles: dict[str, Role] = {}
     known: set[int] = set()
@@ -127,6 +126,6 @@ def _role(module: nn.Module, own: str, parameter: nn.Parameter, head: nn.Module 
 
 
 def _share(config: Any, experts: list[int]) -> float:
-    """Of a bank, what a token reads; all of it where the config does not say how many experts that are."""
+    """Return the share of a bank that a token reads; 1 if the config does not give the number of experts."""
     chosen = next((value for name in _CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
     return 1.0 if chosen is None or not experts else min(1.0, chosen / max(experts))

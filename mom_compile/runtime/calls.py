@@ -1,4 +1,4 @@
-"""Steps of a program that are neither compiled nor copies: an operator as it is, or a value that is there already."""
+"""Program steps that are neither compiled nor copies: an operator call, or a constant."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ aggregate: Any = fx.node.map_aggregate
 
 @dataclass(frozen=True)
 class Argument:
-    """The value of this number: in a step, its argument."""
+    """A reference to a step's argument by index."""
 
     number: int
 
 
 def numbered(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Any:
-    """A node's arguments, positional and by keyword, with an `Argument` for each node among them."""
+    """Return a node's positional and keyword arguments, with an `Argument` in place of each node."""
 
-    def told(value: Any) -> Any:
+    def number(value: Any) -> Any:
         return Argument(numbers[value]) if isinstance(value, fx.Node) else value
 
-    return aggregate((node.args, node.kwargs), told)
+    return aggregate((node.args, node.kwargs), number)
 
 
 def filled(arguments: Any, values: Sequence[Any]) -> Any:
-    """What `numbered` gave, with values in place of their numbers."""
+    """Replace each `Argument` in the result of `numbered` by its value."""
 
-    def given(value: Any) -> Any:
+    def fill(value: Any) -> Any:
         return values[value.number] if isinstance(value, Argument) else value
 
-    return aggregate(arguments, given)
+    return aggregate(arguments, fill)
 
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """Calls `target`. Where an `Argument` stands in `args` and `kwargs`, the step's argument is passed."""
+    """Calls `target`, with the step's arguments in place of each `Argument` in `args` and `kwargs`."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -46,18 +46,18 @@ class OperatorCall:
 
     @staticmethod
     def of(node: fx.Node) -> OperatorCall:
-        """A node's call, on the values of its distinct inputs."""
+        """Return a node's call as a function of its distinct inputs."""
         args, kwargs = numbered(node, {given: i for i, given in enumerate(node.all_input_nodes)})
         return OperatorCall(node.target, args, dict(kwargs))  # type: ignore[arg-type]
 
     def __call__(self, arguments: list[Any]) -> tuple[Any]:
-        args = [_given(value, arguments) for value in self.args]
-        kwargs = {name: _given(value, arguments) for name, value in self.kwargs.items()}
+        args = [_filled_one(value, arguments) for value in self.args]
+        kwargs = {name: _filled_one(value, arguments) for name, value in self.kwargs.items()}
         return (self.target(*args, **kwargs),)
 
 
-def _given(value: Any, arguments: Sequence[Any]) -> Any:
-    """The same of one argument. Most are tensors and numbers: going through all of them takes longer than a view."""
+def _filled_one(value: Any, arguments: Sequence[Any]) -> Any:
+    """`filled` for one argument. Most are tensors and numbers, and `aggregate` takes longer than a view."""
     if type(value) is Argument:
         return arguments[value.number]
     return filled(value, arguments) if isinstance(value, (tuple, list, dict)) else value
@@ -65,7 +65,7 @@ def _given(value: Any, arguments: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Constant:
-    """What is part of the graph's module, or what a carry begins with."""
+    """An attribute of the graph's module, or the first value of a carry."""
 
     value: Any
 

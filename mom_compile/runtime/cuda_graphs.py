@@ -1,20 +1,19 @@
-"""A piece of a decode step as a CUDA graph: recorded once, replayed for each token. IT HAS NEVER RUN ON A GPU.
+"""A piece of a decode step as a CUDA graph: captured once, replayed for each token. IT HAS NEVER RUN ON A GPU.
 
-A step of one token has little to compute: a layer's kernels take less than their launches, some 35 microseconds with a
-replay in place of 120. Between two attentions a piece has the same shapes in every step, and its weights lie where they
-lay. So
+A step of one token computes little: a layer's kernels take less time than their launches, some 35 microseconds by
+replay instead of 120. Between two attentions, a piece has the same shapes in every step, and its weights do not move:
 
-    fixed inputs    weights, read where they are: as long as their addresses are those that were recorded
-    moving inputs   all others, copied to where the graph reads them: `[B, 1, hidden]` and smaller
-    results         written to the same place each time, so they hold until the piece runs again. Those that outlive the
-                    program's run, or that another stream may still read then, are copied
+    fixed inputs    weights, read in place while their addresses are those that were captured
+    other inputs    copied to the graph's own inputs: `[B, 1, hidden]` and smaller
+    results         written to the same buffers each time, so they are valid until the next run. Results that outlive
+                    the program's run, or that another stream may still read then, are copied
 
-    the first `WARM_UP` runs                        as ever: kernels are tuned, libraries make their handles
-    the next, and whenever a weight has moved       copy what moves, record, replay
-    any other                                       copy what moves, replay
-    another thread's, or after a failure to record  as ever
+    the first `WARM_UP` runs                        without a graph: kernels are tuned, libraries create handles
+    the next, and whenever a weight has moved       copy the other inputs, capture, replay
+    all later runs                                  copy the other inputs, replay
+    in another thread, or after a failed capture    without a graph
 
-What is not of one shape, attention and the cache's rows that grow, stays outside: those are other steps of the program.
+Steps with varying shapes, attention and the growing cache, stay outside.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ import torch
 
 log = logging.getLogger(__name__)
 
-#: Runs before a piece is recorded.
+#: Runs before a piece is captured.
 WARM_UP = 2
-#: Bytes of moving inputs beyond which a copy of them is no small thing: a weight that is fetched, keys of a cache.
+#: Limit on the bytes of inputs that are copied; larger ones are e.g. fetched weights or keys of a cache.
 MOST_MOVED = 1 << 20
 
 Run = Callable[[list[Any]], Sequence[Any]]
@@ -40,19 +39,19 @@ Run = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph: `replay` computes `results` of `inputs`, all of them where they were when it was recorded."""
+    """A captured graph: `replay` computes `results` from `inputs`, all at fixed addresses."""
 
     replay: Callable[[], None]
     inputs: tuple[torch.Tensor, ...]
     results: tuple[Any, ...]
 
 
-#: Records `run(inputs)`.
+#: Captures `run(inputs)`.
 Record = Callable[[Run, list[Any]], Recorded]
 
 
 def record_on_cuda(run: Run, inputs: list[Any]) -> Recorded:
-    """By the current device's stream. Nothing is computed meanwhile. Threads that copy may call CUDA beside it."""
+    """Capture on the current device; nothing is computed meanwhile. Copy threads may call CUDA during the capture."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
         results = run(list(inputs))
@@ -61,18 +60,18 @@ def record_on_cuda(run: Run, inputs: list[Any]) -> Recorded:
 
 @functools.cache
 def _pool() -> Any:
-    """One for all graphs: of a program they are replayed one after the other, and their results stay theirs."""
+    """Return the memory pool of all graphs. The graphs of a program are replayed in order, and keep their results."""
     return torch.cuda.graph_pool_handle()
 
 
-#: By type of device.
+#: Capture functions by device type.
 RECORDS: dict[str, Record] = {"cuda": record_on_cuda}
 
 
 @dataclass(eq=False)
 class Replayed:
-    """Runs a piece whose inputs have fixed shapes. `fixed` numbers the inputs that are weights, `copied` the results
-    that hold longer than until the next run. It is pickled without what it has recorded."""
+    """A piece whose inputs have fixed shapes. `fixed` are the indices of weights among the inputs, `copied` those of
+    results that must outlive the next run. Pickling omits the captured graph."""
 
     run: Run
     device: torch.device
@@ -110,7 +109,7 @@ class Replayed:
             self.recorded = RECORDS[self.device.type](self.run, inputs)
         except Exception as error:
             self.off = True
-            log.warning("a piece cannot be recorded as a CUDA graph, and runs without: %s", error)
+            log.warning("a piece cannot be captured as a CUDA graph and runs without one: %s", error)
             return
         self.addresses, self.thread = addresses, threading.get_ident()
 
@@ -122,14 +121,14 @@ class Replayed:
 
 
 def like(given: torch.Tensor) -> torch.Tensor:
-    """A tensor of its own with the shape, strides and values of another."""
+    """Return a copy with the same shape and strides, in new memory."""
     own = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
     return own.copy_(given)
 
 
 def may_be_recorded(shapes: Sequence[tuple[Sequence[int], torch.dtype, torch.device] | None], fixed: Collection[int],
                     device: torch.device) -> bool:  # fmt: skip
-    """Whether inputs are tensors of fixed shapes on one device (None: another), and those that move are small."""
+    """Whether all inputs are tensors of fixed shapes on `device` (None: not), and those to copy are small."""
     moved = 0
     for number, one in enumerate(shapes):
         if one is None or one[2] != device:

@@ -1,21 +1,20 @@
-"""Keys and values on the device grow in the storage that they are in.
+"""Append keys and values on the device within their storage.
 
 Terms
 -----
-room      Rows of a storage behind the last one that a tensor shows. Rows are outermost in storage, so that a storage
-          that grows moves no row within itself: every tensor that sees it still sees the same rows.
-alone     No other tensor sees the storage of a tensor: neither a second cache made of it, nor a longer one that was
-          cropped to it.
+room      Rows of a storage after the last row that a tensor shows. Rows are outermost in storage, so growing a storage
+          moves no row within it: every tensor that uses it still shows the same rows.
+alone     No other tensor uses a tensor's storage, such as a second cache made of it or a longer one cropped to it.
 
-    alone, laid out so, with room      -> write the new rows behind the old ones
-    alone, laid out so, without room   -> let the storage grow by a part of its rows, then write
-    alone, laid out otherwise          -> copy the old rows to a storage with room, which the old tensor then is in too
-    not alone                          -> copy the old rows to a storage with room
+    alone, rows outermost, with room      -> write the new rows after the old ones
+    alone, rows outermost, without room   -> grow the storage by a fraction of its rows, then write
+    alone, another layout                 -> copy the old rows to a storage with room, and move the old tensor there too
+    not alone                             -> copy the old rows to a storage with room
 
-The result is a new tensor. The old tensor still shows its rows, so an error in a later step leaves a cache as it was.
-Keys and values are extended one after another: of a cache that only this call sees, at most one of them exists twice.
+The result is a new tensor. The old tensor still shows its rows, so an error in a later step leaves a cache unchanged.
+Keys and values are extended one after another: at most one of them exists twice, if only this call uses the cache.
 
-This has run on CPUs, and never on a GPU.
+This has run on CPUs, never on a GPU.
 """
 
 from __future__ import annotations
@@ -31,30 +30,30 @@ import torch
 from mom_compile.torch_compat import is_alone
 from mom_passes.ops.transfers import growing_strides
 
-#: Room that a storage gets beyond the rows that it needs: this part of them.
+#: A storage gets room for this fraction of the rows it needs: 1 / PART.
 PART = 32
-#: Of fewer rows, so many and at most this part.
+#: Room for few rows: LEAST rows, but at most 1 / LARGEST_PART of the rows needed.
 LEAST, LARGEST_PART = 64, 8
 
-#: A storage that is so many times as large as what is needed of it, behind a `crop` say, is left for a smaller one.
+#: A storage larger than this multiple of what is needed, e.g. after a `crop`, is replaced by a smaller one.
 MOST_KEPT = 4
 
-#: Two threads may extend the same tensor. The one that comes second finds the result of the first in the storage.
-#: Collecting garbage may run code of others.
+#: Two threads may extend the same tensor; the second then finds the rows of the first in the storage. Reentrant, since
+#: garbage collection may run other code.
 _LOCK = threading.RLock()
 
-#: Set behind each trace of Dynamo, which leaves the inputs of the call in cycles of references.
+#: Set after each trace of Dynamo, which leaves the call's inputs in reference cycles.
 _TRACED = threading.Event()
 
 
 def expect_garbage() -> None:
-    """Let the next `Extend` that finds a storage shared collect garbage first: a copy of a cache costs more."""
+    """Make the next `Extend` that finds a shared storage collect garbage first, which costs less than a copy."""
     _TRACED.set()
 
 
 @dataclass(frozen=True)
 class Extend:
-    """`[past, new]` to `past` with the rows of `new` behind it along `dim` (see `growing_order`)."""
+    """`[past, new]` to `past` followed by the rows of `new` along `dim` (see `growing_order`)."""
 
     dim: int
 
@@ -69,19 +68,19 @@ class Extend:
 
 
 def _with_rows(past: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
-    """`past` with unset rows behind it, `rows` in all."""
+    """Return `past` followed by uninitialized rows, `rows` in all."""
     shape = list(past.shape)
     shape[dim] = rows
     strides = growing_strides(shape, dim)
     alone = is_alone(past) or _is_alone_but_for_garbage(past)
     if alone and _has_strides(past, strides) and _has_room(past, rows * strides[dim], rows):
-        return _seen(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)
+        return _over_storage(past.untyped_storage(), int(past.storage_offset()), past, shape, strides)
     buffer = past.new_empty((rows + room_for(rows)) * strides[dim])
-    result = _seen(buffer.untyped_storage(), 0, past, shape, strides)
+    result = _over_storage(buffer.untyped_storage(), 0, past, shape, strides)
     del buffer
     result.narrow(dim, 0, past.shape[dim]).copy_(past)
     if alone:
-        past.data = _seen(result.untyped_storage(), 0, past, past.shape, strides)
+        past.data = _over_storage(result.untyped_storage(), 0, past, past.shape, strides)
     return result
 
 
@@ -94,9 +93,9 @@ def _is_alone_but_for_garbage(past: torch.Tensor) -> bool:
 
 
 def _has_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
-    """Whether the storage has room for so many numbers from the first of `past` on, or could be made to have it.
+    """Whether the storage has, or can be grown to have, `numbers` elements from the first of `past` on.
 
-    A storage that begins with rows that `past` does not show does not grow: a window that moves on would keep them all.
+    A storage that starts with rows that `past` does not show is not grown: a sliding window would keep them all.
     """
     storage, size, first = past.untyped_storage(), past.element_size(), int(past.storage_offset())
     needed = (first + numbers) * size
@@ -109,14 +108,14 @@ def _has_room(past: torch.Tensor, numbers: int, rows: int) -> bool:
 
 
 def room_for(rows: int) -> int:
-    """How many rows of room a storage gets for so many rows."""
+    """Return the number of rows of room for a storage of `rows` rows."""
     return max(1, rows // PART, min(LEAST, rows // LARGEST_PART))
 
 
-def _seen(
+def _over_storage(
     storage: torch.UntypedStorage, offset: int, like: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:
-    """A tensor over a storage that is a view of no other tensor."""
+    """Return a tensor over a storage that is not a view of another tensor."""
     return like.new_empty(0).set_(storage, offset, tuple(shape), tuple(strides))  # type: ignore[call-overload]
 
 

@@ -1,4 +1,4 @@
-"""A loop over mini-sequences around a compiled body that writes its rows where they belong."""
+"""A loop over mini-sequences around a compiled body that writes its rows in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mom_passes.rules import Dim
 
 @dataclass(frozen=True)
 class Sizes:
-    """What sizes are in a run: numbers, or functions of the values of the loop's symbols in order."""
+    """Values of sizes in a run: numbers, or functions of the values of the loop's symbols, in order."""
 
     functions: Mapping[sympy.Expr, Callable[[tuple[int, ...]], int]]
 
@@ -31,15 +31,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CompiledLoop:
-    """`loop([*symbols, *asked, length, *operands])` returns one tensor for each output.
+    """`loop([*symbols, *size_arguments, length, *operands])` returns one tensor for each output.
 
-    `body` takes `[*symbols, start, count, *inputs, *rows of what is stored, *next of each carry]` and fills these rows
-    and carries, except for what is written over an operand: this it writes to the operand's rows. A carry has two
-    places, of which one is read and one filled in turn. If it has a `check`, this is shown what the first mini-sequence
-    is given: what the others are given is laid out alike.
-    Of the loop's symbols it is passed the first `body_symbols` (the others only give shapes), and the inputs that are
-    `turned` transposed. Its mini-sequences have as many `rows` as are given, or as are said for the run's sizes that it
-    is `asked` with, so many.
+    `body` takes `[*symbols, start, count, *inputs, *rows of stored outputs, *next of each carry]` and fills these rows
+    and carries. An output that overwrites an operand is written to the operand's rows instead. A carry has two buffers,
+    one read and one written, which are swapped after each mini-sequence. If the body has a `check`, it is called with
+    the arguments of the first mini-sequence; those of the others have the same layout.
+
+    The body gets the first `body_symbols` of the loop's symbols (the others only occur in shapes), and the inputs
+    `turned` are transposed for it. `rows` is the length of a mini-sequence, or a function of the run's `asked` sizes.
     """
 
     body: Callable[[list[Any]], Any]
@@ -70,7 +70,7 @@ class CompiledLoop:
         read = [(i, port.dim) for i, port in enumerate(self.inputs) if isinstance(port, RowsIn)]
         folded = {first + i: self._along(dim, operands[i], symbols) for i, dim in read if not dim.plain}
         rows = [(first + i, _Cut(operands[i], dim.index, length)) for i, dim in read if dim.plain]
-        # What is filled next, by where the body is given the carry.
+        # The next value of each carry, by the argument index of the carry.
         ahead = {first + i: torch.empty_like(operands[i]) for i in carried}
         del operands
         new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
@@ -103,7 +103,7 @@ class CompiledLoop:
         return torch.empty_permuted(self.sizes.shape(type, symbols), type.dense, dtype=type.dtype, device=type.device)
 
     def _along(self, dim: Dim, tensor: torch.Tensor, symbols: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-        """A tensor with its tokens in a dimension of their own, and which dimension."""
+        """Return the tensor with its tokens in a separate dimension, and the index of that dimension."""
         if dim.plain:
             return tensor, dim.index
         outer, inner = (self.sizes.value(size, symbols) for size in (dim.outer, dim.inner))
@@ -111,9 +111,9 @@ class CompiledLoop:
 
 
 class _Cut:
-    """Views of a tensor's rows, as `narrow` makes them, in half its time: what does not change is kept.
+    """Views of a tensor's rows, in half the time of `narrow`: values that do not change are cached.
 
-    Raises `IndexError` for a tensor with fewer rows than `length`: nobody asks for more of them.
+    Raises `IndexError` for a tensor with fewer rows than `length`.
     """
 
     __slots__ = ("count", "index", "shape", "step", "strides", "tensor")
@@ -136,10 +136,10 @@ def _is_new(output: Out) -> bool:
 
 
 def _own(first: torch.Tensor, type: TensorType) -> torch.Tensor:
-    """A carry's storage, which begins as the operand: this stays as it is."""
+    """Return a new storage for a carry, initialized from the operand, which is not changed."""
     return torch.empty_permuted(first.shape, type.dense, dtype=first.dtype, device=first.device).copy_(first)
 
 
 def _folded(unfolded: torch.Tensor, index: int, start: int, count: int) -> torch.Tensor:
-    """Rows of an `outer x tokens x inner` layout, folded back into one contiguous dimension."""
+    """Return rows of an `outer x tokens x inner` layout, folded into one contiguous dimension."""
     return unfolded.narrow(index, start, count).contiguous().flatten(index - 1, index + 1)

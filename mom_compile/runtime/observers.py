@@ -1,4 +1,4 @@
-"""Those who want to see what happens while programs run: nobody, most of the time."""
+"""Callbacks for events of running programs; usually there are none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ P = ParamSpec("P")
 
 
 class Observers(Generic[P]):
-    """Of one kind of event. What they are shown must not be kept: it would hold the program's memory."""
+    """Observers of one kind of event. They must not keep their arguments, which would hold the program's memory."""
 
     def __init__(self) -> None:
         self.now: list[Callable[P, None]] = []
@@ -19,7 +19,7 @@ class Observers(Generic[P]):
 
     @contextlib.contextmanager
     def joined_by(self, observer: Callable[P, None]) -> Iterator[None]:
-        # A new list each time: another thread's program may be going through the old one.
+        # A new list each time: another thread may be iterating over the old one.
         with self._joining:
             self.now = [*self.now, observer]
         try:

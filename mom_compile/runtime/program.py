@@ -1,8 +1,8 @@
-"""The compiled graph as a list of steps over numbered slots, in which every value dies at its last use.
+"""The compiled graph as a list of steps over numbered slots. Every value is freed after its last use.
 
 Terms
 -----
-slot    Where a value lives while the program runs. Inputs come first, in the order of the graph's placeholders.
+slot    The index of a value while the program runs. Inputs come first, in the order of the graph's placeholders.
 step    One call: a compiled piece, a compiled loop, a view, or arithmetic on sizes.
 """
 
@@ -27,11 +27,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Step:
-    """Calls `run(list of arguments)`, which may empty the list, and stores what it returns.
+    """Calls `run(list of arguments)`, which may empty the list, and stores the results.
 
-    `arguments` are slots or constants. `results` are the slots of the returned tuple, None for those nobody reads.
-    `dying` are the slots nobody reads after this step: they are emptied before the call, so that the callee
-    holds the last reference.
+    `arguments` are slots or constants. `results` are the slots of the returned tuple; None for unused results.
+    `dying` are the slots last used by this step. They are cleared before the call, so that the callee holds the last
+    reference.
     """
 
     name: str
@@ -41,23 +41,23 @@ class Step:
     dying: tuple[int, ...]
 
 
-#: Takes a step's arguments out of all values.
+#: Selects a step's arguments from all values.
 Take = Callable[[list[Any]], list[Any]]
 
 _OBSERVERS: Observers[Step, Sequence[Any]] = Observers()
 
 
 def observing(observer: Callable[[Step, Sequence[Any]], None]) -> AbstractContextManager[None]:
-    """While this lasts, `observer` is called after every step of every program, with the step and what it returned."""
+    """Within this context, call `observer` after every step of every program, with the step and its results."""
     return _OBSERVERS.joined_by(observer)
 
 
 @dataclass(frozen=True)
 class Program:
-    """`program(inputs)` empties the list it is given and returns the graph's outputs.
+    """`program(inputs)` empties the list and returns the graph's outputs.
 
-    `begin` is called with the inputs first, `finish` at the end in any case. After an exception no frame of it keeps a
-    value: a traceback that somebody looks at later would otherwise hold device memory.
+    `begin` is called first, with the inputs; `finish` last, also after an exception. No frame of a traceback keeps a
+    value alive, as that would hold device memory.
     """
 
     steps: tuple[Step, ...]
@@ -106,9 +106,9 @@ class Program:
 
 @dataclass(frozen=True)
 class _Calls:
-    """A program's steps as they are run, each with what takes its arguments and which of its results go where.
+    """A program's steps, each with the function that selects its arguments and `(position, slot)` of its results.
 
-    Constants lie in slots behind all others, so that arguments are taken with one call.
+    Constants are stored in slots after all others, so that one call selects all arguments.
     """
 
     steps: tuple[tuple[Step, Take, tuple[tuple[int, int], ...]], ...]
@@ -138,7 +138,7 @@ class _Calls:
 
 
 def _taker(indices: Sequence[int]) -> Take:
-    """Of a list, the elements at some places."""
+    """Return a function that selects the elements of a list at these indices."""
     if len(indices) < 2:
         return lambda values: [values[index] for index in indices]
     get = operator.itemgetter(*indices)

@@ -1,11 +1,11 @@
-"""`mom::scored` in blocks of the vocabulary, so that no more logits than a block are ever there.
+"""`mom::scored` in blocks of the vocabulary, so that at most one block of logits exists at a time.
 
 Terms
 -----
-block       Some rows by some columns of the logits, in a buffer that all blocks share. On a CPU it stays in a cache, so
-            that going over it several times costs little beside the product that makes it.
-running     What is known of each row from the blocks so far: the largest logit, and sums of exp(x - shift), which are
-            scaled when a larger one is found. A block's sums are in the logits' own dtype, those of all in float64.
+block       Some rows by some columns of the logits, in a buffer shared by all blocks. On a CPU it fits into a cache, so
+            reading it several times costs little compared to the matrix product that computes it.
+running     State of each row over the blocks so far: the largest logit, and sums of exp(x - shift), which are rescaled
+            when the largest logit grows. Sums of a block have the logits' dtype, sums over blocks are float64.
 
     for block of columns:
         x        = steps(product of the rows with these columns)
@@ -14,7 +14,7 @@ running     What is known of each row from the blocks so far: the largest logit,
         total    = total * exp(old shift - shift) + sum(exp(x - shift))
         weighted = (weighted + (old shift - shift) * total) * exp(old shift - shift) + sum(exp(x - shift) * (x - shift))
 
-On a CUDA device this has never run.
+This has never run on a CUDA device.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from mom_passes.ops.scored import (
     shift_of,
 )
 
-#: A block has so many columns at least, if there are as many: products with fewer take longer.
+#: The fewest columns of a block, if the vocabulary has as many: products with fewer columns are slower.
 FEWEST_COLUMNS = 256
 
-#: Up to one part in so many of a block's rows are looked through one by one.
+#: Rows are searched one by one if they are at most 1 / FEW_ROWS of a block's rows.
 FEW_ROWS = 16
 
 
 def scored_in_blocks(call: ScoredCall) -> Results:
-    """See `mom_passes.ops.scored` for shapes and meaning. Raises `IndexError` for a target that is no column."""
+    """See `mom_passes.ops.scored` for shapes and meaning. Raises `IndexError` for a target outside the columns."""
     hidden = call.hidden.reshape(-1, call.hidden.shape[-1])
     targets = None if call.targets is None else call.targets.reshape(-1, call.targets.shape[-1])
     if targets is not None:
@@ -72,14 +72,14 @@ def _check(targets: torch.Tensor, columns: int) -> None:
     if targets.device.type == "cpu":
         if wrong:
             low, high = (int(bound) for bound in torch.aminmax(targets))
-            raise IndexError(f"targets from {low} to {high} for logits of {columns} columns")
+            raise IndexError(f"targets from {low} to {high} are out of range for logits with {columns} columns")
     else:
-        assert_later(~wrong, f"a target is no column of {columns}")
+        assert_later(~wrong, f"a target is out of range for {columns} columns")
 
 
 @dataclass(frozen=True)
 class _Size:
-    """Of a block, at most."""
+    """The largest size of a block."""
 
     rows: int
     columns: int
@@ -92,7 +92,7 @@ class _Size:
 
 
 class _Buffers:
-    """A block in each of its dtypes, and its likelihoods."""
+    """A block in each of its dtypes, and its exponentials."""
 
     def __init__(self, call: ScoredCall, size: _Size) -> None:
         def new(dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _shaped(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 class _Running:
-    """What is known of some rows."""
+    """State of some rows over the blocks so far."""
 
     def __init__(
         self, call: ScoredCall, hidden: torch.Tensor, targets: torch.Tensor | None, buffers: _Buffers
@@ -122,7 +122,7 @@ class _Running:
         self.chosen = None if targets is None else self.top.new_zeros(targets.shape)
 
     def add(self, start: int, count: int) -> None:
-        """Columns `[start, start + count)`."""
+        """Add columns `[start, start + count)`."""
         x = self._logits(start, count)
         if self.targets is not None and self.chosen is not None:
             inside = (self.targets >= start) & (self.targets < start + count)
@@ -130,7 +130,7 @@ class _Running:
             self.chosen = torch.where(inside, found, self.chosen)
         top = x.amax(1, keepdim=True)
         if GREEDY in self.call.wants:
-            self._look_for(x, top, start)
+            self._update_best(x, top, start)
         self.top = torch.maximum(self.top, top)
         if TOTAL in self.call.wants or self.call.weighs:
             self._sum(x)
@@ -159,9 +159,11 @@ class _Running:
                 x = _shaped(self.buffers.of[DTYPES[step]], rows, count).copy_(x)
         return x if x.dtype == call.wide else _shaped(self.buffers.of[call.wide], rows, count).copy_(x)
 
-    def _look_for(self, x: torch.Tensor, top: torch.Tensor, start: int) -> None:
-        """The first column of the largest logit, in rows where the block has a larger one than those before it, or the
-        first NaN. After a few blocks there are few such rows."""
+    def _update_best(self, x: torch.Tensor, top: torch.Tensor, start: int) -> None:
+        """Update the first column of the largest logit, or of the first NaN, in rows where the block has a larger one.
+
+        After a few blocks there are few such rows.
+        """
         larger = ~(top <= self.top) & ~self.top.isnan()
         if start == 0:
             larger = torch.ones_like(larger)
@@ -176,16 +178,16 @@ class _Running:
             self.best[row] = x[row].argmax() + start
 
     def _sum(self, x: torch.Tensor) -> None:
-        """Changes the block."""
+        """Add the block's exponentials to the sums. Overwrites the block."""
         shift = shift_of(self.top).double()
-        # Where nothing was finite so far, the sums are 0 or no numbers, and the shift may grow or shrink.
+        # Without a finite logit so far, the sums are 0 or NaN, and the shift may grow or shrink.
         change = (self.shift - shift).clamp_(max=0.0)
         scale, self.shift = change.exp(), shift
         lower = below(x, shift.to(x.dtype), self.call.wants)
         likelihood = torch.exp(lower, out=_shaped(self.buffers.likelihood, *x.shape))
         more = likelihood.sum(1, keepdim=True)
         if self.call.weighs:
-            moved = torch.where(change < 0, change * self.total, 0.0)  # 0 times an infinite total is no number
+            moved = torch.where(change < 0, change * self.total, 0.0)  # 0 * inf would be NaN
             self.weighted = (self.weighted + moved) * scale + likelihood.mul_(lower).sum(1, keepdim=True)
         self.total = self.total * scale + more
 

@@ -1,4 +1,4 @@
-"""Weights that stay on the host: which ones, from where, and how a model lives with them."""
+"""Weights on the host: their selection, their files, and saving and loading of such models."""
 
 from mom_compile.weights.loading import load_offloaded
 from mom_compile.weights.offload import OffloadedWeights, offload_weights

@@ -1,9 +1,9 @@
-"""The safetensors files of a folder, mapped: their tensors by name, of which nothing has been read yet.
+"""The tensors of a folder's safetensors files by name, mapped and not read yet.
 
     8 bytes: n, the size of the header | n bytes of JSON: name -> dtype, shape, data_offsets | the tensors' bytes
 
-https://github.com/huggingface/safetensors#format. The library maps files too, but writable: a limit on memory counts
-such a mapping as if all of it were written.
+https://github.com/huggingface/safetensors#format. The safetensors library also maps files, but writable: a memory limit
+counts such a mapping as if all of it were written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-#: `owner/model`, or a model without an owner, as the hub names them.
+#: `owner/model`, or a model without an owner, as named on the Hugging Face hub.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 #: The size of the header's size.
@@ -36,7 +36,7 @@ _PREFIX = 8
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` show the files' bytes; `holders` keep them."""
+    """`tensors` show the files' bytes; `holders` keep them alive."""
 
     directory: Path
     tensors: dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
-        """Raises `ValueError` that names the file which is missing, cut short or none of this format."""
+        """Raises `ValueError` naming the file that is missing, truncated or not in this format."""
         tensors: dict[str, torch.Tensor] = {}
         holders = []
         for path in _files(directory):
@@ -63,14 +63,14 @@ class Checkpoint:
 def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise ValueError(
-            f"{str(directory)!r} is not a folder; it has to be one with safetensors files{_on_the_hub(directory)}"
+            f"{str(directory)!r} is not a folder; expected a folder with safetensors files{_on_the_hub(directory)}"
         )
     index = directory / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(index)!r} is no index of safetensors files: {error!r}") from error
+            raise ValueError(f"{str(index)!r} is not an index of safetensors files: {error!r}") from error
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{str(index)!r} names {missing[0]!r}, which is missing: download the checkpoint again")
@@ -82,42 +82,42 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _on_the_hub(directory: Path) -> str:
-    """What to do where a path that is not there may be the name of a model on the Hugging Face hub."""
+    """Return advice for a missing path that may be the name of a model on the Hugging Face hub."""
     name = directory.as_posix()
     if not _HUB_NAME.fullmatch(name):
         return ""
     return (
-        f". Nothing is downloaded here, whatever HF_HUB_OFFLINE and HF_HOME are; if it is a model on the Hugging Face "
-        f"hub, `hf download {name} --local-dir FOLDER` (`huggingface-cli download` with huggingface_hub below 1.0) "
-        f"fetches it, and FOLDER is the path to give"
+        f". Nothing is downloaded here, whatever HF_HUB_OFFLINE and HF_HOME are. If it is a model on the Hugging Face "
+        f"hub, download it with `hf download {name} --local-dir FOLDER` (`huggingface-cli download` with "
+        f"huggingface_hub below 1.0) and pass FOLDER"
     )
 
 
 def _mapped(path: Path) -> tuple[WeightBytes, dict[str, torch.Tensor]]:
     header, begin = _header(path)
     size = path.stat().st_size
-    # A tensor that the file ends before would end the process when it is read.
+    # Reading a mapped tensor beyond the end of the file would crash the process.
     for name, entry in header.items():
         if begin + entry["data_offsets"][1] > size:
             raise ValueError(
-                f"{str(path)!r} ends at byte {size}, before {name} does (byte {begin + entry['data_offsets'][1]}): "
-                "it was cut short, download it again"
+                f"{str(path)!r} ends at byte {size}, before the end of {name} (byte "
+                f"{begin + entry['data_offsets'][1]}): it is truncated, download it again"
             )
     holder = map_file(path)
     tensors = {}
     for name, entry in header.items():
         shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise ValueError(f"{name} in {str(path)!r} is of type {entry['dtype']}, which this PyTorch has not")
+            raise ValueError(f"{name} in {str(path)!r} has type {entry['dtype']}, which this PyTorch does not support")
         first, end = entry["data_offsets"]
         if math.prod(shape) * dtype.itemsize != end - first:
-            raise ValueError(f"{name} in {str(path)!r} is {entry['dtype']} {shape}, and has {end - first} bytes there")
-        tensors[name] = _seen(holder, begin + entry["data_offsets"][0], shape, dtype)
+            raise ValueError(f"{name} in {str(path)!r} is {entry['dtype']} {shape}, but has {end - first} bytes")
+        tensors[name] = _tensor_at(holder, begin + entry["data_offsets"][0], shape, dtype)
     return holder, tensors
 
 
-def _seen(holder: WeightBytes, first: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the file. One that does not begin at a multiple of its elements' size is copied."""
+def _tensor_at(holder: WeightBytes, first: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of the file. It is copied if its offset is not a multiple of the element size."""
     size = math.prod(shape) * dtype.itemsize
     raw = holder.region.bytes[first : first + size]
     if first % dtype.itemsize:
@@ -127,7 +127,7 @@ def _seen(holder: WeightBytes, first: int, shape: list[int], dtype: torch.dtype)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """By name what the file says of each tensor, and where their bytes begin."""
+    """Return the header's entries by name, and the offset of the tensors' bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
@@ -140,5 +140,5 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             assert 0 <= first <= end and isinstance(entry["dtype"], str)
             assert all(isinstance(size, int) and size >= 0 for size in entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{str(path)!r} is no safetensors file or was cut short: its header cannot be read") from error
+        raise ValueError(f"{str(path)!r} is not a safetensors file or is truncated: its header is invalid") from error
     return found, _PREFIX + length

@@ -1,4 +1,4 @@
-"""`load_offloaded`: a checkpoint of transformers whose weights stay in its files until they are used."""
+"""`load_offloaded`: load a transformers checkpoint whose weights stay in its files until they are used."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def load_offloaded(
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would go on with random numbers.
-        raise ValueError(f"{str(folder)!r} has no {missing[0]} ({len(missing)} weights are missing): it is incomplete")
+        # transformers would initialize them with random numbers.
+        raise ValueError(f"{str(folder)!r} is incomplete: {missing[0]} is missing ({len(missing)} weights in all)")
     with contextlib.suppress(OSError):
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
     model.eval()
@@ -58,6 +58,6 @@ def _class_of(transformers: Any, settings: Any, folder: Path) -> Any:
     names = settings.architectures or []
     found = [getattr(transformers, name, None) for name in names]
     if not found or found[0] is None:
-        said = f"{names[0]!r} is not in transformers {transformers.__version__}" if names else "it names none"
-        raise ValueError(f"the architecture of {str(folder)!r} cannot be loaded: {said}, and no remote code is run")
+        reason = f"transformers {transformers.__version__} does not have {names[0]!r}" if names else "it names none"
+        raise ValueError(f"cannot load the architecture of {str(folder)!r}: {reason}, and no remote code is run")
     return found[0]

@@ -1,7 +1,7 @@
-"""A parameter that is several tensors: a quantised weight has its codes and scales inside (`__tensor_flatten__`).
+"""Parameters that consist of several tensors: a quantised weight has codes and scales (`__tensor_flatten__`).
 
-What is asked of a parameter here is asked of the plain tensors in it; one that is plain is the only one. A quantised
-weight on the host is the same subclass around weights on the host: its own operators fetch what they read.
+These functions apply to the plain tensors in a parameter; a plain parameter is its only one. A quantised weight on the
+host is the same subclass around host weights, so its operators fetch what they read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from mom_compile.runtime.host.weight import HostWeight
 from mom_passes.torch_compat import is_wrapper
 
-#: Inside of a quantised weight, what has fewer bytes (a scale for all of it) moves to the device.
+#: Inner tensors of a quantised weight with fewer bytes (e.g. one scale for all of it) are moved to the device.
 LEAST_INNER_BYTES = 1 << 10
 
 
@@ -23,7 +23,7 @@ def is_nested(tensor: torch.Tensor) -> bool:
 
 
 def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors and the host weights that it is made of."""
+    """Return the plain tensors and host weights in a parameter."""
     if not is_nested(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -31,7 +31,7 @@ def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def replaced(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The same of changed tensors."""
+    """Apply `change` to each plain tensor and return the parameter rebuilt from the results."""
     if not is_nested(tensor):
         return change(tensor)
     names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -46,24 +46,24 @@ def is_on_host(tensor: torch.Tensor) -> bool:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """As it would be without us: on the CPU, of the same bytes."""
+    """Return the parameter on the CPU without host weights; it shares their bytes."""
     return replaced(tensor, lambda leaf: leaf.plain() if isinstance(leaf, HostWeight) else leaf.cpu())
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tensor))
 
 
 def fault_of(parameter: torch.Tensor) -> str | None:
-    """Why a parameter cannot be kept on the host, or None."""
+    """Return why a parameter cannot be stored on the host, or None."""
     kind = type(parameter)
     plain_one = kind in (torch.Tensor, torch.nn.Parameter, HostWeight)
     if not plain_one and not is_nested(parameter):
         return (
-            f"is a {kind.__module__}.{kind.__name__}, which does not say what tensors it is made of "
-            "(__tensor_flatten__): what reads it would not fetch it. Name its module in `keep`"
+            f"is a {kind.__module__}.{kind.__name__}, which has no __tensor_flatten__ that lists its inner tensors, "
+            "so its readers would not fetch them. Name its module in `keep`"
         )
     if any(leaf.layout is not torch.strided for leaf in leaves(parameter)):
-        return f"is of layout {parameter.layout}; strided tensors are wanted"
+        return f"has layout {parameter.layout}; only strided tensors are supported"
     return None

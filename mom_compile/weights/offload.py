@@ -1,8 +1,8 @@
-"""`offload_weights`: of a model's weights, what does not fit into a budget stays on the host.
+"""`offload_weights`: store on the host the weights of a model that do not fit into a budget.
 
-    budget  >=  buffers, norms, what is kept  +  two units under way  +  units that stay
+    budget  >=  buffers, norms, parameters in `keep`  +  two units in transfer  +  units that stay on the device
 
-A unit is a layer, or what is outside the layers. Each that does not stay is read once per prefill and per decode step.
+A unit is a layer, or a parameter outside the layers. Every other unit is read once per prefill and per decode step.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.weight_bytes import bytes_under, pin_in_place
 from mom_compile.weights.checkpoint import Checkpoint
-from mom_compile.weights.living import hosted, like, live_with
 from mom_compile.weights.nested import LEAST_INNER_BYTES, fault_of, is_nested, is_on_host, leaves
+from mom_compile.weights.state_hooks import add_state_hooks, hosted, like
 from mom_compile.weights.units import Parameters, Unit, parameters_of, residents
 
-#: Of what a device has free, the share that `memory_budget=None` leaves to the cache and to what is computed.
+#: `memory_budget=None` leaves 1 / SHARE_OF_THE_REST of a device's free memory to the cache and activations.
 SHARE_OF_THE_REST = 4
 
 
@@ -57,7 +57,7 @@ class OffloadedWeights:
         return f"<OffloadedWeights: {self}>"
 
 
-#: The models that have been offloaded, as long as they live.
+#: Results of the living models.
 _OFFLOADED: weakref.WeakKeyDictionary[nn.Module, OffloadedWeights] = weakref.WeakKeyDictionary()
 
 
@@ -111,37 +111,37 @@ def offload_weights(
     )
     _OFFLOADED[model] = made
     if on_host:
-        live_with(model, target)
+        add_state_hooks(model, target)
     return made
 
 
 def least_budget(model: nn.Module, keep: Collection[str] = ()) -> int:
-    """The smallest `memory_budget` with which weights of a model can be offloaded, in bytes."""
+    """Return the smallest valid `memory_budget` of `offload_weights` for a model, in bytes."""
     return _least(parameters_of(model, keep), _buffer_bytes(model))
 
 
 def _least(found: Parameters, buffers: int) -> int:
-    """Two layers, and what is on the device in any case."""
+    """Two layers, and everything that is always on the device."""
     return found.resident_bytes + buffers + 2 * max((unit.bytes for unit in found.layers), default=0)
 
 
 def split(found: Parameters, buffers: int, budget: int) -> tuple[list[Unit], list[Unit]]:
-    """Units that stay on the device and those that do not. Raises `ValueError` where two layers do not fit."""
+    """Return the units that stay on the device, and the others. Raises `ValueError` if two layers do not fit."""
     every = found.resident_bytes + buffers + sum(unit.bytes for unit in found.units)
     if every <= budget:
         return list(found.units), []
     least = _least(found, buffers)
     if budget < least:
         raise ValueError(
-            f"memory_budget={budget} bytes ({in_units(budget)}) cannot hold two layers of this model and what has to "
-            f"be on the device beside them: the smallest budget is {least} bytes ({in_units(least)})"
+            f"memory_budget={budget} bytes ({in_units(budget)}) cannot hold two layers of this model in addition to "
+            f"what is always on the device: the smallest budget is {least} bytes ({in_units(least)})"
         )
     stay = residents(found.layers, budget - least)
     names = {unit.name for unit in stay}
     return stay, [unit for unit in found.units if unit.name not in names]
 
 
-# --------------------------------------------------------------------------------------------------- what is given
+# ------------------------------------------------------------------------------------------------------- arguments
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
@@ -150,9 +150,9 @@ def _checked_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not valid: {str(error).splitlines()[0]}") from None
     if target.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: weights can be kept on the host for a CUDA device, or for 'cpu'")
+        raise ValueError(f"device={device!r}: weights can be offloaded for a CUDA device, or for 'cpu'")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r} does not exist here: {torch.cuda.device_count()} CUDA devices do")
+        raise ValueError(f"device={device!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device()) if str(target) == "cuda" else target
 
 
@@ -161,7 +161,7 @@ def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name} has no size yet: call the model once before its weights are offloaded")
         if is_on_host(parameter):
-            raise ValueError(f"{name} is kept on the host already: offload_weights was called on this model before")
+            raise ValueError(f"{name} is already stored on the host: offload_weights was called on this model before")
         found = _in_files(files, name, parameter)
         if found is not None and (found.shape != parameter.shape or found.dtype != parameter.dtype):
             raise ValueError(
@@ -169,20 +169,20 @@ def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
                 f"{list(found.shape)} in the files of `directory`"
             )
         if parameter.device.type == "meta" and found is None:
-            raise ValueError(f"{name} is on the meta device, and no file of `directory` has it")
+            raise ValueError(f"{name} is on the meta device, but not in any file of `directory`")
         if parameter.device.type not in ("cpu", "meta"):
             raise ValueError(f"{name} is on {parameter.device}: load the model on the CPU, then call offload_weights")
     for name, buffer in model.named_buffers():
         if buffer.device.type == "meta":
-            raise ValueError(f"the buffer {name} is on the meta device: make the model on the CPU, its weights alone "
-                             "on the meta device; or use load_offloaded")  # fmt: skip
+            raise ValueError(f"the buffer {name} is on the meta device: create the model on the CPU, with only its "
+                             "weights on the meta device; or use load_offloaded")  # fmt: skip
 
 
 def _budget(memory_budget: int | str | None, device: torch.device) -> int:
     if memory_budget is not None:
         return parse_bytes(memory_budget)
     if device.type == "cpu":
-        raise ValueError("memory_budget has to be a number of bytes for device='cpu', whose memory is the host's")
+        raise ValueError("memory_budget must be a number of bytes for device='cpu', which has only host memory")
     free = available_bytes(device, 0)
     return free - free // SHARE_OF_THE_REST
 
@@ -192,12 +192,12 @@ def _buffer_bytes(model: nn.Module) -> int:
 
 
 def _in_files(files: Checkpoint | None, name: str, parameter: nn.Parameter) -> torch.Tensor | None:
-    """A parameter's bytes in its file. A quantised one is not what the file has under its name."""
+    """Return a parameter's bytes in its file. The file stores a quantised one in another form under its name."""
     return None if files is None or is_nested(parameter) else files.get(name)
 
 
 def _tensors(model: nn.Module, files: Checkpoint | None) -> dict[str, torch.Tensor]:
-    """Each parameter's bytes on the host: in its file, or where it is."""
+    """Return each parameter's bytes on the host: in its file if it has one."""
     found = {}
     for name, parameter in model.named_parameters():
         mapped = _in_files(files, name, parameter)
@@ -210,10 +210,10 @@ def _check_kinds(model: nn.Module, names: Collection[str]) -> None:
     for name in names:
         fault = fault_of(found[name])
         if fault is not None:
-            raise ValueError(f"{name} cannot be kept on the host: it {fault}")
+            raise ValueError(f"{name} cannot be stored on the host: it {fault}")
 
 
-# ------------------------------------------------------------------------------------------------- where they go
+# ------------------------------------------------------------------------------------------------------- placement
 
 
 def _pin(tensors: list[torch.Tensor], device: torch.device) -> None:
@@ -224,14 +224,14 @@ def _pin(tensors: list[torch.Tensor], device: torch.device) -> None:
     except HostMemoryError as error:
         warn_once(
             "weights are not pinned",
-            f"weights on the host cannot be pinned, so their copies go through the driver's own buffers and do not run "
-            f"beside the computation: {error}",
+            f"weights on the host cannot be pinned, so their copies go through the driver's own buffers and do not "
+            f"overlap with the computation: {error}",
         )
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """What will be in a parameter's place: another one, or itself with other bytes."""
+    """The replacement of a parameter: another one, or itself with other bytes."""
 
     parameter: nn.Parameter
     data: torch.Tensor | None = None
@@ -246,9 +246,9 @@ class _Placed:
 def _placing(
     model: nn.Module, tensors: dict[str, torch.Tensor], on_host: set[str], device: torch.device
 ) -> Callable[[], None]:
-    """Makes what parameters and buffers will be; and then puts all of it there. Only the first may fail.
+    """Prepare the new parameters and buffers, and return a function that installs them. Only preparing may fail.
 
-    A parameter that several modules have stays one.
+    A parameter that several modules share stays shared.
     """
     made = {
         id(parameter): _placed(parameter, tensors[name], name in on_host, device)

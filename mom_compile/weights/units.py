@@ -1,10 +1,10 @@
-"""A model's parameters as they are used: layer by layer, and which of them are worth keeping on the host.
+"""A model's parameters grouped by layer, and which of them are worth storing on the host.
 
 Terms
 -----
-unit    What is on the device at a time: a layer, or a parameter outside the layers (a head).
-small   Norms, biases, a router: so little of its unit that a copy of its own would cost more than its room.
-table   An embedding that nothing else reads: of it only rows go to the device, wherever it is kept.
+unit    What is on the device at a time: a layer, or a parameter outside the layers (e.g. the head).
+small   Norms, biases, routers: a parameter so small compared to its unit that copying it costs more than keeping it.
+table   An embedding without other readers: only the rows looked up are copied to the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from mom_compile.weights.nested import size_of
 
-#: A parameter with less than one part in so many of its unit's bytes is small.
+#: A parameter with fewer than 1 / SMALL_SHARE of its unit's bytes is small.
 SMALL_SHARE = 64
 
 
@@ -33,7 +33,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Parameters:
-    """`units` in the order in which a model has them; `resident` are those that move in any case."""
+    """`units` in the model's order; `resident` parameters are always on the device."""
 
     units: tuple[Unit, ...]
     resident: tuple[str, ...]
@@ -45,7 +45,7 @@ class Parameters:
 
 
 def parameters_of(model: nn.Module, keep: Collection[str]) -> Parameters:
-    """Every parameter once, by its first name. Raises `ValueError` where a name in `keep` is none of the model's."""
+    """Return every parameter once, by its first name. Raises `ValueError` if a name in `keep` is not in the model."""
     named = dict(model.named_parameters())
     _check_keep(model, keep)
     sizes = {name: size_of(parameter) for name, parameter in named.items()}
@@ -68,13 +68,13 @@ def parameters_of(model: nn.Module, keep: Collection[str]) -> Parameters:
 
 
 def unit_of(name: str) -> str:
-    """The layer that a parameter is in, by the first number in its name; else its own name."""
+    """Return the layer of a parameter, up to the first number in its name; else the name itself."""
     found = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
     return found[0] if found else name
 
 
 def _tables(model: nn.Module) -> set[str]:
-    """Weights of embeddings that no other module has."""
+    """Return the names of weights that only embeddings have."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -96,11 +96,11 @@ def _check_keep(model: nn.Module, keep: Iterable[str]) -> None:
     }
     for kept in keep:
         if kept not in names:
-            raise ValueError(f"keep names {kept!r}, and the model has no such module or parameter")
+            raise ValueError(f"keep contains {kept!r}, but the model has no such module or parameter")
 
 
 def residents(units: list[Unit], room: int) -> list[Unit]:
-    """As many units as fit into `room` bytes, spread evenly, so that each copy has a resident one to hide behind."""
+    """Return as many units as fit into `room` bytes, spread evenly, so that copies overlap with resident ones."""
     count = len(units)
     for stay in range(count, 0, -1):
         chosen = [unit for i, unit in enumerate(units) if (i + 1) * stay // count > i * stay // count]

@@ -38,7 +38,7 @@ MODULES = (
 #: Methods and functions that wait, or note what is to be waited for. `settled` returns the rows that it has waited for.
 WAITS = {
     "wait", "wait_event", "record", "synchronize", "release", "settle", "settled", "abandon", "finish", "_let_leave",
-    "need",
+    "complete",
 }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class Kernels:
         kernels_of_pytorch(patch)
         patch.setattr(attention_cudnn, "BLOCK", block)
         patch.setattr(ways, "ROWS", rows)
-        patch.setattr(ways, "NUMBERS", 0)
+        patch.setattr(ways, "MIN_NUMBERS", 0)
         self.cudnn: list[int] = []
         self.flash: list[int] = []
         patch.setattr(attention_cudnn, "CUDNN", self._cudnn)
@@ -196,7 +196,7 @@ def test_values_that_are_narrower_than_keys(
 ) -> None:
     """Latent attention: cuDNN reads the rows' own keys, too, where nothing stands between them and the blocks."""
     kernels = Kernels(monkeypatch, block=1 << 20, rows=8)
-    monkeypatch.setattr(attention_cudnn, "ALONE", 16)
+    monkeypatch.setattr(attention_cudnn, "MLA_BLOCK", 16)
     sizes = (batch, 2, group, 8, start + 12, 192, 128, start)
     matches_its_definition(Case(*sizes, True, None, None, (False,) * 4, "token-major", torch.float16, 0).call())
     assert kernels.cudnn == cudnn * batch

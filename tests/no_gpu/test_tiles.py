@@ -110,6 +110,6 @@ def test_a_kernel_that_cannot_be_launched_makes_way_for_others_with_a_warning(mo
     monkeypatch.setattr(tiles, "_launched", fails)
     monkeypatch.setattr(tiles, "REFUSED", {})
     call = AttentionCall(*torch.randn(3, 1, 2, 4, 16).unbind(), None, 0, True, 0.25)
-    with pytest.warns(MomWarning, match="other kernels take its place: RuntimeError: out of resource"):
+    with pytest.warns(MomWarning, match="other kernels are used instead: RuntimeError: out of resource"):
         assert tiles.attention_in_tiles(call) is None
     assert not tiles.takes_tiles(call), "it is asked before the GPU is looked at"

@@ -79,7 +79,7 @@ def wait(arriving: Arriving) -> torch.Tensor:
 
 def uncompiled(weight: HostWeight) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="weights that are kept on the host are fetched one by one")
+        warnings.filterwarnings("ignore", message="weights that are stored on the host are copied")
         return weight.fetch()
 
 

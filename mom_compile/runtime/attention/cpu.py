@@ -1,17 +1,17 @@
 """`mom::attention` on the CPU: PyTorch's flash kernel on the keys in sight.
 
-The flash kernel takes grouped heads and returns the log-sum-exp of each row, so that results over
-separate keys can be merged exactly. Its own causal mode starts at the first key; rows that stand
-further down split their keys so that nothing out of sight is computed and no mask is made:
+The flash kernel takes grouped heads and returns the log-sum-exp of each row, so that results over separate keys can be
+merged exactly. Its causal mode starts at the first key. For later rows the keys are split, so that no key out of sight
+is read and no mask is made:
 
     causal rows [p, p + r)      keys [0, p) whole            keys [p, p + r) causal
-    window w, r < w, p >= w-1   keys [p-w+1, p-w+1+r) causal from the other end (both flipped: row i sees
-                                key i and later)   + keys between, whole   + keys [p, p + r) causal
+    window w, r < w, p >= w-1   keys [p-w+1, p-w+1+r) causal in reverse (both flipped: row i sees key i and later)
+                                + keys between, whole        + keys [p, p + r) causal
 
-Where all rows see all keys, grouped heads are further rows of one head: the kernel has larger blocks for more rows.
+If all rows see all keys, grouped heads are treated as more rows of one head: the kernel uses larger blocks then.
 
-Where keys have conditions, each query mostly sees one range of them (`attention_spans`): padding, packed sequences.
-With a mask, or a window too narrow for that, blocks of rows get a bias over the keys in their sight.
+If keys have conditions, each query usually sees one range of them (`spans.py`): padding, packed sequences. With a mask,
+or a window too narrow for splitting, blocks of rows get a bias over the keys in their sight.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from mom_compile.runtime.attention.rows import (
 from mom_compile.runtime.attention.spans import attention_in_spans
 from mom_passes.ops.attention import AttentionCall
 
-#: Up to this window, or so many times the rows of a call, split keys cost more, by copies and calls, than a bias does.
-#: Windows of 64 to 1024 keys and 512 rows take 0.66 to 0.85 of the time with a bias, on 2 cores; of 4096 keys 1.27.
+#: Windows up to this size, or this multiple of the call's rows, use a bias: splitting keys would cost more in copies
+#: and calls. With 512 rows on 2 cores, a bias takes 0.66 to 0.85 of the time for windows of 64 to 1024 keys, and 1.27
+#: of it for 4096.
 NARROW_WINDOW, NARROW_FOR_ROWS = 128, 2
-#: Rows in a block with a bias: more would compute keys that are out of sight, fewer are slower for the kernel.
+#: Rows of a block with a bias: more rows would read keys out of sight, fewer are slower for the kernel.
 NARROW_ROWS = 128
 
-#: Rows of a head from which the kernel's blocks have 64 and 256 of them, in place of 32. Over 8192 keys in 2 heads,
-#: 256 rows of 8 heads take 0.81 of the time as 1024 rows of 2, on 2 cores; 512 rows 0.82, 768 rows 0.96.
+#: The kernel uses blocks of 64 and 256 rows, instead of 32, from this many rows of a head on. Over 8192 keys in 2 heads
+#: on 2 cores, 8 heads of 256 rows take 0.81 of the time as 2 heads of 1024 rows; 512 rows 0.82, 768 rows 0.96.
 MIDDLE_BLOCKS, LARGE_BLOCKS, LARGEST_BLOCK = 192, 768, 256
 
-#: Keys of a part in a decode step. Fewer take less time than a thread takes to begin.
+#: The fewest keys of a part in a decode step. With fewer, starting a thread takes longer than the part.
 FEWEST_KEYS = 512
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -74,8 +75,8 @@ def attention_cpu(call: AttentionCall) -> torch.Tensor:
 
 
 def takes_flash(call: AttentionCall) -> bool:
-    """The flash kernel wants one head size and a floating dtype it knows, and caps no scores. It does not check for
-    empty tensors."""
+    """Whether the flash kernel supports the call: one head size, a floating dtype and no capped scores. It does not
+    check for empty tensors."""
     query, key = call.query, call.key
     if call.softcap is not None:
         return False
@@ -90,8 +91,8 @@ def flash(
     is_causal: bool = False,
     bias: torch.Tensor | None = None,
 ) -> Part:
-    """Result `[B, H, R, D]` and log-sum-exp `[B, H, R]` (float32 at least; 0 for a row that sees nothing)."""
-    # The kernel reads channels as if they were adjacent, without a check.
+    """Return result `[B, H, R, D]` and log-sum-exp `[B, H, R]` (at least float32; 0 for a row that sees nothing)."""
+    # The kernel assumes adjacent channels without a check.
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     while bias is not None and bias.dim() != 4:
         bias = bias.unsqueeze(0)
@@ -106,7 +107,7 @@ def flash_kernel(
 
 
 def one_row(call: AttentionCall) -> torch.Tensor:
-    """A decode step: one row sees all keys in its sight, so nothing has to be masked."""
+    """A decode step: its one row sees all keys in its sight, so no mask is needed."""
     low, high = keys_in_sight(call)
     if low >= high:
         return call.output().zero_()
@@ -114,7 +115,7 @@ def one_row(call: AttentionCall) -> torch.Tensor:
 
 
 def _split(call: AttentionCall, low: int, high: int) -> Iterator[Part]:
-    """One row of one sequence against keys `[low, high)`, in as many parts as threads have nothing to do otherwise."""
+    """Split keys `[low, high)` of one row of one sequence into parts, so that all threads have work."""
     batch, heads = call.key.shape[:2]
     parts = min(-(-torch.get_num_threads() // (batch * heads)), (high - low) // FEWEST_KEYS)
     if batch > 1 or parts < 2:
@@ -122,7 +123,7 @@ def _split(call: AttentionCall, low: int, high: int) -> Iterator[Part]:
         return
     size = (high - low) // parts
     rows = call.query.unflatten(1, (heads, -1)).flatten(2, 3).expand(parts, -1, -1, -1)
-    # A part is an entry of a batch: a view, since there is one sequence.
+    # A part is a batch entry: a view, since there is one sequence.
     split = slice(low, low + parts * size)
     key, value = (t[0, :, split].unflatten(1, (parts, size)).transpose(0, 1) for t in (call.key, call.value))
     found, log_sum_exp = flash(rows, key, value, call.scale)
@@ -133,7 +134,7 @@ def _split(call: AttentionCall, low: int, high: int) -> Iterator[Part]:
 
 
 def causal(call: AttentionCall) -> torch.Tensor:
-    """Rows against keys up to themselves; later keys are never read."""
+    """Attention of rows to keys up to their own position; later keys are not read."""
 
     def parts() -> Iterator[Part]:
         if call.start > 0:
@@ -145,7 +146,7 @@ def causal(call: AttentionCall) -> torch.Tensor:
 
 
 def windowed(call: AttentionCall, window: int) -> torch.Tensor:
-    """Rows against the last `window` keys up to themselves, by split keys."""
+    """Attention of rows to the last `window` keys up to their own position, by split keys."""
     rows = call.rows
     result = call.output()
     # Rows at positions below the window see everything before them.
@@ -160,18 +161,18 @@ def windowed(call: AttentionCall, window: int) -> torch.Tensor:
 
 
 def _window_parts(call: AttentionCall, window: int) -> Iterator[Part]:
-    """At most `window - 1` rows, `window - 1` or further down; every part shows each row at least one key."""
+    """Parts of at most `window - 1` rows at positions from `window - 1` on. Each row sees a key of each part."""
     position, rows = call.start, call.rows
     low = position - window + 1
-    fading = slice(low, low + rows)
-    yield _from_the_other_end(call.query, call.key[:, :, fading], call.value[:, :, fading], call.scale)
+    leaving = slice(low, low + rows)  # keys that leave the window within these rows
+    yield _reverse_causal(call.query, call.key[:, :, leaving], call.value[:, :, leaving], call.scale)
     if low + rows < position:
         yield _whole(call, low + rows, position)
     yield _part(call, position, position + rows, is_causal=True)
 
 
 def _whole(call: AttentionCall, low: int, high: int) -> Part:
-    """Keys `[low, high)`, all of which every row sees."""
+    """Attention to keys `[low, high)`, all of which every row sees."""
     grouped = call.query.shape[1] // call.key.shape[1]
     if not _gains_rows(call, grouped):
         return _part(call, low, high)
@@ -184,9 +185,9 @@ def _whole(call: AttentionCall, low: int, high: int) -> Part:
 
 
 def _gains_rows(call: AttentionCall, grouped: int) -> bool:
-    """Whether blocks are larger with the rows of all heads that share keys, and still enough for all threads.
+    """Whether treating heads that share keys as rows gives larger blocks, and still enough blocks for all threads.
 
-    One row is a block by itself: the keys of a head are read once, in place of once for each head that shares them.
+    A single row is one block: the keys of a head are then read once instead of once per head that shares them.
     """
     batch, heads = call.key.shape[:2]
     if call.rows == 1:
@@ -197,11 +198,11 @@ def _gains_rows(call: AttentionCall, grouped: int) -> bool:
 
 
 def _part(call: AttentionCall, low: int, high: int, is_causal: bool = False) -> Part:
-    """Keys `[low, high)` alone, seen whole or from the first on."""
+    """Attention to keys `[low, high)`, all of them or causal from the first."""
     return flash(call.query, call.key[:, :, low:high], call.value[:, :, low:high], call.scale, is_causal)
 
 
-def _from_the_other_end(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
-    """Row `i` sees key `i` and later ones: causal, read backwards."""
+def _reverse_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
+    """Row `i` sees key `i` and later ones: causal attention with rows and keys flipped."""
     result, log_sum_exp = flash(query.flip(2), key.flip(2), value.flip(2), scale, is_causal=True)
     return result.flip(2), log_sum_exp.flip(2)

@@ -1,13 +1,12 @@
-"""`mom::attention` on CUDA. Its tests ran on an H200: written against PyTorch's sources and documentation.
+"""`mom::attention` on CUDA. Its tests ran on an H200; it was written from PyTorch's sources and documentation.
 
-`tests/no_gpu` runs it on tensors without data, which shows what is called and what is allocated, and with stand-ins for
-PyTorch's kernels.
+`tests/no_gpu` runs it on tensors without data, which shows calls and allocations, and with stand-ins for PyTorch's
+kernels.
 
-Which kernel computes a call is chosen in `ways.py`. `flash.py`, `cudnn.py` and `efficient.py` call PyTorch's kernels,
-`tiles.py` ours.
+`ways.py` chooses the kernel. `flash.py`, `cudnn.py` and `efficient.py` call PyTorch's kernels, `tiles.py` ours.
 
-Keys after the last row are cut off first, so that "lower right" is where the rows stand. Where keys have conditions,
-each query mostly sees one range of them (`attention_in_spans`), and the ways without a mask do.
+Keys after the last row are cut off first, so that the lower right corner matches the rows' positions. If keys have
+conditions, each query usually sees one range of them (`attention_in_spans`), which kernels without a mask compute.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from mom_passes.ops.attention import AttentionCall
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:
     """See `mom_passes.ops.attention` for shapes and meaning."""
-    ranges = takes_tiles(call) and each_its_range(call)  # in one launch for all entries
+    ranges = takes_tiles(call) and each_its_range(call)  # one launch for all entries
     found = None if ranges else attention_in_spans(attention_cuda, call)
     if found is not None:
         return found
@@ -50,9 +49,9 @@ def attention_cuda(call: AttentionCall) -> torch.Tensor:
     way = way_of(call)
     if way is Way.TILES:
         found = attention_in_tiles(call)
-        return attention_cuda(call) if found is None else found  # by another way
+        return attention_cuda(call) if found is None else found  # with another kernel
     if call.is_causal and end < tokens:
-        key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # no more is read of the others
+        key, value = (t.narrow(2, 0, end) for t in (call.key, call.value))  # later keys are not read
         call = replace(call, key=key, value=value)
     if way is Way.FLASH:
         return token_major(merge([flash(call)], call.sinks), call)

@@ -1,7 +1,7 @@
-"""PyTorch's memory-efficient operator on CUDA, for any head sizes and in float32 too. Its tests ran on an H200.
+"""PyTorch's memory-efficient operator on CUDA, for any head sizes, float32 included. Its tests ran on an H200.
 
-It works on `[B, tokens, heads, D]` and knows no grouped heads: it is given each key head as a batch entry of its own,
-seen by all of its query heads: a view. Repeated, those of 150,000 tokens would be some gigabytes in every call.
+It works on `[B, tokens, heads, D]` without grouped heads. Each key head is passed as a batch entry of its own, expanded
+to its query heads: a view. Repeated keys would take gigabytes per call for 150,000 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mom_passes.ops.attention import AttentionCall
 
 EFFICIENT = torch.ops.aten._efficient_attention_forward.default
 
-#: How `EFFICIENT` is told what is masked.
+#: Mask modes of `EFFICIENT`.
 NOT_MASKED, CAUSAL_LOWER_RIGHT = 0, 2
 
 
@@ -29,8 +29,10 @@ def efficient(
     scale: float,
     masked: int = NOT_MASKED,
 ) -> Part:
-    """As many heads of keys as of queries. A row that sees nothing is zeroed: the kernel does not promise that. Its
-    sums are padded to whole tiles of rows."""
+    """Attention with as many key heads as query heads. Rows that see nothing are zeroed, as the kernel may not do so.
+
+    The kernel pads its sums to whole tiles of rows; the padding is removed.
+    """
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     added = None
     if bias is not None:
@@ -55,19 +57,19 @@ def efficient_grouped(
     return grouped(efficient, query, key, value, bias, scale)
 
 
-#: The kernel reads a bias in groups of 16 bytes: where rows begin elsewhere, it is copied to rows of so many values.
+#: The kernel reads a bias in groups of 16 bytes. Rows that are not aligned are copied to rows of a multiple of this.
 ALIGNED = 8
 
 
 def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """The same values, adjacent in the last dimension, each row at a multiple of `ALIGNED` from the storage's start."""
+    """Return the bias with adjacent columns and each row at a multiple of `ALIGNED` from the storage's start."""
     if bias.stride(-1) == 1 and not any(n % ALIGNED for n in (bias.storage_offset(), *bias.stride()[:-1])):
         return bias
     return pad(bias, (0, -bias.shape[-1] % ALIGNED)).narrow(-1, 0, bias.shape[-1])
 
 
 def bytes_of_aligned(call: AttentionCall) -> int:
-    """What that copy of a mask takes for each row."""
+    """Return the bytes per row of that copy."""
     return 0 if call.mask is None else math.prod(call.mask.shape[:-2]) * call.tokens * call.query.element_size()
 
 
@@ -79,9 +81,9 @@ def grouped(
     bias: torch.Tensor | None,
     scale: float,
 ) -> Part:
-    """`kernel`, which knows no grouped heads, on grouped heads. `[B, H, R, Dv]`, token-major where heads are grouped.
+    """Run a kernel without grouped heads on grouped heads. Returns `[B, H, R, Dv]`, token-major if heads are grouped.
 
-    For each entry of the batch, keys `[G, T, D]` are a batch of G with one head, expanded to the H / G that see it.
+    For each batch entry, keys `[G, T, D]` become a batch of G with one head, expanded to its H / G query heads.
     """
     batch, heads, rows, _ = query.shape
     groups = key.shape[1]
@@ -95,12 +97,12 @@ def grouped(
         found, sums_of_entry = kernel(q, k, v, _bias_of_entry(bias, i, groups), scale)
         out.copy_(found)
         sums[i].unflatten(0, (groups, -1)).copy_(sums_of_entry)
-        del found, sums_of_entry  # not while the next entry's are made
+        del found, sums_of_entry  # before those of the next entry are made
     return result, sums
 
 
 def _bias_of_entry(bias: torch.Tensor | None, i: int, groups: int) -> torch.Tensor | None:
-    """`[B or 1, H or 1, R or 1, T]` to what broadcasts to `[G, H / G, R, T]`."""
+    """Reshape `[B or 1, H or 1, R or 1, T]` to broadcast to `[G, H / G, R, T]`."""
     if bias is None:
         return None
     while bias.dim() < 4:

@@ -1,12 +1,12 @@
-"""Attention with a mask in blocks of rows, so that no mask or score matrix beyond a block is ever made.
+"""Attention with a mask in blocks of rows, so that masks and scores exist for one block at a time.
 
 Terms
 -----
-position    Where a query row stands among the keys: row `i` of a call stands at `start + i`.
-bias        An additive mask for the keys in sight of a block of rows: 0 or what the user adds, -inf where
-            nothing may be seen. `[B or 1, H or 1, rows or 1, keys in sight]`.
+position    Row `i` of a call has position `start + i` among the keys.
+bias        An additive mask for the keys in sight of a block of rows: 0 or the user's values, -inf for masked keys.
+            `[B or 1, H or 1, rows or 1, keys in sight]`.
 block kernel
-            `(query, key, value, bias, scale) -> part`, for one block of rows; nothing is causal in it.
+            `(query, key, value, bias, scale) -> part`, for one block of rows; not causal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_passes.ops.attention import AttentionCall, visible
 
 BlockKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], Part]
 
-#: Bytes a block may spend on its bias or its scores. Blocks below 32 rows would starve the matmuls.
+#: Limit on the bytes of a block's bias or scores. Blocks below 32 rows would make matmuls inefficient.
 BLOCK_BYTES = 16 << 20
 FEWEST_ROWS = 32
 
@@ -32,12 +32,12 @@ _OBSERVERS: Observers[AttentionCall] = Observers()
 
 
 def observing_blocks(observer: Callable[[AttentionCall], None]) -> AbstractContextManager[None]:
-    """While this lasts, `observer` is called with every attention that is computed in blocks of rows."""
+    """Within this context, call `observer` with every attention that is computed in blocks of rows."""
     return _OBSERVERS.joined_by(observer)
 
 
 def keys_in_sight(call: AttentionCall) -> tuple[int, int]:
-    """The range of keys that some row may see by its position; it may be empty."""
+    """Return the range of keys that some row may see by its position; it may be empty."""
     if not call.is_causal:
         return 0, call.tokens
     low = 0 if call.window is None else max(0, call.start - call.window + 1)
@@ -45,7 +45,7 @@ def keys_in_sight(call: AttentionCall) -> tuple[int, int]:
 
 
 def bias_of(call: AttentionCall, low: int, high: int) -> torch.Tensor | None:
-    """The bias for keys `[low, high)`. A mask that fits is not copied."""
+    """Return the bias for keys `[low, high)`. A mask that needs no change is not copied."""
     query, mask = call.query, call.mask
     if mask is not None and mask.shape[-1] != 1:
         mask = mask.narrow(-1, low, high - low)
@@ -60,7 +60,7 @@ def bias_of(call: AttentionCall, low: int, high: int) -> torch.Tensor | None:
 
 
 def _seen(call: AttentionCall, low: int, high: int) -> torch.Tensor | None:
-    """What position and conditions let the rows see of those keys; None if that is everything."""
+    """Return the mask for those keys by position and conditions, or None if nothing is masked."""
     seen, rows, device = None, call.rows, call.query.device
     if call.is_causal:
         seen = visible(rows, high - low, call.start - low, call.window, device)
@@ -72,12 +72,14 @@ def _seen(call: AttentionCall, low: int, high: int) -> torch.Tensor | None:
 
 
 def bias_bytes_per_row(call: AttentionCall, keys: int | None = None) -> int:
-    """Bytes that `bias_of` allocates for each row, for all keys or so many of them; 0 if it hands out the mask itself
-    or one row for all."""
+    """Return the bytes that `bias_of` allocates per row, for all keys or the given number of them.
+
+    0 if it returns the mask itself, or one row for all.
+    """
     mask, conditions = call.mask, call.has_conditions
     if not call.is_causal and not conditions:
-        as_it_is = mask is None or mask.dtype == _bias_dtype(mask, call.query)
-        if as_it_is or mask is None or mask.shape[-2] == 1:
+        unchanged = mask is None or mask.dtype == _bias_dtype(mask, call.query)
+        if unchanged or mask is None or mask.shape[-2] == 1:
             return 0
     repeats = 1 if mask is None else math.prod(mask.shape[:-2])
     repeats = max(repeats, call.query.shape[0] if conditions else 1)
@@ -85,7 +87,7 @@ def bias_bytes_per_row(call: AttentionCall, keys: int | None = None) -> int:
 
 
 def _bias_dtype(mask: torch.Tensor, query: torch.Tensor) -> torch.dtype:
-    """Kernels take a bias of the query's dtype, or a float32 one for half-precision queries."""
+    """Kernels take a bias of the query's dtype, or float32 for half-precision queries."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and mask.dtype == torch.float32 else query.dtype
 
@@ -99,9 +101,9 @@ def row_blocks(rows: int, size: int) -> Iterator[tuple[int, int]]:
 def in_blocks(
     kernel: BlockKernel, call: AttentionCall, bytes_per_row: int, most_rows: int | None = None
 ) -> torch.Tensor:
-    """`kernel` over blocks of rows, each against the keys in its sight alone. `[B, H, R, Dv]`, token-major.
+    """Run `kernel` on blocks of rows, each with the keys in its sight. Returns `[B, H, R, Dv]`, token-major.
 
-    `bytes_per_row` is what kernel and bias allocate for each row of the query.
+    `bytes_per_row` is what kernel and bias allocate per row of the query.
     """
     for observe in _OBSERVERS.now:
         observe(call)
@@ -125,14 +127,14 @@ def _block(kernel: BlockKernel, call: AttentionCall) -> torch.Tensor:
 
 
 def token_major(result: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """The result in the layout and dtype every `mom::attention` promises; a copy only if it differs."""
+    """Return the result in the layout and dtype of `mom::attention`; a copy only if it differs."""
     if result.dtype == call.query.dtype and result.transpose(1, 2).is_contiguous():
         return result
     return call.output().copy_(result)
 
 
 def in_blocks_of_products(call: AttentionCall) -> torch.Tensor:
-    """What no kernel computes: products and a softmax, whose scores are those of a block of rows."""
+    """Compute calls that no kernel supports by matmuls and a softmax, in blocks of rows."""
     return in_blocks(partial(_products, softcap=call.softcap), call, math_bytes_per_row(call))
 
 
@@ -144,7 +146,7 @@ def _products(
     scale: float,
     softcap: float | None,
 ) -> Part:
-    """Two matmuls and a softmax between them, in float32 at least; the rows of grouped heads share one matmul."""
+    """Two matmuls and a softmax, at least in float32; grouped heads share one matmul."""
     batch, heads, rows, channels = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).reshape(batch, key.shape[1], -1, channels)
@@ -154,7 +156,7 @@ def _products(
     if bias is not None:
         scores += bias
     most = scores.amax(-1, keepdim=True)
-    # A row that sees nothing has weights of zero, whose sum is zero, in place of the exponentials of NaN.
+    # A row that sees nothing gets zero weights, whose sum is zero, instead of exp(NaN).
     weights = scores.sub_(most.masked_fill(most == -math.inf, 0.0)).exp_()
     sums = weights.sum(-1, keepdim=True)
     result = (weights.view(batch, key.shape[1], -1, key.shape[2]) @ value.to(wide)).view(batch, heads, rows, -1)
@@ -163,7 +165,7 @@ def _products(
 
 
 def math_bytes_per_row(call: AttentionCall) -> int:
-    """Scores, and in their place weights, in float32 at least."""
+    """Bytes per row of the scores, which become the weights in place, at least in float32."""
     query = call.query
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.shape[0] * query.shape[1] * call.tokens * wide.itemsize

@@ -1,11 +1,11 @@
 """Attention where each query sees one range of keys: padding at either end, packed sequences. No mask is made.
 
-    mom.spans has found               what is called
-    every key                         the plain kernel
-    one range for all the batch       the plain kernel on those keys
-    a range for each entry            the plain kernel for each entry, on its own keys
-    ranges by segment                 the plain kernel for each entry and segment that the rows reach into
-    no range (-1)                     None: the caller makes masks
+    ranges found by mom.spans             computed by
+    all keys                              the plain kernel
+    one range for the whole batch         the plain kernel on those keys
+    one range per batch entry             the plain kernel per entry, on its keys
+    ranges by segment                     the plain kernel per entry and segment of the rows
+    not a range (-1)                      None: the caller makes masks
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mom_passes.ops.attention import AttentionCall, Kernel
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `[first, first + count)` of a call see keys `[low, high)`, causality apart."""
+    """Rows `[first, first + count)` of a call see keys `[low, high)`, causality aside."""
 
     first: int
     count: int
@@ -30,7 +30,7 @@ class Span:
 
 
 def spans_of(found: torch.Tensor, start: int, rows: int) -> list[Span] | None:
-    """Of one batch entry, `[N, 2]`, for rows that stand at `start`; None where what they see is no range."""
+    """Return the spans of one batch entry, `[N, 2]`, for rows from position `start` on; None if they are not ranges."""
     if found.shape[0] > 1:
         ranges, counts = torch.unique_consecutive(found[start : start + rows], dim=0, return_counts=True)
     else:
@@ -45,10 +45,9 @@ def spans_of(found: torch.Tensor, start: int, rows: int) -> list[Span] | None:
 
 
 def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | None:
-    """`[B, H, R, Dv]`, token-major, from what `mom.spans` has found; None where it has not found ranges.
+    """Return `[B, H, R, Dv]`, token-major, computed from the ranges of `mom.spans`; None if it has not found ranges.
 
-    `kernel` is called without mask and conditions. Causality holds by index or by positions, which are then found to
-    say the same within a range.
+    `kernel` is called without mask and conditions. Within a range, causality by index and by positions is the same.
     """
     if call.spans is None or call.mask is not None:
         return None
@@ -62,7 +61,7 @@ def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | No
     result: torch.Tensor | None = None
     for first, spans in zip(range(0, batch, size), entries, strict=False):
         own = slice(first, first + size)
-        for part in itertools.chain.from_iterable(_in_sight(span, start, is_causal) for span in spans or ()):
+        for part in itertools.chain.from_iterable(_without_blind_rows(span, start, is_causal) for span in spans or ()):
             at = start + part.first - part.low if is_causal else 0
             q = call.query[own, :, part.first : part.first + part.count]
             k, v = (t[own, :, part.low : part.high] for t in (call.key, call.value))
@@ -75,10 +74,10 @@ def attention_in_spans(kernel: Kernel, call: AttentionCall) -> torch.Tensor | No
     return result
 
 
-def _in_sight(span: Span, start: int, is_causal: bool) -> Iterator[Span]:
-    """A span without the rows that stand before all of its keys: those see nothing."""
+def _without_blind_rows(span: Span, start: int, is_causal: bool) -> Iterator[Span]:
+    """Split off rows before all keys of their span, which see nothing."""
     blind = min(span.count, max(0, span.low - start - span.first)) if is_causal else 0
     if blind:
-        yield Span(span.first, blind, 0, 0)  # a kernel's result for no keys is zero
+        yield Span(span.first, blind, 0, 0)  # a kernel returns zero for no keys
     if blind < span.count:
         yield Span(span.first + blind, span.count - blind, span.low, span.high)

@@ -1,6 +1,6 @@
-"""The two kernels of `tiles.py`. Imported only where there is Triton; they have never run on a GPU."""
+"""The two kernels of `tiles.py`. Imported only if Triton is installed; they have never run on a GPU."""
 
-# Triton reads types off annotations, and names of constants off capitals.
+# Triton reads types from annotations, and takes capitalized names as constants.
 from typing import Any
 
 import triton
@@ -19,7 +19,7 @@ def attend(  # type: ignore[no-untyped-def]
     WINDOW_OF_POSITIONS: tl.constexpr, CAPPED: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """One tile of rows against one split of keys: a result, and where there are several splits its log-sum-exp."""
+    """Compute one tile of rows against one split of keys: the result and, with several splits, its log-sum-exp."""
     split = tl.program_id(1)
     groups = heads // GROUP
     entry = (tl.program_id(2) // groups).to(tl.int64)
@@ -53,7 +53,7 @@ def attend(  # type: ignore[no-untyped-def]
     if HAS_POSITIONS:
         own_position = tl.load(POSITIONS + entry * positions_b + at, mask=there, other=0)
 
-    # Within a tile 32 bits say where: a pointer to each element would take half of the registers.
+    # Offsets within a tile have 32 bits: a pointer per element would take half of the registers.
     step = tl.arange(0, TILE_KEYS)
     k_step = step[None, :] * k_t + channel[:, None]
     v_step = step[:, None] * v_t + out_channel[None, :]
@@ -99,7 +99,7 @@ def attend(  # type: ignore[no-untyped-def]
                 scores = scores + masked.to(tl.float32)
         scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
-        # A row that has seen nothing yet: its exponentials are those of -inf, not of NaN.
+        # A row that has seen no key yet gets exp(-inf), not exp(NaN).
         base = tl.where(larger == float("-inf"), 0.0, larger)
         weights = tl.exp(scores - base[:, None])
         shrunk = tl.exp(largest - base)
@@ -129,7 +129,7 @@ def combine(  # type: ignore[no-untyped-def]
     PARTS, SUMS, OUT, SINKS, splits, batch, heads, rows, channels, o_b, o_h, o_r,
     HAS_SINKS: tl.constexpr, SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """One row of a head: the mean of its parts `[splits, B, R, H, Dv]`, weighted by their sums `[splits, B, H, R]`."""
+    """Merge one row of a head: the mean of parts `[splits, B, R, H, Dv]`, weighted by sums `[splits, B, H, R]`."""
     row = tl.program_id(0).to(tl.int64)
     entry = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads

@@ -1,20 +1,20 @@
-"""An attention kernel of our own, in Triton, for what PyTorch has no good kernel for. It has never run on a GPU.
+"""A Triton attention kernel for calls that PyTorch's kernels do not support well. It has never run on a GPU.
 
 `tests/no_gpu` compiles it for sm_80, sm_90 and sm_100, and runs it in Triton's interpreter against the definition.
 
-    scores that are capped          no kernel of PyTorch does that
-    masks that are data             PyTorch's kernel wants them added up, as numbers, repeated and aligned
-    a range of keys for each entry  what is padded at the left is not read, in one launch for the batch
+    capped scores                   not supported by PyTorch's kernels
+    masks that are data             PyTorch's kernel requires an additive mask, expanded and aligned
+    a range of keys for each entry  left padding is not read, with one launch for the batch
     few rows, many keys             keys are split, and the parts merged
 
 Terms
 -----
-tile    `TILE_ROWS` rows of a program against `TILE_KEYS` keys at a time. A row of a tile is a row of one query head:
-        heads that share keys are rows of one tile, so that keys are read once for all of them.
-split   Some of the keys of a tile's rows, a program's own where rows are few; `combine` merges what comes of several.
+tile    `TILE_ROWS` rows of a program against `TILE_KEYS` keys at a time. A row of a tile is a row of one query head.
+        Heads that share keys are rows of one tile, so that keys are read once for all of them.
+split   A program's share of the keys if there are few rows; `combine` merges the splits.
 
-Triton comes with PyTorch's builds for CUDA. Where it is missing, with MOM_COMPILE_TILES=0, and once the kernel could
-not be launched, nobody asks for this.
+Triton comes with PyTorch's CUDA builds. The kernel is not used if Triton is missing, if MOM_COMPILE_TILES=0, or on a
+device where a launch has failed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from mom_passes.ops.attention import AttentionCall
 
 AVAILABLE = importlib.util.find_spec("triton") is not None and os.environ.get("MOM_COMPILE_TILES") != "0"
 
-#: Why the kernel could not be launched, by device: other kernels take its place there.
+#: Why the kernel could not be launched, by device. Other kernels are used there.
 REFUSED: dict[torch.device, str] = {}
 
-#: Keys and values that are loaded ahead.
+#: Pipeline stages for loading keys and values.
 STAGES = 2
-#: Splits of one tile at most, and keys of one at least.
+#: The most splits of a tile, and the fewest keys of a split.
 MOST_SPLITS, FEWEST_KEYS = 64, 256
-#: Channels of a head at most: a tile of keys and one of values are in shared memory.
+#: The most channels of a head: a tile of keys and one of values are in shared memory.
 MOST_CHANNELS = 256
 
 
 def takes_tiles(call: AttentionCall) -> bool:
-    """Floating dtypes that tensor cores or plain arithmetic multiply, from Ampere on; adjacent channels."""
+    """Dtypes of tensor cores or float32, Ampere or later, adjacent channels."""
     tensors = (call.query, call.key, call.value)
     return (
         AVAILABLE
@@ -56,7 +56,7 @@ def takes_tiles(call: AttentionCall) -> bool:
 
 
 def each_its_range(call: AttentionCall) -> bool:
-    """Whether entries of the batch see ranges of keys that differ, one each."""
+    """Whether each batch entry sees one range of keys, and the ranges differ."""
     spans = call.spans
     if spans is None or call.mask is not None or spans.shape[0] == 1 or spans.shape[1] != 1:
         return False
@@ -64,9 +64,9 @@ def each_its_range(call: AttentionCall) -> bool:
 
 
 def attention_in_tiles(call: AttentionCall) -> torch.Tensor | None:
-    """`[B, H, R, Dv]`, token-major: a whole call, masks, conditions, cap and sinks included.
+    """Compute a whole call, `[B, H, R, Dv]`, token-major, with masks, conditions, cap and sinks.
 
-    None where the kernel does not compile for a device or needs more of it than there is, with one warning.
+    Returns None, with one warning, if the kernel cannot be compiled or launched on a device.
     """
     try:
         return _launched(call)
@@ -75,7 +75,7 @@ def attention_in_tiles(call: AttentionCall) -> torch.Tensor | None:
     except Exception as error:
         device, reason = call.query.device, f"{type(error).__name__}: {error}"
         REFUSED[device] = reason
-        text = f"the attention kernel in Triton cannot be launched on {device}; other kernels take its place: {reason}"
+        text = f"the Triton attention kernel cannot be launched on {device}; other kernels are used instead: {reason}"
         warn_once(f"tiles: {device}", text)
         return None
 
@@ -111,7 +111,7 @@ def next_power(n: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """`TILE_ROWS`, `TILE_KEYS`, and how many warps compute it."""
+    """`TILE_ROWS`, `TILE_KEYS` and the number of warps."""
 
     rows: int
     keys: int
@@ -119,7 +119,7 @@ class Tile:
 
 
 def tile_of(call: AttentionCall) -> Tile:
-    """The largest tried that spills next to no registers, which is all that is known of it without a GPU."""
+    """Return the largest tile tried that spills almost no registers, the only measure available without a GPU."""
     rows = call.rows * (call.query.shape[1] // call.key.shape[1])
     channels = max(call.query.shape[-1], call.value.shape[-1]) * (call.query.dtype.itemsize // 2)
     if rows <= 16:
@@ -130,7 +130,7 @@ def tile_of(call: AttentionCall) -> Tile:
 
 
 def splits_of(programs: int, call: AttentionCall) -> int:
-    """How often the keys are split: as long as multiprocessors have no program, and splits enough keys."""
+    """Return the number of splits of the keys: one per idle multiprocessor, with at least `FEWEST_KEYS` keys each."""
     if not call.query.is_cuda:
         return 1
     processors = torch.cuda.get_device_properties(call.query.device).multi_processor_count
@@ -138,7 +138,7 @@ def splits_of(programs: int, call: AttentionCall) -> int:
 
 
 def arguments(call: AttentionCall, parts: torch.Tensor, sums: torch.Tensor, splits: int) -> list[Any]:
-    """Of `attend`, in order. A tensor that is not there is the query, which is not read in its place."""
+    """Return the arguments of `attend`, in order. The query replaces missing tensors, which are not read."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
     batch, heads, rows, _ = query.shape
     if mask is not None:
@@ -158,7 +158,7 @@ def arguments(call: AttentionCall, parts: torch.Tensor, sums: torch.Tensor, spli
 
 
 def constants(call: AttentionCall, splits: int) -> dict[str, Any]:
-    """What `attend` is compiled for."""
+    """Return the compile-time constants of `attend`."""
     tile = tile_of(call)
     ranged = bounds_of(call) is not None
     by_index = call.is_causal or (ranged and call.positions is not None)
@@ -176,7 +176,7 @@ def constants(call: AttentionCall, splits: int) -> dict[str, Any]:
 
 
 def bounds_of(call: AttentionCall) -> torch.Tensor | None:
-    """`[B, 2]` on the device: the range of keys that each entry sees, where `mom.spans` has found one range for it."""
+    """Return the range of keys of each entry, `[B, 2]` on the device, if `mom.spans` has found one for each."""
     spans = call.spans
     if spans is None or call.mask is not None or spans.shape[1] != 1 or bool((spans < 0).any()):
         return None

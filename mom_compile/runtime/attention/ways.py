@@ -1,23 +1,22 @@
-"""Which of PyTorch's kernels computes an attention on CUDA: by what is masked, dtype, device and version.
+"""Choice of the kernel that computes an attention on CUDA, by mask, dtype, device and version.
 
-`way_of` is the one place that chooses. Its tests ran on an H200 before there was TILES, times are unknown.
+Only `way_of` chooses. Its tests ran on an H200 before TILES existed; times are unknown.
 
     CUDNN       fp16 and bf16, causal, no mask or window, many keys before the rows: cuDNN for those, flash for the rest
-                (`cudnn.py`), where stock PyTorch would take cuDNN first; there also all keys of a latent attention
-    FLASH       fp16 and bf16, no mask: grouped heads, windows and causality from the lower right corner natively. Where
-                FlashAttention 3 or 4 has been activated (`torch.nn.attention.activate_flash_attention_impl`) it is that
-    EFFICIENT   the memory-efficient kernel, float32 too: causal from the lower right corner by its own mode
-    BIAS        the same kernel with a bias for what else is masked, in blocks of rows
-    TILES       our own kernel in Triton (`tiles.py`), which has never run on a GPU: scores that are capped, and in half
-                precision masks and conditions, among them a range of keys for each entry of the batch
-    MATH        products and a softmax in blocks of rows, for dtypes and head sizes that no kernel takes
+                (`cudnn.py`), where stock PyTorch would prefer cuDNN; also all keys of a latent attention
+    FLASH       fp16 and bf16, no mask; grouped heads, windows and causality from the lower right corner are native. It
+                is FlashAttention 3 or 4 if activated (`torch.nn.attention.activate_flash_attention_impl`)
+    EFFICIENT   the memory-efficient kernel, also float32: causal from the lower right corner by its own mode
+    BIAS        the same kernel with a bias for other masks, in blocks of rows
+    TILES       our Triton kernel (`tiles.py`), which has never run on a GPU: capped scores, and in half precision masks
+                and conditions, e.g. a range of keys per batch entry
+    MATH        matmuls and a softmax in blocks of rows, for dtypes and head sizes that no kernel supports
 
-Stock PyTorch takes cuDNN first (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in its C++ `sdp_utils.cpp` for CUDA)
-with compute capability 9.0, 10.0 or 10.3 and cuDNN later than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Older
-ones were wrong for lengths that 128 does not divide. Its order of kernels cannot be asked for: it is made when the
-first attention is dispatched. What PyTorch asks of a call it is asked itself (`can_use_cudnn_attention`): head sizes,
-128 at most or with later versions 256, and whether cuDNN may be used, which it may not where algorithms must be
-deterministic.
+Stock PyTorch prefers cuDNN (torch 2.11 to 2.14, `check_prefer_cudnn_attention` in the CUDA `sdp_utils.cpp`) on compute
+capability 9.0, 10.0 or 10.3 with cuDNN later than 9.15.0, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Older cuDNN
+versions were wrong for lengths that are not multiples of 128. The priority order cannot be queried: it is set at the
+first dispatch. PyTorch itself checks conditions on a call (`can_use_cudnn_attention`): the head size, at most 128 or
+256 depending on the version, and whether cuDNN is allowed, which deterministic algorithms forbid.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import current_flash_attention_impl
 
-from mom_compile.runtime.attention.cudnn import NUMBERS, ROWS, block_of, blocks_before, keys_keep_their_place
+from mom_compile.runtime.attention.cudnn import MIN_NUMBERS, ROWS, block_of, blocks_before, keys_keep_their_place
 from mom_compile.runtime.attention.tiles import each_its_range, takes_tiles
 from mom_passes.ops.attention import AttentionCall
 
 HALF = (torch.float16, torch.bfloat16)
 
 CUDNN_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
-#: As `torch.backends.cudnn.version()` has it; later ones are meant.
+#: As in `torch.backends.cudnn.version()`; later versions qualify.
 CUDNN_AFTER = 91500
 
 
@@ -50,14 +49,14 @@ class Way(Enum):
 
 
 def way_of(call: AttentionCall) -> Way:
-    """How a call is computed that has rows and keys."""
+    """Return the kernel for a call that has rows and keys."""
     if takes_tiles(call) and (call.softcap is not None or each_its_range(call)):
         return Way.TILES
     if call.softcap is not None:
         return Way.MATH
     plain = call.mask is None and not call.has_conditions
     if call.is_causal and call.start + call.rows > call.tokens:
-        plain = False  # rows further down than all keys: no corner is where they stand
+        plain = False  # rows beyond the last key: the kernels' corners do not match their positions
     if plain and takes_flash(call):
         return Way.CUDNN if takes_cudnn(call) else Way.FLASH
     if plain and takes_cudnn_alone(call):
@@ -70,10 +69,10 @@ def way_of(call: AttentionCall) -> Way:
 
 
 def takes_cudnn(call: AttentionCall) -> bool:
-    """Of what flash takes: cheapest question first, since most calls of a short prompt stop there."""
+    """Whether cuDNN computes a call that flash supports. Cheap checks first: most calls of short prompts fail early."""
     if not call.is_causal or call.effective_window is not None or call.rows % ROWS != 0:
         return False
-    if call.query[0].numel() < NUMBERS:
+    if call.query[0].numel() < MIN_NUMBERS:
         return False
     blocks = blocks_before(call.start)
     if not blocks or not prefers_cudnn(call.query.device):
@@ -84,8 +83,10 @@ def takes_cudnn(call: AttentionCall) -> bool:
 
 
 def takes_cudnn_alone(call: AttentionCall) -> bool:
-    """Of what flash does not take, since values are not as wide as keys: also the rows' own keys, if they are a
-    square."""
+    """Whether cuDNN computes a call that flash does not support, as values are narrower or wider than keys.
+
+    This includes the rows' own keys if they are a square.
+    """
     if call.query.dtype not in HALF or call.query.shape[-1] == call.value.shape[-1] or not takes_efficient(call):
         return False
     if not call.is_causal or call.effective_window is not None or call.rows % ROWS != 0:
@@ -107,7 +108,7 @@ def _cudnn_reads(call: AttentionCall, low: int, count: int, is_causal: bool) -> 
 
 
 def prefers_cudnn(device: torch.device) -> bool:
-    """Whether stock PyTorch would take cuDNN before flash there. Who has activated another flash wants that one."""
+    """Whether stock PyTorch prefers cuDNN to flash. A user who activates another flash implementation wants that."""
     return (
         torch.cuda.get_device_capability(device) in CUDNN_CAPABILITIES
         and (torch.backends.cudnn.version() or 0) > CUDNN_AFTER
@@ -133,7 +134,7 @@ def takes_flash(call: AttentionCall) -> bool:
 
 
 def takes_efficient(call: AttentionCall) -> bool:
-    """Heads of whole groups of 16 bytes, adjacent in memory: no device needs more. bf16 from Ampere on."""
+    """Head sizes in multiples of 16 bytes, adjacent in memory, as on all devices. bf16 requires Ampere or later."""
     query, tensors = call.query, (call.query, call.key, call.value)
     return (
         query.dtype in (torch.float32, *HALF)

@@ -1,18 +1,18 @@
-"""Copies between a device and a file: through pinned buffers, which a thread empties into the file and fills from it.
+"""Copies between a device and a file through pinned buffers, which a thread writes to the file and fills from it.
 
 Terms
 -----
-buffer   One of two for a direction, pinned. A driver copies there beside everybody; to a mapped file it would not.
-piece    As many bytes of a copy as a buffer has, or fewer.
+buffer   One of two per direction, pinned. A driver copies to pinned memory asynchronously, but not to a mapped file.
+piece    A part of a copy, at most as large as a buffer.
 
     to the host    device:   piece 0 -> A, piece 1 -> B,                       piece 2 -> A, ...
                    thread:                   wait for A, A -> file,  wait for B, B -> file, ...
     to the device  thread:   file -> A,   file -> B,   wait until A is sent, file -> A, ...
                    device:            A -> piece 0,   B -> piece 1, ...
 
-The thread reads and writes the file by calls, not where it is mapped: there, a disk that is full or broken would end
-the process. Who waits for a copy waits for the thread: then rows that left are in the file, and those that arrive have
-been read, and are the device's when an event says so.
+The thread reads and writes the file by system calls, not through its mapping: through a mapping, a full or broken disk
+would crash the process. Waiting for a copy means waiting for the thread. Rows copied to the host are then in the file;
+rows copied to the device have been read, and are on the device once the event is complete.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mom_compile.runtime.host.holders import error_prefix, holder_of
 from mom_compile.runtime.host.seams import as_bytes
 from mom_compile.runtime.host.task_queue import Task, TaskQueue
 
-#: 0.2 milliseconds of a link and 1 or 2 of a disk's cache: a call, an event and a thread that wakes up (0.03) are
-#: little beside it, and a copy's first rows are soon on their way. Four are pinned for as long as there is an engine.
+#: A link transfers this in 0.2 ms, a disk cache in 1 to 2 ms: a call, an event and a thread wake-up (0.03 ms) are small
+#: in comparison, and the first piece is soon under way. Four buffers stay pinned as long as the engine exists.
 STAGE = 8 << 20
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """Bytes of rows, or of a weight, and where they are in a file, in order."""
+    """Bytes of rows or of a weight, and their positions in a file, in order."""
 
     bytes: torch.Tensor
     extents: tuple[Extent, ...]
@@ -61,7 +61,7 @@ class FileRows:
 
 @dataclass
 class Buffer:
-    """The same pinned bytes as a tensor and for calls. `used` is the device's last copy to or from there."""
+    """One pinned buffer, as a tensor and for system calls. `used` is the device's last copy to or from it."""
 
     bytes: torch.Tensor
     view: memoryview
@@ -74,9 +74,9 @@ Piece = tuple[FileRows, torch.Tensor]
 
 @dataclass(frozen=True)
 class FileDone:
-    """The file's rows are read, or written. `event` is recorded by the task, behind the device's last copy.
+    """The completion of a copy from or to a file. The task records `event` after the device's last copy.
 
-    `failed` is how an error begins that says they could not be.
+    `failed` is the beginning of an error message.
     """
 
     task: Task
@@ -85,16 +85,17 @@ class FileDone:
 
     def check(self) -> None:
         if self.task.error is not None:
-            # A new error each time: the frames of whoever waits must not live as long as the copy.
-            told = isinstance(self.task.error, CopyError)  # by the copy before
-            raise CopyError(str(self.task.error) if told else f"{self.failed}: {self.task.error}") from self.task.error
+            # A new error each time, so that the frames of a waiting caller do not live as long as the copy.
+            earlier = isinstance(self.task.error, CopyError)  # the copy before this one failed
+            message = str(self.task.error) if earlier else f"{self.failed}: {self.task.error}"
+            raise CopyError(message) from self.task.error
 
     def synchronize(self) -> None:
         self.task.wait()
         self.check()
 
     def finished(self) -> bool:
-        """Nobody touches what was copied any more."""
+        """Whether the copy no longer accesses its tensors."""
         return self.task.ran and self.event.query()
 
     def finish(self) -> None:
@@ -102,8 +103,8 @@ class FileDone:
         self.event.synchronize()
 
 
-class Way:
-    """One direction, with the stream of a device that copies there."""
+class FileQueue:
+    """Copies in one direction, by a thread and a stream of the device."""
 
     def __init__(self, queue: torch.cuda.Stream, pin: Pin, tasks: TaskQueue) -> None:
         self.queue = queue
@@ -114,11 +115,11 @@ class Way:
     def copy(
         self, target: torch.Tensor, source: torch.Tensor, ready: torch.cuda.Event, after: Done | None, to_host: bool
     ) -> FileDone:
-        """Begin to copy rows of a file, or to them. `ready` is when the device's may be touched."""
+        """Start to copy rows from or to a file. The device's rows may be accessed after `ready`."""
         pieces = in_pieces(target, source) if to_host else in_pieces(source, target)
         done = torch.cuda.Event()
-        move = self._leave if to_host else self._arrive
-        # It keeps both tensors, and with rows on the host their lease, until it has run.
+        move = self._copy_to_file if to_host else self._copy_from_file
+        # The task keeps both tensors, and the lease of host rows, alive until it has run.
         work = functools.partial(self._copy, (target, source), move, pieces, ready, after, done)
         return FileDone(self._tasks.put(work), done, error_prefix(target, source))
 
@@ -131,7 +132,7 @@ class Way:
         after: Done | None,
         done: torch.cuda.Event,
     ) -> None:
-        """What the thread does. Raises `OSError`, `CopyError` where the one before has failed, `HostMemoryError`."""
+        """Run in the thread. Raises `OSError`, `HostMemoryError`, or `CopyError` if the copy before failed."""
         if after is not None:
             after.synchronize()
         self.queue.wait_event(ready)
@@ -140,8 +141,8 @@ class Way:
         finally:
             done.record(self.queue)
 
-    def _leave(self, pieces: Sequence[Piece]) -> None:
-        buffers, full = self._two(), collections.deque[tuple[FileRows, Buffer]]()
+    def _copy_to_file(self, pieces: Sequence[Piece]) -> None:
+        buffers, full = self._both_buffers(), collections.deque[tuple[FileRows, Buffer]]()
         for number, (rows, source) in enumerate(pieces):
             buffer = buffers[number % 2]
             if len(full) == 2:
@@ -158,8 +159,8 @@ class Way:
         buffer.used.synchronize()
         rows.write(buffer)
 
-    def _arrive(self, pieces: Sequence[Piece]) -> None:
-        buffers = self._two()
+    def _copy_from_file(self, pieces: Sequence[Piece]) -> None:
+        buffers = self._both_buffers()
         for number, (rows, target) in enumerate(pieces):
             buffer = buffers[number % 2]
             buffer.used.synchronize()
@@ -168,8 +169,8 @@ class Way:
                 target.copy_(buffer.bytes[: target.numel()], non_blocking=True)
             buffer.used.record(self.queue)
 
-    def _two(self) -> tuple[Buffer, ...]:
-        """They are had with the first copy. Raises `HostMemoryError`."""
+    def _both_buffers(self) -> tuple[Buffer, ...]:
+        """Return the buffers, allocated for the first copy. Raises `HostMemoryError`."""
         if not self._buffers:
             backing = Pinned(self._pin)
             addresses = backing.reserve(2 * STAGE, 2 * STAGE)
@@ -183,13 +184,13 @@ class Way:
 
 
 def in_file(host: torch.Tensor) -> bool:
-    """Whether a tensor shows rows that are kept in a file."""
+    """Whether a tensor shows rows that are stored in a file."""
     holder = holder_of(host)
     return holder is not None and holder.in_file
 
 
 def in_pieces(host: torch.Tensor, other: torch.Tensor) -> list[Piece]:
-    """Rows in a file and as many elsewhere, in the same layout, each piece no larger than a buffer."""
+    """Split a copy of rows in a file to or from `other`, in the same layout, into pieces not larger than a buffer."""
     return list(_pieces(host, other))
 
 

@@ -1,11 +1,11 @@
-"""The end of a copy between device and host, and who waits for it.
+"""Interfaces to wait for a copy between device and host.
 
 Terms
 -----
-ticket        One copy under way. It keeps both tensors alive until nobody can touch them any more.
-wait          What the computation calls before it uses a copy's result, or frees or rewrites its source.
-done          The end of a copy, to which anyone may hold on: it keeps nothing alive.
-synchronize   What the host calls before it reads or writes rows itself.
+ticket        One running copy. It keeps both tensors alive until they can no longer be accessed.
+wait          Called by the computation before it uses a copy's result, or frees or overwrites its source.
+done          The completion of a copy. It keeps nothing alive, so anyone may hold it.
+synchronize   Called by the host before it reads or writes rows itself.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Protocol
 
 
 class CopyError(RuntimeError):
-    """A copy between device and host failed; what it should have written is not there."""
+    """A copy between device and host failed; its target does not have the data."""
 
 
 class Done(Protocol):
     def synchronize(self) -> None:
-        """Return when the copy is done. Raises `CopyError` if it failed."""
+        """Block until the copy is done. Raises `CopyError` if it failed."""
 
     def finished(self) -> bool:
-        """Whether nobody touches what was copied any more. Waits for nothing."""
+        """Whether the copy no longer accesses its tensors. Does not block."""
 
 
 class Ticket(Protocol):
@@ -30,7 +30,7 @@ class Ticket(Protocol):
     def done(self) -> Done: ...
 
     def wait(self) -> None:
-        """The computation goes on only when the copy is done. Raises `CopyError` if it failed."""
+        """Make the computation wait for the copy. Raises `CopyError` if it failed."""
 
     def release(self) -> None:
-        """Like `wait`, for one who only wants the source's memory: whoever reads the result learns of an error."""
+        """Like `wait`, when only the source's memory is needed. Errors are left to the reader of the result."""

@@ -1,9 +1,8 @@
-"""Copies between device and host that run beside the computation: one small interface, and an engine of threads.
+"""Asynchronous copies between device and host: the interface of copy engines, and an engine of threads.
 
-What a ticket is, and who waits for it, is in `done.py`. Each direction is a queue: what arrives does not wait for what
-leaves. Copies of the same rows are done in the order they were asked for, where each is given the one before
-it, whichever queue that is in: whoever waits for the last has waited for all. A copy waits for earlier ones alone, so
-no two wait for each other.
+Tickets are defined in `done.py`. Each direction is a queue of its own, so copies to the device do not wait for copies
+to the host. Each copy waits for the earlier copy of the same rows that it is given, in whichever queue that is: waiting
+for the last one means waiting for all. There are no cycles, as a copy waits for earlier ones only.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from mom_compile.runtime.host.holders import error_prefix
 from mom_compile.runtime.host.mapped import copy_rows
 from mom_compile.runtime.host.task_queue import Task, TaskQueue
 
-#: Copies to the host that may be under way when another begins: keys and values of the layer before. Its stage has
-#: run meanwhile; a link that was slower than that would otherwise let more and more layers wait on the device.
+#: Copies to the host that may run when another one starts: keys and values of the previous layer, whose stage has run
+#: meanwhile. Without a limit, a slower link would keep the keys and values of more and more layers on the device.
 MOST_LEAVING = 2
 
 
 @dataclass
 class Traffic:
-    """Bytes copied so far, by direction. `on_host` is what had to be moved within host memory."""
+    """Bytes copied so far, by direction. `on_host` counts copies within host memory."""
 
     to_host: int = 0
     to_device: int = 0
@@ -37,13 +36,13 @@ class Traffic:
 
 
 class CopyEngine:
-    """Copies beside the computation. `begin` is what an engine for a kind of device provides.
+    """Asynchronous copies for one device. Subclasses implement `begin`. Thread-safe.
 
     `after` is the last copy that touched the same rows on the host, if any: the new one waits for it, and fails if it
-    failed. Several threads may ask.
+    failed.
     """
 
-    #: Whether the device's memory is the host's.
+    #: Whether the device uses host memory.
     in_host_memory = False
 
     def __init__(self) -> None:
@@ -54,17 +53,19 @@ class CopyEngine:
         raise NotImplementedError
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory that copies may leave from, and that nobody else is given before they are done. Of a device that
-        has memory of its own."""
+        """Allocate host memory to copy from asynchronously. Freed memory is not reused while a copy reads it.
+
+        Only for a device with its own memory.
+        """
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def to_device(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> Ticket:
-        """Copy rows to a device buffer. They must not be read before `wait`."""
+        """Start a copy of rows to a device buffer. The buffer must not be read before `wait`."""
         self.traffic.to_device += source.numel() * source.element_size()
         return self.begin(target, source, after, to_host=False)
 
     def to_host(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> Ticket:
-        """Copy rows to the host. The source may be dropped at once; it lives until it has left."""
+        """Start a copy of rows to the host. The ticket keeps the source alive until the copy is done."""
         self._let_leave(MOST_LEAVING - 1)
         self.traffic.to_host += source.numel() * source.element_size()
         ticket = self.begin(target, source, after, to_host=True)
@@ -72,21 +73,21 @@ class CopyEngine:
         return ticket
 
     def settle(self) -> None:
-        """The end of a program: nothing is leaving any more, so the device has its sources' memory back."""
+        """At the end of a program: wait until all copies to the host are done, and their sources are freed."""
         self._let_leave(0)
 
     def _let_leave(self, most: int) -> None:
-        """Wait until no more than so many are leaving. Another thread may do the same."""
+        """Wait until at most `most` copies to the host are running. Other threads may do the same."""
         while len(self._leaving) > most:
             with contextlib.suppress(IndexError):
                 self._leaving.popleft().release()
 
 
 class ThreadTicket:
-    """A copy that a thread makes."""
+    """A copy made by a thread."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task  # what has run keeps nothing
+        self._task = task  # a finished task keeps nothing alive
 
     @property
     def done(self) -> ThreadTicket:
@@ -96,9 +97,9 @@ class ThreadTicket:
         self._task.wait()
         error = self._task.error
         if error is not None:
-            # A new error each time: the frames of whoever waits must not live as long as the ticket.
-            told = isinstance(error, CopyError)
-            raise CopyError(str(error) if told else f"rows could not be copied: {error!r}") from error
+            # A new error each time, so that the frames of a waiting caller do not live as long as the ticket.
+            message = str(error) if isinstance(error, CopyError) else f"rows could not be copied: {error!r}"
+            raise CopyError(message) from error
 
     def synchronize(self) -> None:
         self.wait()
@@ -111,8 +112,7 @@ class ThreadTicket:
 
 
 class ThreadedEngine(CopyEngine):
-    """For the CPU: a thread for each direction copies while others compute. `delay()` gives seconds to sleep before
-    each copy; both threads ask it."""
+    """The engine of the CPU: one thread per direction. Before each copy it sleeps `delay()` seconds, if set."""
 
     in_host_memory = True
 
@@ -123,11 +123,11 @@ class ThreadedEngine(CopyEngine):
         self._to_device = TaskQueue("mom-copies-to-device")
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> ThreadTicket:
-        way = self._to_host if to_host else self._to_device
-        return ThreadTicket(way.put(functools.partial(self._copy, target, source, after)))
+        tasks = self._to_host if to_host else self._to_device
+        return ThreadTicket(tasks.put(functools.partial(self._copy, target, source, after)))
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, after: Done | None) -> None:
-        """What a thread does. Raises `CopyError`."""
+        """Run in a thread. Raises `CopyError`."""
         if self.delay is not None:
             time.sleep(self.delay())
         if after is not None:
@@ -135,6 +135,8 @@ class ThreadedEngine(CopyEngine):
         try:
             with torch.inference_mode():
                 copy_rows(target, source)
+        except CopyError:
+            raise
         except Exception as error:
-            # Its frames hold tensors.
+            # The frames of the error hold tensors.
             raise CopyError(f"{error_prefix(target, source)}: {error}") from error.with_traceback(None)

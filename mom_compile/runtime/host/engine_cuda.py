@@ -1,13 +1,14 @@
-"""Copies on CUDA streams of their own, with an event in each direction. Its tests ran on an H200; proved on simulated
-streams (`tests/no_gpu/streams.py`), which every wait in here is taken away from in turn.
+"""Copies on dedicated CUDA streams, with one event per dependency. Its tests ran on an H200.
+
+`tests/no_gpu/streams.py` simulates streams; tests there remove each wait of this module in turn and expect an error.
 
     compute stream:  ... ready ---------------------- wait(done) ...
     copy stream:          wait(ready)  copy  done
 
-`record_stream` is not used: memory it holds back comes free late and fragments. A ticket keeps both tensors until the
-stream that owns them has been told to wait for the copy; memory that is then freed can only be reused after it.
-The host is never made to wait, except by `synchronize`, where it gathers rows that lie apart, after an exception, and
-for a file (`bounce.py`).
+`record_stream` is not used: it delays the reuse of memory and fragments it. Instead, a ticket keeps both tensors alive
+until the stream that owns them waits for the copy; memory freed after that is reused only after that wait. The host
+waits only in `synchronize`, before it gathers rows that are not contiguous, after an exception, and for a file
+(`bounce.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from mom_compile.runtime.host.backings.registration import Pin
-from mom_compile.runtime.host.bounce import FileDone, Way, in_file
-from mom_compile.runtime.host.done import CopyError, Done
+from mom_compile.runtime.host.bounce import FileDone, FileQueue, in_file
+from mom_compile.runtime.host.done import Done
 from mom_compile.runtime.host.engine import CopyEngine
-from mom_compile.runtime.host.holders import error_prefix
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.mapped import is_mapped, read
 from mom_compile.runtime.host.seams import between_seams, same_layout
@@ -43,7 +43,7 @@ class StreamDone:
         self.event.synchronize()
 
     def finished(self) -> bool:
-        """Nobody touches what was copied any more."""
+        """Whether the copy no longer accesses its tensors."""
         return self.event.query()
 
     finish = synchronize
@@ -51,14 +51,14 @@ class StreamDone:
 
 @dataclass(frozen=True)
 class Abandoned:
-    """A copy whose ticket was dropped before anybody waited for it, and what it copies."""
+    """A copy whose ticket was dropped without a wait, and the tensors it accesses."""
 
     done: StreamDone | FileDone
     tensors: tuple[torch.Tensor, ...]
 
 
 class StreamTicket:
-    """`owner` is the stream that computed when the copy was asked for: the tensors' memory goes back to it."""
+    """`owner` is the stream that was current when the copy was started; the tensors' memory is returned to it."""
 
     def __init__(self, engine: CudaEngine, done: StreamDone | FileDone, owner: torch.cuda.Stream) -> None:
         self.done = done
@@ -77,14 +77,14 @@ class StreamTicket:
         self.tensors = ()
 
     def __del__(self) -> None:
-        # Dropped without a wait (an exception in between): the memory must not be reused too early. No stream is made
-        # to wait here: whoever forgot to would not be seen.
+        # Dropped without a wait (an exception in between): the memory must not be reused too early. No stream waits
+        # here, so that tests notice a forgotten wait.
         if self.tensors:
             self._engine.abandoned.append(Abandoned(self.done, self.tensors))
 
 
 class FileTicket(StreamTicket):
-    """What streams may wait for is there when the thread that reads or writes the file has come so far."""
+    """Streams can wait only once the thread that reads or writes the file has recorded the event."""
 
     done: FileDone
 
@@ -98,8 +98,10 @@ class FileTicket(StreamTicket):
 
 
 class CudaEngine(CopyEngine):
-    """A queue for each direction, since a link carries both at once. Copies of the same rows stay in order: each waits
-    for the one `after`. An error ends the process' use of the device, so tickets need not pass one on."""
+    """One stream per direction, since a link transfers both at once. Copies of the same rows are ordered by `after`.
+
+    Tickets need not pass on errors, as a CUDA error ends the process's use of the device.
+    """
 
     def __init__(
         self, device: torch.device, pin: Pin | None = None, tasks: Callable[[str], TaskQueue] = TaskQueue
@@ -109,9 +111,9 @@ class CudaEngine(CopyEngine):
         self.arriving = torch.cuda.Stream(device)
         self.departing = torch.cuda.Stream(device)
         pin = pin or pin_for(device)
-        self._from_files = Way(self.arriving, pin, tasks("mom-files-to-device"))
-        self._to_files = Way(self.departing, pin, tasks("mom-device-to-files"))
-        #: Appended to by finalisers, so without a lock.
+        self._from_files = FileQueue(self.arriving, pin, tasks("mom-files-to-device"))
+        self._to_files = FileQueue(self.departing, pin, tasks("mom-device-to-files"))
+        #: Finalizers append to it, so it has no lock.
         self.abandoned: collections.deque[Abandoned] = collections.deque()
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Done | None, to_host: bool) -> StreamTicket:
@@ -123,8 +125,8 @@ class CudaEngine(CopyEngine):
         ready = torch.cuda.Event()
         ready.record(owner)
         if in_file(target if to_host else source):
-            way = self._to_files if to_host else self._from_files
-            ticket: StreamTicket = FileTicket(self, way.copy(target, source, ready, after, to_host), owner)
+            files = self._to_files if to_host else self._from_files
+            ticket: StreamTicket = FileTicket(self, files.copy(target, source, ready, after, to_host), owner)
             ticket.tensors = (target, source)
             return ticket
         done = torch.cuda.Event()
@@ -132,7 +134,7 @@ class CudaEngine(CopyEngine):
         queue.wait_event(ready)
         if isinstance(after, StreamDone):
             queue.wait_event(after.event)
-        elif after is not None:  # the engine of another kind of device had these rows
+        elif after is not None:  # rows last copied by another kind of engine
             after.synchronize()
         ticket.tensors = (target, source)
         pieces = between_seams(target, source) if to_host else ((b, a) for a, b in between_seams(source, target))
@@ -145,15 +147,15 @@ class CudaEngine(CopyEngine):
         return ticket
 
     def settle(self) -> None:
-        """Nothing stays queued, nor keeps memory, after an exception either."""
+        """Also after an exception, leave no copy running and no memory held."""
         super().settle()
-        with contextlib.suppress(IndexError):  # there are no more, or another thread was quicker
+        with contextlib.suppress(IndexError):  # it is empty, perhaps due to another thread
             while True:
-                one = self.abandoned.popleft()  # its tensors live until then
+                one = self.abandoned.popleft()  # keeps its tensors alive until then
                 one.done.finish()
 
     def _forget_finished(self) -> None:
-        """Whoever dropped a ticket late is not waited for: what is not done stays."""
+        """Drop abandoned copies that are done, without waiting for the others."""
         with contextlib.suppress(IndexError):
             for _ in range(len(self.abandoned)):
                 one = self.abandoned.popleft()
@@ -162,36 +164,30 @@ class CudaEngine(CopyEngine):
 
 
 def _on_device(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """A source in the layout that rows have on the host: a strided copy to there would go row by row, and the device
-    transposes faster."""
+    """Copy a source to the layout of the host's rows on the device, which transposes faster than a strided copy."""
     return torch.empty_like(target, device=source.device).copy_(source)
 
 
 def _gathered(source: torch.Tensor, after: Done | None) -> torch.Tensor:
-    """Rows that lie apart, side by side: the host does that itself, once they are there."""
+    """Make rows contiguous on the host, once the copy before has written them."""
     if after is not None:
         after.synchronize()
-    if not is_mapped(source):
-        return source.clone()
-    try:
-        return read(source)
-    except OSError as error:
-        raise CopyError(f"{error_prefix(source)}: {error}") from error
+    return read(source) if is_mapped(source) else source.clone()
 
 
 def _forget_error(device: torch.device) -> None:
-    """A call that CUDA refused leaves its error behind, and PyTorch raises it at the next kernel: let that be here."""
+    """Clear the error of a refused CUDA call, which PyTorch would otherwise raise at the next kernel."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device=device)
 
 
-#: Pinned for every context of the process: any of its devices may copy from there.
+#: cudaHostRegisterPortable: pinned for all devices of the process.
 PORTABLE = 1
 
 
 @functools.cache
 def pin_for(device: torch.device) -> Pin:
-    """What pins a range of host addresses, and undoes it. Raises `HostMemoryError` where the driver refuses."""
+    """Return a function that pins a host address range. It raises `HostMemoryError` if the driver refuses."""
 
     def pin(address: int, size: int) -> Callable[[], None]:
         runtime, process = torch.cuda.cudart(), os.getpid()
@@ -200,20 +196,20 @@ def pin_for(device: torch.device) -> Pin:
         if code != 0:
             _forget_error(device)
             raise HostMemoryError(
-                f"{size} bytes of host memory cannot be pinned (CUDA error {code}); "
-                "a limit on locked memory (ulimit -l) may forbid it. Of keys and values, kv_offload='auto' with a "
-                "memory_budget keeps more on the device, and kv_offload='disk' with kv_dir needs little; weights do "
-                "without it, more slowly"
+                f"cannot pin {size} bytes of host memory (CUDA error {code}); "
+                "a limit on locked memory (ulimit -l) may be the cause. For keys and values, kv_offload='auto' with a "
+                "memory_budget keeps more on the device, and kv_offload='disk' with kv_dir needs little pinned memory; "
+                "weights also work without it, more slowly"
             )
 
         def unpin() -> None:
             if os.getpid() != process:
-                return  # a fork has no CUDA, and what is pinned is its parent's
+                return  # a fork has no CUDA context, and the memory is pinned by its parent
             with torch.cuda.device(device):
                 torch.cuda.synchronize(device)
                 code = int(runtime.cudaHostUnregister(address))
             if code != 0:
-                # Raised from a finaliser it would reach nobody.
+                # An exception in a finalizer would be lost.
                 _forget_error(device)
                 log.warning("%d bytes of host memory could not be unpinned (CUDA error %d)", size, code)
 

@@ -1,4 +1,4 @@
-"""One copy engine for each device, made when it is first asked for."""
+"""One copy engine per device, created on first use."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ _ENGINES: dict[torch.device, CopyEngine] = {}
 
 
 def engine_for(device: torch.device) -> CopyEngine:
-    """The engine of a device, made when first asked for. Raises `NotImplementedError` for a type without one."""
+    """Return the engine of a device. Raises `NotImplementedError` for a device type without one."""
     if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     engine = _ENGINES.get(device)
     if engine is None:
-        engine = _ENGINES.setdefault(device, _make(device))  # of two threads one makes it
+        engine = _ENGINES.setdefault(device, _make(device))  # two threads may create one; the first is kept
     return engine
 
 
-def beside(device: torch.device) -> CopyEngine | None:
-    """The engine of a device that has memory of its own. None where the host reads and writes there itself, and for a
-    device that has no engine."""
+def engine_with_own_memory(device: torch.device) -> CopyEngine | None:
+    """Return the engine of a device that has its own memory; None for the CPU and for devices without an engine."""
     try:
         engine = engine_for(device)
     except NotImplementedError:
@@ -35,4 +34,4 @@ def _make(device: torch.device) -> CopyEngine:
         return ThreadedEngine()
     if device.type == "cuda":
         return CudaEngine(device)
-    raise NotImplementedError(f"nothing can be kept on the host for a device of type {device.type!r}")
+    raise NotImplementedError(f"offloading to the host is not implemented for device type {device.type!r}")

@@ -1,6 +1,6 @@
-"""Who holds bytes of host memory that a device copies from or to: found by the storage that a tensor shows.
+"""Owners of host memory that a device copies from or to, found by the storage of a tensor.
 
-A holder of keys and values is a store, one of weights holds what their storage is. Copies ask both the same few things.
+Keys and values are held by a store, weights by the holder of their storage. Copies use the same interface for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from mom_compile.runtime.host.done import Done, Ticket
 from mom_compile.runtime.host.file import Extent
 
-#: Begins a copy behind another one of the same rows, if there is one.
+#: Starts a copy that waits for the given earlier copy of the same rows, if any.
 Begin = Callable[[Done | None], Ticket]
 
 
@@ -25,20 +25,20 @@ class Region(Protocol):
     bytes: torch.Tensor
 
     def copied(self, begin: Begin) -> Ticket:
-        """Begin a copy that reads or writes there, in order with those before it. Several threads may."""
+        """Start a copy that reads or writes here, ordered after earlier ones. Thread-safe."""
 
     def check(self) -> None:
-        """Raises `RuntimeError` where this process has none of the bytes."""
+        """Raise `RuntimeError` if this process does not have the bytes."""
 
     def wait(self) -> None:
-        """Until the host may read and write there itself. Raises `CopyError`."""
+        """Wait until the host itself may read and write here. Raises `CopyError`."""
 
     def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Bytes `[first, end)` as runs that each lie within one pinned range."""
+        """Split bytes `[first, end)` into runs that each fall within one pinned range."""
 
 
 class Holder(Protocol):
-    #: What it holds, as errors say it: "weights".
+    #: The contents, for error messages: "weights".
     what: str
 
     @property
@@ -46,34 +46,34 @@ class Holder(Protocol):
 
     @property
     def in_file(self) -> bool:
-        """Whether the bytes are a file's: a driver would not copy them beside the computation."""
+        """Whether the bytes are in a file, to and from which a driver cannot copy asynchronously."""
 
     @property
     def where(self) -> str:
-        """The file, as errors say it. Of what is in one."""
+        """The file, for error messages. Only valid if `in_file`."""
 
     def extents(self, first: int, end: int) -> tuple[Extent, ...]:
-        """Where bytes `[first, end)` of the region are in their file."""
+        """Return the positions of bytes `[first, end)` of the region in their file."""
 
 
-#: By the address of their storage, as long as they live.
+#: Living holders by the address of their storage.
 HOLDERS: weakref.WeakValueDictionary[int, Holder] = weakref.WeakValueDictionary()
 
 
 def hold(holder: Holder) -> None:
-    """From now on `holder_of` finds it."""
+    """Register a holder for `holder_of`."""
     HOLDERS[holder.region.bytes.untyped_storage().data_ptr()] = holder
 
 
 def holder_of(tensor: torch.Tensor) -> Holder | None:
-    """Who holds the bytes that a tensor shows, or None for any other tensor."""
+    """Return the holder of a tensor's storage, or None for any other tensor."""
     if tensor.device.type != "cpu":
         return None
     return HOLDERS.get(tensor.untyped_storage().data_ptr())
 
 
 def error_prefix(*tensors: torch.Tensor) -> str:
-    """How an error begins that tells of a copy between these."""
+    """Return the beginning of an error message about a copy between these tensors."""
     holder = next((held for held in map(holder_of, tensors) if held is not None), None)
     if holder is None:
         return "rows could not be copied between device and host"
@@ -81,7 +81,7 @@ def error_prefix(*tensors: torch.Tensor) -> str:
 
 
 def between(seams: Iterable[int], first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Bytes `[first, end)` as runs that no seam lies within. `seams` ascend."""
+    """Split bytes `[first, end)` at the seams, which are given in ascending order."""
     for seam in seams:
         if first < seam < end:
             yield first, seam
@@ -90,21 +90,20 @@ def between(seams: Iterable[int], first: int, end: int) -> Iterator[tuple[int, i
 
 
 class Readers:
-    """Which holders running programs read, by the thread that runs them: nobody else may write there meanwhile."""
+    """The holders that running programs read, by thread. Other threads must not write to them meanwhile."""
 
     def __init__(self) -> None:
         self._by_thread: dict[int, weakref.WeakSet[Holder]] = {}
 
     def begin(self, holder: Holder) -> None:
-        """The program of this thread reads it, from now on to its end."""
+        """Note that the program of this thread reads `holder` until it ends."""
         self._by_thread.setdefault(threading.get_ident(), weakref.WeakSet()).add(holder)
 
     def end(self) -> None:
-        """The program of this thread has ended."""
+        """Note that the program of this thread has ended."""
         self._by_thread.pop(threading.get_ident(), None)
 
-    def elsewhere(self, holder: Holder) -> bool:
-        """Whether a program of another thread reads it."""
+    def read_by_other_thread(self, holder: Holder) -> bool:
         own = threading.get_ident()
         return any(thread != own and holder in held for thread, held in list(self._by_thread.items()))
 
@@ -113,7 +112,7 @@ READERS = Readers()
 
 
 def settle(tensor: torch.Tensor) -> None:
-    """Until the host may read and write a tensor's bytes itself."""
+    """Wait until the host itself may read and write a tensor's bytes."""
     holder = holder_of(tensor)
     if holder is not None:
         holder.region.wait()

@@ -1,4 +1,4 @@
-"""How much host memory there is to be had, and the error where there is not enough."""
+"""The host memory that is available, and the error raised when it does not suffice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class HostMemoryError(MemoryError):
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that may still be taken, or None where the machine does not say (not Linux)."""
+    """Return the bytes of host memory that can still be allocated, or None where that is unknown (not Linux)."""
     found = [_meminfo("MemAvailable"), *_cgroup_free_bytes()]
     known = [size for size in found if size is not None]
     return min(known) if known else None
@@ -26,7 +26,7 @@ def _meminfo(name: str) -> int | None:
 
 
 def _cgroup_free_bytes() -> list[int]:
-    """What the limits of a container leave, by either version of control groups. Cached files count as free."""
+    """Return the bytes left under the limits of control groups v1 and v2. Cached files count as free."""
     rooms = []
     for folder, limit, used in (
         (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),

@@ -1,9 +1,9 @@
-"""Where new stores go: which backing each tier has. This table is the one place that says so.
+"""The placement of new stores. `TIERS` is the only place that maps tiers to backings.
 
 Terms
 -----
-tier      A kind of memory that rows can be kept in. `kv_offload` names it: True is `MEMORY`, a text any other.
-backing   What is behind the addresses of one region (see `backings.base`).
+tier      A kind of memory for rows, named by `kv_offload`: True is `MEMORY`, a string names any other.
+backing   What provides the storage of one region (see `backings.base`).
 
     Placement("disk", Path("/scratch")).backing()      InFile(Path("/scratch"))
 """
@@ -27,9 +27,9 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Placement:
-    """The tier of new stores, and what tiers may ask for: a folder, and what pins memory for a device's sake.
+    """The tier of new stores and its parameters: a folder, and a function that pins memory for a device.
 
-    It is pickled without what pins: this is one process's own.
+    Pickling omits the function, which is only valid in its process.
     """
 
     tier: str = MEMORY
@@ -40,13 +40,13 @@ class Placement:
         return Placement, (self.tier, self.directory)
 
     def backing(self) -> Backing:
-        """What is behind one new region. Raises `KeyError` for a tier that there is not."""
+        """Return the backing of a new region. Raises `KeyError` for an unknown tier."""
         return TIERS[self.tier].backing(self)
 
 
 @dataclass(frozen=True)
 class Tier:
-    """What makes a backing, and whether it needs the folder that `kv_dir` names."""
+    """A factory of backings, and whether it needs the folder `kv_dir`."""
 
     backing: Callable[[Placement], Backing]
     needs_directory: bool = False
@@ -57,11 +57,11 @@ def _memory(place: Placement) -> Backing:
 
 
 def _disk(place: Placement) -> Backing:
-    assert place.directory is not None, "options without a folder are refused"
+    assert place.directory is not None, "the options require a folder for this tier"
     return InFile(place.directory)
 
 
-#: A new tier is a line here: `kv_offload` accepts its name then, and the law of backings is tried on it.
+#: To add a tier, add a line: `kv_offload` then accepts its name, and `tests/test_backings.py` tests it.
 TIERS: dict[str, Tier] = {
     MEMORY: Tier(_memory),
     "disk": Tier(_disk, needs_directory=True),

@@ -1,16 +1,16 @@
-"""A range of host addresses that grows in place: reserved whole at first, backed as rows arrive, freed from both ends.
+"""A host address range that grows in place: reserved once, committed as rows arrive, released from both ends.
 
 Terms
 -----
-backing   What is behind the addresses (see `backings.base`): host memory, pinned where a CUDA device will copy from it,
-          or parts of a file.
-commit    Back the next bytes, whole blocks of them. What has been committed never moves.
-seam      Where two pinned ranges meet: each commit pins a range of its own, and a driver may refuse a copy across.
+backing   What provides the storage (see `backings.base`): host memory, pinned if a CUDA device copies from it, or parts
+          of a file.
+commit    Provide storage for the next bytes, in whole blocks. Committed bytes never move.
+seam      The boundary of two pinned ranges. Each commit pins its own range, and a driver may refuse a copy across two.
 
-    addresses   | given back | held ............ | reserved ...              |
-                0           low                 high                     capacity
+    addresses   | released | committed ......... | reserved ...              |
+                0          low                 high                     capacity
 
-Growing by appending to a tensor would copy it, and a list of blocks is not one tensor that a graph could take.
+Appending to a tensor would copy it, and a graph cannot take a list of blocks as one tensor.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from mom_compile.runtime.host.done import CopyError, Done, Ticket
 from mom_compile.runtime.host.holders import Begin, between
 from mom_compile.runtime.host.limits import HostMemoryError, available_memory
 
-#: What is held grows by this share of itself at least, and what is not needed any more is given back when it has become
-#: as much: decoding seldom pays for a system call, and no more than two such shares are held in vain.
+#: A commit adds at least 1/SHARE of the committed bytes, and unneeded bytes are released once they reach 1/SHARE of the
+#: rest. Decoding therefore seldom makes a system call, and at most two such shares are unused.
 SHARE = 16
 
-#: What pins so few bytes at a time takes less than a launch: nothing to do ahead.
+#: Regions smaller than this commit synchronously: pinning their next share takes less time than a kernel launch.
 AHEAD_FROM = SHARE * BLOCK
 
-#: Host memory that is left to everybody else.
+#: Host memory left to other processes.
 MARGIN = 256 << 20
 
 
 @dataclass
 class Totals:
-    """Bytes committed now, by all regions: in memory and in files."""
+    """Bytes that all regions have committed, in memory and in files."""
 
     memory: int = 0
     disk: int = 0
@@ -50,21 +50,21 @@ TOTALS = Totals()
 
 
 class HostRegion:
-    """`capacity` bytes of addresses, or fewer where those cannot be had, but not fewer than `least`, in whole `BLOCK`s.
+    """A region of `capacity` bytes in whole `BLOCK`s; smaller if addresses run out, but not below `least`.
 
-    What a commit puts behind them is the backing's. Raises `HostMemoryError`.
+    Raises `HostMemoryError`.
     """
 
     def __init__(self, capacity: int, backing: Backing, least: int | None = None) -> None:
         self.backing = backing
-        #: The last copy that reads or writes here. Each waits for the one before, so all are done when it is.
+        #: The last copy to or from this region. Each copy waits for the one before it.
         self.pending: Done | None = None
         self._asking = threading.Lock()
         self.low = self.high = 0
-        #: The end from which it was last tried to grow ahead: if that is refused, it is not tried again from there.
+        #: The end at which the last background commit was attempted; it is not attempted twice at the same end.
         self._tried_ahead = -1
         fewest = capacity if least is None else least
-        #: All addresses as bytes.
+        #: The whole address range as bytes.
         self.bytes = backing.reserve(whole_blocks(BLOCK, capacity), whole_blocks(BLOCK, fewest))
         self.capacity = self.bytes.numel()
         self._account = _Account(backing.on_disk)
@@ -72,13 +72,13 @@ class HostRegion:
 
     @property
     def committed(self) -> int:
-        """Bytes that are held."""
+        """Committed bytes."""
         return self.high - self.low
 
     def commit(self, size: int) -> None:
-        """Back the bytes up to `size`. Raises `HostMemoryError`, and then nothing has changed.
+        """Commit the bytes up to `size`, and start committing the next ones in the background if the backing can.
 
-        Those that will be needed next are begun ahead, where the backing can.
+        Raises `HostMemoryError`; the region is then unchanged.
         """
         self.check()
         if size > self.capacity:
@@ -89,19 +89,19 @@ class HostRegion:
         self._grow_ahead(size)
 
     def commit_ahead(self, size: int) -> None:
-        """Begin to back the bytes up to `size`, in whole blocks, of a region that is new. Raises `HostMemoryError`."""
+        """Start committing the bytes up to `size` of a new region, in whole blocks. Raises `HostMemoryError`."""
         self._commit_next(min(whole_blocks(self.backing.block, size), self.capacity) - self.high, ahead=True)
 
     def _settle_ahead(self, size: int) -> None:
-        """What was begun ahead is there, up to `size`, or else is not committed: it will be tried again."""
-        asked = min(size, self.high)
-        ready = self.backing.ready(asked)
-        if ready < asked:
+        """Wait for background commits up to `size`. Bytes that were refused count as uncommitted again."""
+        end = min(size, self.high)
+        ready = self.backing.ready(end)
+        if ready < end:
             self._account.add(ready - self.high)
             self.high = ready
 
     def _grow_ahead(self, size: int) -> None:
-        """By the next share of what is held, when half of the last one is used."""
+        """Start committing the next share in the background once half of the last one is used."""
         if not self.backing.goes_ahead or self.committed < AHEAD_FROM or self._tried_ahead == self.high:
             return
         share = whole_blocks(self.backing.block, self.committed // SHARE)
@@ -119,7 +119,7 @@ class HostRegion:
                 return self._commit_next(more)
         self._commit_next(wanted)
         if more > wanted:
-            self._tried_ahead = self.high  # there is hardly any left
+            self._tried_ahead = self.high  # memory is nearly exhausted
 
     def _commit_next(self, size: int, ahead: bool = False) -> None:
         if not self.backing.on_disk:
@@ -130,9 +130,9 @@ class HostRegion:
         self._account.add(size)
 
     def keep(self, first: int, end: int) -> None:
-        """Give back what is held outside bytes `[first, end)`, where that is worth a system call.
+        """Release the bytes outside `[first, end)` if there are enough to justify a system call.
 
-        Rows outside must have no readers and no writers: they are gone.
+        No copy may read or write the released bytes.
         """
         slack = self.slack(end - first)
         low = min(first // self.backing.block * self.backing.block, self.high)
@@ -145,15 +145,15 @@ class HostRegion:
             self.high = high
 
     def slack(self, shown: int) -> int:
-        """Bytes that may be held in vain at each end, beside so many that are shown."""
+        """Bytes that may stay committed without use at each end, next to `shown` bytes in use."""
         return max(self.backing.block, shown // SHARE)
 
     def between_seams(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Bytes `[first, end)` as runs that each lie within one pinned range."""
+        """Split bytes `[first, end)` into runs that each fall within one pinned range."""
         return between(self.backing.seams, first, end)
 
     def copied(self, begin: Begin) -> Ticket:
-        """Begin a copy behind the last one: of two threads that ask at once, the second waits for the first one's."""
+        """Start a copy after the last one. Concurrent callers are ordered by a lock."""
         self.check()
         with self._asking:
             ticket = begin(self.pending)
@@ -161,24 +161,24 @@ class HostRegion:
         return ticket
 
     def wait(self) -> None:
-        """Until the host may read and write here itself. Raises `CopyError` if rows could not be copied.
+        """Wait until the host itself may read and write here. Raises `CopyError` if a copy failed.
 
-        The last copy stays `pending`: another thread that asks meanwhile waits for it too.
+        The last copy stays `pending`, so that other threads wait for it too.
         """
         self.check()
         if self.pending is not None:
             self.pending.synchronize()
 
     def check(self) -> None:
-        """Raises `RuntimeError` where this process is a fork and has none of the bytes: reading them would end it."""
+        """Raise `RuntimeError` if this process is a fork, in which reading the bytes would crash."""
         if self.backing.lost:
             raise RuntimeError(
-                "these keys or values are in pinned memory, and a forked process has none of its parent's: copy them "
-                "before the fork (tensor.fetch().cpu()), or start the process by multiprocessing's 'spawn'"
+                "these keys or values are in pinned memory, which a forked process does not inherit: copy them "
+                "before the fork (tensor.fetch().cpu()), or start the process with multiprocessing's 'spawn'"
             )
 
     def abandon(self) -> None:
-        """Until nobody copies here any more, whose rows nobody will read: whether they are right does not matter."""
+        """Wait for all copies before the region is reused; their errors do not matter, as no one reads the rows."""
         if self.backing.lost:
             return
         with contextlib.suppress(CopyError):
@@ -186,12 +186,12 @@ class HostRegion:
         self.pending = None
 
     def close(self) -> None:
-        """Give pins back. Views of the bytes must not be used afterwards."""
+        """Unpin. Views of the bytes must not be used afterwards."""
         self._finalizer()
 
 
 class _Account:
-    """What one region has committed, kept apart from it so that its finalizer can take it off the totals."""
+    """The bytes that one region has committed. Separate from the region so that its finalizer can subtract them."""
 
     def __init__(self, on_disk: bool) -> None:
         self.on_disk = on_disk
@@ -213,10 +213,10 @@ def _release(backing: Backing, account: _Account) -> None:
 def _check_available(wanted: int) -> None:
     available = available_memory()
     if available is not None:
-        available = max(0, available - REGISTRAR.left)  # what will be taken meanwhile
+        available = max(0, available - REGISTRAR.left)  # memory that background pinning is about to take
     if available is not None and wanted + MARGIN > available:
         raise HostMemoryError(
-            f"{wanted} bytes of host memory for keys and values cannot be had: {available} are available, "
-            f"{MARGIN} of which are left to others. kv_offload='disk' with kv_dir keeps them in files, "
+            f"cannot allocate {wanted} bytes of host memory for keys and values: {available} bytes are available, "
+            f"{MARGIN} of which are reserved for other processes. kv_offload='disk' with kv_dir stores them in files; "
             "kv_offload='auto' with a memory_budget keeps more layers on the device"
         )

@@ -1,7 +1,7 @@
-"""Copies to and from pinned memory, cut where two pinned ranges meet.
+"""Split copies to and from pinned memory where two pinned ranges meet.
 
-A driver takes a range of host addresses that is pinned, or one that is not; whether it takes one that was pinned in
-two calls is not promised. So rows that lie across a seam are copied in pieces, as bytes:
+A driver accepts a host address range that is pinned as a whole or not at all. It is not specified whether it accepts
+one that was pinned by two calls. Rows that span a seam are therefore copied in pieces, as bytes:
 
     region   |  pinned by the first commit  |  by the second  |
     rows              [ piece ............ ][ piece .. ]
@@ -18,8 +18,10 @@ from mom_compile.runtime.host.holders import holder_of
 
 
 def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows that are held on the host and as many elsewhere, in the same layout, as pairs of pieces that each lie within
-    one pinned range. Anything else is one piece."""
+    """Split a copy of host rows to or from `other` into pairs of pieces that each fall within one pinned range.
+
+    Tensors without a holder, or of different layouts, are one piece.
+    """
     holder = holder_of(host)
     if holder is None or not same_layout(host, other):
         yield host, other
@@ -35,7 +37,7 @@ def between_seams(host: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[tor
 
 
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two dense tensors have their elements in the same order, so that a copy is one run of bytes."""
+    """Whether two dense tensors store their elements in the same order, so that a copy is one run of bytes."""
     return (
         one.shape == other.shape
         and _order(one) == _order(other)
@@ -45,7 +47,7 @@ def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _order(tensor: torch.Tensor) -> list[int]:
-    """Dimensions, outermost in storage first. The strides of those with one step mean nothing: these come before."""
+    """Return the dimensions, outermost first. Dimensions of size 1 come first: their strides are arbitrary."""
     strides = tensor.stride()
     return sorted(range(tensor.dim()), key=lambda d: -strides[d] if tensor.shape[d] > 1 else -math.inf)
 
@@ -55,5 +57,5 @@ def _in_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_bytes(dense: torch.Tensor) -> torch.Tensor:
-    """All of a dense tensor, in the order of its storage."""
+    """Return a dense tensor's bytes in storage order."""
     return _in_order(dense).view(-1).view(torch.uint8)

@@ -1,27 +1,26 @@
-"""The steps of a program that move keys and values, and weights: what the `mom::` copy operators become.
+"""Program steps that move keys, values and weights; the `mom::` copy operators are lowered to them.
 
-FetchRows    chosen rows of a table, to the device
-FetchChosen  the matrices of some experts, to the device
-FetchStart   begins a copy to the device and goes on
-FetchWait        waits for it and writes the new rows behind the old ones, where they are
-Append      new rows to the host, behind those that are there; returns what the cache holds
-Offload     a whole value to the host; returns what the cache holds
+FetchRows     copies selected rows of a table to the device
+FetchChosen   copies the matrices of some experts to the device
+FetchStart    starts a copy to the device
+FetchWait     waits for that copy and writes the new rows after the old ones
+Append        copies new rows to the host after the existing ones; returns the cache's contents
+Offload       copies a whole value to the host; returns the cache's contents
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import mom_passes.ops  # noqa: F401  defines mom::fetch
-from mom_compile.runtime.host.done import CopyError, Ticket
+from mom_compile.runtime.host.done import Ticket
 from mom_compile.runtime.host.engine import CopyEngine
-from mom_compile.runtime.host.engines import beside, engine_for
-from mom_compile.runtime.host.holders import READERS, error_prefix, holder_of, settle
+from mom_compile.runtime.host.engines import engine_for, engine_with_own_memory
+from mom_compile.runtime.host.holders import READERS, holder_of, settle
 from mom_compile.runtime.host.mapped import is_mapped, read, read_rows
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, prepare
@@ -34,7 +33,7 @@ from mom_passes.program.parts import MOST_WASTE
 
 @dataclass
 class Arriving:
-    """A device buffer whose first rows are on their way."""
+    """A device buffer whose first rows are being copied."""
 
     buffer: torch.Tensor
     ticket: Ticket
@@ -54,7 +53,7 @@ class FetchRows:
 
 @dataclass(frozen=True)
 class FetchChosen:
-    """`[host, keys]` to a device buffer like the host's, of which the entries `keys` are set."""
+    """`[host, keys]` to a device buffer with the host's shape, in which only the entries `keys` are set."""
 
     device: torch.device
 
@@ -66,9 +65,9 @@ class FetchChosen:
 
 @dataclass(frozen=True)
 class FetchStart:
-    """`[host, rows]` to a device buffer that has the host's rows, soon, and room for more.
+    """`[host, rows]` to a device buffer with room for `rows` more, into which the host's rows are being copied.
 
-    `[host, rows, over]` to the buffer of another copy, which is as large and which nobody reads any more.
+    `[host, rows, over]` reuses the buffer of another copy, of the same size and no longer read.
     """
 
     dim: int
@@ -79,7 +78,7 @@ class FetchStart:
         arguments.clear()
         held = host.shape[self.dim]
         buffer = over[0].buffer if over else buffer_like(host, rows, self.dim, self.device)
-        return (Arriving(buffer, _arrive(buffer.narrow(self.dim, 0, held), host, engine_for(self.device))),)
+        return (Arriving(buffer, _copy_to_device(buffer.narrow(self.dim, 0, held), host, engine_for(self.device))),)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class FetchWait:
 
 @dataclass(frozen=True)
 class Append:
-    """`[host, new, first]` to rows `[first:]` of both, on the host. Old rows stay where they are."""
+    """`[host, new, first]` to rows `[first:]` of both, on the host. Old rows are not moved."""
 
     dim: int
     device: torch.device
@@ -113,15 +112,15 @@ class Append:
         rows = new.shape[self.dim]
         made = old.store.append(old, old.first + first, rows) if old is not None else None
         if old is None or made is None:
-            # The rows that stay, in a store of their own.
+            # Copy the remaining rows to a new store.
             dropped = min(first, host.shape[self.dim])
             old = self._fork(host.narrow(self.dim, dropped, host.shape[self.dim] - dropped), rows)
             made = Lease(old.store, old.first + first - dropped, old.end + rows)
-        _leave(made, old.end, new, self.dim, self.device)
+        _copy_to_host(made, old.end, new, self.dim, self.device)
         return (host_tensor(made, self.dim, self.device),)
 
     def _fork(self, host: torch.Tensor, more: int) -> Lease:
-        """The host's rows in a store that has room for more."""
+        """Copy the host's rows to a new store with room for more."""
         settle(host)
         rows = host.movedim(self.dim, 0)
         store = HostStore(rows.shape[1:], rows.dtype, rows.shape[0] + more, self.placement)
@@ -135,8 +134,8 @@ class Append:
 class Offload:
     """`[value, first, *sizes]` to rows `[first:]` of a device value, on the host.
 
-    `stays(sizes, bytes)` says whether rows that take so many bytes stay on the device after all, in a run of a graph
-    with these sizes. `ahead` is how many values of the same kind leave next: memory for them is made ready meanwhile.
+    `stays(sizes, bytes)` decides whether rows of `bytes` bytes stay on the device in a run with these graph sizes.
+    `ahead` is the number of similar values that are offloaded next: memory for them is prepared in the background.
     """
 
     dim: int
@@ -155,15 +154,15 @@ class Offload:
         row = leaving.movedim(self.dim, 0).shape[1:]
         store = HostStore(row, value.dtype, held - first, self.placement)
         lease = Lease(store, 0, held - first)
-        _leave(lease, 0, leaving, self.dim, self.device)
+        _copy_to_host(lease, 0, leaving, self.dim, self.device)
         prepare(store, self.ahead)
         return (host_tensor(lease, self.dim, self.device),)
 
 
 @dataclass(frozen=True)
 class KeepWeights:
-    """The beginning of a program: until its end nobody else writes to a weight that it is given. It would have read
-    some of them before that and some after. `numbers` are those of the inputs that come from the host."""
+    """At the start of a program: forbid other threads to write to its weights until it ends, as it would read some of
+    them before the write and some after. `numbers` are the positions of host inputs."""
 
     numbers: tuple[int, ...]
 
@@ -176,7 +175,7 @@ class KeepWeights:
 
 @dataclass(frozen=True)
 class Settle:
-    """The end of a program, however it ends: what still leaves may be freed by the device as soon as it has left."""
+    """At the end of a program, also after an exception: free the sources of copies to the host as these finish."""
 
     device: torch.device
 
@@ -186,20 +185,20 @@ class Settle:
 
 
 def own_if_worth(rows: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Some rows of a value that dies, in a storage of their own if the rest is worth it."""
+    """Return rows of a value that is not needed any more; a copy if that frees enough of the value."""
     return rows.clone() if (value.numel() - rows.numel()) * MOST_WASTE > value.numel() else rows
 
 
-def _leave(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
-    """Begin to copy rows to the end of a lease. Memory for them is had first: no token is lost if it cannot be."""
+def _copy_to_host(lease: Lease, first: int, rows: torch.Tensor, dim: int, device: torch.device) -> None:
+    """Start to copy rows to the end of a lease. Memory is allocated first, so that a failure loses no token."""
     region = lease.store.region
     target = lease.store.rows(first, first + rows.shape[dim]).movedim(0, dim)
-    target._lease = lease  # type: ignore[attr-defined]  # neither store nor rows may go before their last copy
+    target._lease = lease  # type: ignore[attr-defined]  # keeps the store and its rows until the copy is done
     region.copied(lambda after: engine_for(device).to_host(target, rows, after))
 
 
-def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
-    """Begin to copy rows to a device. Whoever writes over them on the host waits until they have been read."""
+def _copy_to_device(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Ticket:
+    """Start to copy rows to a device. Later writes to them on the host wait for this copy."""
     holder = holder_of(host)
     if holder is None:
         return engine.to_device(target, host, None)
@@ -208,28 +207,28 @@ def _arrive(target: torch.Tensor, host: torch.Tensor, engine: CopyEngine) -> Tic
 
 
 def _fetch(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Through the engine, as in a program: beside the host, and never in one piece across two pinned ranges."""
-    engine = beside(device)
+    """Fetch through the engine, as a program does, so that the copy is split at seams."""
+    engine = engine_with_own_memory(device)
     if engine is not None:
         target = torch.empty_like(host, device=device)
-        _arrive(target, host, engine).wait()
+        _copy_to_device(target, host, engine).wait()
         return target
     if is_mapped(host):
-        with _raise_copy_error(host):
-            return read(host)
+        return read(host)
     settle(host)
     return fetch_reference(host, device)
 
 
 def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host chooses them itself: it has to know which ones, and so waits for the device that computed that. It waits
-    for no copy: nothing on a device is ever copied to a weight. Of a mapped file it reads these rows alone."""
+    """Fetch rows selected on the host, which waits for the device to compute the indices.
+
+    It waits for no copy, as no device ever writes a weight. Of a mapped file it reads only these rows.
+    """
     engine = engine_for(device)
     at = rows.cpu()
     at = torch.where(at < 0, at + host.shape[0], at)
     if is_mapped(host):
-        with _raise_copy_error(host):
-            host, at = read_rows(host, at)
+        host, at = read_rows(host, at)
     if engine.in_host_memory:
         found = host[at]
         engine.traffic.to_device += found.numel() * found.element_size()
@@ -242,22 +241,13 @@ def _fetch_rows(host: torch.Tensor, rows: torch.Tensor, device: torch.device) ->
 
 
 def _fetch_chosen(host: torch.Tensor, keys: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Each entry once, however often it was chosen."""
+    """Copy each chosen entry once."""
     engine = engine_for(device)
     buffer = torch.empty_like(host, device=device)
-    tickets = [_arrive(buffer[key], host[key], engine) for key in sorted(set(keys.flatten().tolist()))]
+    tickets = [_copy_to_device(buffer[key], host[key], engine) for key in sorted(set(keys.flatten().tolist()))]
     for ticket in tickets:
         ticket.wait()
     return buffer
-
-
-@contextlib.contextmanager
-def _raise_copy_error(host: torch.Tensor) -> Iterator[None]:
-    """Raises `CopyError` where a file cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise CopyError(f"{error_prefix(host)}: {error}") from error
 
 
 LIBRARY.impl("fetch", _fetch, "CPU")

@@ -3,15 +3,15 @@
 Terms
 -----
 row     One token of all batch entries and heads, `[B, H, D]`, contiguous. Storage is `[tokens, B, H, D]`.
-lease   A run of rows that a host tensor shows. Rows behind every lease's end may be written over; others may not.
-        What lies outside all leases is given back when one of them ends: a window has moved on, a cache was cropped.
-fork    A store of its own for a lease that wants to append where another lease already has.
+lease   A run of rows that a host tensor shows. Rows after the end of every lease may be overwritten, others may not.
+        Rows outside all leases are released when a lease ends: a window has moved on, or a cache was cropped.
+fork    A new store for a lease that appends after another lease has already appended.
 
-    store:   given back | row 7 | row 8 | ... | row n-1 |  room, reserved but not backed ...
-    lease               [first,                 end)
-    append                                         -> [end, end + r) of the same store, or a fork
+    store:   released | row 7 | row 8 | ... | row n-1 |  reserved, not committed ...
+    lease             [first,                 end)
+    append                                       -> [end, end + r) of the same store, or a fork
 
-Who copies rows holds a lease of them, also for a copy that still runs: nobody can see that rows are gone.
+Copies hold a lease of their rows while they run, so the rows cannot be released.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import AHEAD_FROM, HostRegion
 
-#: Rows for which addresses are reserved at first, and the most bytes of addresses for them: a process has 128 TiB.
-#: A store of more rows reserves twice what it has, and one that outgrows its addresses moves to such a store.
+#: The rows for which addresses are reserved at first, and the limit in bytes: a process has 128 TiB of addresses. A
+#: store of more rows reserves twice its size. A store that outgrows its addresses is copied to such a store.
 RESERVED_ROWS = 1 << 20
 MOST_RESERVED_BYTES = 16 << 30
 
 
 class Lease:
-    """Rows `[first, end)` of a store, as long as somebody can see them. Views of one tensor have one `root`."""
+    """Rows `[first, end)` of a store while a tensor shows them. Views of one tensor have one `root`."""
 
     def __init__(self, store: HostStore, first: int, end: int, root: object | None = None) -> None:
         self.store = store
@@ -60,10 +60,7 @@ class Lease:
 
 
 class HostStore:
-    """Rows of shape `row` and type `dtype`, growing at the end. Raises `HostMemoryError` where it cannot.
-
-    `rows` are those that will be there at first.
-    """
+    """Rows of shape `row` and type `dtype` that grow at the end; initially `rows`. Raises `HostMemoryError`."""
 
     what = "keys or values"
     where = "their file in kv_dir"
@@ -83,12 +80,12 @@ class HostStore:
         hold(self)
 
     def rows(self, first: int, end: int) -> torch.Tensor:
-        """Rows as `[end - first, *row]`, backed by memory. Who writes there has a lease of them.
+        """Return rows as `[end - first, *row]`, committed. To write them, hold a lease.
 
-        Raises `HostMemoryError`, also beyond `capacity`: who appends asks `may_append` first.
+        Raises `HostMemoryError`, also beyond `capacity`: check `may_append` before appending.
         """
         if end > self.capacity:
-            raise HostMemoryError(f"row {end - 1} is beyond the {self.capacity} rows that addresses are reserved for")
+            raise HostMemoryError(f"row {end - 1} is beyond the {self.capacity} rows of reserved addresses")
         with self._lock:
             _commit(self.region, end * self.row_bytes)
         count = math.prod(self.row)
@@ -100,7 +97,7 @@ class HostStore:
         return isinstance(self.region.backing, InFile)
 
     def extents(self, first: int, end: int) -> tuple[Extent, ...]:
-        """Where bytes `[first, end)` of the region are in their file. Whoever asks has a lease of them."""
+        """Return the positions of bytes `[first, end)` in their file. The caller holds a lease of them."""
         backing = self.region.backing
         assert isinstance(backing, InFile)
         with self._lock:
@@ -108,7 +105,7 @@ class HostStore:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the rows from the first that is shown to the last."""
+        """Bytes from the first row to the last row that a lease shows."""
         first, end = self._shown()
         return (end - first) * self.row_bytes
 
@@ -123,13 +120,13 @@ class HostStore:
     def begin(self, lease: Lease) -> None:
         with self._lock:
             if lease.rows > 0 and lease.first * self.row_bytes < self.region.low:
-                raise RuntimeError("keys or values on the host are shown again after the last tensor of them had gone")
+                raise RuntimeError("keys or values on the host were accessed after their last tensor was deleted")
             self.leases.add(lease)
 
     def end(self, lease: Lease) -> None:
-        """Give back what no lease shows any more.
+        """Release rows that no lease shows any more.
 
-        This may be called anywhere, by the garbage collector too: if the store is at work, the next time will do.
+        The garbage collector may call this on any thread. If the store is locked, the next call releases the rows.
         """
         if not self._lock.acquire(blocking=False):
             return
@@ -143,43 +140,46 @@ class HostStore:
             self._lock.release()
 
     def append(self, lease: Lease, first: int, rows: int) -> Lease | None:
-        """A lease of rows `[first, lease.end + rows)`, the last of which are the caller's to write; None where
-        `may_append` says no. Of two threads that continue the same cache, one gets the rows behind it."""
+        """Return a lease of rows `[first, lease.end + rows)`, of which the caller may write the new ones, or None.
+
+        None if `may_append` is false. If two threads continue the same cache, one gets the rows after it.
+        """
         with self._appending:
             return Lease(self, first, lease.end + rows) if self.may_append(lease, rows) else None
 
     def may_append(self, lease: Lease, rows: int) -> bool:
-        """Whether rows after a lease are nobody's and there are addresses for them, and little is held in vain before
-        it (pinned memory cannot be given back in parts)."""
+        """Whether the rows after a lease are free and addressable, and few unused bytes precede it.
+
+        Pinned memory cannot be released in parts.
+        """
         free = all(other.end <= lease.end for other in self.held())
-        behind = lease.first * self.row_bytes - self.region.low
-        stale = behind > 2 * self.region.slack(lease.rows * self.row_bytes)
+        unused = lease.first * self.row_bytes - self.region.low
+        stale = unused > 2 * self.region.slack(lease.rows * self.row_bytes)
         return free and not stale and lease.end + rows <= self.capacity
 
 
-#: Regions that are slow to make, pinned ones, of dead stores and for the next layer's: the next prompt needs as much as
-#: the last one did.
+#: Regions that are slow to create (pinned), of deleted stores or prepared for the next layer. The next prompt often
+#: needs as much as the last one.
 _POOL: list[tuple[Placement, HostRegion]] = []
-#: Held while a region is taken out. Finalizers append regions without holding it.
+#: Held while a region is removed. Finalizers append without it.
 _TAKING = threading.Lock()
 
 
 def _forked() -> None:
-    """A fork has nothing of the pool, and no thread that would release the lock."""
+    """A fork inherits no pooled region, and no thread that would release the lock."""
     global _TAKING
     _TAKING = threading.Lock()
     _POOL.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)
 
 
 def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
-    """Addresses for so many bytes, or for fewer if they cannot be had."""
+    """Return a pooled or new region of `capacity` bytes, or fewer if addresses run out."""
     region = _pooled(capacity, placement)
     if region is not None:
-        region.abandon()  # a device may still read what the dead store had
+        region.abandon()  # a device may still read the deleted store's rows
         return region
     try:
         return HostRegion(capacity, placement.backing(), least)
@@ -191,7 +191,7 @@ def _region(capacity: int, least: int, placement: Placement) -> HostRegion:
 
 
 def _pooled(capacity: int, placement: Placement) -> HostRegion | None:
-    """A region out of the pool, or None."""
+    """Remove a region from the pool, or return None."""
     with _TAKING:
         for i, (pooled, region) in enumerate(_POOL):
             if pooled == placement and region.capacity >= capacity:
@@ -200,8 +200,10 @@ def _pooled(capacity: int, placement: Placement) -> HostRegion | None:
 
 
 def prepare(store: HostStore, count: int) -> None:
-    """Have memory ready for so many stores like one that has just been made, where it takes long to have it: those of
-    the next layer. It is in the pool, like that of dead stores. Where it cannot be had now, it is asked for again."""
+    """Prepare memory in the pool for `count` stores like a new one, those of the next layer, if that takes long.
+
+    A failure is ignored: the stores then allocate it themselves.
+    """
     region, placement, size = store.region, store.placement, store.used_bytes
     if not region.backing.goes_ahead or size < AHEAD_FROM:
         return
@@ -214,7 +216,7 @@ def prepare(store: HostStore, count: int) -> None:
 
 
 def _give_back(placement: Placement, region: HostRegion) -> None:
-    """What is not used again is freed with its last view."""
+    """Pool a reusable region. Others are freed with their last view."""
     if region.backing.reusable:
         _POOL.append((placement, region))
 
@@ -241,20 +243,20 @@ def empty_host_pool() -> None:
 
 
 def store_of(tensor: torch.Tensor) -> HostStore | None:
-    """The store whose rows a tensor shows, or None for any other tensor."""
+    """Return the store whose rows a tensor shows, or None for any other tensor."""
     holder = holder_of(tensor)
     return holder if isinstance(holder, HostStore) else None
 
 
 def without_base(view: torch.Tensor) -> torch.Tensor:
-    """The same rows as a tensor that is no view: for a view, Dynamo would trace the whole region it is a view of."""
+    """Return the same rows as a tensor that is not a view: of a view, Dynamo would trace the whole base."""
     with torch.inference_mode(False), torch.no_grad():
         made = torch.empty(0, dtype=view.dtype)
         return made.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Lease | None:
-    """A new lease of the rows a tensor shows, if it shows whole rows of a store in order along `dim`; else None."""
+    """Lease the rows of a tensor if it shows whole, consecutive rows of a store along `dim`; else return None."""
     store = store_of(tensor)
     if store is None or tensor.dtype != store.dtype:
         return None
@@ -266,5 +268,5 @@ def lease_of(tensor: torch.Tensor, dim: int, root: object | None = None) -> Leas
 
 
 def pooled_bytes() -> int:
-    """Pinned host memory that waits for the next cache."""
+    """Bytes of pinned host memory in the pool."""
     return sum(region.committed for _, region in list(_POOL))

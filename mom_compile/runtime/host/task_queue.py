@@ -1,10 +1,10 @@
-"""What a thread does beside everybody else, one task after another.
+"""Run tasks in a background thread, one after another.
 
     task = tasks.put(work)        returns at once
-    task.wait()                     `work()` has run, or has failed: `error`
+    task.wait()                   `work()` has run or has failed: `error`
 
-A fork has a thread of its own, begun with its first task. What its parent had given and not done by then is `Lost`.
-So is what has not begun when a process ends: nobody reads it any more.
+A fork starts its own thread with its first task. Its parent's unfinished tasks are `Lost` in the fork. At exit, tasks
+that have not started are `Lost`, as no one uses their results.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import time
 import weakref
 from collections.abc import Callable
 
-#: For what a thread does when a process ends. It is left to itself after that, as a daemon is.
+#: The time that running tasks get at exit. Their threads are daemons, so the interpreter then ends without them.
 SECONDS_AT_EXIT = 10.0
 
 
 class Lost(RuntimeError):
-    """A task that nobody runs: a parent's, which it had not run at a fork, or one of a process that ends."""
+    """A task that will not run: its parent process had not run it at a fork, or the process ended."""
 
 
 class Task:
-    """`error` is what it failed with. What it worked on is let go before anybody knows that it has run."""
+    """`error` is the exception of the task. Everything the task refers to is released before `wait` returns."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.error: BaseException | None = None
@@ -44,35 +44,35 @@ class Task:
         try:
             self._work()
         except BaseException as error:
-            self.error = error.with_traceback(None)  # its frames hold tensors
+            self.error = error.with_traceback(None)  # the frames hold tensors
         finally:
             self._work = None
             self._ran.set()
 
     def lose(self) -> None:
-        """It is not run, because the process ends. Whoever waits for it goes on."""
+        """Give up the task at exit. Waiting callers continue."""
         self.error = Lost("it had not begun when the process ended")
         self._work = None
         self._ran.set()
 
     def wait(self) -> None:
-        """Until it has run. Raises nothing of its own: `error`."""
+        """Wait until it has run. Does not raise: see `error`."""
         if self._process == os.getpid():
             self._ran.wait()
         elif not self._ran.is_set() and self._work is not None:
-            self.error = Lost("it was under way when this process was forked, and no thread of a fork goes on with it")
+            self.error = Lost("it was pending when this process was forked, and a fork does not continue it")
 
 
 class TaskQueue:
-    """In the order they are given, by a thread that begins with the first and stays."""
+    """Runs tasks in order, in a thread that starts with the first task."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.begin_anew()
+        self.reset()
         _ALL.add(self)
 
-    def begin_anew(self) -> None:
-        """With nothing to do, and no thread."""
+    def reset(self) -> None:
+        """Drop all tasks and the thread."""
         self._waiting: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -87,7 +87,7 @@ class TaskQueue:
         return task
 
     def lose(self) -> threading.Thread | None:
-        """What has not begun is `Lost`. The thread, which ends with what it does now."""
+        """Mark tasks that have not started as `Lost`. Returns the thread, which ends after its current task."""
         with self._lock:
             thread, waiting = self._thread, self._waiting
             self._thread, self._waiting = None, queue.SimpleQueue()
@@ -101,20 +101,20 @@ class TaskQueue:
     def _run(waiting: queue.SimpleQueue[Task | None]) -> None:
         while (task := waiting.get()) is not None:
             task.run()
-            del task  # what it worked on must not live until the next
+            del task  # release what it refers to before the next task
 
 
 _ALL: weakref.WeakSet[TaskQueue] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """A fork has no threads, and must not do what its parent was asked for."""
+    """A fork has no threads, and must not run its parent's tasks."""
     for tasks in list(_ALL):
-        tasks.begin_anew()
+        tasks.reset()
 
 
 def _ending() -> None:
-    """A thread that the interpreter ends while it is inside of PyTorch takes the process down: they end before."""
+    """End the threads before the interpreter does: ending a thread inside PyTorch crashes the process."""
     threads = [tasks.lose() for tasks in list(_ALL)]
     until = time.monotonic() + SECONDS_AT_EXIT
     for thread in threads:
@@ -123,5 +123,4 @@ def _ending() -> None:
 
 
 atexit.register(_ending)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)

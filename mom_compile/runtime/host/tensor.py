@@ -1,19 +1,19 @@
-"""`HostTensor`: keys or values that a model sees on its device and that are in host memory.
+"""`HostTensor`: keys or values that have the shape and device of a device tensor but are stored in host memory.
 
 Terms
 -----
 inner   The tensor in host memory, its `host`: rows of a store, or a view of such rows.
 
-    operator                          what happens
-    --------                          ------------
+    operator                          implementation
+    --------                          --------------
     a view (slice, permute, ...)      a view of the inner tensor, still on the host
-    choosing or copying batch rows    done on the host: beam search never brings a cache back
-    writing into it                   written on the host, if nobody else sees those rows
-    changing its shape in place       refused: whoever else has it would see another tensor
-    anything else                     `mom.fetch` brings it to the device, and the operator runs there
+    selecting or copying batch rows   on the host: beam search never moves a cache to the device
+    writing into it                   on the host, if no other tensor shows those rows
+    changing its shape in place       refused: other references would see a changed tensor
+    anything else                     `mom.fetch` copies it to the device, and the operator runs there
 
-What is no operator is in `host_doors.py`. A graph that takes a `HostTensor` gets its inner tensor as the input and a
-`mom.fetch` in front of each reader.
+`tensor_points.py` covers access that is not an operator. A graph that takes a `HostTensor` gets its inner tensor as the
+input and a `mom.fetch` before each reader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mom_compile.runtime.host.engines import beside
+from mom_compile.runtime.host.engines import engine_with_own_memory
 from mom_compile.runtime.host.holders import settle
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
@@ -34,7 +34,7 @@ from mom_passes.torch_compat import packet_of, schema_of
 
 aten = torch.ops.aten
 
-#: What rearranges batch entries or copies: the result stays on the host.
+#: Operators that rearrange batch entries or copy: the result stays on the host.
 _ON_HOST = frozenset({aten.index_select.default, aten.index.Tensor, aten.clone.default})
 
 
@@ -53,7 +53,7 @@ class HostTensor(TensorPoints, torch.Tensor):
 
     __torch_function__ = no_torch_function  # type: ignore[assignment]
 
-    # --- what Dynamo and AOTAutograd ask ---
+    # --- protocol of Dynamo and AOTAutograd ---
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["host"], str(self.device)
@@ -66,7 +66,7 @@ class HostTensor(TensorPoints, torch.Tensor):
         return f"HostTensor({self.device})"
 
     def _is_view(self) -> bool:
-        """A cropped cache is a tensor of its own: Dynamo would otherwise trace what it was cropped from."""
+        """False, also for a cropped cache: Dynamo would otherwise trace the tensor it was cropped from."""
         return False
 
     # --- operators ---
@@ -75,7 +75,7 @@ class HostTensor(TensorPoints, torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if isinstance(func, OpOverload) and packet_of(func) is aten.to:
-            # Inside another subclass's operators it comes as it is called: a view, says its schema, and a cast mostly.
+            # Other subclasses pass `aten.to` undecomposed: its schema declares a view, although it mostly casts.
             return func.decompose(*args, **kwargs)
         schema = schema_of(func)
         if schema is None:  # a higher-order operator
@@ -86,22 +86,22 @@ class HostTensor(TensorPoints, torch.Tensor):
             return _write(func, args, kwargs)
         if returns_view(schema) and isinstance(args[0], HostTensor):
             return _view(func, args, kwargs)
-        own = args[0].answer(func, args, kwargs) if args and isinstance(args[0], HostTensor) else NotImplemented
+        own = args[0].run_on_host(func, args, kwargs) if args and isinstance(args[0], HostTensor) else NotImplemented
         if own is not NotImplemented:
             return own
         return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
 
-    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operator on this one gives that does not bring it to the device; else `NotImplemented`."""
+    def run_on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator without copying this tensor to the device; `NotImplemented` if that is not possible."""
         if self.traced:
             return NotImplemented
         if func in _ON_HOST:
             return _rearranged(func, args, kwargs)
         return _copied(self, kwargs) if func is aten._to_copy.default else NotImplemented
 
-    def seen(self, view: torch.Tensor) -> HostTensor:
-        """A view of the inner tensor. Whole rows of fewer tokens (a cropped cache) are leased for themselves, so that
-        the others can go."""
+    def wrap_view(self, view: torch.Tensor) -> HostTensor:
+        """Wrap a view of the inner tensor. Whole rows of fewer tokens (a cropped cache) get their own lease, so that
+        the others can be released."""
         if self.traced:
             return HostTensor(view, self.device)
         lease = None
@@ -109,22 +109,22 @@ class HostTensor(TensorPoints, torch.Tensor):
             lease = lease_of(view, token_dim(view), self.lease.root)
         return _holding(view, lease or self.lease, self.device)
 
-    def apart(self) -> HostTensor:
-        """The same, of nothing."""
+    def rewrap(self) -> HostTensor:
+        """Return a new wrapper, which autograd does not see as a view."""
         return _holding(self.host, self.lease, self.device)
 
     def check_may_be_written(self, func: Any) -> None:
-        """Raises `RuntimeError` where somebody else would see it, or reads it now."""
+        """Raise `RuntimeError` if another tensor shows the same rows."""
         own = self.lease
         if own is not None and any(other.root is not own.root and other.overlaps(own) for other in own.store.held()):
             raise RuntimeError(
-                f"{func} would change keys or values on the host that another tensor shows too: "
-                "a longer or a shorter state of the same cache is still in use. Write into a clone()"
+                f"{func} would change keys or values on the host that another tensor also shows: "
+                "a longer or shorter state of the same cache is still in use. Write into a clone()"
             )
 
     @property
     def traced(self) -> bool:
-        """Whether it stands for one in a graph that is being captured."""
+        """Whether it stands for a tensor in a graph that is being captured."""
         return type(self.host) is not torch.Tensor
 
     def fetch(self) -> torch.Tensor:
@@ -132,22 +132,22 @@ class HostTensor(TensorPoints, torch.Tensor):
         fetched: torch.Tensor = torch.ops.mom.fetch(self.host, self.device)
         return fetched
 
-    # --- the rest of what a tensor can do ---
+    # --- other tensor methods ---
 
     def __getitem__(self, index: Any) -> Any:
-        return _let_go(super().__getitem__(index))
+        return _rewrapped(super().__getitem__(index))
 
     def narrow(self, *args: Any, **kwargs: Any) -> Any:
-        return _let_go(super().narrow(*args, **kwargs))
+        return _rewrapped(super().narrow(*args, **kwargs))
 
     def split(self, *args: Any, **kwargs: Any) -> Any:
-        return tuple(_let_go(part) for part in super().split(*args, **kwargs))
+        return tuple(_rewrapped(part) for part in super().split(*args, **kwargs))
 
     def chunk(self, *args: Any, **kwargs: Any) -> Any:
-        return tuple(_let_go(part) for part in super().chunk(*args, **kwargs))
+        return tuple(_rewrapped(part) for part in super().chunk(*args, **kwargs))
 
     def settled(self) -> torch.Tensor:
-        """The inner tensor, after the copies that are on their way."""
+        """Return the inner tensor once pending copies are done."""
         settle(self.host)
         return self.host
 
@@ -168,23 +168,23 @@ class HostTensor(TensorPoints, torch.Tensor):
 
 
 def _rebuild(plain: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """An unpickled host tensor, on the host again.
+    """Return an unpickled host tensor.
 
-    A plain tensor where it cannot be one, and where `map_location` has put it elsewhere.
+    It is a plain tensor if its device does not exist, or if `map_location` has moved it to another device.
     """
     elsewhere = plain.device.type != "cpu"
     gone = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    # Not copied to a store: older formats fill the storage only after this.
+    # Not copied to a store: older formats fill the storage only after this call.
     return plain if elsewhere or gone else _holding(plain, None, device)
 
 
-#: So that `torch.load` takes it by default, with `weights_only=True`, once mom_compile has been imported.
+#: Lets `torch.load` accept it with `weights_only=True`, the default, once mom_compile has been imported.
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def _let_go(part: Any) -> Any:
-    """A part that does not hold on to what it was cut from: autograd would note that as its base."""
-    return part.apart() if isinstance(part, HostTensor) and not part.traced else part
+def _rewrapped(part: Any) -> Any:
+    """Drop the tensor that `part` was cut from, which autograd would otherwise record as its base."""
+    return part.rewrap() if isinstance(part, HostTensor) and not part.traced else part
 
 
 def _is_host(value: Any) -> bool:
@@ -198,16 +198,16 @@ def _fetched(value: Any) -> Any:
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
     if func is aten.as_strided.default and len(args) > 3 and args[3] is not None:
-        # Counted from where its storage begins: the wrapper has one of its own.
+        # The offset is relative to the wrapper's storage.
         args = (*args[:3], args[3] - source.storage_offset() + source.host.storage_offset())
     result = func(source.host, *args[1:], **kwargs)
     if not isinstance(result, torch.Tensor):
-        return type(result)(source.seen(one) for one in result)
-    return source.seen(result)
+        return type(result)(source.wrap_view(one) for one in result)
+    return source.wrap_view(result)
 
 
 def _holding(view: torch.Tensor, lease: Lease | None, device: torch.device) -> HostTensor:
-    """The inner tensor may outlive its wrapper in a running graph: it holds the lease too."""
+    """Wrap a view. Its inner tensor also holds the lease, since it may outlive the wrapper in a running graph."""
     inner = without_base(view)
     inner._lease = lease  # type: ignore[attr-defined]
     with torch.inference_mode(False):
@@ -215,14 +215,14 @@ def _holding(view: torch.Tensor, lease: Lease | None, device: torch.device) -> H
 
 
 def _write(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator that writes into host tensors: on the host, once nothing else reads or writes those rows."""
+    """Run an operator that writes into host tensors on the host, once no copy accesses their rows."""
     for tensor in mutated(schema_of(func), args, kwargs):
         if not isinstance(tensor, HostTensor):
             continue
         if tensor.traced:
             raise RuntimeError(
-                f"{func} writes into what is kept on the host, keys, values or weights, inside a compiled function; "
-                "do it outside, or keep it on the device"
+                f"{func} writes into keys, values or weights on the host inside a compiled function; "
+                "do it outside, or keep them on the device"
             )
         tensor.check_may_be_written(func)
     return write(func, args, kwargs, lambda value: value.settled() if isinstance(value, HostTensor) else None)
@@ -235,37 +235,37 @@ def _to_host(value: Any) -> Any:
 
 
 def _rearranged(func: Any, args: Any, kwargs: Any) -> HostTensor:
-    """Batch entries chosen, repeated or copied, from host memory to host memory."""
+    """Select, repeat or copy batch entries within host memory."""
     source = args[0]
     result = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
     store = store_of(source.host)
-    # A copy that was asked to be contiguous will be looked at as if it were.
+    # The caller relies on the layout of a copy that is to be contiguous.
     dim = 0 if kwargs.get("memory_format") is torch.contiguous_format else token_dim(result)
     return on_host(result, source.device, store.placement if store is not None else None, dim)
 
 
 def _copied(source: HostTensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """To another device or dtype. What an engine brings is changed there; what the host holds anyway, on the host."""
-    # Not behind our back: the rows may be written over as soon as this has returned.
-    asked = {name: value for name, value in kwargs.items() if value is not None} | {"non_blocking": False}
-    device = torch.device(asked.get("device", source.device))
-    if beside(device) is None:
-        copied: torch.Tensor = aten._to_copy.default(source.settled(), **{**asked, "device": device})
+    """Copy to another device or dtype. A device with an engine converts there, others on the host."""
+    # Never non-blocking: the rows may be overwritten as soon as this has returned.
+    options = {name: value for name, value in kwargs.items() if value is not None} | {"non_blocking": False}
+    device = torch.device(options.get("device", source.device))
+    if engine_with_own_memory(device) is None:
+        copied: torch.Tensor = aten._to_copy.default(source.settled(), **{**options, "device": device})
         return copied
     fetched: torch.Tensor = torch.ops.mom.fetch(source.host, device)
-    changed = asked.keys() - {"device", "non_blocking", "layout"}
-    return aten._to_copy.default(fetched, **asked) if changed else fetched
+    changed = options.keys() - {"device", "non_blocking", "layout"}
+    return aten._to_copy.default(fetched, **options) if changed else fetched
 
 
 def token_dim(tensor: torch.Tensor) -> int:
-    """Where tokens are in keys and values as models shape them: `[..., T, D]`."""
+    """Return the token dimension of keys and values as models shape them: `[..., T, D]`."""
     return max(0, tensor.dim() - 2)
 
 
 def on_host(
     plain: torch.Tensor, device: torch.device, placement: Placement | None = None, dim: int | None = None
 ) -> HostTensor:
-    """Rows of a new store, outermost along `dim`, that hold what a host tensor holds. Raises `HostMemoryError`."""
+    """Copy `plain` to a new store, its rows along `dim`, and wrap it. Raises `HostMemoryError`."""
     dim = token_dim(plain) if dim is None else dim
     rows = plain.movedim(dim, 0)
     store = HostStore(rows.shape[1:], plain.dtype, rows.shape[0], placement or Placement())
@@ -275,5 +275,5 @@ def on_host(
 
 
 def host_tensor(lease: Lease, dim: int, device: torch.device) -> HostTensor:
-    """The host tensor that shows a lease's rows, tokens along `dim`."""
+    """Return the host tensor that shows a lease's rows, with tokens along `dim`."""
     return _holding(lease.store.rows(lease.first, lease.end).movedim(0, dim), lease, device)

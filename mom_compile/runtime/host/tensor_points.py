@@ -1,8 +1,8 @@
-"""Ways to a tensor's bytes that no operator sees: those that a host tensor has another answer to, and those it refuses.
+"""Access to a tensor's bytes that is not an operator: what a host tensor overrides or refuses.
 
-A host tensor has sizes, strides and a device, and no bytes there. An operator on it is dispatched, and works. What asks
-for the memory itself would get a null pointer: such a way either works from a copy or raises a `RuntimeError` that says
-what to do. What is refused here in Python is stopped by PyTorch in C++ (`make_wrapper`) where it gets there by itself.
+A host tensor has sizes, strides and a device, but no memory there. Operators on it are dispatched and work. Direct
+access to its memory would see a null pointer: each such method either works on a copy or raises a `RuntimeError` that
+names the alternative. Where C++ code gets there without Python, PyTorch itself raises (`make_wrapper`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mom_compile.torch_compat import being_traced
 
 def refusal(what: str, instead: str, of: str = "keys, values or weights") -> RuntimeError:
     return RuntimeError(
-        f"{what} is not possible for {of} that are kept on the host (HostTensor): "
+        f"{what} is not possible for {of} that are stored on the host (HostTensor): "
         f"they have no memory on their device. {instead}"
     )
 
 
 class _Absent:
-    """A class attribute that neither the class nor an instance has, although a base class has it."""
+    """Hides a class attribute that a base class has."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -32,7 +32,7 @@ class _Absent:
 
 
 class TensorPoints:
-    """What `HostTensor` overrides of `torch.Tensor`; `traced` says that it stands for one in a graph being captured."""
+    """The methods of `torch.Tensor` that `HostTensor` overrides. `traced`: it stands for a tensor in a traced graph."""
 
     @property
     def traced(self) -> bool:
@@ -44,16 +44,16 @@ class TensorPoints:
     def settled(self) -> torch.Tensor:
         raise NotImplementedError
 
-    # --- its memory ---
+    # --- memory ---
 
     def untyped_storage(self) -> Any:
-        """For PyTorch's own records of what is an alias of what, while it traces. `storage()` comes here too."""
+        """Only for PyTorch's alias analysis while it traces. `storage()` calls this too."""
         if self.traced or being_traced():
             return super().untyped_storage()  # type: ignore[misc]
         raise refusal("Access to the storage", "Use tensor.fetch(), a copy on its device")
 
     def data_ptr(self) -> int:
-        raise refusal("data_ptr()", "Use tensor.fetch().data_ptr() of a copy that you hold, on its device")
+        raise refusal("data_ptr()", "Use tensor.fetch().data_ptr() of a copy that you keep alive, on its device")
 
     const_data_ptr = mutable_data_ptr = data_ptr
 
@@ -63,7 +63,7 @@ class TensorPoints:
     def share_memory_(self) -> Any:
         raise refusal(
             "share_memory_()",
-            "Send it to another process as it is, which copies it, or use tensor.fetch().share_memory_()",
+            "Send it to another process directly, which copies it, or use tensor.fetch().share_memory_()",
         )
 
     def apply_(self, *_: Any) -> Any:
@@ -78,21 +78,21 @@ class TensorPoints:
 
     @data.setter
     def data(self, _: torch.Tensor) -> None:
-        raise refusal("Assigning to .data", "Write into it with copy_(), or let the cache hold the other tensor")
+        raise refusal("Assigning to .data", "Write into it with copy_(), or put the other tensor into the cache")
 
-    # --- copies for others ---
+    # --- copies ---
 
-    def __dlpack__(self, **asked: Any) -> Any:
-        """A copy on the device, as the protocol allows unless `copy=False`."""
-        if asked.pop("copy", None) is False:
+    def __dlpack__(self, **options: Any) -> Any:
+        """Export a copy on the device, as the protocol allows unless `copy=False`."""
+        if options.pop("copy", None) is False:
             raise BufferError(str(refusal("DLPack export without a copy", "Export tensor.fetch(), and keep it")))
-        return self.fetch().__dlpack__(**asked)
+        return self.fetch().__dlpack__(**options)
 
-    #: What would let a library skip `__dlpack__`.
+    #: A library could use this to bypass `__dlpack__`.
     __dlpack_c_exchange_api__ = _Absent()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor on its device, from a copy."""
+        """Like that of a tensor on its device, from a copy."""
         return self.fetch().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:

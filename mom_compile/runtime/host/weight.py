@@ -1,15 +1,15 @@
-"""`HostWeight`: a parameter that a model sees on its device and whose bytes stay on the host, where they lie.
+"""`HostWeight`: a parameter with the shape and device of a device tensor whose bytes stay in their host storage.
 
-    operator                          what happens
-    --------                          ------------
+    operator                          implementation
+    --------                          --------------
     a view (t, slice, split, ...)     a view of the inner tensor, still on the host
-    rows by an index (an embedding)   chosen on the host; only these go to the device
-    clone, another dtype              done on the host: the result is a weight there, too
-    writing into it                   written on the host, once no copy reads it; a mapped file is copied first
-    anything else                     `mom.fetch_weight` brings all of it to the device, and the operator runs there
+    rows by an index (an embedding)   selected on the host; only these are copied to the device
+    clone, another dtype              on the host: the result is a host weight too
+    writing into it                   on the host, once no copy reads it; a weight in a mapped file is copied first
+    anything else                     `mom.fetch_weight` copies all of it to the device, and the operator runs there
 
-Compiled by mom, the last of these are moved ahead of the stretch that reads them. In eager mode each use fetches the
-weight anew: right and slow, and said once.
+A model compiled by mom prefetches these copies before the stage that reads them. In eager mode each use fetches the
+weight again, which is correct but slow; a warning says so once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mom_compile.notices import warn_once
-from mom_compile.runtime.host.engines import beside
+from mom_compile.runtime.host.engines import engine_with_own_memory
 from mom_compile.runtime.host.holders import READERS
 from mom_compile.runtime.host.store import without_base
 from mom_compile.runtime.host.tensor import HostTensor
@@ -32,8 +32,8 @@ aten = torch.ops.aten
 EMBEDDING = aten.embedding.default
 
 NOT_COMPILED = (
-    "weights that are kept on the host are fetched one by one, each where it is used: right, and slow. Compile the "
-    "model, model.compile(backend='mom'), and call it without gradients, so that they arrive one layer ahead"
+    "weights that are stored on the host are copied to the device at each use, which is slow. Compile the model, "
+    "model.compile(backend='mom'), and call it without gradients, so that they are prefetched one layer ahead"
 )
 
 
@@ -41,7 +41,7 @@ class HostWeight(HostTensor):
     """Shape, dtype and device of the parameter it is; the bytes are in `host`, on the host."""
 
     lease: WeightBytes | None  # type: ignore[assignment]
-    #: Of a weight in a file, what it has in common with its views, until it sees a copy.
+    #: Of a weight in a file: state shared with its views until the weight has been copied.
     mapped: Mapped | None
     _inner: torch.Tensor
 
@@ -58,7 +58,7 @@ class HostWeight(HostTensor):
     @property
     def host(self) -> torch.Tensor:  # type: ignore[override]
         if self.mapped is not None and self.mapped.copy is not None:
-            self._become(self.mapped.seen(self._inner))
+            self._become(self.mapped.view_of_copy(self._inner))
         return self._inner
 
     @staticmethod
@@ -68,7 +68,7 @@ class HostWeight(HostTensor):
     def _stable_hash_for_caching(self) -> str:
         return f"HostWeight({self.device})"
 
-    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run_on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         rows = _rows(func, args)
         if rows is not None and not isinstance(rows, HostTensor) and not (self.traced and func is not EMBEDDING):
             return torch.ops.mom.fetch_rows(self.host, rows, self.device)
@@ -86,31 +86,31 @@ class HostWeight(HostTensor):
         fetched: torch.Tensor = torch.ops.mom.fetch_weight(self.host, self.device)
         return fetched
 
-    def seen(self, view: torch.Tensor) -> HostWeight:
+    def wrap_view(self, view: torch.Tensor) -> HostWeight:
         if self.traced:
             return HostWeight(view, self.device)
         return _holding(view, self.lease, self.device, self.mapped)
 
-    def apart(self) -> HostWeight:
+    def rewrap(self) -> HostWeight:
         return _holding(self.host, self.lease, self.device, self.mapped)
 
     def check_may_be_written(self, func: Any) -> None:
-        self.check_nobody_reads(func)
+        self.check_not_read(func)
         if self.lease is not None and self.lease.in_file:
             if self.mapped is None:
                 self.mapped = Mapped(self.host)
             self.mapped.take()
 
-    def check_nobody_reads(self, what: Any) -> None:
-        """Raises `RuntimeError` where a program of another thread does."""
-        if self.lease is not None and READERS.elsewhere(self.lease):
+    def check_not_read(self, what: Any) -> None:
+        """Raise `RuntimeError` if a program of another thread reads it."""
+        if self.lease is not None and READERS.read_by_other_thread(self.lease):
             raise RuntimeError(
-                f"{what} would change a weight that a running model reads: wait until that has returned. "
-                "Nothing has been changed"
+                f"{what} would change a weight that a running model reads: wait until the model has returned. "
+                "The weight is unchanged"
             )
 
     def _become(self, inner: torch.Tensor, mapped: Mapped | None = None) -> None:
-        """From now on its bytes are these."""
+        """Replace the bytes by those of `inner`."""
         self.lease = bytes_under(inner)
         self.mapped = mapped
         self._inner = without_base(inner)
@@ -122,14 +122,14 @@ class HostWeight(HostTensor):
 
     @data.setter
     def data(self, other: torch.Tensor) -> None:
-        """It shows the other's bytes: those in host memory where they are, others as a copy there."""
+        """Show the bytes of `other`: shared if they are in host memory, else copied there."""
         if (other.shape, other.dtype) != (self.shape, self.dtype):
             raise refusal(
                 f"Assigning {other.dtype} {list(other.shape)} to .data of {self.dtype} {list(self.shape)}",
                 "Assign a new parameter to the module",
                 "weights",
             )
-        self.check_nobody_reads("Assigning to .data")
+        self.check_not_read("Assigning to .data")
         plain = (other.settled() if isinstance(other, HostTensor) else other.detach()).cpu()
         if plain.stride() != self.stride():
             plain = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype).copy_(plain)
@@ -144,15 +144,15 @@ class HostWeight(HostTensor):
         return self.mapped.plain(self.settled())
 
     def _copied(self, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Another dtype on the same device stays on the host; for another device it leaves."""
-        asked = {name: value for name, value in kwargs.items() if value is not None} | {"non_blocking": False}
-        device = torch.device(asked.pop("device", self.device))
+        """Convert to another dtype on the host, or copy to another device."""
+        options = {name: value for name, value in kwargs.items() if value is not None} | {"non_blocking": False}
+        device = torch.device(options.pop("device", self.device))
         changed: torch.Tensor = self.settled()
-        if asked.keys() - {"non_blocking", "layout"}:
-            changed = aten._to_copy.default(changed, **asked)
+        if options.keys() - {"non_blocking", "layout"}:
+            changed = aten._to_copy.default(changed, **options)
         if device == self.device:
             return host_weight(changed if changed is not self.host else changed.clone(), device)
-        if changed is self.host and beside(device) is not None:
+        if changed is self.host and engine_with_own_memory(device) is not None:
             fetched: torch.Tensor = torch.ops.mom.fetch_weight(self.host, device)
             return fetched
         return changed.to(device, copy=changed is self.host)
@@ -162,7 +162,7 @@ class HostWeight(HostTensor):
         if copied is None:
             plain = without_base(self.settled())
             in_file = self.lease is not None and self.lease.in_file
-            # Parameters that share a storage share a copy of it; a file has everything in one.
+            # Parameters that share a storage share the copy. A mapped file is one storage, so it is not copied whole.
             plain = plain.clone() if in_file else copy.deepcopy(plain, memo)
             copied = memo[id(self)] = _like(self, host_weight(plain, self.device))
         assert isinstance(copied, HostWeight)
@@ -174,8 +174,10 @@ class HostWeight(HostTensor):
 
 
 class Mapped:
-    """A weight in a file: tensors that show all or part of it, which is not written. Who writes takes a copy, once;
-    from then on they all see that."""
+    """Copy-on-write state of a weight in a file, shared by the tensors that show parts of it.
+
+    The first write copies the weight to memory; from then on all of them show the copy.
+    """
 
     def __init__(self, whole: torch.Tensor) -> None:
         self.whole = whole
@@ -186,8 +188,8 @@ class Mapped:
         if self.copy is None:
             self.copy = _flat(self.whole).clone()
 
-    def seen(self, view: torch.Tensor) -> torch.Tensor:
-        """The same of the copy as a view is of the file."""
+    def view_of_copy(self, view: torch.Tensor) -> torch.Tensor:
+        """Return the view of the copy that corresponds to a view of the file."""
         assert self.copy is not None
         first = self.whole.storage_offset() * self.whole.element_size()
         offset = (view.storage_offset() * view.element_size() - first) // view.element_size()
@@ -196,7 +198,7 @@ class Mapped:
             return made.set_(self.copy.untyped_storage(), offset, view.shape, view.stride())
 
     def plain(self, view: torch.Tensor) -> torch.Tensor:
-        """One and the same storage for each part, as a saved file would have it."""
+        """Return a tensor with its own storage; the same one for equal views, so that they stay tied."""
         key = (view.storage_offset(), view.dtype, view.shape, view.stride())
         if key not in self._plain:
             self._plain[key] = own_storage(view)
@@ -204,14 +206,16 @@ class Mapped:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements from its first to its last in memory, `[n]`."""
+    """Return all elements from the tensor's first to its last in memory, `[n]`."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as a tensor whose storage has nothing else: whoever saves or sends that takes no more, and does
-    not move ours."""
+    """Return the same bytes as a tensor whose storage has nothing else.
+
+    Saving or sharing it then takes no more bytes, and does not move the original storage.
+    """
     with torch.inference_mode(False), torch.no_grad():
         raw = _flat(tensor.detach()).view(torch.uint8)
         shared = torch.from_dlpack(raw) if raw.numel() else raw.clone()
@@ -219,7 +223,7 @@ def own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def host_weight(plain: torch.Tensor, device: torch.device) -> HostWeight:
-    """The weight whose bytes are those of a plain tensor on the host: nothing is copied."""
+    """Wrap a plain tensor on the host as a weight, without a copy."""
     holder = bytes_under(plain)
     return _holding(plain.detach(), holder, device, Mapped(plain.detach()) if holder.in_file else None)
 
@@ -240,7 +244,7 @@ def _like(original: torch.Tensor, made: HostWeight) -> HostWeight:
 
 
 def _rebuild(plain: torch.Tensor, device: torch.device, parameter: bool, requires_grad: bool) -> torch.Tensor:
-    """An unpickled weight, on the host again; plain where `map_location` has put it elsewhere or its device is gone."""
+    """Return an unpickled weight; a plain tensor if `map_location` has moved it or its device does not exist."""
     gone = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     made = plain if plain.device.type != "cpu" or gone else host_weight(plain, device)
     return torch.nn.Parameter(made, requires_grad=requires_grad) if parameter else made
@@ -250,7 +254,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def _rows(func: Any, args: Any) -> torch.Tensor | None:
-    """The index tensor by which an operator takes rows of a table, or None."""
+    """Return the index tensor by which an operator selects rows of a table, or None."""
     if func is EMBEDDING:
         return args[1]  # type: ignore[no-any-return]
     if func is aten.index_select.default and args[1] == 0:

@@ -1,11 +1,11 @@
-"""Bytes of weights on the host, where they lie: in the storage a checkpoint was read to, or in the file, mapped.
+"""Bytes of weights on the host: in the storage that a checkpoint was read into, or in a mapped file.
 
 Terms
 -----
-pin       For a CUDA device's sake pages are pinned where they are: nobody has room for a second copy of a model.
-mapped    The file's bytes seen as memory, read-only: pages are read when they are needed and dropped when memory is.
+pin       For a CUDA device, pages are pinned in place: a second copy of a model may not fit in memory.
+mapped    The file's bytes as read-only memory. The kernel reads pages on demand and drops them under memory pressure.
 
-Unlike rows of a cache these never grow and are seldom written: a holder has one region, all of its storage.
+In contrast to rows of a cache, weights never grow and are seldom written. A holder has one region: its whole storage.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ PAGE = mmap.PAGESIZE
 
 
 class WeightRegion:
-    """All bytes of one storage. Devices read them and never write, so no copy waits for another."""
+    """All bytes of one storage. Devices only read them, so copies do not wait for each other."""
 
     def __init__(self, whole: torch.Tensor, keeps: object = None) -> None:
         self.bytes = whole
         self.pins: list[Pages] = []
-        #: Where a pinned range begins or ends within.
+        #: Boundaries of pinned ranges within it.
         self.seams: list[int] = []
         self._keeps = keeps
         self._reads: collections.deque[Done] = collections.deque()
         self._asking = threading.Lock()
 
     def check(self) -> None:
-        """A fork reads its own pages."""
+        """Nothing to check: a fork inherits the pages."""
 
     def copied(self, begin: Begin) -> Ticket:
         with self._asking:
@@ -56,13 +56,13 @@ class WeightRegion:
         return ticket
 
     def wait(self) -> None:
-        """Until nobody reads there, whether he could or not."""
+        """Wait until no copy reads the bytes; their errors do not matter."""
         for read in list(self._reads):
             with contextlib.suppress(CopyError):
                 read.synchronize()
 
     def pinned(self, pages: Pages) -> None:
-        """Some of it lies there."""
+        """Note pinned pages that have some of the bytes."""
         if pages not in self.pins:
             self.pins.append(pages)
             begin, size = self.bytes.data_ptr(), self.bytes.numel()
@@ -74,7 +74,7 @@ class WeightRegion:
 
 
 class WeightBytes:
-    """A holder of one storage. `file` is what it is mapped from, if it is."""
+    """The holder of one storage. `file` is the file it is mapped from, if any."""
 
     what = "weights"
 
@@ -98,7 +98,7 @@ class WeightBytes:
 
     @property
     def pinned(self) -> bool:
-        """Whether some of it is."""
+        """Whether at least some of it is pinned."""
         return bool(self.region.pins)
 
     def extents(self, first: int, end: int) -> tuple[Extent, ...]:
@@ -107,7 +107,7 @@ class WeightBytes:
 
 
 def bytes_under(tensor: torch.Tensor) -> WeightBytes:
-    """The holder of a tensor's storage, made when first asked for. Whoever asks keeps it."""
+    """Return the holder of a tensor's storage, created on first use. The caller must keep it alive."""
     found = holder_of(tensor)
     if isinstance(found, WeightBytes):
         return found
@@ -121,7 +121,7 @@ def bytes_under(tensor: torch.Tensor) -> WeightBytes:
 
 
 class MappedFile:
-    """A file that is open, and mapped read-only. Raises `OSError`."""
+    """An open file, mapped read-only. Raises `OSError`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,11 +130,11 @@ class MappedFile:
         self.memory = mmap.mmap(self.number, 0, access=mmap.ACCESS_READ)
 
     def give_back(self, offset: int, size: int) -> None:
-        """It is nobody's to change."""
+        """Nothing to free: the file is not ours."""
 
 
 def map_file(path: Path) -> WeightBytes:
-    """A whole file as weights. Writing there would end the process: who writes a weight takes a copy first."""
+    """Return a whole file as weights. Writing to the mapping would crash, so writers copy a weight first."""
     file = MappedFile(path)
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -146,8 +146,10 @@ def map_file(path: Path) -> WeightBytes:
 
 
 class Pages:
-    """Pinned pages `[first, end)`, by address: one call's. They are given back with the last region that has bytes
-    there. `kept` are those bytes: memory must not be freed while it is pinned."""
+    """Pages `[first, end)`, by address, pinned by one call, until the last region with bytes there is gone.
+
+    `kept` are those bytes: memory must not be freed while it is pinned.
+    """
 
     def __init__(self, first: int, end: int, undo: Callable[[], None], kept: Sequence[torch.Tensor]) -> None:
         self.first, self.end = first, end
@@ -155,14 +157,14 @@ class Pages:
         _PINNED[first] = end, weakref.ref(self)
 
 
-#: All that is pinned for weights: first address -> (end, the pages). A driver pins no page twice, so models that share
-#: a storage, or only a page, share what is pinned. Dead pages are here until they have been unpinned.
+#: All pages pinned for weights: first address -> (end, pages). A driver refuses to pin a page twice, so models that
+#: share a storage or a page share the pinned pages. Dead pages stay here until they have been unpinned.
 _PINNED: dict[int, tuple[int, weakref.ref[Pages]]] = {}
 _PINNING = threading.Lock()
 
 
 def _unpin(first: int, undo: Callable[[], None], kept: Sequence[torch.Tensor]) -> None:
-    """By whichever thread drops the last weight there; so without a lock."""
+    """Called by any thread that drops the last weight there; so without a lock."""
     try:
         undo()
     finally:
@@ -170,55 +172,54 @@ def _unpin(first: int, undo: Callable[[], None], kept: Sequence[torch.Tensor]) -
 
 
 def _forked() -> None:
-    """A fork has nothing pinned."""
+    """A fork inherits no pinned pages."""
     global _PINNING
     _PINNING = threading.Lock()
     _PINNED.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring pages `[first, end)`, by address, and the holders whose bytes lie there."""
+    """Adjacent pages `[first, end)`, by address, and the holders with bytes in them."""
 
     first: int
     end: int
     holders: tuple[WeightBytes, ...]
 
     def touched(self, first: int, end: int) -> list[WeightBytes]:
-        """Whose bytes lie in `[first, end)`."""
+        """Return the holders with bytes in `[first, end)`."""
         begins = ((holder, holder.region.bytes.data_ptr()) for holder in self.holders)
         return [holder for holder, begin in begins if begin < end and first < begin + holder.size]
 
 
 def pin_in_place(tensors: Sequence[torch.Tensor], pin: Pin) -> None:
-    """Pin the pages under tensors that are no file's, and are not pinned yet, at most `PIECE` bytes in a call.
+    """Pin the pages of tensors that are neither in a file nor pinned yet, at most `PIECE` bytes per call.
 
-    It stays pinned as long as one of them is there, or a weight made of it. Raises `HostMemoryError`; what was pinned
-    until then stays so, and is copied as such. Small tensors share pages, and no page may be pinned twice: neighbours
-    are pinned together.
+    They stay pinned while one of the tensors exists, or a weight made of it. Raises `HostMemoryError`; pages pinned
+    before the error stay pinned. Small tensors share pages, and no page may be pinned twice, so adjacent tensors are
+    pinned together.
     """
     with _PINNING:
         for run in _runs(tensors):
             before = _pinned_within(run.first, run.end)
             for pages in before:
-                _give(run, pages)
-            for first, end in _rest(run, before):
+                _assign(run, pages)
+            for first, end in _unpinned(run, before):
                 kept = tuple(holder.region.bytes for holder in run.touched(first, end))
-                _give(run, Pages(first, end, pin(first, end - first), kept))
+                _assign(run, Pages(first, end, pin(first, end - first), kept))
 
 
-def _give(run: _Run, pages: Pages) -> None:
-    """Pages to those whose bytes lie there."""
+def _assign(run: _Run, pages: Pages) -> None:
+    """Assign pages to the holders with bytes in them."""
     for holder in run.touched(pages.first, pages.end):
         holder.region.pinned(pages)
 
 
 def _pinned_within(first: int, end: int) -> list[Pages]:
-    """Pages that have addresses of `[first, end)`, by address. Those that another thread is unpinning it waits for."""
+    """Return pages that overlap `[first, end)`, by address. Waits for pages that another thread is unpinning."""
     found = []
     for begin, (until, alive) in sorted(_PINNED.items()):
         if begin < end and first < until:
@@ -230,8 +231,8 @@ def _pinned_within(first: int, end: int) -> list[Pages]:
     return found
 
 
-def _rest(run: _Run, before: Sequence[Pages]) -> Iterator[tuple[int, int]]:
-    """What of a run is not pinned, in pieces."""
+def _unpinned(run: _Run, before: Sequence[Pages]) -> Iterator[tuple[int, int]]:
+    """Split the unpinned parts of a run into pieces."""
     at = run.first
     for first, end in [*((pages.first, pages.end) for pages in before), (run.end, run.end)]:
         while at < first:
@@ -246,7 +247,7 @@ def _runs(tensors: Sequence[torch.Tensor]) -> list[_Run]:
     for tensor in tensors:
         holder = bytes_under(tensor)
         if not holder.in_file and tensor.nbytes:
-            tensor._lease = holder  # type: ignore[attr-defined]  # until a weight is made of it, which keeps it too
+            tensor._lease = holder  # type: ignore[attr-defined]  # until it becomes a weight, which keeps it alive
             begin = tensor.data_ptr()
             pages.append((begin // PAGE * PAGE, -(-(begin + tensor.nbytes) // PAGE) * PAGE, holder))
     runs: list[_Run] = []

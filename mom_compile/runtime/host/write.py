@@ -1,9 +1,9 @@
-"""Operators that write into host tensors, done in host memory.
+"""Run operators that write into host tensors in host memory.
 
-operator                        what happens
---------                        ------------
+operator                        implementation
+--------                        --------------
 h.mul_(x)                       on h's rows
-torch.add(x, y, out=h)          computed apart, then copied to h's rows: `out` might be resized, rows may not
+torch.add(x, y, out=h)          computed separately, then copied to h's rows: `out` may be resized, rows may not
 torch._foreach_zero_([h, x])    on h's rows and a copy of x, which is copied back
 h.unsqueeze_(0), h.resize_(3)   refused
 """
@@ -22,7 +22,7 @@ from mom_passes.torch_compat import packet_of, schema_of
 
 aten = torch.ops.aten
 
-#: A value's rows in host memory, ready to be read and written; None for what is no host tensor.
+#: Returns a host tensor's rows, ready to be read and written; None for other values.
 RowsOf = Callable[[Any], torch.Tensor | None]
 
 
@@ -31,7 +31,7 @@ def returns_view(schema: Any) -> bool:
 
 
 def mutated(schema: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What an operator writes into, lists of tensors taken apart."""
+    """Return the arguments that an operator writes, with lists flattened."""
     written: list[Any] = []
     for i, argument in enumerate(schema.arguments):
         if _is_written(argument):
@@ -41,18 +41,19 @@ def mutated(schema: Any, args: Any, kwargs: Any) -> list[Any]:
 
 
 def refuse_new_shape(func: Any, args: Any, kwargs: Any, is_host: Callable[[Any], bool]) -> Any:
-    """Operators that change sizes, strides or storage of what they are called on, and no bytes."""
+    """Refuse operators that change sizes, strides or storage of a host tensor in place."""
     target = args[0]
     if func is aten.detach_.default:
         return target
     name = packet_of(func).__name__
     if is_host(target):
-        alike = getattr(aten, name.rstrip("_"), None)
-        views = alike is not None and any(returns_view(schema_of(getattr(alike, one))) for one in alike.overloads())
-        raise refusal(f"{name}()", f"Use tensor.{name.rstrip('_')}(), a tensor of its own" if views else _COPY)
+        functional = getattr(aten, name.rstrip("_"), None)
+        overloads = functional.overloads() if functional is not None else ()
+        views = any(returns_view(schema_of(getattr(functional, one))) for one in overloads)
+        raise refusal(f"{name}()", f"Use tensor.{name.rstrip('_')}(), which returns a new tensor" if views else _COPY)
     if packet_of(func) is aten.set_:
         raise refusal("set_() to the same memory", _COPY)
-    # Only the size of a host tensor is asked for, as by resize_as_.
+    # Only the size of a host tensor is read, as by resize_as_.
     return func(*tree_map(lambda v: torch.empty_like(v) if is_host(v) else v, args), **kwargs)
 
 
@@ -60,7 +61,7 @@ _COPY = "Use tensor.fetch(), a copy on its device"
 
 
 def write(func: Any, args: Any, kwargs: Any, rows_of: RowsOf) -> Any:
-    """Run an operator whose written arguments are in host memory. Returns what it would return."""
+    """Run an operator whose written arguments are in host memory. Returns the operator's result."""
     schema = schema_of(func)
     used: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -73,7 +74,7 @@ def write(func: Any, args: Any, kwargs: Any, rows_of: RowsOf) -> Any:
         return used[id(value)][1]
 
     outs = {a.name: kwargs.get(a.name) for a in schema.arguments if _is_written(a) and a.kwarg_only}
-    # Where `out` arguments' results go at first: those may also be read, and be of another size.
+    # `out` arguments are written here first: they may also be operands, and may have another size.
     made = {name: torch.empty(0, dtype=out.dtype) for name, out in outs.items() if isinstance(out, torch.Tensor)}
     results = func(*tree_map(instead, args), **{**tree_map(instead, kwargs), **made})
     for written in mutated(schema, args, {name: value for name, value in kwargs.items() if name not in made}):
@@ -107,7 +108,7 @@ def _returns(schema: Any, results: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _returned(schema: Any, declared: Any, result: Any, args: Any, kwargs: Any) -> Any:
-    """The argument itself where the operator returns what it has written into; else the result, on the device."""
+    """Return the written argument if the operator returns it; else the result, on the device."""
     if declared.alias_info is not None and declared.alias_info.is_write:
         for i, argument in enumerate(schema.arguments):
             if _is_written(argument) and argument.alias_info.before_set == declared.alias_info.before_set:

@@ -1,4 +1,4 @@
-"""Host memory as it is."""
+"""Ordinary host memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mom_compile.runtime.host.backings.base import Backing
 
 
 class Anonymous(Backing):
-    """Nothing is done to commit: the kernel gives a page when it is written, and takes it when it is told to."""
+    """Commits need no call: the kernel allocates pages on first write, and frees them on `madvise`."""
 
     def commit(self, first: int, size: int) -> None:
         pass

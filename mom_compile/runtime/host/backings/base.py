@@ -1,20 +1,20 @@
-"""What can be behind the addresses of a region: a class for each kind of memory, which keeps the same few promises.
+"""The interface of backings, which provide the storage of a region: one class for each kind of memory.
 
 Terms
 -----
-reserve   Take addresses and no memory. A 64-bit process has more of them than any machine has bytes.
-commit    Put something behind the next bytes. What has been committed never moves.
-ahead     Commit what nobody needs yet, beside the caller, where that takes long. Before use it is asked for: `ready`.
-release   Take it away again, at either end of what is committed.
-close     Give back what outlives the addresses, a pin say. What goes with them needs no closing.
+reserve   Take addresses but no memory. A 64-bit process has more addresses than any machine has memory.
+commit    Provide storage for the next bytes. Committed bytes never move.
+ahead     Commit bytes before they are needed, in the background. `ready` waits for them.
+release   Undo a commit at either end of the committed bytes.
+close     Free what outlives the addresses, e.g. a pin.
 
     backing = Anonymous()
-    address = backing.reserve(capacity, least)        once, at first
+    address = backing.reserve(capacity, least)        once, at the start
     backing.commit(high, size); backing.release(low, size); ...
-    backing.close()                                   once, at last
+    backing.close()                                   once, at the end
 
-A backing is told what to do and decides nothing: how much is committed and what is given back is the region's, which
-kind of backing it has is the placement's. `tests/test_backings.py` holds every kind to the promises.
+The region decides how much is committed and released; the placement decides which backing it has.
+`tests/test_backings.py` tests this interface for every backing.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ import torch
 from mom_compile.runtime.host.file import NORESERVE
 from mom_compile.runtime.host.limits import HostMemoryError
 
-#: Bytes pinned, or mapped from a file, at a time: each is a system call, and a range that the kernel keeps a record of.
-#: Regions have whole ones.
+#: Bytes pinned, or mapped from a file, at a time: each block costs a system call and a kernel record. The size of a
+#: region is a multiple of it.
 BLOCK = 1 << 20
 
-#: Other memory costs nothing until it is written: a few pages.
+#: Commit granularity of other memory, which costs nothing until it is written: a few pages.
 SMALL_BLOCK = 4 * mmap.PAGESIZE
 
 
 class Backing:
-    """What is behind the addresses of one region. Sizes and places are in bytes from its beginning, in whole blocks.
+    """The storage of one region. Sizes and offsets are in bytes, in whole blocks.
 
-    block      what is committed at a time, at least: pages, and so many that `BLOCK` is a multiple
-    on_disk    whether it takes disk space rather than host memory
-    reusable   whether making one is so slow that a dead store's is kept for the next cache
-    goes_ahead whether it can commit beside the caller
-    lost       whether this process is a fork, which has nothing of it
+    block      commit granularity: a multiple of the page size that divides `BLOCK`
+    on_disk    whether it takes disk space instead of host memory
+    reusable   whether creating one is so slow that the region of a deleted store is kept for the next cache
+    goes_ahead whether it can commit in the background
+    lost       whether this process is a fork that did not inherit the storage
     seams      ends of ranges that a driver may not copy across, ascending
     """
 
@@ -55,10 +55,10 @@ class Backing:
         self.seams: list[int] = []
 
     def reserve(self, capacity: int, least: int) -> torch.Tensor:
-        """Addresses for `capacity` bytes, or for fewer if those cannot be had, but not for fewer than `least`.
+        """Reserve addresses for `capacity` bytes, or fewer if they run out, but not for fewer than `least`.
 
-        They are returned as bytes; those keep the addresses, and what is behind them, and so does every view of them.
-        Raises `HostMemoryError`.
+        The result shows them as bytes. It and its views keep the addresses and their storage alive. Raises
+        `HostMemoryError`.
         """
         self.memory = reserve_addresses(capacity, least)
         addresses = as_bytes(self.memory)
@@ -66,42 +66,44 @@ class Backing:
         return addresses
 
     def commit(self, first: int, size: int) -> None:
-        """Back bytes `[first, first + size)`. Raises `HostMemoryError`, and then nothing has changed."""
+        """Commit bytes `[first, first + size)`. Raises `HostMemoryError`; nothing has changed then."""
         raise NotImplementedError
 
     def commit_ahead(self, first: int, size: int) -> None:
-        """Begin to, and return at once: what is refused is known when it is asked for. Of what `goes_ahead`."""
+        """Start to commit and return at once; `ready` reports a failure. Only if `goes_ahead`."""
         raise NotImplementedError
 
     def ready(self, end: int) -> int:
-        """Wait for what was committed ahead, up to byte `end`: how far all is there now.
+        """Wait for background commits up to byte `end`. Returns the end of the committed bytes.
 
-        Less than `end` means that the bytes from there on were refused, and nothing is committed there any more.
+        A result below `end` means that the remaining bytes were refused and are not committed.
         """
         return end
 
     def release(self, first: int, size: int) -> bool:
-        """Give them back. Nobody reads or writes there. False if that cannot be done; then nothing has changed."""
+        """Release unused bytes. Returns False if that is impossible; nothing has changed then."""
         return False
 
     def close(self) -> None:
-        """Give back what outlives the addresses. Nobody uses views of them afterwards."""
+        """Free what outlives the addresses. Views of them must not be used afterwards."""
 
 
 def whole_blocks(block: int, size: int) -> int:
-    """The bytes of the blocks that `size` bytes take: one, at least."""
+    """Round `size` up to whole blocks, at least one."""
     return -(-max(size, 1) // block) * block
 
 
 def as_bytes(memory: mmap.mmap, first: int = 0, size: int = -1) -> torch.Tensor:
-    """A mapping, or `size` bytes of it, as a tensor that keeps it and begins its storage. Also in inference mode it is
-    one that may be written to afterwards."""
+    """Return (`size` bytes of) a mapping as a tensor that keeps the mapping alive and starts its storage.
+
+    The result may be written outside inference mode even if it is created inside.
+    """
     with torch.inference_mode(False):
         return torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=size)
 
 
 def reserve_addresses(capacity: int, least: int) -> mmap.mmap:
-    """So many bytes of addresses that cost no memory, or half as many, and so on, down to `least`.
+    """Reserve `capacity` bytes of addresses without memory; on failure half as many, and so on, down to `least`.
 
     Raises `HostMemoryError`.
     """
@@ -114,7 +116,7 @@ def reserve_addresses(capacity: int, least: int) -> mmap.mmap:
                 capacity = max(least, whole_blocks(BLOCK, capacity // 2))
                 continue
             raise HostMemoryError(
-                f"{capacity} bytes of host addresses for keys and values cannot be reserved ({error.strerror}); "
-                "a limit on address space (ulimit -v) or strict overcommit may forbid it: raise it, "
+                f"cannot reserve {capacity} bytes of host addresses for keys and values ({error.strerror}); "
+                "the cause may be a limit on address space (ulimit -v) or strict overcommit: raise the limit, "
                 "or keep keys and values on the device with kv_offload=False"
             ) from error

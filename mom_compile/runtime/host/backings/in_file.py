@@ -1,4 +1,4 @@
-"""Parts of a file, mapped one behind another into the addresses."""
+"""Parts of a file, mapped one after another into the addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mom_compile.runtime.host.limits import HostMemoryError
 
 
 class InFile(Backing):
-    """Extents of the one file of a folder. They go with the addresses, not before: a view may outlive its region."""
+    """Extents of a folder's file. They are freed with the addresses, since a view may outlive its region."""
 
     block = BLOCK
     on_disk = True
@@ -30,30 +30,30 @@ class InFile(Backing):
         return addresses
 
     def commit(self, first: int, size: int) -> None:
-        self.file = file_in(self.directory)  # a fork has one of its own
+        self.file = file_in(self.directory)  # a fork has its own file
         extent = self.file.extent(first, size)
         try:
             extent.map(self.address)
         except OSError as error:
             extent.give_back()
             raise HostMemoryError(
-                f"{size} bytes on disk for keys and values cannot be mapped ({error.strerror}); "
-                "a limit on mappings (vm.max_map_count) or on address space (ulimit -v) may forbid it: raise it, "
+                f"cannot map {size} bytes on disk for keys and values ({error.strerror}); "
+                "the cause may be a limit on mappings (vm.max_map_count) or on address space (ulimit -v): raise it, "
                 "or use kv_offload=True to keep them in host memory"
             ) from error
         self.extents.append(extent)
 
     def parts(self, first: int, end: int) -> tuple[Extent, ...]:
-        """Where bytes `[first, end)` are, in order. They stay there while somebody shows them."""
+        """Return the extents of bytes `[first, end)`, in order. They do not move while a tensor shows the bytes."""
         found = (extent.part(first, end) for extent in self.extents)
         parts = tuple(sorted((part for part in found if part is not None), key=lambda part: part.first))
-        assert sum(part.size for part in parts) == end - first, "rows that are shown are in the file"
+        assert sum(part.size for part in parts) == end - first, "rows that a tensor shows are in the file"
         return parts
 
     def release(self, first: int, size: int) -> bool:
         try:
             unmap(self.address + first, size)
-        except OSError:  # one mapping would become two, and there may be no more
+        except OSError:  # a mapping would be split, and the process may have reached the limit of mappings
             return False
         held, self.extents[:] = list(self.extents), []
         for extent in held:

@@ -1,4 +1,4 @@
-"""Host memory that a device copies from beside its computation."""
+"""Pinned host memory, which a device copies from asynchronously."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ from mom_compile.runtime.host.backings.registration import PIECE, REGISTRAR, Pin
 from mom_compile.runtime.host.file import hold
 from mom_compile.runtime.host.limits import HostMemoryError
 
-#: Of x86 and of ARM: a whole number of blocks. The last one may be pinned in part, and is there as a whole.
+#: Of x86 and ARM, in whole blocks. The last huge page may be pinned in part, but is allocated as a whole.
 HUGE_PAGE = 2 * BLOCK
 
 
-#: Mappings of this process, and where they begin.
+#: Mappings of this process and their addresses.
 _NOT_IN_FORKS: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
 
-#: Those of a parent whose addresses a fork has given to others: unmapping them would take them away.
-_OF_OTHERS: list[mmap.mmap] = []
+#: In a fork: mappings of its parent at addresses where something else has been mapped. Closing them would unmap that.
+_REPLACED: list[mmap.mmap] = []
 
 
 def _hold_addresses() -> None:
     for memory, address in list(_NOT_IN_FORKS.items()):
         try:
             hold(address, len(memory))
-        except OSError:  # somebody who was asked before us, as soon as the fork began, has been given them
-            _OF_OTHERS.append(memory)
+        except OSError:  # another at-fork handler mapped something here first
+            _REPLACED.append(memory)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hold_addresses)
+os.register_at_fork(after_in_child=_hold_addresses)
 
 
 @dataclass(frozen=True)
 class _Range:
-    """What one commit pins: bytes `[first, end)` of the region."""
+    """Bytes `[first, end)` of the region, pinned by one commit."""
 
     first: int
     end: int
@@ -49,7 +48,7 @@ class _Range:
 
 
 class Pinned(Backing):
-    """Ranges that stay pinned until the region is closed. Each commit pins one of its own, so they meet at seams."""
+    """Host memory that stays pinned until the region is closed. Each commit pins its own range."""
 
     block = BLOCK
     reusable = True
@@ -60,15 +59,15 @@ class Pinned(Backing):
         self.pin = pin
         self._process = os.getpid()
         self._ranges: list[_Range] = []
-        #: How far all is pinned.
+        #: The end of the bytes that are pinned.
         self._ready = 0
 
     def reserve(self, capacity: int, least: int) -> torch.Tensor:
-        """Of huge pages where the kernel has them: it pins page by page. The first one begins where one may begin.
+        """Reserve addresses aligned to huge pages, if the kernel has them: pinning then takes fewer pages.
 
-        A fork does not have them. Pages that both had would be copied when one of them is written, and a device that
-        copies to the old page would write where its process does not look. What it has there instead is no memory, and
-        is kept: it would otherwise take the addresses for others, and lose those when the last view of them dies.
+        A fork does not inherit the pages. If it did, a write by either process would copy a shared page, and a device
+        that still accesses the old page would miss the new one. The fork keeps an inaccessible mapping in their
+        place; otherwise another mapping could take these addresses, and be unmapped with the last view of the region.
         """
         self.memory = reserve_addresses(capacity + HUGE_PAGE, least + HUGE_PAGE)
         first = -as_bytes(self.memory).data_ptr() % HUGE_PAGE
@@ -77,7 +76,7 @@ class Pinned(Backing):
         _NOT_IN_FORKS[self.memory] = self.address - first
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
-                with contextlib.suppress(OSError):  # a kernel without it
+                with contextlib.suppress(OSError):  # not supported by the kernel
                     self.memory.madvise(getattr(mmap, advice))
         return addresses
 
@@ -86,7 +85,7 @@ class Pinned(Backing):
         return self._process != os.getpid()
 
     def view(self) -> memoryview:
-        """All addresses, for calls of the system."""
+        """All addresses, for system calls."""
         addresses = as_bytes(self.memory)
         first = self.address - addresses.data_ptr()
         return memoryview(self.memory)[first:]
@@ -112,20 +111,20 @@ class Pinned(Backing):
         return registration
 
     def _wait(self, end: int) -> None:
-        """Raises `HostMemoryError`; what cannot be pinned is not committed then, nor what comes behind it."""
+        """Wait until bytes up to `end` are pinned. On an error, uncommits the failed range and those after it."""
         if end <= self._ready:
             return
         for one in self._ranges:
             if self._ready <= one.first < end:
                 try:
-                    one.registration.need()
+                    one.registration.complete()
                 except BaseException:
                     self._drop(one.first)
                     raise
                 self._ready = one.end
 
     def _drop(self, first: int) -> None:
-        """Everything from there on."""
+        """Drop all ranges from `first` on."""
         dropped = [one for one in self._ranges if one.first >= first]
         self._ranges = [one for one in self._ranges if one.first < first]
         self.seams[:] = [seam for seam in self.seams if seam <= first]

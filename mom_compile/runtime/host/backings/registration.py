@@ -1,18 +1,18 @@
-"""Host pages are registered with a driver piece by piece, and ahead of need on a thread of their own.
+"""Register (pin) host pages with a driver in pieces, optionally in a background thread.
 
 Terms
 -----
-register   Make pages ones that a device copies from and to beside its computation. A GiB takes 0.1 to 0.3 seconds.
-piece      What one call registers. A driver lets no other call in meanwhile, from no thread.
-ahead      Before anybody needs it, by the thread.
-need       Who needs a range does himself what is left of it, once the piece that is being registered is there.
+register     Let a device copy from and to host pages asynchronously. A GiB takes 0.1 to 0.3 seconds.
+piece        What one call registers. The driver blocks every other call of every thread meanwhile.
+background   Registration by a thread before the range is needed.
+complete     Registration of the remaining pieces by the thread that needs them, after the current piece.
 
-    launches:   .......... .......... need --->
-    thread:     piece      piece      piece          pauses as long as each took
-    need:                                  rest      without pauses
+    launches:   .......... .......... complete --->
+    thread:     piece      piece      piece          pauses as long as each piece took
+    complete:                              rest      without pauses
 
-A range that is dropped while a piece of it is being registered is undone by whoever does that: nobody waits for it, so
-a finaliser may drop it on any thread, this one too.
+If a range is dropped while one of its pieces is being registered, the registering thread undoes it. No one waits for
+that, so a finalizer may drop a range on any thread.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from collections.abc import Callable
 
 from mom_compile.runtime.host.limits import HostMemoryError
 
-#: Pins `(address, size)` and returns what undoes it. Raises `HostMemoryError`.
+#: Pins `(address, size)` and returns a function that unpins it. Raises `HostMemoryError`.
 Pin = Callable[[int, int], Callable[[], None]]
 
-#: 6 to 20 milliseconds, in which nothing can be launched: less than what is queued on a device takes. Each is a seam,
-#: and a copy of so much takes far longer than launching the next. (From 512 GiB on, drivers refuse to do it at once.)
+#: A piece blocks launches for 6 to 20 milliseconds, less than the work queued on a device takes. Each piece is a seam;
+#: copying one takes far longer than launching the next copy. (Drivers refuse to register 512 GiB or more at once.)
 PIECE = 64 << 20
 
 
 class Registration:
-    """Bytes `[address, address + size)`, on their way to be registered. `keeps` is what must not be freed before."""
+    """The registration of bytes `[address, address + size)`. `keeps` must not be freed before it is undone."""
 
     def __init__(self, pin: Pin, address: int, size: int, keeps: object) -> None:
         self.error: BaseException | None = None
@@ -48,16 +48,16 @@ class Registration:
         #: Held while a piece is being registered or undone.
         self._at_work = threading.Lock()
 
-    def need(self) -> None:
-        """It is registered when this returns. Raises `HostMemoryError`, and whatever else the driver's call does."""
+    def complete(self) -> None:
+        """Register the remaining pieces. Raises `HostMemoryError` and any other error of the driver's call."""
         while self._piece():
             pass
         if self.error is not None:
-            # A new error each time: the frames of whoever waits must not live as long as the range.
+            # A new error each time, so that the frames of a waiting caller do not live as long as the range.
             raise HostMemoryError(str(self.error)) from self.error
 
-    def ahead(self) -> None:
-        """As `need`, for nobody yet: what goes wrong is told to whoever needs it."""
+    def register_in_background(self) -> None:
+        """Register the pieces with pauses. `complete` reports errors."""
         with contextlib.suppress(Exception):
             while True:
                 began = time.monotonic()
@@ -71,7 +71,7 @@ class Registration:
         return 0 if self._dropped or self.error is not None else sum(size for _, size in list(self._left))
 
     def _piece(self) -> bool:
-        """Register one more; whether there was one."""
+        """Register the next piece. Returns whether there was one."""
         with self._at_work:
             more = bool(self._left) and self.error is None and not self._dropped
             if more:
@@ -87,14 +87,14 @@ class Registration:
         return more
 
     def fail(self, error: BaseException) -> None:
-        """It will not be tried any more."""
+        """Do not try any further."""
         self.error = self.error or error
 
     def drop(self) -> None:
-        """Nobody will use it. May be called anywhere, by the garbage collector too, and more than once."""
+        """Undo the registration. May be called by any thread, the garbage collector included, and repeatedly."""
         self._dropped = True
         if not self._at_work.acquire(blocking=False):
-            return  # whoever is at work sees it afterwards
+            return  # the thread that holds the lock drops it afterwards
         try:
             while self._undo:
                 self._undo.pop()()
@@ -103,7 +103,7 @@ class Registration:
 
 
 class Registrar:
-    """A thread that registers ranges ahead, in the order they are given. It is there while there are some."""
+    """A thread that registers ranges in the background, in order. It runs while ranges are queued."""
 
     def __init__(self) -> None:
         self._waiting: collections.deque[Registration] = collections.deque()
@@ -113,7 +113,7 @@ class Registrar:
 
     @property
     def left(self) -> int:
-        """Bytes that will be taken, and are not yet."""
+        """Bytes that are queued and not registered yet."""
         with self._lock:
             return sum(one.left for one in (self._now, *self._waiting) if one is not None)
 
@@ -131,12 +131,12 @@ class Registrar:
                 if one is None:
                     self._thread = None
                     return
-            one.ahead()
+            one.register_in_background()
             if one.error is not None:
                 self._give_up(one.error)
 
     def _give_up(self, error: BaseException) -> None:
-        """What waits would be refused too, and takes what somebody may need: it is tried again when it is needed."""
+        """Fail the queued ranges: they would be refused too, or take memory that is needed. Regions then retry them."""
         with self._lock:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -144,21 +144,23 @@ class Registrar:
             one.fail(error)
 
     def finish(self) -> None:
-        """Until all that was given has been tried."""
+        """Wait until all queued ranges have been tried."""
         thread = self._thread
         if thread is not None:
             thread.join()
 
     def close(self) -> None:
-        """Nothing is being registered any more: the end of a process, when a driver goes too."""
+        """Stop registering. Called at exit, before the driver is shut down."""
         self._give_up(HostMemoryError("the process ends"))
-        if self._now is not None:
-            self._now.drop()
+        with self._lock:
+            now = self._now
+        if now is not None:
+            now.drop()
         self.finish()
 
 
-#: Of this process.
+#: The registrar of this process.
 REGISTRAR = Registrar()
 atexit.register(REGISTRAR.close)
-if hasattr(os, "register_at_fork"):  # a fork has no thread, and what waits is its parent's
-    os.register_at_fork(after_in_child=REGISTRAR.__init__)  # type: ignore[misc]
+# A fork has no thread, and the queued ranges belong to its parent
+os.register_at_fork(after_in_child=REGISTRAR.__init__)  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""How a model lives with weights on the host: what is saved is plain, and what is loaded is where it was.
+"""Hooks of models with weights on the host: state dicts are saved as plain tensors and loaded to the host again.
 
-    state_dict()                   plain tensors on the CPU that show the weights' bytes, as what saves them needs
+    state_dict()                   plain tensors on the CPU that share the weights' bytes, so that they can be saved
     load_state_dict()              refused as a whole while another thread's program reads a weight
-    load_state_dict(assign=True)   what took a weight's place is kept on the host too; tied weights are one again
+    load_state_dict(assign=True)   assigned tensors become weights on the host too; tied weights stay tied
 
-Each module with such weights has a hook of its own, so this holds for parts of the model, copies and what is unpickled.
+Each module with such weights has its own hooks, so this also applies to parts, copies and unpickled models.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.weights.nested import is_on_host, leaves, plain, replaced
 
 
-def live_with(model: nn.Module, device: torch.device) -> None:
-    """The hooks of a model some of whose parameters are on the host."""
+def add_state_hooks(model: nn.Module, device: torch.device) -> None:
+    """Register the hooks of a model with parameters on the host."""
     ties = _ties(model)
     for module in model.modules():
         own = {name for name, value in module._parameters.items() if value is not None and is_on_host(value)}
         if own:
             module.register_state_dict_post_hook(_PlainState())
-            module.register_load_state_dict_post_hook(_HostedAgain(device, frozenset(own)))
-    model.register_load_state_dict_pre_hook(_nobody_reads)
+            module.register_load_state_dict_post_hook(_MoveToHost(device, frozenset(own)))
+    model.register_load_state_dict_pre_hook(_check_not_read)
     if ties:
-        model.register_load_state_dict_post_hook(_TiedAgain(ties))
+        model.register_load_state_dict_post_hook(_TieAgain(ties))
 
 
 def _ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Names of one parameter, where it has several."""
+    """Return the names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -42,7 +42,7 @@ def _ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 @dataclass
 class _PlainState:
-    """Of a state dict asked for with `keep_vars`, parameters are left as they are."""
+    """Replace host weights by plain tensors. With `keep_vars` the state dict has parameters, which are left alone."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name in module._parameters:
@@ -52,7 +52,7 @@ class _PlainState:
 
 
 @dataclass
-class _HostedAgain:
+class _MoveToHost:
     device: torch.device
     names: frozenset[str]
 
@@ -64,7 +64,7 @@ class _HostedAgain:
 
 
 @dataclass
-class _TiedAgain:
+class _TieAgain:
     ties: tuple[tuple[str, ...], ...]
 
     def __call__(self, model: nn.Module, keys: Any) -> None:
@@ -83,16 +83,16 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _nobody_reads(model: nn.Module, *_: Any) -> None:
-    """Before anything is changed."""
+def _check_not_read(model: nn.Module, *_: Any) -> None:
+    """Raise before anything is changed if a program of another thread reads a weight."""
     for parameter in model.parameters():
         for leaf in leaves(parameter):
             if isinstance(leaf, HostWeight):
-                leaf.check_nobody_reads("load_state_dict()")
+                leaf.check_not_read("load_state_dict()")
 
 
 def hosted(parameter: torch.Tensor, device: torch.device, least: int = 0) -> nn.Parameter:
-    """A parameter whose bytes stay on the host, but for tensors in it of fewer than `least` bytes."""
+    """Return a parameter whose bytes stay on the host, except for inner tensors of fewer than `least` bytes."""
 
     def change(leaf: torch.Tensor) -> torch.Tensor:
         if leaf.numel() * leaf.element_size() < least:
@@ -103,7 +103,7 @@ def hosted(parameter: torch.Tensor, device: torch.device, least: int = 0) -> nn.
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> nn.Parameter:
-    """What else was noted at a parameter is noted at the new one."""
+    """Return `tensor` as a parameter with the attributes of `parameter`."""
     made = nn.Parameter(tensor, requires_grad=False)
     if type(parameter) is nn.Parameter:
         for name, value in vars(parameter).items():
