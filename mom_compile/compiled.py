@@ -32,7 +32,7 @@ from mom_compile.notices import (
 )
 from mom_compile.report import Report
 from mom_compile.report.record import ForLong
-from mom_compile.runtime.host.steps import Append, Offload
+from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
 from mom_compile.torch_compat import (

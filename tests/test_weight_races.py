@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from benchmarks.models import keeping
 from benchmarks.without_codegen import pieces_run_eagerly
-from mom_compile.runtime.host import steps
+from mom_compile.runtime import copy_steps
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.weight import HostWeight
@@ -168,12 +168,12 @@ def test_without_the_wait_for_copies_the_same_stories_go_wrong(
 
 @pytest.mark.slow
 def test_without_the_wait_for_weights_alone_they_go_wrong(compiled: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = steps.FetchWait.__call__
+    wait = copy_steps.FetchWait.__call__
 
-    def for_rows_alone(self: steps.FetchWait, arguments: list[Any]) -> tuple[torch.Tensor]:
+    def for_rows_alone(self: copy_steps.FetchWait, arguments: list[Any]) -> tuple[torch.Tensor]:
         return wait(self, arguments) if arguments[0].buffer.dim() > 2 else (arguments[0].buffer,)
 
-    monkeypatch.setattr(steps.FetchWait, "__call__", for_rows_alone)
+    monkeypatch.setattr(copy_steps.FetchWait, "__call__", for_rows_alone)
     assert goes_wrong(compiled)
 
 
@@ -246,7 +246,7 @@ def test_slots_take_turns_in_what_was_told(compiled: nn.Module) -> None:
     fetches: list[int] = []
 
     def note(step: Step, results: Any) -> None:
-        if isinstance(step.run, steps.FetchStart) and results[0].buffer.dim() == 2:
+        if isinstance(step.run, copy_steps.FetchStart) and results[0].buffer.dim() == 2:
             fetches.append(len(step.arguments))
 
     with observing(note):

@@ -37,8 +37,8 @@ from mom_compile.memory.place import KVPlace
 from mom_compile.progress import expect
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
+from mom_compile.runtime.copy_steps import KeepWeights, Settle
 from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
-from mom_compile.runtime.host.steps import KeepWeights, Settle
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides

@@ -9,8 +9,8 @@ from torch import fx
 
 from mom_compile.memory.choice import Stays
 from mom_compile.memory.place import KVPlace
+from mom_compile.runtime.copy_steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_compile.runtime.extend import Extend
-from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
