@@ -32,14 +32,10 @@ from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
-from mom_compile.torch_compat import (
-    InnerCompile,
-    asks_for_freezing,
-    is_cut_apart,
-    mark_boxed,
-    start_the_compiler,
-    stock_inner_compile,
-)
+from mom_compile.torch_compat.aot_autograd import InnerCompile
+from mom_compile.torch_compat.cpp_kernels import start_the_compiler
+from mom_compile.torch_compat.dynamo import is_cut_apart
+from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone
 from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.data_dependent import unknown_number_behind

@@ -35,18 +35,10 @@ from mom_compile.report.record import ForLong
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
-from mom_compile.torch_compat import (
-    GraphCount,
-    NotStorable,
-    Storable,
-    codegen_settings,
-    expect_other_sizes,
-    graph_count,
-    loaded_stock,
-    sizes_become_dynamic,
-    stored_stock,
-    when_limit_exceeded,
-)
+from mom_compile.torch_compat.compile_cache import NotStorable, Storable, loaded_stock, stored_stock
+from mom_compile.torch_compat.dynamo import expect_other_sizes, sizes_become_dynamic
+from mom_compile.torch_compat.inductor import codegen_settings
+from mom_compile.torch_compat.recompiles import GraphCount, graph_count, when_limit_exceeded
 
 log = logging.getLogger(__name__)
 

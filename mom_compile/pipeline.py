@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
-from mom_compile.torch_compat import is_called
+from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.attention.reads import source_of

@@ -41,7 +41,7 @@ from mom_compile.runtime.copy_steps import KeepWeights, Settle
 from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import UNCHECKED, codegen_settings, keep_output_strides
+from mom_compile.torch_compat.inductor import NO_SIZE_ASSERTS, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import base_of, is_mutation
@@ -160,7 +160,7 @@ class Lowering:
         templates, turned = turn_once(graph, templates, _are_whole(loop, len(templates)))
         values_of_symbols = {LENGTH: layout.literal}
         run, extra, left = self._compile(
-            graph, templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS, UNCHECKED
+            graph, templates, step.name, values_of_symbols, layout.facts(), NO_LITERALS, NO_SIZE_ASSERTS
         )
         left, turned = left[of_inputs], turned[of_inputs]
         sizes = _sizes_in_a_run(loop)
@@ -217,7 +217,7 @@ class Lowering:
         a loop passes them itself, after the others. The user's own `patches` of Inductor's options win.
         """
         if graph.find_nodes(op="call_function", target=LAID_OUT):
-            patches = {**patches, **UNCHECKED}  # Inductor would check the result before it is laid out
+            patches = {**patches, **NO_SIZE_ASSERTS}  # Inductor would check the result before it is laid out
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
         gm = fx.GraphModule(torch.nn.Module(), graph)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template, TensorTemplate
-from mom_compile.torch_compat import least_value
+from mom_compile.torch_compat.symbolic_sizes import least_value
 from mom_passes.errors import PassError
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, hint, product

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from mom_compile.torch_compat import mark_stored
+from mom_compile.torch_compat.inductor import mark_stored
 from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint

@@ -33,17 +33,12 @@ from mom_compile.lowering.once import is_worthwhile, store_once
 from mom_compile.lowering.results import lay_out_results
 from mom_compile.progress import advance, compiling
 from mom_compile.report import Report
-from mom_compile.torch_compat import (
-    COMPILING,
-    CodegenSettings,
-    NotStorable,
-    SymbolicSizes,
-    assert_layout,
-    inductor_as_of,
-    kernels_later,
-    loaded_piece,
-    stored_piece,
-)
+from mom_compile.torch_compat.compile_cache import NotStorable
+from mom_compile.torch_compat.cpp_kernels import defer_kernel_waits
+from mom_compile.torch_compat.dynamo import COMPILING
+from mom_compile.torch_compat.inductor import CodegenSettings, inductor_configured
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes, loaded_piece, stored_piece
+from mom_compile.torch_compat.tensors import assert_layout
 from mom_passes.attention.flex import graphs_put_back
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
@@ -207,7 +202,7 @@ class Piece:
             sizes.propagate(self.gm, inputs)
             lay_out_results(self.gm, self.orders)
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
-            with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
+            with inductor_configured(self.settings), defer_kernel_waits(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
                 gm = graphs_put_back(copy_graph(self.gm))
                 decompose(gm, sizes.mode)

@@ -8,7 +8,7 @@ from torch import fx
 
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
-from mom_compile.torch_compat import GraphCount
+from mom_compile.torch_compat.recompiles import GraphCount
 from mom_passes.program.memory import Memory
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from mom_compile.torch_compat import is_alone
+from mom_compile.torch_compat.storages import is_alone
 from mom_passes.ops.transfers import growing_strides
 
 #: Room that a storage gets beyond the rows that it needs: this part of them.
