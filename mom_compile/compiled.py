@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from mom_compile.config import Options
-from mom_compile.lowering.pieces import Piece, PieceCache
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
 from mom_compile.memory.device_bytes import budget_of

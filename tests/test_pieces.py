@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mom_compile import reports
 from mom_compile.backend import why_stock
 from mom_compile.config import parse_options
-from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece, structural_key
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.report import Report
 from mom_compile.torch_compat.inductor import codegen_settings
 from mom_passes.loops.ports import COUNT

@@ -16,7 +16,7 @@ from torch._inductor.loop_body import LoopBody
 
 import mom_compile.backend as backend_module
 from mom_compile import MomWarning, reports
-from mom_compile.lowering.pieces import PieceCache
+from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.torch_compat import cpp_kernels
 from mom_compile.torch_compat.cpp_kernels import AsyncCompile, defer_kernel_waits
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of

@@ -1,6 +1,6 @@
-"""Matrices that a loop's body reads transposed alone are handed to it so: they are turned once, not in every iteration.
+"""Weights that a loop body only reads transposed are transposed once, before the loop, not in every iteration.
 
-Before:  def body(start, count, x_rows, w): wt = permute(w, [1, 0]); y = mm(x_rows, wt); ...       a view for each
+Before:  def body(start, count, x_rows, w): wt = permute(w, [1, 0]); y = mm(x_rows, wt); ...       loop(x, w)
 After:   def body(start, count, x_rows, w): y = mm(x_rows, w); ...                                 loop(x, w.t())
 """
 
@@ -12,34 +12,43 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from mom_compile.lowering.pieces import Template, TensorTemplate
+from mom_compile.lowering.templates import Template, TensorTemplate
 
 aten = torch.ops.aten
 
 
-def turn_once(
+def transpose_once(
     graph: fx.Graph, templates: Sequence[Template], candidates: Sequence[bool]
 ) -> tuple[list[Template], list[bool]]:
-    """Take the transposes out of a body, in place: what its inputs are then, and which of them are turned.
+    """Remove transposes from a body, in place.
 
-    `templates` are those of the placeholders, of which `candidates` are the same in every iteration.
+    Parameters
+    ----------
+    templates
+        Of the placeholders.
+    candidates
+        Whether the placeholder has the same value in every iteration.
+
+    Returns
+    -------
+    The new templates, and which placeholders are transposed now.
     """
     inputs = graph.find_nodes(op="placeholder")
-    turned = [may and _is_read_turned(node) for node, may in zip(inputs, candidates, strict=True)]
-    for node, turns in zip(inputs, turned, strict=True):
-        for view in list(node.users) if turns else ():
+    transposed = [may and _is_read_transposed(node) for node, may in zip(inputs, candidates, strict=True)]
+    for node, transposes in zip(inputs, transposed, strict=True):
+        for view in list(node.users) if transposes else ():
             view.replace_all_uses_with(node)
             graph.erase_node(view)
-    return [_turned(t) if turns else t for t, turns in zip(templates, turned, strict=True)], turned
+    return [_transposed(t) if now else t for t, now in zip(templates, transposed, strict=True)], transposed
 
 
-def _is_read_turned(node: fx.Node) -> bool:
-    turns = (aten.t.default, aten.permute.default)
+def _is_read_transposed(node: fx.Node) -> bool:
+    transposes = (aten.t.default, aten.permute.default)
     return bool(node.users) and all(
-        user.target in turns and list(user.args[1:]) in ([], [[1, 0]]) and not user.kwargs for user in node.users
+        user.target in transposes and list(user.args[1:]) in ([], [[1, 0]]) and not user.kwargs for user in node.users
     )
 
 
-def _turned(template: Template) -> Template:
+def _transposed(template: Template) -> Template:
     assert isinstance(template, TensorTemplate)
     return replace(template, shape=template.shape[::-1], stride=template.stride[::-1])
