@@ -32,6 +32,7 @@ from mom_compile.notices import (
     warn_once,
 )
 from mom_compile.report import Report
+from mom_compile.report.reasons import Reason
 from mom_compile.report.record import ForLong
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
@@ -43,7 +44,6 @@ from mom_compile.torch_compat.recompiles import GraphCount, graph_count, when_li
 
 log = logging.getLogger(__name__)
 
-NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
 
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
@@ -68,8 +68,8 @@ class Notice:
         if report.failed:
             warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
         for name, reason in report.eager_pieces.items():
-            warn_of_eager(name, reason)
-        if self.not_ours == NEEDS_GRADIENTS:
+            warn_of_eager(report.located(name), reason)
+        if self.not_ours is Reason.NEEDS_GRADIENTS:
             warn_of_gradients()
         elif asked not in (False, "auto"):
             warn_of_device_kv(asked, report.on_device)

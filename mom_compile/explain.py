@@ -290,7 +290,7 @@ def _explain_graph(
                     report.describe_layers(decision.rewritten)
                     runnable = decision.rewritten.gm
                 else:
-                    report.fallback = str(decision)
+                    report.fallback = decision.reason
                     runnable = for_stock(gm, report=report)
             runnable = gm if as_captured else runnable
         except Exception as error:

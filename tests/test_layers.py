@@ -16,7 +16,8 @@ PACKAGES = {"mom_passes": ROOT / "passes", "mom_compile": ROOT}
 #: Rooms from the ground up: each may import those before it, and its own modules.
 ROOMS = {
     "mom_passes": (
-        "torch_compat errors", "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
+        "torch_compat source_lines errors",
+        "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
         "torch_compat rules", "versions", "notices progress quantities", "runtime",

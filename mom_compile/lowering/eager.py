@@ -30,11 +30,17 @@ def run_eagerly(gm: fx.GraphModule, inputs: list[Any]) -> Any:
     return gm(*values)
 
 
-def refuse_or_warn(reason: str, strict: bool) -> None:
+def refuse_or_warn(reason: str, lines: str | None, strict: bool) -> None:
     """Warn that code failed to compile while a program ran, or raise `NotCompiled` if `strict`.
 
     Reports are made before a program runs and do not contain this reason.
+
+    Parameters
+    ----------
+    lines
+        The user's lines that the code was compiled from, if they are known.
     """
+    what = "a piece for other sizes" + (f" ({lines})" if lines is not None else "")
     if strict:
-        raise NotCompiled({"a piece for other sizes": reason})
-    warn_of_eager("a piece for other sizes", reason)
+        raise NotCompiled({what: reason})
+    warn_of_eager(what, reason)

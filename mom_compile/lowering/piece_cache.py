@@ -14,6 +14,7 @@ from mom_compile.progress import advance
 from mom_compile.report import Report
 from mom_compile.torch_compat.dynamo import COMPILING
 from mom_compile.torch_compat.inductor import CodegenSettings
+from mom_passes.source_lines import source_range
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class PieceCache:
         advance()
         if found.eager_reason is not None:
             report.eager_pieces[name] = found.eager_reason
+            report.locate({name: source_range(found.gm.graph)})
 
     def clear(self) -> None:
         self._pieces.clear()

@@ -39,6 +39,7 @@ from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
 from mom_passes.loops.ports import COUNT
+from mom_passes.source_lines import source_range
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ class Piece:
         if reason is not None and self.strict:
             del self.variants[new]  # no later call may run it
         if reason is not None:
-            refuse_or_warn(reason, self.strict)
+            refuse_or_warn(reason, source_range(self.gm.graph), self.strict)
         return self.variants[new].run
 
 

@@ -30,7 +30,7 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.errors import CannotChunk, RuleError
+from mom_passes.errors import CannotChunk, NoRule, RuleError
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
 from mom_passes.rules.needs import Dim, Need, State, Window, fault_of
@@ -109,7 +109,7 @@ class OperatorFacts:
         Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
         """
         if self.rule is None:
-            raise CannotChunk(node, dim, NO_RULE)
+            raise NoRule(node, dim)
         try:
             claim = self.rule(node, dim)
         except (CannotChunk, RuleError):
@@ -128,9 +128,6 @@ class Described:
     """A call's target that says itself what is known of it: part of a graph that was outlined (`tokens.region`)."""
 
     facts: OperatorFacts
-
-
-NO_RULE = "no chunk rule is registered for this operator"
 
 
 def _fault(claim: Any, operand_count: int) -> str | None:
