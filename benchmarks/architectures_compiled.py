@@ -24,16 +24,8 @@ import transformers
 
 from benchmarks import measure, results_file
 from benchmarks.architectures import COMPILED, write_page
-from benchmarks.architectures_worker import (
-    BOUND_FLOAT32,
-    Caller,
-    NoState,
-    Subject,
-    build,
-    describe_error,
-    difference,
-    in_a_child,
-)
+from benchmarks.architectures_calls import Caller, NoState, Subject, build
+from benchmarks.architectures_worker import BOUND_FLOAT32, describe_error, difference, in_a_child
 from benchmarks.small_configs import SMALL, Scale
 from benchmarks.workers import row, run_worker
 from mom_compile import reports

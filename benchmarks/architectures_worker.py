@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import re
@@ -17,8 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,143 +26,17 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from benchmarks import measure
-from benchmarks.models import keeping
-from benchmarks.small_configs import REALISTIC, SMALL, Scale, exceptions, small_config
-from benchmarks.text_decoders import TextDecoder, build_decoder
+from benchmarks.architectures_calls import TOKENS, Caller, Inputs, Subject, accepted, build, is_recurrent, words
+from benchmarks.small_configs import REALISTIC, SMALL
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 from benchmarks.workers import row, step
 from mom_compile import reports
 from mom_passes.rules.work import products
 
-TOKENS = {"prefill": 53, "batch": 50, "decode": 50, "scoring": 53}
-PADDING = (7, 0, 20)
-OPTIONS = {"mini_seq_len": 8, "strict": True}
 #: A use counts as right up to this, of eager's largest logit. Some types compute norms or softmax in float32 always.
 BOUND = 1e-6
 BOUND_FLOAT32 = 1e-4
 LONG = 2048
-#: Uses that are a token more, and the use before.
-FOLLOWS = {"decode": "batch", "step": "prefill"}
-#: Where models put what a step after this one is given.
-STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-
-Inputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A type that is run: a causal language model, or the text decoder of a composite of this type."""
-
-    name: str
-    composite: str | None = None
-
-    @property
-    def exceptions(self) -> dict[str, Any]:
-        return exceptions(self.composite or self.name)
-
-
-def build(subject: Subject, scale: Scale, dtype: torch.dtype) -> Any:
-    """With noise on every parameter: biases and gates that begin at zero would hide what is done to them."""
-    torch.manual_seed(0)
-    if subject.composite is None:
-        model = transformers.AutoModelForCausalLM.from_config(small_config(subject.name, scale))
-    else:
-        model = build_decoder(subject.composite, scale)
-    model = model.eval().to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.02)
-    return model
-
-
-def words(model: Any, rows: int, tokens: int, scale: Scale, seed: int = 0) -> Inputs:
-    """Ids, or what a text decoder takes in their place."""
-    ids = torch.randint(3, scale.words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    return {"inputs_embeds": model.embed(ids)} if isinstance(model, TextDecoder) else {"input_ids": ids}
-
-
-def accepted(model: Any, **inputs: Any) -> Inputs:
-    """Those that the model has a name for."""
-    names = inspect.signature(model.forward).parameters
-    return {name: value for name, value in inputs.items() if name in names}
-
-
-def padded(model: Any, tokens: int) -> Inputs:
-    mask = torch.ones(len(PADDING), tokens, dtype=torch.long)
-    for i, count in enumerate(PADDING):
-        mask[i, :count] = 0
-    return accepted(model, **words(model, len(PADDING), tokens, SMALL), attention_mask=mask, use_cache=True)
-
-
-def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
-    """A token more, for each sequence."""
-    batch = next(iter(inputs.values())).shape[0]
-    mask = inputs.get("attention_mask")
-    grown = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)}
-    state = next((name for name in STATES if out.get(name) is not None), None)
-    if state is None:
-        raise NoState(f"it returns none of {', '.join(STATES)}")
-    kept = keeping(out[state], model) if state == "past_key_values" else {state: out[state]}
-    return {**accepted(model, **words(model, batch, 1, SMALL, 9), use_cache=True), **grown, **kept}
-
-
-def is_recurrent(out: Any) -> bool:
-    """Whether a layer hands a state of its own from token to token, beside keys and values or in place of them: a short
-    convolution's last rows, what a scan or a linear attention has summed up."""
-    kept, own = out.get("past_key_values"), out.get("cache_params")
-    # Since transformers 5.24 both names lead to one cache: what its layers keep tells then.
-    if out.get("state") is not None or (own is not None and not (own is kept and hasattr(own, "layers"))):
-        return True
-    layers = getattr(kept, "layers", ())
-    return any(hasattr(layer, "update_conv_state") or hasattr(layer, "update_recurrent_state") for layer in layers)
-
-
-class NoState(Exception):
-    """A model that keeps nothing: there is no step after its prefill."""
-
-
-@dataclass
-class Caller:
-    """A model by one backend, `None` for eager mode."""
-
-    model: Any
-    backend: str | None
-    tokens: Mapping[str, int] = field(default_factory=lambda: TOKENS)
-    options: Inputs = field(default_factory=lambda: OPTIONS)
-
-    def __call__(self, inputs: Inputs) -> Any:
-        call = self.model.forward if self.backend is None else self.model
-        with torch.no_grad():
-            return call(**inputs)
-
-    def use(self, name: str, outputs: dict[str, Any]) -> torch.Tensor:
-        """The logits of one use; `outputs` has those that it follows upon, by the same backend."""
-        inputs = self.inputs(name, outputs)
-        out = outputs[name] = self(inputs)
-        mask = inputs.get("attention_mask")
-        whole = mask is not None and out.logits.dim() == 3 and out.logits.shape[1] == mask.shape[1]
-        return out.logits[mask.bool()] if whole else out.logits  # type: ignore[union-attr]
-
-    def inputs(self, name: str, outputs: dict[str, Any]) -> Inputs:
-        model = self.model
-        if name in FOLLOWS:
-            before = FOLLOWS[name]
-            if before not in outputs:
-                raise NoState("there is no prefill to follow")
-            return after(model, self.inputs(before, outputs), outputs[before])
-        tokens = self.tokens[name]
-        if name == "prefill":
-            return accepted(model, **words(model, 1, tokens, SMALL), use_cache=True, logits_to_keep=1)
-        if name == "batch":
-            return padded(model, tokens)
-        return accepted(model, **words(model, 2, tokens, SMALL), use_cache=False)
-
-    def compile(self) -> None:
-        torch._dynamo.reset()
-        self.model._compiled_call_impl = None
-        if self.backend is not None:
-            self.model.compile(backend=self.backend, options=self.options if self.backend == "mom" else None)
 
 
 def describe_error(error: BaseException) -> str:

@@ -20,8 +20,9 @@ from torch import fx
 
 import mom_compile.backend as backend_module
 from mom_compile.lowering.eager import run_eagerly
-from mom_compile.lowering.pieces import Piece, SizeTemplate, Variant
-from mom_compile.torch_compat import mark_boxed
+from mom_compile.lowering.pieces import Piece, Variant
+from mom_compile.lowering.templates import SizeTemplate
+from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.graph.edit import copy_graph
 
 

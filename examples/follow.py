@@ -21,11 +21,13 @@ from mom_compile.backend import static_input_names
 from mom_compile.capture import capture
 from mom_compile.config import parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece
+from mom_compile.lowering.templates import SizeTemplate
 from mom_compile.memory.place import KVPlace
 from mom_compile.report import Report
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.torch_compat import mark_boxed
+from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT

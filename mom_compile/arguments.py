@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from mom_compile.torch_compat import compiled_from
+from mom_compile.torch_compat.dynamo import compiled_from
 
 #: Wrappers that run the module on this process's share of a batch, or a part of the batch on each of several devices.
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)

@@ -20,7 +20,7 @@ import mom_compile.runtime.attention.register
 import mom_compile.runtime.scored  # noqa: F401  registers its kernel
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.capture import capture
-from mom_compile.compiled import NEEDS_GRADIENTS, NOTICES, PIECES, CompiledGraph, Notice, forget_compiled, keep
+from mom_compile.compiled import NOTICES, PIECES, CompiledGraph, Notice, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
@@ -30,16 +30,13 @@ from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.progress import compiling
 from mom_compile.report import Report
+from mom_compile.report.reasons import Reason
 from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
-from mom_compile.torch_compat import (
-    InnerCompile,
-    asks_for_freezing,
-    is_cut_apart,
-    mark_boxed,
-    start_the_compiler,
-    stock_inner_compile,
-)
+from mom_compile.torch_compat.aot_autograd import InnerCompile
+from mom_compile.torch_compat.cpp_kernels import start_the_compiler
+from mom_compile.torch_compat.dynamo import is_cut_apart
+from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone
 from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.data_dependent import unknown_number_behind
@@ -48,6 +45,7 @@ from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.rules.work import products
+from mom_passes.source_lines import with_source_line
 from mom_passes.torch_compat import FLEX_ATTENTION
 
 log = logging.getLogger(__name__)
@@ -122,7 +120,7 @@ def compile_graph(
             except NotWorthwhile as decision:
                 program = build_layers(decision.rewritten, options, report, static_input_names(gm, kwargs), kwargs)
                 if program is None:
-                    report.fallback = str(decision)
+                    report.fallback = decision.reason
                     gm = for_stock(gm, report=report)
         except MemoryBudgetError:
             raise  # the user's own: stock Inductor would keep the budget no better
@@ -169,11 +167,11 @@ def stock_or_eager(
 def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:
     """Why a graph is not for us, or None."""
     if options.scope == "none":
-        return "scope='none' asks for stock Inductor"
+        return Reason.ASKED_FOR
     if not kwargs.get("is_inference"):
-        return NEEDS_GRADIENTS
+        return Reason.NEEDS_GRADIENTS
     if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
-        return "ahead-of-time and C++-wrapper compilation are stock Inductor's"
+        return Reason.AHEAD_OF_TIME
     return _unsupported(gm)
 
 
@@ -187,11 +185,11 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
             and not is_read_by_flex_alone(gm, node)
         ):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
-            return f"{users} calls a graph of its own, {node.target}"
+            return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
         devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
     unknown = unknown_number_behind(gm.graph, products(gm.graph))
     if unknown is not None:
-        return _depends_on_data(unknown)
+        return with_source_line(_depends_on_data(unknown), unknown)
     if torch.device("meta") in devices:
         return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
     accelerators = sorted(str(device) for device in devices if device.type != "cpu")
@@ -253,7 +251,7 @@ def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Col
         strict=options.strict,
     ).program()
     if options.strict and report.eager_pieces:
-        raise NotCompiled(report.eager_pieces)
+        raise NotCompiled({report.located(name): reason for name, reason in report.eager_pieces.items()})
     return program
 
 

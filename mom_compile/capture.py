@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from mom_compile.torch_compat import InnerCompile, any_autocast, needs_gradients, trace
+from mom_compile.torch_compat.aot_autograd import InnerCompile, any_autocast, needs_gradients, trace
 from mom_passes.errors import PassError
 from mom_passes.graph.alike import inline_layers, outline_layers
 

@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 from mom_compile.config import joined_options, parse_options
-from mom_compile.torch_compat import UserError, compile_apart, expect_other_sizes
+from mom_compile.torch_compat.dynamo import expect_other_sizes
+from mom_compile.torch_compat.errors import UserError
+from mom_compile.torch_compat.recompiles import compile_apart
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 

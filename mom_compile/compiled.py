@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from mom_compile.config import Options
-from mom_compile.lowering.pieces import Piece, PieceCache
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
 from mom_compile.memory.device_bytes import budget_of
@@ -31,26 +32,18 @@ from mom_compile.notices import (
     warn_once,
 )
 from mom_compile.report import Report
+from mom_compile.report.reasons import Reason
 from mom_compile.report.record import ForLong
-from mom_compile.runtime.host.steps import Append, Offload
+from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
-from mom_compile.torch_compat import (
-    GraphCount,
-    NotStorable,
-    Storable,
-    codegen_settings,
-    expect_other_sizes,
-    graph_count,
-    loaded_stock,
-    sizes_become_dynamic,
-    stored_stock,
-    when_limit_exceeded,
-)
+from mom_compile.torch_compat.compile_cache import NotStorable, Storable, loaded_stock, stored_stock
+from mom_compile.torch_compat.dynamo import expect_other_sizes, sizes_become_dynamic
+from mom_compile.torch_compat.inductor import codegen_settings
+from mom_compile.torch_compat.recompiles import GraphCount, graph_count, when_limit_exceeded
 
 log = logging.getLogger(__name__)
 
-NEEDS_GRADIENTS = "the graph needs gradients (call it under torch.no_grad() or torch.inference_mode())"
 
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
@@ -75,8 +68,8 @@ class Notice:
         if report.failed:
             warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
         for name, reason in report.eager_pieces.items():
-            warn_of_eager(name, reason)
-        if self.not_ours == NEEDS_GRADIENTS:
+            warn_of_eager(report.located(name), reason)
+        if self.not_ours is Reason.NEEDS_GRADIENTS:
             warn_of_gradients()
         elif asked not in (False, "auto"):
             warn_of_device_kv(asked, report.on_device)

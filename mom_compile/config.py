@@ -10,7 +10,8 @@ from typing import Any
 
 from mom_compile.quantities import parse_bytes
 from mom_compile.runtime.host.placement import MEMORY, TIERS
-from mom_compile.torch_compat import UserError, inductor_option_names, mode_options
+from mom_compile.torch_compat.errors import UserError
+from mom_compile.torch_compat.inductor import inductor_option_names, mode_options
 from mom_passes.loops.loop import FEWEST_ROWS, RowLimit
 
 #: No model has more tokens; a larger number is a typing error.

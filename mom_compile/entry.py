@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mom_compile.backend import mom as mom
-from mom_compile.torch_compat import start_the_compiler
+from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 
 if not torch.accelerator.device_count():
     start_the_compiler()

@@ -30,7 +30,9 @@ from mom_compile.report import Report
 from mom_compile.report.notebook import html_of_table
 from mom_compile.report.units import counted
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
-from mom_compile.torch_compat import NEEDS_DATA, mark_boxed, trace_whole, undisturbed
+from mom_compile.torch_compat.dynamo import trace_whole, undisturbed
+from mom_compile.torch_compat.errors import NEEDS_DATA
+from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.edit import copy_graph
 from mom_passes.program.memory import memory
@@ -288,7 +290,7 @@ def _explain_graph(
                     report.describe_layers(decision.rewritten)
                     runnable = decision.rewritten.gm
                 else:
-                    report.fallback = str(decision)
+                    report.fallback = decision.reason
                     runnable = for_stock(gm, report=report)
             runnable = gm if as_captured else runnable
         except Exception as error:

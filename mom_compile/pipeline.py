@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from mom_compile.report import DECODE_STEP, PREFILL, SCORING, PassReport, Report
-from mom_compile.torch_compat import is_called
+from mom_compile.report.reasons import Reason
+from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.attention.reads import source_of
@@ -50,6 +51,7 @@ from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
 from mom_passes.rules import facts, has_own_rule
 from mom_passes.rules.work import products
+from mom_passes.source_lines import source_line
 from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -66,12 +68,16 @@ log = logging.getLogger(__name__)
 
 
 class NotWorthwhile(Exception):
-    """Loops gain nothing. The text is the reason.
+    """Loops gain nothing, for `reason`.
 
     `rewritten` is the graph without loops, cut by layers, or None where stock Inductor compiles it as a whole.
     """
 
     rewritten: Rewritten | None = None
+
+    def __init__(self, reason: Reason | str) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass
@@ -196,7 +202,7 @@ def find_tokens(state: State) -> str:
     """Which dimension of each value is the token dimension."""
     dims = _token_dims(state)
     if dims is None and _is_decode_step(state.gm):
-        raise NotWorthwhile("decode step: one token, nothing to cut")
+        raise NotWorthwhile(Reason.ONE_TOKEN)
     if dims is None:
         raise NotWorthwhile(_why_no_tokens(state.gm))
     before = value_of(dims.seed).shape[: dims.seed_dim.index]
@@ -291,13 +297,15 @@ def follow_demands(state: State) -> str:
     assert state.dims is not None
     state.demands = build_demands(state.gm, state.dims)
     whole = {i.node for i, kind in state.demands.kinds.items() if kind is Kind.WHOLE}
-    state.report.left_out = {
-        _named(n): state.together.get(n.name, why)
-        for n, why in state.dims.mixing.items()
+    left_out = [
+        n
+        for n in state.dims.mixing
         if n in whole
         and n.target not in (operator.getitem, SPANS, FETCH_ROWS, LAID_OUT)
         and not _reduces_an_input(n, state.dims)
-    }
+    ]
+    state.report.left_out = {_named(n): state.together.get(n.name, state.dims.mixing[n]) for n in left_out}
+    state.report.locate({_named(n): source_line(n) for n in left_out})
     return f"{len(state.demands.order)} instances"
 
 
@@ -351,6 +359,8 @@ def regions_put_back(state: State) -> str:
 
 def keys_and_values_to_host(state: State) -> str:
     """What the cache keeps leaves for the host behind its stage, and comes back for its attention."""
+    if state.kv is not None:
+        state.report.locate({value.node.name: source_line(value.node) for value in state.kv.left_out})
     state.offload = kv_offload(state.gm, state.device, start=state.kv_on_host, kv=state.kv)
     state.report.describe_kv(state.offload)
     return f"{len(state.offload.leaving)} values leave, {state.offload.arriving} arrive"
@@ -453,11 +463,11 @@ def run_pipeline(
         no_loops = decision
     _run(BETWEEN_LOOPS, state, skip)
     if no_loops is not None and not _is_rewritten(state):
-        no_loops.rewritten = _by_layers(state, str(no_loops), skip)
+        no_loops.rewritten = _by_layers(state, no_loops.reason, skip)
         raise no_loops
     _run(STORAGE, state, skip)
     log.debug("rewritten graph:\n%s", state.gm.code)
-    return Rewritten.of(state.gm, None if no_loops is None else str(no_loops), state.weights)
+    return Rewritten.of(state.gm, None if no_loops is None else no_loops.reason, state.weights)
 
 
 def _by_layers(state: State, no_loops: str, skip: Collection[str]) -> Rewritten | None:

@@ -13,7 +13,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from mom_compile.torch_compat import UserError
+from mom_compile.torch_compat.errors import UserError
 
 _PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
              "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip

@@ -23,7 +23,7 @@ from mom_compile.config import joined_options, parse_options
 from mom_compile.padding import batch_arguments
 from mom_compile.report.notebook import html_of_text
 from mom_compile.report.units import counted
-from mom_compile.torch_compat import floats_are_constants
+from mom_compile.torch_compat.dynamo import floats_are_constants
 
 #: The label of a token that is not scored, as in Hugging Face's losses.
 IGNORED = -100

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mom_compile.torch_compat import FakeCopyMode, FakeTensorMode, tree_any, tree_map
+from mom_compile.torch_compat.tensors import FakeCopyMode, FakeTensorMode, tree_any, tree_map
 from mom_passes.torch_compat import is_wrapper
 
 #: Types of arguments that are passed on as they are, since they are not written to.

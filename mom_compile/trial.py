@@ -20,7 +20,7 @@ from torch import nn
 
 from mom_compile.arguments import names
 from mom_compile.stand_ins import called_without_data, on_stand_ins
-from mom_compile.torch_compat import TorchDispatchMode, tree_leaves
+from mom_compile.torch_compat.tensors import TorchDispatchMode, tree_leaves
 
 log = logging.getLogger(__name__)
 

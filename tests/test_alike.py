@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import mom_compile.capture as capturing
-from mom_compile.torch_compat import floats_are_constants, mark_boxed, trace
+from mom_compile.torch_compat.aot_autograd import trace
+from mom_compile.torch_compat.dynamo import floats_are_constants
+from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.errors import PassError
 from mom_passes.graph import alike
 from mom_passes.graph.edit import attribute

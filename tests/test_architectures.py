@@ -15,8 +15,9 @@ from transformers import CONFIG_MAPPING
 
 import mom_compile
 from benchmarks import architectures, architectures_page, small_configs, text_decoders
+from benchmarks.architectures_calls import PADDING, Caller, Subject, build, is_recurrent
 from benchmarks.architectures_compiled import OPTIONS, SCALE, TOKENS, compiled_differences
-from benchmarks.architectures_worker import BOUND_FLOAT32, PADDING, Caller, Found, Subject, build, is_recurrent
+from benchmarks.architectures_worker import BOUND_FLOAT32, Found
 from benchmarks.models import keeping
 from benchmarks.small_configs import REALISTIC, SMALL, Scale, exceptions, small_config
 from benchmarks.text_decoders import TextDecoder

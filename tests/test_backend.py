@@ -22,7 +22,7 @@ from mom_compile.config import parse_options
 from mom_compile.rules import All, CannotChunk, Claim, Rows, chunk_rule
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import observing
-from mom_compile.torch_compat import SymbolicSizes
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
 from tests.models import TinyDecoder, ids
 
 MINI = {"mini_seq_len": 8, "strict": True}

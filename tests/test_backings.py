@@ -16,6 +16,7 @@ import torch
 from mom_compile.config import parse_options
 from mom_compile.memory.policy import placement_of
 from mom_compile.report.usage import host_memory
+from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.backings.anonymous import Anonymous
 from mom_compile.runtime.host.backings.base import BLOCK, Backing
@@ -23,7 +24,6 @@ from mom_compile.runtime.host.backings.in_file import InFile
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
-from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.host.store import HostStore, empty_host_pool
 from tests.backing_law import LAWS, Make, filled, noise
 

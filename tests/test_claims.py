@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import mom_compile
 from mom_compile.lowering.results import lay_out_results
-from mom_compile.torch_compat import is_called
+from mom_compile.torch_compat.inductor import is_called
 from mom_passes.graph.aliasing import may_be_a_view
 from mom_passes.graph.edit import strides_differ
 from mom_passes.graph.real_results import hold_results

@@ -15,8 +15,9 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 
 import mom_compile
-from mom_compile import MomWarning, reports, torch_compat
+from mom_compile import MomWarning, reports
 from mom_compile.compiled import CompiledGraph
+from mom_compile.torch_compat import recompiles
 
 pytestmark = pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 
@@ -107,7 +108,7 @@ def test_what_is_wrong_is_said_at_once(wrong: dict[str, Any], error: type[Except
         mom_compile.compile(Scaled(), **wrong)
 
 
-@pytest.mark.skipif(not torch_compat.CAN_ISOLATE, reason="this PyTorch counts graphs by code object alone")
+@pytest.mark.skipif(not recompiles.CAN_ISOLATE, reason="this PyTorch counts graphs by code object alone")
 def test_models_that_share_their_code_have_graphs_of_their_own(ran: list[CompiledGraph]) -> None:
     models = [mom_compile.compile(Scaled(by), dynamic=False, recompile_limit=3) for by in (2.0, 3.0, 4.0)]
     said = [text for model in models for text in call_with(model, 5, 6, 7)]
@@ -120,7 +121,7 @@ def test_models_that_share_their_code_have_graphs_of_their_own(ran: list[Compile
 def test_the_limit_is_raised_where_graphs_cannot_be_counted_apart(
     model: Any, ran: list[CompiledGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_compat, "CAN_ISOLATE", False)
+    monkeypatch.setattr(recompiles, "CAN_ISOLATE", False)
     with dynamo_config.patch(recompile_limit=2):
         compiled = mom_compile.compile(model, dynamic=False, recompile_limit=4)
         said = call_with(compiled, 5, 6, 7)

@@ -15,9 +15,13 @@ from torch.utils._pytree import tree_map_only
 from mom_compile import MomWarning, reports
 from mom_compile.lowering.decomposed import decompose
 from mom_compile.lowering.eager import NotCompiled
-from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.report import Report
-from mom_compile.torch_compat import SymbolicSizes, codegen_settings, is_only_decomposed
+from mom_compile.torch_compat.decompositions import is_only_decomposed
+from mom_compile.torch_compat.inductor import codegen_settings
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.registry import registered
 from tests.models import TinyDecoder, ids, tiny

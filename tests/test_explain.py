@@ -93,7 +93,7 @@ def test_it_compiles_nothing(monkeypatch):
     def refuse(*args):
         raise AssertionError("explain compiled something")
 
-    monkeypatch.setattr("mom_compile.torch_compat.SymbolicSizes.compile", refuse)
+    monkeypatch.setattr("mom_compile.torch_compat.symbolic_sizes.SymbolicSizes.compile", refuse)
     assert explained()[0].stages
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mom_compile import HostTensor, host_memory
+from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.host import store as host_storage
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.steps import Append, Offload
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import on_host
 

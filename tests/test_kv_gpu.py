@@ -14,10 +14,10 @@ from benchmarks.models import keeping
 from mom_compile import HostTensor, empty_host_pool, host_memory
 from mom_compile.config import parse_options
 from mom_compile.memory import policy
+from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.bounce import STAGE
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.steps import Append, Offload
 from tests.models import prompt, small_model
 
 pytestmark = pytest.mark.gpu

@@ -20,10 +20,10 @@ import mom_compile
 from benchmarks import measure
 from benchmarks.models import keeping
 from mom_compile import HostMemoryError, HostTensor, MomWarning, host_memory
+from mom_compile.runtime.copy_steps import Append, FetchStart, Offload
 from mom_compile.runtime.host import region as host_region
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
-from mom_compile.runtime.host.steps import Append, FetchStart, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Step, observing
 from tests.models import FAMILIES, prompt, small_model, sweep

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mom_compile.runtime.copy_steps import FetchRows, FetchStart, FetchWait, KeepWeights, Settle
 from mom_compile.runtime.host.done import CopyError
 from mom_compile.runtime.host.engine import ThreadedEngine
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.steps import FetchRows, FetchStart, FetchWait, KeepWeights, Settle
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import WeightBytes, map_file
 from mom_compile.weights import offload_weights

@@ -20,9 +20,9 @@ from mom_compile import MomWarning, reports
 from mom_compile.pipeline import for_stock
 from mom_compile.report import DECODE_STEP, Report
 from mom_compile.report.units import in_units
+from mom_compile.runtime.copy_steps import Offload
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.steps import Offload
-from mom_compile.torch_compat import mark_boxed
+from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.ops.rows import COPY_ROWS

@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mom_compile import reports
 from mom_compile.backend import why_stock
 from mom_compile.config import parse_options
-from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate, SymbolFacts, TensorTemplate, structural_key
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.lowering.pieces import Piece, structural_key
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.report import Report
-from mom_compile.torch_compat import codegen_settings
+from mom_compile.torch_compat.inductor import codegen_settings
 from mom_passes.loops.ports import COUNT
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 
@@ -348,7 +350,7 @@ def test_a_body_is_tuned_for_a_mini_sequence_however_long_the_prompt(
 def test_a_later_variant_is_compiled_as_the_first_was(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "mom_compile.torch_compat.compile_fx_inner",
+        "mom_compile.torch_compat.inductor.compile_fx_inner",
         lambda gm, *_, **__: seen.append(inductor_config.emulate_precision_casts) or gm,
     )
     graph = fx.Graph()

@@ -59,9 +59,17 @@ def test_there_are_colours_on_a_terminal_and_nowhere_else():
 def test_what_runs_on_the_full_sequence_is_a_row_with_its_reason():
     model = TinyDecoder(layers=1).eval()
     found = mom_compile.explain(lambda x: model(x).logcumsumexp(1), ids(1, 37), options={"mini_seq_len": 8})
-    assert found[0].table().outside == ((1, "aten.logcumsumexp", "accumulates along it"),)
-    assert re.search(r"aten\.logcumsumexp +accumulates along it +1", printed(found))
-    assert by_reason({"a.default (a)": "x", "a.default (a_1)": "x", "b (b)": "x"}) == [(2, "a", "x"), (1, "b", "x")]
+    line = found[0].source_lines["aten.logcumsumexp.default (logcumsumexp)"]
+    assert "test_report_table.py" in line and "model(x).logcumsumexp(1)" in line
+    assert found[0].table().outside == ((1, "aten.logcumsumexp", f"accumulates along it, at {line}"),)
+    assert re.search(r"aten\.logcumsumexp +accumulates along it, at .* 1 *\n", printed(found))
+
+
+def test_operators_with_one_reason_are_one_row_with_the_first_line():
+    left_out = {"a.default (a)": "x", "a.default (a_1)": "x", "b (b)": "x"}
+    assert by_reason(left_out, {}) == [(2, "a", "x"), (1, "b", "x")]
+    lines = {"a.default (a)": "m.py:1: f()", "a.default (a_1)": "m.py:2: g()", "b (b)": "m.py:3: h()"}
+    assert by_reason(left_out, lines) == [(2, "a", "x, first at m.py:1: f()"), (1, "b", "x, at m.py:3: h()")]
 
 
 def test_a_graph_that_was_left_alone_says_why_and_has_no_rows():

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mom_compile.lowering.pieces import Piece, SizeTemplate, SymbolFacts, TensorTemplate
+from mom_compile.lowering.pieces import Piece
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
 from mom_compile.runtime.program import Program, Slot, Step
-from mom_compile.torch_compat import SymbolicSizes, codegen_settings
+from mom_compile.torch_compat.inductor import codegen_settings
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
 from mom_passes.loops.loop import split_rows
 
 

@@ -10,10 +10,13 @@ import sympy
 import torch
 from torch import fx
 
-from mom_compile.lowering.pieces import Conditions, Piece, SizeTemplate, SymbolFacts
+from mom_compile.lowering.pieces import Conditions, Piece
 from mom_compile.lowering.storing import LARGEST_CONSTANT, NodeName, dumps, loads
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts
 from mom_compile.runtime.calls import Constant, OperatorCall
-from mom_compile.torch_compat import FakeTensorMode, NotStorable, SymbolicSizes
+from mom_compile.torch_compat.compile_cache import NotStorable
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
+from mom_compile.torch_compat.tensors import FakeTensorMode
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.structure import lines_of
 

@@ -19,7 +19,8 @@ from torch import fx
 from torch._dynamo import convert_frame
 
 from mom_compile import reports
-from mom_compile.lowering.pieces import Conditions, Piece, SizeTemplate, SymbolFacts, Variant
+from mom_compile.lowering.pieces import Conditions, Piece, Variant
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts
 from mom_compile.notices import MomWarning, forget, warn_once
 from mom_compile.runtime.host import store as store_module
 from mom_compile.runtime.host.placement import Placement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch._inductor import codecache
 from torch._inductor import config as inductor_config
+from torch._inductor.loop_body import LoopBody
 
 import mom_compile.backend as backend_module
-from mom_compile import MomWarning, reports, torch_compat
-from mom_compile.lowering.pieces import PieceCache
+from mom_compile import MomWarning, reports
+from mom_compile.lowering.piece_cache import PieceCache
+from mom_compile.torch_compat import cpp_kernels
+from mom_compile.torch_compat.cpp_kernels import AsyncCompile, defer_kernel_waits
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 
 W = weights_of(torch.float64)
@@ -36,7 +40,7 @@ def sequence() -> torch.Tensor:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pieces that were begun, and waits for kernels, in order."""
     seen: list[str] = []
-    begin, now = PieceCache.begin, torch_compat._wait_now
+    begin, now = PieceCache.begin, AsyncCompile.wait
 
     def begun(cache: PieceCache, *given: Any) -> Any:
         seen.append("piece")
@@ -47,7 +51,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         now(*given)
 
     monkeypatch.setattr(PieceCache, "begin", begun)
-    monkeypatch.setattr(torch_compat, "_wait_now", waited)
+    monkeypatch.setattr(AsyncCompile, "wait", waited)
     return seen
 
 
@@ -63,8 +67,8 @@ def test_every_piece_is_made_before_the_first_kernel_is_waited_for(waits: list[s
 
 
 def test_what_is_compiled_elsewhere_meanwhile_waits_as_ever(waits: list[str]) -> None:
-    with torch_compat.kernels_later([torch.device("cpu")]) as left:
-        elsewhere = threading.Thread(target=lambda: torch_compat.AsyncCompile().wait({}))
+    with defer_kernel_waits([torch.device("cpu")]) as left:
+        elsewhere = threading.Thread(target=lambda: AsyncCompile().wait({}))
         elsewhere.start()
         elsewhere.join()
     assert waits == ["wait"] and not left
@@ -73,24 +77,37 @@ def test_what_is_compiled_elsewhere_meanwhile_waits_as_ever(waits: list[str]) ->
     assert waits == ["wait"] and not left
 
 
+def test_pytorch_is_patched_while_we_compile_alone() -> None:
+    """What another backend compiles in this process runs PyTorch's own code."""
+    wait, read = AsyncCompile.wait, LoopBody.get_read_expr
+    assert wait.__module__ == AsyncCompile.__module__ and read.__module__ == LoopBody.__module__
+    with contextlib.suppress(ValueError), defer_kernel_waits([torch.device("cpu")]):
+        assert AsyncCompile.wait is not wait
+        raise ValueError("an error")
+    assert AsyncCompile.wait is wait
+    with torch.no_grad():
+        torch.compile(block, backend="mom", options={**MINI, "strict": True})(sequence())
+    assert AsyncCompile.wait is wait and LoopBody.get_read_expr is read
+
+
 def test_the_kernels_of_other_devices_are_waited_for_at_once(waits: list[str]) -> None:
     for devices, later in ((["cpu"], True), (["cpu", "cuda"], False), (["cuda"], False)):
         waits.clear()
-        with torch_compat.kernels_later([torch.device(name) for name in devices]) as left:
-            torch_compat.AsyncCompile().wait({})
+        with defer_kernel_waits([torch.device(name) for name in devices]) as left:
+            AsyncCompile().wait({})
         assert (len(left), len(waits)) == ((1, 0) if later else (0, 1))
 
 
 def _failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
     """The compiler fails at some kernels, by their numbers."""
-    now, numbers = torch_compat._wait_now, iter(range(1000))
+    now, numbers = AsyncCompile.wait, iter(range(1000))
 
     def wait(*given: Any) -> None:
         if fails(next(numbers)):
             raise RuntimeError("the compiler is out of order")
         now(*given)
 
-    monkeypatch.setattr(torch_compat, "_wait_now", wait)
+    monkeypatch.setattr(AsyncCompile, "wait", wait)
 
 
 def test_what_does_not_compile_runs_eagerly_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +149,12 @@ def test_pytorch_finds_the_backend_where_the_compiler_is_started() -> None:
     (found,) = entry_points(group="torch_dynamo_backends", name="mom")
     assert found.value == "mom_compile.entry:mom"
     assert found.load() is backend_module.mom
-    assert torch_compat._compiler_started.is_set() or torch.accelerator.device_count()
+    assert cpp_kernels._compiler_started.is_set() or torch.accelerator.device_count()
 
 
 def test_what_the_first_kernel_makes_is_what_kernels_want() -> None:
-    torch_compat._compile_first_kernel()
-    kernel = codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], torch_compat._FIRST_KERNEL)
+    cpp_kernels._compile_first_kernel()
+    kernel = codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], cpp_kernels._FIRST_KERNEL)
     assert callable(kernel)
     headers = codecache._precompile_header.cache_info()
     with inductor_config.patch(fx_graph_cache=False):

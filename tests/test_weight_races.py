@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from benchmarks.models import keeping
 from benchmarks.without_codegen import pieces_run_eagerly
-from mom_compile.runtime.host import steps
+from mom_compile.runtime import copy_steps
 from mom_compile.runtime.host.engine import ThreadTicket
 from mom_compile.runtime.host.engines import engine_for
 from mom_compile.runtime.host.weight import HostWeight
@@ -167,12 +167,12 @@ def test_without_waits_for_copies_results_are_wrong(
 
 @pytest.mark.slow
 def test_without_waits_for_weights_results_are_wrong(compiled: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = steps.FetchWait.__call__
+    wait = copy_steps.FetchWait.__call__
 
-    def for_rows_alone(self: steps.FetchWait, arguments: list[Any]) -> tuple[torch.Tensor]:
+    def for_rows_alone(self: copy_steps.FetchWait, arguments: list[Any]) -> tuple[torch.Tensor]:
         return wait(self, arguments) if arguments[0].buffer.dim() > 2 else (arguments[0].buffer,)
 
-    monkeypatch.setattr(steps.FetchWait, "__call__", for_rows_alone)
+    monkeypatch.setattr(copy_steps.FetchWait, "__call__", for_rows_alone)
     assert goes_wrong(compiled)
 
 
@@ -245,7 +245,7 @@ def test_the_tested_program_reuses_slots(compiled: nn.Module) -> None:
     fetches: list[int] = []
 
     def note(step: Step, results: Any) -> None:
-        if isinstance(step.run, steps.FetchStart) and results[0].buffer.dim() == 2:
+        if isinstance(step.run, copy_steps.FetchStart) and results[0].buffer.dim() == 2:
             fetches.append(len(step.arguments))
 
     with observing(note):

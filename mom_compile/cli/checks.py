@@ -23,7 +23,8 @@ import torch
 
 from mom_compile.report.units import in_units
 from mom_compile.runtime.host.limits import available_memory
-from mom_compile.torch_compat import compile_cache_folder, cxx_compiler
+from mom_compile.torch_compat.cpp_kernels import cxx_compiler
+from mom_compile.torch_compat.inductor import compile_cache_folder
 from mom_compile.versions import TESTED, is_older, is_tested, running
 
 #: Free space for the compiled graphs of a model or two; with less, a compilation may fail.

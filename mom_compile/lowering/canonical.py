@@ -1,14 +1,13 @@
-"""One form for graphs that compute the same, so that they share a compiled piece.
+"""Canonical form: graphs that compute the same share a compiled piece.
 
-    sizes     The graph's symbols lead a piece's inputs. Any other size it is given, the same once more or an expression
-              of them, is computed from these: whether a graph hands on `s0 - 1` or asks for it itself makes no
-              difference.
-    literals  Where a graph was captured for one length, this is a number in its sizes and among its arguments. In a
-              piece it becomes a symbol again, with the number as its value: the graph of all lengths, which is
-              captured next, then finds its pieces compiled.
+    sizes     The graph's symbols are the first inputs of a piece. The piece computes all other sizes from them, whether
+              the graph passes `s0 - 1` as an input or computes it.
+    literals  A graph that was captured for one length has the length as a number in its sizes and arguments. A piece
+              has a symbol instead, with the number as its value. The graph for all lengths, which is captured next,
+              then finds its pieces compiled.
 
-Neither can make a piece wrong. A piece says what it computes for given sizes, its key is all that it says, and a graph
-whose literal meant something else, a window that is as long as the prompt, has that number in another length's piece.
+Canonical form does not change results. The key of a piece contains its whole graph. If the number has another meaning,
+for instance a window as long as the prompt, then the graph for all lengths contains the number, and has another key.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from mom_compile.lowering.layouts import expressions, substitute
-from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, Template, expressions, substitute
 from mom_passes.errors import PassError
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import add_input
@@ -42,9 +40,13 @@ CAPTURED = sympy.Symbol("captured", integer=True, nonnegative=True)
 
 @dataclass(frozen=True)
 class Literals:
-    """The length that a graph was captured for, as symbols. Without one there are none.
+    """Symbols for the length that a graph was captured for.
 
-    Captured for all lengths, every past of a cache has a length of its own, and everything else the same one.
+    A graph for all lengths has a symbol for the length of each past key and value, and one symbol for all other values.
+
+    length    the number; 0: the graph has no such length
+    shared    the symbol of all values that are not in `own`
+    own       the symbol of a past, by input and dimension
     """
 
     length: int = 0
@@ -53,7 +55,10 @@ class Literals:
 
     @staticmethod
     def of(gm: fx.GraphModule, static: Collection[str]) -> Literals:
-        """The length of its loops or, without loops, that of the longest past; none that a parameter has for a size."""
+        """Return the length of the graph's loops or, without loops, of its longest past.
+
+        There are no literals if a parameter has this size.
+        """
         pasts = {} if any(True for _ in loops(gm)) else _pasts(gm, static)
         lengths = list(pasts.values()) or [loop.length for _, loop in loops(gm) if isinstance(loop.length, int)]
         length = max(lengths, default=0)
@@ -69,7 +74,10 @@ class Literals:
         return {symbol: SymbolFacts(self.length, 2) for symbol in (self.shared, *self.own.values())}
 
     def size(self, node: fx.Node | None, size: Any, dim: int = 0) -> Any:
-        """A number, `node`'s along `dim` or nobody's, as an expression of the length if it is within one of it."""
+        """Return a number as an expression of the length, if it differs from the length by at most 1.
+
+        The number is the size of `node` along `dim`, or an argument of an operator if `node` is None.
+        """
         if not self.length or type(size) is not int or abs(size - self.length) > 1:
             return size
         symbol = self.shared if node is None else self.own.get((node, dim), self.shared)
@@ -80,7 +88,7 @@ NO_LITERALS = Literals()
 
 
 def _pasts(gm: fx.GraphModule, static: Collection[str]) -> dict[tuple[fx.Node, int], int]:
-    """Inputs that a graph puts new rows behind, with the dimension along which it does, and their lengths."""
+    """Return the lengths of inputs that a graph concatenates new rows to, by input and dimension."""
     found = {}
     for node in gm.graph.nodes:
         if node.target is aten.cat.default and is_tensor(node):
@@ -94,9 +102,12 @@ def _pasts(gm: fx.GraphModule, static: Collection[str]) -> dict[tuple[fx.Node, i
 
 @dataclass(frozen=True)
 class CanonicalForm:
-    """A piece's inputs: `symbols`, its own, whose values come first, and what the `templates` behind these say.
+    """The inputs of a piece.
 
-    `given` are the graph's symbols that the first of its own stand for, in order; `left` says which inputs are left.
+    templates    of all inputs: first the values of its symbols, then the inputs that are left
+    symbols      the symbols of the piece, in order; `start` and `count` of a loop are the last
+    given        the graph's symbols that the piece's symbols stand for, in order
+    left         for each input before, whether the piece still takes it
     """
 
     templates: list[Template]
@@ -108,9 +119,9 @@ class CanonicalForm:
 def in_canonical_form(
     graph: fx.Graph, templates: Sequence[Template], facts: Mapping[sympy.Symbol, SymbolFacts], literals: Literals
 ) -> CanonicalForm:
-    """Rewrite a piece's graph, in place. Its placeholders are what `templates` describe, in order."""
+    """Rewrite a piece's graph, in place. `templates` describes its placeholders, in order."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    # Sizes last: where among the inputs they stand must make no difference.
+    # Sizes last, so that the numbering of symbols does not depend on their position among the inputs.
     in_order = sorted(templates, key=lambda template: isinstance(template, SizeTemplate))
     found = [s for t in in_order for e in expressions(t) for s in sorted(e.free_symbols, key=str)]
     given = [s for s in dict.fromkeys(found) if s not in (START, COUNT)]
@@ -135,8 +146,10 @@ def _in_symbols(
     literals: Literals,
     names: Mapping[sympy.Symbol, sympy.Symbol],
 ) -> list[bool]:
-    """Compute every size that a piece is given or has among its arguments from its leading inputs; which of the other
-    inputs are left. Calls for it come first, in the order in which what they compute is read."""
+    """Compute all sizes of a piece from its leading inputs. Return for each other input whether it is left.
+
+    The new calls are inserted before all operators, in the order in which their results are read.
+    """
     sizes = {n: t.value for n, t in zip(inputs, templates, strict=True) if isinstance(t, SizeTemplate)}
     rewriting = _Rewriting(graph, sizes, dict(leads), literals, names)
     for node in [n for n in graph.nodes if n.op == "call_function"]:
@@ -149,7 +162,7 @@ def _in_symbols(
 
 
 class _Rewriting:
-    """Nodes for sizes, one for each, ahead of all that computes. What cannot be computed stays as it is."""
+    """Replaces sizes by nodes, one per size, in front of all operators. Sizes that cannot be computed stay."""
 
     def __init__(
         self,

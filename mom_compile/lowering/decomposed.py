@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_compile.torch_compat import FakeTensorMode, decomposition, is_only_decomposed
+from mom_compile.torch_compat.decompositions import decomposition, is_only_decomposed
+from mom_compile.torch_compat.tensors import FakeTensorMode
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.meta import meta_value
 

@@ -1,23 +1,23 @@
-"""What a loop's body assumes of its inputs: sizes and strides as symbols.
+"""Templates of the inputs of a loop body: sizes and strides as expressions in symbols.
 
 Terms
 -----
-start, count   The row a mini-sequence begins at and how many it has: they change with every iteration.
-length         The number of tokens, where the graph has it as a literal. As a symbol it keeps a body good for all.
-place          A view of a stored value's rows, which the body fills.
+start, count   The first row of a mini-sequence and its number of rows. They change with every iteration.
+length         The number of tokens, if the graph has it as a number. With a symbol, the body holds for all lengths.
+place          A view of a stored value's rows, which the body writes to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import sympy
 import torch
 from torch import fx
 
-from mom_compile.lowering.pieces import SizeTemplate, SymbolFacts, Template, TensorTemplate
-from mom_compile.torch_compat import least_value
+from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, Template, TensorTemplate
+from mom_compile.torch_compat.symbolic_sizes import least_value
 from mom_passes.errors import PassError
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, hint, product
@@ -28,7 +28,7 @@ LENGTH = sympy.Symbol("length", integer=True, nonnegative=True)
 
 
 class Symbols:
-    """The graph's symbols, each with the placeholder that has its value, and facts about them."""
+    """The graph's symbols, with the placeholder that has the value of each, and their facts."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.sources: dict[sympy.Symbol, fx.Node] = {}
@@ -42,12 +42,12 @@ class Symbols:
     def check(self, expression: sympy.Expr) -> sympy.Expr:
         unknown = expression.free_symbols - set(self.sources)
         if unknown:
-            raise PassError(f"size {expression} depends on {unknown}, which no input of the graph gives")
+            raise PassError(f"size {expression} depends on {unknown}, and no input of the graph has their values")
         return expression
 
 
 class TemplateSource(Protocol):
-    """What a layout asks of the lowering it belongs to."""
+    """The part of `Lowering` that layouts use."""
 
     symbols: Symbols
     static_inputs: Collection[str]
@@ -57,7 +57,7 @@ class TemplateSource(Protocol):
 
 
 class LoopLayout:
-    """Templates of a body's inputs. Where the graph's length is a number, it becomes the symbol `length` here."""
+    """Templates of the inputs of one loop body. If the graph's length is a number, it becomes the symbol `length`."""
 
     def __init__(self, lowering: TemplateSource, length: Size, mini_seq_len: int) -> None:
         self.lowering = lowering
@@ -66,8 +66,11 @@ class LoopLayout:
         self.literal = length if isinstance(length, int) else None
 
     def facts(self) -> dict[sympy.Symbol, SymbolFacts]:
-        """Hints for the symbols of a loop: a first and a full mini-sequence. Inductor tunes for them, and takes 64 bits
-        for an index where 32 would not do for the hint. `count` is never all of the length: they are two sizes."""
+        """Return the facts of the symbols of a loop, with the first, full mini-sequence as the example.
+
+        Inductor tunes for the example values, and uses 64-bit indices if 32 bits do not suffice for them. The example
+        of `count` is smaller than that of `length`, so that no two sizes are equal by chance.
+        """
         length = hint(self.length)
         count = max(2, min(self.mini_seq_len, length - 1))
         return {LENGTH: SymbolFacts(length, 2), START: SymbolFacts(0, 0), COUNT: SymbolFacts(count, 2)}
@@ -91,7 +94,7 @@ class LoopLayout:
         return TensorTemplate(shape, stride, full.dtype, full.device)
 
     def input(self, port: In, operand: Any) -> Template:
-        """What the body assumes of an input, given the operand that the loop binds to it."""
+        """Return the template of an input, given the operand that the loop binds to it."""
         if isinstance(port, SizeIn):
             return SizeTemplate(self.size(port.value))
         if isinstance(port, RowsIn):
@@ -104,7 +107,7 @@ class LoopLayout:
         return TensorTemplate(shape, dense_strides(shape, type.dense), type.dtype, type.device)
 
     def place(self, output: Stored) -> TensorTemplate:
-        """Rows of a stored value as the body sees them: a composite dimension is unfolded."""
+        """Return the template of a stored value's rows. A composite token dimension is unfolded to three."""
         dim, type = output.dim, output.type
         shape = [self.lowering.symbols.check(expr(s)) for s in type.shape]
         if self.literal is not None and dim.plain:
@@ -120,8 +123,10 @@ class LoopLayout:
 
 
 def of_any_length(source: TemplateSource, node: fx.Node, size_of: Callable[[int, int], Any]) -> Template:
-    """The template of a value, with what `size_of(number, dimension)` says in place of sizes that are numbers, and the
-    strides with them where it is dense. Parameters and what is not dense stay as they are."""
+    """Return the template of a value with `size_of(number, dimension)` in place of sizes that are numbers.
+
+    The strides follow from the new sizes. Parameters and values that are not dense keep their sizes.
+    """
     template, value = source.template(node), meta_value(node)
     if isinstance(template, SizeTemplate) or node.name in source.static_inputs:
         return template
@@ -133,7 +138,7 @@ def of_any_length(source: TemplateSource, node: fx.Node, size_of: Callable[[int,
 
 
 def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Expr, ...]:
-    """Strides of a dense tensor whose dimensions lie in `order` from the outermost in storage to the innermost."""
+    """Return the strides of a dense tensor. `order` has its dimensions, from outermost in storage to innermost."""
     strides: list[sympy.Expr] = [sympy.Integer(1)] * len(shape)
     step: sympy.Expr = sympy.Integer(1)
     for index in reversed(order):
@@ -143,24 +148,10 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Exp
 
 
 def order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
-    """The order of a dense tensor's dimensions, from the outermost in storage to the innermost; None for another."""
+    """Return a dense tensor's dimensions, from outermost in storage to innermost; None if it is not dense."""
     order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
     expected = dense_strides([hint(size) for size in value.shape], order)
     dense = all(
         hint(n) == 1 or int(e) == hint(s) for n, s, e in zip(value.shape, value.stride(), expected, strict=True)
     )
     return order if dense else None
-
-
-def expressions(template: Template) -> Sequence[sympy.Expr]:
-    if isinstance(template, SizeTemplate):
-        return [template.value]
-    return [*template.shape, *template.stride]
-
-
-def substitute(template: Template, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Template:
-    if isinstance(template, SizeTemplate):
-        return SizeTemplate(template.value.xreplace(names))
-    shape = tuple(s.xreplace(names) for s in template.shape)
-    stride = tuple(s.xreplace(names) for s in template.stride)
-    return TensorTemplate(shape, stride, template.dtype, template.device)

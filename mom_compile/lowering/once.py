@@ -1,18 +1,18 @@
-"""Sine and cosine once for each row, not once for each head that reads them.
+"""Compute sine and cosine once per row, not once per head.
 
-Inductor computes a pointwise value again wherever it is read. Cosines of positions are read by the rotation of queries
-and keys, in which every head reads the same ones: they would be computed as often as there are heads.
+Inductor recomputes a pointwise value in each of its readers. The rotary embedding of queries and keys reads the cosines
+of positions, the same ones in every head, so that each cosine would be computed once per head.
 
 Before:  q * cos(angles)[:, None]           one kernel: a cosine for every channel of every head
 After:   c = cos(angles)                    a kernel of rows and channels alone, which stores them
          q * c[:, None]
 
-Told by structure: a value that has a sine or cosine for each of its elements is stored where something larger reads it.
-It has the rows of a mini-sequence, and no heads.
+The criterion: a value whose computation has a sine or cosine for each of its elements is stored if a larger value
+reads it. Such a value has the rows of a mini-sequence and no heads.
 
-On GPUs alone, whose float32 sine is slow for angles as large as positions are; that was never measured. On a CPU it
-makes no difference: 2 layers of the shape of `benchmarks.cpu` took 1.02, 1.01 and 0.98 times as long (S = 4096 twice,
-and 8192; medians of pairs).
+This is done on GPUs only, where float32 sine is slow for angles as large as positions; the gain was never measured. On
+a CPU there is no difference: 2 layers of the shape of `benchmarks.cpu` took 1.02, 1.01 and 0.98 times as long
+(S = 4096 twice, and 8192; medians of pairs).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from mom_compile.torch_compat import mark_stored
+from mom_compile.torch_compat.inductor import mark_stored
 from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
 
 aten = torch.ops.aten
 
-#: Types of devices where it is done.
+#: Types of devices where values are stored.
 WORTHWHILE_ON = ("cuda",)
-#: What takes tens of operations for an element, and in float32 more for large arguments, as positions are.
-DEAR = {aten.cos.default, aten.sin.default, aten.tan.default}
-#: Pointwise, whatever their tags say.
+#: Operators with tens of operations per element; in float32 more for arguments as large as positions.
+EXPENSIVE = {aten.cos.default, aten.sin.default, aten.tan.default}
+#: Pointwise operators without the tag.
 CASTS = {aten._to_copy.default, aten.clone.default, aten.cat.default}
 
 
@@ -42,33 +42,33 @@ def is_worthwhile(devices: Iterable[torch.device]) -> bool:
 
 
 def store_once(graph: fx.Graph) -> list[fx.Node]:
-    """Mark what Inductor is to store; `meta["val"]` says sizes. Nothing is computed otherwise."""
-    dear: set[fx.Node] = set()
+    """Mark the values that Inductor is to store, and return them. `meta["val"]` has the sizes."""
+    expensive: set[fx.Node] = set()
     stored: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.target in DEAR:
-            dear.add(node)
+        if node.target in EXPENSIVE:
+            expensive.add(node)
         elif _is_pointwise(node):
-            read = [given for given in node.all_input_nodes if given in dear]
+            read = [given for given in node.all_input_nodes if given in expensive]
             smaller = [given for given in read if _elements(given) < _elements(node)]
-            stored |= dict.fromkeys(map(_made, smaller))
+            stored |= dict.fromkeys(map(_without_views, smaller))
             if len(read) > len(smaller):
-                dear.add(node)
+                expensive.add(node)
     for node in stored:
         mark_stored(node)
     return list(stored)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    """Whether every element is computed from one of each operand; views count."""
+    """Return whether each element is computed from one element of each operand. Views count as pointwise."""
     if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target in CASTS or seen_from(node) is not None
 
 
-def _made(node: fx.Node) -> fx.Node:
-    """What a view is of, as far as it is no larger."""
+def _without_views(node: fx.Node) -> fx.Node:
+    """Return the value that a chain of views begins with."""
     while (source := seen_from(node)) is not None:
         node = source
     return node

@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from mom_compile.runtime.calls import filled, numbered
-from mom_compile.torch_compat import FakeTensor, NotStorable, OpOverload
+from mom_compile.torch_compat.compile_cache import NotStorable
+from mom_compile.torch_compat.tensors import FakeTensor, OpOverload
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.structure import Structured
 from mom_passes.loops.loop import Loop

@@ -1,4 +1,4 @@
-"""What the copy operators between compiled pieces become: steps of the running program."""
+"""From copy operators between compiled pieces to steps of the running program."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from torch import fx
 
 from mom_compile.memory.choice import Stays
 from mom_compile.memory.place import KVPlace
+from mom_compile.runtime.copy_steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_compile.runtime.extend import Extend
-from mom_compile.runtime.host.steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_CHOSEN, FETCH_ROWS, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.memory import Leaving
 
-#: Values for which host memory is made ready while a layer computes: its keys and its values.
+#: The number of values for which host memory is prepared while a layer computes: its keys and its values.
 AHEAD = 2
 
 
 def copy_step(
     node: fx.Node, place: KVPlace, values: Mapping[fx.Node, Leaving], sizes: Sequence[fx.Node]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The step of a copy operator and the arguments it takes.
+    """Return the step of a copy operator, with its arguments.
 
-    `values` are those that leave whole, `sizes` the graph's sizes that decide whether they do.
+    Parameters
+    ----------
+    values
+        The keys and values that are offloaded as a whole, by their `offload` node.
+    sizes
+        The nodes of the graph's sizes by which a run decides whether they are.
     """
     if node.target is FETCH_START:
         host, rows, dim, device, *over = node.args
@@ -50,13 +55,13 @@ def copy_step(
         own = values[node].bytes_per_token
         of_layer = sum(other.bytes_per_token for other in values.values() if other.layer == layer)
         stays = Stays(place.choice, values[node].layer, of_layer, own)
-    ahead = min(AHEAD, _later_alike(node))
+    ahead = min(AHEAD, _later_of_same_type(node))
     asked = sizes if stays is not None else ()
     return Offload(dim, place.device, place.placement, stays, ahead), [value, first, *asked]  # type: ignore[arg-type]
 
 
-def _later_alike(node: fx.Node) -> int:
-    """How many values of the same type leave behind one."""
+def _later_of_same_type(node: fx.Node) -> int:
+    """Return how many values of the same type are offloaded after this one."""
     leaving = list(node.graph.find_nodes(op="call_function", target=OFFLOAD))
     return sum(_type(other) == _type(node) for other in leaving[leaving.index(node) + 1 :])
 

@@ -1,9 +1,9 @@
-"""Where a loop's body leaves what it has computed: in places that it is given.
+"""A loop body writes its results to places that the loop passes in.
 
-place   A view of a stored value's rows, which the body fills: nothing is copied there afterwards.
+place   A view of a stored value's rows. The body writes to it, so that nothing is copied afterwards.
 
-Most is computed by kernels that Inductor writes, which store to the place. A product is a library's, and would be
-copied from a value of its own: it is given the place to write to (a cache's values mostly are products).
+Kernels that Inductor generates store directly to the place. A library call of a matrix product would return a new
+tensor, which is then copied. It gets the place as its output instead. The values of a cache are mostly products.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ aten = torch.ops.aten
 
 
 def writing_body(loop: Loop) -> fx.Graph:
-    """The loop's body with one more argument per new value, a place that it fills instead of returning rows.
+    """Return the loop's body with an additional argument for each new value: the place it writes the rows to.
 
-    What is written over an operand goes to that operand's rows, the same argument, so that Inductor knows to read them
-    first. What a carry hands on has a place of its own: everything else in the body may read the carry, in any order.
+    A result that replaces an operand is written to the rows of the operand. This is the same argument, so that Inductor
+    orders the write after all reads. The next value of a carry has a place of its own, since other operators of the
+    body may read the carry in any order.
 
     Before:  def body(start, count, x_rows, w, total): ...; return (k, y, more)            y goes over x
     After:   def body(start, count, x_rows, w, total, k_place, total_next): ...
@@ -53,7 +54,7 @@ def writing_body(loop: Loop) -> fx.Graph:
 
 
 def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Sequence[fx.Node]) -> None:
-    """What is written over an input goes last: another value may be a view of it."""
+    """Write all results. Results that replace an input are last, since another result may be a view of the input."""
     stored = loop.stored
     over = [i < len(stored) and stored[i].over is not None for i in range(len(places))]
     for i in sorted(range(len(places)), key=over.__getitem__):
@@ -68,17 +69,17 @@ def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Seque
 
 
 def _unfolded_shape(graph: fx.Graph, output: Stored, place: fx.Node) -> list[Any]:
-    """The place's own sizes."""
+    """Return the sizes of the place."""
     return [graph.call_function(aten.sym_size.int, (place, i)) for i in range(len(output.type.shape) + 2)]
 
 
 def _takes_products(output: Stored) -> bool:
-    """Whether rows of a new value are those of a matrix: tokens first, each with its channels adjacent."""
+    """Return whether the rows of a new value form a row-major matrix of tokens and channels."""
     return output.over is None and output.dim.plain and output.dim.index == 0 and output.type.dense == (0, 1)
 
 
 def _written_by_product(graph: fx.Graph, value: fx.Node, place: fx.Node) -> bool:
-    """Let a product that nobody else reads write to its place. Says whether it is one."""
+    """Make a matrix product without other readers write to its place. Return False for other values."""
     if value.users or value.target not in (aten.mm.default, aten.addmm.default) or value.kwargs:
         return False
     bias, left, right = (None, *value.args) if value.target is aten.mm.default else value.args

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mom_compile.quantities import unit_hint
 from mom_compile.report.units import in_units
-from mom_compile.torch_compat import UserError
+from mom_compile.torch_compat.errors import UserError
 
 
 class MemoryBudgetError(UserError):

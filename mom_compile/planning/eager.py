@@ -16,7 +16,7 @@ from torch import nn
 
 from mom_compile.planning.prefill import prefill_arguments
 from mom_compile.stand_ins import called_without_data, on_stand_ins
-from mom_compile.torch_compat import TorchDispatchMode, tree_map
+from mom_compile.torch_compat.tensors import TorchDispatchMode, tree_map
 
 
 def eager_timeline(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:

@@ -14,14 +14,9 @@ from mom_compile.backend import static_input_names
 from mom_compile.capture import capture
 from mom_compile.planning.configs import PlanError
 from mom_compile.stand_ins import on_stand_ins
-from mom_compile.torch_compat import (
-    bounds_of,
-    floats_are_constants,
-    mark_boxed,
-    may_vary,
-    trace_whole,
-    undisturbed,
-)
+from mom_compile.torch_compat.dynamo import floats_are_constants, may_vary, trace_whole, undisturbed
+from mom_compile.torch_compat.inductor import mark_boxed
+from mom_compile.torch_compat.symbolic_sizes import bounds_of
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 

@@ -23,7 +23,7 @@ def details(record: Record) -> list[str]:
         lines += _stage_lines(stage)
     if record.left_out:
         lines.append("on the full sequence, between loops:")
-        lines += [f"  {name}: {reason}" for name, reason in record.left_out.items()]
+        lines += [f"  {name}: {reason}{_at(record, name)}" for name, reason in record.left_out.items()]
     lines += _kv_lines(record) + _weight_lines(record) + _own_lines(record) + eager_lines(record)
     if record.compiled_pieces or record.bodies_shared:
         compiled = f"{len(record.compiled_pieces)} pieces compiled in {record.compile_seconds:.1f} s"
@@ -78,7 +78,10 @@ def _stage_lines(stage: StageReport) -> list[str]:
 
 
 def _kv_lines(record: Record) -> list[str]:
-    lines = [f"keys or values left on the device: {name}: {reason}" for name, reason in record.on_device.items()]
+    lines = [
+        f"keys or values left on the device: {name}: {reason}{_at(record, name)}"
+        for name, reason in record.on_device.items()
+    ]
     share = host_share(record)
     if share is not None:
         layers, size = share
@@ -106,4 +109,10 @@ def _own_lines(record: Record) -> list[str]:
 
 
 def eager_lines(record: Record) -> list[str]:
-    return [f"{name} runs eagerly, Inductor could not compile it: {why}" for name, why in record.eager_pieces.items()]
+    pieces = record.eager_pieces.items()
+    return [f"{record.located(name)} runs eagerly, Inductor could not compile it: {why}" for name, why in pieces]
+
+
+def _at(record: Record, name: str) -> str:
+    line = record.source_lines.get(name)
+    return "" if line is None else f", at {line}"

@@ -61,10 +61,19 @@ def _ranges(names: Sequence[str]) -> list[str]:
     return [f"{names[0].rpartition('_')[0]}_{texts[0]}", *texts[1:]]
 
 
-def by_reason(left_out: Mapping[str, str]) -> list[tuple[int, str, str]]:
-    """How many, which operator, and why, for operators that were left out."""
-    counts: dict[tuple[str, str], int] = {}
+def by_reason(left_out: Mapping[str, str], source_lines: Mapping[str, str]) -> list[tuple[int, str, str]]:
+    """How many, which operator, and why, for operators that were left out. The reason names the first one's line."""
+    names: dict[tuple[str, str], list[str]] = {}
     for name, reason in left_out.items():
-        key = (name.partition(" ")[0].removesuffix(".default"), reason)
-        counts[key] = counts.get(key, 0) + 1
-    return [(count, name, reason) for (name, reason), count in counts.items()]
+        names.setdefault((name.partition(" ")[0].removesuffix(".default"), reason), []).append(name)
+    return [
+        (len(found), operator, f"{reason}{first_line(source_lines, found)}")
+        for (operator, reason), found in names.items()
+    ]
+
+
+def first_line(source_lines: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return `, at` and the user's line, the first one of several; nothing if none is known."""
+    lines = dict.fromkeys(source_lines[name] for name in names if name in source_lines)
+    at = "at" if len(lines) == 1 else "first at"
+    return f", {at} {next(iter(lines))}" if lines else ""

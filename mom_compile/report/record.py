@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
-from mom_compile.torch_compat import GraphCount
+from mom_compile.torch_compat.recompiles import GraphCount
 from mom_passes.program.memory import Memory
 from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
@@ -85,6 +86,7 @@ class Record:
     on_device      keys and values that stay on the device, by name, with the reason
     own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
+    source_lines   the user's line, by the names in `left_out`, `on_device` and `eager_pieces`, where it is known
     work           multiply-adds of all matrix products and attentions, at the captured sizes
     work_outside   those of them that run on the full sequence, by operator as in `left_out`
     layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
@@ -118,6 +120,7 @@ class Record:
     on_device: dict[str, str] = field(default_factory=dict)
     own_rows: list[OwnRows] = field(default_factory=list)
     eager_pieces: dict[str, str] = field(default_factory=dict)
+    source_lines: dict[str, str] = field(default_factory=dict)
     compiled_pieces: list[str] = field(default_factory=list)
     work: int = 0
     work_outside: dict[str, int] = field(default_factory=dict)
@@ -128,6 +131,15 @@ class Record:
     graphs: GraphCount | None = None
     limit_hit: bool = False
     graph: fx.GraphModule | None = None
+
+    def locate(self, lines: Mapping[str, str | None]) -> None:
+        """Add source lines of names. None: the line is not known."""
+        self.source_lines |= {name: line for name, line in lines.items() if line is not None}
+
+    def located(self, name: str) -> str:
+        """Return a name with its source line, if that is known."""
+        line = self.source_lines.get(name)
+        return name if line is None else f"{name} ({line})"
 
     @property
     def floor_bytes(self) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mom_compile.report.details import eager_lines
-from mom_compile.report.groups import LoopGroup, by_reason, loop_groups
+from mom_compile.report.groups import LoopGroup, by_reason, first_line, loop_groups
+from mom_compile.report.reasons import Reason
 from mom_compile.report.record import DECODE_STEP, Record, host_share, limit_in_words, moved_rows, own_share
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
@@ -34,7 +35,7 @@ def summary(record: Record) -> list[str]:
     if record.fallback is None and record.stages:
         lines += _loop_lines(record.stages, record.rows)
     if record.fallback is None and record.left_out:
-        lines += _left_out(record.left_out)
+        lines += _left_out(record)
     return lines + rest(record)
 
 
@@ -53,7 +54,7 @@ def no_loops(record: Record) -> list[str]:
     """Why a graph of ours has no loops, if it has none."""
     if record.fallback is not None or record.no_loops is None:
         return []
-    return [f"no loops: {_in_words(record, record.no_loops)}"]
+    return [f"no loops: {_in_words(record.no_loops)}"]
 
 
 def largest(record: Record) -> list[Share]:
@@ -73,11 +74,11 @@ def rest(record: Record) -> list[str]:
 def _left_alone(record: Record) -> str:
     if record.failed:
         return f"{record.kind}: failed here, so stock Inductor compiles it as it is: {record.fallback}"
-    return f"{record.kind}, left to stock Inductor: {_in_words(record, record.fallback)}"
+    return f"{record.kind}, left to stock Inductor: {_in_words(record.fallback)}"
 
 
-def _in_words(record: Record, reason: str | None) -> str:
-    if record.kind == DECODE_STEP and reason is not None and reason.startswith(DECODE_STEP):
+def _in_words(reason: str | None) -> str:
+    if reason is Reason.ONE_TOKEN:
         return "it computes one token for each sequence, and one token cannot be cut into shorter runs"
     return str(reason)
 
@@ -95,9 +96,10 @@ def _in_a_line(group: LoopGroup) -> str:
     return f"{group.sees}: {group.rows} tokens at a time take {in_units(group.takes)}{leaves}"
 
 
-def _left_out(left_out: dict[str, str]) -> list[str]:
+def _left_out(record: Record) -> list[str]:
     """Operators with one reason once, with how many there are."""
-    lines = [f"  {count:2} x  {name}: {reason}" for count, name, reason in by_reason(left_out)]
+    found = by_reason(record.left_out, record.source_lines)
+    lines = [f"  {count:2} x  {name}: {reason}" for count, name, reason in found]
     return ["on the full sequence, between loops:", *_at_most(lines)]
 
 
@@ -105,7 +107,10 @@ def _kv_lines(record: Record) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in record.on_device.items():
         names.setdefault(reason, []).append(name)
-    lines = [f"{len(found)} keys or values stay on the device: {reason}" for reason, found in names.items()]
+    lines = [
+        f"{len(found)} keys or values stay on the device: {reason}{first_line(record.source_lines, found)}"
+        for reason, found in names.items()
+    ]
     lines = _at_most(lines)
     share = host_share(record)
     if share is not None:

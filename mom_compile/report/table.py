@@ -35,7 +35,7 @@ class ReportTable:
 def report_table(record: Record) -> ReportTable:
     ours = record.fallback is None
     loops = loop_groups(record.stages) if ours else []
-    outside = by_reason(record.left_out) if ours else []
+    outside = by_reason(record.left_out, record.source_lines) if ours else []
     rows = [record.rows] if ours and record.rows else []
     return ReportTable(
         headline(record),

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mom_compile.torch_compat import is_alone
+from mom_compile.torch_compat.storages import is_alone
 from mom_passes.ops.transfers import growing_strides
 
 #: A storage gets room for this fraction of the rows it needs: 1 / PART.

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from mom_compile.torch_compat import view_of
+from mom_compile.torch_compat.tensors import view_of
 from mom_passes.graph.sizes import Size
 from mom_passes.loops.loop import split_rows
 from mom_passes.loops.ports import CarryIn, CarryOut, In, Out, RowsIn, Stored, TensorType

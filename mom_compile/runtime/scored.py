@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_compile.torch_compat import assert_later
+from mom_compile.torch_compat.tensors import assert_later
 from mom_passes.ops.scored import (
     DTYPES,
     GREEDY,

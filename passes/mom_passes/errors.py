@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from mom_passes.source_lines import with_source_line
+
 
 class CannotChunk(Exception):
     """A chunk rule cannot compute a slice of `node` along one dimension.
@@ -18,13 +20,30 @@ class CannotChunk(Exception):
         self.reason = reason
         super().__init__(f"{node.target} ({node.name}) along {dim}: {reason}")
 
+    def __str__(self) -> str:
+        # Not in `__init__`: analyses make many of these, and show few.
+        return with_source_line(str(self.args[0]), self.node)
+
+
+class NoRule(CannotChunk):
+    """No chunk rule is registered for the operator of `node`."""
+
+    def __init__(self, node: fx.Node, dim: object) -> None:
+        super().__init__(node, dim, "no chunk rule is registered for this operator")
+
 
 class PassError(Exception):
-    """A pass broke one of its own invariants; the caller falls back to the graph it had."""
+    """A pass broke one of its own invariants; the caller falls back to the graph it had.
+
+    The message names the user's line of `node`, if a node is given.
+    """
+
+    def __init__(self, message: str, node: fx.Node | None = None) -> None:
+        super().__init__(message if node is None else with_source_line(message, node))
 
 
 class RuleError(PassError):
     """A chunk rule answered neither with a claim that fits its operator nor with `CannotChunk`."""
 
     def __init__(self, node: fx.Node, dim: object, fault: str) -> None:
-        super().__init__(f"the chunk rule of {node.target} {fault} (asked for {node.name} along {dim})")
+        super().__init__(f"the chunk rule of {node.target} {fault} (asked for {node.name} along {dim})", node)

@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mom_compile.capture import capture
 from mom_compile.runtime.attention.ways import CUDNN_CAPABILITIES, HALF
 from mom_compile.stand_ins import on_stand_ins
-from mom_compile.torch_compat import mark_boxed, trace_whole, tree_map, undisturbed
+from mom_compile.torch_compat.dynamo import trace_whole, undisturbed
+from mom_compile.torch_compat.inductor import mark_boxed
+from mom_compile.torch_compat.tensors import tree_map
 from mom_passes.graph.edit import fake_value
 from tests.no_gpu.target import Gpu
 

@@ -30,7 +30,7 @@ import mom_compile.backend as backend
 from mom_compile.capture import capture
 from mom_compile.config import parse_options
 from mom_compile.runtime.loop import CompiledLoop
-from mom_compile.torch_compat import mark_boxed
+from mom_compile.torch_compat.inductor import mark_boxed
 from tests.models import ids, small_model
 from tests.no_gpu import interpreter
 from tests.no_gpu.graphs import graph_on_cuda, value_on_cuda

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 
-from mom_compile.runtime import program
+from mom_compile.runtime import copy_steps, program
 from mom_compile.runtime.host import (
     bounce,
     engine,
     engine_cuda,
     holders,
     region,
-    steps,
     store,
     tensor,
     tensor_points,
@@ -33,7 +32,8 @@ from mom_compile.runtime.host.backings import pinned
 
 #: Where somebody waits for a copy, or sees to it that somebody can.
 MODULES = (
-    engine_cuda, bounce, engine, steps, store, region, weight_bytes, holders, pinned, tensor, tensor_points, program,
+    engine_cuda, bounce, engine, copy_steps, store, region, weight_bytes, holders, pinned, tensor, tensor_points,
+    program,
 )  # fmt: skip
 #: Methods and functions that wait, or note what is to be waited for. `settled` returns the rows that it has waited for.
 WAITS = {

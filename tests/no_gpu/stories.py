@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 from mom_compile.report.usage import host_memory
+from mom_compile.runtime.copy_steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host import bounce, region
 from mom_compile.runtime.host import store as store_module
 from mom_compile.runtime.host.backings.base import BLOCK
@@ -28,7 +29,6 @@ from mom_compile.runtime.host.engine import MOST_LEAVING, CopyError
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host.store import empty_host_pool, store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.program import Program, Slot, Step

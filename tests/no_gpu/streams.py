@@ -36,7 +36,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mom_compile.runtime.host import engines, steps
+from mom_compile.runtime import copy_steps
+from mom_compile.runtime.host import engines
 from mom_compile.runtime.host.backings.pinned import Pinned
 from mom_compile.runtime.host.engine_cuda import CudaEngine, pin_for
 from mom_compile.runtime.host.placement import Placement
@@ -59,9 +60,9 @@ ASKED = (aten._local_scalar_dense.default, aten.equal.default)
 POISON = 0xA5
 #: What the host does for operators that fetch.
 FETCHES = {
-    FETCH: lambda *given: steps._fetch(*given),
-    FETCH_WEIGHT: lambda *given: steps._fetch(*given),
-    FETCH_ROWS: lambda *given: steps._fetch_rows(*given),
+    FETCH: lambda *given: copy_steps._fetch(*given),
+    FETCH_WEIGHT: lambda *given: copy_steps._fetch(*given),
+    FETCH_ROWS: lambda *given: copy_steps._fetch_rows(*given),
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mom_compile.runtime.copy_steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host import bounce
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.backings.in_file import InFile
@@ -25,7 +26,6 @@ from mom_compile.runtime.host.engine_cuda import CudaEngine
 from mom_compile.runtime.host.file import Extent
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.steps import Append, FetchStart, FetchWait, Offload, Settle
 from mom_compile.runtime.host.store import store_of
 from mom_compile.runtime.host.tensor import HostTensor
 from tests.no_gpu.at_once import CPU, STAGE, device_at_once

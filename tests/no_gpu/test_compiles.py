@@ -20,7 +20,7 @@ from packaging.version import Version
 from mom_compile.backend import _reset as forget_pieces
 from mom_compile.backend import compile_graph, reports
 from mom_compile.config import parse_options
-from mom_compile.torch_compat import SymbolicSizes
+from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
 from tests.no_gpu.graphs import graph_of
 from tests.no_gpu.target import A100, H100, Gpu, Made, pretended
 

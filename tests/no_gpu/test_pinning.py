@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mom_compile.runtime.copy_steps import Append, FetchStart, Offload
 from mom_compile.runtime.host import engine_cuda
 from mom_compile.runtime.host.backings.base import BLOCK, as_bytes
 from mom_compile.runtime.host.backings.pinned import HUGE_PAGE, Pinned
@@ -23,7 +24,6 @@ from mom_compile.runtime.host.engine_cuda import PORTABLE, pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.region import HostRegion
-from mom_compile.runtime.host.steps import Append, FetchStart, Offload
 from mom_compile.runtime.host.store import empty_host_pool
 from tests.forks import in_a_fork
 

@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from benchmarks.models import keeping
 from mom_compile import HostTensor
 from mom_compile.memory import policy
+from mom_compile.runtime.copy_steps import FetchWait
 from mom_compile.runtime.host import bounce, weight_bytes
 from mom_compile.runtime.host.placement import Placement
-from mom_compile.runtime.host.steps import FetchWait
 from mom_compile.runtime.host.store import empty_host_pool
 from tests.models import tiny
 from tests.no_gpu.sabotage import Cut, cuts
@@ -32,7 +32,7 @@ from tests.no_gpu.weight_stories import (
 
 #: Calls that wait and that these streams do not need, with what else there is.
 ELSEWHERE = {
-    "steps._fetch: settle(host)": "where the host's memory is the device's: tests/test_kv_races.py",
+    "copy_steps._fetch: settle(host)": "where the host's memory is the device's: tests/test_kv_races.py",
     "tensor._copied: source.settled()": "likewise: tests/test_host_tensor.py",
     "store.empty_host_pool: region.abandon()": "unpinning waits for the whole device; memory of another kind needs it",
 }
@@ -72,9 +72,9 @@ SHOWS_IN = {
     "engine_cuda.pin_for: torch.cuda.synchronize(device)": "memory_is_unpinned",
     "bounce.FileDone.finish: self.task.wait()": "a_program_fails_in_files",
     "bounce.FileDone.finish: self.event.synchronize()": "a_program_fails_in_files",
-    "steps.Append._fork: settle(host)": "rows_arrive_while_others_of_them_leave",
-    "steps._fetch_rows: engine.to_device(target, chosen, None).wait()": "rows_of_a_table_are_brought",
-    "steps._fetch_chosen: ticket.wait()": "matrices_of_chosen_experts_are_brought",
+    "copy_steps.Append._fork: settle(host)": "rows_arrive_while_others_of_them_leave",
+    "copy_steps._fetch_rows: engine.to_device(target, chosen, None).wait()": "rows_of_a_table_are_brought",
+    "copy_steps._fetch_chosen: ticket.wait()": "matrices_of_chosen_experts_are_brought",
     "store._region: region.abandon()": "rows_of_a_dead_cache_are_the_next_ones",
     "region.HostRegion.abandon: self.wait()": "rows_of_a_dead_cache_are_the_next_ones",
     "weight_bytes.WeightRegion.wait: read.synchronize()": "a_weight_is_written",

@@ -18,10 +18,7 @@ from unittest import mock
 
 import torch
 
-from mom_compile.runtime.host import weight_bytes
-from mom_compile.runtime.host.file import Extent
-from mom_compile.runtime.host.limits import HostMemoryError
-from mom_compile.runtime.host.steps import (
+from mom_compile.runtime.copy_steps import (
     Append,
     Arriving,
     FetchChosen,
@@ -31,6 +28,9 @@ from mom_compile.runtime.host.steps import (
     Offload,
     Settle,
 )
+from mom_compile.runtime.host import weight_bytes
+from mom_compile.runtime.host.file import Extent
+from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.weight import HostWeight, host_weight
 from mom_compile.runtime.host.weight_bytes import PAGE, map_file, pin_in_place
 from mom_compile.runtime.program import Program, Slot, Step

@@ -29,8 +29,15 @@ from mom_compile.runtime.host.placement import Placement
 from mom_compile.runtime.host.store import HostStore, Lease, lease_of, store_of, without_base
 from mom_compile.runtime.host.tensor_points import TensorPoints
 from mom_compile.runtime.host.write import mutated, refuse_new_shape, returns_view, write
-from mom_compile.torch_compat import OpOverload, make_wrapper, no_torch_function, tree_any, tree_map
-from mom_passes.torch_compat import packet_of, schema_of
+from mom_compile.torch_compat.tensors import (
+    OpOverload,
+    make_wrapper,
+    no_torch_function,
+    packet_of,
+    schema_of,
+    tree_any,
+    tree_map,
+)
 
 aten = torch.ops.aten
 

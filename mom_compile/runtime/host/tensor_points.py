@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mom_compile.torch_compat import being_traced
+from mom_compile.torch_compat.tensors import being_traced
 
 
 def refusal(what: str, instead: str, of: str = "keys, values or weights") -> RuntimeError:

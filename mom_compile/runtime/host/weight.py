@@ -26,7 +26,7 @@ from mom_compile.runtime.host.store import without_base
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.tensor_points import refusal
 from mom_compile.runtime.host.weight_bytes import WeightBytes, bytes_under
-from mom_compile.torch_compat import make_wrapper
+from mom_compile.torch_compat.tensors import make_wrapper
 
 aten = torch.ops.aten
 EMBEDDING = aten.embedding.default

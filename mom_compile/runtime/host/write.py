@@ -17,8 +17,7 @@ import torch
 
 from mom_compile.runtime.host.store import without_base
 from mom_compile.runtime.host.tensor_points import refusal
-from mom_compile.torch_compat import tree_map
-from mom_passes.torch_compat import packet_of, schema_of
+from mom_compile.torch_compat.tensors import packet_of, schema_of, tree_map
 
 aten = torch.ops.aten
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.aliasing import base_of, is_mutation, may_be_a_view
+from mom_passes.source_lines import with_source_line
 from mom_passes.torch_compat import schema_of
 
 aten = torch.ops.aten
@@ -39,7 +40,8 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
         if is_mutation(node):
             for target in written_by(node):
                 if target not in bases:
-                    return f"{node.name} ({node.target}) writes to {target.name}, which is not an input"
+                    text = f"{node.name} ({node.target}) writes to {target.name}, which is not an input"
+                    return with_source_line(text, node)
                 written[bases[target]] = node
                 bases[node] = bases[target]
             continue
@@ -51,7 +53,8 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
         for operand in node.all_input_nodes:
             write = written.get(bases.get(operand, operand))
             if write is not None:
-                return f"{node.name} ({node.target}) reads {operand.name} behind {write.name}, which writes to it"
+                text = f"{node.name} ({node.target}) reads {operand.name} after {write.name}, which writes to it"
+                return with_source_line(text, node)
     return None
 
 

@@ -97,7 +97,7 @@ class _Rewriter:
                     self.whole[node] = size_node(self.graph, meta_value(node))
                     return self.whole[node]
                 if kind not in (Kind.INLINE, Kind.SIZE):
-                    raise PassError(f"{node.name} is read before the stage that computes it ({kind})")
+                    raise PassError(f"{node.name} is read before the stage that computes it ({kind})", node)
             self._emit_whole(node)
         return self.whole[node]
 

@@ -99,7 +99,7 @@ class _Rewriter:
             return node
         if node not in self.moved:
             if not is_size(node) and seen_from(node) is None:
-                raise PassError(f"{node.name} is not there yet")
+                raise PassError(f"{node.name} is not there yet", node)
             made_of = {source: self._at(source, place) for source in node.all_input_nodes}
             with self.graph.inserting_before(place):
                 self.moved[node] = self.graph.node_copy(node, made_of.__getitem__)

@@ -30,7 +30,7 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.errors import CannotChunk, RuleError
+from mom_passes.errors import CannotChunk, NoRule, RuleError
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
@@ -129,7 +129,7 @@ class OperatorFacts:
         Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
         """
         if self.rule is None:
-            raise CannotChunk(node, dim, NO_RULE)
+            raise NoRule(node, dim)
         claim = _asked(self.rule, node, dim, dim)
         ahead = [need.dim for need in claim.needs if isinstance(need, Rows) and need.before]
         if not all(one.plain for one in ahead) or (claim.carries and not dim.plain):
@@ -167,9 +167,6 @@ class Described:
     """A call's target that says itself what is known of it: part of a graph that was outlined (`tokens.region`)."""
 
     facts: OperatorFacts
-
-
-NO_RULE = "no chunk rule is registered for this operator"
 
 
 def _fault(claim: Any, node: fx.Node) -> str | None:

@@ -52,7 +52,7 @@ class InPart(ABC, Generic[P]):
 
     def _whole(self, node: fx.Node) -> fx.Node:
         if node not in self.whole:
-            raise PassError(f"{node.name} is needed whole after all")
+            raise PassError(f"{node.name} is needed whole after all", node)
         return self.whole[node]
 
     @abstractmethod

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from mom_passes.errors import CannotChunk
+from mom_passes.errors import CannotChunk, NoRule
 from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, hint, product, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import All, Claim, Dim, Rows, claim_for, dim_of, facts
-from mom_passes.rules.registry import NO_RULE
 from mom_passes.rules.work import matmul_work
 
 
@@ -61,10 +60,10 @@ class Sweep:
             self._visit_getitem(node)
             return
         found = self._claims(node, inputs)
-        if isinstance(found, str):
-            self.mixing[node] = found
+        if isinstance(found, CannotChunk):
+            self.mixing[node] = found.reason
             # One query that reads every key is such a product, too.
-            if found != NO_RULE and matmul_work(node) > 0 and sum(map(self._is_reached, inputs)) > 1:
+            if not isinstance(found, NoRule) and matmul_work(node) > 0 and sum(map(self._is_reached, inputs)) > 1:
                 factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_reached(n)]
                 apart = bool(factors) and all(dim.index in facts(node).apart for dim in factors)
                 self.batched += apart
@@ -126,22 +125,24 @@ class Sweep:
             return [(dim, length) for dim, _, length in self.options[node]]
         return [(self.carriers[node].dim, self.carriers[node].length)]
 
-    def _claims(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | str:
+    def _claims(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | CannotChunk:
         """What its rows may be, that which asks most carriers for their own rows first; or why there is none."""
         found: list[tuple[int, tuple[Dim, Claim, Size]]] = []
-        reason = "its rows need other rows of its operands" if facts(node).rule is not None else NO_RULE
+        refused: CannotChunk = NoRule(node, None)
+        if facts(node).rule is not None:
+            refused = CannotChunk(node, None, "its rows need other rows of its operands")
         dims = [self._dims(operand) for operand in inputs]
         for dim, length in _candidates(node, dims):
             try:
                 claim = claim_for(node, dim, in_order=True)
             except CannotChunk as refusal:
-                reason = refusal.reason
+                refused = refusal
                 continue
             asked = self._asked(inputs, claim)
             if all(self._may_carry(operand, along, length) for operand, along in asked):
                 found.append((len(asked), (dim, claim, length)))
         if not found:
-            return reason
+            return refused
         return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
 
     def _asked(self, inputs: Sequence[fx.Node], claim: Claim) -> list[tuple[fx.Node, Dim]]:
