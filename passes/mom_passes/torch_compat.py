@@ -37,7 +37,8 @@ def schema_of(target: Any) -> Any:
 def schemas_of(target: Any) -> list[Any]:
     """The schemas of an operator overload, or of all overloads of an operator; none for any other callable."""
     if isinstance(target, OpOverloadPacket):
-        return [getattr(target, name)._schema for name in target.overloads()]
+        packet: Any = target  # `overloads` is not typed
+        return [getattr(packet, name)._schema for name in packet.overloads()]
     schema = schema_of(target)
     return [] if schema is None else [schema]
 
@@ -59,7 +60,7 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 def storage_of(tensor: torch.Tensor) -> int:
     """Equal for tensors whose bytes may be the same, fake ones among them, as long as these live."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def takes_sizes(argument: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import returns_a_tensor, returns_nothing
+from mom_passes.graph.values import returned_values, returns_a_tensor, returns_nothing
 from mom_passes.graph.writes import read_behind_a_write, written_inputs
 from mom_passes.loops import laws
 from mom_passes.loops.loop import Loop, loop_nodes
@@ -38,16 +38,11 @@ class Contract:
     @staticmethod
     def of(gm: fx.GraphModule) -> Contract:
         inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-        return Contract(inputs, tuple(map(_type_of, _output_of(gm))), written_inputs(gm), _effects_of(gm))
+        return Contract(inputs, tuple(map(_type_of, returned_values(gm.graph))), written_inputs(gm), _effects_of(gm))
 
 
 def _effects_of(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(str(node.target) for node in gm.graph.nodes if returns_nothing(node))
-
-
-def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
-    returned = next(iter(reversed(gm.graph.nodes))).args[0]
-    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
 def _type_of(output: Any) -> TensorType | type:
@@ -98,7 +93,7 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     effects = _effects_of(gm)
     if effects != contract.effects:
         return f"the graph calls {list(effects)} for their effects in place of {list(contract.effects)}"
-    outputs = _output_of(gm)
+    outputs = returned_values(gm.graph)
     if len(outputs) != len(contract.outputs):
         return f"the graph returns {len(outputs)} values in place of {len(contract.outputs)}"
     for i, (output, wanted) in enumerate(zip(outputs, contract.outputs, strict=True)):

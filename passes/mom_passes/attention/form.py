@@ -28,12 +28,12 @@ from torch import fx
 from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
-from mom_passes.attention.products import all_same, attention_of_products
+from mom_passes.attention.products import attention_of_products
 from mom_passes.attention.repeated_heads import without_repeats
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.edit import fake_value, size_node, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.attention import SDPA
@@ -220,7 +220,7 @@ def _relaid(new: fx.Node, old: fx.Node) -> bool:
     """Whether all that happens to the old result is a copy to the layout that the new one has: spares that copy."""
     for user in old.users:
         copies = all(_makes_contiguous(u) for u in user.users)
-        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
+        if user.target is not aten.permute.default or list(argument(user, "dims")) != [0, 2, 1, 3] or not copies:
             return False
     for user in old.users:
         user.meta["val"] = value_of(new).permute(0, 2, 1, 3)

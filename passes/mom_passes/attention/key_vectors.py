@@ -105,4 +105,4 @@ class KeyVectors:
 
 
 def _follows_key(at: Affine) -> bool:
-    return at.coefficients[-1] == 1
+    return bool(at.coefficients[-1] == 1)

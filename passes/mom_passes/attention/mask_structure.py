@@ -34,7 +34,7 @@ from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Af
 from mom_passes.attention.mask_form import MaskForm, mask_form
 from mom_passes.attention.mask_operators import FOR_CUDNN, RULES, WIDE, aten, constant
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same
 from mom_passes.graph.values import value_of
 
 
@@ -70,9 +70,7 @@ class MaskAnalysis:
             return None
         if filled.lowest != lowest and not hidden:
             return None
-        before, after = value_of(condition).shape, value_of(mask).shape
-        alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
-        return condition if alike else None
+        return condition if all_same(value_of(condition).shape, value_of(mask).shape) else None
 
     def value(self, node: fx.Node) -> Value:
         pending = [node]

@@ -12,7 +12,8 @@ from torch import fx
 from mom_passes.attention.affine import ZERO, Additive, Affine, Lookup, Truth, Value, nonnegative
 from mom_passes.attention.mask_operators import WIDE, Given, constant, dtype_of, holds, rule, shape_of, size_of
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.sizes import expr, is_one, same
+from mom_passes.graph.sizes import all_same, expr, is_one
+from mom_passes.graph.values import input_node
 
 
 @rule("clone alias detach lift_fresh_copy contiguous _to_copy convert_element_type")
@@ -23,7 +24,7 @@ def cast(node: fx.Node, given: Given) -> Value:
         return holds(value)
     if isinstance(value, Affine) and value.is_constant and value.constant.is_number and dtype.is_floating_point:
         return constant(int(value.constant), dtype)
-    if isinstance(value, Lookup) and dtype not in (torch.int64, dtype_of(node.args[0])):  # type: ignore[arg-type]
+    if isinstance(value, Lookup) and dtype not in (torch.int64, dtype_of(input_node(node))):
         return None
     return value
 
@@ -73,7 +74,7 @@ def reshape(node: fx.Node, given: Given) -> Value:
     old, new = shape_of(node.args[0]), shape_of(node)
     kept_old, kept_new = ([d for d, size in enumerate(shape) if not is_one(size)] for shape in (old, new))
     sizes_old, sizes_new = [old[d] for d in kept_old], [new[d] for d in kept_new]
-    if len(sizes_old) == len(sizes_new) and all(same(a, b) for a, b in zip(sizes_old, sizes_new, strict=True)):
+    if all_same(sizes_old, sizes_new):
         origin = dict(zip(kept_new, kept_old, strict=True))
         return _pick(node, given, [origin.get(d) for d in range(len(new))])
     return _reindexed(given(node.args[0]), _constant)

@@ -25,8 +25,8 @@ from torch import fx
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, expr, is_one, product, same
-from mom_passes.graph.values import value_of
+from mom_passes.graph.sizes import Size, all_same, expr, is_one, product, same
+from mom_passes.graph.values import input_node, value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -145,17 +145,19 @@ def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 def _capped(node: fx.Node) -> Scores | None:
     """Scores whose size is limited, or not: `c tanh(s / c)`, where the division is one of `s`'s factors."""
-    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], int | float):
+    cap = node.args[1] if node.target is aten.mul.Tensor else None
+    if not isinstance(cap, int | float):
         return _scaled(node)
-    (bounded, cap), bound = node.args, _through(node.args[0])  # type: ignore[arg-type]
-    if bound.target is not aten.tanh.default or not isinstance(bounded, fx.Node):
+    bounded = input_node(node)
+    bound = _through(bounded)
+    if bound.target is not aten.tanh.default:
         return _scaled(node)
     if not all_same(value_of(bounded).shape, value_of(node).shape):
         return _scaled(node)
     found = _scaled(_through(argument(bound, "self")))
-    if found is None or cap <= 0:  # type: ignore[operator]
+    if found is None or cap <= 0:
         return None
-    found.softcap, found.scale = float(cap), found.scale * float(cap)  # type: ignore[arg-type]
+    found.softcap, found.scale = float(cap), found.scale * float(cap)
     return found
 
 
@@ -211,21 +213,25 @@ def _is_a_mask(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() == _HEADS
 
 
-def _is_of_heads(node: fx.Node, heads: Size) -> bool:
-    """Whether a value is a number of each head, the same for every entry and row."""
+def _unexpanded(node: fx.Node) -> fx.Node:
+    """The operand of a chain of copies, casts and expansions."""
     while node.target in (*COPIES, _CAST, aten.expand.default):
-        node = node.args[0]  # type: ignore[assignment]
-    shape = value_of(node).shape
+        node = input_node(node)
+    return node
+
+
+def _is_of_heads(node: fx.Node, heads: Size) -> bool:
+    """Whether a value has one number for each head, the same for all batch entries and rows."""
+    shape = value_of(_unexpanded(node)).shape
     ones = len(shape) == _HEADS and all(is_one(shape[d]) for d in (0, 2, 3))
     return ones and (same(shape[1], heads) or is_one(shape[1]))
 
 
 def _vector(node: fx.Node, heads: Size) -> fx.Node:
     """The numbers of each head, `[H]`."""
-    while node.target in (*COPIES, _CAST, aten.expand.default):
-        node = node.args[0]  # type: ignore[assignment]
-    if node.target in VIEWS and all_same(value_of(node.args[0]).shape, (heads,)):  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    node = _unexpanded(node)
+    if node.target in VIEWS and all_same(value_of(input_node(node)).shape, (heads,)):
+        return input_node(node)
     graph, size = node.graph, size_node(node.graph, heads)
     if not same(value_of(node).shape[1], heads):
         node = emit(graph, aten.expand.default, (node, [1, size, 1, 1]))
@@ -281,8 +287,8 @@ def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.No
 
 def _transposed(node: fx.Node) -> fx.Node:
     swapped = [0, 1, 3, 2]
-    if node.target is aten.permute.default and [axis(d, _HEADS) for d in node.args[1]] == swapped:  # type: ignore[union-attr, arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.permute.default and [axis(d, _HEADS) for d in argument(node, "dims")] == swapped:
+        return input_node(node)
     return emit(node.graph, aten.permute.default, (node, swapped))
 
 
@@ -301,8 +307,3 @@ def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
 
 def _rank(node: fx.Node) -> int:
     return int(value_of(node).dim())
-
-
-def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are known to be equal."""
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

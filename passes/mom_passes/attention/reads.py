@@ -24,7 +24,7 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.values import operands, value_of
+from mom_passes.graph.values import input_node, operands, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
@@ -189,7 +189,7 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
         last = chain[-1]
         if facts(last).alias not in _SAME_ROWS and last.target is not aten.slice.Tensor:
             return None
-        chain.append(last.args[0])  # type: ignore[arg-type]
+        chain.append(input_node(last))
     found = reads[chain[-1]]
     if len(chain) == 1 or not found.itself:
         return found if len(chain) == 1 else None
@@ -205,5 +205,5 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
 def source_of(node: fx.Node) -> fx.Node:
     """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
     while facts(node).alias in _SAME_ELEMENTS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     return node

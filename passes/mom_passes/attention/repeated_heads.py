@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import fx
 
-from mom_passes.attention.products import COPIES, VIEWS, all_same, aten
+from mom_passes.attention.products import COPIES, VIEWS
+from mom_passes.graph.arguments import argument, aten, axes, axis
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import is_one, same
-from mom_passes.graph.values import value_of
+from mom_passes.graph.sizes import all_same, is_one, same
+from mom_passes.graph.values import input_node, value_of
 
 
 def without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -57,7 +58,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
         return _ungrouped(source, heads)
     if node.target is aten.permute.default:
         rank = len(value_of(node).shape)
-        order = tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr, arg-type]
+        order = tuple(axes(argument(node, "dims"), rank))
         found = _ungrouped(source, order[heads])
         if found is None:
             return None
@@ -84,16 +85,15 @@ def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
     if len(split) != len(merged) + 1 or not all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
         return None
     while source.target in COPIES:
-        source = source.args[0]  # type: ignore[assignment]
+        source = input_node(source)
     if source.target is not aten.expand.default:
         return None
-    before = source.args[0]
-    assert isinstance(before, fx.Node)
+    before = input_node(source)
     narrow = value_of(before).shape
     if len(narrow) != len(split) or not is_one(narrow[heads + 1]) or not _same_but(split, narrow, heads + 1):
         return None
-    if before.target is aten.unsqueeze.default and before.args[1] % len(narrow) == heads + 1:  # type: ignore[operator]
-        return _Grouped(before.args[0], split[heads])  # type: ignore[arg-type]
+    if before.target is aten.unsqueeze.default and axis(argument(before, "dim"), len(narrow)) == heads + 1:
+        return _Grouped(input_node(before), split[heads])
     return _Grouped(before, split[heads], squeeze=heads + 1)
 
 

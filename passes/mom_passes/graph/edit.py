@@ -15,7 +15,7 @@ from torch import fx
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
-from mom_passes.graph.values import is_tensor, tensors_of
+from mom_passes.graph.values import input_node, is_tensor, tensors_of
 from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     new_output = graph.output(output)
-    new_output.meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
+    new_output.meta = dict(gm.graph.output_node().meta)
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
@@ -72,7 +72,7 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
     """The node that has a size, or one that reads it off a tensor."""
     if not wanted.free_symbols:
         return None
-    known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
+    known: list[fx.Node] = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
     for node in known:
         value = meta_value(node)
         if isinstance(value, SYMBOLIC) and same(value, wanted):
@@ -121,6 +121,12 @@ def copy_call(graph: fx.Graph, node: fx.Node, new_of: Callable[[fx.Node], fx.Nod
     if any(_is_laid_out_otherwise(operand, new_of(operand)) for operand in tensors):
         new.meta["val"] = fake_value(new)
     return new
+
+
+def copy_view(graph: fx.Graph, view: fx.Node, source: fx.Node) -> fx.Node:
+    """A copy of a view, at the insertion point, whose first operand is `source`. Its value is not recomputed."""
+    viewed = input_node(view)
+    return graph.node_copy(view, lambda node: source if node is viewed else node)
 
 
 def _is_laid_out_otherwise(old: fx.Node, new: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from mom_passes.graph.aliasing import seen_from
 from mom_passes.graph.edit import emit
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
+from mom_passes.graph.values import value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
@@ -35,12 +36,16 @@ def hold_results(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
     """
     results = [result for node in gm.graph.nodes if _may_differ(node, is_doubtful) for result in _results(node)]
     for result in results:
-        with gm.graph.inserting_before(result.next):
-            held = emit(gm.graph, LAID_OUT, (result, list(storage_order(meta_value(result)))))
-        result.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)  # type: ignore[misc]
+        _hold(gm.graph, result)
     if results:
         gm.recompile()
     return len(results)
+
+
+def _hold(graph: fx.Graph, result: fx.Node) -> None:
+    with graph.inserting_before(result.next):
+        held = emit(graph, LAID_OUT, (result, list(storage_order(value_of(result)))))
+    result.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
 
 
 def _may_differ(node: fx.Node, is_doubtful: Callable[[Any], bool]) -> bool:

@@ -164,7 +164,11 @@ def _choice(pairs: Sequence[Any]) -> tuple[Any, Sequence[sympy.Basic]]:
 
 def evaluate(size: Size | sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> int | float | bool:
     """The number a size is where its symbols have these values. Raises `PassError` for a symbol without one."""
-    return interpret(_expression(size), values.get, lambda value: value, lambda _, target, args: target(*args))
+    def apply(_: sympy.Basic, target: Any, args: list[Any]) -> Any:
+        return target(*args)
+
+    found: int | float | bool = interpret(_expression(size), values.get, lambda value: value, apply)
+    return found
 
 
 class SizeFunction:
@@ -202,7 +206,8 @@ def _function(size: sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Callable[[S
             return lambda values: target(left(values), right(values))
         return lambda values: target(*(arg(values) for arg in args))
 
-    return interpret(size, known, constant, apply)
+    function: Callable[[Sequence[Any]], Any] = interpret(size, known, constant, apply)
+    return function
 
 
 def _expression(size: Any) -> sympy.Basic:

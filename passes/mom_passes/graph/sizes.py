@@ -7,7 +7,7 @@ would specialise the user's graph; everything here answers from what is statical
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +52,11 @@ def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
         return False
 
 
+def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes, or two lists of strides, are known to be equal."""
+    return len(a) == len(b) and all(map(same, a, b))
+
+
 def is_one(size: Any) -> bool:
     return same(size, 1)
 
@@ -90,7 +95,7 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | int | None:
 
 def fraction(size: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
     """Numerator and denominator. Sympy's `together` takes milliseconds, and few sizes divide at all."""
-    return sympy.fraction(sympy.together(size)) if _divides(size) else (size, sympy.S.One)  # type: ignore[no-any-return]
+    return sympy.fraction(sympy.together(size)) if _divides(size) else (size, sympy.S.One)
 
 
 def _divides(size: sympy.Basic) -> bool:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
 from mom_passes.torch_compat import schema_of
+
+
+def input_node(node: fx.Node, index: int = 0) -> fx.Node:
+    """The node that is passed as positional argument `index`."""
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node), f"argument {index} of {node.name} is not a node"
+    return argument
+
+
+def returned_values(graph: fx.Graph) -> tuple[Any, ...]:
+    """The nodes and constants that a graph returns, in order."""
+    values = graph.output_node().args[0]
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
+
+
+def return_values(graph: fx.Graph, values: Sequence[Any]) -> None:
+    """Let a graph return these values, in the container that it has."""
+    output = graph.output_node()
+    kind = list if isinstance(output.args[0], list) else tuple
+    output.args = (kind(values),)
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

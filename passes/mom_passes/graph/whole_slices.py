@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same
 from mom_passes.graph.values import value_of
 
 aten = torch.ops.aten
@@ -34,5 +34,4 @@ def drop_whole_slices_of(gm: fx.GraphModule) -> int:
 
 def _keeps_everything(node: fx.Node) -> bool:
     source = argument(node, "self")
-    before, after = value_of(source).shape, value_of(node).shape
-    return source.op != "placeholder" and all(same(a, b) for a, b in zip(before, after, strict=True))
+    return source.op != "placeholder" and all_same(value_of(source).shape, value_of(node).shape)

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument
+from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import bytes_of, operands, value_of
+from mom_passes.graph.values import bytes_of, input_node, operands, value_of
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.rules.views import is_view
@@ -79,15 +79,15 @@ def _seen_by_expert(value: fx.Node) -> fx.Node | None:
         keeps = value.target in (aten.transpose.int, aten.permute.default) and _keeps_the_first(value)
         if not keeps:
             return None
-        value = value.args[0]  # type: ignore[assignment]
+        value = input_node(value)
     return value
 
 
 def _keeps_the_first(view: fx.Node) -> bool:
-    if view.target is aten.permute.default:
-        return bool(view.args[1][0] == 0)  # type: ignore[index]
     rank = value_of(view).dim()
-    return 0 not in (int(view.args[1]) % rank, int(view.args[2]) % rank)  # type: ignore[arg-type]
+    if view.target is aten.permute.default:
+        return axis(argument(view, "dims")[0], rank) == 0
+    return 0 not in (axis(argument(view, "dim0"), rank), axis(argument(view, "dim1"), rank))
 
 
 def _readers(weight: fx.Node) -> set[fx.Node]:

@@ -14,6 +14,7 @@ from torch import fx
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.edit import strides_differ
 from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import input_node
 from mom_passes.host.kv_values import find_kv
 from mom_passes.host.relaid import replace_relaid
 
@@ -24,7 +25,7 @@ def drop_layout_copies(gm: fx.GraphModule) -> int:
     """Take out such copies, in place, and say how many. What a prompt was given lies as it was given."""
     copies = [value.full for value in find_kv(gm).found if _only_lays_out(value.full)]
     for copy in copies:
-        replace_relaid(copy, copy.args[0])  # type: ignore[arg-type]
+        replace_relaid(copy, input_node(copy))
         gm.graph.erase_node(copy)
     if copies:
         gm.recompile()

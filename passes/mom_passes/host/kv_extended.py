@@ -21,7 +21,7 @@ from torch import fx
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import behind, emit, fake_mode, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import value_of
+from mom_passes.graph.values import input_node, value_of
 from mom_passes.host.kv_values import KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
 from mom_passes.ops.rows import COPY_ROWS
@@ -73,7 +73,7 @@ def lay_out_for_growth(gm: fx.GraphModule, static: Collection[str] = ()) -> int:
 def _on_device(value: fx.Node) -> fx.Node:
     """What all rows of a value are copied from to the host, if they are, or else the value."""
     leaves = value.target is OFFLOAD and value.args[2] == 0
-    return value.args[0] if leaves else value  # type: ignore[return-value]
+    return input_node(value) if leaves else value
 
 
 def _may_move(past: fx.Node, grown: Collection[fx.Node]) -> bool:

@@ -29,7 +29,7 @@ from torch import fx
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.edit import behind, emit, size_node
 from mom_passes.graph.sizes import Size
-from mom_passes.graph.values import is_size, value_of
+from mom_passes.graph.values import input_node, is_size, return_values, returned_values, value_of
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
@@ -78,7 +78,7 @@ def _bring_up(full: fx.Node) -> None:
     between, root = [], full
     while root is not source_of(root):
         between.append(root)
-        root = root.args[0]  # type: ignore[assignment]
+        root = input_node(root)
     place = behind(root)
     sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
     if all(size < place for size in sizes):
@@ -100,7 +100,6 @@ class _Rewriter:
     def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
         self.graph = gm.graph
         self.device = device
-        self.output = next(iter(reversed(gm.graph.nodes)))
         #: Views of inputs that stand behind the inputs, ahead of every fetch of them.
         self.ahead: set[fx.Node] = set()
 
@@ -118,10 +117,10 @@ class _Rewriter:
             replace_relaid(value.full, full)
             with self.graph.inserting_before(behind(full)):
                 host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
-        kept = list(self.output.args[0])  # type: ignore[arg-type]
+        kept = list(returned_values(self.graph))
         for position in value.outputs:
             kept[position] = host
-        self.output.args = (type(self.output.args[0])(kept),)  # type: ignore[operator, misc]
+        return_values(self.graph, kept)
 
     def let_arrive(self) -> int:
         """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
@@ -157,9 +156,10 @@ class _Rewriter:
 
     def _first_operator(self) -> fx.Node:
         """Behind the inputs, the sizes read off them and the views of them that are fetched."""
+        nodes: Iterable[fx.Node] = self.graph.nodes
         return next(
             node
-            for node in self.graph.nodes
+            for node in nodes
             if node.op not in ("placeholder", "get_attr") and not is_size(node) and node not in self.ahead
         )
 

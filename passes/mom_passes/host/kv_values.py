@@ -28,8 +28,8 @@ from mom_passes.attention.reads import Attention, Read, attention_reads, attenti
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
-from mom_passes.graph.values import is_tensor, operands, value_of
+from mom_passes.graph.sizes import Size, all_same, expr, hint, same
+from mom_passes.graph.values import bytes_of, input_node, is_tensor, operands, returned_values, value_of
 from mom_passes.host.kv_remade import kept_in_another_form
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules.views import seen_through_views
@@ -70,8 +70,7 @@ class KeyOrValue:
     @property
     def bytes(self) -> int:
         """Of what is kept, at the captured sizes."""
-        value = meta_value(self.kept)
-        return count_hint(value.shape) * value.element_size()
+        return bytes_of(self.kept)
 
     @property
     def bytes_per_token(self) -> int:
@@ -108,7 +107,7 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.attentions = {attention.node: attention for attention in attentions(gm)}
         self.reads = attention_reads(gm)
-        self.returned = returned(gm)
+        self.returned = returned_values(gm.graph)
 
     def find(self) -> KVValues:
         places: dict[fx.Node, list[int]] = {}
@@ -200,15 +199,9 @@ class _Finder:
         return found
 
 
-def returned(gm: fx.GraphModule) -> tuple[object, ...]:
-    """What a graph returns, in order."""
-    values = next(iter(reversed(gm.graph.nodes))).args[0]
-    return tuple(values) if isinstance(values, (tuple, list)) else ()
-
-
 def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
     """The same keys and values in what a graph was rewritten to: it returns them in the same places."""
-    outputs = returned(gm)
+    outputs = returned_values(gm.graph)
     inputs = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
 
     def again(value: KeyOrValue) -> KeyOrValue:
@@ -265,8 +258,7 @@ def _grows(full: fx.Node) -> bool:
 
 def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
     """Whether as many rows are kept as there were: the state of a convolution, say."""
-    before = value_of(argument(grown, "tensors")[0]).shape
-    return all(same(a, b) for a, b in zip(before, value_of(kept).shape, strict=True))
+    return all_same(value_of(argument(grown, "tensors")[0]).shape, value_of(kept).shape)
 
 
 def _written_into(node: fx.Node) -> fx.Node | None:
@@ -274,7 +266,7 @@ def _written_into(node: fx.Node) -> fx.Node | None:
     if node.target not in WRITES:
         return None
     while node.target in WRITES:
-        node = seen_through_views(node.args[0])  # type: ignore[arg-type]
+        node = seen_through_views(input_node(node))
     constant = node.op == "call_function" and not any(is_tensor(operand) for operand in node.all_input_nodes)
     return node if constant or node.op == "placeholder" else None
 

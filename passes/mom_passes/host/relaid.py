@@ -7,9 +7,9 @@ from torch import fx
 
 from mom_passes.graph.edit import fake_value
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same
 from mom_passes.graph.strides import viewable
-from mom_passes.graph.values import value_of
+from mom_passes.graph.values import input_node, value_of
 from mom_passes.ops.transfers import COPIES
 from mom_passes.rules.work import matmul_work
 
@@ -27,7 +27,7 @@ def replace_relaid(old: fx.Node, new: fx.Node) -> None:
         if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
             continue  # products lay their result out by themselves
         _relay(node)
-        if not _alike(before, meta_value(node)):
+        if not all_same(before.stride(), value_of(node).stride()):
             changed.add(node)
 
 
@@ -37,11 +37,7 @@ def _relay(node: fx.Node) -> None:
     Fake tensors cannot be asked: they allow every view, and copy without a word.
     """
     if node.target is aten.view.default:
-        source = meta_value(node.args[0])  # type: ignore[arg-type]
+        source = value_of(input_node(node))
         if not viewable(source.shape, source.stride(), value_of(node).shape):
             node.target = aten.reshape.default
     node.meta["val"] = fake_value(node)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return all(same(a, b) for a, b in zip(one.stride(), other.stride(), strict=True))

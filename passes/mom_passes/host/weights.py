@@ -24,7 +24,7 @@ from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.graph.aliasing import is_mutation, seen_from, view_chain
-from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
+from mom_passes.graph.edit import behind, copy_view, emit, fake_value, strides_differ
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import bytes_of, is_size, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
@@ -58,8 +58,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
         with graph.inserting_before(node):
             seen = fetched[base]
             for view in views:
-                env = {view.args[0]: seen}
-                seen = graph.node_copy(view, lambda n, env=env: env.get(n, n))  # type: ignore[misc]
+                seen = copy_view(graph, view, seen)
                 seen.meta["val"] = fake_value(seen)
             if strides_differ(meta_value(seen), meta_value(node)):
                 seen = emit(graph, aten.clone.default, (seen,), {"memory_format": torch.contiguous_format})
@@ -70,7 +69,8 @@ def whole_weights(gm: fx.GraphModule) -> int:
 
 
 def _last_input(graph: fx.Graph) -> fx.Node:
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last: fx.Node = graph.find_nodes(op="placeholder")[-1]
+    return last
 
 
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -156,7 +156,8 @@ def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
 
 
 def _first_operator(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr") and not is_size(node))
+    nodes: Iterable[fx.Node] = graph.nodes
+    return next(node for node in nodes if node.op not in ("placeholder", "get_attr") and not is_size(node))
 
 
 def _outermost(host: object) -> int:

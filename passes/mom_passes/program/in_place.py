@@ -23,14 +23,14 @@ After:   the same, x1 in the storage of x0               Stored(x1).over == 0
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 
-from mom_passes.graph.aliasing import may_be_a_view
-from mom_passes.graph.sizes import same
+from mom_passes.graph.aliasing import base_of
+from mom_passes.graph.sizes import all_same
+from mom_passes.graph.values import returned_values
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import Out, RowsIn, Stored
 from mom_passes.ops.rows import COPY_ROWS
@@ -88,10 +88,10 @@ def _stored_by(step: LoopStep) -> dict[fx.Node, Stored]:
 
 def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
     """The loop, its outputs over operands that die there: by input, how those were stored."""
-    pieces = next(iter(reversed(loop.body.graph.nodes))).args[0]
+    pieces = returned_values(loop.body.graph)
     taken: set[int] = set()
     outputs: list[Out] = []
-    for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):  # type: ignore[index]
+    for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):
         for i, before in dying.items() if piece is not None else ():
             port = loop.inputs[i]
             if i in taken or _relabels_an_input(piece):
@@ -111,13 +111,10 @@ def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
         dim.plain
         and before.dim == after.dim == dim
         and (one.dtype, one.device, one.order) == (other.dtype, other.device, other.order)
-        and len(one.shape) == len(other.shape)
-        and all(same(a, b) for a, b in zip(one.shape, other.shape, strict=True))
+        and all_same(one.shape, other.shape)
     )
 
 
 def _relabels_an_input(piece: fx.Node) -> bool:
     """Rows that are an operand's own rows seen otherwise: writing elsewhere first would change them."""
-    while piece.op == "call_function" and (piece.target is operator.getitem or may_be_a_view(piece)):
-        piece = piece.args[0]  # type: ignore[assignment]
-    return piece.op == "placeholder"
+    return base_of(piece).op == "placeholder"

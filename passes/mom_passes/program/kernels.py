@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import input_node
 from mom_passes.program.storages import shares_with
 from mom_passes.torch_compat import packet_of
 
@@ -158,7 +159,7 @@ class Fusion:
         return found
 
     def _is_item(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and node in self.items.get(node.args[0], ())  # type: ignore[arg-type]
+        return node.target is operator.getitem and node in self.items.get(input_node(node), ())
 
     def _read(self, node: fx.Node) -> None:
         reads: set[fx.Node] = set()
@@ -252,7 +253,7 @@ class Fusion:
 
     def _stays_inside(self, op: _Op, run: list[_Op]) -> bool:
         """Whether each element is read as it is made, in the same pass over them: by nobody behind its reduction."""
-        readers = self.readers.get(op.makes, [])  # type: ignore[arg-type]
+        readers = self.readers.get(op.makes, []) if op.makes is not None else []
         if op.reduces or op.makes in self.kept or not all(reader in run for reader in readers):
             return False
         reductions = {reader for reader in readers if reader.reduces}

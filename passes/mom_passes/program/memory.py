@@ -22,7 +22,8 @@ import sympy
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
+from mom_passes.graph.sizes import expr, hint, product, symbol_hints
+from mom_passes.graph.values import bytes_of, returned_values, value_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
 from mom_passes.ops.transfers import OFFLOAD
@@ -137,8 +138,7 @@ def _moment(program: Program, found: Lives, i: int, costs: Callable[..., Costs])
 def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
     """What one mini-sequence holds, in `count`. Rows that are stored are written where they belong as they are made."""
     nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
-    rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
-    stored = [value for value in rows if isinstance(value, fx.Node)]  # type: ignore[union-attr]
+    stored = [value for value in returned_values(loop.body.graph) if isinstance(value, fx.Node)]
     return most_held(nodes, (), lambda node: False, costs, stored)
 
 
@@ -173,7 +173,7 @@ def leaving(program: Program) -> dict[fx.Node, Leaving]:
     for step in program.steps:
         if isinstance(step, Transfer) and step.node.target is OFFLOAD:
             _, dim, _, layer = step.node.args
-            value = meta_value(step.node)
-            size = count_hint(value.shape) * value.element_size()
-            found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
+            assert isinstance(dim, int) and isinstance(layer, int)
+            tokens = hint(value_of(step.node).shape[dim])
+            found[step.node] = Leaving(layer, bytes_of(step.node) // max(1, tokens))
     return found

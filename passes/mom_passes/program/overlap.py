@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import fx
 
+from mom_passes.graph.values import input_node
 from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT
 
 
@@ -36,14 +37,13 @@ def _one_ahead(graph: fx.Graph, layers: Sequence[Sequence[fx.Node]]) -> None:
     for before, waits in zip([None, *layers], layers, strict=False):
         anchor = before[0] if before is not None else _first_copy(graph)
         for wait in waits:
-            buffer = wait.args[0]
-            assert isinstance(buffer, fx.Node)
-            if buffer is not anchor:
-                anchor.prepend(buffer)
+            if input_node(wait) is not anchor:
+                anchor.prepend(input_node(wait))
 
 
 def _first_copy(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.target is FETCH_START)
+    first: fx.Node = graph.find_nodes(op="call_function", target=FETCH_START)[0]
+    return first
 
 
 def _waits_by_layer(graph: fx.Graph, waits: Collection[fx.Node]) -> list[list[fx.Node]]:
@@ -76,4 +76,4 @@ def _appends_of(wait: fx.Node) -> list[fx.Node]:
 
 
 def _next_reader(wait: fx.Node) -> fx.Node:
-    return min(wait.users, default=next(iter(reversed(wait.graph.nodes))))
+    return min(wait.users, default=wait.graph.output_node())

@@ -25,10 +25,10 @@ from torch import fx
 
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import is_mutation, seen_from, views_of
-from mom_passes.graph.edit import behind, emit, fake_value
+from mom_passes.graph.edit import behind, copy_view, emit, fake_value
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
-from mom_passes.graph.values import bytes_of, is_size
+from mom_passes.graph.values import bytes_of, input_node, is_size, return_values, returned_values
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.program.parts import Part, find_parts
@@ -63,7 +63,7 @@ class _Rewriter:
         self.gm = gm
         self.graph = gm.graph
         self.part = part
-        self.output = next(iter(reversed(gm.graph.nodes)))
+        self.output = gm.graph.output_node()
         self.moved: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> OwnRows:
@@ -75,8 +75,7 @@ class _Rewriter:
             for cut, rows in self.part.cuts.items():
                 seen[cut] = self._behind_room(own) if rows is None else self._within(own, cut, rows)
             replaced = {output: self._through(output, seen) for output in self.part.outputs}
-        returned = [replaced.get(value, value) for value in self.output.args[0]]  # type: ignore[union-attr]
-        self.output.args = (type(self.output.args[0])(returned),)  # type: ignore[operator, misc]
+        return_values(self.graph, [replaced.get(value, value) for value in returned_values(self.graph)])
         _erase_unread(self.graph, self.part.outputs)
         return OwnRows(cover.name, self.part.base.name, bytes_of(own), bytes_of(self.part.base))
 
@@ -119,8 +118,7 @@ class _Rewriter:
     def _through(self, node: fx.Node, seen: dict[fx.Node, fx.Node]) -> fx.Node:
         """A view of a cut as the same view of its copy, which is dense."""
         if node not in seen:
-            source = self._through(node.args[0], seen)  # type: ignore[arg-type]
-            seen[node] = self.graph.node_copy(node, lambda n: source if n is node.args[0] else n)
+            seen[node] = copy_view(self.graph, node, self._through(input_node(node), seen))
             try:
                 seen[node].meta["val"] = fake_value(seen[node])
             except (RuntimeError, ValueError):

@@ -22,7 +22,6 @@ the graph of a decode step, whose guards hold strides, serves the first step beh
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -98,9 +97,8 @@ class Part:
 
 def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
     """The parts that are worth a storage of their own, by base in graph order. Nothing is changed."""
-    output = next(iter(reversed(gm.graph.nodes)))
     outputs_of: dict[fx.Node, list[fx.Node]] = {}
-    for node in output.all_input_nodes:
+    for node in gm.graph.output_node().all_input_nodes:
         if isinstance(meta_value(node), torch.Tensor):
             outputs_of.setdefault(base_of(node), []).append(node)
     found: list[Part] = []
@@ -171,7 +169,10 @@ def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
         return []
     if all(a.is_apart_from(b) for a, b in itertools.combinations(known.values(), 2)):
         return [(cut, 0, None, {cut: None}) for cut in cuts]
-    around = functools.reduce(lambda a, b: a and hull(a, b), known.values())  # type: ignore[arg-type, return-value]
+    first, *others = known.values()
+    around: Span | None = first
+    for span in others:
+        around = hull(around, span) if around is not None else None
     inner = {cut: _within(span, around) for cut, span in known.items()} if around is not None else {}
     if around is None or None in inner.values():
         return []

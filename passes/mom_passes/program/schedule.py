@@ -27,7 +27,7 @@ from mom_passes.graph.aliasing import is_a_view, seen_from
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in, storage_order
-from mom_passes.graph.values import returns_nothing
+from mom_passes.graph.values import input_node, returned_values, returns_nothing
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES
@@ -40,11 +40,8 @@ aten = torch.ops.aten
 
 def schedule(gm: fx.GraphModule, ends: Collection[fx.Node] = ()) -> Program:
     """The program of a rewritten graph; a piece ends with each of `ends`."""
-    output = next(iter(reversed(gm.graph.nodes)))
-    returned = output.args[0]
-    outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
-    inputs = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
-    return Program(inputs, tuple(_Scheduler(gm, ends).steps()), outputs, storages(gm))
+    inputs = tuple(gm.graph.find_nodes(op="placeholder"))
+    return Program(inputs, tuple(_Scheduler(gm, ends).steps()), returned_values(gm.graph), storages(gm))
 
 
 class _Scheduler:
@@ -138,7 +135,7 @@ def _views(node: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
     """A value, what it is a view of, and so on down to what owns the storage or stands before the run."""
     chain = [node]
     while chain[-1] in inside and is_a_view(chain[-1]):
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        chain.append(input_node(chain[-1]))
     return chain
 
 

@@ -73,4 +73,4 @@ def _may_be_in(value: fx.Node, user: fx.Node) -> bool:
 
 def _sizes(node: fx.Node) -> set[int]:
     """Bytes of each of the tensors that it stands for."""
-    return {count_hint(value.shape) * int(value.element_size()) for value in tensors_of(node)}
+    return {count_hint(value.shape) * value.element_size() for value in tensors_of(node)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import bytes_of, value_of
+from mom_passes.graph.values import bytes_of, input_node, value_of
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.program import Compute, LoopStep, Program, Step, Transfer
 from mom_passes.rules.work import matmul_work
@@ -77,9 +77,7 @@ def weight_traffic(program: Program, waits: Collection[fx.Node]) -> WeightTraffi
 
 
 def _host_of(wait: fx.Node) -> fx.Node:
-    start = wait.args[0]
-    assert isinstance(start, fx.Node) and isinstance(start.args[0], fx.Node)
-    return start.args[0]
+    return input_node(input_node(wait))
 
 
 def _work(step: Step) -> int:
@@ -90,6 +88,6 @@ def _work(step: Step) -> int:
 
 def _of_chosen(node: fx.Node) -> int:
     """Each expert once: at most as many as were chosen, or as there are."""
-    bank, keys = value_of(node), value_of(node.args[1])  # type: ignore[arg-type]
+    bank, keys = value_of(node), value_of(input_node(node, 1))
     experts = hint(bank.shape[0])
     return bytes_of(node) // max(1, experts) * min(experts, count_hint(keys.shape))
