@@ -23,9 +23,10 @@ import torch
 from torch import fx
 
 from mom_compile.torch_compat import mark_stored
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
+from mom_passes.graph.values import is_pointwise
 
 aten = torch.ops.aten
 
@@ -33,8 +34,6 @@ aten = torch.ops.aten
 WORTHWHILE_ON = ("cuda",)
 #: What takes tens of operations for an element, and in float32 more for large arguments, as positions are.
 DEAR = {aten.cos.default, aten.sin.default, aten.tan.default}
-#: Pointwise, whatever their tags say.
-CASTS = {aten._to_copy.default, aten.clone.default, aten.cat.default}
 
 
 def is_worthwhile(devices: Iterable[torch.device]) -> bool:
@@ -63,13 +62,12 @@ def _is_pointwise(node: fx.Node) -> bool:
     """Whether every element is computed from one of each operand; views count."""
     if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in CASTS or seen_from(node) is not None
+    return is_pointwise(node) or node.target is aten.cat.default or aliased_operand(node) is not None
 
 
 def _made(node: fx.Node) -> fx.Node:
     """What a view is of, as far as it is no larger."""
-    while (source := seen_from(node)) is not None:
+    while (source := aliased_operand(node)) is not None:
         node = source
     return node
 

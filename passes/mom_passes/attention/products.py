@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mom_passes.graph.aliasing import RESHAPES
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
@@ -32,9 +33,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _CAST = prims.convert_element_type.default
-_KEEP_MATRICES = (*VIEWS, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+_KEEP_MATRICES = (*RESHAPES, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 _HEADS = 4
 """Rank of `[B, H, tokens, channels]`."""
 
@@ -72,7 +72,7 @@ class Products:
 def attention_of_products(second: fx.Node) -> Products | None:
     """What a batched product computes, if it is the second of an attention. Operands may be made ahead of it."""
     weights, values = second.args
-    results = [user for user in second.users if user.target in VIEWS and _rank(user) == _HEADS]
+    results = [user for user in second.users if user.target in RESHAPES and _rank(user) == _HEADS]
     if not results or len(results) < len(second.users):
         return None
     batch, heads, rows, channels = shape = value_of(results[0]).shape
@@ -230,7 +230,7 @@ def _is_of_heads(node: fx.Node, heads: Size) -> bool:
 def _vector(node: fx.Node, heads: Size) -> fx.Node:
     """The numbers of each head, `[H]`."""
     node = _unexpanded(node)
-    if node.target in VIEWS and all_same(value_of(input_node(node)).shape, (heads,)):
+    if node.target in RESHAPES and all_same(value_of(input_node(node)).shape, (heads,)):
         return input_node(node)
     graph, size = node.graph, size_node(node.graph, heads)
     if not same(value_of(node).shape[1], heads):

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from mom_passes.attention.products import COPIES, VIEWS
+from mom_passes.attention.products import COPIES
+from mom_passes.graph.aliasing import RESHAPES
 from mom_passes.graph.arguments import argument, aten, axes, axis
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import all_same, is_one, same
@@ -65,7 +66,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
         return _Grouped(found.source, found.heads, (*found.permutations, order), found.squeeze)
     if node.target is aten.expand.default:
         return _expanded(node, source, heads)
-    if node.target in VIEWS:
+    if node.target in RESHAPES:
         return _merged(node, source, heads)
     return None
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand
 from mom_passes.graph.edit import emit
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
@@ -49,7 +49,7 @@ def _hold(graph: fx.Graph, result: fx.Node) -> None:
 
 
 def _may_differ(node: fx.Node, is_doubtful: Callable[[Any], bool]) -> bool:
-    return node.op == "call_function" and is_doubtful(node.target) and seen_from(node) is None
+    return node.op == "call_function" and is_doubtful(node.target) and aliased_operand(node) is None
 
 
 def _results(node: fx.Node) -> Iterator[fx.Node]:

@@ -76,6 +76,12 @@ def returns_a_tensor(node: fx.Node) -> bool:
     return schema is not None and any(isinstance(returned.type, torch.TensorType) for returned in schema.returns)
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether an operator is elementwise, by PyTorch's tags. `_to_copy` is, and has no tag."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or node.target is torch.ops.aten._to_copy.default
+
+
 def returns_nothing(node: fx.Node) -> bool:
     """Whether an operator is called for its effect alone: it returns nothing and writes to no argument. Assertions and
     messages are such operators."""

@@ -15,16 +15,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import base_of, is_mutation, may_be_a_view
+from mom_passes.graph.aliasing import MAY_COPY, base_of, is_mutation, may_be_a_view
 from mom_passes.torch_compat import schema_of
-
-aten = torch.ops.aten
-
-#: A view where the layout allows one, else a copy: both at once, as far as reading is concerned.
-_VIEW_OR_COPY = frozenset({aten.reshape.default, aten.contiguous.default, torch.ops.prims.reshape.default})
 
 
 def read_behind_a_write(gm: fx.GraphModule) -> str | None:
@@ -46,7 +40,7 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if source in bases and (node.target is operator.getitem or may_be_a_view(node)):
             bases[node] = bases[source]
-            if node.target not in _VIEW_OR_COPY:
+            if node.target not in MAY_COPY:
                 continue
         for operand in node.all_input_nodes:
             write = written.get(bases.get(operand, operand))

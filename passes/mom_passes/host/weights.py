@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import is_mutation, seen_from, view_chain
+from mom_passes.graph.aliasing import is_mutation, view_chain, viewed_operand
 from mom_passes.graph.edit import behind, copy_view, emit, fake_value, strides_differ
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import bytes_of, is_size, value_of
@@ -80,11 +80,6 @@ def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
     return (None if base.op != "placeholder" or any(map(is_mutation, views)) else base), views[::-1]
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """What a node is a view of. What is written to is one of itself, and more than that."""
-    return None if is_mutation(node) else seen_from(node)
-
-
 def _erase_unread(views: Iterable[fx.Node]) -> None:
     """Those that only fetches read."""
     for view in sorted(set(views), reverse=True):
@@ -130,7 +125,7 @@ def _weight(fetch: fx.Node) -> _Weight:
     while pending:
         value = pending.pop()
         for user in value.users:
-            if _viewed(user) is value:
+            if viewed_operand(user) is value:
                 views.append(user)
                 pending.append(user)
             else:

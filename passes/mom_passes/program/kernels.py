@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import input_node
+from mom_passes.graph.values import input_node, is_pointwise
 from mom_passes.program.storages import shares_with
 from mom_passes.torch_compat import packet_of
 
@@ -118,9 +118,9 @@ class Fusion:
         self.size = functools.cache(lambda node: size(node) - sum(map(size, self.items.get(node, ()))))
         self.on_cpu = any((device or _device(node)) == "cpu" for node in self.position)
         self.storage = self._storages()
-        self.seen_as: dict[fx.Node, list[fx.Node]] = {}
+        self.seen_as: dict[fx.Node, set[fx.Node]] = {}
         for node, storage in self.storage.items():
-            self.seen_as.setdefault(storage, []).append(node)
+            self.seen_as.setdefault(storage, set()).add(node)
         self.kept = {self.storage[node] for node in self.position if kept(node)}
         #: What each held value is computed from, and each that is computed where it is read.
         self.held: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -197,8 +197,9 @@ class Fusion:
 
     def _users(self, node: fx.Node) -> list[fx.Node]:
         """Who reads a value here, itself or a view of it."""
-        users = dict.fromkeys(user for value in self.seen_as[node] for user in value.users)
-        return [user for user in users if user in self.position and not _is_view(user)]
+        views = self.seen_as[node]
+        users = dict.fromkeys(user for value in views for user in value.users)
+        return [user for user in users if user in self.position and user not in views]
 
     # --- in which order ---
 
@@ -280,13 +281,8 @@ def _device(node: fx.Node) -> str | None:
     return device.type if device is not None else None
 
 
-def _is_view(node: fx.Node) -> bool:
-    return getattr(node.target, "is_view", False) or node.target is operator.getitem
-
-
 def _is_fused(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS or _counts(node)
+    return is_pointwise(node) or packet_of(node.target) in _GATHERS or _counts(node)
 
 
 def _counts(node: fx.Node) -> bool:

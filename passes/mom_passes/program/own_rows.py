@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import PassError
-from mom_passes.graph.aliasing import is_mutation, seen_from, views_of
+from mom_passes.graph.aliasing import aliased_operand, viewed_operand, views_of
 from mom_passes.graph.edit import behind, copy_view, emit, fake_value
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
@@ -97,7 +97,7 @@ class _Rewriter:
         if node < place:
             return node
         if node not in self.moved:
-            if not is_size(node) and seen_from(node) is None:
+            if not is_size(node) and aliased_operand(node) is None:
                 raise PassError(f"{node.name} is not there yet")
             made_of = {source: self._at(source, place) for source in node.all_input_nodes}
             with self.graph.inserting_before(place):
@@ -145,7 +145,7 @@ def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     pending = dict.fromkeys(nodes)
     while pending:
         node, _ = pending.popitem()
-        view = seen_from(node) is not None and not is_mutation(node)
-        if node.op == "call_function" and not node.users and (view or is_size(node)):
+        unneeded = viewed_operand(node) is not None or is_size(node)
+        if node.op == "call_function" and not node.users and unneeded:
             pending.update(dict.fromkeys(node.all_input_nodes))
             graph.erase_node(node)

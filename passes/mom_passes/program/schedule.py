@@ -23,7 +23,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import is_a_view, seen_from
+from mom_passes.graph.aliasing import aliased_operand, is_a_view
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in, storage_order
@@ -123,7 +123,7 @@ def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node
     views: set[fx.Node] = set()
     for owner, chains in by_owner.items():
         last = chains[0][0]
-        if len(chains) == 1 and owner in inside and seen_from(owner) is None and _is_dense(last):
+        if len(chains) == 1 and owner in inside and aliased_operand(owner) is None and _is_dense(last):
             outs.add(last)
         else:
             outs.add(owner)

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand
 from mom_passes.graph.data_dependent import is_unknown
 from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import tensors_of
@@ -57,7 +57,7 @@ def shares_with(node: fx.Node) -> fx.Node | None:
         return taken_over(node)
     if node.op == "call_function" and node.target in _WITHIN:
         return source if isinstance(source, fx.Node) else None
-    return seen_from(node)
+    return aliased_operand(node)
 
 
 def bytes_of_value(node: fx.Node) -> sympy.Expr:
