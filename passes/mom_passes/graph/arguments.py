@@ -1,4 +1,4 @@
-"""An operator's arguments by their schema names, so that nobody need count positions.
+"""An operator's arguments by their schema names instead of positions.
 
 argument(node, "dim")                    what the node passes, or the schema's default
 replace(target, args, kwargs, dim=0)     the same call with one argument changed
@@ -44,7 +44,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """The same for a call that is not a node yet. An edit asks this, so that it computes with the body's own sizes."""
+    """The same for a call that is not a node yet."""
     position, default = arguments_of(target)[name]
     if position is not None and position < len(args):
         return args[position]

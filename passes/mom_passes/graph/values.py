@@ -1,4 +1,4 @@
-"""What a node of a graph stands for: a tensor, several, or a size; and which tensors it reads."""
+"""A node's value (a tensor, several, or a size), its operands, and what a graph returns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def return_values(graph: fx.Graph, values: Sequence[Any]) -> None:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node in order of appearance in args, then kwargs, duplicates included."""
+    """The tensor operands of a node, in order of args, then kwargs, duplicates included."""
     found: list[fx.Node] = []
 
     def visit(arg: fx.Node) -> fx.Node:
@@ -53,7 +53,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def value_of(node: fx.Node) -> torch.Tensor:
-    """The fake tensor a node stands for."""
+    """The fake tensor of a node."""
     value = meta_value(node)
     assert isinstance(value, torch.Tensor), f"{node.name} is not a single tensor"
     return value
@@ -65,13 +65,13 @@ def is_size(node: fx.Node) -> bool:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Of a value, at the captured sizes."""
+    """Bytes of a tensor, at the captured sizes."""
     value = meta_value(node)
     return count_hint(value.shape) * int(value.element_size())
 
 
 def returns_a_tensor(node: fx.Node) -> bool:
-    """Whether an operator returns one tensor, or several at once, by its schema."""
+    """Whether an operator's schema returns a tensor."""
     schema = schema_of(node.target)
     return schema is not None and any(isinstance(returned.type, torch.TensorType) for returned in schema.returns)
 
@@ -83,14 +83,14 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def returns_nothing(node: fx.Node) -> bool:
-    """Whether an operator is called for its effect alone: it returns nothing and writes to no argument. Assertions and
-    messages are such operators."""
+    """Whether an operator is called for its effect alone (an assertion or a message): it returns nothing and writes to
+    no argument."""
     schema = schema_of(node.target) if node.op == "call_function" else None
     return schema is not None and not (schema.returns or schema.is_mutable)
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
-    """The tensors a node stands for: one, several, or none."""
+    """The tensors of a node: one, several, or none."""
     value = meta_value(node)
     values = value if isinstance(value, (tuple, list)) else [value]
     return [one for one in values if isinstance(one, torch.Tensor)]
