@@ -298,7 +298,7 @@ SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     writes_over_what_it_reads_otherwise: "reads otherwise too",
     writes_over_rows_of_another_shape: "does not fit",
     reads_what_comes_later: "malformed graph",
-    writes_before_it_reads: "behind",
+    writes_before_it_reads: "after .* has written to it",
     writes_to_another_input: r"writes to \['\w+'\] in place of \[\]",
 }
 

@@ -1,20 +1,20 @@
-"""Let a loop's output take over the storage of an operand that dies there: the residual stream lives once, not twice.
+"""Let a loop write an output over an operand that dies there, so that the residual stream is stored once.
 
 Terms
 -----
 take over   The loop writes rows `[a, b)` of an output where rows `[a, b)` of an operand were, after reading them.
-may be in   A value may lie in the storage of what it is made of between loops, whatever the operator is called: a
-            compiler drops what computes nothing (`clone`, `x + 0`), and what is copied to the host is read until the
-            copy ends, or stays after all. Only what a loop stores and what `copy_rows` copies is known to lie apart.
+may be in   Between loops, a result may share the storage of any operand, whatever the operator: a compiler removes
+            operators that compute nothing (`clone`, `x + 0`), and a value that is copied to the host is read until the
+            copy ends. Only loops and `copy_rows` are known to store their results elsewhere.
 
     for loop in program:
         for output in its outputs:
-            take over the first operand it has rows of that
-                an earlier loop stored           (storage of our own: never an input, never a view)
-                dies here                        (no step behind this one reads what may be in its storage,
-                                                  and this one is given it once)
+            take over the first operand, read by rows, that
+                an earlier loop stored           (never an input or a view)
+                dies here                        (no later step reads a value that may be in its storage, and this loop
+                                                  reads it once)
                 has the same shape, dtype, layout and token dimension
-                is not taken by another output
+                is not taken over by another output
 
 Before:  k1, v1, x1 = stage_1(S, x0, k0, v0, ...)        x0 and x1 both at full length
 After:   the same, x1 in the storage of x0               Stored(x1).over == 0
@@ -41,7 +41,7 @@ from mom_passes.rules import Dim
 
 
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
-    """Decide it for every loop of a rewritten graph and note it in the loops' outputs, in place."""
+    """Set `Stored.over` of the outputs of every loop, in place."""
     modules = dict(loop_nodes(gm))
     if not modules:
         return gm
@@ -62,13 +62,13 @@ def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _apart(loop: Loop) -> Loop:
-    """The loop with each output in a storage of its own."""
+    """The loop with every output in a storage of its own."""
     outputs = (replace(output, over=None) if isinstance(output, Stored) else output for output in loop.outputs)
     return replace(loop, outputs=tuple(outputs))
 
 
 def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
-    """Of the storages that loops store, those that a value may be in."""
+    """For each value, the storages written by loops that it may be in."""
     found: dict[fx.Node, set[Storage]] = {}
     for step in program.steps:
         if isinstance(step, LoopStep):
@@ -81,13 +81,13 @@ def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
 
 
 def _stored_by(step: LoopStep) -> dict[fx.Node, Stored]:
-    """The values that a loop stores, each with its port."""
+    """The values that a loop stores, with their ports."""
     outputs = zip(step.outs, step.loop.outputs, strict=True)
     return {value: port for value, port in outputs if value is not None and isinstance(port, Stored)}
 
 
 def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
-    """The loop, its outputs over operands that die there: by input, how those were stored."""
+    """The loop with its outputs over dying operands. `dying`: an input's index -> the port it was stored through."""
     pieces = returned_values(loop.body.graph)
     taken: set[int] = set()
     outputs: list[Out] = []
@@ -116,5 +116,5 @@ def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
 
 
 def _relabels_an_input(piece: fx.Node) -> bool:
-    """Rows that are an operand's own rows seen otherwise: writing elsewhere first would change them."""
+    """Whether the rows are a view of an operand's rows: writing another output over these first would change them."""
     return base_of(piece).op == "placeholder"
