@@ -1,12 +1,12 @@
-"""Of what is on the host only what is used arrives: matrices of the experts that were chosen, rows that are looked up.
+"""Copy only the used part of weights on the host: matrices of the selected experts, rows that are looked up.
 
-    a mixture of experts for few tokens     matrices = fetch_chosen(bank, keys)       others are never multiplied with
+    a mixture of experts for few tokens     matrices = fetch_chosen(bank, keys)       other matrices are not read
     index(fetch_weight(table), rows)        fetch_rows(table, rows)
 
-A buffer for chosen matrices is as large as the bank, so that the mixture stays as it is; what is not chosen is left
-unset there. Nothing reads it: a region multiplies each row with the matrix of its own key (`tokens.sorted_rows`).
+The buffer for selected matrices has the shape of the whole bank, so that the mixture's operators stay as they are; its
+other entries are unset. A region multiplies each row only by the matrix of its own key (`tokens.sorted_rows`).
 
-Whole, weights arrive ahead of their use. What is chosen is known only when it is: so much less must be moved.
+Whole weights are copied ahead of their use. Selected parts are known only at their use, so they must be much smaller.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mom_passes.tokens.sorted_rows import SORTS
 
 aten = torch.ops.aten
 
-#: What is used is fetched by itself if it is at most one part in so many.
+#: A part is fetched by itself if it is at most 1 / WORTH of the whole.
 WORTH = 2
 
 
 def only_what_is_used(gm: fx.GraphModule) -> int:
-    """Decide it for the weights of a graph, in place; of how many only a part arrives."""
+    """Fetch used parts only, in place. Return the number of weights of which only a part is fetched."""
     changed = 0
     for call, region in list(regions(gm.graph)):
         keys = operands(call)[_keys_of(region)]
@@ -56,14 +56,14 @@ def only_what_is_used(gm: fx.GraphModule) -> int:
 
 
 def _keys_of(region: Region) -> int:
-    """Which operand of a region the keys are."""
+    """Position of the keys among a region's operands."""
     placeholders = [node for node in region.template.nodes if node.op == "placeholder"]
     sort = next(node for node in region.template.nodes if node.target in SORTS)
     return placeholders.index(operands(sort)[0]) - 1  # the first is the number of rows
 
 
 def _banks(call: fx.Node, region: Region) -> Iterator[fx.Node]:
-    """Weights that a region reads as matrices of its experts, and nobody else reads at all."""
+    """Weights that only the region reads, and only as the matrices of its experts."""
     placeholders = [node for node in region.template.nodes if node.op == "placeholder"][1:]
     for operand, inner, per_row in zip(operands(call), placeholders, region.per_row, strict=True):
         multiplied = all(is_grouped_product(user) and operands(user)[1] is inner for user in inner.users)
@@ -74,7 +74,7 @@ def _banks(call: fx.Node, region: Region) -> Iterator[fx.Node]:
 
 
 def _seen_by_expert(value: fx.Node) -> fx.Node | None:
-    """The weight that a value shows with its experts still in front, or None."""
+    """The weight of which a value is a view that keeps dimension 0, the experts; else None."""
     while value.target is not FETCH_WEIGHT:
         keeps = value.target in (aten.transpose.int, aten.permute.default) and _keeps_the_first(value)
         if not keeps:
@@ -91,7 +91,7 @@ def _keeps_the_first(view: fx.Node) -> bool:
 
 
 def _readers(weight: fx.Node) -> set[fx.Node]:
-    """Who reads it or a view of it."""
+    """The readers of a weight and its views."""
     found: set[fx.Node] = set()
     pending = [weight]
     while pending:
@@ -104,7 +104,7 @@ def _readers(weight: fx.Node) -> set[fx.Node]:
 
 
 def _put_in_place(weight: fx.Node, chosen: fx.Node, call: fx.Node) -> None:
-    """Views of a weight go behind what arrives of it."""
+    """Replace a weight by the fetched part and move its views before `call`."""
     pending, views = [weight], list[fx.Node]()
     while pending:
         for user in pending.pop().users:
@@ -117,7 +117,7 @@ def _put_in_place(weight: fx.Node, chosen: fx.Node, call: fx.Node) -> None:
 
 
 def _look_ups(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Rows of a weight by one index tensor."""
+    """Lookups of rows of a weight by one integer tensor."""
     for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
         indices = argument(node, "indices")
         table = node.args[0]

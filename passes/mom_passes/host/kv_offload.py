@@ -1,17 +1,17 @@
-"""Keys and values leave for the host as soon as they are complete, and come back for their attention.
+"""Copy keys and values to the host as soon as they are complete, and back to the device for their attention.
 
 Terms
 -----
-leave     What the cache keeps is on the host: all of a value where there was no past, else only the new rows.
-arrive    A past is copied to a device buffer that has room for the new rows. The copy begins behind the inputs here;
-          `mom_passes.program.overlap` says when it does at last.
+leave     What the cache keeps is copied to the host: all rows of a value without a past, else only the new ones.
+arrive    A past is copied to a device buffer with room for the new rows. Here the copy begins after the inputs;
+          `mom_passes.program.overlap` moves its beginning.
 
     for each key and value that leaves the graph:
         made from a past on the host:  cat([fetch(past), new])  ->  buffer = fetch_start(past, rows of new)
                                                                     full   = fetch_wait(buffer, new)
-                                                                    keeps = append(past, new)
-        else                                                    ->  keeps = offload(full)
-    whatever else is fetched from the host arrives in the same way
+                                                                    kept   = append(past, new)
+        else                                                    ->  kept   = offload(full)
+    any other value that is fetched from the host arrives in the same way
 
 Before:  k1 = cat([fetch(h1), new1], 2); ...; attention(q1, k1, v1); ...; return (..., k1)
 After:   buffer1 = fetch_start(h1, 1, 2); ...; k1 = fetch_wait(buffer1, new1, 2); h1' = append(h1, new1, 2, 0)
@@ -40,7 +40,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class KVOffload:
-    """What was moved to the host and what was not: names with the reason. `arriving` are the pasts that come back."""
+    """Values that leave, names of values that stay with the reason, and the number of pasts that arrive."""
 
     leaving: tuple[KeyOrValue, ...]
     left_out: dict[str, str]
@@ -51,9 +51,16 @@ class KVOffload:
 
 
 def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVValues | None = None) -> KVOffload:
-    """Insert the copies, in place. With `start`, values leave that had no past on the host; else those stay.
+    """Insert the copies, in place.
 
-    `device` is where the attentions run, `kv` what was found in the graph before loops were made of it.
+    Parameters
+    ----------
+    device
+        The device of the attentions.
+    start
+        Whether values without a past on the host leave too.
+    kv
+        The keys and values of the graph before loops were inserted; found in the graph by default.
     """
     kv = find_kv(gm) if kv is None else located(gm, kv)
     leaving = tuple(value for value in kv.found if start or value.past is not None)
@@ -74,7 +81,7 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVV
 
 
 def _bring_up(full: fx.Node) -> None:
-    """Move views and copies that a value is seen through to where its rows are complete: outputs are looked at last."""
+    """Move the views and copies between a value and its source up to the source: outputs are made last in the graph."""
     between, root = [], full
     while root is not source_of(root):
         between.append(root)
@@ -89,7 +96,7 @@ def _bring_up(full: fx.Node) -> None:
 
 
 def _complete(leaving: Iterable[KeyOrValue]) -> dict[int, fx.Node]:
-    """Of each layer, the value that is complete last: its copies go there, side by side."""
+    """For each layer, the value that is complete last: the layer's copies are placed there together."""
     last: dict[int, fx.Node] = {}
     for value in leaving:
         last[value.layer] = max(last.get(value.layer, value.full), value.full)
@@ -100,11 +107,11 @@ class _Rewriter:
     def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
         self.graph = gm.graph
         self.device = device
-        #: Views of inputs that stand behind the inputs, ahead of every fetch of them.
+        #: Views of inputs, moved to follow the inputs and precede every fetch of them.
         self.ahead: set[fx.Node] = set()
 
     def keep_on_host(self, value: KeyOrValue, complete: fx.Node) -> None:
-        """`complete` is where the whole layer is, unless the value has a past."""
+        """Copy a value to the host. `complete`: the last value of its layer, used if it has no past."""
         first = self._size(value.first)
         if value.past is None:
             with self.graph.inserting_before(behind(complete)):
@@ -123,7 +130,7 @@ class _Rewriter:
         return_values(self.graph, kept)
 
     def let_arrive(self) -> int:
-        """Fetches that no `cat` extends arrive early too. How many pasts arrive in all."""
+        """Let fetches arrive early that no `cat` extends. Return the number of pasts that arrive in all."""
         for node in list(self.graph.nodes):
             if node.target is FETCH and node.users and self._bring_ahead(node.args[0]):
                 dim = max(0, value_of(node).dim() - 2)
@@ -138,7 +145,7 @@ class _Rewriter:
             return emit(self.graph, FETCH_WAIT, (buffer, new, dim))
 
     def _bring_ahead(self, past: fx.Node) -> bool:
-        """Move the views of an input that a past is to where a fetch may begin. False for anything but such views."""
+        """Move the views between a past and its input ahead of the fetches. False if these are not all views."""
         views: list[fx.Node] = []
         pending = [past]
         while pending:
@@ -155,7 +162,7 @@ class _Rewriter:
         return True
 
     def _first_operator(self) -> fx.Node:
-        """Behind the inputs, the sizes read off them and the views of them that are fetched."""
+        """The first operator other than sizes read off inputs and views of inputs that are fetched."""
         nodes: Iterable[fx.Node] = self.graph.nodes
         return next(
             node
@@ -164,7 +171,7 @@ class _Rewriter:
         )
 
     def _size(self, size: Size) -> int | fx.Node:
-        """A size, computed behind the inputs from theirs, so that it can be had anywhere."""
+        """A size, computed right after the inputs so that it is available everywhere."""
         first = self._first_operator()
         with self.graph.inserting_before(first):
             found: int | fx.Node = size_node(self.graph, size, before=first)
@@ -172,7 +179,7 @@ class _Rewriter:
 
 
 def _erase_unused(gm: fx.GraphModule) -> None:
-    """What only the old form read: the fetches and joins. Operators with effects and loops stay."""
+    """Erase unread fetches, concatenations, slices and views. Operators with effects and loops stay."""
     for node in reversed(list(gm.graph.nodes)):
         cheap = node.target in (FETCH, aten.cat.default, aten.slice.Tensor) or is_view(node)
         if node.op == "call_function" and cheap and not node.users:

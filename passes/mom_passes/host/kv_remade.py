@@ -1,9 +1,9 @@
-"""Which keys and values a cache keeps in another form, as integers with a scale, say. An analysis: it explains.
+"""Keys and values that a cache keeps in another form, such as integers with a scale. An analysis for reports.
 
-    for each value that an attention reads itself and that does not leave the graph itself:
-        whatever of the graph's outputs is made of it, by anything but an attention or a product, is its other form
+    for each value that an attention reads directly and that is not itself an output:
+        every output computed from it without an attention or a product is its other form
 
-Such a form is the cache's own business: it stays where the cache put it.
+Such outputs stay where the cache put them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REASON = "the cache keeps keys or values in a form of its own (quantised, say), 
 def kept_in_another_form(
     outputs: Collection[fx.Node], reads: Mapping[fx.Node, Read], found: Collection[fx.Node]
 ) -> dict[fx.Node, str]:
-    """Outputs that are made of keys or values, with the reason why they stay. `found` leave as they are."""
+    """Outputs computed from keys or values, with the reason why they stay. `found` leave the graph unchanged."""
     itself = {source_of(node) for node in found}
     roots = {source_of(value) for value, read in reads.items() if read.itself}
     made = {result for root in roots - itself if root.op == "call_function" for result in _made_of(root)}

@@ -1,4 +1,4 @@
-"""A value in the place of an equal one that has other strides."""
+"""Replace a value by an equal one with other strides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def replace_relaid(old: fx.Node, new: fx.Node) -> None:
-    """What is made of it gets the strides it will really have."""
+    """Replace `old` by `new` and recompute the strides of all values computed from it."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     changed = {new}
     for node in new.graph.nodes:
@@ -25,16 +25,16 @@ def replace_relaid(old: fx.Node, new: fx.Node) -> None:
             continue
         before = meta_value(node)
         if node.target in COPIES or matmul_work(node) or not isinstance(before, torch.Tensor):
-            continue  # products lay their result out by themselves
+            continue  # the strides of a product's result do not depend on its operands
         _relay(node)
         if not all_same(before.stride(), value_of(node).stride()):
             changed.add(node)
 
 
 def _relay(node: fx.Node) -> None:
-    """The value of a node whose operand has new strides. A view that they do not allow becomes a copy.
+    """Recompute the value of a node whose operand has new strides. A view that they do not allow becomes a copy.
 
-    Fake tensors cannot be asked: they allow every view, and copy without a word.
+    Fake tensors do not raise: `view` on a fake tensor succeeds for any strides, by a copy.
     """
     if node.target is aten.view.default:
         source = value_of(input_node(node))

@@ -1,12 +1,12 @@
-"""Weights that are kept on the host arrive for the stretch of a graph that reads them.
+"""Copy weights from the host to the device in time for the stretch of the graph that reads them.
 
 Terms
 -----
 weight    An input in host memory that the graph reads through `fetch_weight`.
-stretch   What lies between two attentions, or one loop: with a loop for each layer, the rest of one layer and the
+stretch   The operators between two attentions, or one loop: with one loop per layer, the rest of one layer and the
           projections of the next.
-group     The weights that are first read in one stretch: they arrive together. Two groups are on the device at most,
-          so that a group is no larger than a layer: what is larger (a layer and a head, say) arrives in parts.
+group     The weights that are first read in one stretch; they arrive together. At most two groups are on the device.
+          Therefore a group that is larger than a layer (a layer and the head, say) is split.
 
 Before:  a = mm(x, permute(fetch_weight(w0))); ...; b = mm(y, permute(fetch_weight(w1)))
 After:   buffer0 = fetch_start(w0); buffer1 = fetch_start(w1)
@@ -36,13 +36,13 @@ aten = torch.ops.aten
 ATTENTIONS = SDPA.keys() | {MOM_ATTENTION}
 
 
-# ---------------------------------------------------------------------------------------------- as they are captured
+# --- whole weights ---
 
 
 def whole_weights(gm: fx.GraphModule) -> int:
-    """Fetch each weight once, as it lies on the host, and see it otherwise on the device; in place.
+    """Fetch each weight once, in the host's layout, and apply views of it on the device, in place. Return their number.
 
-    A graph is captured with a fetch for each reader, of whatever view of the weight that reads. How many weights.
+    A captured graph fetches a weight for each reader, each time the view that is read.
     """
     graph, fetched, seen_on_host = gm.graph, dict[fx.Node, fx.Node](), list[fx.Node]()
     for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
@@ -74,25 +74,25 @@ def _last_input(graph: fx.Graph) -> fx.Node:
 
 
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
+    """The input that a value is a view of and the views in between, from the input on; no input otherwise."""
     assert isinstance(node, fx.Node)
     *views, base = view_chain(node)
     return (None if base.op != "placeholder" or any(map(is_mutation, views)) else base), views[::-1]
 
 
 def _erase_unread(views: Iterable[fx.Node]) -> None:
-    """Those that only fetches read."""
+    """Erase views without readers."""
     for view in sorted(set(views), reverse=True):
         if not view.users:
             view.graph.erase_node(view)
 
 
-# ------------------------------------------------------------------------------------------------ when they arrive
+# --- arrivals ---
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight that is fetched, the views of it, and where it is read first."""
+    """A fetched weight, its views, and its first reader."""
 
     fetch: fx.Node
     views: tuple[fx.Node, ...]
@@ -104,7 +104,7 @@ class _Weight:
 
 
 def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
-    """Let every weight arrive before its stretch, with its group. Returns the waits, in the order they are."""
+    """Let every weight arrive, with its group, before its stretch. Return the waits in graph order."""
     graph = gm.graph
     fetches = graph.find_nodes(op="call_function", target=FETCH_WEIGHT)
     if not fetches:
@@ -134,7 +134,7 @@ def _weight(fetch: fx.Node) -> _Weight:
 
 
 def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
-    """The waits of a group, side by side before its first reader, and behind them the views of what has arrived."""
+    """Insert a group's waits before its first reader, followed by the views of its weights. Return the waits."""
     anchor = min(weight.first for weight in group)
     waits = []
     for weight in group:
@@ -156,14 +156,14 @@ def _first_operator(graph: fx.Graph) -> fx.Node:
 
 
 def _outermost(host: object) -> int:
-    """The dimension that is outermost in storage: a buffer with it in front lies as the host does."""
+    """The dimension that is outermost in storage. A token-major buffer along it has the host's layout."""
     assert isinstance(host, fx.Node)
     strides = value_of(host).stride()
     return max(range(len(strides)), key=lambda dim: (strides[dim], -dim), default=0)
 
 
 def _groups(graph: fx.Graph, weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    """In the order in which they are read."""
+    """The groups in the order in which they are read."""
     stretch = _stretches(graph)
     by_stretch: dict[int, list[_Weight]] = {}
     for weight in sorted(weights, key=lambda weight: weight.first):
@@ -173,7 +173,7 @@ def _groups(graph: fx.Graph, weights: Sequence[_Weight]) -> list[list[_Weight]]:
 
 
 def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
-    """By node, the number of its stretch."""
+    """Node -> the number of its stretch."""
     found: dict[fx.Node, int] = {}
     number = 0
     for node in graph.nodes:
@@ -185,7 +185,7 @@ def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
-    """Bytes of the largest group that cannot be parted, or of one like most others."""
+    """The limit in bytes of a group: the median group, or the largest set of weights that one operator reads."""
     sizes = [sum(weight.bytes for weight in group) for group in groups]
     inseparable: dict[fx.Node, int] = {}
     for group in groups:
@@ -195,7 +195,7 @@ def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
 
 
 def _in_parts(group: Sequence[_Weight], most: int) -> list[list[_Weight]]:
-    """A group in runs of at most so many bytes; what one operator reads arrives at once."""
+    """Split a group into runs of at most `most` bytes. Weights first read by one operator stay together."""
     parts: list[list[_Weight]] = []
     size = 0
     for weight in group:
