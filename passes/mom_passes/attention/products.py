@@ -1,16 +1,16 @@
-"""An attention that is written as two batched products, with a softmax between them.
+"""Recognise an attention that is written as two batched products with a softmax between them.
 
 Terms
 -----
-scores      `queries @ keys`, `[.., R, T]`, from the first product up to the softmax.
-sink        A score more for every row of a head, of which the softmax takes account and which is cut off behind it.
-of a row    A value that is the same for all of a row's scores: subtracted from them it changes no weight.
-cap         Scores `s` whose size is limited by `c`: `c tanh(s / c)`.
+scores      `queries @ keys`, `[.., R, T]`, from the first product to the softmax.
+sink        An additional score for every row of a head, part of the softmax and sliced off after it.
+of a row    A value that is constant along a row of scores: subtracting it changes no weight.
+cap         Soft-capped scores: `c tanh(s / c)` for a score `s`.
 
     queries @ keys  [* scale]  [capped]  [+ mask]  [joined by sinks]  [- of a row]  softmax  [sinks cut off]  @ values
 
-Read from the second product back. Copies, casts and views that leave the last two dimensions alone may stand anywhere;
-nothing else may read what stands between the two products, or it would be made all the same.
+Matched from the second product back. Copies, casts and views that keep the last two dimensions may appear anywhere. No
+other node may read a value between the two products, which would then be computed anyway.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _HEADS = 4
 """Rank of `[B, H, tokens, channels]`."""
 
 
-#: Whether a cast from a dtype to another is looked through.
+#: Whether a cast from one dtype to another may be skipped.
 Casts = Callable[[torch.dtype, torch.dtype], bool]
 
 
 @dataclass
 class Scores:
-    """What is done to the first product before the softmax. `of` is that product, `factors` multiply it, or divide."""
+    """The operators between the first product, `of`, and the softmax. `factors` multiply or divide the scores."""
 
     of: fx.Node
     scale: float = 1.0
@@ -57,7 +57,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Products:
-    """An attention's operands, `[B, H, tokens, channels]` and, of `sinks`, `[H]`; `results` are what replaces it."""
+    """An attention's operands, `[B, H, tokens, channels]`, sinks `[H]`; `results` are the nodes that it replaces."""
 
     query: fx.Node
     key: fx.Node
@@ -70,7 +70,7 @@ class Products:
 
 
 def attention_of_products(second: fx.Node) -> Products | None:
-    """What a batched product computes, if it is the second of an attention. Operands may be made ahead of it."""
+    """The attention whose second product this is, or None. Inserts views of the operands ahead of the product."""
     weights, values = second.args
     results = [user for user in second.users if user.target in RESHAPES and _rank(user) == _HEADS]
     if not results or len(results) < len(second.users):
@@ -103,7 +103,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
 
 
 def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
-    """The scores whose softmax these weights are: `[B, H, R, T]`, or that and a sink which was cut off."""
+    """The scores whose softmax these weights are: `[B, H, R, T]`, or `T + 1` columns of which a sink is sliced off."""
     node, joined = _through(weights, _any), False
     if node.target is aten.slice.Tensor and all_same(value_of(node).shape, shape):
         if argument(node, "start") not in (0, None) or argument(node, "step") != 1:
@@ -127,7 +127,7 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 
 def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
-    """Scores and the mask that is added to them, be it before or behind."""
+    """Scores and an additive mask, which may be either operand."""
     alone = _capped(node)
     if alone is not None:
         return alone
@@ -144,7 +144,7 @@ def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 
 def _capped(node: fx.Node) -> Scores | None:
-    """Scores whose size is limited, or not: `c tanh(s / c)`, where the division is one of `s`'s factors."""
+    """Scores, soft-capped or not: `c tanh(s / c)`, where the division by c is one of the factors of `s`."""
     cap = node.args[1] if node.target is aten.mul.Tensor else None
     if not isinstance(cap, int | float):
         return _scaled(node)
@@ -162,7 +162,7 @@ def _capped(node: fx.Node) -> Scores | None:
 
 
 def _scaled(node: fx.Node) -> Scores | None:
-    """The first product and what it is multiplied with."""
+    """The first product and its factors."""
     scale, factors = 1.0, []
     while node.target in (aten.mul.Tensor, aten.div.Tensor):
         scores, factor = node.args
@@ -179,7 +179,7 @@ def _scaled(node: fx.Node) -> Scores | None:
 
 
 def _softmaxed(node: fx.Node) -> fx.Node | None:
-    """What a softmax over the last dimension is computed of, be it an operator or decomposed."""
+    """The operand of a softmax over the last dimension, as one operator or decomposed."""
     last = _rank(node) - 1
     if node.target is aten._softmax.default:
         return argument(node, "self") if axis(argument(node, "dim"), last + 1) == last else None
@@ -195,7 +195,7 @@ def _softmaxed(node: fx.Node) -> fx.Node | None:
 
 
 def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
-    """Scores from which a number of each row is subtracted, its largest say, as they were before."""
+    """Scores before a value constant along each row, such as the maximum, is subtracted."""
     while True:
         node = _through(node)
         scores, number = node.args[:2] if node.target is aten.sub.Tensor else (None, None)
@@ -208,7 +208,7 @@ def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
 
 
 def _is_a_mask(node: fx.Node) -> bool:
-    """Whether what is added to scores, and broadcasts to them, is an additive mask."""
+    """Whether a summand of scores may be an additive mask: floating, four-dimensional."""
     value = meta_value(node)
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() == _HEADS
 
@@ -228,7 +228,7 @@ def _is_of_heads(node: fx.Node, heads: Size) -> bool:
 
 
 def _vector(node: fx.Node, heads: Size) -> fx.Node:
-    """The numbers of each head, `[H]`."""
+    """The sinks as a vector `[H]`."""
     node = _unexpanded(node)
     if node.target in RESHAPES and all_same(value_of(input_node(node)).shape, (heads,)):
         return input_node(node)
@@ -239,22 +239,22 @@ def _vector(node: fx.Node, heads: Size) -> fx.Node:
 
 
 def _through(node: fx.Node, casts: Casts | None = None) -> fx.Node:
-    """What scores are but for copies, casts and how their leading dimensions are folded."""
+    """The source of scores through copies, casts and views that fold their leading dimensions."""
     return list(_sources(node, casts or _keeps_range))[-1]
 
 
 def _any(old: torch.dtype, new: torch.dtype) -> bool:
-    """Weights are between zero and one."""
+    """Weights are between zero and one: every cast may be skipped."""
     return True
 
 
 def _keeps_range(old: torch.dtype, new: torch.dtype) -> bool:
-    """Whether what is finite stays so: a mask's smallest number in float64 is -inf in float32."""
+    """Whether finite numbers stay finite: float64's smallest number is -inf in float32."""
     return torch.finfo(new).smallest_normal <= torch.finfo(old).smallest_normal
 
 
 def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
-    """A value and, one by one, what it is a copy, a view or such a cast of, the last two dimensions the same."""
+    """A value, and in turn the sources of copies, such casts, and views that keep the last two dimensions."""
     while True:
         yield node
         source: Any = node.args[0] if node.args else None
@@ -270,14 +270,14 @@ def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
 
 
 def _same_matrices(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether a view folds leading dimensions at most: as many matrices of the same shape, in the same order."""
+    """Whether a view folds only leading dimensions: the same number of matrices of the same shape, in order."""
     if min(old.dim(), new.dim()) < 2 or not all_same(old.shape[-2:], new.shape[-2:]):
         return False
     return same(product(old.shape[:-2]), product(new.shape[:-2]))
 
 
 def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.Node:
-    """An operand of a product with batch and heads apart: what it is a view of, or a view."""
+    """An operand of a product with batch and heads as separate dimensions: a source of it, or a new view."""
     sources = _sources(node, lambda old, new: old == dtype)
     found = [source for source in sources if all_same(value_of(source).shape, shape)]
     if found:
@@ -293,7 +293,7 @@ def _transposed(node: fx.Node) -> fx.Node:
 
 
 def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
-    """Whether all that is made of the first product goes into the second alone."""
+    """Whether every path from the first product leads only to the second."""
     pending, seen = [first], {first, second}
     while pending:
         for user in pending.pop().users:

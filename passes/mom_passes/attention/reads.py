@@ -1,15 +1,15 @@
-"""Whose rows do attentions read as keys and values? An analysis of the graph as it was captured, before loops.
+"""Which values attentions read as keys and values. An analysis of the captured graph, before loops.
 
 Terms
 -----
-attention   `mom.attention`, FlexAttention, one of PyTorch's, or the two batched products that one is written as:
-            queries by keys, and the exponentials of what comes of it by values.
-itself      An attention reads the value itself, if through views, copies and casts; else what is made of its rows,
-            row by row (latents, which a product expands to keys and values).
+attention   `mom.attention`, FlexAttention, SDPA, or two batched products: queries by keys, and the exponentials of the
+            result by values.
+itself      An attention reads the value itself, through views, copies and casts; otherwise it reads rows computed from
+            the value's rows (latents, which a product expands to keys and values).
 
     for each attention, in order:
-        from its keys and its values, along their tokens, back through the claims of the chunk rules:
-            whatever rows these are computed from is noted, with its token dimension and the attention
+        from its keys and values, along their tokens, back through the claims of the chunk rules:
+            record every value whose rows these are computed from, with its token dimension and the attention
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ prims = torch.ops.prims
 
 PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
 
-#: What passes elements on as they are, and what passes rows on.
+#: Operators that keep elements, and operators that keep rows.
 _SAME_ELEMENTS = (Alias.VIEW, Alias.COPY)
 _SAME_ROWS = (*_SAME_ELEMENTS, Alias.CAST)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """`read` are its keys and values with their token dimensions; `layer` is the first node of its layer."""
+    """An attention's keys and values with their token dimensions; `layer` is the first node of its layer."""
 
     node: fx.Node
     read: tuple[tuple[fx.Node, int], ...]
@@ -51,7 +51,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Read:
-    """Where the tokens of a value are whose rows an attention reads, and in which layer first."""
+    """The token dimension of a value whose rows an attention reads, and the first layer that does."""
 
     dim: Dim
     layer: fx.Node
@@ -83,7 +83,7 @@ def _rank(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Product:
-    """Of two batches of matrices; `node` reads the second, which it sums over along `summed`."""
+    """A product of two batches of matrices. `node` reads the second and sums over its dimension `summed`."""
 
     first: fx.Node
     second: fx.Node
@@ -92,7 +92,7 @@ class _Product:
 
 
 def _product(node: fx.Node) -> _Product | None:
-    """What a node computes as a batched product, also where Inductor has written that as a sum of products."""
+    """The batched product that a node computes, also where Inductor has decomposed it to a sum of products."""
     if node.target in PRODUCTS:
         first, second = node.args[-2:]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
@@ -109,7 +109,7 @@ def _product(node: fx.Node) -> _Product | None:
 
 
 def _as_products(values: fx.Node) -> list[Attention]:
-    """The two products of an attention, if a node is the second of them."""
+    """Both products of an attention, if a node is the second of them."""
     weighted = _product(values)
     scores = _scores_of(weighted.first) if weighted is not None else None
     if weighted is None or scores is None:
@@ -119,7 +119,7 @@ def _as_products(values: fx.Node) -> list[Attention]:
 
 
 def _scores_of(weights: fx.Node) -> _Product | None:
-    """The product whose exponentials some weights are made of; None if there is no such product."""
+    """The product from whose exponentials some weights are computed, or None."""
     pending = [(weights, False)]
     seen = set(pending)
     while pending:
@@ -139,7 +139,7 @@ def _scores_of(weights: fx.Node) -> _Product | None:
 
 
 def attention_reads(gm: fx.GraphModule) -> dict[fx.Node, Read]:
-    """Every value whose rows an attention reads as keys or values, itself or what is made of them."""
+    """Every value from whose rows the keys or values of an attention are computed."""
     reads: dict[fx.Node, Read] = {}
     for attention in attentions(gm):
         for operand, index in attention.read:
@@ -167,7 +167,7 @@ def _takes_rows(node: fx.Node, dim: Dim) -> bool:
 
 
 def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
-    """What the rows of a value are computed from, row by row, and along which dimension."""
+    """The operands whose rows the rows of a value are computed from, with their token dimensions."""
     if node.op != "call_function" or node.target is FETCH:
         return
     if _takes_rows(node, dim):
@@ -183,7 +183,7 @@ def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
 
 
 def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
-    """How a value is read, or what it is a view, a copy or some of the rows of."""
+    """How a value is read, also if it is a view, a copy or a slice of a value that is read."""
     chain = [node]
     while chain[-1] not in reads:
         last = chain[-1]
@@ -203,7 +203,7 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
+    """The source of a node through any number of views and copies."""
     while facts(node).alias in _SAME_ELEMENTS:
         node = input_node(node)
     return node

@@ -1,6 +1,6 @@
-"""Keys and values as they were before a model repeated them for the heads of its queries.
+"""Find keys and values before a model repeated their heads for the query.
 
-Query head `h` of H uses key head `h // (H / G)`, so what is undone is a repetition of each head, not of all of them.
+Query head `h` of H uses key head `h // (H / G)`: each head is repeated, not the list of heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mom_passes.graph.values import input_node, value_of
 
 
 def without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Keys and values before repeat_kv, if both went through the same one."""
+    """Keys and values before repeat_kv, if it repeated both identically."""
     key_source, value_source = _ungrouped(key, 1), _ungrouped(value, 1)
     if key_source is None or value_source is None or not same(key_source.heads, value_source.heads):
         return key, value
@@ -28,7 +28,7 @@ def without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.N
 
 @dataclass(frozen=True)
 class _Grouped:
-    """A value before its heads were repeated, and the permutations to apply to it still."""
+    """A value before its heads were repeated, and the squeeze and permutations still to apply to it."""
 
     source: fx.Node
     heads: Any
@@ -51,7 +51,7 @@ def _call(graph: fx.Graph, target: Any, source: fx.Node, argument: Any) -> fx.No
 
 
 def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
-    """Follows a value whose dimension `heads` may be a repetition back to what was repeated."""
+    """The source of a value whose dimension `heads` may be a repetition, or None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
@@ -72,7 +72,7 @@ def _ungrouped(node: fx.Node, heads: int) -> _Grouped | None:
 
 
 def _expanded(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
-    """One key head for all: `[B, 1, S, D] -> [B, H, S, D]`."""
+    """One key head for all query heads: `[B, 1, S, D] -> [B, H, S, D]`."""
     wide, narrow = value_of(node).shape, value_of(source).shape
     if len(wide) != len(narrow) or not is_one(narrow[heads]) or not _same_but(wide, narrow, heads):
         return None
