@@ -42,7 +42,7 @@ from mom_compile.torch_compat import (
 )
 from mom_passes.attention.flex import is_read_by_flex_alone
 from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
-from mom_passes.graph.data_dependent import unknown_number_behind
+from mom_passes.graph.data_dependent import origin_of_unknown_number
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
@@ -189,7 +189,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return f"{users} calls a graph of its own, {node.target}"
         devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
-    unknown = unknown_number_behind(gm.graph, products(gm.graph))
+    unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
     if unknown is not None:
         return _depends_on_data(unknown)
     if torch.device("meta") in devices:

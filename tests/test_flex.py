@@ -15,7 +15,7 @@ from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import MomWarning, explain, reports
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import DECODE_STEP, PREFILL, Report
-from mom_passes.attention.flex import flex_attentions, graphs_put_back, outline_flex
+from mom_passes.attention.flex import flex_attentions, outline_flex, restore_flex_attention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import RowLimit, loops
@@ -142,7 +142,7 @@ def test_what_is_put_back_is_what_was_captured(dynamic):
     gm = copy_graph(graph.gm)
     outline_flex(gm)
     runs_alike(gm, graph, 0)
-    graphs_put_back(gm)
+    restore_flex_attention(gm)
     assert not list(flex_attentions(gm))
     assert len(gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION)) == 3
     verify(gm, Contract.of(graph.gm))

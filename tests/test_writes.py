@@ -12,7 +12,7 @@ from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
 from mom_passes.errors import PassError
-from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.graph.writes import read_after_write
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HEADS, HIDDEN, ROWWISE, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS
@@ -154,7 +154,7 @@ def _write_elsewhere(graph, state, new):
 @pytest.mark.parametrize("build", [_read_behind, _item_behind, _reshaped_behind, _write_elsewhere])
 def test_a_read_behind_a_write_is_refused_by_name(build):
     gm = graph_of(build)
-    assert read_behind_a_write(gm) is not None
+    assert read_after_write(gm) is not None
     with pytest.raises(PassError, match="copy_"):
         verify(gm)
 
@@ -166,7 +166,7 @@ def test_a_view_behind_a_write_reads_nothing():
         graph.output((copied, write, graph.call_function(aten.alias.default, (state,))))
 
     gm = graph_of(build)
-    assert read_behind_a_write(gm) is None
+    assert read_after_write(gm) is None
     verify(gm)
 
 

@@ -44,7 +44,7 @@ from mom_compile.torch_compat import (
     loaded_piece,
     stored_piece,
 )
-from mom_passes.attention.flex import graphs_put_back
+from mom_passes.attention.flex import restore_flex_attention
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
@@ -209,7 +209,7 @@ class Piece:
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_as_of(self.settings), kernels_later(self._devices) as waits:
                 # Inductor rewrites what it compiles; the original stays for eager runs and further variants.
-                gm = graphs_put_back(copy_graph(self.gm))
+                gm = restore_flex_attention(copy_graph(self.gm))
                 decompose(gm, sizes.mode)
                 # In a loop's body: in a decode step a kernel more would take longer.
                 if COUNT in self.symbols and is_worthwhile(self._devices):

@@ -17,7 +17,7 @@ from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import returned_values, returns_a_tensor, returns_nothing
-from mom_passes.graph.writes import read_behind_a_write, written_inputs
+from mom_passes.graph.writes import read_after_write, written_inputs
 from mom_passes.loops import laws
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import TensorType
@@ -128,7 +128,7 @@ def describes_what_is(gm: fx.GraphModule) -> str | None:
 GraphLaw = Callable[[fx.GraphModule], str | None]
 LoopLaw = Callable[[fx.Node, Loop], str | None]
 
-OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_behind_a_write)
+OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_after_write)
 #: These may rely on all other laws.
 OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (describes_what_is,)
 #: Each may rely on the laws before it.

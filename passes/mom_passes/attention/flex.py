@@ -12,8 +12,8 @@ Before:  score = get_attr sdpa_score0; mask = get_attr sdpa_mask0
          out = flex_attention(q, k, v, score, (S, S, counts, .., 128, 128, mask), scale, options, captured, captured)
 After:   out = FlexAttention(score, mask)(q, k, v, None, (None, None, counts, .., 128, 128, None), scale, ...)
 
-Inductor compiles it between loops, after `graphs_put_back`. It is not cut along the queries: the block mask and the
-graphs' indices count from the first query.
+Inductor compiles it between loops, after `restore_flex_attention`. It is not cut along the queries: the block mask and
+the graphs' indices count from the first query.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def flex_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
     return (node for node in gm.graph.nodes if isinstance(node.target, FlexAttention))
 
 
-def graphs_put_back(gm: fx.GraphModule) -> fx.GraphModule:
+def restore_flex_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """Restore the calls of flex_attention that Inductor compiles, with the graphs as attributes, in place."""
     found = list(flex_attentions(gm))
     for i, node in enumerate(found):

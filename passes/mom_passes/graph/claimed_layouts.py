@@ -24,7 +24,7 @@ from mom_passes.graph.values import is_tensor, tensors_of, value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
-def real_layouts(gm: fx.GraphModule) -> int:
+def correct_strides(gm: fx.GraphModule) -> int:
     """Recompute wrong values in place and return their number."""
     wrong: set[fx.Node] = set()
     for node in gm.graph.nodes:

@@ -43,7 +43,7 @@ def is_unknown(value: Any) -> bool:
     return isinstance(value, SYMBOLIC) and not has_hint(value)
 
 
-def unknown_number_behind(graph: fx.Graph, readers: Collection[fx.Node]) -> fx.Node | None:
+def origin_of_unknown_number(graph: fx.Graph, readers: Collection[fx.Node]) -> fx.Node | None:
     """The first source of an unknown number that an input has or that a node in `readers` depends on; None without."""
     origins: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -47,7 +47,7 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
     return owner
 
 
-def behind(node: fx.Node) -> fx.Node:
+def node_after(node: fx.Node) -> fx.Node:
     """The node to insert before to place a node after `node` and the `getitem`s that follow it."""
     following = node.next
     while following.target is operator.getitem:

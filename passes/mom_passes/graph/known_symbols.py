@@ -39,7 +39,7 @@ def known_symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, sympy.Integer]:
     return known
 
 
-def without_known_symbols(gm: fx.GraphModule) -> int:
+def substitute_known_symbols(gm: fx.GraphModule) -> int:
     """Replace them in all recorded values, in place. Return the number of symbols."""
     known = known_symbols(gm)
     for node in gm.graph.nodes if known else ():

@@ -29,7 +29,7 @@ from mom_passes.graph.values import value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
-def hold_results(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
+def check_result_strides(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
     """Insert the checks, in place, and return their number.
 
     Values computed from results that were not recorded as dense keep their old strides: see `claimed_layouts`.

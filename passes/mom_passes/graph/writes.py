@@ -7,7 +7,7 @@ write     An operator that changes an operand: `copy_(state, new)`, by which a g
 read      An operator that accesses the bytes of a value. A view of an input does not; an operator on the view does.
 
 The law: no operator after a write reads the written input or a view of it. A captured graph with such a read is left as
-it is (`read_behind_a_write`); a rewritten graph must not have gained any (`mom_passes.verify`).
+it is (`read_after_write`); a rewritten graph must not have gained any (`mom_passes.verify`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mom_passes.graph.aliasing import MAY_COPY, base_of, is_mutation, may_be_a_v
 from mom_passes.torch_compat import schema_of
 
 
-def read_behind_a_write(gm: fx.GraphModule) -> str | None:
+def read_after_write(gm: fx.GraphModule) -> str | None:
     """The first read of an input after a write to it, or write to a value that is no input, as a message; else None."""
     bases: dict[fx.Node, fx.Node] = {}
     written: dict[fx.Node, fx.Node] = {}

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 WORTH = 2
 
 
-def only_what_is_used(gm: fx.GraphModule) -> int:
+def fetch_used_parts(gm: fx.GraphModule) -> int:
     """Fetch used parts only, in place. Return the number of weights of which only a part is fetched."""
     changed = 0
     for call, region in list(regions(gm.graph)):

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.edit import behind, emit, fake_mode, strides_differ
+from mom_passes.graph.edit import emit, fake_mode, node_after, strides_differ
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import input_node, value_of
 from mom_passes.host.kv_values import KVValues, find_kv, located
@@ -61,7 +61,7 @@ def lay_out_for_growth(gm: fx.GraphModule, static: Collection[str] = ()) -> int:
             wanted = torch.empty_permuted(shape, order, dtype=value_of(full).dtype, device=value_of(full).device)
         if _grows(full, value.dim, static) or not strides_differ(wanted, meta_value(full)):
             continue
-        with gm.graph.inserting_before(behind(full)):
+        with gm.graph.inserting_before(node_after(full)):
             replace_relaid(full, emit(gm.graph, COPY_ROWS, (full, order)))
         made += 1
     if made:

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.edit import behind, emit, size_node
+from mom_passes.graph.edit import emit, node_after, size_node
 from mom_passes.graph.sizes import Size
 from mom_passes.graph.values import input_node, is_size, return_values, returned_values, value_of
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
@@ -86,7 +86,7 @@ def _bring_up(full: fx.Node) -> None:
     while root is not source_of(root):
         between.append(root)
         root = input_node(root)
-    place = behind(root)
+    place = node_after(root)
     sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
     if all(size < place for size in sizes):
         last = place.prev
@@ -114,7 +114,7 @@ class _Rewriter:
         """Copy a value to the host. `complete`: the last value of its layer, used if it has no past."""
         first = self._size(value.first)
         if value.past is None:
-            with self.graph.inserting_before(behind(complete)):
+            with self.graph.inserting_before(node_after(complete)):
                 host = emit(self.graph, OFFLOAD, (value.full, value.dim, first, value.layer))
         else:
             assert value.new is not None
@@ -122,7 +122,7 @@ class _Rewriter:
             assert ahead, f"{value.past.name} is no view of an input"
             full = self._arrive(value.past, value.new, value.dim, before=value.full)
             replace_relaid(value.full, full)
-            with self.graph.inserting_before(behind(full)):
+            with self.graph.inserting_before(node_after(full)):
                 host = emit(self.graph, APPEND, (value.past, value.new, value.dim, first))
         kept = list(returned_values(self.graph))
         for position in value.outputs:

@@ -24,7 +24,7 @@ from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.graph.aliasing import is_mutation, view_chain, viewed_operand
-from mom_passes.graph.edit import behind, copy_view, emit, fake_value, strides_differ
+from mom_passes.graph.edit import copy_view, emit, fake_value, node_after, strides_differ
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import bytes_of, is_size, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
@@ -50,7 +50,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
         if base is None:
             continue
         if base not in fetched:
-            with graph.inserting_before(behind(_last_input(graph))):
+            with graph.inserting_before(node_after(_last_input(graph))):
                 fetched[base] = emit(graph, FETCH_WEIGHT, (base, node.args[1]))
         if node is fetched[base]:
             continue

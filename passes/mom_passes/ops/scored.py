@@ -61,7 +61,7 @@ class ScoredCall:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the logits after the last step."""
-        return dtype_behind(self.steps, self.hidden.dtype)
+        return dtype_after(self.steps, self.hidden.dtype)
 
     @property
     def wide(self) -> torch.dtype:
@@ -97,12 +97,12 @@ Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 Kernel = Callable[[ScoredCall], Results]
 
 
-def dtype_behind(steps: Sequence[str], before: torch.dtype) -> torch.dtype:
+def dtype_after(steps: Sequence[str], before: torch.dtype) -> torch.dtype:
     return next((DTYPES[step] for step in reversed(steps) if step in DTYPES), before)
 
 
 def dtypes_on_the_way(steps: Sequence[str], before: torch.dtype) -> list[torch.dtype]:
-    wide = torch.promote_types(dtype_behind(steps, before), torch.float32)
+    wide = torch.promote_types(dtype_after(steps, before), torch.float32)
     known = dict.fromkeys([before, *(DTYPES[step] for step in steps if step in DTYPES)])
     return [*(dtype for dtype in known if dtype != wide), wide]
 

@@ -25,7 +25,7 @@ from torch import fx
 
 from mom_passes.errors import PassError
 from mom_passes.graph.aliasing import aliased_operand, viewed_operand, views_of
-from mom_passes.graph.edit import behind, copy_view, emit, fake_value
+from mom_passes.graph.edit import copy_view, emit, fake_value, node_after
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import bytes_of, input_node, is_size, return_values, returned_values
@@ -133,11 +133,11 @@ def _place(gm: fx.GraphModule, base: fx.Node) -> fx.Node:
     readers = {user for view in views for user in view.users if user not in views and user.op != "output"}
     last = max(readers, default=None)
     if last is None or last.op != "call_module":
-        return behind(base)
+        return node_after(base)
     loop = gm.get_submodule(str(last.target))
     if not isinstance(loop, MiniSequence) or not views.isdisjoint(loop.loop.rows_of(last).values()):
-        return behind(base)
-    return behind(last)
+        return node_after(base)
+    return node_after(last)
 
 
 def _erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

@@ -17,7 +17,7 @@ from mom_passes.graph.sizes import same
 from mom_passes.graph.values import value_of
 
 
-def without_empty_parts(gm: fx.GraphModule) -> int:
+def drop_empty_parts(gm: fx.GraphModule) -> int:
     """Drop empty operands in place and return their number."""
     dropped = 0
     for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
