@@ -41,9 +41,9 @@ from mom_compile.torch_compat import (
     stock_inner_compile,
 )
 from mom_passes.attention.flex import is_read_by_flex_alone
-from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.data_dependent import origin_of_unknown_number
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.graph.repeated_layers import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
 from mom_passes.program.rewritten import Rewritten

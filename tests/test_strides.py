@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mom_passes.graph.claimed_layouts import correct_strides
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.strides import viewable
-from mom_passes.verify import describes_what_is
+from mom_passes.verify import values_are_as_computed
 from tests.captured import capture
 
 
@@ -56,10 +56,10 @@ def test_views_claim_no_more_than_they_are():
         return row.view(34, 8) @ torch.ones(8, 8, dtype=x.dtype), row.mT, spread.mT
 
     gm = capture(run, x=pairs).gm
-    wrong = describes_what_is(gm)
+    wrong = values_are_as_computed(gm)
     assert wrong is not None and "select" in wrong
     fixed = copy_graph(gm)
     assert correct_strides(fixed) >= 2
-    assert describes_what_is(fixed) is None
-    assert describes_what_is(gm) == wrong  # the captured graph stays as it was
+    assert values_are_as_computed(fixed) is None
+    assert values_are_as_computed(gm) == wrong  # the captured graph stays as it was
     assert correct_strides(fixed) == 0

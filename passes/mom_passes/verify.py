@@ -111,7 +111,7 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     return None
 
 
-def describes_what_is(gm: fx.GraphModule) -> str | None:
+def values_are_as_computed(gm: fx.GraphModule) -> str | None:
     """Every recorded value is what its operator returns, strides included. Slow: for tests."""
     for node in gm.graph.nodes:
         if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
@@ -130,7 +130,7 @@ LoopLaw = Callable[[fx.Node, Loop], str | None]
 
 OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_after_write)
 #: These may rely on all other laws.
-OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (describes_what_is,)
+OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (values_are_as_computed,)
 #: Each may rely on the laws before it.
 OF_BODIES: tuple[LoopLaw, ...] = (
     laws.body_takes_its_inputs,

@@ -165,8 +165,8 @@ def _unpadded(mask: fx.Node) -> fx.Node | None:
     if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
         return None
     source, pad = argument(padded, "self"), argument(padded, "pad")
-    alike = all_same(value_of(source).shape, value_of(mask).shape)
-    return source if alike and len(pad) == 2 and pad[0] == 0 else None
+    unpadded = all_same(value_of(source).shape, value_of(mask).shape)
+    return source if unpadded and len(pad) == 2 and pad[0] == 0 else None
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -65,13 +65,13 @@ def mask_form(truth: Truth, shape: Sequence[Any], lowest: float) -> MaskForm | N
     plain = truth.on(shape).plain()
     if plain is None or plain == FALSE or len(shape) < 2:
         return None
-    said = _Statements(tuple(shape))
+    statements = _Statements(tuple(shape))
     for statement in plain.constraints:
-        said.take(statement)
-    form = said.form()
-    shown = not said.keys and same(form.start, expr(shape[-1]) - expr(shape[-2]))
+        statements.take(statement)
+    form = statements.form()
+    shown = not statements.keys and same(form.start, expr(shape[-1]) - expr(shape[-2]))
     # A finite fill hides keys only in rows with other visible keys. Causal rows of a whole sequence see their own key.
-    if form.exact and plain.exact and (lowest == -math.inf or shown or not (said.keys or form.causal)):
+    if form.exact and plain.exact and (lowest == -math.inf or shown or not (statements.keys or form.causal)):
         return form
     if not form.causal or lowest > -math.inf:
         return None

@@ -216,8 +216,8 @@ def compare(node: fx.Node, given: Given) -> Value:
         return None
     else:
         difference = left.plus(right, -1)
-        said = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
-        truth = Truth(frozenset(said)).on(shape_of(node))
+        statements = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
+        truth = Truth(frozenset(statements)).on(shape_of(node))
     return truth.inverted() if opposite else truth
 
 

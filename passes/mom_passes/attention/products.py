@@ -81,7 +81,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
     if not all(all_same(value_of(result).shape, shape) for result in results):
         return None
     scores = _scores_of(weights, (batch, heads, rows, tokens))
-    if scores is None or not _read_by_nobody_else(scores.of, second):
+    if scores is None or not _is_read_only_by(scores.of, second):
         return None
     queries, keys = scores.of.args
     assert isinstance(queries, fx.Node) and isinstance(keys, fx.Node)
@@ -292,7 +292,7 @@ def _transposed(node: fx.Node) -> fx.Node:
     return emit(node.graph, aten.permute.default, (node, swapped))
 
 
-def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
+def _is_read_only_by(first: fx.Node, second: fx.Node) -> bool:
     """Whether every path from the first product leads only to the second."""
     pending, seen = [first], {first, second}
     while pending:

@@ -158,8 +158,8 @@ class _Finder:
         if buffer is not None and (read is not None or self._holds_keys(kept)):
             return STATIC
         if read is None:
-            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _ends_where_it_ended(kept) else kept
-            return UNREAD if _grows(grown) and not _as_before(kept, grown) else None
+            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _keeps_the_end(kept) else kept
+            return UNREAD if _grows(grown) and not _is_as_long_as_past(kept, grown) else None
         return None if read.dim.plain else FOLDED
 
     def _holds_keys(self, node: fx.Node) -> bool:
@@ -230,10 +230,10 @@ def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, la
 
 def _last_rows(node: fx.Node, dim: int) -> bool:
     """Whether a slice along `dim` takes the last rows of its operand, with step one."""
-    return axis(argument(node, "dim"), value_of(node).dim()) == dim and _ends_where_it_ended(node)
+    return axis(argument(node, "dim"), value_of(node).dim()) == dim and _keeps_the_end(node)
 
 
-def _ends_where_it_ended(node: fx.Node) -> bool:
+def _keeps_the_end(node: fx.Node) -> bool:
     """Whether a slice ends where its operand ends, with step one."""
     source, dim = meta_value(argument(node, "self")), argument(node, "dim")
     end, step = argument(node, "end"), argument(node, "step")
@@ -259,7 +259,7 @@ def _grows(full: fx.Node) -> bool:
     return old.op == "placeholder"
 
 
-def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
+def _is_as_long_as_past(kept: fx.Node, grown: fx.Node) -> bool:
     """Whether as many rows are kept as there were: a convolution's state, say."""
     return all_same(value_of(argument(grown, "tensors")[0]).shape, value_of(kept).shape)
 

@@ -46,7 +46,7 @@ def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     if not modules:
         return gm
     for module in modules.values():
-        module.loop = _apart(module.loop)
+        module.loop = _without_overwriting(module.loop)
     program = schedule(gm)
     within = _may_be_in(program)
     last_of = lives(program, within).last_of
@@ -61,7 +61,7 @@ def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _apart(loop: Loop) -> Loop:
+def _without_overwriting(loop: Loop) -> Loop:
     """The loop with every output in a storage of its own."""
     outputs = (replace(output, over=None) if isinstance(output, Stored) else output for output in loop.outputs)
     return replace(loop, outputs=tuple(outputs))
@@ -94,10 +94,10 @@ def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
     for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):
         for i, before in dying.items() if piece is not None else ():
             port = loop.inputs[i]
-            if i in taken or _relabels_an_input(piece):
+            if i in taken or _is_view_of_operand(piece):
                 continue
             assert isinstance(port, RowsIn) and isinstance(output, Stored)
-            if _alike(before, output, port.dim):
+            if _same_layout(before, output, port.dim):
                 output = replace(output, over=i)
                 taken.add(i)
                 break
@@ -105,7 +105,7 @@ def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
     return replace(loop, outputs=tuple(outputs))
 
 
-def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
+def _same_layout(before: Stored, after: Stored, dim: Dim) -> bool:
     one, other = before.type, after.type
     return (
         dim.plain
@@ -115,6 +115,6 @@ def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
     )
 
 
-def _relabels_an_input(piece: fx.Node) -> bool:
+def _is_view_of_operand(piece: fx.Node) -> bool:
     """Whether the rows are a view of an operand's rows: writing another output over these first would change them."""
     return base_of(piece).op == "placeholder"

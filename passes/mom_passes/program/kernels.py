@@ -210,19 +210,19 @@ class Fusion:
             pointwise = self._is_pointwise(node)
             if pointwise and node not in self.kept:
                 place = min((self.position[user] for user in self._users(node)), default=place)
-            ops.append(_Op(node, self._own(reads), (place, self.position[node]), library, not pointwise))
+            ops.append(_Op(node, self._counted(reads), (place, self.position[node]), library, not pointwise))
         for value in stored:
             source = self.storage.get(value, value)
-            reads = self._own(self.inlined.get(source, frozenset([source])))
+            reads = self._counted(self.inlined.get(source, frozenset([source])))
             last = max((self.position.get(read, 0) for read in reads), default=0)
             ops.append(_Op(None, reads, (last, len(self.position))))
         return sorted(ops, key=lambda op: op.place)
 
-    def _own(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    def _counted(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The storages that count: neither the caller's nor the module's."""
-        return frozenset(read for read in reads if self._is_ours(read) or read in self.given)
+        return frozenset(read for read in reads if self._is_made_here(read) or read in self.given)
 
-    def _is_ours(self, storage: fx.Node) -> bool:
+    def _is_made_here(self, storage: fx.Node) -> bool:
         return storage in self.held or self._is_item(storage)
 
     def _readers(self) -> dict[fx.Node, list[_Op]]:
@@ -264,7 +264,7 @@ class Fusion:
         assert op.makes is not None
         size = self.size(op.makes)
         for read in op.reads:
-            free = self._is_ours(read) and read not in self.kept and read not in kernel.over.values()
+            free = self._is_made_here(read) and read not in self.kept and read not in kernel.over.values()
             if not free or packet_of(read.target) is aten.cat or sympy.expand(self.size(read) - size) != 0:
                 continue
             others = [reader for reader in self.readers[read] if reader is not op]
@@ -281,10 +281,10 @@ def _device(node: fx.Node) -> str | None:
 
 
 def _is_fused(node: fx.Node) -> bool:
-    return is_pointwise(node) or packet_of(node.target) in _GATHERS or _counts(node)
+    return is_pointwise(node) or packet_of(node.target) in _GATHERS or _is_constant_cumsum(node)
 
 
-def _counts(node: fx.Node) -> bool:
+def _is_constant_cumsum(node: fx.Node) -> bool:
     """Positions without padding: the cumulative sum of a constant, which Inductor computes where it is read."""
     return packet_of(node.target) is aten.cumsum and packet_of(node.all_input_nodes[0].target) is aten.full
 

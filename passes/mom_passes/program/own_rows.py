@@ -73,7 +73,7 @@ class _Rewriter:
         seen: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(self.output):
             for cut, rows in self.part.cuts.items():
-                seen[cut] = self._behind_room(own) if rows is None else self._within(own, cut, rows)
+                seen[cut] = self._after_room(own) if rows is None else self._within(own, cut, rows)
             replaced = {output: self._through(output, seen) for output in self.part.outputs}
         return_values(self.graph, [replaced.get(value, value) for value in returned_values(self.graph)])
         _erase_unread(self.graph, self.part.outputs)
@@ -104,7 +104,7 @@ class _Rewriter:
                 self.moved[node] = self.graph.node_copy(node, made_of.__getitem__)
         return self.moved[node]
 
-    def _behind_room(self, own: fx.Node) -> fx.Node:
+    def _after_room(self, own: fx.Node) -> fx.Node:
         if self.part.room is None:
             return own
         return emit(self.graph, aten.slice.Tensor, (own, self.part.room, 1, TO_THE_END))

@@ -60,18 +60,18 @@ class Layer:
 
 def outline_layers(gm: fx.GraphModule) -> int:
     """Replace identical layers by calls of one graph, in place. Return the number of such graphs."""
-    alike: dict[Hashable, list[Layer]] = defaultdict(list)
+    groups: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in _layers(gm.graph):
         kinds = tuple(_kind(operand.meta.get("example_value")) for operand in layer.operands)
         if None not in kinds:
-            alike[tuple(lines_of(layer.body)), kinds].append(layer)
+            groups[tuple(lines_of(layer.body)), kinds].append(layer)
     names: dict[Layer, str] = {}
-    for group in alike.values():
+    for group in groups.values():
         if len(group) >= FEWEST_LAYERS:
             name = f"{_NAME}_{len(set(names.values()))}"
             gm.add_submodule(name, fx.GraphModule(gm, group[0].body))
             names |= dict.fromkeys(group, name)
-    _call_instead(gm.graph, names)
+    _replace_by_calls(gm.graph, names)
     gm.graph.lint()
     gm.recompile()
     return len(set(names.values()))
@@ -129,7 +129,7 @@ def _layers(graph: fx.Graph) -> list[Layer]:
     if opened or any(map(changes_state, nodes[begin:])):
         return []
     written = {node: _storages(written_by(node)) for node in nodes[begin:]}
-    whole = (_layer(side_by_side) for side_by_side in _side_by_side(graph))
+    whole = (_layer(calls) for calls in _consecutive_calls(graph))
     return [layer for layer in whole if _is_movable(layer) and not _meets_a_write(layer, written)]
 
 
@@ -155,7 +155,7 @@ def _values(node: fx.Node) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else (value,)
 
 
-def _side_by_side(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def _consecutive_calls(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Runs of calls made in the same numbered module. Attribute reads belong to no module."""
     nodes: list[fx.Node] = []
     module = None
@@ -228,7 +228,7 @@ def _is_known(size: Any) -> bool:
     return type(size) is int or (isinstance(size, torch.SymInt) and has_hint(size))
 
 
-def _call_instead(graph: fx.Graph, names: dict[Layer, str]) -> None:
+def _replace_by_calls(graph: fx.Graph, names: dict[Layer, str]) -> None:
     """Replace the layers by calls, in graph order: a layer may read the result of another."""
     now: dict[fx.Node, fx.Node] = {}
     order = {node: number for number, node in enumerate(graph.nodes)}
