@@ -7,6 +7,7 @@ range of its rows.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -75,6 +76,24 @@ def views_of(base: fx.Node) -> set[fx.Node]:
                 found.add(user)
                 pending.append(user)
     return found
+
+
+def views_and_readers(
+    base: fx.Node, operand_of_view: Callable[[fx.Node], fx.Node | None] = viewed_operand
+) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The views of a node, in graph order, and the other nodes that read it or a view of it."""
+    views: set[fx.Node] = set()
+    readers: set[fx.Node] = set()
+    pending = [base]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            if operand_of_view(user) is not value:
+                readers.add(user)
+            elif user not in views:
+                views.add(user)
+                pending.append(user)
+    return sorted(views), readers
 
 
 def view_chain(node: fx.Node) -> list[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -15,7 +15,7 @@ from torch import fx
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
-from mom_passes.graph.values import input_node, is_tensor, tensors_of
+from mom_passes.graph.values import input_node, is_size, is_tensor, tensors_of
 from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
 
 aten = torch.ops.aten
@@ -53,6 +53,13 @@ def node_after(node: fx.Node) -> fx.Node:
     while following.target is operator.getitem:
         following = following.next
     return following
+
+
+def first_operator(graph: fx.Graph, ahead: Collection[fx.Node] = ()) -> fx.Node:
+    """The first operator of a graph that is neither a size nor one of `ahead`."""
+    nodes: Iterable[fx.Node] = graph.nodes
+    operators = (node for node in nodes if node.op not in ("placeholder", "get_attr"))
+    return next(node for node in operators if not is_size(node) and node not in ahead)
 
 
 def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from mom_passes.graph.aliasing import views_and_readers
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit
 from mom_passes.graph.sizes import count_hint, hint
@@ -69,7 +70,7 @@ def _banks(call: fx.Node, region: Region) -> Iterator[fx.Node]:
         multiplied = all(is_grouped_product(user) and operands(user)[1] is inner for user in inner.users)
         if per_row is None and multiplied:
             weight = _seen_by_expert(operand)
-            if weight is not None and _readers(weight) == {call}:
+            if weight is not None and _views_and_readers(weight)[1] == {call}:
                 yield weight
 
 
@@ -90,29 +91,16 @@ def _keeps_the_first(view: fx.Node) -> bool:
     return 0 not in (axis(argument(view, "dim0"), rank), axis(argument(view, "dim1"), rank))
 
 
-def _readers(weight: fx.Node) -> set[fx.Node]:
-    """The readers of a weight and its views."""
-    found: set[fx.Node] = set()
-    pending = [weight]
-    while pending:
-        for user in pending.pop().users:
-            if is_view(user):
-                pending.append(user)
-            else:
-                found.add(user)
-    return found
+def _views_and_readers(weight: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The views that show all of a weight, in graph order, and the other readers."""
+    return views_and_readers(weight, lambda user: input_node(user) if is_view(user) else None)
 
 
 def _put_in_place(weight: fx.Node, chosen: fx.Node, call: fx.Node) -> None:
     """Replace a weight by the fetched part and move its views before `call`."""
-    pending, views = [weight], list[fx.Node]()
-    while pending:
-        for user in pending.pop().users:
-            if is_view(user):
-                views.append(user)
-                pending.append(user)
+    views, _ = _views_and_readers(weight)
     weight.replace_all_uses_with(chosen)
-    for view in sorted(set(views)):
+    for view in views:
         call.prepend(view)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.edit import emit, node_after, size_node
+from mom_passes.graph.edit import emit, first_operator, node_after, size_node
 from mom_passes.graph.sizes import Size
 from mom_passes.graph.values import input_node, is_size, return_values, returned_values, value_of
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
@@ -139,7 +139,7 @@ class _Rewriter:
 
     def _arrive(self, past: fx.Node, new: fx.Node | None, dim: int, before: fx.Node) -> fx.Node:
         rows = 0 if new is None else self._size(value_of(new).shape[dim])
-        with self.graph.inserting_before(self._first_operator()):
+        with self.graph.inserting_before(first_operator(self.graph, self.ahead)):
             buffer = emit(self.graph, FETCH_START, (past, rows, dim, self.device))
         with self.graph.inserting_before(before):
             return emit(self.graph, FETCH_WAIT, (buffer, new, dim))
@@ -157,22 +157,13 @@ class _Rewriter:
             views.append(node)
             pending += node.all_input_nodes
         for node in sorted(set(views)):
-            self._first_operator().prepend(node)
+            first_operator(self.graph, self.ahead).prepend(node)
             self.ahead.add(node)
         return True
 
-    def _first_operator(self) -> fx.Node:
-        """The first operator other than sizes read off inputs and views of inputs that are fetched."""
-        nodes: Iterable[fx.Node] = self.graph.nodes
-        return next(
-            node
-            for node in nodes
-            if node.op not in ("placeholder", "get_attr") and not is_size(node) and node not in self.ahead
-        )
-
     def _size(self, size: Size) -> int | fx.Node:
         """A size, computed right after the inputs so that it is available everywhere."""
-        first = self._first_operator()
+        first = first_operator(self.graph, self.ahead)
         with self.graph.inserting_before(first):
             found: int | fx.Node = size_node(self.graph, size, before=first)
         return found

@@ -23,10 +23,10 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import is_mutation, view_chain, viewed_operand
-from mom_passes.graph.edit import copy_view, emit, fake_value, node_after, strides_differ
+from mom_passes.graph.aliasing import is_mutation, view_chain, views_and_readers
+from mom_passes.graph.edit import copy_view, emit, fake_value, first_operator, node_after, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import bytes_of, is_size, value_of
+from mom_passes.graph.values import bytes_of, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
 from mom_passes.rules.attention import SDPA
@@ -119,18 +119,8 @@ def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 
 def _weight(fetch: fx.Node) -> _Weight:
-    views: list[fx.Node] = []
-    readers: list[fx.Node] = []
-    pending = [fetch]
-    while pending:
-        value = pending.pop()
-        for user in value.users:
-            if viewed_operand(user) is value:
-                views.append(user)
-                pending.append(user)
-            else:
-                readers.append(user)
-    return _Weight(fetch, tuple(sorted(set(views))), min(readers))
+    views, readers = views_and_readers(fetch)
+    return _Weight(fetch, tuple(views), min(readers))
 
 
 def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
@@ -139,7 +129,7 @@ def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
     waits = []
     for weight in group:
         host, device = weight.fetch.args
-        with graph.inserting_before(_first_operator(graph)):
+        with graph.inserting_before(first_operator(graph)):
             start = emit(graph, FETCH_START, (host, 0, _outermost(host), device))
         with graph.inserting_before(anchor):
             waits.append(emit(graph, FETCH_WAIT, (start, None, _outermost(host))))
@@ -148,11 +138,6 @@ def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
         for view in weight.views:
             anchor.prepend(view)
     return waits
-
-
-def _first_operator(graph: fx.Graph) -> fx.Node:
-    nodes: Iterable[fx.Node] = graph.nodes
-    return next(node for node in nodes if node.op not in ("placeholder", "get_attr") and not is_size(node))
 
 
 def _outermost(host: object) -> int:
