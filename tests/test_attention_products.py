@@ -1,4 +1,4 @@
-"""Attention written as products, with sinks and without: what is recognised, and that the numbers stay the same."""
+"""Attention written as two products, with and without sinks: what is recognised, and the same numbers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def no_scores(gm: fx.GraphModule, rows: Any, keys: Any) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SINKS)
-def test_sinks_are_an_argument(name: str, dtype: torch.dtype) -> None:
+def test_sinks_become_an_argument(name: str, dtype: torch.dtype) -> None:
     gm = check(SINKS[name], dtype)
     (node,) = attentions(gm)
     assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": T - R}
@@ -107,7 +107,7 @@ def without(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_without_sinks(dtype: torch.dtype) -> None:
+def test_products_without_sinks_are_recognised(dtype: torch.dtype) -> None:
     gm = check(without, dtype)
     (node,) = attentions(gm)
     assert argument(node, "sinks") is None
@@ -115,7 +115,7 @@ def test_without_sinks(dtype: torch.dtype) -> None:
     assert no_scores(gm, R, T)
 
 
-def test_a_product_in_float32_of_half_precision() -> None:
+def test_a_float32_product_of_half_precision_operands_is_recognised() -> None:
     """Which is what kernels compute anyway: queries and keys go in as they were."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_a_product_in_float32_of_half_precision() -> None:
     assert {argument(node, name).meta["val"].dtype for name in ("query", "key", "value")} == {torch.bfloat16}
 
 
-def test_a_finite_fill_hides_keys_where_there_is_a_sink() -> None:
+def test_with_a_sink_a_finite_fill_hides_keys() -> None:
     """Of a row that sees nothing too: all its weight is the sink's. Without one it would see all keys alike."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ CAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CAPS)
-def test_capped_scores(name: str, dtype: torch.dtype) -> None:
+def test_capped_scores_are_recognised(name: str, dtype: torch.dtype) -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         return (CAPS[name](scores_of(q, k)) + causal().to(q)).softmax(-1) @ repeated(v)
 
@@ -207,11 +207,11 @@ OTHERS = (capped_behind_the_mask, several_times, of_each_row, at_the_front, cut_
 
 
 @pytest.mark.parametrize("function", OTHERS)
-def test_anything_else_is_left_alone(function: Attention) -> None:
+def test_other_products_are_kept(function: Attention) -> None:
     assert not attentions(check(function))
 
 
-def test_a_softmax_in_a_narrower_range_is_left_alone() -> None:
+def test_a_softmax_with_a_narrower_range_is_kept() -> None:
     """The smallest number of float64 is -inf in float32: a row of it has no weights then."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -223,7 +223,7 @@ def test_a_softmax_in_a_narrower_range_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("tokens", "dynamic", "padded"), [(2, True, True), (19, False, True), (19, True, False)]
 )
-def test_a_model_with_sinks(tokens: int, dynamic: bool, padded: bool) -> None:
+def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded: bool) -> None:
     """GPT-OSS, whose layers see a window and everything in turn: no mask is left, nor any value of rows x keys."""
     mask = torch.ones(3, tokens, dtype=torch.long)
     mask[0, : tokens // 2] = 0
@@ -247,7 +247,7 @@ def test_a_model_with_sinks(tokens: int, dynamic: bool, padded: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
-def test_a_model_with_sinks_behind_a_past(new: int, dynamic: bool) -> None:
+def test_a_model_with_sinks_and_a_past_computes_the_same(new: int, dynamic: bool) -> None:
     """A second turn and a decode step; the layer with a window has the keys of that window alone as its past."""
     captured = behind_a_past(tiny("GptOss", sliding_window=5), new, dynamic)
     gm = attention_form(captured.gm)

@@ -1,4 +1,4 @@
-"""What may be written over is, what may not is not, and either way the result is the same."""
+"""Which operands loops overwrite. Results are the same with and without the pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import TensorType, WholeIn
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import OFFLOAD
-from mom_passes.program.in_place import _relabels_an_input, take_over_storage
+from mom_passes.program.in_place import _is_view_of_operand, take_over_storage
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
 from tests.shares import at_least, some_and_many
@@ -61,7 +61,7 @@ def decoder(x, *parameters, hidden_too=False):
     return (last, first) if hidden_too else (last,)
 
 
-def test_a_residual_stream_is_written_over():
+def test_the_residual_stream_is_overwritten():
     gm, loops = rewritten(decoder, x_of())
     assert len(taken(loops)) == 3
     inputs = (x_of(), *WEIGHTS)
@@ -94,7 +94,7 @@ def check(names, batch, tokens, returned):
 
 
 @some_and_many(20, 80)
-def test_any_program_gives_the_same_with_and_without(runs):
+def test_random_programs_compute_the_same_with_and_without_the_pass(runs):
     with at_least(0.9, "write over something") as in_place:
 
         @settings(RANDOM_PROGRAMS, max_examples=runs)
@@ -110,7 +110,7 @@ def test_any_program_gives_the_same_with_and_without(runs):
         gives_the_same()
 
 
-def test_an_input_is_never_written_over():
+def test_an_input_is_never_overwritten():
     def residual_on_the_input(x, *parameters):
         w = Weights(*parameters)
         return (STEPS["causal"](x, w) @ w.square,)
@@ -119,13 +119,13 @@ def test_an_input_is_never_written_over():
     assert not taken(loops)
 
 
-def test_what_the_user_gets_is_never_written_over():
+def test_an_output_is_never_overwritten():
     _, loops = rewritten(lambda *a: decoder(*a, hidden_too=True), x_of())
     # The first residual is the user's; the second is written over by the third.
     assert len(taken(loops)) == 2
 
 
-def test_what_is_read_later_is_never_written_over():
+def test_a_value_with_later_readers_is_never_overwritten():
     def read_again(x, *parameters):
         w = Weights(*parameters)
         first = STEPS["linear"](x, w) + 1
@@ -140,7 +140,7 @@ def test_what_is_read_later_is_never_written_over():
     assert all(max(source.users) is node for source, node in takers)
 
 
-def test_rows_that_are_passed_on_as_they_are_are_not_lost():
+def test_rows_that_a_loop_passes_on_unchanged_are_kept():
     """Keys that are the very rows of the residual, seen as heads."""
 
     def program(x, *parameters):
@@ -157,7 +157,7 @@ def test_rows_that_are_passed_on_as_they_are_are_not_lost():
 
 
 @pytest.mark.parametrize("through", ["view", "split", "copy"])
-def test_a_value_that_only_relabels_an_operand_is_told_from_one_that_is_computed(through):
+def test_views_of_operands_are_recognised(through):
     graph = torch.fx.Graph()
     rows = graph.placeholder("rows")
     if through == "view":
@@ -167,7 +167,7 @@ def test_a_value_that_only_relabels_an_operand_is_told_from_one_that_is_computed
         piece = graph.call_function(operator.getitem, (parts, 0))
     else:
         piece = graph.call_function(torch.ops.aten.clone.default, (rows,))
-    assert _relabels_an_input(piece) is (through != "copy")
+    assert _is_view_of_operand(piece) is (through != "copy")
 
 
 def written_over(loop, at):
@@ -186,7 +186,7 @@ def spoiled(change):
     return loops
 
 
-def test_verify_refuses_to_write_over_what_is_read_later():
+def test_verify_rejects_overwriting_a_value_with_later_readers():
     def change(gm, node, loop):
         first_node, first = loop_nodes(gm)[1]
         at, operand = next(iter(first.loop.rows_of(first_node).items()))
@@ -199,7 +199,7 @@ def test_verify_refuses_to_write_over_what_is_read_later():
         verify(spoiled(change))
 
 
-def test_verify_refuses_to_write_over_an_input():
+def test_verify_rejects_overwriting_an_input():
     def change(gm, node, loop):
         loop = loop_nodes(gm)[0][1]
         loop.loop = written_over(loop.loop, next(iter(loop.loop.rows_of(loop_nodes(gm)[0][0]))))
@@ -219,7 +219,7 @@ MADE_BETWEEN_LOOPS = {
 
 @pytest.mark.parametrize("read", ["returned", "given to the loop too", "given to a later loop"])
 @pytest.mark.parametrize("made", MADE_BETWEEN_LOOPS)
-def test_what_may_be_the_same_storage_keeps_it(made, read):
+def test_a_value_that_may_share_a_storage_keeps_it_alive(made, read):
     """Whatever is made of a value between loops, but copied rows, may be the value itself."""
     _, loops = rewritten(decoder, x_of())
     value, node = overwritten(loops)[0]
@@ -239,7 +239,7 @@ def test_what_may_be_the_same_storage_keeps_it(made, read):
     assert taken_now or read == "given to a later loop"
 
 
-def test_deciding_twice_decides_the_same():
+def test_the_pass_is_idempotent():
     _, loops = rewritten(decoder, x_of())
     before = taken(loops)
     assert taken(take_over_storage(loops)) == before

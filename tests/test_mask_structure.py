@@ -1,4 +1,4 @@
-"""What `MaskAnalysis` claims of a mask holds for the mask itself, element by element."""
+"""The proved form of a mask agrees with the mask itself, element by element."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ KNOWN: dict[str, tuple[Program, MaskForm | None] | tuple[Program, MaskForm | Non
 
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_masks(name: str, symbolic: bool) -> None:
+def test_the_form_of_known_masks_is_proved(name: str, symbolic: bool) -> None:
     program, expected, *conditions = KNOWN[name]
     mask = traced_mask(program, 9, symbolic)
     form = MaskAnalysis().form(mask)
@@ -305,7 +305,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 @random_examples(100, 400, settings(deadline=None), programs(), st.integers(3, 12), st.booleans())
-def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, symbolic: bool) -> None:
+def test_the_form_of_a_random_mask_is_correct(program: Program, length: int, symbolic: bool) -> None:
     mask = traced_mask(program, length, symbolic)
     form = MaskAnalysis().form(mask)
     if form is None:
@@ -317,7 +317,7 @@ def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, s
 
 @given(st.integers(2, 40), st.integers(1, 45))
 @settings(max_examples=60, deadline=None)
-def test_a_window_is_neither_one_more_nor_one_less(length: int, window: int) -> None:
+def test_the_size_of_a_window_is_exact(length: int, window: int) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return windowed(x, window)
 
@@ -357,7 +357,7 @@ CASES = [pytest.param(family, False, marks=[pytest.mark.slow] if family in ALIKE
 
 
 @pytest.mark.parametrize(("family", "dynamic"), CASES)
-def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
+def test_the_form_of_masks_of_hugging_face_models_is_proved(family: str, dynamic: bool) -> None:
     """With and without padding; the values of the masks are those of the graph's own run."""
     changes, windows = FAMILIES[family]
     model = tiny(family, **changes)
@@ -377,7 +377,7 @@ def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
             assert_holds(form, value, conditions_of(form, mask, captured.inputs))
 
 
-def test_masks_of_eager_gemma2() -> None:
+def test_the_form_of_masks_of_eager_gemma2_is_proved() -> None:
     """It adds its mask to scores itself; the mask is still a mask."""
     model = tiny("Gemma2", sliding_window=5)
     captured = capture(model.forward, use_cache=False, input_ids=ids(1, 11))

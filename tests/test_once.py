@@ -1,4 +1,4 @@
-"""What every head reads is computed once for each row."""
+"""Sines and cosines that every head reads are computed once per row."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def cheap(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     ("function", "stored"),
     [(rotated, [aten.mul.Tensor, aten.mul.Tensor]), (one_head, []), (of_products, []), (cheap, [])],
 )
-def test_what_has_a_sine_is_stored_where_something_larger_reads_it(function, stored) -> None:
+def test_a_sine_is_stored_if_a_larger_value_reads_it(function, stored) -> None:
     assert marked(function, Q, ANGLES) == stored
 
 
-def test_a_value_for_pairs_of_channels_is_stored_too() -> None:
+def test_a_sine_for_pairs_of_channels_is_stored() -> None:
     assert marked(in_pairs, Q, ANGLES)
 
 
@@ -68,7 +68,7 @@ def attending(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_the_loop_over_heads_has_no_sine_where_it_is_worthwhile(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_over_heads_computes_no_sine_where_storing_pays(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is worthwhile on CUDA alone, said of the CPU, whose code can be read and run."""
     torch._dynamo.reset()
     monkeypatch.setattr(once, "WORTHWHILE_ON", (where,))

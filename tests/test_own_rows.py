@@ -1,4 +1,4 @@
-"""Rows that leave a graph hold no more than themselves: in loops, between them and in what stock Inductor compiles."""
+"""Returned rows of a larger value get their own storage: in loops, between loops and in graphs for stock Inductor."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def check(function, *, loops=True, dynamic=False, batch=2):
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", sorted(CROPS))
 @pytest.mark.parametrize("source", sorted(SOURCES))
-def test_a_part_of_a_value_holds_its_rows_alone(source, crop, loops):
+def test_a_returned_crop_holds_only_its_rows(source, crop, loops):
     outputs, report = check(program(source, crop), loops=loops)
     assert behind(outputs[1]) <= 1.15
     # A loop may have been asked for those rows alone.
@@ -118,7 +118,7 @@ def test_a_part_of_a_value_holds_its_rows_alone(source, crop, loops):
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", ["head", "tail", "selected", "channels", "viewed"])
-def test_the_same_for_lengths_that_are_not_known_yet(crop, loops):
+def test_a_returned_crop_holds_only_its_rows_at_dynamic_lengths(crop, loops):
     outputs, report = check(program("loop", crop), loops=loops, dynamic=True)
     assert behind(outputs[1]) <= 1.15
     assert report.own_rows or loops
@@ -137,7 +137,7 @@ def cropped_keys(*crops):
     return run
 
 
-def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
+def test_a_crop_is_copied_after_the_last_loop_that_reads_the_base():
     gm = trace(cropped_keys("tail"), x_of(), *WEIGHTS)
     rewritten, report = rewrite(gm, 4, parameter_names(gm), skip=("residual_in_place",))
     (made,) = report.own_rows
@@ -154,7 +154,7 @@ def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
     assert set(live) - set(names)
 
 
-def test_without_the_pass_a_crop_holds_the_whole():
+def test_without_the_pass_a_crop_keeps_the_whole_value_alive():
     x = x_of()
     gm = trace(cropped_keys("tail"), x, *WEIGHTS)
     rewritten, _ = rewrite(gm, 4, parameter_names(gm), skip=("rows_of_their_own",))
@@ -162,7 +162,7 @@ def test_without_the_pass_a_crop_holds_the_whole():
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
-def test_crops_of_one_value_are_copied_one_by_one_unless_they_overlap(loops):
+def test_disjoint_crops_are_copied_separately_and_overlapping_ones_together(loops):
     (_, head, tail), report = check(cropped_keys("head", "tail"), loops=loops)
     assert len(report.own_rows) == 2
     assert behind(head) == behind(tail) == 1 and not share(head, tail)
@@ -170,7 +170,7 @@ def test_crops_of_one_value_are_copied_one_by_one_unless_they_overlap(loops):
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("head", "middle"), ("middle", "head"), ("tail", "selected"), ("head", "head")])
-def test_who_writes_into_one_of_two_overlapping_crops_sees_it_in_the_other(crops, loops):
+def test_a_write_to_one_of_two_overlapping_crops_is_visible_in_the_other(crops, loops):
     (_, one, other), report = check(cropped_keys(*crops), loops=loops)
     assert len(report.own_rows) == 1
     assert share(one, other) and behind(one) <= 9 / 5 + 1e-6
@@ -181,25 +181,25 @@ def test_who_writes_into_one_of_two_overlapping_crops_sees_it_in_the_other(crops
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("tail", "whole"), ("tail", "strided")])
-def test_nothing_is_copied_where_the_rest_is_kept_or_overlap_cannot_be_told(crops, loops):
+def test_nothing_is_copied_if_the_base_is_kept_or_the_overlap_is_unknown(crops, loops):
     (_, one, other), report = check(cropped_keys(*crops), loops=loops)
     assert not report.own_rows
     assert share(one, other)
 
 
-def test_rows_and_channels_of_one_value_are_not_told_apart():
+def test_crops_along_different_dimensions_are_not_copied():
     (_, one, other), report = check(cropped_keys("tail", "channels"), loops=False)
     assert not report.own_rows
     assert share(one, other)
 
 
-def test_nothing_is_copied_for_a_few_rows_less():
+def test_a_crop_of_nearly_all_rows_is_not_copied():
     _, report = check(lambda x, *w: (layer(x, Weights(*w)), x.cumsum(1)[:, 1:]), loops=False)
     assert not report.own_rows
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
-def test_a_view_of_an_input_stays_one(loops):
+def test_a_returned_view_of_an_input_stays_a_view(loops):
     def run(x, *parameters):
         return (*cropped_keys("tail")(x, *parameters), x[:, -3:])
 
@@ -210,7 +210,7 @@ def test_a_view_of_an_input_stays_one(loops):
     assert behind(rewritten(x, *WEIGHTS)[1]) == 1
 
 
-def test_what_an_operator_writes_into_is_left_alone():
+def test_a_base_that_an_operator_writes_to_is_not_copied():
     def run(x, *parameters):
         return (x.cumsum(1)[:, -2:],)
 
@@ -222,7 +222,7 @@ def test_what_an_operator_writes_into_is_left_alone():
     assert not own_rows(gm)
 
 
-def test_rows_keep_the_order_in_which_they_lay():
+def test_a_copy_keeps_the_storage_order():
     """Token-major heads stay token-major, and dense."""
 
     def run(x, *parameters):
@@ -243,7 +243,7 @@ def windowed(past, new):
 
 @pytest.mark.parametrize("tokens", [WINDOW, 3 * WINDOW], ids=["one row more", "many more"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["of one length", "of any length"])
-def test_a_window_behind_a_prompt_lies_as_a_decode_step_leaves_it(dynamic, tokens):
+def test_a_prompts_window_has_the_strides_of_a_decode_steps(dynamic, tokens):
     """Dynamo guards on strides: else the first step behind a prompt would need a graph of its own."""
     heads, empty = torch.randn(2, 3, tokens, 4), torch.randn(2, 3, 0, 4)
     gm = trace(lambda x: windowed(empty, x.cumsum(2)), heads, dynamic=dynamic)
@@ -257,7 +257,7 @@ def test_a_window_behind_a_prompt_lies_as_a_decode_step_leaves_it(dynamic, token
     assert behind(rows) == WINDOW / (WINDOW - 1)
 
 
-def test_a_residual_of_which_rows_are_kept_is_still_written_over():
+def test_a_residual_with_a_returned_crop_is_still_overwritten():
     def run(x, *parameters):
         last, first = decoder(x, *parameters, hidden_too=True)
         return last, first[:, -2:]
@@ -296,7 +296,7 @@ def returns_the_same_rows(names, kept, batch, loops):
     return bool(report.own_rows)
 
 
-def test_any_program_returns_the_same_rows():
+def test_random_programs_return_the_same_rows():
     with at_least(0.8, "copy rows out of a larger value") as copied:
 
         @settings(RANDOM_PROGRAMS, max_examples=100)
@@ -346,7 +346,7 @@ def assert_rows_alone(cache):
         pytest.param(2, [9, 20], id="within the window first", marks=pytest.mark.slow),
     ],
 )
-def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, lengths):
+def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
     """Windows of 16; of two lengths that are compiled the second is a symbol."""
     model = small_model("Mistral")
     reference = small_model("Mistral")
@@ -369,7 +369,7 @@ def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, l
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
+def test_a_step_of_many_tokens_keeps_only_the_window():
     model = small_model("Mistral")
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
@@ -381,7 +381,7 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
     assert [len(report.own_rows) for report in reports()] == [6, 6]
 
 
-def test_explain_tells_which_rows_are_copied():
+def test_explain_lists_the_copied_rows():
     model, inputs = small_model("Mistral"), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
     assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 6
@@ -393,7 +393,7 @@ def test_explain_tells_which_rows_are_copied():
     assert "rows of their own" in short.details() and "6 parts of larger values" in str(short)
 
 
-def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
+def test_a_layer_that_is_not_offloaded_keeps_only_its_rows():
     value = torch.arange(2 * 3 * 40 * 4.0).view(2, 3, 40, 4)
     step = Offload(2, torch.device("cpu"), Placement(), stays=lambda sizes, size: True)
     (kept,) = step([value, 30])
@@ -402,7 +402,7 @@ def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
     assert share(kept, value)
 
 
-def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
+def test_a_failing_pass_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
     def fails(gm):
         raise RuntimeError("a bug of ours")
 
@@ -460,7 +460,7 @@ def heads(rows, size):
     return rows.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-def test_the_measured_peak_has_no_rows_that_are_not_kept():
+def test_the_measured_peak_excludes_rows_that_are_not_kept():
     watch_cpu()
     model = Cropping(layers=5).eval()
     fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True})

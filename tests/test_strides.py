@@ -1,4 +1,4 @@
-"""Strides: the question that `view` asks of them, against `view` itself, and claims that are not true."""
+"""`viewable` against `tensor.view`, and the correction of wrong recorded strides."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def questions(draw):
 
 @given(questions())
 @settings(max_examples=400, deadline=None)
-def test_it_says_what_view_does(question):
+def test_viewable_agrees_with_tensor_view(question):
     tensor, shape = question
     try:
         tensor.view(shape)
@@ -44,7 +44,7 @@ def test_it_says_what_view_does(question):
     assert viewable(tensor.shape, tensor.stride(), shape) is allowed
 
 
-def test_views_claim_no_more_than_they_are():
+def test_wrong_strides_of_views_are_corrected():
     """Inductor's front half removes a product with ones, and describes what it was computed from as dense as it was."""
     pairs = torch.randn(2, 17, 3, 8, dtype=torch.float64)
 

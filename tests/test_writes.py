@@ -86,7 +86,7 @@ programs = st.lists(st.sampled_from(sorted(LINES)), min_size=2, max_size=9)
 
 @settings(RANDOM_PROGRAMS, max_examples=30)
 @given(programs, st.integers(1, 2), st.integers(5, 13))
-def test_buffers_read_updated_and_returned_in_any_order(lines, batch, tokens):
+def test_random_programs_with_buffers_compute_the_same(lines, batch, tokens):
     rewritten, _ = run_and_compare(["causal", "linear", *lines, "linear", "causal"], batch, tokens, 4)
     assert rewritten
 
@@ -94,7 +94,7 @@ def test_buffers_read_updated_and_returned_in_any_order(lines, batch, tokens):
 @pytest.mark.slow
 @settings(RANDOM_PROGRAMS, max_examples=500)
 @given(programs, st.integers(1, 2), st.integers(5, 23), st.integers(2, 9))
-def test_five_hundred_programs_with_buffers(lines, batch, tokens, mini):
+def test_five_hundred_random_programs_with_buffers_compute_the_same(lines, batch, tokens, mini):
     rewritten, _ = run_and_compare(["causal", *lines, "linear", "causal"], batch, tokens, min(mini, tokens // 2))
     assert rewritten
 
@@ -152,14 +152,14 @@ def _write_elsewhere(graph, state, new):
 
 
 @pytest.mark.parametrize("build", [_read_behind, _item_behind, _reshaped_behind, _write_elsewhere])
-def test_a_read_behind_a_write_is_refused_by_name(build):
+def test_a_read_after_a_write_is_reported(build):
     gm = graph_of(build)
     assert read_after_write(gm) is not None
     with pytest.raises(PassError, match="copy_"):
         verify(gm)
 
 
-def test_a_view_behind_a_write_reads_nothing():
+def test_a_view_after_a_write_is_no_read():
     def build(graph, state, new):
         copied = graph.call_function(aten.add.Tensor, (state, 1))
         write = graph.call_function(aten.copy_.default, (state, new))
@@ -173,7 +173,7 @@ def test_a_view_behind_a_write_reads_nothing():
 # --- as a user writes it ---
 
 
-def test_a_state_returned_as_it_was(eager_pieces):
+def test_the_old_contents_of_a_state_can_be_returned(eager_pieces):
     """A copy larger than its source is made where it is asked for, and a graph's output is asked for last."""
     weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
@@ -191,7 +191,7 @@ def test_a_state_returned_as_it_was(eager_pieces):
     torch.testing.assert_close(state, torch.arange(8.0) + 1)
 
 
-def test_two_inputs_that_share_storage(eager_pieces):
+def test_inputs_that_share_a_storage_compute_the_same(eager_pieces):
     weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     def step(x, state, view):

@@ -1,4 +1,4 @@
-"""A CUDA device whose copies are done at once: the real engine, with real threads, files and buffers."""
+"""A CUDA device whose copies complete immediately, for the real engine with real threads, files and buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on CUDA without a GPU: stand-ins for PyTorch's kernels and devices, and what is called and allocated."""
+"""Attention on CUDA without a GPU: stand-ins for devices and PyTorch's kernels that record calls and allocations."""
 
 from __future__ import annotations
 

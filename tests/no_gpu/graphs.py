@@ -1,10 +1,11 @@
-"""Graphs of large models without their weights, as CUDA would get them.
+"""Graphs of large models without weights, as they would be captured on CUDA.
 
-Captured on the CPU with stand-ins for weights and inputs, then every tensor is said to be on `cuda:0`, and attention is
-the operator that PyTorch chooses on that GPU. (Capturing on fake CUDA tensors needs a CUDA build: indexing raises.)
+Captured on the CPU with stand-ins for weights and inputs. Then the device of every tensor becomes `cuda:0`, and each
+attention the operator that PyTorch chooses on that GPU. (Capturing on fake CUDA tensors needs a CUDA build: indexing
+raises.)
 
-    Hopper, data-center Blackwell   cuDNN first, in half precision, for heads of 128 at most; with a mask or without, of
-                                    one query too. A recent cuDNN is taken to be there
+    Hopper, data-center Blackwell   cuDNN first, in half precision, for heads of at most 128 channels; with or without a
+                                    mask, also for one query. Assumes a recent cuDNN
     flash                           otherwise, without a mask, in half precision, with values as wide as keys
     efficient                       otherwise
 """

@@ -1,12 +1,12 @@
-"""Small models' prefills, compiled for a GPU that is not there and run without it.
+"""Prefills of small models, compiled for a simulated GPU and run on the CPU.
 
     TRITON_INTERPRET=1 python -m tests.no_gpu.interpreted Llama GPT2
 
-Loop bodies and pieces are compiled for `cuda:0` as they would be there. The real program and its loops then run them on
-CPU tensors: Triton's kernels by its interpreter, products and attention by the CPU's own.
+Loop bodies and pieces are compiled for `cuda:0`. The real program and its loops then run them on CPU tensors: Triton's
+interpreter runs the kernels, the CPU's operators compute products and attention.
 
-Prints a line of JSON for each: how far the logits are from eager mode's in float64, ours and eager mode's own, and
-which kernels ran how often.
+Prints one line of JSON per model: the distance of the logits from eager mode's in float64, ours and eager mode's own,
+and how often each kernel ran.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The kernels of `runtime/attention/tiles.py` in Triton's interpreter, on the CPU, against the definition in float64.
 
-Started with TRITON_INTERPRET=1 by `test_tiles`, with a number of cases; prints what is wrong, a line each.
+Started by `test_tiles` with TRITON_INTERPRET=1 and a number of cases. Prints one line for each error.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Triton's interpreter, made fit for Inductor's kernels: NumPy runs them on CPU tensors, one program after the other.
+"""Triton's interpreter, patched for Inductor's kernels: NumPy runs them on CPU tensors, one program after the other.
 
-Triton reads TRITON_INTERPRET when it is imported, so this takes a process that was started with it. What the
-interpreter lacks:
+Triton reads TRITON_INTERPRET when it is imported, so the process must be started with it. Patched:
 
-    libdevice       its functions are stubs that return None: PyTorch's stand in
-    max2, min2      reductions whose combine function is Inductor's own are interpreted element by element: NumPy's do
-    indices         Triton 3.6 makes them of arrays of one number, which NumPy 2.5 does not convert
-    configurations  it would take a kernel's first: the one with the largest blocks has the fewest programs to interpret
+    libdevice       its functions are stubs that return None; PyTorch's functions replace them
+    max2, min2      reductions with Inductor's combine functions run element by element; NumPy's functions replace them
+    indices         Triton 3.6 makes them from arrays of one number, which NumPy 2.5 does not convert
+    configurations  the first of a kernel would be chosen; the one with the largest blocks has the fewest programs
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Who has touched which bytes, and who knows of it: what a device may do in another order than was meant is found here.
+"""Finds accesses to memory that a device may order differently than intended, with vector clocks.
 
 Terms
 -----
-agent     Whoever touches memory in an order of its own: a stream, or a thread of the host.
-clock     How far an agent knows that others have come: `{agent: number of its last operation that is done}`.
+agent     An independent order of accesses: a stream, or a thread of the host.
+clock     What an agent knows of the others: `{agent: number of its last finished operation}`.
 
-    touch:  an operation is checked against all that touched the same bytes, one of them writing, unknown to its agent
-    free:   memory goes back to the stream that it was had from, which must know of every access to it
-    unpin:  who does that must know of every access to the range
+    touch:  an operation is checked against all accesses to the same bytes unknown to its agent, one of both a write
+    free:   memory returns to the stream that allocated it, which must know of every access to it
+    unpin:  the agent must know of every access to the range
 
-A copy lies within one pinned range.
+A copy must lie within one pinned range.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The host's time for a loop's body on CUDA: Python alone, with what it launches stubbed.
+"""Host time of a loop's body on CUDA: the Python part, with launches replaced by stubs.
 
     TRITON_INTERPRET=1 python -m tests.no_gpu.overhead
 
-A small Llama's bodies are compiled for `cuda:0` as they would be there and run by the real loop, but kernels, products
-and attention do nothing. What a launch costs is not in the figure, nor is PyTorch's dispatch of a product; it is what
-`HOST_SECONDS` of `mom_compile.memory.rows` says.
+The bodies of a small Llama are compiled for `cuda:0` and run by the real loop; kernels, products and attention do
+nothing. The time excludes launches and PyTorch's dispatch of products. It is `HOST_SECONDS` of
+`mom_compile.memory.rows`.
 """
 
 from __future__ import annotations

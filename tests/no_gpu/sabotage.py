@@ -1,10 +1,10 @@
-"""Every wait in the engine's code, taken away: one call at a time, in the functions as they are.
+"""Removes waits from the engine's code, one call at a time.
 
     for cut in cuts():
         with cut.made():
-            ...                     # `cut.text` is not called any more
+            ...                     # `cut.text` is no longer called
 
-What a call is made on is still evaluated: of `begin().wait()` there remains `begin()`.
+The expression that a call is made on is still evaluated: `begin().wait()` becomes `begin()`.
 """
 
 from __future__ import annotations

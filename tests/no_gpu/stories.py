@@ -1,7 +1,7 @@
-"""What a cache goes through, as short stories on simulated streams: each uses the real engine, steps and host tensors.
+"""Scenarios of a cache on simulated streams, with the real engine, steps and host tensors.
 
-A story is told what simulation it is in, does its work and says what it expects to see. Between them they need every
-wait and every record of `mom_compile.runtime.host`.
+A story takes a simulation, does its work and checks the results. Together the stories need every wait and every record
+of `mom_compile.runtime.host`.
 """
 
 from __future__ import annotations

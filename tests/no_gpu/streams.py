@@ -1,21 +1,21 @@
-"""CUDA's streams, events and pinned memory, simulated in a CPU build: the real copy engine runs on them.
+"""CUDA's streams, events and pinned memory, simulated in a CPU build, for the real copy engine.
 
 Terms
 -----
 clock     What an agent, a stream or a thread of the host, knows of the others (see `ledger.py`).
-lazy      A stream that the engine has made. Its copies wait in a queue and run when somebody waits for them (`latest`),
-          or at any moment before that (`at_times`). Other streams compute, at once.
+lazy      A stream of the engine. Its copies are queued and run when something waits for them (`latest`), or at any
+          moment before that (`at_times`). Other streams compute immediately.
 
-    compute:  clock learns what a wait tells it; an operation is checked against all that touched the same bytes
+    compute:  a wait updates the clock; an operation is checked against all accesses to the same bytes
     event:    a copy of its stream's clock
 
-Two accesses to the same bytes, one of them a write, of which the later does not know the earlier, are a problem: some
-order of the device would run them the other way round. So is memory that is freed before a copy has run, one copy
-across two pinned ranges or to memory that is still to be pinned, and a range that is unpinned under a copy. Problems
-are collected, since what is found in a finaliser cannot be raised there; the end of the simulation raises them.
+Two accesses to the same bytes, one of them a write, are a problem if the later agent does not know of the earlier
+access: the device may run them in the other order. Further problems: memory that is freed before a copy has run, a copy
+across two pinned ranges or to memory that is not pinned yet, a range that is unpinned during a copy. Problems are
+collected, since a finaliser cannot raise; the end of the simulation raises them.
 
-    with Simulation(latest) as sim:           # the engine of the CPU is a CudaEngine now
-        ...                                   # every operator in here is an operation of the current stream
+    with Simulation(latest) as sim:           # the CPU's engine is a CudaEngine inside
+        ...                                   # every operator is an operation of the current stream
         with torch.cuda.stream(sim.stream()): ...
         sim.thread(work).join()
 """

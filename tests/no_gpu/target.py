@@ -1,18 +1,18 @@
-"""A GPU that is not there: Inductor and Triton compile for it, cubins included, and nothing is launched.
+"""A simulated GPU: Inductor and Triton compile for it, cubins included, and nothing is launched.
 
     with pretended(H100) as made:
         compile_graph(graph whose tensors are on cuda:0, ...)
     made.kernels        every configuration of every kernel: source, registers, stack
-    made.wrappers       the Python that would launch them
+    made.wrappers       the Python code that would launch them
 
-What is asked of a device and who asks it:
+Patched:
 
-    Triton      its driver, for the target to compile for
-    Dynamo      an interface, for properties, streams and the current device; Inductor asks the same one
+    Triton      the driver, for its compile target
+    Dynamo      the device interface, which Inductor uses too: properties, streams and the current device
     torch.cuda  properties and capabilities
 
-`torch.cuda.is_available()` stays what it is. A CPU build of PyTorch with the `triton` wheel is enough: ptxas and
-cuobjdump are in it.
+`torch.cuda.is_available()` is not patched. A CPU build of PyTorch and the `triton` wheel, which contains ptxas and
+cuobjdump, are enough.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A thread that runs tasks and moves files' rows, simulated: each task as late as somebody waits for it, or at any
-moment before that.
+"""A simulated thread that runs tasks and copies rows of files: each task as late as its waits allow, or at any moment
+before.
 
-It is an agent of its own. What the one who gave an task knew then, the thread knows when it runs it; what that tells
-it, those know who have waited for it.
+The thread is an agent. When it runs a task, it knows what the agent that submitted the task knew then; an agent that
+waits for the task learns what the thread knows.
 """
 
 from __future__ import annotations

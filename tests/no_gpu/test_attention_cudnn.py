@@ -1,7 +1,7 @@
-"""Attention on Hopper and later: cuDNN for the keys before a mini-sequence, flash for those near it. No GPU is used.
+"""Attention on Hopper and later: cuDNN for keys before a mini-sequence, flash for keys near it. No GPU is used.
 
-chooses     what `way_of` says of devices, versions and calls
-computes    with stand-ins for both kernels, blocks of keys small enough that there are many
+chooses     the result of `way_of` for devices, versions and calls
+computes    with stand-ins for both kernels, and blocks of keys so small that there are many
 calls       on tensors without data, at the size of prefills: shapes, strides, bytes
 """
 
@@ -95,7 +95,7 @@ LATE = prefill(BLOCK, MANY)
         (replace(LATE, keys=torch.empty(1, LATE.tokens, device="meta", dtype=torch.bool)), Way.BIAS),
     ],
 )
-def test_a_call_finds_its_way(call: AttentionCall, way: Way) -> None:
+def test_the_kernel_chosen_for_a_call(call: AttentionCall, way: Way) -> None:
     assert way_of(call) is way
 
 
@@ -113,7 +113,7 @@ def test_a_call_finds_its_way(call: AttentionCall, way: Way) -> None:
         ((9, 0), None, Way.FLASH),
     ],
 )
-def test_a_device_and_its_cudnn_find_their_way(
+def test_the_kernel_chosen_for_a_device_and_its_cudnn(
     capability: tuple[int, int], cudnn: int | None, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_device(monkeypatch, capability, cudnn)
@@ -121,7 +121,7 @@ def test_a_device_and_its_cudnn_find_their_way(
 
 
 @pytest.mark.parametrize("no", ["disabled", "deprioritized", "not for this call", "another flash"])
-def test_who_says_no_to_cudnn_gets_flash(no: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_chosen_if_cudnn_is_disabled(no: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if no == "deprioritized":
         monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     elif no == "not for this call":
@@ -175,7 +175,7 @@ def matches_its_definition(call: AttentionCall) -> None:
 @pytest.mark.parametrize(("batch", "groups", "group"), [(1, 2, 2), (1, 1, 4), (2, 2, 1), (3, 1, 1)])
 @pytest.mark.parametrize("after", [0, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_far_keys_by_cudnn_and_near_ones_by_flash(
+def test_cudnn_computes_far_keys_and_flash_near_ones(
     start: int, cudnn: list[int], flash: int, batch: int, groups: int, group: int, after: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -191,7 +191,7 @@ def test_far_keys_by_cudnn_and_near_ones_by_flash(
     ("start", "cudnn"), [(0, [8]), (16, [8, 16]), (48, [8, 32, 16]), (21, [16]), (7, [])]
 )
 @pytest.mark.parametrize(("batch", "group"), [(1, 2), (2, 1)])
-def test_values_that_are_narrower_than_keys(
+def test_values_narrower_than_keys_are_supported(
     start: int, cudnn: list[int], batch: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Latent attention: cuDNN reads the rows' own keys, too, where nothing stands between them and the blocks."""
@@ -245,7 +245,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
-def test_what_is_said_of_keys_is_what_a_mask_would_say(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_on_keys_equal_masks(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are cut first: padding, packed sequences."""
     kernels = Kernels(monkeypatch, block=4, rows=1)
     sizes = (3, 2, 2, 30, 230, 16, 16, 200)
@@ -255,7 +255,7 @@ def test_what_is_said_of_keys_is_what_a_mask_would_say(conditions: str, monkeypa
     assert bool(kernels.cudnn) == (conditions in RANGES)
 
 
-def test_parts_are_rounded_no_worse_than_half_as_much_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_parts_round_at_most_half_as_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part is rounded, and their mean; one kernel rounds once."""
     Kernels(monkeypatch, block=16, rows=8)
     call = Case(1, 2, 2, 64, 240, 16, 16, 176, True, None, None, (False,) * 4, "token-major", HALF, 0).call()
@@ -282,7 +282,7 @@ def sums_and_result(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1.0, 300.0], ids=["usual scores", "scores that overflow when exponentiated"])
-def test_merged_parts_are_the_whole(size: float) -> None:
+def test_merged_parts_equal_the_whole(size: float) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, tokens, 8, dtype=torch.float64) for tokens in (7, 40, 40))
     call = AttentionCall(query * size, key, value, None, 0, False, 1.0)
@@ -293,7 +293,7 @@ def test_merged_parts_are_the_whole(size: float) -> None:
     torch.testing.assert_close(merged, attention_reference(call), atol=1e-4, rtol=1e-4)
 
 
-def test_a_part_in_which_a_row_sees_nothing_has_no_share() -> None:
+def test_a_part_without_visible_keys_has_no_weight() -> None:
     """Neither side, the first, the second, both: -inf; whatever finite numbers a kernel leaves there."""
     nothing = -math.inf
     first, second = (torch.full((1, 1, 4, 2), n, dtype=HALF) for n in (3.0, 5.0))
@@ -307,7 +307,7 @@ def test_a_part_in_which_a_row_sees_nothing_has_no_share() -> None:
     assert once_more[0, 0, :, 0].tolist() == [4.0, 5.0, 3.0, 0.0]
 
 
-def test_one_part_is_the_result() -> None:
+def test_a_single_part_is_the_result() -> None:
     only = torch.ones(1, 1, 2, 2, dtype=HALF)
     assert merge([(only, torch.zeros(1, 1, 2))]) is only
 
@@ -360,7 +360,7 @@ OTHERS = {"first": prefill(0, 1024), "many": prefill(BLOCK, MANY, batch=8), "odd
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_operators_of_pytorch_take_what_they_are_given(name: str) -> None:
+def test_pytorch_operators_accept_the_arguments(name: str) -> None:
     """A wrong argument raises: operators check the schema that this PyTorch has, on tensors without data too."""
     call = LARGE[name]
     with torch.no_grad(), Calls() as calls:
@@ -379,7 +379,7 @@ def test_neither_keys_nor_values_are_copied(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*LARGE, *OTHERS])
-def test_no_more_is_taken_than_the_memory_model_says(name: str) -> None:
+def test_allocations_stay_within_the_memory_model(name: str) -> None:
     call = (LARGE | OTHERS)[name]
     with torch.no_grad(), Calls() as calls:
         result = attention_cuda(call)

@@ -1,7 +1,7 @@
-"""Large models' graphs, compiled for a GPU that is not there: what a first call on a real one would compile.
+"""Graphs of large models, compiled for a simulated GPU: everything that a first call on a real one would compile.
 
-Shapes of Llama-3-8B, Gemma-3-12B and Mixtral-8x7B with few layers and no weights, in bfloat16. Every kernel becomes a
-binary for sm_80 or sm_90; none is run (`test_interpreted` runs the same source).
+Shapes of Llama-3-8B, Gemma-3-12B and Mixtral-8x7B with few layers and without weights, in bfloat16. Every kernel is
+compiled to a binary for sm_80 or sm_90. None is run (`test_interpreted` runs the same source).
 """
 
 from __future__ import annotations

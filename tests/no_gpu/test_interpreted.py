@@ -1,6 +1,6 @@
-"""What was compiled for a GPU computes what eager mode does: the source of Triton's kernels, interpreted on the CPU.
+"""Code compiled for a GPU computes what eager mode does: Triton kernels, interpreted on the CPU.
 
-TRITON_INTERPRET is read when triton is imported, so that each test has a process (`interpreted`).
+TRITON_INTERPRET is read when triton is imported, so each test starts a process (`interpreted`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def runs_as_it_would_there(found: dict[str, Any], iterations: int) -> None:
     assert max(found["launched"].values()) >= 2 * iterations, "alike layers run the same kernels"
 
 
-def test_llama_is_as_exact_as_eager_mode_and_a_planted_bug_is_seen(tmp_path: Path) -> None:
+def test_llama_is_as_accurate_as_eager_mode_and_a_planted_bug_is_found(tmp_path: Path) -> None:
     """70 tokens by 32: the last mini-sequence is another one. With the bug, rows behind the first stand elsewhere."""
     found, wrong = interpreted(tmp_path, "Llama", "--bug")
     runs_as_it_would_there(found, iterations=3)
@@ -54,7 +54,7 @@ def test_llama_is_as_exact_as_eager_mode_and_a_planted_bug_is_seen(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "rows"), [(150, 32), (65, 32), (127, 63)])
-def test_other_families_are_as_exact_as_eager_mode(tokens: int, rows: int, tmp_path: Path) -> None:
+def test_other_families_are_as_accurate_as_eager_mode(tokens: int, rows: int, tmp_path: Path) -> None:
     """Windows, positions that are learnt, biases by distance; tails of one row too few and one too many."""
     families = ("Llama", "Gemma3Text", "GPT2", "Bloom")
     results = interpreted(tmp_path, *families, "--tokens", str(tokens), "--rows", str(rows))

@@ -1,4 +1,4 @@
-"""The real copy engine on simulated streams: right however late its copies run, and wrong without any of its waits."""
+"""The real copy engine on simulated streams: correct however late copies run, incorrect without any of its waits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ORDERS = st.lists(st.booleans(), max_size=40)
 
 
 @pytest.mark.parametrize("story", EVERY, ids=lambda story: story.__name__)
-def test_copies_that_run_as_late_as_their_waits_allow_change_nothing(story: Story) -> None:
+def test_results_are_correct_if_copies_run_as_late_as_their_waits_allow(story: Story) -> None:
     tell(story, Simulation(latest))
 
 
@@ -54,7 +54,7 @@ def at_random() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("story", list(at_random()))
-def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
+def test_results_are_correct_whenever_copies_run(story: Story) -> None:
     @settings(max_examples=5, deadline=None, derandomize=True, database=None)
     @given(ORDERS)
     def at(order: list[bool]) -> None:
@@ -114,12 +114,12 @@ CUTS = [pytest.param(cut, marks=[pytest.mark.slow] if str(cut) in ELSEWHERE else
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_without_any_one_wait_some_story_goes_wrong(cut: Cut) -> None:
+def test_removing_any_wait_breaks_some_story(cut: Cut) -> None:
     with cut.made():
         assert (caught(cut) is None) == (str(cut) in ELSEWHERE)
 
 
-def test_what_need_not_be_waited_for_is_in_the_code() -> None:
+def test_the_list_of_unneeded_waits_matches_the_code() -> None:
     assert ELSEWHERE.keys() | SHOWS_IN.keys() <= {str(cut) for cut in cuts()}
     assert set(SHOWS_IN.values()) <= {story.__name__ for story in EVERY}
     assert len(cuts()) > 20
@@ -177,12 +177,12 @@ def unset_memory(sim: Simulation) -> None:
         (a_slot_is_taken_while_another_stream_reads_it, "a copy .* does not wait for aten.mul"),
     ],
 )
-def test_the_simulation_sees(wrong: Callable[[Simulation], None], seen: str) -> None:
+def test_the_simulation_finds_errors(wrong: Callable[[Simulation], None], seen: str) -> None:
     with pytest.raises(Found, match=seen):
         tell(wrong, Simulation(latest))
 
 
-def test_events_order_what_would_not_be_ordered() -> None:
+def test_events_order_streams() -> None:
     with Simulation(latest) as sim:
         x, other = torch.ones(4), sim.stream()
         other.wait_stream(sim.default)
@@ -254,7 +254,7 @@ def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: StreamLog) -> None:
+def test_a_models_cache_is_correct_however_late_copies_run_and_not_without_waits(told: StreamLog) -> None:
     told.under(latest, same)
 
     @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -268,7 +268,7 @@ def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(t
         told.under(latest, lambda got, expected: None)
 
 
-def test_the_engine_for_a_cpu_is_its_own_again_after_a_simulation() -> None:
+def test_the_cpu_engine_is_restored_after_a_simulation() -> None:
     from mom_compile.runtime.host.engines import engine_for
 
     with Simulation() as sim:
