@@ -156,12 +156,14 @@ def test_rows_that_a_loop_passes_on_unchanged_are_kept():
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("through", ["view", "split", "copy"])
+@pytest.mark.parametrize("through", ["view", "unsafe view", "split", "copy"])
 def test_views_of_operands_are_recognised(through):
     graph = torch.fx.Graph()
     rows = graph.placeholder("rows")
     if through == "view":
         piece = graph.call_function(torch.ops.aten.reshape.default, (rows, [-1, 4]))
+    elif through == "unsafe view":
+        piece = graph.call_function(torch.ops.aten._unsafe_view.default, (rows, [-1, 4]))
     elif through == "split":
         parts = graph.call_function(torch.ops.aten.split.Tensor, (rows, 4, -1))
         piece = graph.call_function(operator.getitem, (parts, 0))
