@@ -27,7 +27,7 @@ from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, all_same, expr, is_one, product, same
-from mom_passes.graph.values import input_node, value_of
+from mom_passes.graph.values import derived_from, input_node, rank_of, value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -72,7 +72,7 @@ class Products:
 def attention_of_products(second: fx.Node) -> Products | None:
     """The attention whose second product this is, or None. Inserts views of the operands ahead of the product."""
     weights, values = second.args
-    results = [user for user in second.users if user.target in RESHAPES and _rank(user) == _HEADS]
+    results = [user for user in second.users if user.target in RESHAPES and rank_of(user) == _HEADS]
     if not results or len(results) < len(second.users):
         return None
     batch, heads, rows, channels = shape = value_of(results[0]).shape
@@ -115,7 +115,7 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
     node = _without_numbers_of_a_row(softmaxed)
     sinks = None
     if joined:
-        if node.target is not aten.cat.default or axis(argument(node, "dim"), _rank(node)) != _HEADS - 1:
+        if node.target is not aten.cat.default or axis(argument(node, "dim"), rank_of(node)) != _HEADS - 1:
             return None
         node, sinks = argument(node, "tensors") if len(argument(node, "tensors")) == 2 else (node, None)
         if sinks is None or not _is_of_heads(sinks, shape[1]) or not all_same(value_of(node).shape, shape):
@@ -180,7 +180,7 @@ def _scaled(node: fx.Node) -> Scores | None:
 
 def _softmaxed(node: fx.Node) -> fx.Node | None:
     """The operand of a softmax over the last dimension, as one operator or decomposed."""
-    last = _rank(node) - 1
+    last = rank_of(node) - 1
     if node.target is aten._softmax.default:
         return argument(node, "self") if axis(argument(node, "dim"), last + 1) == last else None
     if node.target is not aten.div.Tensor:
@@ -294,16 +294,5 @@ def _transposed(node: fx.Node) -> fx.Node:
 
 def _is_read_only_by(first: fx.Node, second: fx.Node) -> bool:
     """Whether every path from the first product leads only to the second."""
-    pending, seen = [first], {first, second}
-    while pending:
-        for user in pending.pop().users:
-            if user.op != "call_function" or (user is not second and user.target is aten.bmm.default):
-                return False
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return True
-
-
-def _rank(node: fx.Node) -> int:
-    return int(value_of(node).dim())
+    derived = derived_from(first, lambda user: user is not second)
+    return all(user.op == "call_function" and user.target is not aten.bmm.default for user in derived)

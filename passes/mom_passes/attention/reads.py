@@ -24,7 +24,7 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.values import input_node, operands, value_of
+from mom_passes.graph.values import input_node, operands, rank_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
@@ -74,11 +74,7 @@ def attentions(gm: fx.GraphModule) -> list[Attention]:
 
 
 def _fused(node: fx.Node, key: fx.Node, value: fx.Node) -> Attention:
-    return Attention(node, ((key, _rank(key) - 2), (value, _rank(value) - 2)), node)
-
-
-def _rank(node: fx.Node) -> int:
-    return int(value_of(node).dim())
+    return Attention(node, ((key, rank_of(key) - 2), (value, rank_of(value) - 2)), node)
 
 
 @dataclass(frozen=True)
@@ -96,16 +92,16 @@ def _product(node: fx.Node) -> _Product | None:
     if node.target in PRODUCTS:
         first, second = node.args[-2:]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
-        return _Product(first, second, _rank(second) - 2, node)
+        return _Product(first, second, rank_of(second) - 2, node)
     if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
         return None
     multiplied, dims = node.args[0], argument(node, "dim")
     if multiplied.target is not aten.mul.Tensor or len(dims) != 1:
         return None
     first, second = multiplied.args
-    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and _rank(second) > 3):
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and rank_of(second) > 3):
         return None
-    return _Product(first, second, axis(dims[0], _rank(second)), multiplied)
+    return _Product(first, second, axis(dims[0], rank_of(second)), multiplied)
 
 
 def _as_products(values: fx.Node) -> list[Attention]:
@@ -114,7 +110,7 @@ def _as_products(values: fx.Node) -> list[Attention]:
     scores = _scores_of(weighted.first) if weighted is not None else None
     if weighted is None or scores is None:
         return []
-    keys = Attention(scores.node, ((scores.second, _rank(scores.second) - 1),), scores.node)
+    keys = Attention(scores.node, ((scores.second, rank_of(scores.second) - 1),), scores.node)
     return [keys, Attention(weighted.node, ((weighted.second, weighted.summed),), scores.node)]
 
 
@@ -163,7 +159,7 @@ def _takes_rows(node: fx.Node, dim: Dim) -> bool:
     """Whether a node is a slice along the tokens."""
     if node.target is not aten.slice.Tensor or not dim.plain:
         return False
-    return axis(argument(node, "dim"), _rank(node)) == dim.index
+    return axis(argument(node, "dim"), rank_of(node)) == dim.index
 
 
 def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
@@ -193,7 +189,7 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
     found = reads[chain[-1]]
     if len(chain) == 1 or not found.itself:
         return found if len(chain) == 1 else None
-    for index in range(_rank(node)):
+    for index in range(rank_of(node)):
         dim: Dim | None = Dim(index)
         for above, below in itertools.pairwise(chain):
             dim = dict(rows_from(above, dim)).get(below) if dim is not None else None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from mom_passes.graph.values import derived_from
 from mom_passes.ops.rows import LAID_OUT
 from mom_passes.torch_compat import schema_of
 
@@ -69,13 +70,7 @@ def base_of(node: fx.Node) -> fx.Node:
 
 def views_of(base: fx.Node) -> set[fx.Node]:
     """A node and all nodes that may be views of it."""
-    found, pending = {base}, [base]
-    while pending:
-        for user in pending.pop().users:
-            if user not in found and user.op == "call_function" and base_of(user) is base:
-                found.add(user)
-                pending.append(user)
-    return found
+    return {base, *derived_from(base, lambda user: base_of(user) is base)}
 
 
 def views_and_readers(

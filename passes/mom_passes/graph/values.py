@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ def value_of(node: fx.Node) -> torch.Tensor:
     return value
 
 
+def rank_of(node: fx.Node) -> int:
+    """The number of dimensions of a node's tensor."""
+    return int(value_of(node).dim())
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a size: a number that is known, or a SymInt."""
     return isinstance(meta_value(node), (int, torch.SymInt))
@@ -68,6 +73,17 @@ def bytes_of(node: fx.Node) -> int:
     """Bytes of a tensor, at the captured sizes."""
     value = meta_value(node)
     return count_hint(value.shape) * int(value.element_size())
+
+
+def derived_from(root: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes reached from the readers of `root` by readers for which `through` holds."""
+    found: set[fx.Node] = set()
+    pending = [root]
+    while pending:
+        readers = {user for user in pending.pop().users if user not in found and through(user)}
+        found |= readers
+        pending += readers
+    return found
 
 
 def returns_a_tensor(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from mom_passes.attention.reads import Read, source_of
+from mom_passes.graph.values import derived_from
 from mom_passes.rules.work import matmul_work
 
 REASON = "the cache keeps keys or values in a form of its own (quantised, say), which is left where it is"
@@ -24,17 +25,9 @@ def kept_in_another_form(
     """Outputs computed from keys or values, with the reason why they stay. `found` leave the graph unchanged."""
     itself = {source_of(node) for node in found}
     roots = {source_of(value) for value, read in reads.items() if read.itself}
-    made = {result for root in roots - itself if root.op == "call_function" for result in _made_of(root)}
+    made = {result for root in roots - itself if root.op == "call_function" for result in _computed_from(root)}
     return {node: REASON for node in outputs if node in made}
 
 
-def _made_of(root: fx.Node) -> set[fx.Node]:
-    made: set[fx.Node] = set()
-    pending = [root]
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user not in made and user.op == "call_function" and not matmul_work(user):
-                made.add(user)
-                pending.append(user)
-    return made
+def _computed_from(root: fx.Node) -> set[fx.Node]:
+    return derived_from(root, lambda user: user.op == "call_function" and not matmul_work(user))

@@ -48,7 +48,7 @@ def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     for module in modules.values():
         module.loop = _without_overwriting(module.loop)
     program = schedule(gm)
-    within = _may_be_in(program)
+    within = _possible_storages(program)
     last_of = lives(program, within).last_of
     stored: dict[fx.Node, Stored] = {}
     for i, step in enumerate(program.steps):
@@ -67,7 +67,7 @@ def _without_overwriting(loop: Loop) -> Loop:
     return replace(loop, outputs=tuple(outputs))
 
 
-def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
+def _possible_storages(program: Program) -> dict[fx.Node, set[Storage]]:
     """For each value, the storages written by loops that it may be in."""
     found: dict[fx.Node, set[Storage]] = {}
     for step in program.steps:

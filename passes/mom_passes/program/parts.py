@@ -35,7 +35,7 @@ from mom_passes.graph.aliasing import base_of, is_mutation, view_chain, views_of
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
-from mom_passes.graph.values import bytes_of, operands, value_of
+from mom_passes.graph.values import bytes_of, operands, rank_of, value_of
 from mom_passes.graph.writes import written_by
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules import Dim
@@ -83,7 +83,7 @@ class Part:
         cut = self.cover
         if cut.target is not aten.slice.Tensor or self.rows is not None or set(self.cuts) != {cut}:
             return None
-        dim = int(argument(cut, "dim")) % int(value_of(cut).dim())
+        dim = int(argument(cut, "dim")) % rank_of(cut)
         count, rows = value_of(cut).shape[dim], value_of(operands(cut)[0]).shape[dim]
         span = span_of(cut, Dim(dim), rows)
         last = span is not None and same(span.end, rows)
@@ -188,7 +188,7 @@ def _dim_of(cut: fx.Node) -> int | None:
     """The dimension of a slice or select."""
     if not is_cut(cut):
         return None
-    return int(argument(cut, "dim")) % int(value_of(operands(cut)[0]).dim())
+    return int(argument(cut, "dim")) % rank_of(operands(cut)[0])
 
 
 def _within(span: Span, around: Span) -> tuple[int, int] | None:
@@ -225,6 +225,6 @@ def _grows_by_a_few_rows(base: fx.Node) -> bool:
     if base.target is not aten.cat.default:
         return False
     tensors = argument(base, "tensors")
-    dim = int(argument(base, "dim")) % int(value_of(base).dim())
+    dim = int(argument(base, "dim")) % rank_of(base)
     new = [n for n in tensors if base_of(n).op != "placeholder"]
     return len(new) < len(tensors) and all(isinstance(value_of(n).shape[dim], int) for n in new)

@@ -58,13 +58,13 @@ def _last_reader(start: fx.Node) -> fx.Node:
         value = pending.pop()
         for user in value.users:
             last = max(last, user)
-            if user not in seen and _may_be_in(value, user):
+            if user not in seen and _may_share_storage(value, user):
                 seen.add(user)
                 pending.append(user)
     return last
 
 
-def _may_be_in(value: fx.Node, user: fx.Node) -> bool:
+def _may_share_storage(value: fx.Node, user: fx.Node) -> bool:
     """Whether a result may share its operand's storage: a compiler removes operators that compute nothing (`x + 0`)."""
     if user.op != "call_function" or matmul_work(user):
         return False

@@ -1,6 +1,6 @@
-"""Layers that are alike are traced once, and the graph is, node for node, what AOTAutograd makes of all of them.
+"""Identical layers are traced once, and the graph equals, node for node, an ordinary trace by AOTAutograd.
 
-Whatever writes, or computes something else in another layer, is traced where it stands.
+Layers that write to their operands, and layers with other operators, are traced in place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import fx, nn
 import mom_compile.capture as capturing
 from mom_compile.torch_compat import floats_are_constants, mark_boxed, trace
 from mom_passes.errors import PassError
-from mom_passes.graph import alike
+from mom_passes.graph import repeated_layers
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.effects import changes_state, written_by
 from mom_passes.graph.structure import lines_of
@@ -66,7 +66,7 @@ def _constants(gm: fx.GraphModule) -> list[str]:
 
 
 def _kind(value: Any) -> Any:
-    return [_kind(one) for one in value] if isinstance(value, (tuple, list)) else str(alike._kind(value))
+    return [_kind(one) for one in value] if isinstance(value, (tuple, list)) else str(repeated_layers._kind(value))
 
 
 def traced(
@@ -168,7 +168,7 @@ def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
         ("Gemma3Text", 2, {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}),
     ],
 )
-def test_so_are_those_of_transformers(family: str, graphs: int, changes: dict[str, Any]) -> None:
+def test_layers_of_transformers_models_are_traced_once(family: str, graphs: int, changes: dict[str, Any]) -> None:
     """Layers with a window are others than those without."""
     model = small_model(family, **{"num_hidden_layers": LAYERS, **changes})
     inputs = prompt(2, 37, padded=True)
@@ -193,7 +193,7 @@ RANDOM = settings(
     batch=st.integers(1, 3),
     dynamic=st.booleans(),
 )
-def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
+def test_random_programs_equal_an_ordinary_trace(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
     assume(batch != tokens)  # one symbol would stand for both, and sizes have many names
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -209,13 +209,13 @@ def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: b
 # --- what is not the same ---
 
 
-def test_layers_that_compute_something_else_have_graphs_of_their_own() -> None:
+def test_different_layers_have_separate_graphs() -> None:
     first, second = ([Block(epsilon=epsilon) for _ in range(3)] for epsilon in (1e-3, 1e-4))
     mixed = [layer for pair in zip(first, second, strict=True) for layer in pair]
     assert check(Stack(mixed), values()) == [(6, 2)]
 
 
-def test_a_layer_of_another_dtype_stays_where_it_is() -> None:
+def test_a_layer_of_another_dtype_is_traced_in_place() -> None:
     class Wide(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.double()).float()
@@ -224,11 +224,11 @@ def test_a_layer_of_another_dtype_stays_where_it_is() -> None:
     assert check(Stack(layers), values()) == [(3, 1)]
 
 
-def test_two_layers_are_no_more_work_than_one_for_both() -> None:
+def test_two_layers_are_not_outlined() -> None:
     assert check(Stack([Block(), Block()]), values()) == [(0, 0)]
 
 
-def test_layers_may_return_several_values_and_read_each_others() -> None:
+def test_layers_may_return_several_values_and_read_those_of_others() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -253,7 +253,7 @@ def test_layers_may_return_several_values_and_read_each_others() -> None:
     assert check(Summing(), values()) == [(LAYERS, 1)]
 
 
-def test_what_a_layer_hands_on_is_returned_where_it_lies() -> None:
+def test_a_value_that_a_layer_passes_on_keeps_its_storage() -> None:
     class Handing(Block):
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x), x, x.transpose(0, 1)
@@ -317,7 +317,7 @@ WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_layers_may_write_to_what_they_have_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_layers_may_write_to_values_that_they_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
     moved = (LAYERS, 1) if write is not WRITES["out"] else (0, 0)
     assert check(Stack([Block(write) for _ in range(LAYERS)]), values()) == [moved]
 
@@ -335,24 +335,24 @@ class Writing(nn.Module):
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_layers_that_write_to_an_operand_are_traced_where_they_stand(
+def test_layers_that_write_to_an_operand_are_traced_in_place(
     write: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     assert check(Stack([Writing(write) for _ in range(LAYERS)]), values()) == [(0, 0)]
 
 
-def test_one_that_does_keeps_those_beside_it_where_they_stand() -> None:
+def test_a_layer_that_writes_to_an_operand_keeps_its_neighbours_in_place() -> None:
     """Their results are its operand; two others are too few."""
     layers = [Block(), Block(), Writing(torch.relu_), Block(), Block(), Block()]
     assert check(Stack(layers), values()) == [(4, 1)]
 
 
-def test_so_are_layers_whose_results_are_written_into() -> None:
+def test_layers_whose_results_are_written_to_are_traced_in_place() -> None:
     """Nothing tells which other results lie there, too."""
     assert check(Stack([Block() for _ in range(LAYERS)], lambda x: x.mul_(2)), values()) == [(0, 0)]
 
 
-def test_what_is_written_ahead_of_all_layers_disturbs_nobody() -> None:
+def test_writes_ahead_of_all_layers_do_not_prevent_outlining() -> None:
     model = Stack([Block() for _ in range(LAYERS)])
 
     def written(x: torch.Tensor) -> torch.Tensor:
@@ -362,9 +362,9 @@ def test_what_is_written_ahead_of_all_layers_disturbs_nobody() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_write_that_nobody_knew_of_is_seen_when_layers_are_traced(strict: bool, monkeypatch) -> None:
+def test_an_undetected_write_is_found_when_layers_are_traced(strict: bool, monkeypatch) -> None:
     """Then all are traced where they stand, and the result is right."""
-    monkeypatch.setattr(alike, "written_by", lambda node: [])
+    monkeypatch.setattr(repeated_layers, "written_by", lambda node: [])
     model = Stack([Writing(torch.relu_) for _ in range(LAYERS)])
     with torch.no_grad():
         if strict:
@@ -385,13 +385,13 @@ def _raised(model: nn.Module, x: torch.Tensor) -> None:
         raise error.inner_exception from None
 
 
-def test_a_number_that_is_read_off_a_tensor_stays() -> None:
+def test_a_layer_that_reads_a_number_off_a_tensor_is_traced_in_place() -> None:
     """With `dynamic=True` Dynamo makes an input of a layer's epsilon, and reads it."""
     layers = [Block(epsilon=1e-3 * (n + 1)) for n in range(LAYERS)]
     assert check(Stack(layers), values(), dynamic=True, floats=False)[-1] == (0, 0)
 
 
-def test_gradients_and_autocast_are_of_the_whole_graph() -> None:
+def test_gradient_mode_and_autocast_apply_to_the_whole_graph() -> None:
     model = Stack([Block() for _ in range(LAYERS)])
     found = traced(model, values())
     assert found.called == [(0, 0)]
@@ -401,7 +401,7 @@ def test_gradients_and_autocast_are_of_the_whole_graph() -> None:
         assert check(model, values()) == [(0, 0)]
 
 
-def test_a_layer_within_autocast_of_its_own_stays() -> None:
+def test_a_layer_with_its_own_autocast_is_traced_in_place() -> None:
     class Narrow(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -410,7 +410,7 @@ def test_a_layer_within_autocast_of_its_own_stays() -> None:
     assert check(Stack([Narrow() for _ in range(LAYERS)]), values()) == [(0, 0)]
 
 
-def test_a_layer_with_random_numbers_draws_its_own() -> None:
+def test_each_layer_draws_its_own_random_numbers() -> None:
     model = Stack([Block(torch.rand_like) for _ in range(LAYERS)])
     with torch.no_grad():
         found = traced(model, values())
@@ -436,12 +436,12 @@ def calling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         (F.embedding, ("x", "x")), (torch.ops.aten.add.Tensor, ("x", "x")), (torch.ops.aten.relu, ("x",)),
     ],
 )  # fmt: skip
-def test_what_does_not_write_is_not_thought_to(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def test_pure_functions_are_not_taken_for_writes(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     node = calling(function, *args)
     assert not written_by(node) and not changes_state(node)
 
 
-def test_what_is_put_back_untraced_is_the_graph_that_it_was() -> None:
+def test_inlining_untraced_layers_restores_the_graph() -> None:
     model = Stack([Block() for _ in range(LAYERS)]).eval()
     found: list[fx.GraphModule] = []
 
@@ -454,13 +454,13 @@ def test_what_is_put_back_untraced_is_the_graph_that_it_was() -> None:
         torch.compile(model, backend=backend, fullgraph=True)(values())
     (gm,) = found
     before = lines_of(gm.graph)
-    assert alike.outline_layers(gm) == 1
+    assert repeated_layers.outline_layers(gm) == 1
     assert len(lines_of(gm.graph)) < len(before)
-    assert alike.inline_layers(gm)
+    assert repeated_layers.inline_layers(gm)
     assert lines_of(gm.graph) == before
 
 
-def test_a_layer_that_is_called_with_other_strides_has_values_of_its_own() -> None:
+def test_a_layer_called_with_other_strides_gets_values_of_its_own() -> None:
     """What stands ahead of the first layer may be laid out otherwise once it is decomposed."""
     body = fx.Graph()
     x = body.placeholder("x")
@@ -475,6 +475,6 @@ def test_a_layer_that_is_called_with_other_strides_has_values_of_its_own() -> No
     call = graph.call_function(INVOKE_SUBGRAPH, (graph.get_attr("mom_layer_0"), "mom_layer_0", across))
     graph.output((graph.call_function(operator.getitem, (call, 0)),))
     gm = fx.GraphModule(module, graph)
-    assert alike.inline_layers(gm)
+    assert repeated_layers.inline_layers(gm)
     (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
     assert relu.meta["val"].stride() == (1, 3)
