@@ -140,7 +140,7 @@ class _Statements:
         window = min((w for w in limits if w is not None), default=None)
         segments, positions, by_number = self._by_number()
         exact = exact and segments is not _UNKNOWN
-        # Numbers are per key. With a past, queries would not have the numbers of the first keys.
+        # Query `i` has the number of key `start + i`, in this mask of key `i`.
         exact = exact and (not self.orders or start in (None, ZERO))
         exact = exact and (by_number is None or start is None)
         if not exact:

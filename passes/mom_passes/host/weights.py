@@ -170,7 +170,7 @@ def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
-    """The limit in bytes of a group: the median group, or the largest set of weights that one operator reads."""
+    """The most bytes of a group: the median group, or the largest set of weights with one first reader if larger."""
     sizes = [sum(weight.bytes for weight in group) for group in groups]
     inseparable: dict[fx.Node, int] = {}
     for group in groups:

@@ -11,7 +11,7 @@ cover     The rows of a part: its cut, or the smallest slice that contains its c
     for each base whose outputs are all narrower than it:
         no part if it is an input's storage, or if an operator writes to it
         parts   = its cuts, overlapping ones together
-        they are worth a copy if it frees an eighth of the base or more
+        they are worth a copy if it frees more than an eighth of the base
 
 A decode step that drops one row of a window does not copy the window: `cat([past, new])[-w:]` stays a view. Sizes are
 compared without guards: rows of unbounded number, as those before the window of a prompt of any length, are worth it.
