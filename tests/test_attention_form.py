@@ -37,12 +37,12 @@ def attentions(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def facts(node: fx.Node) -> dict[str, Any]:
-    """The arguments that the pass decides about."""
+    """The arguments that the pass sets."""
     return {name: argument(node, name) for name in ("mask", "is_causal", "window", "start")}
 
 
 def conditions(node: fx.Node) -> dict[str, fx.Node | None]:
-    """What the attention is told of its keys."""
+    """The conditions on keys."""
     return {name: argument(node, name) for name in ("keys", "segments", "positions", "spans")}
 
 
@@ -80,7 +80,7 @@ QUICK = {"Llama", "Gemma3Text"}
     ],
 )
 def test_models_compute_the_same_with_one_attention_operator(family: str, use_cache: bool, dynamic: bool) -> None:
-    """Masks are gone, keys and values have their own heads, and nothing repeats them."""
+    """No mask is left, and keys and values have their own heads without repetition."""
     changes, windows, heads = MODELS[family]
     model = tiny(family, **changes)
     captured = capture(model.forward, dynamic=dynamic, input_ids=ids(1, 19), use_cache=use_cache)
@@ -94,7 +94,7 @@ def test_models_compute_the_same_with_one_attention_operator(family: str, use_ca
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_padding_becomes_a_condition_on_keys(dynamic: bool) -> None:
-    """No mask is left, and what the padding looks like is looked at once for all layers."""
+    """No mask is left, and `mom.spans` runs once for all layers."""
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[0, :6] = 0
     model = tiny("Llama")
@@ -111,7 +111,7 @@ def test_padding_becomes_a_condition_on_keys(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_packed_sequences_become_segments(dynamic: bool) -> None:
-    """`position_ids` that begin anew: the model's own check for them becomes numbers of segments."""
+    """`position_ids` that start again: the model's check for them becomes segment numbers."""
     at = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, -1)
     captured = capture(tiny("Llama").forward, dynamic=dynamic, input_ids=ids(2, 19), position_ids=at, use_cache=False)
     for node in attentions(rewritten(captured)):
@@ -124,7 +124,7 @@ def test_packed_sequences_become_segments(dynamic: bool) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
 def test_queries_after_a_past_need_no_mask(new: int, dynamic: bool) -> None:
-    """A second turn is causal from where it begins; a decode step sees all keys but padding."""
+    """A second turn is causal from its first position; a decode step sees all keys but padding."""
     captured = behind_a_past(tiny("Llama"), new, dynamic)
     for node in attentions(rewritten(captured)):
         given, told = facts(node), conditions(node)
@@ -151,7 +151,7 @@ def tensors(*, kv_heads: int = H, keys: int = S) -> tuple[torch.Tensor, ...]:
 
 
 def check(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
-    """Traces a function, rewrites it, and compares with running it as it is."""
+    """Trace a function, rewrite it, and compare it with the function."""
     expected = function(*inputs)
     gm = attention_form(trace(function, *inputs, dynamic=dynamic))
     verify(gm)
@@ -231,7 +231,7 @@ def test_an_additive_mask_becomes_boolean_and_unexpanded() -> None:
 
 
 def test_a_mask_with_a_finite_fill_stays_additive() -> None:
-    """A row that sees nothing is uniform with a finite fill and zero without."""
+    """A row without visible keys is uniform with a finite fill and zero without."""
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, torch.finfo(torch.float32).min))
@@ -244,7 +244,7 @@ def test_a_mask_with_a_finite_fill_stays_additive() -> None:
 
 @pytest.mark.parametrize("operator", [FLASH, EFFICIENT])
 def test_a_symbolic_number_of_channels_is_supported(operator: Any) -> None:
-    """So it is where weights are plain arguments and all sizes are symbols. The scale follows from the channels."""
+    """This occurs where weights are plain arguments and all sizes are symbols. The scale follows from the channels."""
     extra = (None, False) if operator is EFFICIENT else ()
     inputs = tensors()
     gm = trace(lambda q, k, v: operator(q, k, v, *extra, is_causal=True)[0], *inputs, dynamic=True)
@@ -296,7 +296,7 @@ def test_an_attention_with_dropout_is_kept() -> None:
 
 
 def test_the_math_operator_is_rewritten() -> None:
-    """It adds a boolean mask as numbers, so only additive ones are rewritten."""
+    """It adds a boolean mask as numbers, so only calls with additive masks or none are rewritten."""
     math_op = aten._scaled_dot_product_attention_math.default
     graph = fx.Graph()
     fake = torch._subclasses.FakeTensorMode()
@@ -350,7 +350,7 @@ CUDNN = aten._scaled_dot_product_cudnn_attention.default
 
 
 def for_cudnn(dtype: torch.dtype, said: Callable[[], torch.Tensor], fill: float = -65504.0) -> fx.Node:
-    """The attention into which one becomes that SDPA had filled a boolean mask of for cuDNN. Shapes only."""
+    """The rewritten attention of a boolean mask that SDPA has filled for cuDNN. Shapes only."""
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t.to(dtype)) for t in tensors()]
 
@@ -379,14 +379,14 @@ def padded() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_boolean_mask_filled_for_cudnn_is_recovered(dtype: torch.dtype) -> None:
-    """-65504, in bf16 -65536, stands for -inf there, which some versions of cuDNN do not take."""
+    """-65504, in bfloat16 -65536, replaces -inf, which some versions of cuDNN do not accept."""
     node = for_cudnn(dtype, causal)
     assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_padding_filled_for_cudnn_becomes_a_condition_on_keys(dtype: torch.dtype) -> None:
-    """Rows that see nothing are zero, as every other kernel of SDPA has them."""
+    """Rows without visible keys are zero, as with all other kernels of SDPA."""
     node = for_cudnn(dtype, padded)
     assert argument(node, "is_causal") is True
     mask = argument(node, "mask")

@@ -53,7 +53,7 @@ def test_grouped_heads_match_the_definition_in_prefill_and_decode(
 def test_sinks_and_capped_scores_match_the_definition(
     dtype: torch.dtype, channels: int, rows: int, start: int, sinks: bool, softcap: float | None, mask: str | None
 ) -> None:
-    """By whichever kernel; of one row by split keys."""
+    """In any kernel; a single row by split keys."""
     sizes = (2, 2, 4, rows, start + rows, channels, channels, start)
     case = Case(*sizes, True, None, mask, (False, True, False, False), "token-major", dtype, 0)
     check(replace(case, sinks=sinks, softcap=softcap))
@@ -65,8 +65,8 @@ def test_sinks_and_capped_scores_match_the_definition(
 def test_rows_after_many_keys_match_the_definition(
     dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper and later cuDNN reads those, where there is a recent one; flash does where the rows are 130."""
-    monkeypatch.setattr(ways, "NUMBERS", 0)  # few, so that the definition is soon computed
+    """On Hopper and later, cuDNN reads these keys if it is recent; with 130 rows flash does."""
+    monkeypatch.setattr(ways, "NUMBERS", 0)  # small, so that the definition takes little time
     sizes = (batch, groups, group, rows, start + rows + 9, 64, 64, start)
     case = Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0)
     check(case)
@@ -75,7 +75,7 @@ def test_rows_after_many_keys_match_the_definition(
 
 
 def on_device(call: AttentionCall) -> AttentionCall:
-    """What `mom.spans` has found stays on the host."""
+    """The result of `mom.spans` stays on the host."""
     return replace(call, **{k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"})
 
 

@@ -55,7 +55,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], t
 
 
 def sunk(joined: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Attention:
-    """Attention whose scores, joined by sinks in some way, go into a softmax."""
+    """Attention whose scores, joined with sinks in some way, go into a softmax."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         weights = joined(scores_of(q, k) + causal().to(q), sinks).softmax(-1)
@@ -116,7 +116,7 @@ def test_products_without_sinks_are_recognised(dtype: torch.dtype) -> None:
 
 
 def test_a_float32_product_of_half_precision_operands_is_recognised() -> None:
-    """Which is what kernels compute anyway: queries and keys go in as they were."""
+    """Kernels compute so anyway: queries and keys become operands in half precision."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         scores = q.float() @ repeated(k).float().transpose(2, 3) * 0.4
@@ -128,7 +128,7 @@ def test_a_float32_product_of_half_precision_operands_is_recognised() -> None:
 
 
 def test_with_a_sink_a_finite_fill_hides_keys() -> None:
-    """Of a row that sees nothing too: all its weight is the sink's. Without one it would see all keys alike."""
+    """Also in a row without visible keys: the sink has all its weight. Without a sink the row would see all keys."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         rows, keys = torch.arange(R)[:, None], torch.arange(T)[None]
@@ -212,7 +212,7 @@ def test_other_products_are_kept(function: Attention) -> None:
 
 
 def test_a_softmax_with_a_narrower_range_is_kept() -> None:
-    """The smallest number of float64 is -inf in float32: a row of it has no weights then."""
+    """The smallest number of float64 is -inf in float32, in which such a row would have no weights."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         return (scores_of(q, k) + causal().to(q)).float().softmax(-1).to(v.dtype) @ repeated(v)
@@ -224,7 +224,7 @@ def test_a_softmax_with_a_narrower_range_is_kept() -> None:
     ("tokens", "dynamic", "padded"), [(2, True, True), (19, False, True), (19, True, False)]
 )
 def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded: bool) -> None:
-    """GPT-OSS, whose layers see a window and everything in turn: no mask is left, nor any value of rows x keys."""
+    """GPT-OSS, with sliding and full layers in turn: no mask is left, and no value of rows x keys."""
     mask = torch.ones(3, tokens, dtype=torch.long)
     mask[0, : tokens // 2] = 0
     given = {"attention_mask": mask} if padded else {}
@@ -248,15 +248,15 @@ def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
 def test_a_model_with_sinks_and_a_past_computes_the_same(new: int, dynamic: bool) -> None:
-    """A second turn and a decode step; the layer with a window has the keys of that window alone as its past."""
+    """A second turn and a decode step. The past of a sliding layer has only the keys of its window."""
     captured = behind_a_past(tiny("GptOss", sliding_window=5), new, dynamic)
     gm = attention_form(captured.gm)
     verify(gm)
     window, full = attentions(gm)
     assert argument(full, "mask") is None
-    # How long a window's past is has a symbol of its own, of which nothing is known: its mask is kept, as it is.
+    # The length of a window's past is a symbol without known relation to other lengths: its mask is kept.
     assert argument(window, "mask") is None or (dynamic and argument(window, "mask").meta["val"].dtype == torch.bool)
-    # Of entries and heads; before transformers 5.23 angles of positions are a product, too.
+    # Of batch and heads; before transformers 5.23 the angles of positions are a product too.
     assert not [n for n in gm.graph.nodes if n.target is aten.bmm.default and n.meta["val"].shape[0] == 2 * 4]
     for new_value, old in zip(gm(*captured.inputs), captured.outputs, strict=True):
         torch.testing.assert_close(new_value, old, atol=2e-6, rtol=2e-6)

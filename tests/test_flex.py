@@ -159,7 +159,7 @@ def test_layers_have_one_structure_if_their_functions_are_alike():
 def test_no_dimension_is_cut_and_each_says_why():
     gm = copy_graph(captured().gm)
     outline_flex(gm)
-    for dim, reason in enumerate(("batch entry", "number of the head", "block mask", "channels")):
+    for dim, reason in enumerate(("batch entry", "index of the head", "block mask", "channels")):
         with pytest.raises(CannotChunk, match=reason):
             claim_for(next(flex_attentions(gm)), Dim(dim))
 

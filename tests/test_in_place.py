@@ -42,13 +42,13 @@ def taken(gm):
 
 
 def overwritten(gm):
-    """The operands that are written over, each with the loop that does."""
+    """The operands that are overwritten, each with the loop that does."""
     stored = [(node, module.loop, output) for node, module in loop_nodes(gm) for output in module.loop.stored]
     return [(loop.bind(node)[output.over], node) for node, loop, output in stored if output.over is not None]
 
 
 def layer(x, w):
-    """Keys and values apart from the residual stream."""
+    """Keys and values of an attention, separate from the residual stream."""
     keys, values = heads(x @ w.square.t()), heads(x * w.scale)
     seen = F.scaled_dot_product_attention(heads(x @ w.square), keys, values, is_causal=True)
     return STEPS["mlp"](x + folded(seen), w)
@@ -69,7 +69,7 @@ def test_the_residual_stream_is_overwritten():
 
 
 def check(names, batch, tokens, returned):
-    """The same with and without, whatever intermediate values the user keeps; returns whether anything is in place."""
+    """Compare with and without the pass. Return whether anything is overwritten."""
 
     def program(x, *parameters):
         w = Weights(*parameters)
@@ -121,7 +121,7 @@ def test_an_input_is_never_overwritten():
 
 def test_an_output_is_never_overwritten():
     _, loops = rewritten(lambda *a: decoder(*a, hidden_too=True), x_of())
-    # The first residual is the user's; the second is written over by the third.
+    # The first residual is an output; the third overwrites the second.
     assert len(taken(loops)) == 2
 
 
@@ -135,13 +135,13 @@ def test_a_value_with_later_readers_is_never_overwritten():
     inputs = (x_of(), *WEIGHTS)
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
     takers = overwritten(loops)
-    # The first residual lives to the end; what is taken over before has no later reader.
+    # The first residual lives to the end. An operand that is overwritten has no later reader.
     assert takers
     assert all(max(source.users) is node for source, node in takers)
 
 
 def test_rows_that_a_loop_passes_on_unchanged_are_kept():
-    """Keys that are the very rows of the residual, seen as heads."""
+    """The keys are a view of the residual's rows."""
 
     def program(x, *parameters):
         w = Weights(*parameters)
@@ -173,7 +173,7 @@ def test_views_of_operands_are_recognised(through):
 
 
 def written_over(loop, at):
-    """The loop, with a value that fits there written over an input."""
+    """The loop, with an output of the same type written over an input."""
     fits = [o.type.other_than(loop.inputs[at].type) is None and o.dim == loop.inputs[at].dim for o in loop.stored]
     number = fits.index(True)
     changed = replace(loop.outputs[number], over=at)
@@ -222,7 +222,7 @@ MADE_BETWEEN_LOOPS = {
 @pytest.mark.parametrize("read", ["returned", "given to the loop too", "given to a later loop"])
 @pytest.mark.parametrize("made", MADE_BETWEEN_LOOPS)
 def test_a_value_that_may_share_a_storage_keeps_it_alive(made, read):
-    """Whatever is made of a value between loops, but copied rows, may be the value itself."""
+    """Any value computed from an operand between loops, except copied rows, may share its storage."""
     _, loops = rewritten(decoder, x_of())
     value, node = overwritten(loops)[0]
     target, more = MADE_BETWEEN_LOOPS[made]

@@ -46,7 +46,7 @@ def x_of(batch=2, tokens=TOKENS):
 
 
 def behind(tensor):
-    """How many times its own bytes a tensor keeps allocated."""
+    """Bytes that a tensor keeps allocated, relative to its own."""
     return tensor.untyped_storage().nbytes() / max(1, tensor.numel() * tensor.element_size())
 
 
@@ -54,7 +54,7 @@ def share(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-#: What is left of a value: its tokens are in dimension 1.
+#: Crops of a value whose tokens are in dimension 1.
 CROPS = {
     "head": lambda v: v[:, :5],
     "tail": lambda v: v[:, -5:],
@@ -69,7 +69,7 @@ CROPS = {
     "expanded": lambda v: v[:, -2:].unsqueeze(0).expand(3, -1, -1, -1),
 }
 
-#: Where the value comes from: a loop, an operator that needs all tokens at once, an operator on an input alone.
+#: The source of the value: a loop, an operator that needs all tokens at once, an operator on an input alone.
 SOURCES = {
     "loop": lambda x, w: layer(x @ w.square, w),
     "whole": lambda x, w: layer(x @ w.square, w).cumsum(1),
@@ -78,7 +78,7 @@ SOURCES = {
 
 
 def program(source, *crops):
-    """What comes after a value, and some crops of the value."""
+    """Operators after a value, and some crops of the value."""
 
     def run(x, *parameters):
         w = Weights(*parameters)
@@ -89,7 +89,7 @@ def program(source, *crops):
 
 
 def check(function, *, loops=True, dynamic=False, batch=2):
-    """The rewritten graph's outputs, as eager's; and what was copied."""
+    """The outputs of the rewritten graph, which equal eager mode's, and the copies that were made."""
     x = x_of(batch)
     gm = trace(function, x, *WEIGHTS, dynamic=dynamic)
     assert dynamic == any(isinstance(size, torch.SymInt) for size in next(iter(gm.graph.nodes)).meta["val"].shape)
@@ -112,7 +112,7 @@ def check(function, *, loops=True, dynamic=False, batch=2):
 def test_a_returned_crop_holds_only_its_rows(source, crop, loops):
     outputs, report = check(program(source, crop), loops=loops)
     assert behind(outputs[1]) <= 1.15
-    # A loop may have been asked for those rows alone.
+    # A loop may compute only those rows.
     assert report.own_rows or loops
 
 
@@ -125,7 +125,7 @@ def test_a_returned_crop_holds_only_its_rows_at_dynamic_lengths(crop, loops):
 
 
 def cropped_keys(*crops):
-    """Keys of the second of three layers, of which the user keeps crops."""
+    """Keys of the second of three layers, of which crops are returned."""
 
     def run(x, *parameters):
         w = Weights(*parameters)
@@ -223,7 +223,7 @@ def test_a_base_that_an_operator_writes_to_is_not_copied():
 
 
 def test_a_copy_keeps_the_storage_order():
-    """Token-major heads stay token-major, and dense."""
+    """Token-major heads stay token-major and dense."""
 
     def run(x, *parameters):
         return (x.cumsum(1).unflatten(-1, (2, -1)).transpose(1, 2)[:, :, -5:],)
@@ -244,7 +244,7 @@ def windowed(past, new):
 @pytest.mark.parametrize("tokens", [WINDOW, 3 * WINDOW], ids=["one row more", "many more"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["of one length", "of any length"])
 def test_a_prompts_window_has_the_strides_of_a_decode_steps(dynamic, tokens):
-    """Dynamo guards on strides: else the first step behind a prompt would need a graph of its own."""
+    """Dynamo guards on strides: otherwise the first step after a prompt would need its own graph."""
     heads, empty = torch.randn(2, 3, tokens, 4), torch.randn(2, 3, 0, 4)
     gm = trace(lambda x: windowed(empty, x.cumsum(2)), heads, dynamic=dynamic)
     report = Report()
@@ -271,7 +271,7 @@ def test_a_residual_with_a_returned_crop_is_still_overwritten():
 
 
 def returns_the_same_rows(names, kept, batch, loops):
-    """Whether rows of a program's outputs got a storage of their own; they are the same with and without."""
+    """Whether rows of a program's outputs were copied. The outputs are the same with and without."""
 
     def run(x, *parameters):
         values = [x]
@@ -316,7 +316,7 @@ def test_random_programs_return_the_same_rows():
 
 
 def run_captured(gm, example_inputs, **kwargs):
-    """In place of stock Inductor: the graph as it is."""
+    """Replaces stock Inductor by the graph itself."""
 
     def run(inputs):
         values = list(inputs)
@@ -347,7 +347,7 @@ def assert_rows_alone(cache):
     ],
 )
 def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
-    """Windows of 16; of two lengths that are compiled the second is a symbol."""
+    """Windows of 16. Of two lengths that are compiled the second is a symbol."""
     model = small_model("Mistral")
     reference = small_model("Mistral")
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
@@ -363,7 +363,7 @@ def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, l
                 inputs = next_token(inputs, seed=step)
     prefill = [report for report in reports() if report.own_rows]
     assert prefill and all(len(report.own_rows) == 6 for report in prefill)
-    # A step drops a row of sixteen: that is not worth a copy.
+    # A step drops one row of sixteen, which is not worth a copy.
     steps = [report for report in reports() if report.kind == DECODE_STEP]
     assert steps and not any(report.own_rows for report in steps) and len(prefill) <= 2
 
@@ -423,7 +423,7 @@ def test_a_failing_pass_falls_back_with_a_warning_and_raises_under_strict(monkey
 
 @pytest.mark.parametrize("crop", ["head", "tail"])
 def test_inductor_keeps_the_copy(crop):
-    """Rows lie in the copy as they lay before: Inductor would call a `clone` of them nothing to do, and drop it."""
+    """The copy has the strides of its source. Inductor would remove a `clone` of it."""
     weight = torch.randn(8, 8, dtype=torch.float64)
     rows = {"head": lambda y: y[:4], "tail": lambda y: y[-4:]}[crop]
 
@@ -440,7 +440,7 @@ def test_inductor_keeps_the_copy(crop):
 
 
 class Cropping(TinyDecoder):
-    """Logits of the last token, and what a cache of windows would keep: the last rows of each layer's keys."""
+    """Logits of the last token, and the rows that a window's cache keeps: the last rows of each layer's keys."""
 
     WINDOW = 16
 
@@ -471,7 +471,7 @@ def test_the_measured_peak_excludes_rows_that_are_not_kept():
         torch.testing.assert_close((logits, kept), model(x), rtol=1e-4, atol=1e-4)
         assert all(behind(rows) == 1 for rows in kept)
         peak = peak_bytes(functools.partial(fast, x)).peak
-    # The residual stream, keys and values of two layers at full length; of those before what is kept.
+    # The residual stream, keys and values of two layers at full length; of earlier layers only the kept rows.
     floor = tokens * (32 * 4 + 4 * width) + 3 * 2 * model.WINDOW * width
     assert reports()[-1].floor_bytes == floor
     assert floor <= peak <= floor + 96 * 1024

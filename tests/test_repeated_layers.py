@@ -52,12 +52,12 @@ class Traced:
 
     @property
     def kinds(self) -> list[list[Any]]:
-        """Of every value: dtypes, devices, sizes and strides."""
+        """Dtypes, devices, sizes and strides of every value."""
         return [[_kind(node.meta.get("val")) for node in gm.graph.nodes] for gm in self.gms]
 
 
 def _constants(gm: fx.GraphModule) -> list[str]:
-    """What a graph has of its own, in the order in which it is read. By its values: layers may have one for all."""
+    """The attributes of a graph in the order in which they are read, by value: layers may share one."""
     found = []
     for node in gm.graph.find_nodes(op="get_attr"):
         found.append(str(attribute(gm, str(node.target))))
@@ -101,7 +101,7 @@ def traced(
 
 @torch.no_grad()
 def check(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[int, int]]:
-    """The same graph either way, and the same result. Gives how many layers were called in how many graphs."""
+    """The same graph either way, and the same result. Returns the numbers of outlined layers and of graphs."""
     once, all_of_them = (traced(function, *args, once=way, **kwargs) for way in (True, False))
     assert once.texts == all_of_them.texts
     assert once.kinds == all_of_them.kinds
@@ -115,7 +115,7 @@ def _same(a: Any, b: Any) -> None:
 
 
 class Stack(nn.Module):
-    """`[B, S, HIDDEN]` through layers one behind the other; `around` is what is done to the result of each."""
+    """`[B, S, HIDDEN]` through consecutive layers; `around` is applied to the result of each."""
 
     def __init__(self, layers: Sequence[nn.Module], around: Callable[[torch.Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """A norm and an MLP, and between them something else."""
+    """A norm and an MLP with another operator between them."""
 
     def __init__(self, between: Callable[[torch.Tensor], torch.Tensor] | None = None, epsilon: float = 1e-3) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
     ],
 )
 def test_layers_of_transformers_models_are_traced_once(family: str, graphs: int, changes: dict[str, Any]) -> None:
-    """Layers with a window are others than those without."""
+    """Layers with a window differ from layers without."""
     model = small_model(family, **{"num_hidden_layers": LAYERS, **changes})
     inputs = prompt(2, 37, padded=True)
     layers = changes.get("num_hidden_layers", LAYERS)
@@ -194,7 +194,7 @@ RANDOM = settings(
     dynamic=st.booleans(),
 )
 def test_random_programs_equal_an_ordinary_trace(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
-    assume(batch != tokens)  # one symbol would stand for both, and sizes have many names
+    assume(batch != tokens)  # else one symbol would stand for both, and sizes have many names
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         for name in ["linear", *names, "mlp"]:
@@ -203,10 +203,10 @@ def test_random_programs_equal_an_ordinary_trace(names: list[str], tokens: int, 
 
     model = Stack([Weighted(program) for _ in range(LAYERS)])
     ((layers, graphs),) = check(model, values(batch, tokens), dynamic=dynamic)
-    assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may say a size in another way
+    assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may have a size in another form
 
 
-# --- what is not the same ---
+# --- different layers ---
 
 
 def test_different_layers_have_separate_graphs() -> None:
@@ -275,7 +275,7 @@ def test_a_value_that_a_layer_passes_on_keeps_its_storage() -> None:
     assert lies == [True, True, *(False for _ in result[2:])]
 
 
-# --- what may not be moved ---
+# --- layers that may not be outlined ---
 
 
 @torch.library.custom_op("mom_tests::written_by_schema", mutates_args=("x",))
@@ -323,7 +323,7 @@ def test_layers_may_write_to_values_that_they_made(write: Callable[[torch.Tensor
 
 
 class Writing(nn.Module):
-    """A layer that writes to what it is given."""
+    """A layer that writes to its operand."""
 
     def __init__(self, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -342,13 +342,13 @@ def test_layers_that_write_to_an_operand_are_traced_in_place(
 
 
 def test_a_layer_that_writes_to_an_operand_keeps_its_neighbours_in_place() -> None:
-    """Their results are its operand; two others are too few."""
+    """Their results are its operands; the other two layers are too few."""
     layers = [Block(), Block(), Writing(torch.relu_), Block(), Block(), Block()]
     assert check(Stack(layers), values()) == [(4, 1)]
 
 
 def test_layers_whose_results_are_written_to_are_traced_in_place() -> None:
-    """Nothing tells which other results lie there, too."""
+    """Other results may share their storage."""
     assert check(Stack([Block() for _ in range(LAYERS)], lambda x: x.mul_(2)), values()) == [(0, 0)]
 
 
@@ -363,7 +363,7 @@ def test_writes_ahead_of_all_layers_do_not_prevent_outlining() -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_undetected_write_is_found_when_layers_are_traced(strict: bool, monkeypatch) -> None:
-    """Then all are traced where they stand, and the result is right."""
+    """Then all layers are traced in place, and the result is correct."""
     monkeypatch.setattr(repeated_layers, "written_by", lambda node: [])
     model = Stack([Writing(torch.relu_) for _ in range(LAYERS)])
     with torch.no_grad():
@@ -378,7 +378,7 @@ def test_an_undetected_write_is_found_when_layers_are_traced(strict: bool, monke
 
 
 def _raised(model: nn.Module, x: torch.Tensor) -> None:
-    """What a backend raises, without what Dynamo wraps it in."""
+    """The exception that a backend raises, without Dynamo's wrapper."""
     try:
         traced(model, x)
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -386,7 +386,7 @@ def _raised(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def test_a_layer_that_reads_a_number_off_a_tensor_is_traced_in_place() -> None:
-    """With `dynamic=True` Dynamo makes an input of a layer's epsilon, and reads it."""
+    """With `dynamic=True`, Dynamo makes a layer's epsilon an input and reads it off a tensor."""
     layers = [Block(epsilon=1e-3 * (n + 1)) for n in range(LAYERS)]
     assert check(Stack(layers), values(), dynamic=True, floats=False)[-1] == (0, 0)
 
@@ -419,7 +419,7 @@ def test_each_layer_draws_its_own_random_numbers() -> None:
     assert sum("rand" in str(node.target) for node in gm.graph.nodes) == LAYERS
 
 
-# --- the two halves by themselves ---
+# --- outlining and inlining alone ---
 
 
 def calling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -461,7 +461,7 @@ def test_inlining_untraced_layers_restores_the_graph() -> None:
 
 
 def test_a_layer_called_with_other_strides_gets_values_of_its_own() -> None:
-    """What stands ahead of the first layer may be laid out otherwise once it is decomposed."""
+    """Decomposition may change the strides of values ahead of the first layer."""
     body = fx.Graph()
     x = body.placeholder("x")
     body.output((body.call_function(torch.ops.aten.relu.default, (x,)),))

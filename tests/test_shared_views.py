@@ -19,7 +19,7 @@ OPTIONS = {"strict": True, "mini_seq_len": 8}
 W = weights_of(torch.float32)
 HALF = HIDDEN // 2
 
-#: Outputs of hidden states of which each shows elements that another shows.
+#: Outputs of hidden states, each of which shares elements with another.
 SHARED: dict[str, Callable[[torch.Tensor], Any]] = {
     "channels": lambda h: (h, h[..., :HALF]),
     "a piece of a split": lambda h: (h, h.chunk(2, -1)[1]),
@@ -35,7 +35,7 @@ SHARED: dict[str, Callable[[torch.Tensor], Any]] = {
     "all tokens together": lambda h: (h.view(-1, HIDDEN), h, h.view(-1, HIDDEN)[:, 2:]),
     "three": lambda h: (h[..., 0], h.mT[:, 0], h[..., HALF:]),
 }
-#: Outputs of which none shows what another does.
+#: Outputs without common elements.
 APART: dict[str, Callable[[torch.Tensor], Any]] = {
     "pieces of a split": lambda h: h.split(HALF, -1),
     "halves": lambda h: (h[..., :HALF], h[..., HALF:]),
@@ -56,7 +56,7 @@ def given(batch: int = 2) -> torch.Tensor:
 
 
 def outputs(backend: str, form: Callable[[torch.Tensor], Any], **how: Any) -> list[torch.Tensor]:
-    """Of the program, as it is or compiled."""
+    """The outputs of the program, as it is or compiled."""
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> Any:
         return form(hidden(x, *parameters))
@@ -83,7 +83,7 @@ def test_overlapping_outputs_share_a_storage(name: str, dynamic: bool, eager_pie
 
 @pytest.mark.parametrize("name", APART)
 def test_disjoint_outputs_hold_only_their_rows(name: str, eager_pieces: None) -> None:
-    """What they are cut from need not exist."""
+    """The value that they are cut from need not exist."""
     expected, actual = outputs("eager", APART[name]), outputs("mom", APART[name])
     torch.testing.assert_close(actual, expected)
     assert not any(writes_seen(actual)) and not any(writes_seen(expected))
@@ -101,7 +101,7 @@ def test_compiled_views_of_one_value_share_a_storage() -> None:
 
 
 def test_disjoint_views_of_equal_views_are_recognised() -> None:
-    """Two views alike are two nodes: their parts are compared all the same."""
+    """Equal views are separate nodes, whose parts are still compared."""
     gm = capture(lambda x: ((y := x * 2).view(2, 41, 2, -1)[:, :, 0], y.view(2, 41, 2, -1)[:, :, 1]), x=given()).gm
     assert not shared_views(gm)
 
@@ -116,7 +116,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.dim(), dtype=torch.int64)
 
 
-#: Operands of an operator from elsewhere.
+#: Operands of a custom operator.
 OPERANDS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda h: h,
     lambda h: h[..., :4],

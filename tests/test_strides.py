@@ -45,7 +45,7 @@ def test_viewable_agrees_with_tensor_view(question):
 
 
 def test_wrong_strides_of_views_are_corrected():
-    """Inductor's front half removes a product with ones, and describes what it was computed from as dense as it was."""
+    """Inductor's `remove_no_ops` removes a product with ones and gives its operand the recorded value of the result."""
     pairs = torch.randn(2, 17, 3, 8, dtype=torch.float64)
 
     def run(x):

@@ -20,7 +20,7 @@ from tests.tracing import rewrite, trace
 
 aten = torch.ops.aten
 
-#: `(tokens, state, other, kept, weights) -> tokens`: what a line of a program may do with two buffers `[HIDDEN]`.
+#: `(tokens, state, other, kept, weights) -> tokens`: a line of a program with two buffers `[HIDDEN]`.
 LINES = {
     "linear": lambda x, s, o, kept, w: ROWWISE["linear"](x, w),
     "causal": lambda x, s, o, kept, w: ATTENTION["causal"](x, w),
@@ -56,7 +56,7 @@ def _after(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def run_and_compare(lines: list[str], batch: int, tokens: int, mini: int) -> tuple[bool, fx.GraphModule]:
-    """Whether a program was rewritten; it then returns the same and leaves the same in its buffers."""
+    """Whether a program was rewritten. It then returns the same and leaves the same in its buffers."""
     weights = weights_of(torch.float64)
 
     def program(x: torch.Tensor, state: torch.Tensor, other: torch.Tensor, *parameters: torch.Tensor) -> tuple:
@@ -174,7 +174,7 @@ def test_a_view_after_a_write_is_no_read():
 
 
 def test_the_old_contents_of_a_state_can_be_returned(eager_pieces):
-    """A copy larger than its source is made where it is asked for, and a graph's output is asked for last."""
+    """A copy larger than its source is made where it is read, and an output is read last."""
     weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     @torch.compile(backend="mom", options={"strict": True, "mini_seq_len": 16})
