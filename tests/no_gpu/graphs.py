@@ -35,7 +35,7 @@ ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass(frozen=True)
 class Graph:
-    """What Inductor's `inner_compile` is called with."""
+    """The arguments of Inductor's `inner_compile`."""
 
     gm: fx.GraphModule
     example_inputs: list[Any]
@@ -66,7 +66,7 @@ def graph_of(function: Callable[..., Any], inputs: Callable[[], dict[str, Any]])
 
 
 def value_on_cuda(value: Any) -> Any:
-    """A fake tensor on the device that is not there; anything else as it is."""
+    """A fake tensor on the simulated device; any other value unchanged."""
     if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
@@ -92,7 +92,7 @@ def graph_on_cuda(gm: fx.GraphModule, gpu: Gpu) -> fx.GraphModule:
 
 
 def _attention_on_cuda(node: fx.Node, gpu: Gpu) -> None:
-    """The operator of that GPU in place of the CPU's; its result keeps the layout on which the graph's views rely."""
+    """The operator of that GPU instead of the CPU's. Its result keeps the layout that the graph's views rely on."""
     query, key, value, *others = node.args
     dropout, is_causal = [*others, *(0.0, False)[len(others) :]]
     mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")

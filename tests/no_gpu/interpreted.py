@@ -61,7 +61,7 @@ def _port_on_cpu(port: Any) -> Any:
 
 
 class NoGuard:
-    """In place of the device guard in which a wrapper launches."""
+    """Replaces the device guard in which a wrapper launches."""
 
     def __init__(self, index: int) -> None:
         pass
@@ -74,7 +74,7 @@ class NoGuard:
 
 
 def _no_device(index: int) -> None:
-    """A plain function: a mock would take longer than what it stands for."""
+    """A plain function: a mock would take longer than the call that it replaces."""
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def planted_bug() -> Iterator[list[bool]]:
 
 
 def compare(family: str, tokens: int, rows: int) -> dict[str, Any]:
-    """Logits of a small model, all of them, in float32."""
+    """All logits of a small model, in float32."""
     torch._dynamo.reset()
     backend._reset()
     interpreter.launched.clear()

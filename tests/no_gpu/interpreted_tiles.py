@@ -23,7 +23,7 @@ SPLITS = (1, 3)
 
 
 def cases() -> list[tuple[Case, int]]:
-    """Rows and where they stand, masks, windows, caps, sinks and splits, each with some of the others."""
+    """Rows at different positions with masks, windows, caps, sinks and splits in combination."""
     found = []
     choices = itertools.product(ROWS, MASKS, (None, 9), (None, 0.7), (False, True), SPLITS)
     for number, ((rows, start), (mask, conditions), window, cap, sinks, splits) in enumerate(choices):

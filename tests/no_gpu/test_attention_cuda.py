@@ -27,7 +27,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture(scope="module", autouse=True)
 def ampere() -> Iterator[None]:
-    """No cuDNN is preferred there; `test_attention_cudnn` is of devices where it is."""
+    """A device for which cuDNN is not preferred; `test_attention_cudnn` covers the others."""
     with pytest.MonkeyPatch.context() as patch:
         on_device(patch, (8, 0))
         yield
@@ -99,7 +99,7 @@ def padded(dtype: torch.dtype, pads: tuple[int, ...], softcap: float | None = No
 def test_our_kernel_is_chosen_for_the_right_calls(
     call: AttentionCall, own: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is Triton: caps in any dtype that it takes; ranges of keys for each entry; other masks, in half."""
+    """With Triton: soft caps in any dtype, ranges of keys per batch entry, other masks in half precision."""
     on_device(monkeypatch, (8, 0), tiles=tiles)
     kernels_of_pytorch(monkeypatch)
     seen: list[AttentionCall] = []
@@ -118,7 +118,7 @@ class Attention:
     """The last rows of a prefill."""
 
     dtype: torch.dtype
-    #: The operator of PyTorch that has to be called, None for those of products and softmax.
+    #: The PyTorch operator that must be called; None where products and softmax are.
     kernel: str | None
     window: int | None = None
     masked: bool = False
@@ -166,7 +166,7 @@ def calls_of(attention: Attention) -> Calls:
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_pytorch_operators_accept_the_arguments(name: str) -> None:
-    """A wrong argument raises: operators check the schema that this PyTorch has, on tensors without data too."""
+    """A wrong argument raises: operators check their schema on meta tensors too."""
     attention = ATTENTIONS[name]
     called = {kernel for kernel in calls_of(attention).names if "attention" in kernel}
     assert called == ({attention.kernel} if attention.kernel else set())
@@ -174,7 +174,7 @@ def test_pytorch_operators_accept_the_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, attention in ATTENTIONS.items() if attention.kernel])
 def test_keys_and_values_are_not_copied_and_masks_are_short(name: str) -> None:
-    """What is made is as large as the rows of the query, or a block of a mask."""
+    """Allocations are at most as large as the query's rows, or a block of a mask."""
     attention = ATTENTIONS[name]
     rows = ROWS * HEADS * attention.channels * attention.dtype.itemsize
     calls = calls_of(attention)

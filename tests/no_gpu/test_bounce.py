@@ -74,7 +74,7 @@ def test_every_byte_is_written_and_read_back(size: int, tmp_path: Path) -> None:
 def test_caches_that_grow_in_one_file_are_correct_whichever_copy_is_slow(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is in several parts of the file, which are no neighbours. The threads sleep before what they do to it."""
+    """Each cache is in several parts of the file that are not adjacent. The threads sleep before each task."""
     chance = random.Random(seed)
     for name in ("read", "write"):
         move = getattr(Extent, name)
@@ -116,13 +116,13 @@ def test_launches_do_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytes
     value = rows(3 * STAGE, 1)
     host = leave(value, tmp_path)
     (arriving,) = FetchStart(2, CPU)([host.host, 0])
-    go.set()  # or nothing would have been written
+    go.set()  # else nothing would be written
     (buffer,) = FetchWait(2)([arriving, None])
     assert torch.equal(buffer, value)
 
 
 def test_an_unreadable_file_raises_and_does_not_end_the_process(tmp_path: Path) -> None:
-    """Where it is mapped, it would."""
+    """A mapped file would end the process."""
     host = leave(rows(5 * STAGE, 1), tmp_path)
     Settle(CPU)()
     store = store_of(host.host)

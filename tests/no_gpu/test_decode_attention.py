@@ -44,4 +44,4 @@ def test_a_decode_step_calls_no_pytorch_attention(
     for piece, launches in found.launches.items():
         assert not launches.keys() & STOCKS, f"{piece}: {launches}"
     ours = sum(launches[ATTENTION] for launches in found.launches.values())
-    assert 0 < ours <= SHAPES[shape]().num_hidden_layers  # layers that are alike share a piece
+    assert 0 < ours <= SHAPES[shape]().num_hidden_layers  # identical layers share a piece

@@ -20,7 +20,7 @@ from tests.no_gpu.test_compiles import SHAPES
 transformers = pytest.importorskip("transformers")
 
 ROWS = {A100: 1536, H100: 4096, H200: 4096, RTX_4090: 2048}
-#: An L40S, which nobody has recorded.
+#: An L40S, for which no figures are recorded.
 UNKNOWN = Gpu("pretended L40", 8, 9, 142, 101376, 102400, 96 << 20)
 
 
@@ -42,7 +42,7 @@ def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:
 
 
 def rows_of(report: Report) -> list[int]:
-    """Of the most loops first."""
+    """Rows of the stages, the most frequent first."""
     return [rows for rows, _ in Counter(stage.mini_seq_len for stage in report.stages).most_common()]
 
 
@@ -94,7 +94,7 @@ def test_rows_are_divided_among_the_sequences_of_a_batch() -> None:
 
 
 def test_only_a_memory_budget_reduces_rows_below_the_rule() -> None:
-    """A short prompt without a cache, of which little lives at full length."""
+    """A short prompt without a cache, with few bytes at full length."""
     captured = graph(tokens=16_384, use_cache=False)
     assert rows_of(report_of(captured, H100)) == [4096]
     static = static_input_names(captured.gm, captured.more)

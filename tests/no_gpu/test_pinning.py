@@ -33,11 +33,11 @@ SECOND = torch.device("cuda", 1)
 
 @dataclass
 class Runtime:
-    """Notes calls, with the device that is current then, and answers with a code."""
+    """Records calls with the current device, and returns a code."""
 
     code: int = 0
     calls: list[tuple[object, ...]] = field(default_factory=list)
-    #: A device is current in a thread.
+    #: The current device is one of the thread.
     local: threading.local = field(default_factory=threading.local)
 
     @property
@@ -110,7 +110,7 @@ class Mapping:
 
 
 def mapping_of(address: int) -> Mapping | None:
-    """What the kernel has at an address of this process."""
+    """The kernel's entry for an address of this process."""
     found: Mapping | None = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -132,7 +132,7 @@ def region(runtime: Runtime) -> Iterator[HostRegion]:
 def test_pinned_pages_are_whole_huge_pages(region: HostRegion) -> None:
     address = region.bytes.data_ptr()
     assert address % HUGE_PAGE == 0
-    assert region.bytes.untyped_storage().data_ptr() == address  # stores are known by it
+    assert region.bytes.untyped_storage().data_ptr() == address  # stores are identified by it
     mapping = mapping_of(address)
     assert mapping is not None and address + region.capacity <= mapping.end
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
@@ -149,7 +149,7 @@ def test_a_fork_has_no_pinned_pages(region: HostRegion) -> None:
 
 
 def test_a_fork_maps_nothing_at_pinned_addresses(region: HostRegion) -> None:
-    """The last view of them gives the addresses back."""
+    """Deleting their last view unmaps the addresses."""
     region.commit(BLOCK)
     address, view = region.bytes.data_ptr(), [region.bytes]
 
@@ -190,7 +190,7 @@ def test_every_operation_on_a_cache_in_pinned_memory_raises_in_a_fork(runtime: R
         lambda: Append(2, CPU, place)([host.host, value, 0]),
     ):
         assert in_a_fork(lambda asked=asked: raises(asked))
-    assert in_a_fork(lambda: torch.equal(Offload(2, CPU, place)([value, 0])[0].fetch(), value))  # one of its own
+    assert in_a_fork(lambda: torch.equal(Offload(2, CPU, place)([value, 0])[0].fetch(), value))  # a new cache
     assert torch.equal(host.fetch(), value)
 
 

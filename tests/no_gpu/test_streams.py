@@ -30,7 +30,7 @@ from tests.no_gpu.weight_stories import (
     a_slot_is_taken_while_another_stream_reads_it,
 )
 
-#: Calls that wait and that these streams do not need, with what else there is.
+#: Waits that these streams do not need, with the reason.
 ELSEWHERE = {
     "steps._fetch: settle(host)": "where the host's memory is the device's: tests/test_kv_races.py",
     "tensor._copied: source.settled()": "likewise: tests/test_host_tensor.py",
@@ -46,7 +46,7 @@ def test_results_are_correct_if_copies_run_as_late_as_their_waits_allow(story: S
 
 
 def at_random() -> Iterator[Any]:
-    """Each story; those that have a twin in memory are slow where they are told of files."""
+    """Each story. Stories of files that also exist in memory are marked slow."""
     for story in EVERY:
         twin = story.__name__.removesuffix("_in_files")
         has_twin = twin != story.__name__ and any(other.__name__ == twin for other in EVERY)
@@ -63,7 +63,7 @@ def test_results_are_correct_whenever_copies_run(story: Story) -> None:
     at()
 
 
-#: Where a missing call shows that no early story sees: they are told first, since it takes seconds to come to them.
+#: Waits whose removal only late stories show: these stories run first, since reaching them takes seconds.
 SHOWS_IN = {
     "engine_cuda.StreamTicket.wait: reader.wait_event(self.done.event)": "another_stream_computes",
     "engine_cuda.CudaEngine.begin: after.synchronize()": "rows_come_from_another_kind_of_device",
@@ -109,7 +109,7 @@ def caught(cut: Cut) -> str | None:
     return None
 
 
-#: Of those that are not needed every story is told.
+#: For waits that are not needed, every story runs.
 CUTS = [pytest.param(cut, marks=[pytest.mark.slow] if str(cut) in ELSEWHERE else [], id=str(cut)) for cut in cuts()]
 
 
@@ -125,7 +125,7 @@ def test_the_list_of_unneeded_waits_matches_the_code() -> None:
     assert len(cuts()) > 20
 
 
-# --- what the simulation sees, each by itself ---
+# --- errors that the simulation finds ---
 
 
 def unordered(sim: Simulation) -> None:
@@ -137,7 +137,7 @@ def unordered(sim: Simulation) -> None:
 def read_by_another_thread(sim: Simulation) -> None:
     host = offload(sim, values(5))
     sim.thread(host.settled).join()
-    sim.thread(lambda: sim.expect(host.host, values(5), by_host=True))  # it is not told of the one that has waited
+    sim.thread(lambda: sim.expect(host.host, values(5), by_host=True))  # it has no order with the agent that has waited
     sim.thread_clock.clear()
     sim.expect(host.host, values(5), by_host=True)
 
@@ -152,7 +152,7 @@ def source_freed(sim: Simulation) -> None:
 
 
 def target_reused(sim: Simulation) -> None:
-    """Freed to a stream that knows of the copy, but not of the computation that reads what it brought."""
+    """Freed to a stream that knows of the copy, but not of the computation that reads the copied values."""
     x, other = torch.ones(4), sim.stream()
     other.wait_stream(sim.default)
     with torch.cuda.stream(other):
@@ -196,7 +196,7 @@ def test_events_order_streams() -> None:
 
 
 class StreamLog:
-    """A model and its cache, in one simulation after another. What is compiled stays, and pins in the present one."""
+    """A model and its cache, in successive simulations. Compiled code is kept and pins memory in the present one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sim: Simulation | None = None
@@ -232,7 +232,7 @@ class StreamLog:
 
     @torch.no_grad()
     def tell(self, model: torch.nn.Module) -> tuple[list[torch.Tensor], DynamicCache]:
-        """Logits after a prompt of 40 tokens and after a few more, two of which are taken back."""
+        """Logits after a prompt of 40 tokens and after a few more, two of which are removed again."""
         generator, cache, logits = torch.Generator().manual_seed(3), DynamicCache(), []
         for step, count in enumerate((40, 1, 1, 1, 1)):
             if step == 3:

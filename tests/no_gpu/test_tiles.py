@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1",
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 
-#: Of what an SM of these has, 64 Ki, with 128 threads to a program.
+#: Registers per thread: an SM has 64 Ki, for programs of 128 threads.
 MOST_REGISTERS = 255
-#: Bytes that a program may have of shared memory on the smallest of them.
+#: Bytes of shared memory that a program may have on the smallest of them.
 MOST_SHARED = 166_912
 MOST_STACK = 128
 
