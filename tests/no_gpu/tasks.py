@@ -41,7 +41,7 @@ class SimErrand(Task):
 
 
 class SimErrands(TaskQueue):
-    """In place of a thread."""
+    """Replaces a thread."""
 
     def __init__(self, sim: Simulation, name: str) -> None:
         super().__init__(name)
@@ -65,7 +65,7 @@ class SimErrands(TaskQueue):
 
 
 def seen_by(sim: Simulation) -> contextlib.AbstractContextManager[Any]:
-    """While this lasts, what is written to files and read from them is what the host does to both sides."""
+    """In this context, writes to and reads of files count as host accesses to both sides."""
 
     def of(name: str) -> Any:
         move = getattr(FileRows, name)
