@@ -60,7 +60,7 @@ test quick sweep: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
 # The inner loop: rule laws, passes and runtime, without whole models.
 QUICK := $(wildcard tests/test_rules_*.py) $(addprefix tests/test_, attention_kernels.py backings.py \
-	contributing.py copy_engine.py demanded_rows.py folds.py layers.py past.py properties.py residency.py runtime.py slicing.py strides.py verify.py)
+	contributing.py copy_engine.py demanded_rows.py folds.py layers.py rows_ahead.py properties.py residency.py runtime.py slicing.py strides.py verify.py)
 
 quick: $(VENV)/.extra-test
 	@$(PYTEST) -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(QUICK) $(ARGS)

@@ -48,9 +48,9 @@ from mom_passes.program.overlap import overlap
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.slots import reuse_slots
-from mom_passes.rules import has_own_rule
-from mom_passes.rules.folds import FOLDS
+from mom_passes.rules import facts, has_own_rule
 from mom_passes.rules.work import products
+from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.experts import outline_experts
@@ -144,6 +144,12 @@ def experts_as_regions(state: State) -> str:
     """Mixtures of experts as one operator each, of which every token's rows are its own."""
     state.together = outline_experts(state.gm)
     return f"{sum(1 for _ in regions(state.gm.graph))} mixtures of experts"
+
+
+def convolutions_as_one(state: State) -> str:
+    """Causal convolutions, whichever way they are padded, as one operator that reads rows ahead of its own."""
+    replaced = causal_convolutions(state.gm)
+    return f"{len(replaced)} convolutions and states, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
 def scores_as_one(state: State) -> str:
@@ -297,7 +303,7 @@ def follow_demands(state: State) -> str:
 
 def _reduces_an_input(node: fx.Node, dims: TokenDims) -> bool:
     """Whether a node is a reduction of what is as cheap as an input: what is asserted of ids, say."""
-    return node.target in FOLDS and dims.worked.isdisjoint(operands(node))
+    return facts(node).fold is not None and dims.worked.isdisjoint(operands(node))
 
 
 def _named(node: fx.Node) -> str:
@@ -393,6 +399,7 @@ TO_LOOPS: tuple[Step, ...] = (
     drop_whole_slices,
     empty_parts_left_out,
     canonical_attention,
+    convolutions_as_one,
     experts_as_regions,
     scores_as_one,
     results_as_claimed,

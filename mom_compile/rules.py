@@ -10,7 +10,10 @@ A rule raises `CannotChunk(node, dim, reason)` for a dimension along which the o
 """
 
 from mom_passes.errors import CannotChunk
-from mom_passes.rules import All, Claim, Dim, Past, Rows
+from mom_passes.rules import All, Carry, Claim, Dim, Final, Fold, Last, Rows, Window
 from mom_passes.rules import register as chunk_rule
+from mom_passes.rules import register_fold as fold_rule
 
-__all__ = ["All", "CannotChunk", "Claim", "Dim", "Past", "Rows", "chunk_rule"]
+__all__ = [
+    "All", "CannotChunk", "Carry", "Claim", "Dim", "Final", "Fold", "Last", "Rows", "Window", "chunk_rule", "fold_rule"
+]  # fmt: skip

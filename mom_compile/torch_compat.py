@@ -65,6 +65,7 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from mom_passes.graph.meta import meta_value
+from mom_passes.ops.convolution import DECOMPOSITIONS
 from mom_passes.torch_compat import is_wrapper
 
 #: `(gm, example_inputs, **kwargs) -> callable taking a list of inputs`, as Inductor calls it.
@@ -238,13 +239,15 @@ def _has_nothing(tensor: torch.Tensor, dim: int) -> bool:
 
 def is_only_decomposed(target: Any) -> bool:
     """Whether Inductor decomposes an operator and does not lower it. It refuses a graph that calls one."""
-    return isinstance(target, OpOverload) and target not in lowerings and target in select_decomp_table()
+    if not isinstance(target, OpOverload) or target in lowerings:
+        return False
+    return target in select_decomp_table() or target in DECOMPOSITIONS
 
 
 def decomposition(call: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
     """A function of fake values of `mode`, as a graph of operators that Inductor decomposes no further."""
     with mode, enable_python_dispatcher(), torch.no_grad():
-        return make_fx(call, select_decomp_table(), tracing_mode="real")(*values)  # type: ignore[no-any-return]
+        return make_fx(call, {**select_decomp_table(), **DECOMPOSITIONS}, tracing_mode="real")(*values)  # type: ignore[no-any-return]
 
 
 #: What the user has in the keys of PyTorch's compile caches.

@@ -1,25 +1,30 @@
 """The law of chunk rules as a function: computes an operator in pieces and whole, and compares.
 
     for every output dim, for every uneven cut of its rows into pieces:
-        op(edit(slice(operands)))  ==  slice(op(operands))
+        rows     cat(op(edit(slice(operands))) for piece)                   ==  op(operands)
+        fold     combine(combine(identity, part 1), part 2), finished       ==  op(operands)
+        carry    each piece receives the value that the piece before it handed on; the last one is the final value
 
-A rule may refuse a dim; what it accepts must hold. Composite dims (`outer x tokens x inner`) are tried
-wherever a size has such a factorisation.
+A rule may refuse a dim; what it accepts must hold. Composite dims (`outer x tokens x inner`) are tried wherever a size
+has such a factorisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, replace
 from mom_passes.graph.values import operands
-from mom_passes.rules import All, Claim, Dim, Need, Past, Window, claim_for
+from mom_passes.rules import All, Claim, Dim, Fold, Last, Need, Rows, Window, claim_for, fold_for
 from mom_passes.rules.slicing import length, take
 
 #: Operators whose result has a shape but no defined content.
@@ -65,34 +70,66 @@ def outputs(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def first_row(need: Need, start: int) -> int:
-    """Where an operand begins that is given for rows from `start` on."""
-    if isinstance(need, All):
-        return 0
-    return max(0, start - need.rows) if isinstance(need, Past) else start
-
-
 def needed(operand: torch.Tensor, need: Need, start: int, count: int) -> torch.Tensor:
-    assert not isinstance(need, All)
-    first = first_row(need, start)
-    return take(operand, need.dim, first, start + count - first)
+    """What a mini-sequence is given of an operand. Ahead of the first row there are zeros."""
+    if isinstance(need, All):
+        return operand
+    first = max(0, start - need.before)
+    rows = take(operand, need.dim, first, start + count - first)
+    missing = need.before - (start - first)
+    if missing == 0:
+        return rows
+    shape = [missing if d == need.dim.index else size for d, size in enumerate(rows.shape)]
+    return torch.cat([rows.new_zeros(shape), rows], need.dim.index)
 
 
 def window(claim: Claim, start: int, count: int) -> Window:
-    return Window(start, count, tuple(first_row(need, start) for need in claim.needs))
+    return Window(start, count, tuple(0 if isinstance(n, All) else start - n.before for n in claim.needs))
 
 
-def run_rows(node: fx.Node, claim: Claim, start: int, count: int) -> Any:
-    """What a loop body computes for rows `[start, start + count)`."""
-    sliced = iter(
-        operand.meta["val"] if isinstance(need, All) else needed(operand.meta["val"], need, start, count)
-        for operand, need in zip(operands(node), claim.needs, strict=True)
-    )
+def run_rows(node: fx.Node, claim: Claim, start: int, count: int, received: Sequence[Any] = ()) -> list[Any]:
+    """The results of a call for rows `[start, start + count)`, joined with the values that the carries hand to it."""
+    values = (operand.meta["val"] for operand in operands(node))
+    sliced = iter([needed(value, need, start, count) for value, need in zip(values, claim.needs, strict=True)])
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(sliced))
     if claim.edit is not None:
         args, kwargs = claim.edit(args, kwargs, window(claim, start, count))
     target: Any = claim.target or node.target
-    return target(*args, **kwargs)
+    given = {c.operand: value for c, value in zip(claim.handed_on, received, strict=False) if c.operand is not None}
+    args, kwargs = replace(target, args, kwargs, **given)
+    results = outputs(target(*args, **kwargs))
+    for carry, value in zip(claim.handed_on, received, strict=False):
+        if carry.join is not None:
+            at = 0 if isinstance(carry.next, Last) else carry.next
+            results[at] = carry.join(value, results[at])
+    return results
+
+
+def first_values(node: fx.Node, claim: Claim, dim: Dim) -> list[torch.Tensor]:
+    """The values of the carries before the first row."""
+    whole, found = outputs(node.meta["val"]), []
+    for carry in claim.handed_on:
+        given = argument(node, carry.operand) if carry.operand is not None else None
+        like = whole[0 if isinstance(carry.next, Last) else carry.next]
+        shape = list(like.shape)
+        if isinstance(carry.next, Last):
+            shape[dim.index] = carry.next.count
+        new = torch.full(shape, carry.init, dtype=carry.dtype or like.dtype)
+        found.append(new if given is None else given.meta["val"])
+    return found
+
+
+def next_values(claim: Claim, dim: Dim, results: Sequence[torch.Tensor], received: Sequence[Any]) -> list[Any]:
+    """What a call hands to the next one."""
+    found = []
+    for carry, before in zip(claim.handed_on, received, strict=True):
+        if not isinstance(carry.next, Last):
+            found.append(results[carry.next])
+            assert (found[-1].shape, found[-1].dtype) == (before.shape, before.dtype), "a carry keeps its type"
+            continue
+        rows = torch.cat([before, results[0]], dim.index)
+        found.append(rows.narrow(dim.index, rows.shape[dim.index] - carry.next.count, carry.next.count))
+    return found
 
 
 def cuts(rows: int) -> list[list[int]]:
@@ -114,20 +151,80 @@ def dims(shape: torch.Size) -> Iterator[Dim]:
 def check_rows(node: fx.Node, dim: Dim, claim: Claim) -> None:
     """The law, for one node along one dim."""
     whole = outputs(node.meta["val"])
-    output_dims = claim.outputs if claim.outputs is not None else (dim,)
-    assert len(output_dims) == len(whole), "one dim (or None) per output"
-    assert output_dims[0] == dim, "the dim asked for is that of output 0"
+    claimed = claim.outputs if claim.outputs is not None else (Rows(dim),)
+    assert len(claimed) == len(whole), "one output (or None) per result"
+    assert claimed[0] == Rows(dim), "the dim asked for is that of output 0"
     rows = length(whole[0], dim)
     for operand, need in zip(operands(node), claim.needs, strict=True):
         assert isinstance(need, All) or length(operand.meta["val"], need.dim) == rows, f"operand {operand}: other rows"
     for way in cuts(rows):
-        start = 0
+        start, received = 0, first_values(node, claim, dim)
         for count in way:
-            pieces = outputs(run_rows(node, claim, start, count))
-            for piece, full, output_dim in zip(pieces, whole, output_dims, strict=True):
-                if output_dim is not None:
-                    compare(node.target, piece, take(full, output_dim, start, count))
+            pieces = run_rows(node, claim, start, count, received)
+            received = next_values(claim, dim, pieces, received)
+            for piece, full, output in zip(pieces, whole, claimed, strict=True):
+                if isinstance(output, Rows):
+                    compare(node.target, piece, take(full, output.dim, start, count))
             start += count
+        check_finals(node, claim, whole, received)
+
+
+def check_finals(node: fx.Node, claim: Claim, whole: Sequence[Any], received: Sequence[torch.Tensor]) -> None:
+    """The carries after the last row are the results that have no rows."""
+    for number, output in enumerate(claim.outputs or ()):
+        carry = claim.carry_of(number)
+        if carry is not None:
+            total = finished(output, received[carry])
+            torch.testing.assert_close(total.to(whole[number].dtype), whole[number], equal_nan=True)
+
+
+def finished(output: Any, total: torch.Tensor) -> torch.Tensor:
+    """The result that is made of a total: the nodes that `finish` emits, run."""
+    if not isinstance(output, Fold) or output.finish is None:
+        return total
+    graph = fx.Graph()
+    with FakeTensorMode() as mode:
+        node = graph.placeholder("total")
+        node.meta["val"] = mode.from_tensor(total)
+        graph.output(output.finish(node))
+    return fx.Interpreter(fx.GraphModule({}, graph)).run(total)  # type: ignore[no-any-return]
+
+
+def check_fold(node: fx.Node, claim: Claim) -> None:
+    """The law of a fold, for one node."""
+    values = [operand.meta["val"] for operand in operands(node)]
+    counts = {length(v, need.dim) for v, need in zip(values, claim.needs, strict=True) if isinstance(need, Rows)}
+    assert len(counts) == 1, "its operands have other numbers of rows"
+    for way in cuts(counts.pop()):
+        start, received = 0, first_values(node, claim, Dim(0))
+        for count in way:
+            results = run_rows(node, claim, start, count, received)
+            received, start = next_values(claim, Dim(0), results, received), start + count
+        check_finals(node, claim, outputs(node.meta["val"]), received)
+
+
+def check_folds(call: Call) -> int:
+    """Checks a call with tokens in every dim of its first operand, and with the same number of them in the others.
+
+    Returns how many combinations the rule accepted.
+    """
+    node = node_of(call)
+    values = [operand.meta["val"] for operand in operands(node)]
+    accepted = 0
+    for first in dims(values[0].shape) if values else ():
+        rows = length(values[0], first)
+        others = [[None, *(d for d in dims(v.shape) if d.plain and length(v, d) == rows)] for v in values[1:]]
+        for rest in itertools.product(*others):
+            try:
+                claim = fold_for(node, (first, *rest))
+            except CannotChunk:
+                continue
+            try:
+                check_fold(node, claim)
+            except Exception as error:
+                raise AssertionError(f"{call} along {first} and {rest}, claim {claim}: {error}") from error
+            accepted += 1
+    return accepted
 
 
 def compare(target: Any, piece: torch.Tensor, expected: torch.Tensor) -> None:
@@ -153,7 +250,7 @@ def check_call(call: Call) -> int:
         return 0  # unbinding an empty dimension leaves nothing to cut
     for dim in dims(outputs(node.meta["val"])[0].shape):
         try:
-            claim = claim_for(node, dim)
+            claim = claim_for(node, dim, in_order=True)
         except CannotChunk:
             continue
         try:

@@ -15,7 +15,7 @@ from mom_passes.errors import PassError
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.loop import loops
-from mom_passes.loops.ports import Final
+from mom_passes.loops.ports import CarryOut
 from mom_passes.verify import Contract, verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, Weights, weights_of
 from tests.test_properties import parameter_names
@@ -138,7 +138,7 @@ def rewritten(program: Program) -> fx.GraphModule:
 def test_what_is_asserted_of_rows_is_folded_in_their_loop(program: Program) -> None:
     """Not even a flag for each token is at full length."""
     new = rewritten(program)
-    folded = [out for _, loop in loops(new) for out in loop.outputs if isinstance(out, Final)]
+    folded = [out for _, loop in loops(new) for out in loop.outputs if isinstance(out, CarryOut)]
     assert len(folded) == 1
     checks = [node for node in new.graph.nodes if returns_nothing(node)]
     assert checks

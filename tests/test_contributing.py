@@ -20,11 +20,12 @@ import torch
 
 from mom_compile import pipeline
 from mom_compile.runtime.host.placement import TIERS, Placement
-from mom_passes.rules import Dim, registry
-from mom_passes.rules.needs import dim_of
+from mom_passes.loops.loop import loop_nodes
+from mom_passes.rules import registry
 from tests.backing_law import LAWS
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
-from tests.rule_law import check_call
+from tests.rule_law import Call, check_call
+from tests.rule_samples import floats
 from tests.tracing import rewrite, trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,10 +90,25 @@ def test_a_pass_and_its_test(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
 
 
-def test_a_kind_of_need(ran: Run) -> None:
-    ahead = ran("A kind of need", "passes/mom_passes/rules/needs.py")["Ahead"]
-    assert dim_of(ahead(Dim(1), 2)) == Dim(1)
-    assert str(ahead(Dim(1), 2)) == "rows of dim 1 and 2 after"
+def test_a_recurrence_and_its_law(ran: Run) -> None:
+    names = ran("A recurrence", "mylib/recurrence.py")
+    assert len(BLOCKS["A recurrence"]["mylib/recurrence.py"].split("@chunk_rule")[1].splitlines()) <= 30
+    target = torch.ops.mylib.recurrence.default
+    assert check_call(Call(target, (floats(2, 7, 5), floats(5), floats(2, 5)))) == 1
+
+    def program(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        w = Weights(*parameters)
+        x = STEPS["mlp"](x, w)
+        rows, state = names["recurrence"](x, torch.sigmoid(w.square[0]), x.new_zeros(x.shape[0], HIDDEN))
+        return STEPS["mlp"](x + rows, w), state
+
+    x, weights = torch.randn(2, 13, HIDDEN, dtype=torch.float64), weights_of(torch.float64)
+    gm = trace(program, x, *weights)
+    rewritten, report = rewrite(gm, 4, tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")[1:])
+    ((_, module),) = loop_nodes(rewritten)
+    assert module.loop.carries and not report.left_out
+    for actual, expected in zip(rewritten(x, *weights), gm(x, *weights), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no files in memory here")
@@ -108,14 +124,9 @@ def test_a_tier_and_its_law(ran: Run, law: Any, tmp_path: Path) -> None:
     law(lambda: tiers[placement.tier].backing(placement))
 
 
-@pytest.mark.parametrize(("path", "place"), re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)`", PAGE, re.MULTILINE))
-def test_places_that_a_table_names_are_there(path: str, place: str) -> None:
-    assert re.search(rf"\b{place}\b", (ROOT / path).read_text()), f"no {place} in {path}"
-
-
 def test_files_and_sections_that_are_named_are_there() -> None:
     new = {path for blocks in BLOCKS.values() for path in blocks if not (ROOT / path.removeprefix("wrong: ")).is_file()}
-    assert len(new) == 3  # a pass, its test, a backing
+    assert len(new) == 4  # a pass, its test, a recurrence, a backing
     roots = (ROOT, ROOT / "passes/mom_passes", ROOT / "mom_compile/runtime/host")
     named = {name for name in re.findall(r"`([\w/.]+\.(?:py|md))`", PAGE) if name not in new}
     assert [name for name in sorted(named) if not any((root / name).is_file() for root in roots)] == []

@@ -7,18 +7,49 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mom_compile.pipeline import NotWorthwhile
 from mom_passes.errors import CannotChunk
-from mom_passes.rules import Dim, Window
-from mom_passes.rules.folds import FOLDS, elements, fold_claim, identity, total_dtype
+from mom_passes.rules import Dim, Rows, fold_for
+from mom_passes.rules.folds import COMBINE, PARTS
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.rule_law import Call, check_fold, finished, first_values, next_values, node_of, run_rows
+from tests.rule_samples import floats
 from tests.shares import at_least
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
 
 aten = torch.ops.aten
+
+
+def test_a_reduction_over_other_dimensions_is_no_fold():
+    node = node_of(Call(aten.sum.dim_IntList, (floats(3, 4, 5), [2])))
+    with pytest.raises(CannotChunk, match="does not reduce over it"):
+        fold_for(node, (Dim(1),))
+    with pytest.raises(CannotChunk, match="no rule computes its result from parts"):
+        fold_for(node_of(Call(aten.cumsum.default, (floats(3, 4), 1))), (Dim(1),))
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ((Dim(1), None), "does not contract it"),
+        ((Dim(0), Dim(0)), "does not contract it"),
+        ((Dim(1, outer=2), Dim(0, inner=2)), "different layouts"),
+    ],
+)
+def test_a_product_is_a_fold_if_both_operands_have_the_tokens_that_it_contracts(dims, reason):
+    node = node_of(Call(aten.mm.default, (floats(3, 8), floats(8, 5))))
+    assert fold_for(node, (Dim(1), Dim(0))).needs == (Rows(Dim(1)), Rows(Dim(0)))
+    with pytest.raises(CannotChunk, match=reason):
+        fold_for(node, dims)
+
+
+def test_a_partial_product_in_half_precision_would_be_rounded():
+    node = node_of(Call(aten.mm.default, (floats(3, 8).bfloat16(), floats(8, 5).bfloat16())))
+    with pytest.raises(CannotChunk, match="rounded"):
+        fold_for(node, (Dim(1), Dim(0)))
+
 
 #: Arguments for each overload, reducing over dimension 1 among others.
 ARGUMENTS = {
@@ -32,47 +63,27 @@ ARGUMENTS_OF = {aten.any.dim: [(1,), (1, True)], aten.all.dim: [(1,), (1, True)]
 ARGUMENTS_OF |= {aten.amax.default: [([1],), ([0, 1, 2],), ([],)], aten.amin.default: [([1], True)]}
 
 CASES = [
-    (target, arguments) for target in FOLDS for arguments in ARGUMENTS_OF.get(target, ARGUMENTS[target._overloadname])
+    (target, arguments) for target in COMBINE for arguments in ARGUMENTS_OF.get(target, ARGUMENTS[target._overloadname])
 ]
-
-
-def node_of(target, x, arguments):
-    graph = torch.fx.Graph()
-    source = graph.placeholder("x")
-    node = graph.call_function(target, (source, *arguments))
-    with FakeTensorMode() as mode:
-        source.meta["val"] = mode.from_tensor(x)
-        node.meta["val"] = target(source.meta["val"], *arguments)
-    return node
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize(("target", "arguments"), CASES, ids=[f"{t}{a}" for t, a in CASES])
-def test_the_law_of_folds(target, arguments, dtype):
-    """combine(combine(identity, part), ...) == the operator on the whole, for uneven parts."""
-    if FOLDS[target].mean and not dtype.is_floating_point:
+def test_the_law_of_reductions_in_every_dtype(target, arguments, dtype):
+    """A total in half precision is as exact as float32: it equals the reduction of the same numbers in float64."""
+    if target in PARTS and not dtype.is_floating_point:
         pytest.skip("a mean needs floating-point numbers")
     x = (torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
-    node = node_of(target, x, arguments)
-    claim = fold_claim(node, Dim(1))
-    total = torch.full(node.meta["val"].shape, identity(node), dtype=total_dtype(node))
+    node = node_of(Call(target, (x, *arguments)))
+    claim = fold_for(node, (Dim(1),))
+    check_fold(node, claim)
+    received = first_values(node, claim, Dim(1))
     for start, count in ((0, 4), (4, 5), (9, 2)):
-        args, kwargs = claim.edit((x.narrow(1, start, count), *arguments), {}, Window(start, count, (start,)))
-        total = FOLDS[target].combine(total, (claim.target or target)(*args, **kwargs))
-    assert total.dtype == total_dtype(node)
-    if FOLDS[target].mean:
-        total = total / elements(node)
+        received = next_values(claim, Dim(1), run_rows(node, claim, start, count, received), received)
     expected = target(x.double() if dtype == torch.bfloat16 else x, *arguments)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-5}.get(dtype, 1e-12)
+    total = finished(claim.outputs[0], received[0])
     torch.testing.assert_close(total.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_a_reduction_over_other_dimensions_is_none_of_this():
-    node = node_of(aten.sum.dim_IntList, torch.ones(3, 4, 5), ([2],))
-    with pytest.raises(CannotChunk, match="does not reduce over it"):
-        fold_claim(node, Dim(1))
-    with pytest.raises(CannotChunk, match="no reduction"):
-        fold_claim(node_of(aten.cumsum.default, torch.ones(3, 4), (1,)), Dim(1))
 
 
 REDUCTIONS = {

@@ -12,11 +12,11 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.ops.rows import LAID_OUT
-from mom_passes.rules import All, Claim, Dim, Past, Rows, Window, claim_for, registered
+from mom_passes.rules import All, Claim, Dim, Rows, Window, claim_for, registered
 from mom_passes.rules.factories import output_shape, pointwise_claim
 from mom_passes.rules.slicing import take
 from mom_passes.rules.view import view_candidates
-from tests.rule_law import Call, accepts, check_call, check_rows, node_of, run_rows
+from tests.rule_law import Call, accepts, check_call, check_folds, check_rows, node_of, run_rows
 from tests.rule_samples import CUDA_ONLY, all_samples, floats, integers, sdpa_for_cuda
 
 aten = torch.ops.aten
@@ -41,6 +41,12 @@ def test_slices_compute_what_the_whole_computes(target: Any) -> None:
     assert calls, f"{target} has a chunk rule but no sample: write one in rule_samples.py"
     accepted = sum(check_call(call) for call in calls)
     assert accepted, f"the rule of {target} refuses every dim of every sample"
+
+
+@pytest.mark.parametrize("target", sorted((t for t, known in registered().items() if known.fold), key=str), ids=str)
+def test_parts_combine_to_the_whole(target: Any) -> None:
+    """The law of folds, on the samples."""
+    assert sum(map(check_folds, samples_of(target))), f"the fold rule of {target} refuses every dim of every sample"
 
 
 def test_element_wise_work_is_never_refused() -> None:
@@ -100,14 +106,14 @@ def of_three(x: torch.Tensor, skip: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "enough"), [(1, False), (2, True), (5, True)])
-def test_the_law_of_a_bounded_past(rows: int, enough: bool) -> None:
-    """The window says where the operand begins: fewer rows before at the beginning of the sequence."""
+def test_the_law_of_rows_ahead(rows: int, enough: bool) -> None:
+    """The window says where the operand begins. Ahead of the first row of the sequence it has zeros."""
     node = node_of(Call(of_three, (floats(2, 7, 3),)))
 
     def edit(args: Any, kwargs: Any, window: Window) -> Any:
         return (args[0], window.start - window.first[0]), kwargs
 
-    claim = Claim((Past(Dim(1), rows),), edit=edit)
+    claim = Claim((Rows(Dim(1), before=rows),), edit=edit)
     with contextlib.nullcontext() if enough else pytest.raises(AssertionError, match="not close"):
         check_rows(node, Dim(1), claim)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mom_passes.errors import CannotChunk, RuleError
-from mom_passes.rules import All, Claim, Dim, OperatorFacts, Past, Rows, claim_for, register, registered
+from mom_passes.rules import All, Carry, Claim, Dim, Final, OperatorFacts, Rows, claim_for, register, registered
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 
@@ -140,12 +140,16 @@ def fails(node: Any, dim: Dim) -> Claim:
 NO_CLAIMS: list[tuple[Any, str]] = [
     (forgets_to_return, "returned None; return a Claim, or raise CannotChunk"),
     (lambda node, dim: (dim,), r"returned \(Dim\(.*\),\); return a Claim"),
-    (lambda node, dim: Claim((1,)), r"needs \(1,\); a tuple of Rows\(dim\), Past\(dim, rows\) and All\(\) is wanted"),
-    (lambda node, dim: Claim((dim,)), r"a tuple of Rows\(dim\)"),
-    (lambda node, dim: Claim(Rows(dim)), r"a tuple of Rows\(dim\)"),
+    (lambda node, dim: Claim((1,)), r"needs \(1,\); expected a tuple of Rows\(dim, before\) and All\(\)"),
+    (lambda node, dim: Claim((dim,)), r"a tuple of Rows\(dim, before\)"),
+    (lambda node, dim: Claim(Rows(dim)), r"a tuple of Rows\(dim, before\)"),
     (lambda node, dim: Claim((Rows(dim), Rows(dim))), "has 2 needs for 1 tensor operands"),
-    (lambda node, dim: Claim((Past(dim, 0),)), "a past is of at least one row"),
-    (lambda node, dim: Claim((Past(Dim(0, 2), 3),)), "along a dimension that holds tokens alone"),
+    (lambda node, dim: Claim((Rows(dim, before=-1),)), "rows before others are at least one"),
+    (lambda node, dim: Claim((Rows(dim),), (dim,)), r"expected a tuple of Rows\(dim\), Fold, Final\(carry\) and None"),
+    (lambda node, dim: Claim((Rows(dim),), (Final(0),)), "but has 0 carries"),
+    (lambda node, dim: Claim((Rows(dim),), carries=(Carry(0, 0),)), "name either the operand that receives it or"),
+    (lambda node, dim: Claim((Rows(dim),), carries=(Carry(0, 0, "state"),)), "aten.relu.default has no argument state"),
+    (lambda node, dim: Claim((Rows(Dim(0, 2), before=3),)), "along a dimension that holds tokens alone"),
     (fails, "raised IndexError: tuple index out of range"),
 ]
 

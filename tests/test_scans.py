@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 import mom_compile
 from mom_passes.errors import CannotChunk
 from mom_passes.loops.loop import loop_nodes
-from mom_passes.rules import Dim, Rows, claim_for
-from mom_passes.rules.reduction import STATES
+from mom_passes.rules import Dim, claim_for
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
-from tests.rule_law import Call, cuts, node_of, run_rows
-from tests.rule_samples import all_samples, floats
+from tests.rule_law import Call, node_of
+from tests.rule_samples import floats
 from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import check_every_length, rewrite, trace
@@ -28,32 +27,9 @@ SCANS = {
 }
 
 
-@pytest.mark.parametrize("target", STATES, ids=str)
-def test_rows_joined_with_the_row_before_are_rows_of_the_whole(target: Any) -> None:
-    """The law of a state, on PyTorch's samples: from `fill` before the first row, for uneven pieces."""
-    tried = 0
-    for call in all_samples()[target]:
-        node = node_of(call)
-        whole = node.meta["val"]
-        along = call.args[1] % max(1, whole.dim())
-        if whole.dim() == 0 or whole.shape[along] < 2:
-            continue
-        claim = claim_for(node, Dim(along), in_order=True)
-        state = claim.state
-        assert state is not None and claim.needs == (Rows(Dim(along)),)
-        for way in cuts(whole.shape[along]):
-            before, start, pieces = torch.full_like(whole.narrow(along, 0, 1), state.fill), 0, []
-            for count in way:
-                pieces.append(state.combine(run_rows(node, claim, start, count), before))
-                before, start = pieces[-1].narrow(along, count - 1, 1), start + count
-            torch.testing.assert_close(torch.cat(pieces, along), whole, equal_nan=True)
-            tried += 1
-    assert tried > 3
-
-
-def test_a_scan_is_row_wise_for_whoever_computes_rows_in_order() -> None:
+def test_a_scan_has_a_claim_only_for_rows_in_order() -> None:
     node = node_of(Call(aten.cumsum.default, (floats(2, 6, 5), 1)))
-    assert claim_for(node, Dim(0)).state is None
+    assert not claim_for(node, Dim(0)).carries
     with pytest.raises(CannotChunk, match="accumulates along it"):
         claim_for(node, Dim(1))
     with pytest.raises(CannotChunk, match="more than tokens"):

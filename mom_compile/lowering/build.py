@@ -51,7 +51,7 @@ from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import Size, expr, hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
-from mom_passes.loops.ports import COUNT, START, Final, In, Out, RowsIn, SizeIn, Stored, WholeIn
+from mom_passes.loops.ports import COUNT, START, CarryOut, In, Out, RowsIn, SizeIn, Stored, WholeIn
 from mom_passes.ops.rows import LAID_OUT
 from mom_passes.ops.transfers import ARRIVING, EXTEND
 from mom_passes.program import program as plans
@@ -366,7 +366,7 @@ def _of_inputs(loop: Loop, left: Sequence[bool]) -> tuple[list[In], list[Out]]:
     now = list(itertools.accumulate(left, initial=0))
 
     def renumbered(port: Out) -> Out:
-        if isinstance(port, Final):
+        if isinstance(port, CarryOut):
             return replace(port, carry=now[port.carry])
         return port if port.over is None else replace(port, over=now[port.over])
 

@@ -12,7 +12,7 @@ from mom_passes.graph.arguments import argument
 from mom_passes.graph.sizes import hint
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import Loop
-from mom_passes.loops.ports import Final, Stored
+from mom_passes.loops.ports import CarryOut, Stored
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.program.memory import Memory, Moment
@@ -44,7 +44,7 @@ class StageReport:
     crossing: tuple[Stored, ...]
     bytes_per_token: tuple[int, ...]
     operators: dict[str, int]
-    folds: tuple[Final, ...]
+    folds: tuple[CarryOut, ...]
     live: tuple[LiveValue, ...]
     iteration_bytes: int
     spread: float = 1

@@ -12,7 +12,7 @@ import torch
 from mom_compile.torch_compat import view_of
 from mom_passes.graph.sizes import Size
 from mom_passes.loops.loop import split_rows
-from mom_passes.loops.ports import CarryIn, Final, In, Out, RowsIn, Stored, TensorType
+from mom_passes.loops.ports import CarryIn, CarryOut, In, Out, RowsIn, Stored, TensorType
 from mom_passes.rules import Dim
 
 
@@ -92,7 +92,7 @@ class CompiledLoop:
             for at in ahead:
                 template[at], ahead[at] = ahead[at], template[at]
         return tuple(
-            template[first + output.carry] if isinstance(output, Final) else result
+            template[first + output.carry] if isinstance(output, CarryOut) else result
             for output, result in zip(self.outputs, results, strict=True)
         )
 

@@ -15,6 +15,8 @@ After:   row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (192, 48, 1)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, axis
@@ -24,9 +26,12 @@ from mom_passes.graph.values import is_tensor, tensors_of, value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
-def correct_strides(gm: fx.GraphModule) -> int:
-    """Recompute wrong values in place and return their number."""
-    wrong: set[fx.Node] = set()
+def correct_strides(gm: fx.GraphModule, changed: Iterable[fx.Node] = ()) -> int:
+    """Recompute in place the values with wrong strides, and all values computed from these or from `changed` ones.
+
+    Return their number.
+    """
+    wrong: set[fx.Node] = {*changed}
     for node in gm.graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
             continue
@@ -37,7 +42,7 @@ def correct_strides(gm: fx.GraphModule) -> int:
             node.meta["val"] = fake_value(node)
             if any(strides_differ(a, b) for a, b in zip(before, tensors_of(node), strict=True)):
                 wrong.add(node)
-    return len(wrong)
+    return len(wrong.difference(changed))
 
 
 def _claims_otherwise(node: fx.Node) -> bool:

@@ -4,39 +4,38 @@ Terms
 -----
 members   The instances a loop computes or reads, from what it stores back to what is at hand.
 sizes     SymInt arguments. In a graph of fixed sizes the length is a literal; it becomes an argument here too.
-operand   What the loop's node has to give to a port: an instance of the graph around it, the length, or the first
-          value of a carry.
+operand   What the loop's node passes to a port: an instance of the outer graph, the length, or a new tensor that is
+          the first value of a carry.
 
     def body(start, count, *sizes, *rows, *whole, *carries):
         for instance in members:                       # in graph order
-            rows       its operator on what its claim needs, with the arguments its rule's edit gives
-            scan       likewise, joined with its last row so far
-            past       rows behind those that were handed over; the last of them are handed on
-            total      a part of the reduction, added to the total that was handed over
-        return (*stored rows, *what each carry hands on)
+            result = its operator on what its claim needs, with the arguments that its rule's edit gives
+            for carry in its claim's carries:          # rows ahead, the total of a fold, the state of a scan
+                join the result with the carry, and hand on the next value
+        return (*stored rows, *the next value of each carry)
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mom_passes.graph.arguments import arguments_of
+from mom_passes.graph.arguments import argument, arguments_of, replace
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import is_tensor, value_of
-from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
+from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type
 from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
-from mom_passes.rules import All, Dim, Past, Rows, Window, facts_of
+from mom_passes.rules import All, Carry, Dim, Last, Output, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
-from mom_passes.rules.folds import FOLDS, identity, total_dtype
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.region import Region
@@ -58,6 +57,8 @@ class First:
 
 
 Operand = Instance | TheLength | First
+#: An instance and the number of a carry of its claim.
+CarryKey = tuple[Instance, int]
 
 
 class Body:
@@ -68,15 +69,15 @@ class Body:
     """
 
     def __init__(
-        self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance], totals: list[Instance]
+        self, demands: DemandGraph, plan: StagePlan, length: Size, stored: list[Instance], finals: list[Instance]
     ) -> None:
         self.demands = demands
         self.length = length
         self.graph = fx.Graph()
         self.env: dict[Instance, Any] = {}
         self.literal: fx.Node | None = None
-        members = body_instances(demands, [*stored, *totals], plan.available)
-        computed = {i for i in members if demands.kinds[i] is Kind.ROWS and i not in plan.available}
+        members = body_instances(demands, [*stored, *finals], plan.available)
+        computed = {i for i in members if demands.kinds[i] in (Kind.ROWS, Kind.AHEAD) and i not in plan.available}
         self.rows = [i for i in members if isinstance(i.need, Rows) and i not in computed]
         kinds = (Kind.SOURCE, Kind.BARRIER, Kind.WHOLE)
         self.whole = [i for i in members if isinstance(i.need, All) and demands.kinds[i] in kinds and is_tensor(i.node)]
@@ -84,9 +85,8 @@ class Body:
         self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
         numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
         self.sizes += [i for i in numbers if i not in self.sizes]
-        pasts = (i for i in members if isinstance(i.need, Past))
-        scans = (i for i in members if i in computed and demands.claims[i].state is not None)
-        self.carries = [*totals, *pasts, *scans]
+        carrying = [i for i in members if i in computed and i in demands.claims]
+        self.carries = [(i, k) for i in carrying for k, _ in enumerate(demands.claims[i].handed_on)]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(meta_value(i.node), torch.Tensor)]
         self.widest = max(map(widest_per_token, made), default=1)
         self.spread = max((i.node.target.spread for i in made if isinstance(i.node.target, Region)), default=1)
@@ -96,8 +96,9 @@ class Body:
             if instance not in self.env:
                 self.env[instance] = self._emit(instance)
         self.graph.output((*(self.env[i] for i in stored), *(self.handed_on[i] for i in self.carries)))
-        self._drop_unused_sizes()
-        self.inputs, self.operands = self._ports(len(stored))
+        self._drop_unused()
+        self.stored = len(stored)
+        self.inputs, self.operands = self._ports()
         self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
 
     def _order_by_use(self, members: list[Instance]) -> None:
@@ -124,62 +125,82 @@ class Body:
             own = isinstance(instance.need, Rows)
             placeholder = add_input(self.graph, f"{instance.node.name}_rows" if own else instance.node.name)
             self.env[instance] = self._typed(placeholder, instance)
-        #: What the mini-sequence before has handed over, and what this one hands on.
-        self.handed_over = {i: self._carried(i) for i in self.carries}
-        self.handed_on: dict[Instance, fx.Node] = {}
+        #: The value of each carry that the mini-sequence receives, and the one that it hands on.
+        self.received = {carry: self._received(*carry) for carry in self.carries}
+        self.handed_on: dict[CarryKey, fx.Node] = {}
 
-    def _carried(self, instance: Instance) -> fx.Node:
-        name = {Past: "past", Total: "total"}.get(type(instance.need), "state")
-        placeholder = add_input(self.graph, f"{instance.node.name}_{name}")
-        placeholder.meta["type"] = self._first(instance).type
+    def _received(self, instance: Instance, number: int) -> fx.Node:
+        placeholder = add_input(self.graph, f"{instance.node.name}_{'ahead' if _is_ahead(instance) else 'carry'}")
+        placeholder.meta["type"] = self._carry_type(instance, self._carry(instance, number))
         return placeholder
 
-    def _ports(self, stored: int) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
+    def _carry(self, instance: Instance, number: int) -> Carry:
+        return self.demands.claims[instance].handed_on[number]
+
+    def _ports(self) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
         """In the order of the placeholders behind `start` and `count`."""
         ports: list[tuple[In, Operand]] = [(SizeIn(meta_value(i.node)), i) for i in self.sizes]
         if self.literal is not None:
             ports.append((SizeIn(self.length), TheLength()))
         ports += [(RowsIn(TensorType.of(value_of(i.node)), i.dim), i) for i in self.rows]
         ports += [(WholeIn(TensorType.of(value_of(i.node))), i) for i in self.whole]
-        for out, instance in enumerate(self.carries, start=stored):
-            first = self._first(instance)
-            ports.append((CarryIn(first.type, out), first))
+        for out, (instance, number) in enumerate(self.carries, start=self.stored):
+            carry = self._carry(instance, number)
+            type = self._carry_type(instance, carry)
+            initial = argument(instance.node, carry.operand) if carry.operand is not None else None
+            first = First(type, carry.init) if initial is None else Instance(initial, All())
+            ports.append((CarryIn(type, out), first))
         return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
 
-    def _first(self, instance: Instance) -> First:
-        """What a carry begins with: zeros before the first row, or what a scan gives for no rows, or their total."""
-        node, need, value = instance.node, instance.need, value_of(instance.node)
-        if isinstance(need, Rows | Past):
-            state = self.demands.claims[instance].state if isinstance(need, Rows) else None
-            count, fill = (1, state.fill) if state is not None else (need.rows, 0)  # type: ignore[union-attr]
-            shape = tuple(count if d == need.dim.index else size for d, size in enumerate(value.shape))
-            return First(TensorType(shape, value.dtype, value.device, storage_order(value)), fill)
-        total = TensorType(tuple(value.shape), total_dtype(node), value.device, tuple(range(value.dim())))
-        return First(total, identity(node))
+    def _carry_type(self, instance: Instance, carry: Carry) -> TensorType:
+        """The type of a carry: that of some rows of result 0, or of a result without rows."""
+        results = meta_value(instance.node)
+        several = isinstance(results, (tuple, list))
+        value = results[0 if isinstance(carry.next, Last) else carry.next] if several else results
+        shape, order = tuple(value.shape), tuple(range(value.dim()))
+        if isinstance(carry.next, Last):
+            rows, order = carry.next.count, storage_order(value)
+            shape = tuple(rows if d == instance.dim.index else size for d, size in enumerate(shape))
+        return TensorType(shape, carry.dtype or value.dtype, value.device, order)
+
+    def port_of(self, instance: Instance) -> int:
+        """The number of the input that receives a carry whose final value is needed."""
+        assert isinstance(instance.need, Carried)
+        carrying = instance if instance in self.demands.claims else self.demands.inputs[instance][0]
+        out = self.stored + self.carries.index((carrying, instance.need.carry))
+        return next(i for i, port in enumerate(self.inputs) if isinstance(port, CarryIn) and port.out == out)
 
     # --- nodes ---
 
     def _emit(self, instance: Instance) -> fx.Node:
-        if isinstance(instance.need, Past):
-            return self._with_past(instance)
+        target: Any
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
         node, claim = instance.node, self.demands.claims.get(instance)
-        if claim is None:
-            target: Any = node.target
+        if isinstance(instance.need, Carried) and claim is None:
+            return self.handed_on[self.demands.inputs[instance][0], instance.need.carry]
+        if _is_ahead(instance):
+            rows = self.env[self.demands.inputs[instance][0]]
+            target, args, kwargs = aten.cat.default, ([self.received[instance, 0], rows], instance.dim.index), {}
+        elif claim is None:
+            target = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._own)
         else:
             given = [i for i in self.demands.inputs[instance] if is_tensor(i.node)]
             window = Window(self.start, self.count, tuple(self._first_row(i) for i in given))
             target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._own)
+            received = {c.operand: self.received[instance, k] for k, c in enumerate(claim.carries) if c.operand}
+            args, kwargs = replace(target, args, kwargs, **received)
         if isinstance(target, Region):
             return self._inlined(instance, target, args)
         if isinstance(self.length, int):
             args, kwargs = self._without_literals(target, args, kwargs)
         emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         emitted.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        if isinstance(instance.need, Total):
-            return self._add_to_total(instance, emitted)
         self._typed(emitted, instance)
-        return self._scanned(instance, emitted) if claim is not None and claim.state is not None else emitted
+        for number, carry in enumerate(claim.handed_on if claim is not None else ()):
+            emitted = self._hand_on(instance, number, carry, emitted)
+        return self.handed_on[instance, 0] if isinstance(instance.need, Carried) else emitted
 
     def _inlined(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
         """A region's operators, for the rows that the mini-sequence has."""
@@ -197,38 +218,32 @@ class Body:
         return region.inline(self.graph, operands, describe)
 
     def _first_row(self, instance: Instance) -> Any:
-        """At which row of the sequence an operand begins; a past, in the first mini-sequences, before there are any."""
-        if isinstance(instance.need, Past):
-            return add(self.start, -instance.need.rows)
-        return self.start if isinstance(instance.need, Rows) else 0
+        """The row of the sequence at which an operand begins. Rows ahead of the first row have negative numbers."""
+        if not isinstance(instance.need, Rows):
+            return 0
+        return add(self.start, -instance.need.before) if instance.need.before else self.start
 
-    def _with_past(self, instance: Instance) -> fx.Node:
-        """Rows behind those that were handed over. The last of them are handed on."""
-        assert isinstance(instance.need, Past)
-        dim, rows = instance.dim.index, self.env[self.demands.inputs[instance][0]]
-        joined = self.graph.call_function(aten.cat.default, ([self.handed_over[instance], rows], dim))
-        last = self.graph.call_function(aten.slice.Tensor, (joined, dim, -instance.need.rows, TO_THE_END))
-        last.meta["type"] = self.handed_over[instance].meta["type"]
-        self.handed_on[instance] = last
-        return self._typed(joined, instance)
+    def _hand_on(self, instance: Instance, number: int, carry: Carry, result: fx.Node) -> fx.Node:
+        """Emit the next value of a carry, which is joined with the call's result if the call did not receive it."""
+        received = self.received[instance, number]
+        if isinstance(carry.next, Last):
+            if carry.join is not None:
+                result = self._like(result, carry.join, received, result)
+            at = (instance.dim.index, -carry.next.count, TO_THE_END)
+            self.handed_on[instance, number] = self._like(received, aten.slice.Tensor, result, *at)
+            return result
+        several = isinstance(meta_value(instance.node), (tuple, list))
+        part = self._like(received, operator.getitem, result, carry.next) if several else result
+        part.meta["type"] = received.meta["type"]
+        following = part if carry.join is None else self._like(received, carry.join, received, part)
+        self.handed_on[instance, number] = following
+        return result
 
-    def _add_to_total(self, instance: Instance, part: fx.Node) -> fx.Node:
-        before = self.handed_over[instance]
-        total = self.graph.call_function(FOLDS[instance.node.target].combine, (before, part))
-        part.meta["type"] = total.meta["type"] = before.meta["type"]
-        self.handed_on[instance] = total
-        return total
-
-    def _scanned(self, instance: Instance, own: fx.Node) -> fx.Node:
-        """The scan of all rows so far, for the rows here; the last of them is handed on."""
-        state = self.demands.claims[instance].state
-        assert state is not None
-        before = self.handed_over[instance]
-        rows = self.graph.call_function(state.combine, (own, before))
-        last = self.graph.call_function(aten.slice.Tensor, (rows, instance.dim.index, -1, TO_THE_END))
-        rows.meta["type"], last.meta["type"] = own.meta["type"], before.meta["type"]
-        self.handed_on[instance] = last
-        return rows
+    def _like(self, typed: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """A call whose value has the type of another."""
+        node = self.graph.call_function(target, args)
+        node.meta["type"] = typed.meta["type"]
+        return node
 
     def _own(self, arg: fx.Node) -> fx.Node:
         """The body's value for all of an outer one."""
@@ -240,13 +255,10 @@ class Body:
         value, need, claim = meta_value(instance.node), instance.need, self.demands.claims.get(instance)
         if isinstance(value, torch.Tensor):
             full = TensorType.of(value)
-            node.meta["type"] = rows_type(full, need) if isinstance(need, Rows | Past) else full
+            node.meta["type"] = rows_type(full, need) if isinstance(need, Rows) else full
         elif isinstance(value, (tuple, list)):
-            dims = claim.outputs if claim is not None else None
-            node.meta["type"] = tuple(
-                rows_type(TensorType.of(one), Rows(dim)) if isinstance(one, torch.Tensor) and dim is not None else None
-                for one, dim in zip(value, dims or [None] * len(value), strict=True)
-            )
+            outputs = claim.outputs if claim is not None and claim.outputs is not None else (None,) * len(value)
+            node.meta["type"] = tuple(map(_output_type, value, outputs))
         return node
 
     # --- sizes ---
@@ -273,8 +285,24 @@ class Body:
                 self.literal = add_input(self.graph, "length")
         return self.literal
 
-    def _drop_unused_sizes(self) -> None:
-        """Sizes that only stood for the rows: without them the body is the same for fixed and for dynamic lengths."""
-        for instance in [i for i in self.sizes if not self.env[i].users]:
-            self.graph.erase_node(self.env[instance])
-            self.sizes.remove(instance)
+    def _drop_unused(self) -> None:
+        """Remove sizes that only stood for the rows, so that the body is the same for fixed and for dynamic lengths.
+        Remove values that only are the first value of a carry: the loop reads them, and no mini-sequence does."""
+        if any(self._carry(*carry).operand is not None for carry in self.carries):
+            self.graph.eliminate_dead_code()
+        for inputs in (self.sizes, self.whole):
+            for instance in [i for i in inputs if not self.env[i].users]:
+                self.graph.erase_node(self.env[instance])
+                inputs.remove(instance)
+
+
+def _is_ahead(instance: Instance) -> bool:
+    return isinstance(instance.need, Rows) and instance.need.before > 0
+
+
+def _output_type(value: Any, output: Output) -> TensorType | None:
+    """The type of one of a call's results in a body; None for one that must not be read."""
+    if not isinstance(value, torch.Tensor) or output is None:
+        return None
+    full = TensorType.of(value)
+    return rows_type(full, output) if isinstance(output, Rows) else full

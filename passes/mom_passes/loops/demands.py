@@ -1,9 +1,9 @@
-"""Who needs which rows of what: the demand graph, from the outputs of a graph back to its inputs.
+"""The demand graph: which rows of which values are needed, from the outputs of a graph back to its inputs.
 
 Terms
 -----
-instance   A value as somebody needs it: `(node, Rows(dim))` is rows of it, `(node, All())` all of it,
-           `(node, Past(dim, n))` rows and at most n before them.
+instance   A value as its readers need it: `(node, Rows(dim))` is rows of it, `(node, Rows(dim, before=n))` rows and n
+           rows ahead of them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call.
 barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
 
 Kinds of instances
@@ -11,8 +11,8 @@ Kinds of instances
 SOURCE     a placeholder or constant, whole or sliced: always at hand
 ROWS       rows computed from rows (and whole values) by the node's own claim
 ENTRY      rows cut from a whole value, because the operator cannot be run on rows
-PAST       rows and a bounded number before them, which each mini-sequence hands to the next
-BARRIER    the complete value that a loop wrote, row by row or as the total of a reduction over the tokens
+AHEAD      rows and a bounded number ahead of them, which each mini-sequence hands to the next
+BARRIER    the complete value that a loop wrote, row by row, or the final value of a carry
 WHOLE      an operator run once on the full sequence, between loops
 INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed; and a
            copy n times as large as its source (repeat_kv): made for one iteration at a time rather than kept
@@ -36,8 +36,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
 from mom_passes.loops.shared_views import shared_views
-from mom_passes.rules import All, Claim, Dim, Past, Rows, claim_for, facts
-from mom_passes.rules.folds import fold_claim
+from mom_passes.rules import All, Carry, Claim, Dim, Fold, Last, Rows, claim_for, facts, fold_for
 from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
 
@@ -45,17 +44,19 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Total:
-    """Of a reduction over the tokens: the total so far, which each mini-sequence adds to."""
+class Carried:
+    """The value of carry number `carry` of a call, after the last row."""
+
+    carry: int
 
     def __str__(self) -> str:
-        return "total"
+        return f"carry {self.carry}"
 
 
 class Kind(enum.Enum):
     SOURCE = "source"
     ROWS = "rows"
-    PAST = "past"
+    AHEAD = "ahead"
     ENTRY = "entry"
     BARRIER = "barrier"
     WHOLE = "whole"
@@ -68,7 +69,7 @@ class Instance:
     """A node, and what is needed of it."""
 
     node: fx.Node
-    need: All | Rows | Past | Total
+    need: All | Rows | Carried
 
     def __hash__(self) -> int:
         # Of one node few instances differ, and hashing what is needed of it costs more than to compare it.
@@ -77,7 +78,7 @@ class Instance:
     @property
     def dim(self) -> Dim:
         """Where an instance of rows has its tokens."""
-        assert isinstance(self.need, Rows | Past), f"{self} is not of rows"
+        assert isinstance(self.need, Rows), f"{self} is not of rows"
         return self.need.dim
 
     def __str__(self) -> str:
@@ -97,13 +98,23 @@ class DemandGraph:
     position: dict[Instance, int] = field(default_factory=dict)
 
     def length(self, instance: Instance) -> Size:
-        """How many tokens a sliced instance has, or the operand of a reduction over tokens."""
-        return instance_length(self.inputs[instance][0] if isinstance(instance.need, Total) else instance)
+        """How many tokens a sliced instance has, or the rows that a carry is made of."""
+        while isinstance(instance.need, Carried):
+            instance = next(one for one in self.inputs[instance] if not isinstance(one.need, All))
+        return instance_length(instance)
+
+    def fold(self, instance: Instance) -> Fold | None:
+        """The fold whose total is the carry of an instance, or None for another carry."""
+        assert isinstance(instance.need, Carried)
+        claim = self.claims.get(instance if instance in self.claims else self.inputs[instance][0])
+        outputs = enumerate(claim.outputs or () if claim is not None else ())
+        found = (one for i, one in outputs if claim is not None and claim.carry_of(i) == instance.need.carry)
+        return next((one for one in found if isinstance(one, Fold)), None)
 
     def recomputable(self, instance: Instance) -> bool:
         if instance.node.target is operator.getitem:
             return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
-        return self.kinds[instance] is Kind.PAST or (
+        return self.kinds[instance] is Kind.AHEAD or (
             self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
         )
 
@@ -143,10 +154,12 @@ def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
 
 
 def _whole_last(instance: Instance, graph: DemandGraph) -> int:
-    """Of one node's instances: rows, the whole value made of them, rows cut from that, and rows with a past."""
-    if graph.kinds[instance] in (Kind.ENTRY, Kind.PAST):
-        return 2 + (graph.kinds[instance] is Kind.PAST)
-    return 1 if isinstance(instance.need, All) else 0
+    """Order one node's instances: rows, their carries, the whole value, rows cut from that, rows with others ahead."""
+    if graph.kinds[instance] in (Kind.ENTRY, Kind.AHEAD):
+        return 3 + (graph.kinds[instance] is Kind.AHEAD)
+    if isinstance(instance.need, Carried):
+        return 1
+    return 2 if isinstance(instance.need, All) else 0
 
 
 def _roots(gm: fx.GraphModule) -> list[Instance]:
@@ -187,8 +200,9 @@ def _classify(
     instance: Instance, dims: TokenDims, shared: Collection[fx.Node]
 ) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     node = instance.node
-    if isinstance(instance.need, Past):
-        return Kind.PAST, (Instance(node, Rows(instance.dim)),), None
+    if isinstance(instance.need, Rows) and instance.need.before:
+        rows = Rows(instance.dim)
+        return Kind.AHEAD, (Instance(node, rows),), Claim((rows,), carries=(_ahead(instance.need),))
     if node.op in ("placeholder", "get_attr"):
         return Kind.SOURCE, (), None
     if not is_tensor(node):
@@ -202,10 +216,8 @@ def _classify(
         return (Kind.WHOLE if any(is_tensor(n) for n in node.all_input_nodes) else Kind.SIZE), whole, None
     if isinstance(instance.need, All):
         return _classify_whole(node, dims, node in shared)
-    if isinstance(instance.need, Total):
-        (source,) = operands(node)
-        claim = fold_claim(node, dims.carriers[source].dim)
-        return Kind.ROWS, (Instance(source, Rows(dims.carriers[source].dim)), *_sizes_read(node)), claim
+    if isinstance(instance.need, Carried):
+        return _classify_carried(instance, instance.need.carry, dims)
     own = dims.carriers.get(node)
     try:
         if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
@@ -213,8 +225,36 @@ def _classify(
         claim = claim_for(node, instance.dim, in_order=node in dims.worked)
     except CannotChunk:
         return Kind.ENTRY, (Instance(node, All()),), None
+    return Kind.ROWS, _reads(node, claim), claim
+
+
+def _reads(node: fx.Node, claim: Claim) -> tuple[Instance, ...]:
+    """What a call on rows reads: what its claim needs of each operand, and sizes."""
     inputs = [Instance(n, need) for n, need in zip(operands(node), claim.needs, strict=True)]
-    return Kind.ROWS, tuple(inputs + _sizes_read(node)), claim
+    return (*inputs, *_sizes_read(node))
+
+
+def _ahead(need: Rows) -> Carry:
+    """The carry of a need for rows ahead of others: the last rows of a mini-sequence, zeros before the first."""
+    return Carry(0, Last(need.before))
+
+
+def _classify_carried(
+    instance: Instance, carry: int, dims: TokenDims
+) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
+    """Carry 0 of a fold is computed by its own claim. Every other carry is computed with that one, or with rows."""
+    node = instance.node
+    if node in dims.rowwise:
+        return Kind.ROWS, (Instance(node, Rows(dims.carriers[node].dim)),), None
+    if carry > 0:
+        return Kind.ROWS, (Instance(node, Carried(0)),), None
+    claim = fold_for(node, _token_dims(node, dims))
+    return Kind.ROWS, _reads(node, claim), claim
+
+
+def _token_dims(node: fx.Node, dims: TokenDims) -> tuple[Dim | None, ...]:
+    carriers = (dims.carriers.get(operand) for operand in operands(node))
+    return tuple(None if carrier is None else carrier.dim for carrier in carriers)
 
 
 def _classify_whole(node: fx.Node, dims: TokenDims, shared: bool) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
@@ -229,21 +269,25 @@ def _classify_whole(node: fx.Node, dims: TokenDims, shared: bool) -> tuple[Kind,
     # What is as cheap as an input needs no loop of its own.
     if carrier is not None and node in dims.rowwise and node in dims.worked:
         return Kind.BARRIER, (Instance(node, Rows(carrier.dim)),), None
-    if _folds(node, dims):
-        return Kind.BARRIER, (Instance(node, Total()),), None
-    return Kind.WHOLE, whole, None
+    final = _final_carry(node, dims)
+    return (Kind.WHOLE, whole, None) if final is None else (Kind.BARRIER, (final,), None)
 
 
-def _folds(node: fx.Node, dims: TokenDims) -> bool:
-    """Whether a node reduces over the tokens of rows that a loop computes."""
-    inputs = operands(node)
-    if node not in dims.mixing or len(inputs) != 1 or inputs[0] not in dims.rowwise & dims.worked:
-        return False
+def _final_carry(node: fx.Node, dims: TokenDims) -> Instance | None:
+    """The carry whose final value is all of a value: a fold of rows that a loop computes, or a state that it leaves."""
+    call, output = (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
+    assert isinstance(call, fx.Node) and isinstance(output, int)
     try:
-        fold_claim(node, dims.carriers[inputs[0]].dim)
+        if call in dims.rowwise & dims.worked:
+            claim = claim_for(call, dims.carriers[call].dim, in_order=True)
+        elif call in dims.mixing and any(n in dims.rowwise & dims.worked for n in operands(call)):
+            claim = fold_for(call, _token_dims(call, dims))
+        else:
+            return None
     except CannotChunk:
-        return False
-    return True
+        return None
+    carry = claim.carry_of(output)
+    return None if carry is None else Instance(call, Carried(carry))
 
 
 def _plain(node: fx.Node, dims: TokenDims) -> bool:

@@ -28,12 +28,11 @@ from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
-from mom_passes.loops.demands import DemandGraph, Instance, Kind, Total
+from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
-from mom_passes.loops.ports import CarryIn, Final, Out, Stored, TensorType
+from mom_passes.loops.ports import CarryOut, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
 from mom_passes.rules import All
-from mom_passes.rules.folds import FOLDS, elements, total_dtype
 
 
 def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
@@ -131,18 +130,13 @@ class _Rewriter:
     # --- loops ---
 
     def _emit_loop(self, plan: StagePlan, length: Size, members: list[Instance]) -> None:
-        stored = [i for i in members if not isinstance(i.need, Total)]
-        totals = [i for i in members if isinstance(i.need, Total)]
+        stored = [i for i in members if not isinstance(i.need, Carried)]
+        finals = [i for i in members if isinstance(i.need, Carried)]
         length_node = size_node(self.graph, length)
         if isinstance(length_node, fx.Node):
             length = meta_value(length_node)  # the same size as a SymInt, which knows the captured value
-        body = Body(self.demands, plan, length, stored, totals)
-        carries = [i for i, port in enumerate(body.inputs) if isinstance(port, CarryIn)]
-        finals = [
-            Final(i.node.name, body.inputs[at].type, at, i.node.target)  # type: ignore[union-attr]
-            for i, at in zip(totals, carries, strict=False)
-        ]
-        outputs: tuple[Out, ...] = (*map(_stored, stored), *finals)
+        body = Body(self.demands, plan, length, stored, finals)
+        outputs: tuple[Out, ...] = (*map(_stored, stored), *(self._final(body, i) for i in finals))
         rows = self.limit.rows
         loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread, body.work)
         name = f"stage_{plan.index}"
@@ -151,15 +145,20 @@ class _Rewriter:
         self.root.add_module(name, MiniSequence(loop))
         operands = [self._operand(operand, length_node) for operand in body.operands]
         node = self.graph.call_module(name, (length_node, *operands))
-        items = [self._item(node, index, i.node) for index, i in enumerate(stored + totals)]
+        items = [self._item(node, index, i.node) for index, i in enumerate(stored)]
         for instance, item in zip(stored, items, strict=False):
             self._lay_out(item, _stored(instance))
             self.stored[instance] = item
             if self.demands.kinds.get(Instance(instance.node, All())) is Kind.BARRIER:
                 self.whole[instance.node] = item
-        for instance, item in zip(totals, items[len(stored) :], strict=True):
-            self.whole[instance.node] = self._finished(instance.node, item)
+        for index, instance in enumerate(finals, start=len(stored)):
+            items.append(self._finished(node, index, instance, outputs[index]))
         node.meta["val"] = tuple(meta_value(item) for item in items)
+
+    def _final(self, body: Body, instance: Instance) -> CarryOut:
+        """The loop's output for the final value of a carry."""
+        at = body.port_of(instance)
+        return CarryOut(instance.node.name, body.inputs[at].type, at, instance.node.target)  # type: ignore[union-attr]
 
     def _operand(self, operand: Operand, length: Any) -> Any:
         if isinstance(operand, TheLength):
@@ -183,15 +182,19 @@ class _Rewriter:
         if strides_differ(dense, value):
             item.meta["val"] = dense
 
-    def _finished(self, node: fx.Node, total: fx.Node) -> fx.Node:
-        """From the total to the reduction's value: a mean is divided, a wide total rounded."""
-        value = value_of(node)
-        total.meta["val"] = value.to(total_dtype(node))
-        if FOLDS[node.target].mean:
-            total = emit(self.graph, torch.ops.aten.div.Tensor, (total, size_node(self.graph, elements(node))))
-        if total_dtype(node) != value.dtype:
-            total = emit(self.graph, torch.ops.prims.convert_element_type.default, (total, value.dtype))
-        return total
+    def _finished(self, loop: fx.Node, index: int, instance: Instance, output: Out) -> fx.Node:
+        """Emit the final value of a carry, and the result made of it: a mean is divided, a wide total rounded."""
+        readers = [one.node for one in self.demands.readers[instance] if isinstance(one.need, All)]
+        value = value_of(readers[0])
+        final = self.graph.call_function(operator.getitem, (loop, index))
+        final.meta = {**readers[0].meta, "val": value.to(output.type.dtype)}
+        result, fold = final, self.demands.fold(instance)
+        if fold is not None and fold.finish is not None:
+            result = fold.finish(result)
+        if output.type.dtype != value.dtype:
+            result = emit(self.graph, torch.ops.prims.convert_element_type.default, (result, value.dtype))
+        self.whole.update(dict.fromkeys(readers, result))
+        return final
 
 
 def _effects_from_the_first_write(graph: fx.Graph) -> dict[fx.Node, None]:

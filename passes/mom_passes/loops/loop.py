@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from mom_passes.graph.sizes import Size
-from mom_passes.loops.ports import CarryIn, Final, In, Out, RowsIn, Stored
+from mom_passes.loops.ports import CarryIn, CarryOut, In, Out, RowsIn, Stored
 from mom_passes.rules import Dim
 from mom_passes.rules.slicing import put, take
 
@@ -99,8 +99,8 @@ class Loop:
         return tuple(output for output in self.outputs if isinstance(output, Stored))
 
     @property
-    def finals(self) -> tuple[Final, ...]:
-        return tuple(output for output in self.outputs if isinstance(output, Final))
+    def finals(self) -> tuple[CarryOut, ...]:
+        return tuple(output for output in self.outputs if isinstance(output, CarryOut))
 
     def bind(self, node: fx.Node) -> tuple[Any, ...]:
         """What the loop's node gives each input: a node, or a number for a size. A carry is given its first value."""

@@ -5,7 +5,7 @@ Terms
 port     One value that goes into a body or comes out of a loop, with its type.
 rows     Each mini-sequence is given its own rows of a value, or returns rows that are stored at full length.
 whole    All of a value, the same for each mini-sequence: weights, keys, values.
-carry    What a mini-sequence hands to the next: the total of a reduction so far, the last rows of a value.
+carry    What a mini-sequence hands to the next: the total of a reduction so far, the last rows of a value, a state.
 
     body(start, count, *inputs) -> (*rows of what is stored, *the next value of each carry)
 
@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
-from mom_passes.rules import Dim, Past, Rows
+from mom_passes.rules import Dim, Rows
 
 #: The row a mini-sequence begins at and how many it has, in the types of its values.
 START, COUNT = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count"))
@@ -62,14 +62,13 @@ class TensorType:
     def difference(self, value: Any) -> str | None:
         """The same of a fake value."""
         if not isinstance(value, torch.Tensor):
-            return f"is no tensor but {type(value).__name__}"
+            return f"expected a Tensor, got {type(value).__name__}"
         return self.other_than(TensorType.of(value))
 
 
-def rows_type(full: TensorType, need: Rows | Past) -> TensorType:
+def rows_type(full: TensorType, need: Rows) -> TensorType:
     """The type of what one mini-sequence has of a value at full length."""
-    before = need.rows if isinstance(need, Past) else 0
-    count = expr(product([need.dim.outer, COUNT + before, need.dim.inner]))
+    count = expr(product([need.dim.outer, COUNT + need.before, need.dim.inner]))
     shape = tuple(count if d == need.dim.index else size for d, size in enumerate(full.shape))
     return TensorType(shape, full.dtype, full.device)
 
@@ -122,8 +121,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Final:
-    """What the last mini-sequence leaves in the carry that is input number `carry`: the total of `operator`."""
+class CarryOut:
+    """The value of the carry that is input number `carry`, after the last mini-sequence. `operator` made it."""
 
     name: str
     type: TensorType
@@ -131,5 +130,4 @@ class Final:
     operator: Any
 
 
-Out = Stored | Final
-
+Out = Stored | CarryOut

@@ -31,7 +31,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import returns_nothing
-from mom_passes.loops.demands import DemandGraph, Instance, Kind
+from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
 from mom_passes.rules import All
 from mom_passes.tokens.region import Region
 
@@ -96,8 +96,9 @@ class _Planner:
                 limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
             latest[instance] = limit
         for instance in self.demands.order:
-            # What one operator returns at once is made at once: its tuple cannot be kept, the items can.
-            if instance.node.target is operator.getitem and self.demands.kinds[instance] is Kind.ROWS:
+            # One call makes its results and its carries at once: its tuple cannot be kept, the items can.
+            item = instance.node.target is operator.getitem and self.demands.kinds[instance] is Kind.ROWS
+            if item or (isinstance(instance.need, Carried) and instance not in self.demands.claims):
                 latest[instance] = latest[self.demands.inputs[instance][0]]
         return latest
 
@@ -123,7 +124,7 @@ class _Planner:
             kind = self.demands.kinds[instance]
             if kind is Kind.ENTRY:
                 until[instance] = self.ready[instance]
-            elif kind in (Kind.ROWS, Kind.PAST):
+            elif kind in (Kind.ROWS, Kind.AHEAD):
                 inputs = self.demands.inputs[instance]
                 own = self.latest[instance] if self.fixed(instance) else self.earliest[instance]
                 until[instance] = max(own, *(until.get(i, self.ready.get(i, 0)) for i in inputs), 0)
@@ -177,8 +178,8 @@ class _Planner:
     def _cost(self, instance: Instance, k: int) -> int | None:
         """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
         value = meta_value(instance.node)
-        # A past is made from its rows, else one storage would be priced twice.
-        if not isinstance(value, torch.Tensor) or self.demands.kinds[instance] is Kind.PAST:
+        # Rows with others ahead are made from rows, else one storage would be priced twice.
+        if not isinstance(value, torch.Tensor) or self.demands.kinds[instance] is Kind.AHEAD:
             return None
         if self.kept(instance, k):
             return 0
@@ -260,7 +261,7 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
         if instance in found:
             continue
         found.add(instance)
-        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.PAST, Kind.INLINE):
+        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.AHEAD, Kind.INLINE):
             pending.extend(demands.inputs[instance])
     return sorted(found, key=demands.position.__getitem__)
 

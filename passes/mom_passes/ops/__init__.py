@@ -1,5 +1,5 @@
 """The operators of `mom::`. Importing this package defines them."""
 
-from mom_passes.ops import attention, products, rows, scored, spans, transfers
+from mom_passes.ops import attention, convolution, products, rows, scored, spans, transfers
 
-__all__ = ["attention", "products", "rows", "scored", "spans", "transfers"]
+__all__ = ["attention", "convolution", "products", "rows", "scored", "spans", "transfers"]

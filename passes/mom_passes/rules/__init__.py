@@ -1,7 +1,20 @@
 """The table of operator facts. Importing this package fills it."""
 
-from mom_passes.rules import attention, index, layout, matmul, pointwise, quantised, reduction, scored, source, view
-from mom_passes.rules.needs import All, Dim, Need, Past, Rows, State, Window, dim_of
+from mom_passes.rules import (
+    attention,
+    convolution,
+    folds,
+    index,
+    layout,
+    matmul,
+    pointwise,
+    quantised,
+    reduction,
+    scored,
+    source,
+    view,
+)
+from mom_passes.rules.needs import All, Carry, Dim, Final, Fold, Last, Need, Output, Rows, Window, dim_of
 from mom_passes.rules.registry import (
     Alias,
     Claim,
@@ -10,13 +23,16 @@ from mom_passes.rules.registry import (
     claim_for,
     facts,
     facts_of,
+    fold_for,
     has_own_rule,
     register,
+    register_fold,
     registered,
 )
 
 __all__ = [
-    "Alias", "All", "Claim", "Described", "Dim", "Need", "OperatorFacts", "Past", "Rows", "State", "Window",
-    "attention", "claim_for", "dim_of", "facts", "facts_of", "has_own_rule", "index", "layout", "matmul",
-    "pointwise", "quantised", "reduction", "register", "registered", "scored", "source", "view",
+    "Alias", "All", "Carry", "Claim", "Described", "Dim", "Final", "Fold", "Last", "Need", "OperatorFacts",
+    "Output", "Rows", "Window", "attention", "claim_for", "convolution", "dim_of", "facts", "facts_of",
+    "fold_for", "folds", "has_own_rule", "index", "layout", "matmul", "pointwise", "quantised", "reduction",
+    "register", "register_fold", "registered", "scored", "source", "view",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import broadcast_need, checked, output_shape, outputs_of, shape_of
-from mom_passes.rules.needs import All, Dim, Need, Rows, Window
+from mom_passes.rules.needs import All, Dim, Need, Output, Rows, Window
 from mom_passes.rules.registry import Claim, register
 
 BATCH, HEADS, QUERY, CHANNELS = range(4)
@@ -88,11 +88,11 @@ def sdpa(node: fx.Node, dim: Dim) -> Claim:
     return claim(node, needs, _sdpa_outputs(node, dim))
 
 
-def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Dim | None, ...]:
+def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Output, ...]:
     """The result and the log-sum-exp `[B, H, S]` carry rows; seeds and sequence offsets do not."""
     _, log_sum_exp, *others = outputs_of(node)
     without_rows = log_sum_exp is None or (dim.index == QUERY and node.target is PADDED)
-    return (dim, None if without_rows else dim, *(None for _ in others))
+    return (Rows(dim), None if without_rows else Rows(dim), *(None for _ in others))
 
 
 #: What `mom.attention` takes of each key by itself, `[B or 1, T]`, and what was found in that.

@@ -13,7 +13,7 @@ from torch import fx
 
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.values import is_tensor, operands
-from mom_passes.rules.needs import All, Dim, Need, Window
+from mom_passes.rules.needs import All, Carry, Need, Output, Window
 from mom_passes.rules.registry import Claim, Edit
 
 
@@ -37,9 +37,10 @@ def call_on_rows(
 def claim(
     node: fx.Node,
     needs: Mapping[str, Need],
-    outputs: tuple[Dim | None, ...] | None = None,
+    outputs: tuple[Output, ...] | None = None,
     edit: Edit | None = None,
     target: Any = None,
+    carries: tuple[Carry, ...] = (),
 ) -> Claim:
     """A claim from needs by argument name; an operand that is not named is needed whole."""
     names = {position: name for name, (position, _) in arguments_of(node.target).items()}
@@ -48,7 +49,7 @@ def claim(
         ordered += [needs.get(names[position], All())] * len(_tensors(node, value))
     for name, value in node.kwargs.items():
         ordered += [needs.get(name, All())] * len(_tensors(node, value))
-    return Claim(tuple(ordered), outputs, edit, target)
+    return Claim(tuple(ordered), outputs, edit, target, carries)
 
 
 def _tensors(node: fx.Node, value: Any) -> list[fx.Node]:

@@ -75,7 +75,7 @@ def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
     checked(node, dim)
     shape = output_shape(node)
     count = len(outputs_of(node))
-    outputs = (dim,) * count if isinstance(meta_value(node), (tuple, list)) else None
+    outputs = (Rows(dim),) * count if isinstance(meta_value(node), (tuple, list)) else None
     return Claim(tuple(broadcast_need(node, operand, shape, dim) for operand in operands(node)), outputs)
 
 
@@ -85,7 +85,7 @@ def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
     origin = origins[dim.index]
     if isinstance(origin, str):
         raise CannotChunk(node, dim, origin)
-    outputs = (dim,) * len(outputs_of(node)) if isinstance(meta_value(node), (tuple, list)) else None
+    outputs = (Rows(dim),) * len(outputs_of(node)) if isinstance(meta_value(node), (tuple, list)) else None
     return Claim((Rows(dim.at(origin)),) * len(operands(node)), outputs)
 
 

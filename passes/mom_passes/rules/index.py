@@ -130,11 +130,11 @@ def getitem(node: fx.Node, dim: Dim) -> Claim:
     refusals = []
     for index in _nearest(dim.index, first.dim()):
         try:
-            outputs = claim_for(producer, dim.at(index)).outputs
+            outputs = claim_for(producer, dim.at(index), in_order=True).outputs
         except CannotChunk as refusal:
             refusals.append(refusal.reason)
             continue
-        if outputs is not None and outputs[item] == dim:
+        if outputs is not None and outputs[item] == Rows(dim):
             return Claim((Rows(dim.at(index)),))
     reasons = "; ".join(dict.fromkeys(refusals)) or "its rows do not appear in this output"
     raise CannotChunk(node, dim, f"{producer.target} ({producer.name}): {reasons}")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from torch import fx
 
+from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.factories import broadcast_need, checked, output_shape
-from mom_passes.rules.needs import All, Dim, Need, Rows
-from mom_passes.rules.registry import Claim, Rule, facts, register, register_work
+from mom_passes.rules.needs import All, Dim, Fold, Need, Rows
+from mom_passes.rules.reduction import HALF
+from mom_passes.rules.registry import Claim, FoldRule, Rule, facts, register, register_fold, register_work
 
 
 def contract(equation: str, bias: bool = False) -> Rule:
@@ -42,6 +44,25 @@ def contract(equation: str, bias: bool = False) -> Rule:
 GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
+def contract_tokens(equation: str) -> FoldRule:
+    """The fold rule of a product whose operands both have tokens in the contracted dimension: parts are summed."""
+    terms = equation.split("->")[0].split(",")
+    (label,) = set(terms[0]) & set(terms[1]) - set(equation.split("->")[1])
+
+    def rule(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
+        first = next(dim for dim in (*dims, Dim(0)) if dim is not None)
+        if any(dim is None or term[dim.index] != label for term, dim in zip(terms, dims, strict=True)):
+            raise CannotChunk(node, first, "does not contract it")
+        if len({dim.at(0) for dim in dims if dim is not None}) > 1:
+            raise CannotChunk(node, first, "its operands have tokens in different layouts")
+        if value_of(node).dtype in HALF:
+            raise CannotChunk(node, first, "a partial product would be rounded for every mini-sequence")
+        needs = tuple(Rows(dim) for dim in dims if dim is not None)
+        return Claim(needs, (Fold(aten.add.Tensor, 0),))
+
+    return rule
+
+
 def grouped_work(node: fx.Node) -> int:
     return count_hint(value_of(node).shape) * hint(value_of(operands(node)[0]).shape[-1])
 
@@ -60,3 +81,7 @@ register(aten.mv.default, recompute=False)(contract("mk,k->m"))
 register(aten.addmm.default, recompute=False)(contract("mk,kn->mn", bias=True))
 register(aten.baddbmm.default, recompute=False)(contract("bmk,bkn->bmn", bias=True))
 register(aten.addmv.default, recompute=False)(contract("mk,k->m", bias=True))
+
+register_fold(aten.mm.default)(contract_tokens("mk,kn->mn"))
+register_fold(aten.bmm.default)(contract_tokens("bmk,bkn->bmn"))
+register_fold(aten.mv.default)(contract_tokens("mk,k->m"))

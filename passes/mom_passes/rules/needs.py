@@ -1,25 +1,34 @@
-"""What rows of an operator's result need of its operands.
+"""The vocabulary of chunk rules: what rows of a call need, what they return, and what they hand to the next rows.
 
 Terms
 -----
-dim     A dimension that carries tokens, `Dim(index, outer, inner)`. Mostly just an index.
-        A `view` may merge it with its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens
-        in dimension 0 with `outer=B`; `[S, K] -> [S*K]` leaves them with `inner=K`.
-need    Of one operand: all of it, the same rows along one of its dims, or these and a bounded number before them.
-state   What a scan needs beside its operands: what it gave for the row before.
-window  Where the rows that are computed stand in the sequence, and where each operand begins.
+dim      The dimension that carries tokens, `Dim(index, outer, inner)`. Mostly just an index. A `view` may merge it with
+         its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens in dimension 0 with `outer=B`; `[S, K] -> [S*K]`
+         leaves them with `inner=K`.
+need     Of one operand: all of it, or its rows along one of its dims, with a number of rows before them.
+output   Of one result: rows, a part of a fold over all rows, or the final value of a carry.
+carry    What one mini-sequence hands to the next. Rows with a carry are computed in order.
+window   Where the computed rows are in the sequence, and where each operand begins.
 
-    attention    query Rows(2), key All(), value All()
-    short conv   input Past(1, 3), weight All()             a causal convolution over four tokens
-    cumsum       input Rows(1), with a State                the sum so far
+    attention               query Rows(2), key All(), value All()           -> Rows
+    causal convolution      input Rows(2, before=3), weight All()           -> Rows
+    sum over tokens         input Rows(1)                                   -> Fold(add, 0)
+    cumsum                  input Rows(1)                                   -> Rows, Carry(0, Last(1), join=add)
+    linear recurrence       input Rows(1), state All()                      -> Rows, Final(0), Carry(0, 1, "state")
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import fx
+
 from mom_passes.graph.sizes import Size, is_one, same
+
+Number = int | float | bool
 
 
 @dataclass(frozen=True)
@@ -62,55 +71,83 @@ class All:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an operand along `dim` that are computed of the result."""
+    """The computed rows along `dim` and, of an operand, `before` rows ahead of them.
 
-    dim: Dim
-
-    def __str__(self) -> str:
-        return f"rows of {self.dim}"
-
-
-@dataclass(frozen=True)
-class Past:
-    """The rows that are computed and at most `rows` rows before them: fewer where the sequence begins.
-
-    `dim` is plain: rows before others in a folded dimension are no range.
+    Ahead of the first row of the sequence there are none: an operator gets zeros there, and `Window.first` is negative.
+    With `before`, the dim is plain: rows ahead of others in a folded dimension are no range.
     """
 
     dim: Dim
-    rows: int
+    before: int = 0
 
     def __str__(self) -> str:
-        return f"rows of {self.dim} and {self.rows} before"
+        return f"rows of {self.dim}" + (f" and {self.before} before them" if self.before else "")
 
 
-Need = All | Rows | Past
+Need = All | Rows
 
 
-def fault_of(need: Need) -> str | None:
-    """What is wrong with a need, whatever operator has it, or None."""
-    if isinstance(need, Past) and not (need.dim.plain and need.rows > 0):
-        return "a past is of at least one row, along a dimension that holds tokens alone"
+def find_fault(need: Need) -> str | None:
+    """Return what is wrong with a need, whatever the operator, or None."""
+    if isinstance(need, Rows) and need.before and not (need.dim.plain and need.before > 0):
+        return "rows before others are at least one, along a dimension that holds tokens alone"
     return None
 
 
 def dim_of(need: Need) -> Dim | None:
-    """The dim along which a need is for rows; None where it is for all."""
+    """Return the dim of a need for rows; None for all of an operand."""
     return None if isinstance(need, All) else need.dim
 
 
 @dataclass(frozen=True)
-class State:
-    """What a scan hands from each mini-sequence to the next: its result for the last row; `fill` before the first.
+class Fold:
+    """A result without rows: `combine(total, part)` adds the result for some rows to the total of the rows before them.
 
-    `combine(scan of own rows, state)` is what the scan of all rows gives for these.
+    combine    an operator of two tensors
+    identity   the total of no rows
+    dtype      the total's dtype, if it is not the result's: half precision is summed in float32 and rounded once
+    finish     emits, after a node with the total of all rows, the nodes that make the result of it (a mean divides)
     """
 
-    fill: int | float
     combine: Any
+    identity: Number
+    dtype: torch.dtype | None = None
+    finish: Callable[[fx.Node], fx.Node] | None = None
 
-    def __str__(self) -> str:
-        return "its last row"
+
+@dataclass(frozen=True)
+class Final:
+    """A result without rows: the value of carry number `carry` after the last row."""
+
+    carry: int
+
+
+Output = Rows | Fold | Final | None
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last `count` rows of result 0."""
+
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a call hands to the call for the next rows.
+
+    init      the value before the first row: a tensor filled with this number, or what the graph passes as `operand`
+    next      which result of the call is the value for the next rows: an output's number, or its last rows
+    operand   the argument that receives the value
+    join      without an operand: `join(value, result)` takes the place of result 0
+    dtype     the value's dtype, if it is not that of the result
+    """
+
+    init: Number
+    next: int | Last
+    operand: str | None = None
+    join: Any = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +155,9 @@ class Window:
     """Where a body stands in the sequence: values that an operator's arguments may be built from.
 
     `start` is the index of the first row that is computed and `count` the number of them. `first` says for each tensor
-    operand at which row of the sequence it begins: 0 for all of it, `start` for rows, and up to `rows` less with a
-    past. All are graph nodes (SymInts) inside a body, plain integers in a test.
+    operand at which row of the sequence it begins: 0 for all of it, `start` for rows, and `before` less for rows with
+    others before them, which is negative for the first rows. All are graph nodes (SymInts) inside a body, plain
+    integers in a test.
     """
 
     start: Any

@@ -74,4 +74,4 @@ def quantised(node: fx.Node, dim: Dim) -> Claim:
         raise CannotChunk(node, dim, "looks for outliers in all rows")
     if len(output_shape(node)) != 2 or checked(node, dim).index != 0:
         raise CannotChunk(node, dim, "has one scale for all of it")
-    return claim(node, {"A": Rows(dim)}, tuple(None if one is None else dim for one in outputs_of(node)))
+    return claim(node, {"A": Rows(dim)}, tuple(None if one is None else Rows(dim) for one in outputs_of(node)))

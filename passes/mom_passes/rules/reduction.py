@@ -22,7 +22,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
 from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
-from mom_passes.rules.needs import All, Dim, Rows, State
+from mom_passes.rules.needs import All, Carry, Dim, Last, Rows
 from mom_passes.rules.registry import Claim, register
 
 REDUCTIONS = """
@@ -34,10 +34,10 @@ REDUCTIONS = """
 HALF = (torch.float16, torch.bfloat16)
 
 SOFTMAXES = "_log_softmax _softmax log_softmax.int softmax.int"
-#: Scan -> what joins it with what was there before, and what that is before the first row.
-STATES: dict[Any, State] = {
-    aten.cumsum.default: State(0, aten.add.Tensor),
-    aten.cumprod.default: State(1, aten.mul.Tensor),
+#: Scan -> its value before the first row, and the operator that adds the value of the rows before to a row's.
+SCANS: dict[Any, Carry] = {
+    aten.cumsum.default: Carry(0, Last(), join=aten.add.Tensor),
+    aten.cumprod.default: Carry(1, Last(), join=aten.mul.Tensor),
 }
 
 
@@ -61,7 +61,7 @@ def softmax(node: fx.Node) -> list[Origin]:
     return _along(node, "normalises over it")
 
 
-@register(*STATES, recompute=False)
+@register(*SCANS, recompute=False)
 def scan(node: fx.Node, dim: Dim) -> Claim:
     along = axis(argument(node, "dim"), len(shape_of(operands(node)[0])))
     if checked(node, dim).index != along:
@@ -69,8 +69,8 @@ def scan(node: fx.Node, dim: Dim) -> Claim:
     if not dim.plain:
         raise CannotChunk(node, dim, "accumulates along a dimension that holds more than tokens")
     if value_of(node).dtype in HALF:
-        raise CannotChunk(node, dim, "what is accumulated would be rounded for every mini-sequence")
-    return Claim((Rows(dim),), state=STATES[node.target])
+        raise CannotChunk(node, dim, "the accumulated value would be rounded for every mini-sequence")
+    return Claim((Rows(dim),), carries=(SCANS[node.target],))
 
 
 @follows(*overloads(aten, "cummax cummin logcumsumexp"), recompute=False)
@@ -95,5 +95,5 @@ def norm(node: fx.Node, dim: Dim) -> Claim:
     count = len(shape_of(operand)) - len(argument(node, "normalized_shape"))
     if checked(node, dim).index >= count:
         raise CannotChunk(node, dim, "normalises over it")
-    outputs = (dim,) * len(meta_value(node))
+    outputs = (Rows(dim),) * len(meta_value(node))
     return claim(node, {"input": Rows(dim), "weight": All(), "bias": All()}, outputs)

@@ -23,7 +23,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -31,28 +31,46 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
+from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
-from mom_passes.rules.needs import Dim, Need, State, Window, fault_of
+from mom_passes.rules.needs import Carry, Dim, Final, Fold, Need, Output, Rows, Window, find_fault
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A rule's answer. `needs` follows `operands(node)`, duplicates included."""
+    """A rule's answer. `needs` follows `operands(node)`, duplicates included; `outputs` the results of the call."""
 
     needs: tuple[Need, ...]
-    #: For an operator with several outputs: the dim of each (None: that output carries no rows and must not be used).
-    outputs: tuple[Dim | None, ...] | None = None
+    #: None: every result has rows along the dim that the rule was asked about. An output that is None must not be read.
+    outputs: tuple[Output, ...] | None = None
     edit: Edit | None = None
     #: Another operator to call in the body, e.g. one that takes a row offset.
     target: Any = None
-    #: What is handed from rows to those behind them, so that they are computed in order.
-    state: State | None = None
+    #: Values that rows hand to the next rows, so that they are computed in order.
+    carries: tuple[Carry, ...] = ()
+
+    @property
+    def handed_on(self) -> tuple[Carry, ...]:
+        """The carries, and one for the total of each fold."""
+        folds = [(i, one) for i, one in enumerate(self.outputs or ()) if isinstance(one, Fold)]
+        return self.carries + tuple(Carry(f.identity, i, join=f.combine, dtype=f.dtype) for i, f in folds)
+
+    def carry_of(self, output: int) -> int | None:
+        """The number, in `handed_on`, of the carry whose final value is an output; None for rows."""
+        found = (self.outputs or ())[output : output + 1]
+        if found and isinstance(found[0], Final):
+            return found[0].carry
+        if found and isinstance(found[0], Fold):
+            return len(self.carries) + sum(isinstance(one, Fold) for one in (self.outputs or ())[:output])
+        return None
 
 
 Rule = Callable[[fx.Node, Dim], Claim]
+#: The same for results without rows: asked with the token dim of each operand, None for one that carries no tokens.
+FoldRule = Callable[[fx.Node, tuple[Dim | None, ...]], Claim]
 #: Guesses for the token dim of the output, given those of the operands (None: it carries none). Only `view` needs its
 #: own.
 Candidates = Callable[[fx.Node, tuple[Dim | None, ...]], list[Dim]]
@@ -84,6 +102,7 @@ class OperatorFacts:
     """What is known of one operator.
 
     rule             what rows of its result need, or None
+    fold             what a result without rows needs of rows of its operands, or None
     recompute        cheap enough to run again in another loop instead of keeping its result at full length (pointwise
                      work, norms, rope, masks; never a matmul, an attention, a sort)
     candidates       where its result may carry tokens, if not where the sizes say so
@@ -95,6 +114,7 @@ class OperatorFacts:
     """
 
     rule: Rule | None = None
+    fold: FoldRule | None = None
     recompute: bool = True
     candidates: Candidates | None = None
     alias: Alias = Alias.NONE
@@ -104,24 +124,40 @@ class OperatorFacts:
     scratch: Scratch | None = None
 
     def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
-        """The rule's claim, checked; `in_order` takes one that has a state.
+        """The rule's claim, checked; `in_order` takes one that has carries.
 
         Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
         """
         if self.rule is None:
             raise CannotChunk(node, dim, NO_RULE)
-        try:
-            claim = self.rule(node, dim)
-        except (CannotChunk, RuleError):
-            raise
-        except Exception as error:
-            raise RuleError(node, dim, f"raised {type(error).__name__}: {error}") from error
-        fault = _fault(claim, len(operands(node)))
-        if fault is not None:
-            raise RuleError(node, dim, fault)
-        if claim.state is not None and not in_order:
+        claim = _asked(self.rule, node, dim, dim)
+        if claim.carries and not in_order:
             raise CannotChunk(node, dim, "accumulates along it")
         return claim
+
+    def fold_claim(self, node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
+        """The claim of the fold rule for operands with these token dims, checked. Raises as `claim` does."""
+        first = next((dim for dim in dims if dim is not None), Dim(0))
+        if self.fold is None:
+            raise CannotChunk(node, first, "no rule computes its result from parts of its operands")
+        claim = _asked(self.fold, node, dims, first)
+        if any(isinstance(output, Rows) for output in claim.outputs or (Rows(first),)):
+            raise RuleError(node, first, "has rows in a result of a fold; return Fold or Final for each output")
+        return claim
+
+
+def _asked(rule: Callable[[fx.Node, Any], Claim], node: fx.Node, asked: Any, dim: Dim) -> Claim:
+    """A rule's answer, checked."""
+    try:
+        claim = rule(node, asked)
+    except (CannotChunk, RuleError):
+        raise
+    except Exception as error:
+        raise RuleError(node, dim, f"raised {type(error).__name__}: {error}") from error
+    fault = _fault(claim, node)
+    if fault is not None:
+        raise RuleError(node, dim, fault)
+    return claim
 
 
 class Described:
@@ -133,17 +169,39 @@ class Described:
 NO_RULE = "no chunk rule is registered for this operator"
 
 
-def _fault(claim: Any, operand_count: int) -> str | None:
+def _fault(claim: Any, node: fx.Node) -> str | None:
     """What is wrong with a rule's answer, or None."""
     if not isinstance(claim, Claim):
         return f"returned {claim!r}; return a Claim, or raise CannotChunk"
-    needs = claim.needs
+    needs, count = claim.needs, len(operands(node))
     if not isinstance(needs, tuple) or not all(isinstance(need, Need) for need in needs):
-        return f"needs {needs!r}; a tuple of Rows(dim), Past(dim, rows) and All() is wanted, one per tensor operand"
-    if len(needs) != operand_count:
-        return f"has {len(needs)} needs for {operand_count} tensor operands"
-    wrong = next(filter(None, map(fault_of, needs)), None)
-    return None if wrong is None else f"needs {needs!r}; {wrong}"
+        return f"needs {needs!r}; expected a tuple of Rows(dim, before) and All(), one per tensor operand"
+    if len(needs) != count:
+        return f"has {len(needs)} needs for {count} tensor operands"
+    wrong = next(filter(None, map(find_fault, needs)), None)
+    if wrong is not None:
+        return f"needs {needs!r}; {wrong}"
+    return _fault_of_outputs(claim) or next(filter(None, (_fault_of_carry(one, node) for one in claim.carries)), None)
+
+
+def _fault_of_outputs(claim: Claim) -> str | None:
+    outputs = claim.outputs if claim.outputs is not None else ()
+    if not isinstance(outputs, tuple) or not all(one is None or isinstance(one, Output) for one in outputs):
+        return f"returns {outputs!r}; expected a tuple of Rows(dim), Fold, Final(carry) and None, one per output"
+    finals = [one.carry for one in outputs if isinstance(one, Final)]
+    if any(not 0 <= number < len(claim.carries) for number in finals):
+        return f"returns {outputs!r}, but has {len(claim.carries)} carries"
+    return None
+
+
+def _fault_of_carry(carry: Any, node: fx.Node) -> str | None:
+    if not isinstance(carry, Carry):
+        return f"carries {carry!r}; expected Carry(init, next, ...)"
+    if (carry.operand is None) == (carry.join is None):
+        return f"carries {carry!r}; name either the operand that receives it or the operator that joins it"
+    if carry.operand is not None and carry.operand not in arguments_of(node.target):
+        return f"carries {carry!r}; {node.target} has no argument {carry.operand}"
+    return None
 
 
 _FACTS: dict[Any, OperatorFacts] = {}
@@ -184,8 +242,30 @@ def register(
         _check_rule(rule)
         for target in targets:
             _FACTS[_key(target)] = OperatorFacts(
-                rule, recompute, candidates, alias, work, size_arguments, scratch=scratch
+                rule, None, recompute, candidates, alias, work, size_arguments, scratch=scratch
             )
+        return rule
+
+    return decorate
+
+
+def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
+    """Decorator: the rule of one or more operator overloads for results without rows: reductions over the tokens,
+    products that contract them, final states. Other facts of an operator stay. Public, for custom operators::
+
+        @register_fold(torch.ops.mylib.total.default)
+        def total(node, dims):                      # the token dim of each operand, or None
+            if dims[0] is None or dims[0].index != 0:
+                raise CannotChunk(node, Dim(0), "only a total over rows can be folded")
+            return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
+    """
+    for target in targets:
+        _check_target(target)
+
+    def decorate(rule: FoldRule) -> FoldRule:
+        _check_rule(rule)
+        for target in targets:
+            _FACTS[_key(target)] = replace(_FACTS.get(_key(target), _UNKNOWN), fold=rule)
         return rule
 
     return decorate
@@ -238,11 +318,8 @@ def registered() -> dict[Any, OperatorFacts]:
 
 def foreign_rules() -> list[Any]:
     """Operators of which something is known from elsewhere than this package."""
-    return [
-        target
-        for target, facts in _FACTS.items()
-        if any(not _is_own(given) for given in (facts.rule, facts.candidates, facts.work) if given is not None)
-    ]
+    functions = {target: (known.rule, known.fold, known.candidates, known.work) for target, known in _FACTS.items()}
+    return [target for target, given in functions.items() if not all(one is None or _is_own(one) for one in given)]
 
 
 def has_own_rule(target: Any) -> bool:
@@ -285,3 +362,10 @@ def claim_for(node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
     if touches_unknown_numbers(node):
         raise CannotChunk(node, dim, "a size, or a number that it takes, depends on data")
     return facts(node).claim(node, dim, in_order=in_order)
+
+
+def fold_for(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
+    """The claim of the node's fold rule for operands with these token dims. Raises `CannotChunk`."""
+    if touches_unknown_numbers(node):
+        raise CannotChunk(node, Dim(0), "a size, or a number that it takes, depends on data")
+    return facts(node).fold_claim(node, dims)

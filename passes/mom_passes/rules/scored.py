@@ -42,4 +42,4 @@ def _type(operand: fx.Node) -> torch.Tensor:
 def scored(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == len(output_shape(node)) - 1:
         raise CannotChunk(node, dim, "it is of all columns")
-    return claim(node, {"hidden": Rows(dim), "targets": Rows(dim)}, (dim,) * len(outputs_of(node)))
+    return claim(node, {"hidden": Rows(dim), "targets": Rows(dim)}, (Rows(dim),) * len(outputs_of(node)))

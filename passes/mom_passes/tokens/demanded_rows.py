@@ -38,7 +38,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import is_tensor, operands, value_of
-from mom_passes.rules import All, Dim, Need, Rows, Window, claim_for, facts
+from mom_passes.rules import Dim, Need, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.views import is_cut
@@ -58,6 +58,15 @@ class Span:
     @property
     def end(self) -> sympy.Expr:
         return sympy.expand(self.start + self.count)
+
+    def reaches(self, before: int) -> bool:
+        """Whether the sequence certainly has so many rows ahead of the span."""
+        first = sympy.expand(self.start - before)
+        return before == 0 or bool(first.is_Integer and first >= 0)
+
+    def read(self, need: Rows) -> Span:
+        """The rows of an operand that these rows need."""
+        return self if not need.before else Span(sympy.expand(self.start - need.before), self.count + need.before)
 
     def is_apart_from(self, other: Span) -> bool:
         """Whether two spans are known to have no row in common."""
@@ -128,8 +137,8 @@ class Needs:
         if span is None or node.target is operator.getitem:
             return span
         claim = claim_for(node, self.dims.carriers[node].dim, in_order=True)
-        own = claim.state is None and all(isinstance(need, All | Rows) for need in claim.needs)
-        return span if own else None
+        rows = [need for need in claim.needs if isinstance(need, Rows)]
+        return span if not claim.carries and all(span.reaches(need.before) for need in rows) else None
 
     def add(self, node: fx.Node, span: Span | None) -> None:
         known = self.spans.get(node, span)
@@ -170,12 +179,13 @@ def _demands_of(reader: fx.Node, needs: Needs) -> list[tuple[fx.Node, Span | Non
         return [(n, EVERY_ROW) for n in inputs]
     claim = claim_for(reader, needs.dims.carriers[reader].dim)
     pairs = zip(operands(reader), claim.needs, strict=True)
-    return [(n, span if _along_its_own(n, need, needs.dims) else EVERY_ROW) for n, need in pairs]
+    return [(n, _read(span, n, need, needs.dims)) for n, need in pairs]
 
 
-def _along_its_own(node: fx.Node, need: Need, dims: TokenDims) -> bool:
-    """Whether a need is for rows along the dim that a value carries tokens along, if it does."""
-    return isinstance(need, Rows) and (node not in dims.carriers or dims.carriers[node].dim == need.dim)
+def _read(span: Span, node: fx.Node, need: Need, dims: TokenDims) -> Span | None:
+    """The rows of an operand that a span of the result needs, where these are along the operand's own token dim."""
+    own = isinstance(need, Rows) and (node not in dims.carriers or dims.carriers[node].dim == need.dim)
+    return span.read(need) if isinstance(need, Rows) and own else EVERY_ROW
 
 
 def demanded_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
@@ -218,16 +228,20 @@ class _Narrower(InPart[Piece]):
             return self._slice(self._whole(node), dim, span, None)
         claim = claim_for(node, dim)
         values = [
-            self.rows((n, need.dim, span)) if isinstance(need, Rows) else self._whole(n)
+            self.rows((n, need.dim, span.read(need))) if isinstance(need, Rows) else self._whole(n)
             for n, need in zip(operands(node), claim.needs, strict=True)
         ]
         start, count = size_node(self.graph, span.start), size_node(self.graph, span.count)
-        first = tuple(start if isinstance(need, Rows) else 0 for need in claim.needs)
-        at = Window(start, count, first)
+        at = Window(start, count, tuple(self._first_row(span, need, start) for need in claim.needs))
         target, args, kwargs = call_on_rows(node, claim, at, values, self._whole)
         new = self.graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_rows")
         new.meta = {**node.meta, "val": fake_value(new)}
         return new
+
+    def _first_row(self, span: Span, need: Need, start: Any) -> Any:
+        if not isinstance(need, Rows):
+            return 0
+        return size_node(self.graph, span.read(need).start) if need.before else start
 
     def _slice(self, value: fx.Node, dim: Dim, span: Span, length: Size | None) -> fx.Node:
         """Rows of a value. Tokens folded with other dimensions are unfolded first."""
@@ -270,7 +284,7 @@ def _borders(gm: fx.GraphModule, needs: Needs) -> list[Piece]:
         claim = claim_for(node, needs.dims.carriers[node].dim)
         for operand, need in zip(operands(node), claim.needs, strict=True):
             if isinstance(need, Rows) and needs.narrowed(operand) is None:
-                found[(operand, need.dim, span)] = None
+                found[(operand, need.dim, span.read(need))] = None
     return list(found)
 
 
@@ -285,7 +299,10 @@ def _made_again_from(piece: Piece, needs: Needs) -> list[Piece] | None:
         claim = claim_for(node, dim)
     except CannotChunk:
         return None
-    return [(n, need.dim, span) for n, need in zip(operands(node), claim.needs, strict=True) if isinstance(need, Rows)]
+    pairs = [(n, need) for n, need in zip(operands(node), claim.needs, strict=True) if isinstance(need, Rows)]
+    if not all(span.reaches(need.before) for _, need in pairs):
+        return None
+    return [(n, need.dim, span.read(need)) for n, need in pairs]
 
 
 def _cost(piece: Piece, order: int) -> int | None:

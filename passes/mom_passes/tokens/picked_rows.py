@@ -99,7 +99,7 @@ def read_by(piece: Piece) -> list[Piece | None]:
 
 def _check_runs_anywhere(piece: Piece, claim: Claim) -> None:
     node = piece.node
-    if not all(isinstance(need, All | Rows) for need in claim.needs):
+    if any(isinstance(need, Rows) and need.before for need in claim.needs):
         raise CannotChunk(node, piece.dim, "needs rows before its own")
     if node.target is MOM_ATTENTION:
         may_be_masked(node, piece.dim, piece.batch, piece.picks)

@@ -80,9 +80,11 @@ class Sweep:
             self.options[node] = found
         needed = list(zip(inputs, claim.needs, strict=True))
         # A scan of what is as cheap as an input (padding, say) is so, too.
-        heavy = not facts(node).recompute and claim.state is None
+        heavy = not facts(node).recompute and not claim.carries
         if heavy or any(n in self.worked for n in inputs):
             self.worked.add(node)
+            # Rows that need rows before them, or what these hand on, are tokens: entries of a batch are independent.
+            self.barriers += bool(claim.carries) or any(need.before for need in claim.needs if isinstance(need, Rows))
         # A product whose rows are those of a weight says nothing: that is how features look.
         if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
             self.work += matmul_work(node)
@@ -106,9 +108,9 @@ class Sweep:
             return
         found: list[Option] = []
         for dim, length in self._dims(source):
-            outputs = claim_for(source, dim).outputs
-            own = outputs[index] if outputs is not None else dim
-            found += [] if own is None else [(own, Claim((Rows(dim),)), length)]
+            outputs = claim_for(source, dim, in_order=True).outputs
+            own = outputs[index] if outputs is not None else Rows(dim)
+            found += [(own.dim, Claim((Rows(dim),)), length)] if isinstance(own, Rows) else []
         if found:
             self.carriers[node] = Carrier(found[0][0], found[0][2])
             self.rowwise.add(node)

@@ -1,4 +1,4 @@
-"""Rows before those that are computed: handed from mini-sequence to mini-sequence, never kept at full length."""
+"""Rows ahead of the computed ones: each mini-sequence hands them to the next, and they never exist at full length."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import fx
 from mom_passes.graph.arguments import replace
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
-from mom_passes.rules import All, Claim, Dim, Past, Window, register, registered
+from mom_passes.rules import All, Claim, Dim, Rows, register, registered
 from mom_passes.rules.factories import checked
 from mom_passes.rules.registry import _FACTS, CannotChunk
+from mom_passes.rules.work import products
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import check_every_length, rewrite, trace
@@ -27,18 +28,16 @@ BEFORE = 3
 
 
 @torch.library.custom_op("mom_tests::short_conv", mutates_args=())
-def short_conv(x: torch.Tensor, weight: torch.Tensor, start: int, first: int) -> torch.Tensor:
-    """A causal convolution over four tokens, `[B, S, H]`, for rows from `start` on. Row 0 of `x` is row `first` of the
-    sequence; rows before the sequence are not there, whatever they hold."""
-    x = x[:, max(0, -first) :]
-    padded = F.pad(x, (0, 0, BEFORE, 0))
-    summed = sum(padded[:, i : i + x.shape[1]] * weight[i] for i in range(BEFORE + 1))
-    return summed[:, start - max(first, 0) :].clone()  # type: ignore[index]
+def short_conv(x: torch.Tensor, weight: torch.Tensor, given: int) -> torch.Tensor:
+    """A causal convolution over four tokens, `[B, S, H]`. The first `given` rows of `x` are only read."""
+    padded = F.pad(x, (0, 0, BEFORE - given, 0))
+    rows = padded.shape[1] - BEFORE
+    return sum(padded[:, i : i + rows] * weight[i] for i in range(BEFORE + 1)).clone()  # type: ignore[union-attr]
 
 
 @short_conv.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, start: int, first: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] - (start - first), x.shape[2])
+def _(x: torch.Tensor, weight: torch.Tensor, given: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] - given, x.shape[2])
 
 
 OP = torch.ops.mom_tests.short_conv.default
@@ -53,10 +52,10 @@ def rule() -> Iterator[None]:
         if checked(node, dim).index != 1 or not dim.plain:
             raise CannotChunk(node, dim, "only along the tokens")
 
-        def edit(args: Any, kwargs: Any, window: Window) -> Any:
-            return replace(node.target, args, kwargs, start=window.start, first=window.first[0])
+        def edit(args: Any, kwargs: Any, window: Any) -> Any:
+            return replace(node.target, args, kwargs, given=BEFORE)
 
-        return Claim((Past(dim, BEFORE), All()), edit=edit)
+        return Claim((Rows(dim, before=BEFORE), All()), edit=edit)
 
     yield
     del _FACTS[OP]
@@ -64,7 +63,7 @@ def rule() -> Iterator[None]:
 
 
 def conv(x: torch.Tensor, w: Weights) -> torch.Tensor:
-    return x + short_conv(x, w.square[: BEFORE + 1], 0, 0)
+    return x + short_conv(x, w.square[: BEFORE + 1], 0)
 
 
 def program(names: list[str]) -> Any:
@@ -85,7 +84,7 @@ def program(names: list[str]) -> Any:
     st.booleans(),
 )
 def test_any_program_keeps_its_meaning(names: list[str], tokens: int, mini: int, dynamic: bool) -> None:
-    """Mini-sequences shorter than the past, and lengths that they do not divide, are among them."""
+    """Mini-sequences shorter than the rows ahead, and lengths that they do not divide, are among them."""
     weights = weights_of(torch.float64)
     x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
     gm = trace(program(["mlp", *names, "conv", "mlp"]), x, *weights, dynamic=dynamic)
@@ -98,7 +97,7 @@ def test_any_program_keeps_its_meaning(names: list[str], tokens: int, mini: int,
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-def test_a_bounded_past_is_no_barrier() -> None:
+def test_rows_ahead_are_no_barrier() -> None:
     """Four convolutions are one loop, which stores nothing but what is returned."""
     weights = weights_of(torch.float64)
     gm = trace(program(["mlp", "conv"] * 4), torch.randn(2, 17, HIDDEN, dtype=torch.float64), *weights)
@@ -106,11 +105,11 @@ def test_a_bounded_past_is_no_barrier() -> None:
     assert len(report.stages) == 1
     ((_, module),) = loop_nodes(rewritten)
     assert len(module.loop.stored) == 1
-    assert len(module.loop.carries) == 5  # a past for each convolution, and the maximum
+    assert len(module.loop.carries) == 5  # rows ahead for each convolution, and the maximum
 
 
-def test_a_past_of_an_input() -> None:
-    """What is there at full length is handed over row by row all the same."""
+def test_rows_ahead_of_an_input() -> None:
+    """An input exists at full length. Its rows are handed on all the same."""
     weights = weights_of(torch.float64)
     x = torch.randn(2, 17, HIDDEN, dtype=torch.float64)
     gm = trace(program(["conv", "mlp"]), x, *weights)
@@ -121,18 +120,27 @@ def test_a_past_of_an_input() -> None:
     torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
 
 
-def test_what_reads_rows_before_its_own_is_not_narrowed() -> None:
-    """Of the last layer a single row is needed; a convolution in it needs more than that one of its operand."""
+def multiply_adds(gm: fx.GraphModule) -> int:
+    """Of the products that run at full length or in loops, at the captured sizes."""
+    loops = sum(module.loop.work for _, module in loop_nodes(gm))
+    return loops + sum(products(gm.graph).values())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_the_last_row_needs_few_rows_before_it(dynamic: bool) -> None:
+    """The last layer runs on the rows that the last convolution reads. Where a length is a symbol, it runs on all: the
+    sequence may be shorter than the convolution."""
     weights = weights_of(torch.float64)
 
     def last_row(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
-        return (program(["mlp", "causal", "conv", "mlp"])(x, *parameters)[0][:, -1:],)
+        return (program(["mlp", "causal", "mlp", "conv", "mlp"])(x, *parameters)[0][:, -1:],)
 
-    x = torch.randn(2, 17, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gm = trace(last_row, x, *weights)
+    x = torch.randn(2, 33, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gm = trace(last_row, x, *weights, dynamic=dynamic)
     rewritten, _ = rewrite(gm, 4, parameter_names(gm))
     assert rewritten(x, *weights)[0].shape == (2, 1, HIDDEN)
     torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+    assert (multiply_adds(rewritten) < 0.7 * multiply_adds(gm)) == (not dynamic)
 
 
 def test_compiled_for_every_length() -> None:

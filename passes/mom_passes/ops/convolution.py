@@ -1,0 +1,60 @@
+"""`mom::causal_conv1d`, a convolution over the rows up to each row, and `mom::last_rows`, the state that it leaves.
+
+Both have a reference in plain PyTorch, which a compiler lowers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mom_passes.ops.library import define, implement
+
+CAUSAL_CONV1D = define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1, int groups=1) -> Tensor"
+)
+"""A convolution of `x` `[B, C, S]` with `weight` `[O, C / groups, K]` and `bias` `[O]`: `[B, O, S]`.
+
+Row `t` of the result reads rows `t - (K - 1) * dilation .. t`. Ahead of the first row there are zeros.
+"""
+
+LAST_ROWS = define("last_rows(Tensor before, Tensor rows, int dim) -> Tensor")
+"""The last rows of `before` and then `rows` along `dim`, as many as `before` has, and in its dtype and shape."""
+
+
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, groups: int = 1
+) -> torch.Tensor:
+    padded = torch.ops.aten.constant_pad_nd(x, [rows_ahead(weight, dilation), 0])
+    rows: torch.Tensor = torch.ops.aten.convolution(padded, weight, bias, [1], [0], [dilation], False, [0], groups)
+    return rows.contiguous()
+
+
+def last_rows(before: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    joined = torch.cat([before, rows], dim)
+    last = joined.narrow(dim, joined.shape[dim] - before.shape[dim], before.shape[dim])
+    return last.clone(memory_format=torch.contiguous_format)
+
+
+def rows_ahead(weight: torch.Tensor, dilation: int) -> int:
+    """How many rows ahead of its own a row of a causal convolution reads."""
+    return (weight.shape[-1] - 1) * dilation
+
+
+def _causal_conv1d_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, groups: int = 1
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], x.shape[2])
+
+
+def _last_rows_fake(before: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    return before.new_empty(before.shape)
+
+
+implement(CAUSAL_CONV1D, causal_conv1d, _causal_conv1d_fake)
+implement(LAST_ROWS, last_rows, _last_rows_fake)
+
+#: Operator -> a function of other operators that computes it, for a compiler that has no lowering of it.
+DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {CAUSAL_CONV1D: causal_conv1d, LAST_ROWS: last_rows}

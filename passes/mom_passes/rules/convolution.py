@@ -1,0 +1,61 @@
+"""Chunk rules of `mom::causal_conv1d`, which reads rows ahead of its own, and of `mom::last_rows`, a state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, axis, given
+from mom_passes.graph.sizes import count_hint, expr, hint, product
+from mom_passes.graph.values import value_of
+from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
+from mom_passes.rules.calls import claim
+from mom_passes.rules.factories import checked
+from mom_passes.rules.needs import All, Carry, Dim, Final, Rows, Window
+from mom_passes.rules.registry import Claim, register, register_fold
+
+#: The dimensions of an operand `[B, C, S]`.
+BATCH, CHANNELS, TOKENS = range(3)
+
+
+def convolution_work(node: fx.Node) -> int:
+    """Multiply-adds: each element of the result over the channels of its group and the kernel."""
+    return count_hint(value_of(node).shape) * count_hint(value_of(argument(node, "weight")).shape[1:])
+
+
+def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
+    """The operand with zeros ahead of it, which is held beside the result."""
+    x, weight = (value_of(argument(node, name)) for name in ("x", "weight"))
+    rows = expr(x.shape[TOKENS]) + rows_ahead(weight, argument(node, "dilation"))
+    return product(x.shape[:TOKENS]) * rows * hint(x.element_size())
+
+
+@register(CAUSAL_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
+def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
+    if checked(node, dim).index == CHANNELS:
+        raise CannotChunk(node, dim, "a channel of the result reads several of the operand")
+    if dim.index == BATCH:
+        return claim(node, {"x": Rows(dim)})
+    ahead = rows_ahead(value_of(argument(node, "weight")), argument(node, "dilation"))
+    if not dim.plain and ahead:
+        raise CannotChunk(node, dim, "reads rows ahead in a dimension that holds more than tokens")
+
+    def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, weight, bias, dilation, groups = (
+            given(node.target, args, kwargs, name) for name in ("x", "weight", "bias", "dilation", "groups")
+        )
+        return (x, weight, bias, [1], [0], [dilation], False, [0], groups), {}
+
+    return claim(node, {"x": Rows(dim, ahead)}, edit=edit, target=aten.convolution.default)
+
+
+@register_fold(LAST_ROWS)
+def last_rows(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
+    before, rows = dims
+    along = axis(argument(node, "dim"), value_of(node).dim())
+    if before is not None or rows is None or rows != Dim(along):
+        raise CannotChunk(node, rows or before or Dim(along), "only rows along its own dimension follow one another")
+    return Claim((All(), Rows(rows)), (Final(0),), carries=(Carry(0, 0, operand="before"),))

@@ -1,0 +1,102 @@
+"""Causal convolutions as one operator each, whichever way a model pads them, and the states that a cache keeps of them.
+
+Before:  y = convolution(x, w, padding=K-1)[..., :S]        y = convolution(pad(x, (K-1, 0)), w)
+After:   y = causal_conv1d(x, w)
+
+Before:  state = pad(x, (K - S, 0))                         the last K columns, zeros ahead where there are fewer
+After:   state = last_rows(zeros(B, C, K), x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from mom_passes.graph.arguments import argument, aten, axis
+from mom_passes.graph.edit import fake_value, size_node
+from mom_passes.graph.sizes import hint, same
+from mom_passes.graph.values import value_of
+from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
+
+#: A state has at most this many rows: mini-sequences hand them on.
+MOST_ROWS = 64
+
+
+def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
+    """Replace causal convolutions and the states of them, in place. Return the new calls."""
+    convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    pads = gm.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
+    new = [*map(_replace_convolution, convolutions), *map(_replace_state, pads)]
+    replaced = [node for node in new if node is not None]
+    if replaced:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return replaced
+
+
+def _replace_convolution(node: fx.Node) -> fx.Node | None:
+    """Replace a convolution whose rows read no rows after their own, whether these are never made or cut off."""
+    x, weight = argument(node, "input"), argument(node, "weight")
+    if value_of(node).dim() != 3 or argument(node, "transposed") or not _is_plain(argument(node, "stride")):
+        return None
+    (dilation,), (padding,) = argument(node, "dilation"), argument(node, "padding")
+    ahead = rows_ahead(value_of(weight), dilation)
+    if ahead == 0:
+        return None
+    if padding == 0 and _zeros_ahead(x) == ahead:
+        source, results = argument(x, "self"), [node]
+    elif padding == ahead:
+        source, results = x, list(node.users)
+        if not all(_takes_first_rows(user, value_of(x).shape[-1]) for user in results):
+            return None
+    else:
+        return None
+    with node.graph.inserting_before(node):
+        args = (source, weight, argument(node, "bias"), dilation, argument(node, "groups"))
+        return _put(results, node.graph.call_function(CAUSAL_CONV1D, args))
+
+
+def _is_plain(strides: Sequence[Any]) -> bool:
+    return all(stride == 1 for stride in strides)
+
+
+def _zeros_ahead(node: fx.Node) -> Any:
+    """How many columns of zeros a pad adds ahead of the others and nowhere else; None for another operator."""
+    if node.target is not aten.constant_pad_nd.default or argument(node, "value") != 0:
+        return None
+    ahead, *others = argument(node, "pad")
+    return ahead if all(type(amount) is int and amount == 0 for amount in others) else None
+
+
+def _takes_first_rows(user: fx.Node, length: Any) -> bool:
+    """Whether an operator cuts off what a convolution computes after the last row of its operand."""
+    if user.target is not aten.slice.Tensor or axis(argument(user, "dim"), 3) != 2 or argument(user, "step") != 1:
+        return False
+    return argument(user, "start") in (None, 0) and same(value_of(user).shape[-1], length)
+
+
+def _replace_state(node: fx.Node) -> fx.Node | None:
+    """Replace a pad that keeps the last columns of a value, a few in number, or puts zeros ahead of fewer ones."""
+    ahead, shape = _zeros_ahead(node), value_of(node).shape
+    may_crop = ahead is not None and (not isinstance(ahead, int) or ahead < 0)
+    if not may_crop or not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
+        return None
+    source = argument(node, "self")
+    if 2 * shape[-1] > hint(value_of(source).shape[-1]):
+        return None
+    with node.graph.inserting_before(node):
+        sizes = [size_node(node.graph, size, node) for size in shape]
+        options: Any = {"dtype": value_of(source).dtype, "device": value_of(source).device, "pin_memory": False}
+        zeros = node.graph.call_function(aten.full.default, (sizes, 0), options)
+        zeros.meta["val"] = fake_value(zeros)
+        return _put([node], node.graph.call_function(LAST_ROWS, (zeros, source, len(shape) - 1)))
+
+
+def _put(results: Sequence[fx.Node], new: fx.Node) -> fx.Node:
+    """Put a call in the place of values of its shape."""
+    new.meta = {**results[0].meta, "val": fake_value(new)}
+    for result in results:
+        result.replace_all_uses_with(new)
+    return new
