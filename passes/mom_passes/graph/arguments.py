@@ -43,6 +43,13 @@ def argument(node: fx.Node, name: str) -> Any:
     return given(node.target, node.args, node.kwargs, name)
 
 
+def argument_node(node: fx.Node, name: str) -> fx.Node:
+    """The node that a call passes for an argument."""
+    value = argument(node, name)
+    assert isinstance(value, fx.Node), f"{name} of {node.name} is not a node"
+    return value
+
+
 def given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """The same for a call that is not a node yet."""
     position, default = arguments_of(target)[name]

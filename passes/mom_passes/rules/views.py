@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from mom_passes.graph.values import input_node
 from mom_passes.rules.registry import Alias, facts
 
 
@@ -25,5 +26,5 @@ def relabels(node: fx.Node) -> bool:
 def seen_through_views(node: fx.Node) -> fx.Node:
     """What a node is a view of, of a view of, ...; the node itself if it is none."""
     while is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     return node
