@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from mom_compile.torch_compat import mark_stored
-from mom_passes.graph.aliasing import aliased_operand
+from mom_passes.graph.aliasing import aliased_operand, base_of
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
 from mom_passes.graph.values import is_pointwise
@@ -50,7 +50,7 @@ def store_once(graph: fx.Graph) -> list[fx.Node]:
         elif _is_pointwise(node):
             read = [given for given in node.all_input_nodes if given in dear]
             smaller = [given for given in read if _elements(given) < _elements(node)]
-            stored |= dict.fromkeys(map(_made, smaller))
+            stored |= dict.fromkeys(map(base_of, smaller))
             if len(read) > len(smaller):
                 dear.add(node)
     for node in stored:
@@ -63,13 +63,6 @@ def _is_pointwise(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
     return is_pointwise(node) or node.target is aten.cat.default or aliased_operand(node) is not None
-
-
-def _made(node: fx.Node) -> fx.Node:
-    """What a view is of, as far as it is no larger."""
-    while (source := aliased_operand(node)) is not None:
-        node = source
-    return node
 
 
 def _elements(node: fx.Node) -> int:

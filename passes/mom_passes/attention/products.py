@@ -27,7 +27,7 @@ from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, all_same, expr, is_one, product, same
-from mom_passes.graph.values import derived_from, input_node, rank_of, value_of
+from mom_passes.graph.values import derived_from, input_node, operand_chain, rank_of, value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -215,9 +215,7 @@ def _is_a_mask(node: fx.Node) -> bool:
 
 def _unexpanded(node: fx.Node) -> fx.Node:
     """The operand of a chain of copies, casts and expansions."""
-    while node.target in (*COPIES, _CAST, aten.expand.default):
-        node = input_node(node)
-    return node
+    return operand_chain(node, lambda value: value.target in (*COPIES, _CAST, aten.expand.default))[-1]
 
 
 def _is_of_heads(node: fx.Node, heads: Size) -> bool:

@@ -24,7 +24,7 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.values import input_node, operands, rank_of
+from mom_passes.graph.values import input_node, operand_chain, operands, rank_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
@@ -198,8 +198,11 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
     return None
 
 
+def source_chain(node: fx.Node) -> list[fx.Node]:
+    """A node and, through views and copies, its sources."""
+    return operand_chain(node, lambda value: facts(value).alias in _SAME_ELEMENTS)
+
+
 def source_of(node: fx.Node) -> fx.Node:
     """The source of a node through any number of views and copies."""
-    while facts(node).alias in _SAME_ELEMENTS:
-        node = input_node(node)
-    return node
+    return source_chain(node)[-1]

@@ -15,7 +15,7 @@ from mom_passes.graph.aliasing import RESHAPES
 from mom_passes.graph.arguments import argument, aten, axes, axis
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import all_same, is_one, same
-from mom_passes.graph.values import input_node, value_of
+from mom_passes.graph.values import input_node, operand_chain, value_of
 
 
 def without_repeats(graph: fx.Graph, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -85,8 +85,7 @@ def _merged(node: fx.Node, source: fx.Node, heads: int) -> _Grouped | None:
     outside = (*split[:heads], *split[heads + 2 :])
     if len(split) != len(merged) + 1 or not all_same(outside, (*merged[:heads], *merged[heads + 1 :])):
         return None
-    while source.target in COPIES:
-        source = input_node(source)
+    source = operand_chain(source, lambda value: value.target in COPIES)[-1]
     if source.target is not aten.expand.default:
         return None
     before = input_node(source)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from mom_passes.graph.values import derived_from
+from mom_passes.graph.values import derived_from, operand_chain
 from mom_passes.ops.rows import LAID_OUT
 from mom_passes.torch_compat import schema_of
 
@@ -93,7 +93,4 @@ def views_and_readers(
 
 def view_chain(node: fx.Node) -> list[fx.Node]:
     """A node, its aliased operand, the aliased operand of that, and so on to the base."""
-    chain = [node]
-    while (source := aliased_operand(chain[-1])) is not None:
-        chain.append(source)
-    return chain
+    return operand_chain(node, lambda value: aliased_operand(value) is not None)

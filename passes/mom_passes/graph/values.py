@@ -20,6 +20,14 @@ def input_node(node: fx.Node, index: int = 0) -> fx.Node:
     return argument
 
 
+def operand_chain(node: fx.Node, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """A node, its first operand, the first operand of that, and so on while `through` holds for the last."""
+    chain = [node]
+    while through(chain[-1]):
+        chain.append(input_node(chain[-1]))
+    return chain
+
+
 def returned_values(graph: fx.Graph) -> tuple[Any, ...]:
     """The nodes and constants that a graph returns, in order."""
     values = graph.output_node().args[0]

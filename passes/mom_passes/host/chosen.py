@@ -20,7 +20,7 @@ from mom_passes.graph.aliasing import views_and_readers
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import bytes_of, input_node, operands, value_of
+from mom_passes.graph.values import bytes_of, input_node, operand_chain, operands, value_of
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.rules.views import is_view
@@ -76,15 +76,13 @@ def _banks(call: fx.Node, region: Region) -> Iterator[fx.Node]:
 
 def _seen_by_expert(value: fx.Node) -> fx.Node | None:
     """The weight of which a value is a view that keeps dimension 0, the experts; else None."""
-    while value.target is not FETCH_WEIGHT:
-        keeps = value.target in (aten.transpose.int, aten.permute.default) and _keeps_the_first(value)
-        if not keeps:
-            return None
-        value = input_node(value)
-    return value
+    source = operand_chain(value, _keeps_the_first)[-1]
+    return source if source.target is FETCH_WEIGHT else None
 
 
 def _keeps_the_first(view: fx.Node) -> bool:
+    if view.target not in (aten.transpose.int, aten.permute.default):
+        return False
     rank = value_of(view).dim()
     if view.target is aten.permute.default:
         return axis(argument(view, "dims")[0], rank) == 0

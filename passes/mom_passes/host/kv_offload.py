@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mom_passes.attention.reads import source_of
+from mom_passes.attention.reads import source_chain
 from mom_passes.graph.edit import emit, first_operator, node_after, size_node
 from mom_passes.graph.sizes import Size
-from mom_passes.graph.values import input_node, is_size, return_values, returned_values, value_of
+from mom_passes.graph.values import is_size, return_values, returned_values, value_of
 from mom_passes.host.kv_values import KeyOrValue, KVValues, find_kv, located
 from mom_passes.host.relaid import replace_relaid
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
@@ -82,10 +82,7 @@ def kv_offload(gm: fx.GraphModule, device: torch.device, *, start: bool, kv: KVV
 
 def _bring_up(full: fx.Node) -> None:
     """Move the views and copies between a value and its source up to the source: outputs are made last in the graph."""
-    between, root = [], full
-    while root is not source_of(root):
-        between.append(root)
-        root = input_node(root)
+    *between, root = source_chain(full)
     place = node_after(root)
     sizes = {size for node in between for size in node.all_input_nodes if size not in between and size is not root}
     if all(size < place for size in sizes):

@@ -27,7 +27,7 @@ from mom_passes.graph.aliasing import aliased_operand, is_a_view
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in, storage_order
-from mom_passes.graph.values import input_node, returned_values, returns_nothing
+from mom_passes.graph.values import operand_chain, returned_values, returns_nothing
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES
@@ -116,7 +116,7 @@ def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node
     by_owner: dict[fx.Node, list[list[fx.Node]]] = {}
     for node in run:
         if not all(user in inside for user in node.users):
-            chain = _views(node, inside)
+            chain = operand_chain(node, lambda value: value in inside and is_a_view(value))
             by_owner.setdefault(chain[-1], []).append(chain)
     outs: set[fx.Node] = set()
     views: set[fx.Node] = set()
@@ -128,14 +128,6 @@ def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node
             outs.add(owner)
             views.update(view for chain in chains for view in chain[:-1])
     return tuple(node for node in run if node in outs), tuple(node for node in run if node in views)
-
-
-def _views(node: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
-    """A value, its operand as a view, and so on to the storage's owner or a value from before the run."""
-    chain = [node]
-    while chain[-1] in inside and is_a_view(chain[-1]):
-        chain.append(input_node(chain[-1]))
-    return chain
 
 
 def _is_dense(node: fx.Node) -> bool:
