@@ -38,9 +38,9 @@ from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 from mom_compile.torch_compat.dynamo import is_cut_apart
 from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
 from mom_passes.attention.flex import is_read_by_flex_alone
-from mom_passes.graph.alike import calls_nested_regions, inline_nested_regions
-from mom_passes.graph.data_dependent import unknown_number_behind
+from mom_passes.graph.data_dependent import origin_of_unknown_number
 from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_passes.graph.repeated_layers import calls_nested_regions, inline_nested_regions
 from mom_passes.graph.values import tensors_of
 from mom_passes.loops.loop import RowLimit
 from mom_passes.program.rewritten import Rewritten
@@ -187,7 +187,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
         devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
-    unknown = unknown_number_behind(gm.graph, products(gm.graph))
+    unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
     if unknown is not None:
         return with_source_line(_depends_on_data(unknown), unknown)
     if torch.device("meta") in devices:

@@ -16,7 +16,7 @@ from torch import fx
 
 from mom_compile.torch_compat.aot_autograd import InnerCompile, any_autocast, needs_gradients, trace
 from mom_passes.errors import PassError
-from mom_passes.graph.alike import inline_layers, outline_layers
+from mom_passes.graph.repeated_layers import inline_layers, outline_layers
 
 log = logging.getLogger(__name__)
 

@@ -18,17 +18,17 @@ from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.attention.reads import source_of
-from mom_passes.graph.claimed_layouts import real_layouts
+from mom_passes.graph.claimed_layouts import correct_strides
+from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.edit import compute_device, copy_graph
-from mom_passes.graph.known_symbols import without_known_symbols
+from mom_passes.graph.known_symbols import substitute_known_symbols
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.real_results import hold_results
+from mom_passes.graph.real_results import check_result_strides
 from mom_passes.graph.sizes import count_hint, hint, is_one
 from mom_passes.graph.values import operands, tensors_of, value_of
 from mom_passes.graph.whole_slices import drop_whole_slices_of
-from mom_passes.graph.without_empty_parts import without_empty_parts
-from mom_passes.graph.writes import read_behind_a_write
-from mom_passes.host.chosen import only_what_is_used
+from mom_passes.graph.writes import read_after_write
+from mom_passes.host.chosen import fetch_used_parts
 from mom_passes.host.drop_layout_copies import drop_layout_copies
 from mom_passes.host.kv_extended import extend_in_place, lay_out_for_growth
 from mom_passes.host.kv_offload import KVOffload, kv_offload
@@ -126,7 +126,7 @@ def move_fetches_to_whole_weights(state: State) -> str:
 
 def hold_real_layouts(state: State) -> str:
     """Strides of views are those of what they are views of: what is compiled for them relies on it."""
-    return f"{real_layouts(state.gm)} values claimed others"
+    return f"{correct_strides(state.gm)} values claimed others"
 
 
 def drop_whole_slices(state: State) -> str:
@@ -136,7 +136,7 @@ def drop_whole_slices(state: State) -> str:
 
 def empty_parts_left_out(state: State) -> str:
     """Remove parts without elements from concatenations, such as an empty past."""
-    return f"{without_empty_parts(state.gm)} empty parts"
+    return f"{drop_empty_parts(state.gm)} empty parts"
 
 
 def canonical_attention(state: State) -> str:
@@ -155,7 +155,7 @@ def experts_as_regions(state: State) -> str:
 def convolutions_as_one(state: State) -> str:
     """Causal convolutions, whichever way they are padded, as one operator that reads rows ahead of its own."""
     replaced = causal_convolutions(state.gm)
-    return f"{len(replaced)} convolutions and states, {real_layouts(state.gm, replaced)} values laid out otherwise"
+    return f"{len(replaced)} convolutions and states, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
 def scores_as_one(state: State) -> str:
@@ -168,8 +168,8 @@ def scores_as_one(state: State) -> str:
 
 def results_as_claimed(state: State) -> str:
     """Copy results of called operators that may have other strides than their fake kernels claim."""
-    held = hold_results(state.gm, _is_doubtful)
-    return f"{held} results held, {real_layouts(state.gm) if held else 0} values laid out otherwise"
+    held = check_result_strides(state.gm, _is_doubtful)
+    return f"{held} results held, {correct_strides(state.gm) if held else 0} values laid out otherwise"
 
 
 def _is_doubtful(target: Any) -> bool:
@@ -349,7 +349,7 @@ def loops_over_mini_sequences(state: State) -> str:
 
 def only_what_is_needed(state: State) -> str:
     """Of weights on the host: matrices of the experts that are chosen, rows that are looked up."""
-    return f"of {only_what_is_used(state.gm)} weights on the host a part arrives"
+    return f"of {fetch_used_parts(state.gm)} weights on the host a part arrives"
 
 
 def regions_put_back(state: State) -> str:
@@ -450,11 +450,11 @@ def run_pipeline(
 ) -> Rewritten:
     """The rewritten graph and its program; `gm` is left as it was. Raises `NotWorthwhile` with the reason."""
     report.nodes = len(gm.graph.nodes)
-    out_of_order = read_behind_a_write(gm)
+    out_of_order = read_after_write(gm)
     if out_of_order is not None:
         raise NotWorthwhile(out_of_order)
     copied = copy_graph(gm)
-    without_known_symbols(copied)
+    substitute_known_symbols(copied)
     state = State(copied, static_inputs, limit, report, scope, kv_on_host, contract=Contract.of(copied))
     no_loops: NotWorthwhile | None = None
     try:
@@ -485,7 +485,7 @@ def _is_rewritten(state: State) -> bool:
 
 def for_stock(gm: fx.GraphModule, *, report: Report) -> fx.GraphModule:
     """A graph in which nothing else is worth rewriting: itself, or a copy of it with rows of their own."""
-    if read_behind_a_write(gm) is not None:
+    if read_after_write(gm) is not None:
         return gm
     copied = copy_graph(gm)
     report.own_rows = list(own_rows(copied))

@@ -1,4 +1,4 @@
-"""Every attention in one form: the operators that are left, and the same numbers from the rewritten graph."""
+"""The rewrite of attentions to `mom.attention`: the operators that remain, and the same numbers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def attentions(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def facts(node: fx.Node) -> dict[str, Any]:
-    """The arguments that the pass decides about."""
+    """The arguments that the pass sets."""
     return {name: argument(node, name) for name in ("mask", "is_causal", "window", "start")}
 
 
 def conditions(node: fx.Node) -> dict[str, fx.Node | None]:
-    """What the attention is told of its keys."""
+    """The conditions on keys."""
     return {name: argument(node, name) for name in ("keys", "segments", "positions", "spans")}
 
 
@@ -79,8 +79,8 @@ QUICK = {"Llama", "Gemma3Text"}
         ("Llama", False, False), ("Gemma3Text", True, False),
     ],
 )
-def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
-    """Masks are gone, keys and values have their own heads, and nothing repeats them."""
+def test_models_compute_the_same_with_one_attention_operator(family: str, use_cache: bool, dynamic: bool) -> None:
+    """No mask is left, and keys and values have their own heads without repetition."""
     changes, windows, heads = MODELS[family]
     model = tiny(family, **changes)
     captured = capture(model.forward, dynamic=dynamic, input_ids=ids(1, 19), use_cache=use_cache)
@@ -93,8 +93,8 @@ def test_models(family: str, use_cache: bool, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_padding_is_said_of_the_keys(dynamic: bool) -> None:
-    """No mask is left, and what the padding looks like is looked at once for all layers."""
+def test_padding_becomes_a_condition_on_keys(dynamic: bool) -> None:
+    """No mask is left, and `mom.spans` runs once for all layers."""
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[0, :6] = 0
     model = tiny("Llama")
@@ -110,8 +110,8 @@ def test_padding_is_said_of_the_keys(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_packed_sequences_are_segments(dynamic: bool) -> None:
-    """`position_ids` that begin anew: the model's own check for them becomes numbers of segments."""
+def test_packed_sequences_become_segments(dynamic: bool) -> None:
+    """`position_ids` that start again: the model's check for them becomes segment numbers."""
     at = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, -1)
     captured = capture(tiny("Llama").forward, dynamic=dynamic, input_ids=ids(2, 19), position_ids=at, use_cache=False)
     for node in attentions(rewritten(captured)):
@@ -123,8 +123,8 @@ def test_packed_sequences_are_segments(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
-def test_queries_behind_a_past_need_no_mask(new: int, dynamic: bool) -> None:
-    """A second turn is causal from where it begins; a decode step sees all keys but padding."""
+def test_queries_after_a_past_need_no_mask(new: int, dynamic: bool) -> None:
+    """A second turn is causal from its first position; a decode step sees all keys but padding."""
     captured = behind_a_past(tiny("Llama"), new, dynamic)
     for node in attentions(rewritten(captured)):
         given, told = facts(node), conditions(node)
@@ -151,7 +151,7 @@ def tensors(*, kv_heads: int = H, keys: int = S) -> tuple[torch.Tensor, ...]:
 
 
 def check(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
-    """Traces a function, rewrites it, and compares with running it as it is."""
+    """Trace a function, rewrite it, and compare it with the function."""
     expected = function(*inputs)
     gm = attention_form(trace(function, *inputs, dynamic=dynamic))
     verify(gm)
@@ -181,7 +181,7 @@ REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("spelling", REPEATS)
-def test_repeated_heads_are_undone(spelling: str, dynamic: bool) -> None:
+def test_repeated_heads_become_grouped(spelling: str, dynamic: bool) -> None:
     repeat = REPEATS[spelling]
     gm = check(lambda q, k, v: flash(q, repeat(k), repeat(v), scale=0.4), *tensors(kv_heads=G), dynamic=dynamic)
     (node,) = attentions(gm)
@@ -190,7 +190,7 @@ def test_repeated_heads_are_undone(spelling: str, dynamic: bool) -> None:
     assert aten.expand.default not in counts(gm)
 
 
-def test_one_key_head_for_all() -> None:
+def test_one_key_head_for_all_query_heads_becomes_grouped() -> None:
     gm = check(lambda q, k, v: flash(q, k.expand(B, H, S, D), v.expand(B, H, S, D)), *tensors(kv_heads=1))
     assert argument(attentions(gm)[0], "key").op == "placeholder"
 
@@ -204,13 +204,13 @@ OTHER_REPEATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_REPEATS)
-def test_other_repetitions_stay(name: str) -> None:
+def test_other_repetitions_are_kept(name: str) -> None:
     repeat = OTHER_REPEATS[name]
     gm = check(lambda q, k, v: flash(q, repeat(k), repeat(v)), *tensors(kv_heads=G))
     assert argument(attentions(gm)[0], "key").meta["val"].shape[1] == H
 
 
-def test_heads_repeated_for_keys_only_stay() -> None:
+def test_heads_repeated_for_keys_only_are_kept() -> None:
     query, key, _ = tensors(kv_heads=G)
     value = torch.randn(B, H, S, D)
     gm = check(lambda q, k, v: flash(q, k.repeat_interleave(H // G, 1), v), query, key, value)
@@ -221,7 +221,7 @@ def seen(x: torch.Tensor) -> torch.Tensor:
     return torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(0)) > 0.3
 
 
-def test_additive_mask_becomes_boolean_and_narrow() -> None:
+def test_an_additive_mask_becomes_boolean_and_unexpanded() -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf).expand(B, H, S, S))
 
@@ -230,8 +230,8 @@ def test_additive_mask_becomes_boolean_and_narrow() -> None:
     assert aten.where.self not in counts(gm)
 
 
-def test_finite_fill_stays_additive() -> None:
-    """A row that sees nothing is uniform with a finite fill and zero without."""
+def test_a_mask_with_a_finite_fill_stays_additive() -> None:
+    """A row without visible keys is uniform with a finite fill and zero without."""
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, torch.finfo(torch.float32).min))
@@ -243,8 +243,8 @@ def test_finite_fill_stays_additive() -> None:
 
 
 @pytest.mark.parametrize("operator", [FLASH, EFFICIENT])
-def test_a_symbol_for_the_channels_is_no_obstacle(operator: Any) -> None:
-    """So it is where weights are plain arguments and all sizes are symbols. The scale follows from the channels."""
+def test_a_symbolic_number_of_channels_is_supported(operator: Any) -> None:
+    """This occurs where weights are plain arguments and all sizes are symbols. The scale follows from the channels."""
     extra = (None, False) if operator is EFFICIENT else ()
     inputs = tensors()
     gm = trace(lambda q, k, v: operator(q, k, v, *extra, is_causal=True)[0], *inputs, dynamic=True)
@@ -255,7 +255,7 @@ def test_a_symbol_for_the_channels_is_no_obstacle(operator: Any) -> None:
     torch.testing.assert_close(gm(*inputs), expected, atol=2e-6, rtol=2e-6)
 
 
-def test_causal_with_other_lengths_is_left_alone() -> None:
+def test_a_causal_attention_that_is_not_square_is_kept() -> None:
     query, key, value = tensors(keys=S + 3)
     gm = check(lambda q, k, v: flash(q, k, v, is_causal=True), query, key, value)
     assert counts(gm)[FLASH] == 1
@@ -264,7 +264,7 @@ def test_causal_with_other_lengths_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_causal_rows_may_stand_anywhere_among_the_keys(ahead: int) -> None:
+def test_a_causal_mask_may_start_at_any_key(ahead: int) -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keep = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None] + ahead
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf))
@@ -273,7 +273,7 @@ def test_causal_rows_may_stand_anywhere_among_the_keys(ahead: int) -> None:
     assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": ahead}
 
 
-def test_a_mask_of_anything_else_is_kept() -> None:
+def test_a_mask_without_known_structure_is_kept() -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keep = torch.arange(k.shape[2])[None] != torch.arange(q.shape[2])[:, None]
         return flash(q, k, v, attn_mask=torch.where(keep, 0.0, -math.inf))
@@ -283,20 +283,20 @@ def test_a_mask_of_anything_else_is_kept() -> None:
     assert not argument(node, "is_causal")
 
 
-def test_used_log_sum_exp_is_left_alone() -> None:
+def test_an_attention_whose_log_sum_exp_is_read_is_kept() -> None:
     gm = check(lambda q, k, v: FLASH(q, k, v, is_causal=True), *tensors())
     assert counts(gm)[FLASH] == 1
 
 
-def test_dropout_is_left_alone() -> None:
+def test_an_attention_with_dropout_is_kept() -> None:
     gm = trace(lambda q, k, v: FLASH(q, k, v, 0.0)[0], *tensors())
     (node,) = gm.graph.find_nodes(op="call_function", target=FLASH)
     node.args = (*node.args[:3], 0.5)
     assert counts(attention_form(gm))[FLASH] == 1
 
 
-def test_math_operator() -> None:
-    """It adds a boolean mask as numbers, so only additive ones are rewritten."""
+def test_the_math_operator_is_rewritten() -> None:
+    """It adds a boolean mask as numbers, so only calls with additive masks or none are rewritten."""
     math_op = aten._scaled_dot_product_attention_math.default
     graph = fx.Graph()
     fake = torch._subclasses.FakeTensorMode()
@@ -316,18 +316,18 @@ def test_math_operator() -> None:
     torch.testing.assert_close(gm(x, None), F.scaled_dot_product_attention(x, x, x), atol=1e-6, rtol=1e-6)
 
 
-def test_layout_stays_what_views_rely_on() -> None:
+def test_the_result_keeps_the_layout_that_views_rely_on() -> None:
     """The flash kernel follows the query's layout, `mom.attention` does not."""
     gm = check(lambda q, k, v: flash(q, k, v).view(B * H, S, D), *tensors())
     assert counts(gm)[aten.clone.default] == 1
 
 
-def test_a_copy_to_the_new_layout_is_spared() -> None:
+def test_a_copy_to_the_new_layout_is_removed() -> None:
     gm = check(lambda q, k, v: flash(q, k, v).transpose(1, 2).contiguous().view(B, S, H * D), *tensors())
     assert counts(gm)[aten.clone.default] == 0
 
 
-def test_padded_bias_of_the_efficient_operator() -> None:
+def test_the_padded_bias_of_the_efficient_operator_is_unpadded() -> None:
     """As SDPA calls it on a GPU: the bias padded to a multiple of eight and expanded. Shapes only."""
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors()]
@@ -350,7 +350,7 @@ CUDNN = aten._scaled_dot_product_cudnn_attention.default
 
 
 def for_cudnn(dtype: torch.dtype, said: Callable[[], torch.Tensor], fill: float = -65504.0) -> fx.Node:
-    """The attention into which one becomes that SDPA had filled a boolean mask of for cuDNN. Shapes only."""
+    """The rewritten attention of a boolean mask that SDPA has filled for cuDNN. Shapes only."""
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t.to(dtype)) for t in tensors()]
 
@@ -378,21 +378,21 @@ def padded() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_boolean_mask_that_was_filled_for_cudnn_is_one_again(dtype: torch.dtype) -> None:
-    """-65504, in bf16 -65536, stands for -inf there, which some versions of cuDNN do not take."""
+def test_a_boolean_mask_filled_for_cudnn_is_recovered(dtype: torch.dtype) -> None:
+    """-65504, in bfloat16 -65536, replaces -inf, which some versions of cuDNN do not accept."""
     node = for_cudnn(dtype, causal)
     assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_so_are_keys_that_are_padding(dtype: torch.dtype) -> None:
-    """Rows that see nothing are zero, as every other kernel of SDPA has them."""
+def test_padding_filled_for_cudnn_becomes_a_condition_on_keys(dtype: torch.dtype) -> None:
+    """Rows without visible keys are zero, as with all other kernels of SDPA."""
     node = for_cudnn(dtype, padded)
     assert argument(node, "is_causal") is True
     mask = argument(node, "mask")
     assert mask is None or mask.meta["val"].dtype == torch.bool
 
 
-def test_another_number_is_no_fill_of_cudnns() -> None:
+def test_another_fill_is_not_taken_for_cudnns() -> None:
     node = for_cudnn(torch.bfloat16, causal, fill=-100.0)
     assert argument(node, "mask").meta["val"].dtype == torch.bfloat16 and argument(node, "is_causal") is False

@@ -1,6 +1,6 @@
-"""`mom::attention` on CUDA against its definition: conditions of keys, by every kernel that may compute them.
+"""`mom::attention` on CUDA against its definition: conditions on keys, in every kernel that may compute them.
 
-The tests of sinks, of caps and of our own kernel have not run on a GPU yet.
+The tests of sinks, of soft caps and of our own kernel have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("conditions", ["", *CONDITIONS])
-def test_what_is_said_of_keys(
+def test_conditions_on_keys_equal_masks(
     conditions: str, dtype: torch.dtype, window: int | None, available: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "AVAILABLE", available and tiles.AVAILABLE)
@@ -35,7 +35,7 @@ def test_what_is_said_of_keys(
 @pytest.mark.parametrize(("rows", "start"), [(64, 0), (50, 100), (1, 149)])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_grouped_heads_in_prefill_and_decode(
+def test_grouped_heads_match_the_definition_in_prefill_and_decode(
     dtype: torch.dtype, group: int, rows: int, start: int, mask: str | None
 ) -> None:
     """The first mini-sequence, a later one and a decode step, as a cache stores keys and values."""
@@ -50,10 +50,10 @@ def test_grouped_heads_in_prefill_and_decode(
 @pytest.mark.parametrize(("rows", "start"), [(130, 0), (50, 3000), (1, 3000)])
 @pytest.mark.parametrize("channels", [64, 24, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sinks_and_capped_scores(
+def test_sinks_and_capped_scores_match_the_definition(
     dtype: torch.dtype, channels: int, rows: int, start: int, sinks: bool, softcap: float | None, mask: str | None
 ) -> None:
-    """By whichever kernel; of one row by split keys."""
+    """In any kernel; a single row by split keys."""
     sizes = (2, 2, 4, rows, start + rows, channels, channels, start)
     case = Case(*sizes, True, None, mask, (False, True, False, False), "token-major", dtype, 0)
     check(replace(case, sinks=sinks, softcap=softcap))
@@ -62,11 +62,11 @@ def test_sinks_and_capped_scores(
 @pytest.mark.parametrize(("batch", "groups", "group"), [(1, 2, 4), (2, 4, 1)])
 @pytest.mark.parametrize(("rows", "start"), [(256, 3 * BLOCK), (128, BLOCK + 77), (130, BLOCK)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_keys_before_the_rows(
+def test_rows_after_many_keys_match_the_definition(
     dtype: torch.dtype, rows: int, start: int, batch: int, groups: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper and later cuDNN reads those, where there is a recent one; flash does where the rows are 130."""
-    monkeypatch.setattr(ways, "MIN_NUMBERS", 0)  # few, so that the definition is soon computed
+    """On Hopper and later, cuDNN reads these keys if it is recent; with 130 rows flash does."""
+    monkeypatch.setattr(ways, "MIN_NUMBERS", 0)  # small, so that the definition takes little time
     sizes = (batch, groups, group, rows, start + rows + 9, 64, 64, start)
     case = Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0)
     check(case)
@@ -75,7 +75,7 @@ def test_many_keys_before_the_rows(
 
 
 def on_device(call: AttentionCall) -> AttentionCall:
-    """What `mom.spans` has found stays on the host."""
+    """The result of `mom.spans` stays on the host."""
     return replace(call, **{k: v.cuda() for k, v in vars(call).items() if torch.is_tensor(v) and k != "spans"})
 
 

@@ -1,4 +1,4 @@
-"""`mom::attention` on the CPU against its definition, and what it allocates."""
+"""`mom::attention` on the CPU against its definition, and its peak memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONDITIONS = (
     "packed in order", "packed, padded", "packed, no padding", "segments that come back", "out of order", "in order",
 )  # fmt: skip
 
-#: Error allowed, relative to values around one. Half precision keeps its weights in half precision.
+#: Error allowed, relative to values around one. Kernels in half precision round their weights to it.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `mask` names its kind and which of its dimensions are broadcast."""
+    """One call. `mask` is the kind of the mask, and which of its dimensions are broadcast."""
 
     batch: int
     kv_heads: int
@@ -49,7 +49,7 @@ class Case:
     layout: str
     dtype: torch.dtype
     seed: int
-    #: What is said of the keys, and how it looks: see `_conditions`.
+    #: Conditions on keys: see `_conditions`.
     conditions: str = ""
     shared: bool = False
     sinks: bool = False
@@ -69,7 +69,7 @@ class Case:
         return replace(plain, **self._conditions()) if self.conditions else plain
 
     def _conditions(self) -> dict[str, torch.Tensor | None]:
-        """Vectors `[B or 1, T]`, and what is found in them; T covers the rows too, as it does in a graph."""
+        """Vectors `[B or 1, T]` and their spans. T covers the rows too, as in a graph."""
         batch, tokens = 1 if self.shared else self.batch, self.keys
         index = torch.arange(tokens).expand(batch, -1)
         pads = torch.randint(0, tokens + 1, (batch, 1))
@@ -118,7 +118,7 @@ class Case:
 
 
 def run(call: AttentionCall) -> torch.Tensor:
-    """The operator, which takes by position what the record has by name."""
+    """Call the operator with the record's fields as positional arguments."""
     result: torch.Tensor = OP(*vars(call).values())
     return result
 
@@ -132,7 +132,7 @@ def in_float64(call: AttentionCall) -> AttentionCall:
 def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)) -> Case:
     rows = draw(st.one_of(st.integers(1, 5), st.integers(1, 90)))
     start = draw(st.one_of(st.just(0), st.integers(0, 150)))
-    # Mostly keys up to the last row and some beyond; sometimes fewer keys than positions.
+    # Mostly keys up to the last row and some more; sometimes fewer keys than positions.
     keys = draw(st.one_of(st.just(start + rows), st.integers(start + rows, start + rows + 40), st.integers(1, 60)))
     channels = draw(st.sampled_from([1, 5, 8, 16]))
     mask = draw(st.sampled_from([None, None, "bool", "own dtype", "float32"]))
@@ -159,7 +159,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, tor
 
 @st.composite
 def conditioned(draw: st.DrawFn) -> Case:
-    """Cases whose rows are some of the keys' tokens, with something said of the keys and no mask."""
+    """Cases whose rows are among the keys' tokens, with conditions on keys and no mask."""
     case = draw(cases())
     rows = min(case.rows, case.keys)
     return replace(
@@ -175,13 +175,13 @@ def conditioned(draw: st.DrawFn) -> Case:
 
 @given(conditioned())
 @settings(max_examples=300, deadline=None)
-def test_what_is_said_of_keys_is_what_a_mask_would_say(case: Case) -> None:
+def test_conditions_on_keys_equal_masks(case: Case) -> None:
     assert_matches_definition(case)
 
 
 @given(conditioned(), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_what_is_said_of_keys_in_small_blocks(case: Case, fewest: int) -> None:
+def test_conditions_on_keys_equal_masks_in_small_blocks(case: Case, fewest: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_rows, "FEWEST_ROWS", fewest)
         patch.setattr(attention_rows, "BLOCK_BYTES", 1)
@@ -189,8 +189,8 @@ def test_what_is_said_of_keys_in_small_blocks(case: Case, fewest: int) -> None:
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
-def test_ranges_of_keys_take_no_mask(conditions: str) -> None:
-    """Padding at either end and packed sequences are calls of the plain kernel; only what is no range takes a mask."""
+def test_ranges_of_keys_need_no_mask(conditions: str) -> None:
+    """Padding at either end and packed sequences are calls of the plain kernel; other keys need a mask."""
     masked: list[AttentionCall] = []
     case = Case(3, 2, 2, 50, 200, 8, 8, 100, True, None, None, (False,) * 4, "head-major", torch.float64, 0, conditions)
     with observing_blocks(masked.append):
@@ -223,7 +223,7 @@ def test_matches_its_definition_in_half_precision(case: Case) -> None:
 @given(cases(), st.integers(1, 40), st.integers(0, 2), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
 def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, for_rows: int, fewest: int) -> None:
-    """The same law where tiny blocks and tiny split windows make every seam show."""
+    """With small blocks and small split windows, so that there are many boundaries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "NARROW_WINDOW", narrow)
         patch.setattr(attention_cpu, "NARROW_FOR_ROWS", for_rows)
@@ -236,10 +236,10 @@ def test_matches_its_definition_in_small_blocks(case: Case, narrow: int, for_row
 @pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129, 200, 255, 256, 300, 1000])
 @pytest.mark.parametrize("rows", [1, 255, 300])
 @pytest.mark.parametrize("with_a_bias", [True, False])
-def test_rows_of_a_sequence_give_the_whole(
+def test_rows_of_a_sequence_concatenate_to_the_whole(
     rows: int, window: int | None, with_a_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of windows that are not much longer than the rows, too, be it with a bias or by split keys."""
+    """Includes windows hardly longer than the rows, with a bias or by split keys."""
     if not with_a_bias:
         monkeypatch.setattr(attention_cpu, "NARROW_FOR_ROWS", 0)
     length = 900
@@ -258,13 +258,13 @@ def test_rows_of_a_sequence_give_the_whole(
     [
         (8, 256, 2, 1024),
         (8, 100, 2, 400),
-        (8, 40, 2, 40),  # too few for larger blocks even so
-        (8, 768, 2, 768),  # large ones as it is
-        (2, 256, 2, 256),  # a head of keys for each
-        (8, 256, 16, 256),  # there would be no block for some threads
+        (8, 40, 2, 40),  # too few rows for larger blocks even so
+        (8, 768, 2, 768),  # large enough without merging
+        (2, 256, 2, 256),  # one key head for each query head
+        (8, 256, 16, 256),  # some threads would have no block
     ],
 )
-def test_grouped_heads_are_rows_of_one_where_blocks_are_larger_for_it(
+def test_grouped_heads_are_merged_to_rows_where_that_enlarges_blocks(
     monkeypatch: pytest.MonkeyPatch, heads: int, rows: int, threads: int, of_one_head: int
 ) -> None:
     seen: list[int] = []
@@ -290,8 +290,8 @@ def test_grouped_heads_are_rows_of_one_where_blocks_are_larger_for_it(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value_channels", [8, 4])
-def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int) -> None:
-    """As with PyTorch's CPU attention; on both our kernels, for every way to say it."""
+def test_a_row_without_visible_keys_is_zero(dtype: torch.dtype, value_channels: int) -> None:
+    """As in PyTorch's CPU attention; in both kernels, for every kind of mask."""
     query, key, value = (torch.randn(1, 2, 6, channels, dtype=dtype) for channels in (8, 8, value_channels))
     seen = torch.ones(6, 6, dtype=torch.bool)
     seen[3] = False
@@ -307,8 +307,8 @@ def test_a_row_that_sees_nothing_is_zero(dtype: torch.dtype, value_channels: int
     assert torch.count_nonzero(stock[:, :, 3]) == 0
 
 
-def test_a_sink_is_a_key_whose_value_is_zero() -> None:
-    """With a score that is given: the definition by a key more, which every row sees and no window ends before."""
+def test_a_sink_equals_a_key_whose_value_is_zero() -> None:
+    """With a given score: the definition with one more key, visible to every row and outside all windows."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2))
     sinks, seen = torch.randn(4, dtype=torch.float64), torch.ones(9, 9, dtype=torch.bool).tril().triu(-4)
@@ -321,8 +321,8 @@ def test_a_sink_is_a_key_whose_value_is_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sinks_of_any_size_and_dtype(dtype: torch.dtype) -> None:
-    """One so high takes all of a row's weight, one so low none of it; neither overflows."""
+def test_sinks_of_any_size_and_dtype_match_the_definition(dtype: torch.dtype) -> None:
+    """A very high sink takes all of a row's weight, a very low one none; neither overflows."""
     query, key = torch.randn(1, 4, 6, 8, dtype=dtype), torch.randn(1, 2, 6, 8, dtype=dtype)
     without = AttentionCall(query, key, key, None, 0, True, 1.0)
     result = run(replace(without, sinks=torch.tensor([1e30, -1e30, math.inf, -math.inf])))
@@ -330,7 +330,7 @@ def test_sinks_of_any_size_and_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(result[:, 1::2], run(without)[:, 1::2])
 
 
-def test_no_keys_and_no_rows() -> None:
+def test_empty_keys_and_empty_rows_are_supported() -> None:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
     none = key[:, :, :0]
     assert torch.equal(OP(query, none, none, None, 0, True, 1.0), torch.zeros(2, 4, 5, 8))
@@ -339,14 +339,14 @@ def test_no_keys_and_no_rows() -> None:
     assert OP(query[:0], key[:0], key[:0], None, 0, True, 1.0).shape == (0, 4, 5, 8)
 
 
-def test_the_definition_does_not_hide_nan() -> None:
-    """PyTorch's flash kernel may: it takes a row of NaN scores for one that sees nothing."""
+def test_the_definition_keeps_nan() -> None:
+    """PyTorch's flash kernel may hide NaN: it treats a row of NaN scores as a row without visible keys."""
     query, key = torch.full((1, 1, 2, 4), math.nan), torch.randn(1, 1, 2, 4)
     assert attention_reference(AttentionCall(query, key, key, None, 0, True, 1.0)).isnan().all()
 
 
-def test_padding_allocates_rows_only() -> None:
-    """No mask, whatever the number of keys."""
+def test_padding_allocates_only_rows() -> None:
+    """No mask is allocated, whatever the number of keys."""
     rows, keys, channels = 256, 8192, 64
     query = torch.randn(2, 8, rows, channels)
     key, value = torch.randn(2, 2, keys, channels), torch.randn(2, 2, keys, channels)
@@ -357,7 +357,7 @@ def test_padding_allocates_rows_only() -> None:
     assert peak <= 3 * query.numel() * 4 + flash_scratch(channels), peak
 
 
-def test_spans_contract() -> None:
+def test_spans_passes_opcheck() -> None:
     keys, segments = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.int64)
     for vectors in ((keys, None, None), (keys[:1], segments, segments), (None, None, segments)):
         torch.library.opcheck(SPANS, vectors, test_utils=("test_schema", "test_faketensor"))
@@ -365,8 +365,8 @@ def test_spans_contract() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
 @pytest.mark.parametrize("window", [None, 24, 400])
-def test_operator_contract(mask: torch.dtype | None, window: int | None) -> None:
-    """Schema, fake kernel and strides as `torch.library` wants them."""
+def test_the_operator_passes_opcheck(mask: torch.dtype | None, window: int | None) -> None:
+    """Schema, fake kernel and strides, by `torch.library.opcheck`."""
     query, key, value = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 600, 8), torch.randn(1, 2, 600, 8)
     given = None if mask is None else torch.ones(1, 1, 40, 600, dtype=mask)
     arguments = (query, key, value, given, 500, True, 0.3, window)
@@ -378,7 +378,7 @@ def test_a_call_has_a_field_for_each_argument_of_the_schema() -> None:
     """By name, in order, with the same type and default: `as_operator` relies on it."""
     types = {"Tensor": "torch.Tensor", "SymInt": "int", "int": "int", "bool": "bool", "float": "float"}
     types |= {f"Optional[{name}]": f"{own} | None" for name, own in types.items()}
-    given = {"scale": "float"}  # a kernel is given a number where the operator is given None
+    given = {"scale": "float"}  # a kernel gets a number where the operator gets None
     for argument, field in zip(OP._schema.arguments, fields(AttentionCall), strict=True):
         assert field.name == argument.name
         assert field.type == given.get(argument.name, types[str(argument.real_type)])
@@ -386,7 +386,7 @@ def test_a_call_has_a_field_for_each_argument_of_the_schema() -> None:
         assert field.default in (MISSING, argument.default_value)
 
 
-def test_a_kernel_is_given_the_default_scale() -> None:
+def test_a_kernel_gets_the_default_scale() -> None:
     q = torch.zeros(1, 1, 2, 16)
     scale_of = as_operator(lambda call: torch.tensor(call.scale))
     assert scale_of(q, q, q, None, 0, True, None) == 0.25
@@ -394,7 +394,7 @@ def test_a_kernel_is_given_the_default_scale() -> None:
 
 
 def peak_bytes(arguments: tuple[Any, ...]) -> int:
-    """The most bytes alive at once above those at the start, from the allocator's own records."""
+    """Peak bytes above those allocated at the start, from the allocator's records."""
     OP(*arguments)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         result = OP(*arguments)
@@ -408,8 +408,8 @@ def peak_bytes(arguments: tuple[Any, ...]) -> int:
     return peak
 
 
-def test_causal_rows_allocate_rows_only() -> None:
-    """Independent of the number of keys: the result, one more like it and one being merged, and small change."""
+def test_causal_rows_allocate_only_rows() -> None:
+    """Independent of the number of keys: the result, a temporary of its size, one being merged, and small buffers."""
     rows, channels = 256, 64
     for keys in (2048, 8192):
         query = torch.randn(1, 8, rows, channels)
@@ -421,7 +421,7 @@ def test_causal_rows_allocate_rows_only() -> None:
                 assert peak <= 3 * result_bytes + flash_scratch(channels), (keys, start, peak, result_bytes)
 
 
-def test_windowed_rows_allocate_rows_only() -> None:
+def test_windowed_rows_allocate_only_rows() -> None:
     rows, channels, keys = 256, 64, 8192
     query = torch.randn(1, 8, rows, channels)
     key, value = torch.randn(1, 2, keys, channels), torch.randn(1, 2, keys, channels)
@@ -431,7 +431,7 @@ def test_windowed_rows_allocate_rows_only() -> None:
         assert peak <= 6 * query.numel() * 4 + bias + flash_scratch(channels), (window, peak)
 
 
-def test_masked_rows_allocate_a_block() -> None:
+def test_masked_rows_allocate_at_most_a_block() -> None:
     """A boolean mask becomes additive one block at a time."""
     rows, keys = 1024, 8192
     query, key = torch.randn(1, 1, rows, 8), torch.randn(1, 1, keys, 8)
@@ -442,7 +442,7 @@ def test_masked_rows_allocate_a_block() -> None:
 
 
 def flash_scratch(channels: int) -> int:
-    """The flash kernel's own scratch, by thread: scores, maxima, sums and a result tile of its 256 x 512 blocks."""
+    """Scratch of the flash kernel per thread: scores, maxima, sums and a result tile of its 256 x 512 blocks."""
     return torch.get_num_threads() * 256 * (512 + 2 + channels) * 4 + (128 << 10)
 
 
@@ -451,10 +451,10 @@ def flash_scratch(channels: int) -> int:
     ("batch", "groups", "keys", "window", "sinks"),
     [(1, 1, 5001, None, False), (1, 1, 5001, 3000, True), (1, 2, 4097, None, True), (2, 1, 3000, None, False)],
 )
-def test_one_row_sees_its_keys_in_as_many_parts_as_there_are_threads(
+def test_the_keys_of_one_row_are_split_by_the_number_of_threads(
     threads: int, batch: int, groups: int, keys: int, window: int | None, sinks: bool
 ) -> None:
-    """A model with one head of keys has work for one thread, unless its keys are split."""
+    """With one key head there is work for one thread only, unless the keys are split."""
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, batch, groups, keys, 32, dtype=torch.float64, generator=generator)
     query = torch.randn(batch, 4, 1, 32, dtype=torch.float64, generator=generator)

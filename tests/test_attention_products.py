@@ -1,4 +1,4 @@
-"""Attention written as products, with sinks and without: what is recognised, and that the numbers stay the same."""
+"""Attention written as two products, with and without sinks: what is recognised, and the same numbers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], t
 
 
 def sunk(joined: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Attention:
-    """Attention whose scores, joined by sinks in some way, go into a softmax."""
+    """Attention whose scores, joined with sinks in some way, go into a softmax."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         weights = joined(scores_of(q, k) + causal().to(q), sinks).softmax(-1)
@@ -92,7 +92,7 @@ def no_scores(gm: fx.GraphModule, rows: Any, keys: Any) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SINKS)
-def test_sinks_are_an_argument(name: str, dtype: torch.dtype) -> None:
+def test_sinks_become_an_argument(name: str, dtype: torch.dtype) -> None:
     gm = check(SINKS[name], dtype)
     (node,) = attentions(gm)
     assert facts(node) == {"mask": None, "is_causal": True, "window": None, "start": T - R}
@@ -107,7 +107,7 @@ def without(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_without_sinks(dtype: torch.dtype) -> None:
+def test_products_without_sinks_are_recognised(dtype: torch.dtype) -> None:
     gm = check(without, dtype)
     (node,) = attentions(gm)
     assert argument(node, "sinks") is None
@@ -115,8 +115,8 @@ def test_without_sinks(dtype: torch.dtype) -> None:
     assert no_scores(gm, R, T)
 
 
-def test_a_product_in_float32_of_half_precision() -> None:
-    """Which is what kernels compute anyway: queries and keys go in as they were."""
+def test_a_float32_product_of_half_precision_operands_is_recognised() -> None:
+    """Kernels compute so anyway: queries and keys become operands in half precision."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         scores = q.float() @ repeated(k).float().transpose(2, 3) * 0.4
@@ -127,8 +127,8 @@ def test_a_product_in_float32_of_half_precision() -> None:
     assert {argument(node, name).meta["val"].dtype for name in ("query", "key", "value")} == {torch.bfloat16}
 
 
-def test_a_finite_fill_hides_keys_where_there_is_a_sink() -> None:
-    """Of a row that sees nothing too: all its weight is the sink's. Without one it would see all keys alike."""
+def test_with_a_sink_a_finite_fill_hides_keys() -> None:
+    """Also in a row without visible keys: the sink has all its weight. Without a sink the row would see all keys."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         rows, keys = torch.arange(R)[:, None], torch.arange(T)[None]
@@ -149,7 +149,7 @@ CAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CAPS)
-def test_capped_scores(name: str, dtype: torch.dtype) -> None:
+def test_capped_scores_are_recognised(name: str, dtype: torch.dtype) -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         return (CAPS[name](scores_of(q, k)) + causal().to(q)).softmax(-1) @ repeated(v)
 
@@ -207,12 +207,12 @@ OTHERS = (capped_behind_the_mask, several_times, of_each_row, at_the_front, cut_
 
 
 @pytest.mark.parametrize("function", OTHERS)
-def test_anything_else_is_left_alone(function: Attention) -> None:
+def test_other_products_are_kept(function: Attention) -> None:
     assert not attentions(check(function))
 
 
-def test_a_softmax_in_a_narrower_range_is_left_alone() -> None:
-    """The smallest number of float64 is -inf in float32: a row of it has no weights then."""
+def test_a_softmax_with_a_narrower_range_is_kept() -> None:
+    """The smallest number of float64 is -inf in float32, in which such a row would have no weights."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         return (scores_of(q, k) + causal().to(q)).float().softmax(-1).to(v.dtype) @ repeated(v)
@@ -223,8 +223,8 @@ def test_a_softmax_in_a_narrower_range_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("tokens", "dynamic", "padded"), [(2, True, True), (19, False, True), (19, True, False)]
 )
-def test_a_model_with_sinks(tokens: int, dynamic: bool, padded: bool) -> None:
-    """GPT-OSS, whose layers see a window and everything in turn: no mask is left, nor any value of rows x keys."""
+def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded: bool) -> None:
+    """GPT-OSS, with sliding and full layers in turn: no mask is left, and no value of rows x keys."""
     mask = torch.ones(3, tokens, dtype=torch.long)
     mask[0, : tokens // 2] = 0
     given = {"attention_mask": mask} if padded else {}
@@ -247,16 +247,16 @@ def test_a_model_with_sinks(tokens: int, dynamic: bool, padded: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("new", [1, 7])
-def test_a_model_with_sinks_behind_a_past(new: int, dynamic: bool) -> None:
-    """A second turn and a decode step; the layer with a window has the keys of that window alone as its past."""
+def test_a_model_with_sinks_and_a_past_computes_the_same(new: int, dynamic: bool) -> None:
+    """A second turn and a decode step. The past of a sliding layer has only the keys of its window."""
     captured = behind_a_past(tiny("GptOss", sliding_window=5), new, dynamic)
     gm = attention_form(captured.gm)
     verify(gm)
     window, full = attentions(gm)
     assert argument(full, "mask") is None
-    # How long a window's past is has a symbol of its own, of which nothing is known: its mask is kept, as it is.
+    # The length of a window's past is a symbol without known relation to other lengths: its mask is kept.
     assert argument(window, "mask") is None or (dynamic and argument(window, "mask").meta["val"].dtype == torch.bool)
-    # Of entries and heads; before transformers 5.23 angles of positions are a product, too.
+    # Of batch and heads; before transformers 5.23 the angles of positions are a product too.
     assert not [n for n in gm.graph.nodes if n.target is aten.bmm.default and n.meta["val"].shape[0] == 2 * 4]
     for new_value, old in zip(gm(*captured.inputs), captured.outputs, strict=True):
         torch.testing.assert_close(new_value, old, atol=2e-6, rtol=2e-6)

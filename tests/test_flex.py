@@ -15,7 +15,7 @@ from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import MomWarning, explain, reports
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.report import DECODE_STEP, PREFILL, Report
-from mom_passes.attention.flex import flex_attentions, graphs_put_back, outline_flex
+from mom_passes.attention.flex import flex_attentions, outline_flex, restore_flex_attention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import RowLimit, loops
@@ -142,7 +142,7 @@ def test_what_is_put_back_is_what_was_captured(dynamic):
     gm = copy_graph(graph.gm)
     outline_flex(gm)
     runs_alike(gm, graph, 0)
-    graphs_put_back(gm)
+    restore_flex_attention(gm)
     assert not list(flex_attentions(gm))
     assert len(gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION)) == 3
     verify(gm, Contract.of(graph.gm))
@@ -159,7 +159,7 @@ def test_layers_have_one_structure_if_their_functions_are_alike():
 def test_no_dimension_is_cut_and_each_says_why():
     gm = copy_graph(captured().gm)
     outline_flex(gm)
-    for dim, reason in enumerate(("batch entry", "number of the head", "block mask", "channels")):
+    for dim, reason in enumerate(("batch entry", "index of the head", "block mask", "channels")):
         with pytest.raises(CannotChunk, match=reason):
             claim_for(next(flex_attentions(gm)), Dim(dim))
 

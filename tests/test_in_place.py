@@ -1,4 +1,4 @@
-"""What may be written over is, what may not is not, and either way the result is the same."""
+"""Which operands loops overwrite. Results are the same with and without the pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import TensorType, WholeIn
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import OFFLOAD
-from mom_passes.program.in_place import _relabels_an_input, take_over_storage
+from mom_passes.program.in_place import _is_view_of_operand, take_over_storage
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, folded, heads, weights_of
 from tests.shares import at_least, some_and_many
@@ -42,13 +42,13 @@ def taken(gm):
 
 
 def overwritten(gm):
-    """The operands that are written over, each with the loop that does."""
+    """The operands that are overwritten, each with the loop that does."""
     stored = [(node, module.loop, output) for node, module in loop_nodes(gm) for output in module.loop.stored]
     return [(loop.bind(node)[output.over], node) for node, loop, output in stored if output.over is not None]
 
 
 def layer(x, w):
-    """Keys and values apart from the residual stream."""
+    """Keys and values of an attention, separate from the residual stream."""
     keys, values = heads(x @ w.square.t()), heads(x * w.scale)
     seen = F.scaled_dot_product_attention(heads(x @ w.square), keys, values, is_causal=True)
     return STEPS["mlp"](x + folded(seen), w)
@@ -61,7 +61,7 @@ def decoder(x, *parameters, hidden_too=False):
     return (last, first) if hidden_too else (last,)
 
 
-def test_a_residual_stream_is_written_over():
+def test_the_residual_stream_is_overwritten():
     gm, loops = rewritten(decoder, x_of())
     assert len(taken(loops)) == 3
     inputs = (x_of(), *WEIGHTS)
@@ -69,7 +69,7 @@ def test_a_residual_stream_is_written_over():
 
 
 def check(names, batch, tokens, returned):
-    """The same with and without, whatever intermediate values the user keeps; returns whether anything is in place."""
+    """Compare with and without the pass. Return whether anything is overwritten."""
 
     def program(x, *parameters):
         w = Weights(*parameters)
@@ -94,7 +94,7 @@ def check(names, batch, tokens, returned):
 
 
 @some_and_many(20, 80)
-def test_any_program_gives_the_same_with_and_without(runs):
+def test_random_programs_compute_the_same_with_and_without_the_pass(runs):
     with at_least(0.9, "write over something") as in_place:
 
         @settings(RANDOM_PROGRAMS, max_examples=runs)
@@ -110,7 +110,7 @@ def test_any_program_gives_the_same_with_and_without(runs):
         gives_the_same()
 
 
-def test_an_input_is_never_written_over():
+def test_an_input_is_never_overwritten():
     def residual_on_the_input(x, *parameters):
         w = Weights(*parameters)
         return (STEPS["causal"](x, w) @ w.square,)
@@ -119,13 +119,13 @@ def test_an_input_is_never_written_over():
     assert not taken(loops)
 
 
-def test_what_the_user_gets_is_never_written_over():
+def test_an_output_is_never_overwritten():
     _, loops = rewritten(lambda *a: decoder(*a, hidden_too=True), x_of())
-    # The first residual is the user's; the second is written over by the third.
+    # The first residual is an output; the third overwrites the second.
     assert len(taken(loops)) == 2
 
 
-def test_what_is_read_later_is_never_written_over():
+def test_a_value_with_later_readers_is_never_overwritten():
     def read_again(x, *parameters):
         w = Weights(*parameters)
         first = STEPS["linear"](x, w) + 1
@@ -135,13 +135,13 @@ def test_what_is_read_later_is_never_written_over():
     inputs = (x_of(), *WEIGHTS)
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
     takers = overwritten(loops)
-    # The first residual lives to the end; what is taken over before has no later reader.
+    # The first residual lives to the end. An operand that is overwritten has no later reader.
     assert takers
     assert all(max(source.users) is node for source, node in takers)
 
 
-def test_rows_that_are_passed_on_as_they_are_are_not_lost():
-    """Keys that are the very rows of the residual, seen as heads."""
+def test_rows_that_a_loop_passes_on_unchanged_are_kept():
+    """The keys are a view of the residual's rows."""
 
     def program(x, *parameters):
         w = Weights(*parameters)
@@ -156,22 +156,24 @@ def test_rows_that_are_passed_on_as_they_are_are_not_lost():
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("through", ["view", "split", "copy"])
-def test_a_value_that_only_relabels_an_operand_is_told_from_one_that_is_computed(through):
+@pytest.mark.parametrize("through", ["view", "unsafe view", "split", "copy"])
+def test_views_of_operands_are_recognised(through):
     graph = torch.fx.Graph()
     rows = graph.placeholder("rows")
     if through == "view":
         piece = graph.call_function(torch.ops.aten.reshape.default, (rows, [-1, 4]))
+    elif through == "unsafe view":
+        piece = graph.call_function(torch.ops.aten._unsafe_view.default, (rows, [-1, 4]))
     elif through == "split":
         parts = graph.call_function(torch.ops.aten.split.Tensor, (rows, 4, -1))
         piece = graph.call_function(operator.getitem, (parts, 0))
     else:
         piece = graph.call_function(torch.ops.aten.clone.default, (rows,))
-    assert _relabels_an_input(piece) is (through != "copy")
+    assert _is_view_of_operand(piece) is (through != "copy")
 
 
 def written_over(loop, at):
-    """The loop, with a value that fits there written over an input."""
+    """The loop, with an output of the same type written over an input."""
     fits = [o.type.other_than(loop.inputs[at].type) is None and o.dim == loop.inputs[at].dim for o in loop.stored]
     number = fits.index(True)
     changed = replace(loop.outputs[number], over=at)
@@ -186,7 +188,7 @@ def spoiled(change):
     return loops
 
 
-def test_verify_refuses_to_write_over_what_is_read_later():
+def test_verify_rejects_overwriting_a_value_with_later_readers():
     def change(gm, node, loop):
         first_node, first = loop_nodes(gm)[1]
         at, operand = next(iter(first.loop.rows_of(first_node).items()))
@@ -199,7 +201,7 @@ def test_verify_refuses_to_write_over_what_is_read_later():
         verify(spoiled(change))
 
 
-def test_verify_refuses_to_write_over_an_input():
+def test_verify_rejects_overwriting_an_input():
     def change(gm, node, loop):
         loop = loop_nodes(gm)[0][1]
         loop.loop = written_over(loop.loop, next(iter(loop.loop.rows_of(loop_nodes(gm)[0][0]))))
@@ -219,8 +221,8 @@ MADE_BETWEEN_LOOPS = {
 
 @pytest.mark.parametrize("read", ["returned", "given to the loop too", "given to a later loop"])
 @pytest.mark.parametrize("made", MADE_BETWEEN_LOOPS)
-def test_what_may_be_the_same_storage_keeps_it(made, read):
-    """Whatever is made of a value between loops, but copied rows, may be the value itself."""
+def test_a_value_that_may_share_a_storage_keeps_it_alive(made, read):
+    """Any value computed from an operand between loops, except copied rows, may share its storage."""
     _, loops = rewritten(decoder, x_of())
     value, node = overwritten(loops)[0]
     target, more = MADE_BETWEEN_LOOPS[made]
@@ -239,7 +241,7 @@ def test_what_may_be_the_same_storage_keeps_it(made, read):
     assert taken_now or read == "given to a later loop"
 
 
-def test_deciding_twice_decides_the_same():
+def test_the_pass_is_idempotent():
     _, loops = rewritten(decoder, x_of())
     before = taken(loops)
     assert taken(take_over_storage(loops)) == before

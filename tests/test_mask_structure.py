@@ -1,4 +1,4 @@
-"""What `MaskAnalysis` claims of a mask holds for the mask itself, element by element."""
+"""The proved form of a mask agrees with the mask itself, element by element."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALLEST = torch.finfo(torch.float32).min
 
 
 def traced_mask(program: Program, length: int, symbolic: bool) -> fx.Node:
-    """The node of what `program(x)` returns, for an `x` of `length` elements."""
+    """The output node of `program(x)`, for an `x` of `length` elements."""
     gm = trace(program, torch.zeros(length), dynamic=symbolic)
     (output,) = gm.graph.find_nodes(op="output")
     return output.args[0]
@@ -40,14 +40,14 @@ def form_of(program: Program, length: int = 9, symbolic: bool = False) -> MaskFo
 
 
 def allowed(form: MaskForm, rows: int, keys: int) -> torch.Tensor:
-    """The definition, conditions on keys apart: what a form lets each row see."""
+    """The definition without conditions on keys: the keys that each row sees under a form."""
     query, key = torch.arange(rows)[:, None] + int(form.start), torch.arange(keys)[None]
     seen = key <= query if form.causal else torch.ones(rows, keys, dtype=torch.bool)
     return seen if form.window is None or not form.causal else seen & (key > query - form.window)
 
 
 def assert_holds(form: MaskForm, mask: torch.Tensor, conditions: torch.Tensor | None = None) -> None:
-    """`conditions` is what those on keys let each query of each batch entry see."""
+    """`conditions`: the keys that each query of each batch entry sees under the conditions on keys."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     bound = allowed(form, *mask.shape[-2:]).expand(mask.shape)
     seen, bound = torch.broadcast_tensors(seen, bound if conditions is None else bound & conditions)
@@ -61,7 +61,7 @@ def assert_holds(form: MaskForm, mask: torch.Tensor, conditions: torch.Tensor | 
 
 
 def conditions_of(form: MaskForm, mask: fx.Node, inputs: list[Any]) -> torch.Tensor:
-    """What the form's conditions on keys let each query see, by the vectors made for them in the graph."""
+    """The keys that each query sees under the form's conditions, from the vectors made for them in the graph."""
     if not kinds(form):
         return torch.ones((), dtype=torch.bool)
     graph, (batch, *_, keys) = mask.graph, mask.meta["val"].shape
@@ -79,7 +79,7 @@ def conditions_of(form: MaskForm, mask: fx.Node, inputs: list[Any]) -> torch.Ten
 
 
 def assert_spans(spans: torch.Tensor, seen: torch.Tensor, form: MaskForm) -> None:
-    """What `mom.spans` gives as a range is what may be seen, up to the query where there are positions."""
+    """A range of `mom.spans` equals the visible keys, up to the query where there are positions."""
     batch, _, rows, keys = seen.shape
     query, key = torch.arange(rows)[:, None], torch.arange(keys)[None]
     for entry in range(batch):
@@ -141,7 +141,7 @@ def ordered(x: torch.Tensor, window: int | None = None) -> torch.Tensor:
 
 
 def behind_a_past(x: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Queries that stand behind five keys."""
+    """Queries after five keys."""
     query, key = positions(x)[:, None] + 5, torch.arange(x.shape[0] + 5)[None]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
@@ -150,7 +150,7 @@ def behind_a_past(x: torch.Tensor, window: int | None = None) -> torch.Tensor:
 CAUSAL = MaskForm(True)
 FIVE = sympy.Integer(5)
 
-#: A program, and what is claimed of it: the form apart from conditions on keys, and which of those there are.
+#: A program, its form without conditions on keys, and the kinds of these conditions.
 KNOWN: dict[str, tuple[Program, MaskForm | None] | tuple[Program, MaskForm | None, str]] = {
     "causal": (causal, CAUSAL),
     "additive": (lambda x: additive(causal(x)), CAUSAL),
@@ -201,7 +201,7 @@ KNOWN: dict[str, tuple[Program, MaskForm | None] | tuple[Program, MaskForm | Non
 
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_masks(name: str, symbolic: bool) -> None:
+def test_the_form_of_known_masks_is_proved(name: str, symbolic: bool) -> None:
     program, expected, *conditions = KNOWN[name]
     mask = traced_mask(program, 9, symbolic)
     form = MaskAnalysis().form(mask)
@@ -218,13 +218,13 @@ def test_known_masks(name: str, symbolic: bool) -> None:
 
 
 def kinds(form: MaskForm) -> str:
-    """The conditions on keys that a form has."""
+    """The kinds of conditions on keys that a form has."""
     found = ["keys"] * len(form.keys)
     return " ".join(found + [name for name in ("segments", "positions") if getattr(form, name) is not None])
 
 
 class Draw:
-    """Builds a random program. Its decisions are drawn once, so that it can be run for many lengths."""
+    """Builds a random program. Its decisions are drawn once, so that it can run at many lengths."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
@@ -233,7 +233,7 @@ class Draw:
         return self.draw(st.integers(low, high))
 
     def position(self) -> Program:
-        """A vector that mostly counts up by one, but not always, nor always from 0."""
+        """A vector that mostly, but not always, counts up by one, not always from 0."""
         kind, shift = self.integer(0, 9), self.draw(st.sampled_from([0, 0, 0, 1, -1, 2]))
         makers: list[Program] = [
             lambda x: torch.arange(x.shape[0]) + shift,
@@ -265,7 +265,7 @@ class Draw:
         return program
 
     def mask(self) -> Program:
-        """Statements joined, as a boolean or an additive mask."""
+        """A combination of statements, as a boolean or an additive mask."""
         statements = [self.statement() for _ in range(self.integer(1, 3))]
         joins = [self.draw(st.sampled_from(["and", "and", "and", "or"])) for _ in statements]
         negate = self.draw(st.sampled_from([False, False, True]))
@@ -305,7 +305,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 @random_examples(100, 400, settings(deadline=None), programs(), st.integers(3, 12), st.booleans())
-def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, symbolic: bool) -> None:
+def test_the_form_of_a_random_mask_is_correct(program: Program, length: int, symbolic: bool) -> None:
     mask = traced_mask(program, length, symbolic)
     form = MaskAnalysis().form(mask)
     if form is None:
@@ -317,7 +317,7 @@ def test_random_masks_are_never_claimed_wrongly(program: Program, length: int, s
 
 @given(st.integers(2, 40), st.integers(1, 45))
 @settings(max_examples=60, deadline=None)
-def test_a_window_is_neither_one_more_nor_one_less(length: int, window: int) -> None:
+def test_the_size_of_a_window_is_exact(length: int, window: int) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return windowed(x, window)
 
@@ -325,7 +325,7 @@ def test_a_window_is_neither_one_more_nor_one_less(length: int, window: int) -> 
     assert form is not None
     assert form.exact
     assert_holds(form, program(torch.zeros(length)))
-    # A window that reaches over the whole sequence is none.
+    # A window as long as the sequence is none.
     assert form.window == (window if window < length else None)
 
 
@@ -347,9 +347,9 @@ def attention_masks(gm: fx.GraphModule) -> list[fx.Node]:
     return [node.kwargs["attn_mask"] for node in nodes if node.kwargs.get("attn_mask") is not None]
 
 
-#: With symbolic sizes a proof takes longer: full attention, and both kinds side by side.
+#: With symbolic sizes a proof takes longer: one model with full attention, and one with both kinds.
 QUICK = {"Llama"}
-#: Masked as others are.
+#: Models whose masks are built as those of others.
 ALIKE = {"Qwen3", "Phi3"}
 CASES = [pytest.param(family, False, marks=[pytest.mark.slow] if family in ALIKE else []) for family in FAMILIES] + [
     pytest.param(family, True, marks=[] if family in QUICK else [pytest.mark.slow]) for family in FAMILIES
@@ -357,8 +357,8 @@ CASES = [pytest.param(family, False, marks=[pytest.mark.slow] if family in ALIKE
 
 
 @pytest.mark.parametrize(("family", "dynamic"), CASES)
-def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
-    """With and without padding; the values of the masks are those of the graph's own run."""
+def test_the_form_of_masks_of_hugging_face_models_is_proved(family: str, dynamic: bool) -> None:
+    """With and without padding. The values of the masks come from a run of the graph."""
     changes, windows = FAMILIES[family]
     model = tiny(family, **changes)
     for batch, padding in ((1, False), (2, True)):
@@ -377,8 +377,8 @@ def test_masks_of_hugging_face_models(family: str, dynamic: bool) -> None:
             assert_holds(form, value, conditions_of(form, mask, captured.inputs))
 
 
-def test_masks_of_eager_gemma2() -> None:
-    """It adds its mask to scores itself; the mask is still a mask."""
+def test_the_form_of_masks_of_eager_gemma2_is_proved() -> None:
+    """The model adds its mask to the scores itself."""
     model = tiny("Gemma2", sliding_window=5)
     captured = capture(model.forward, use_cache=False, input_ids=ids(1, 11))
     analysis = MaskAnalysis()

@@ -1,4 +1,4 @@
-"""What every head reads is computed once for each row."""
+"""Sines and cosines that every head reads are computed once per row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rotated(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def in_pairs(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """As GPT-J has it: each value for two channels."""
+    """As in GPT-J: each value is used for two channels."""
     return q * angles[..., :4].cos().repeat_interleave(2, -1).unsqueeze(1)
 
 
@@ -38,7 +38,7 @@ def one_head(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def of_products(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """What a product reads is stored anyway, and what is behind it has no cosine of its own."""
+    """A product's operand is stored anyway, and a value after the product contains no cosine."""
     return q * (angles.cos() @ angles.transpose(1, 2) @ angles).unsqueeze(1)
 
 
@@ -50,16 +50,16 @@ def cheap(q: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     ("function", "stored"),
     [(rotated, [aten.mul.Tensor, aten.mul.Tensor]), (one_head, []), (of_products, []), (cheap, [])],
 )
-def test_what_has_a_sine_is_stored_where_something_larger_reads_it(function, stored) -> None:
+def test_a_sine_is_stored_if_a_larger_value_reads_it(function, stored) -> None:
     assert marked(function, Q, ANGLES) == stored
 
 
-def test_a_value_for_pairs_of_channels_is_stored_too() -> None:
+def test_a_sine_for_pairs_of_channels_is_stored() -> None:
     assert marked(in_pairs, Q, ANGLES)
 
 
 def attending(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Heads rotated by their positions, behind a product."""
+    """Heads rotated by their positions, after a product."""
     rows, channels = x.shape[1], 8
     positions = torch.arange(rows, dtype=x.dtype)[:, None] * torch.arange(1, channels + 1, dtype=x.dtype) / channels
     q = (x @ w).view(x.shape[0], rows, -1, channels).transpose(1, 2)
@@ -68,8 +68,8 @@ def attending(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_the_loop_over_heads_has_no_sine_where_it_is_worthwhile(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is worthwhile on CUDA alone, said of the CPU, whose code can be read and run."""
+def test_the_loop_over_heads_computes_no_sine_where_storing_pays(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enabled for the CPU in this test, since its code can be read and run."""
     torch._dynamo.reset()
     monkeypatch.setattr(once, "WORTHWHILE_ON", (where,))
     x, w = torch.randn(2, 40, 16), torch.randn(16, 32)
@@ -81,5 +81,5 @@ def test_the_loop_over_heads_has_no_sine_where_it_is_worthwhile(where: str, monk
     (body,) = [text for text in code if "count" in text]
     nests = [part for part in re.split(r"for\(int64_t x0", body) if ".cos()" in part]
     assert len(nests) == 1
-    # Over rows and channels, or over sequences and heads too.
+    # A loop over rows and channels, or also over sequences and heads.
     assert ("x2" in nests[0]) == (where != "cpu")

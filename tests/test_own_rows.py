@@ -1,4 +1,4 @@
-"""Rows that leave a graph hold no more than themselves: in loops, between them and in what stock Inductor compiles."""
+"""Returned rows of a larger value get their own storage: in loops, between loops and in graphs for stock Inductor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def x_of(batch=2, tokens=TOKENS):
 
 
 def behind(tensor):
-    """How many times its own bytes a tensor keeps allocated."""
+    """Bytes that a tensor keeps allocated, relative to its own."""
     return tensor.untyped_storage().nbytes() / max(1, tensor.numel() * tensor.element_size())
 
 
@@ -54,7 +54,7 @@ def share(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-#: What is left of a value: its tokens are in dimension 1.
+#: Crops of a value whose tokens are in dimension 1.
 CROPS = {
     "head": lambda v: v[:, :5],
     "tail": lambda v: v[:, -5:],
@@ -69,7 +69,7 @@ CROPS = {
     "expanded": lambda v: v[:, -2:].unsqueeze(0).expand(3, -1, -1, -1),
 }
 
-#: Where the value comes from: a loop, an operator that needs all tokens at once, an operator on an input alone.
+#: The source of the value: a loop, an operator that needs all tokens at once, an operator on an input alone.
 SOURCES = {
     "loop": lambda x, w: layer(x @ w.square, w),
     "whole": lambda x, w: layer(x @ w.square, w).cumsum(1),
@@ -78,7 +78,7 @@ SOURCES = {
 
 
 def program(source, *crops):
-    """What comes after a value, and some crops of the value."""
+    """Operators after a value, and some crops of the value."""
 
     def run(x, *parameters):
         w = Weights(*parameters)
@@ -89,7 +89,7 @@ def program(source, *crops):
 
 
 def check(function, *, loops=True, dynamic=False, batch=2):
-    """The rewritten graph's outputs, as eager's; and what was copied."""
+    """The outputs of the rewritten graph, which equal eager mode's, and the copies that were made."""
     x = x_of(batch)
     gm = trace(function, x, *WEIGHTS, dynamic=dynamic)
     assert dynamic == any(isinstance(size, torch.SymInt) for size in next(iter(gm.graph.nodes)).meta["val"].shape)
@@ -109,23 +109,23 @@ def check(function, *, loops=True, dynamic=False, batch=2):
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", sorted(CROPS))
 @pytest.mark.parametrize("source", sorted(SOURCES))
-def test_a_part_of_a_value_holds_its_rows_alone(source, crop, loops):
+def test_a_returned_crop_holds_only_its_rows(source, crop, loops):
     outputs, report = check(program(source, crop), loops=loops)
     assert behind(outputs[1]) <= 1.15
-    # A loop may have been asked for those rows alone.
+    # A loop may compute only those rows.
     assert report.own_rows or loops
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", ["head", "tail", "selected", "channels", "viewed"])
-def test_the_same_for_lengths_that_are_not_known_yet(crop, loops):
+def test_a_returned_crop_holds_only_its_rows_at_dynamic_lengths(crop, loops):
     outputs, report = check(program("loop", crop), loops=loops, dynamic=True)
     assert behind(outputs[1]) <= 1.15
     assert report.own_rows or loops
 
 
 def cropped_keys(*crops):
-    """Keys of the second of three layers, of which the user keeps crops."""
+    """Keys of the second of three layers, of which crops are returned."""
 
     def run(x, *parameters):
         w = Weights(*parameters)
@@ -137,7 +137,7 @@ def cropped_keys(*crops):
     return run
 
 
-def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
+def test_a_crop_is_copied_after_the_last_loop_that_reads_the_base():
     gm = trace(cropped_keys("tail"), x_of(), *WEIGHTS)
     rewritten, report = rewrite(gm, 4, parameter_names(gm), skip=("residual_in_place",))
     (made,) = report.own_rows
@@ -154,7 +154,7 @@ def test_a_crop_is_copied_behind_the_loop_that_reads_the_rest_last():
     assert set(live) - set(names)
 
 
-def test_without_the_pass_a_crop_holds_the_whole():
+def test_without_the_pass_a_crop_keeps_the_whole_value_alive():
     x = x_of()
     gm = trace(cropped_keys("tail"), x, *WEIGHTS)
     rewritten, _ = rewrite(gm, 4, parameter_names(gm), skip=("rows_of_their_own",))
@@ -162,7 +162,7 @@ def test_without_the_pass_a_crop_holds_the_whole():
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
-def test_crops_of_one_value_are_copied_one_by_one_unless_they_overlap(loops):
+def test_disjoint_crops_are_copied_separately_and_overlapping_ones_together(loops):
     (_, head, tail), report = check(cropped_keys("head", "tail"), loops=loops)
     assert len(report.own_rows) == 2
     assert behind(head) == behind(tail) == 1 and not share(head, tail)
@@ -170,7 +170,7 @@ def test_crops_of_one_value_are_copied_one_by_one_unless_they_overlap(loops):
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("head", "middle"), ("middle", "head"), ("tail", "selected"), ("head", "head")])
-def test_who_writes_into_one_of_two_overlapping_crops_sees_it_in_the_other(crops, loops):
+def test_a_write_to_one_of_two_overlapping_crops_is_visible_in_the_other(crops, loops):
     (_, one, other), report = check(cropped_keys(*crops), loops=loops)
     assert len(report.own_rows) == 1
     assert share(one, other) and behind(one) <= 9 / 5 + 1e-6
@@ -181,25 +181,25 @@ def test_who_writes_into_one_of_two_overlapping_crops_sees_it_in_the_other(crops
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("tail", "whole"), ("tail", "strided")])
-def test_nothing_is_copied_where_the_rest_is_kept_or_overlap_cannot_be_told(crops, loops):
+def test_nothing_is_copied_if_the_base_is_kept_or_the_overlap_is_unknown(crops, loops):
     (_, one, other), report = check(cropped_keys(*crops), loops=loops)
     assert not report.own_rows
     assert share(one, other)
 
 
-def test_rows_and_channels_of_one_value_are_not_told_apart():
+def test_crops_along_different_dimensions_are_not_copied():
     (_, one, other), report = check(cropped_keys("tail", "channels"), loops=False)
     assert not report.own_rows
     assert share(one, other)
 
 
-def test_nothing_is_copied_for_a_few_rows_less():
+def test_a_crop_of_nearly_all_rows_is_not_copied():
     _, report = check(lambda x, *w: (layer(x, Weights(*w)), x.cumsum(1)[:, 1:]), loops=False)
     assert not report.own_rows
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
-def test_a_view_of_an_input_stays_one(loops):
+def test_a_returned_view_of_an_input_stays_a_view(loops):
     def run(x, *parameters):
         return (*cropped_keys("tail")(x, *parameters), x[:, -3:])
 
@@ -210,7 +210,7 @@ def test_a_view_of_an_input_stays_one(loops):
     assert behind(rewritten(x, *WEIGHTS)[1]) == 1
 
 
-def test_what_an_operator_writes_into_is_left_alone():
+def test_a_base_that_an_operator_writes_to_is_not_copied():
     def run(x, *parameters):
         return (x.cumsum(1)[:, -2:],)
 
@@ -222,8 +222,8 @@ def test_what_an_operator_writes_into_is_left_alone():
     assert not own_rows(gm)
 
 
-def test_rows_keep_the_order_in_which_they_lay():
-    """Token-major heads stay token-major, and dense."""
+def test_a_copy_keeps_the_storage_order():
+    """Token-major heads stay token-major and dense."""
 
     def run(x, *parameters):
         return (x.cumsum(1).unflatten(-1, (2, -1)).transpose(1, 2)[:, :, -5:],)
@@ -243,8 +243,8 @@ def windowed(past, new):
 
 @pytest.mark.parametrize("tokens", [WINDOW, 3 * WINDOW], ids=["one row more", "many more"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["of one length", "of any length"])
-def test_a_window_behind_a_prompt_lies_as_a_decode_step_leaves_it(dynamic, tokens):
-    """Dynamo guards on strides: else the first step behind a prompt would need a graph of its own."""
+def test_a_prompts_window_has_the_strides_of_a_decode_steps(dynamic, tokens):
+    """Dynamo guards on strides: otherwise the first step after a prompt would need its own graph."""
     heads, empty = torch.randn(2, 3, tokens, 4), torch.randn(2, 3, 0, 4)
     gm = trace(lambda x: windowed(empty, x.cumsum(2)), heads, dynamic=dynamic)
     report = Report()
@@ -257,7 +257,7 @@ def test_a_window_behind_a_prompt_lies_as_a_decode_step_leaves_it(dynamic, token
     assert behind(rows) == WINDOW / (WINDOW - 1)
 
 
-def test_a_residual_of_which_rows_are_kept_is_still_written_over():
+def test_a_residual_with_a_returned_crop_is_still_overwritten():
     def run(x, *parameters):
         last, first = decoder(x, *parameters, hidden_too=True)
         return last, first[:, -2:]
@@ -271,7 +271,7 @@ def test_a_residual_of_which_rows_are_kept_is_still_written_over():
 
 
 def returns_the_same_rows(names, kept, batch, loops):
-    """Whether rows of a program's outputs got a storage of their own; they are the same with and without."""
+    """Whether rows of a program's outputs were copied. The outputs are the same with and without."""
 
     def run(x, *parameters):
         values = [x]
@@ -296,7 +296,7 @@ def returns_the_same_rows(names, kept, batch, loops):
     return bool(report.own_rows)
 
 
-def test_any_program_returns_the_same_rows():
+def test_random_programs_return_the_same_rows():
     with at_least(0.8, "copy rows out of a larger value") as copied:
 
         @settings(RANDOM_PROGRAMS, max_examples=100)
@@ -316,7 +316,7 @@ def test_any_program_returns_the_same_rows():
 
 
 def run_captured(gm, example_inputs, **kwargs):
-    """In place of stock Inductor: the graph as it is."""
+    """Replaces stock Inductor by the graph itself."""
 
     def run(inputs):
         values = list(inputs)
@@ -346,8 +346,8 @@ def assert_rows_alone(cache):
         pytest.param(2, [9, 20], id="within the window first", marks=pytest.mark.slow),
     ],
 )
-def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, lengths):
-    """Windows of 16; of two lengths that are compiled the second is a symbol."""
+def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
+    """Windows of 16. Of two lengths that are compiled the second is a symbol."""
     model = small_model("Mistral")
     reference = small_model("Mistral")
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
@@ -363,13 +363,13 @@ def test_a_window_layers_cache_is_its_rows_after_prefill_and_every_step(batch, l
                 inputs = next_token(inputs, seed=step)
     prefill = [report for report in reports() if report.own_rows]
     assert prefill and all(len(report.own_rows) == 6 for report in prefill)
-    # A step drops a row of sixteen: that is not worth a copy.
+    # A step drops one row of sixteen, which is not worth a copy.
     steps = [report for report in reports() if report.kind == DECODE_STEP]
     assert steps and not any(report.own_rows for report in steps) and len(prefill) <= 2
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
+def test_a_step_of_many_tokens_keeps_only_the_window():
     model = small_model("Mistral")
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
@@ -381,7 +381,7 @@ def test_a_step_of_many_tokens_over_a_window_keeps_its_rows():
     assert [len(report.own_rows) for report in reports()] == [6, 6]
 
 
-def test_explain_tells_which_rows_are_copied():
+def test_explain_lists_the_copied_rows():
     model, inputs = small_model("Mistral"), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
     assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 6
@@ -393,7 +393,7 @@ def test_explain_tells_which_rows_are_copied():
     assert "rows of their own" in short.details() and "6 parts of larger values" in str(short)
 
 
-def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
+def test_a_layer_that_is_not_offloaded_keeps_only_its_rows():
     value = torch.arange(2 * 3 * 40 * 4.0).view(2, 3, 40, 4)
     step = Offload(2, torch.device("cpu"), Placement(), stays=lambda sizes, size: True)
     (kept,) = step([value, 30])
@@ -402,7 +402,7 @@ def test_a_layer_that_stays_on_the_device_after_all_keeps_its_rows_alone():
     assert share(kept, value)
 
 
-def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
+def test_a_failing_pass_falls_back_with_a_warning_and_raises_under_strict(monkeypatch):
     def fails(gm):
         raise RuntimeError("a bug of ours")
 
@@ -423,7 +423,7 @@ def test_a_failing_copy_falls_back_with_a_warning_and_raises_under_strict(monkey
 
 @pytest.mark.parametrize("crop", ["head", "tail"])
 def test_inductor_keeps_the_copy(crop):
-    """Rows lie in the copy as they lay before: Inductor would call a `clone` of them nothing to do, and drop it."""
+    """The copy has the strides of its source. Inductor would remove a `clone` of it."""
     weight = torch.randn(8, 8, dtype=torch.float64)
     rows = {"head": lambda y: y[:4], "tail": lambda y: y[-4:]}[crop]
 
@@ -440,7 +440,7 @@ def test_inductor_keeps_the_copy(crop):
 
 
 class Cropping(TinyDecoder):
-    """Logits of the last token, and what a cache of windows would keep: the last rows of each layer's keys."""
+    """Logits of the last token, and the rows that a window's cache keeps: the last rows of each layer's keys."""
 
     WINDOW = 16
 
@@ -460,7 +460,7 @@ def heads(rows, size):
     return rows.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-def test_the_measured_peak_has_no_rows_that_are_not_kept():
+def test_the_measured_peak_excludes_rows_that_are_not_kept():
     watch_cpu()
     model = Cropping(layers=5).eval()
     fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8, "strict": True})
@@ -471,7 +471,7 @@ def test_the_measured_peak_has_no_rows_that_are_not_kept():
         torch.testing.assert_close((logits, kept), model(x), rtol=1e-4, atol=1e-4)
         assert all(behind(rows) == 1 for rows in kept)
         peak = peak_bytes(functools.partial(fast, x)).peak
-    # The residual stream, keys and values of two layers at full length; of those before what is kept.
+    # The residual stream, keys and values of two layers at full length; of earlier layers only the kept rows.
     floor = tokens * (32 * 4 + 4 * width) + 3 * 2 * model.WINDOW * width
     assert reports()[-1].floor_bytes == floor
     assert floor <= peak <= floor + 96 * 1024

@@ -1,4 +1,4 @@
-"""Outputs that show the same elements share a storage. Operators from elsewhere are given the strides of eager mode."""
+"""Overlapping outputs share a storage, and custom operators get the strides of eager mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {"strict": True, "mini_seq_len": 8}
 W = weights_of(torch.float32)
 HALF = HIDDEN // 2
 
-#: Outputs of hidden states of which each shows elements that another shows.
+#: Outputs of hidden states, each of which shares elements with another.
 SHARED: dict[str, Callable[[torch.Tensor], Any]] = {
     "channels": lambda h: (h, h[..., :HALF]),
     "a piece of a split": lambda h: (h, h.chunk(2, -1)[1]),
@@ -35,7 +35,7 @@ SHARED: dict[str, Callable[[torch.Tensor], Any]] = {
     "all tokens together": lambda h: (h.view(-1, HIDDEN), h, h.view(-1, HIDDEN)[:, 2:]),
     "three": lambda h: (h[..., 0], h.mT[:, 0], h[..., HALF:]),
 }
-#: Outputs of which none shows what another does.
+#: Outputs without common elements.
 APART: dict[str, Callable[[torch.Tensor], Any]] = {
     "pieces of a split": lambda h: h.split(HALF, -1),
     "halves": lambda h: (h[..., :HALF], h[..., HALF:]),
@@ -56,7 +56,7 @@ def given(batch: int = 2) -> torch.Tensor:
 
 
 def outputs(backend: str, form: Callable[[torch.Tensor], Any], **how: Any) -> list[torch.Tensor]:
-    """Of the program, as it is or compiled."""
+    """The outputs of the program, as it is or compiled."""
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> Any:
         return form(hidden(x, *parameters))
@@ -74,7 +74,7 @@ def outputs(backend: str, form: Callable[[torch.Tensor], Any], **how: Any) -> li
 @pytest.mark.parametrize(
     ("name", "dynamic"), [*((name, False) for name in SHARED), *((name, True) for name in tuple(SHARED)[::4])]
 )
-def test_outputs_that_show_the_same_share_it(name: str, dynamic: bool, eager_pieces: None) -> None:
+def test_overlapping_outputs_share_a_storage(name: str, dynamic: bool, eager_pieces: None) -> None:
     expected, actual = outputs("eager", SHARED[name]), outputs("mom", SHARED[name], dynamic=dynamic)
     torch.testing.assert_close(actual, expected)
     assert bytes_held(actual) <= bytes_held(expected)
@@ -82,15 +82,15 @@ def test_outputs_that_show_the_same_share_it(name: str, dynamic: bool, eager_pie
 
 
 @pytest.mark.parametrize("name", APART)
-def test_outputs_that_are_apart_hold_no_more_than_they_show(name: str, eager_pieces: None) -> None:
-    """What they are cut from need not exist."""
+def test_disjoint_outputs_hold_only_their_rows(name: str, eager_pieces: None) -> None:
+    """The value that they are cut from need not exist."""
     expected, actual = outputs("eager", APART[name]), outputs("mom", APART[name])
     torch.testing.assert_close(actual, expected)
     assert not any(writes_seen(actual)) and not any(writes_seen(expected))
     assert bytes_held(actual) == sum(value.nbytes for value in actual)
 
 
-def test_compiled_code_returns_one_storage() -> None:
+def test_compiled_views_of_one_value_share_a_storage() -> None:
     def form(h: torch.Tensor) -> Any:
         return h, h[..., :HALF], heads(h)[:, 1], h[:, -1]
 
@@ -100,8 +100,8 @@ def test_compiled_code_returns_one_storage() -> None:
     assert bytes_held(actual) == bytes_held(expected)
 
 
-def test_views_of_equal_views_are_told_apart() -> None:
-    """Two views alike are two nodes: their parts are compared all the same."""
+def test_disjoint_views_of_equal_views_are_recognised() -> None:
+    """Equal views are separate nodes, whose parts are still compared."""
     gm = capture(lambda x: ((y := x * 2).view(2, 41, 2, -1)[:, :, 0], y.view(2, 41, 2, -1)[:, :, 1]), x=given()).gm
     assert not shared_views(gm)
 
@@ -116,7 +116,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.dim(), dtype=torch.int64)
 
 
-#: Operands of an operator from elsewhere.
+#: Operands of a custom operator.
 OPERANDS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda h: h,
     lambda h: h[..., :4],
@@ -134,7 +134,7 @@ OPERANDS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any length"])
-def test_operators_from_elsewhere_are_given_the_strides_of_eager_mode(dynamic: bool, eager_pieces: None) -> None:
+def test_custom_operators_get_the_strides_of_eager_mode(dynamic: bool, eager_pieces: None) -> None:
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> Any:
         h = hidden(x, *parameters)
         return [strides_of(operand(h)) for operand in OPERANDS], hidden(h, *parameters)

@@ -1,4 +1,4 @@
-"""Strides: the question that `view` asks of them, against `view` itself, and claims that are not true."""
+"""`viewable` against `tensor.view`, and the correction of wrong recorded strides."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mom_passes.graph.claimed_layouts import real_layouts
+from mom_passes.graph.claimed_layouts import correct_strides
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.strides import viewable
-from mom_passes.verify import describes_what_is
+from mom_passes.verify import values_are_as_computed
 from tests.captured import capture
 
 
@@ -34,7 +34,7 @@ def questions(draw):
 
 @given(questions())
 @settings(max_examples=400, deadline=None)
-def test_it_says_what_view_does(question):
+def test_viewable_agrees_with_tensor_view(question):
     tensor, shape = question
     try:
         tensor.view(shape)
@@ -44,8 +44,8 @@ def test_it_says_what_view_does(question):
     assert viewable(tensor.shape, tensor.stride(), shape) is allowed
 
 
-def test_views_claim_no_more_than_they_are():
-    """Inductor's front half removes a product with ones, and describes what it was computed from as dense as it was."""
+def test_wrong_strides_of_views_are_corrected():
+    """Inductor's `remove_no_ops` removes a product with ones and gives its operand the recorded value of the result."""
     pairs = torch.randn(2, 17, 3, 8, dtype=torch.float64)
 
     def run(x):
@@ -56,10 +56,10 @@ def test_views_claim_no_more_than_they_are():
         return row.view(34, 8) @ torch.ones(8, 8, dtype=x.dtype), row.mT, spread.mT
 
     gm = capture(run, x=pairs).gm
-    wrong = describes_what_is(gm)
+    wrong = values_are_as_computed(gm)
     assert wrong is not None and "select" in wrong
     fixed = copy_graph(gm)
-    assert real_layouts(fixed) >= 2
-    assert describes_what_is(fixed) is None
-    assert describes_what_is(gm) == wrong  # the captured graph stays as it was
-    assert real_layouts(fixed) == 0
+    assert correct_strides(fixed) >= 2
+    assert values_are_as_computed(fixed) is None
+    assert values_are_as_computed(gm) == wrong  # the captured graph stays as it was
+    assert correct_strides(fixed) == 0

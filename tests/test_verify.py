@@ -285,7 +285,7 @@ SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     returns_one_less: "returns 2 values in place of 3",
     drops_an_input: "the graph takes",
     returns_another_dtype: "output 0 .* is torch.float32",
-    loses_a_value: "has lost its value",
+    loses_a_value: "has no recorded value",
     loses_a_type: "has no type",
     returns_rows_in_another_order: "of its body has shape",
     has_the_length_as_a_literal: "the length 13 as a literal",
@@ -298,7 +298,7 @@ SPOILED: dict[Callable[[fx.GraphModule], None], str] = {
     writes_over_what_it_reads_otherwise: "reads otherwise too",
     writes_over_rows_of_another_shape: "does not fit",
     reads_what_comes_later: "malformed graph",
-    writes_before_it_reads: "behind",
+    writes_before_it_reads: "after .* has written to it",
     writes_to_another_input: r"writes to \['\w+'\] in place of \[\]",
 }
 

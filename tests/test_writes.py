@@ -12,7 +12,7 @@ from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
 from mom_passes.errors import PassError
-from mom_passes.graph.writes import read_behind_a_write
+from mom_passes.graph.writes import read_after_write
 from mom_passes.verify import verify
 from tests.programs import ATTENTION, HEADS, HIDDEN, ROWWISE, Weights, weights_of
 from tests.test_properties import RANDOM_PROGRAMS
@@ -20,7 +20,7 @@ from tests.tracing import rewrite, trace
 
 aten = torch.ops.aten
 
-#: `(tokens, state, other, kept, weights) -> tokens`: what a line of a program may do with two buffers `[HIDDEN]`.
+#: `(tokens, state, other, kept, weights) -> tokens`: a line of a program with two buffers `[HIDDEN]`.
 LINES = {
     "linear": lambda x, s, o, kept, w: ROWWISE["linear"](x, w),
     "causal": lambda x, s, o, kept, w: ATTENTION["causal"](x, w),
@@ -56,7 +56,7 @@ def _after(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def run_and_compare(lines: list[str], batch: int, tokens: int, mini: int) -> tuple[bool, fx.GraphModule]:
-    """Whether a program was rewritten; it then returns the same and leaves the same in its buffers."""
+    """Whether a program was rewritten. It then returns the same and leaves the same in its buffers."""
     weights = weights_of(torch.float64)
 
     def program(x: torch.Tensor, state: torch.Tensor, other: torch.Tensor, *parameters: torch.Tensor) -> tuple:
@@ -86,7 +86,7 @@ programs = st.lists(st.sampled_from(sorted(LINES)), min_size=2, max_size=9)
 
 @settings(RANDOM_PROGRAMS, max_examples=30)
 @given(programs, st.integers(1, 2), st.integers(5, 13))
-def test_buffers_read_updated_and_returned_in_any_order(lines, batch, tokens):
+def test_random_programs_with_buffers_compute_the_same(lines, batch, tokens):
     rewritten, _ = run_and_compare(["causal", "linear", *lines, "linear", "causal"], batch, tokens, 4)
     assert rewritten
 
@@ -94,7 +94,7 @@ def test_buffers_read_updated_and_returned_in_any_order(lines, batch, tokens):
 @pytest.mark.slow
 @settings(RANDOM_PROGRAMS, max_examples=500)
 @given(programs, st.integers(1, 2), st.integers(5, 23), st.integers(2, 9))
-def test_five_hundred_programs_with_buffers(lines, batch, tokens, mini):
+def test_five_hundred_random_programs_with_buffers_compute_the_same(lines, batch, tokens, mini):
     rewritten, _ = run_and_compare(["causal", *lines, "linear", "causal"], batch, tokens, min(mini, tokens // 2))
     assert rewritten
 
@@ -152,29 +152,29 @@ def _write_elsewhere(graph, state, new):
 
 
 @pytest.mark.parametrize("build", [_read_behind, _item_behind, _reshaped_behind, _write_elsewhere])
-def test_a_read_behind_a_write_is_refused_by_name(build):
+def test_a_read_after_a_write_is_reported(build):
     gm = graph_of(build)
-    assert read_behind_a_write(gm) is not None
+    assert read_after_write(gm) is not None
     with pytest.raises(PassError, match="copy_"):
         verify(gm)
 
 
-def test_a_view_behind_a_write_reads_nothing():
+def test_a_view_after_a_write_is_no_read():
     def build(graph, state, new):
         copied = graph.call_function(aten.add.Tensor, (state, 1))
         write = graph.call_function(aten.copy_.default, (state, new))
         graph.output((copied, write, graph.call_function(aten.alias.default, (state,))))
 
     gm = graph_of(build)
-    assert read_behind_a_write(gm) is None
+    assert read_after_write(gm) is None
     verify(gm)
 
 
 # --- as a user writes it ---
 
 
-def test_a_state_returned_as_it_was(eager_pieces):
-    """A copy larger than its source is made where it is asked for, and a graph's output is asked for last."""
+def test_the_old_contents_of_a_state_can_be_returned(eager_pieces):
+    """A copy larger than its source is made where it is read, and an output is read last."""
     weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     @torch.compile(backend="mom", options={"strict": True, "mini_seq_len": 16})
@@ -191,7 +191,7 @@ def test_a_state_returned_as_it_was(eager_pieces):
     torch.testing.assert_close(state, torch.arange(8.0) + 1)
 
 
-def test_two_inputs_that_share_storage(eager_pieces):
+def test_inputs_that_share_a_storage_compute_the_same(eager_pieces):
     weight, weights = torch.randn(HIDDEN, HIDDEN), weights_of(torch.float32)
 
     def step(x, state, view):

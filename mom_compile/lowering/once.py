@@ -23,9 +23,10 @@ import torch
 from torch import fx
 
 from mom_compile.torch_compat.inductor import mark_stored
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand, base_of
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint
+from mom_passes.graph.values import is_pointwise
 
 aten = torch.ops.aten
 
@@ -33,8 +34,6 @@ aten = torch.ops.aten
 WORTHWHILE_ON = ("cuda",)
 #: Operators with tens of operations per element; in float32 more for arguments as large as positions.
 EXPENSIVE = {aten.cos.default, aten.sin.default, aten.tan.default}
-#: Pointwise operators without the tag.
-CASTS = {aten._to_copy.default, aten.clone.default, aten.cat.default}
 
 
 def is_worthwhile(devices: Iterable[torch.device]) -> bool:
@@ -51,7 +50,7 @@ def store_once(graph: fx.Graph) -> list[fx.Node]:
         elif _is_pointwise(node):
             read = [given for given in node.all_input_nodes if given in expensive]
             smaller = [given for given in read if _elements(given) < _elements(node)]
-            stored |= dict.fromkeys(map(_without_views, smaller))
+            stored |= dict.fromkeys(map(base_of, smaller))
             if len(read) > len(smaller):
                 expensive.add(node)
     for node in stored:
@@ -63,15 +62,7 @@ def _is_pointwise(node: fx.Node) -> bool:
     """Return whether each element is computed from one element of each operand. Views count as pointwise."""
     if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in CASTS or seen_from(node) is not None
-
-
-def _without_views(node: fx.Node) -> fx.Node:
-    """Return the value that a chain of views begins with."""
-    while (source := seen_from(node)) is not None:
-        node = source
-    return node
+    return is_pointwise(node) or node.target is aten.cat.default or aliased_operand(node) is not None
 
 
 def _elements(node: fx.Node) -> int:

@@ -34,7 +34,7 @@ from mom_compile.torch_compat.dynamo import COMPILING
 from mom_compile.torch_compat.inductor import CodegenSettings, inductor_configured
 from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes, loaded_piece, stored_piece
 from mom_compile.torch_compat.tensors import assert_layout
-from mom_passes.attention.flex import graphs_put_back
+from mom_passes.attention.flex import restore_flex_attention
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
@@ -184,7 +184,7 @@ class Piece:
             assert self.settings is not None, "a piece is compiled with the settings of the graph it belongs to"
             with inductor_configured(self.settings), defer_kernel_waits(self._devices) as waits:
                 # Inductor rewrites what it compiles. Eager runs and further variants need the original.
-                gm = graphs_put_back(copy_graph(self.gm))
+                gm = restore_flex_attention(copy_graph(self.gm))
                 decompose(gm, sizes.mode)
                 # Only in loop bodies: in a decode step another kernel would cost more time than it saves.
                 if COUNT in self.symbols and is_worthwhile(self._devices):

@@ -1,4 +1,4 @@
-"""The one refusal of this package, an operator that cannot be cut, by name; and what went wrong."""
+"""Exceptions: an operator that cannot be cut into mini-sequences, and passes or rules with a bug."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from mom_passes.source_lines import with_source_line
 
 
 class CannotChunk(Exception):
-    """A chunk rule cannot compute a slice of `node` along one dimension.
+    """Rows of `node` along `dim` cannot be computed from rows of its operands.
 
-    Analyses catch it and keep the operator whole. It names the operator, the node,
-    the dimension and the shapes, so that a report can say why something was left out.
+    Analyses catch it and keep the operator whole. Reports print the reason.
     """
 
     def __init__(self, node: fx.Node, dim: object, reason: str) -> None:
@@ -33,7 +32,7 @@ class NoRule(CannotChunk):
 
 
 class PassError(Exception):
-    """A pass broke one of its own invariants; the caller falls back to the graph it had.
+    """A pass broke an invariant. The caller falls back to the graph before it.
 
     The message names the user's line of `node`, if a node is given.
     """
@@ -43,7 +42,7 @@ class PassError(Exception):
 
 
 class RuleError(PassError):
-    """A chunk rule answered neither with a claim that fits its operator nor with `CannotChunk`."""
+    """A chunk rule neither returned a claim that fits its operator nor raised `CannotChunk`."""
 
     def __init__(self, node: fx.Node, dim: object, fault: str) -> None:
         super().__init__(f"the chunk rule of {node.target} {fault} (asked for {node.name} along {dim})", node)

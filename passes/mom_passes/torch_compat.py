@@ -1,10 +1,10 @@
-"""Every part of PyTorch that is not public and that graphs, sizes or operators are read with, in one place.
+"""All private PyTorch APIs that read graphs, sizes and operators.
 
-schema          What an operator's signature says: names, defaults, what it writes to, what it may return as a view.
-symbolic number A `SymInt`, `SymFloat` or `SymBool`: an expression, and its value when the graph was captured, the hint.
-shape env       What knows the symbols of a captured graph. Asking it whether sizes are equal adds guards.
+schema          An operator's signature: names, defaults, which arguments it writes to, which results may be views.
+symbolic number A `SymInt`, `SymFloat` or `SymBool`: an expression, and its value at capture, the hint.
+shape env       Owns the symbols of a captured graph. Comparing sizes through it adds guards.
 
-What Dynamo, AOTAutograd and Inductor are asked for stands in `mom_compile.torch_compat`.
+Private APIs of Dynamo, AOTAutograd and Inductor are in `mom_compile.torch_compat`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-#: FlexAttention: an operator that is called with graphs of its own, in whose place a captured graph reads attributes.
+#: FlexAttention: a higher-order operator; a captured graph passes its graphs as attributes.
 FLEX_ATTENTION: Any = torch.ops.higher_order.flex_attention
 
-#: Calls a graph, traced once for all calls with the same identifier: `(graph, identifier, *operands)` to a tuple.
+#: `(graph, identifier, *operands) -> tuple`: calls a graph, which is traced once for all calls with an identifier.
 INVOKE_SUBGRAPH: Any = torch.ops.higher_order.invoke_subgraph
 
-#: Numbers that depend on sizes: lengths, scales computed from them, conditions on them.
+#: Numbers that depend on sizes.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -35,35 +35,36 @@ def schema_of(target: Any) -> Any:
 
 
 def schemas_of(target: Any) -> list[Any]:
-    """The schemas of an operator overload, or of all overloads of an operator; none for any other callable."""
+    """The schemas of an operator overload, or of all overloads of a packet; none for any other callable."""
     if isinstance(target, OpOverloadPacket):
-        return [getattr(target, name)._schema for name in target.overloads()]
+        packet: Any = target  # `overloads` is not typed
+        return [getattr(packet, name)._schema for name in packet.overloads()]
     schema = schema_of(target)
     return [] if schema is None else [schema]
 
 
 def is_higher_order(target: Any) -> bool:
-    """Whether an operator is called with graphs of its own."""
+    """Whether an operator takes graphs."""
     return isinstance(target, HigherOrderOperator)
 
 
 def is_from_elsewhere(target: Any) -> bool:
-    """Whether an operator overload is neither one of PyTorch's own nor one of this project's."""
+    """Whether an operator overload is neither PyTorch's nor this project's."""
     return isinstance(target, OpOverload) and target.namespace not in ("aten", "prims", "prim", "mom")
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a subclass that keeps its bytes in other tensors, by which AOTAutograd replaces it."""
+    """Whether a tensor is of a wrapper subclass, which AOTAutograd replaces by the tensors it wraps."""
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """Equal for tensors whose bytes may be the same, fake ones among them, as long as these live."""
-    return tensor.untyped_storage()._cdata
+    """The identity of a tensor's storage, also of a fake tensor, as long as the storage is alive."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def takes_sizes(argument: Any) -> bool:
-    """Whether an argument of a schema may be a symbolic number, or a list of them, where it is given a number."""
+    """Whether an argument of a schema accepts symbolic numbers, or lists of them."""
     kind = argument.real_type
     while isinstance(kind, (torch._C.OptionalType, torch._C.ListType)):
         kind = kind.getElementType()
@@ -71,7 +72,7 @@ def takes_sizes(argument: Any) -> bool:
 
 
 def packet_of(target: Any) -> Any:
-    """The operator that an overload is one of, `aten.add` for `aten.add.Tensor`; None for any other callable."""
+    """The packet of an overload, `aten.add` for `aten.add.Tensor`; None for any other callable."""
     return getattr(target, "overloadpacket", None)
 
 
@@ -81,7 +82,7 @@ def expression_of(number: Any) -> sympy.Expr:
 
 
 def hint_of(number: Any) -> Any:
-    """The value a symbolic number had when the graph was captured; None for one that depends on data."""
+    """The value of a symbolic number at capture; None if it depends on data."""
     return number.node.hint
 
 
@@ -94,7 +95,7 @@ def shape_env_of(number: Any) -> Any:
 
 
 def equalities_of(env: Any) -> list[tuple[sympy.Expr, sympy.Expr]]:
-    """What the graph's guards say is equal. Whoever runs the graph has checked them."""
+    """The equalities among the graph's guards, which are checked before the graph runs."""
     return [(guard.expr.lhs, guard.expr.rhs) for guard in env.guards if isinstance(guard.expr, sympy.Eq)]
 
 
@@ -112,10 +113,10 @@ def fake_mode_of(value: Any) -> Any:
 
 
 def new_fake_mode() -> Any:
-    """A mode in which operators compute shapes and dtypes alone."""
+    """A mode in which operators compute only shapes and dtypes."""
     return FakeTensorMode()
 
 
 def without_guards(mode: Any) -> AbstractContextManager[Any]:
-    """While a fake mode is in use, nothing that is asked of its symbols becomes a guard."""
+    """A context in which comparisons of a fake mode's symbols add no guards."""
     return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()

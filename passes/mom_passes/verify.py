@@ -1,4 +1,4 @@
-"""What must hold after every pass, as a table of laws. A violation is a bug of ours; the caller falls back.
+"""Invariants of graphs and loops, checked after every pass. A violation is a bug in a pass; the caller falls back.
 
 level 1   always: reads the graph and its types
 level 2   in tests: also runs operators and loop bodies on fake tensors
@@ -16,8 +16,8 @@ from torch import fx
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import fake_value, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import returns_a_tensor, returns_nothing
-from mom_passes.graph.writes import read_behind_a_write, written_inputs
+from mom_passes.graph.values import returned_values, returns_a_tensor, returns_nothing
+from mom_passes.graph.writes import read_after_write, written_inputs
 from mom_passes.loops import laws
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import TensorType
@@ -26,9 +26,13 @@ from mom_passes.ops.transfers import APPEND, FETCH_START, FETCH_WAIT, OFFLOAD
 
 @dataclass(frozen=True)
 class Contract:
-    """What a graph takes and returns: names of inputs, types of outputs (of what is no tensor, its Python type). And
-    what it does beside: names of the inputs that it writes to, one for each write, and the operators that return
-    nothing (assertions), in order."""
+    """The interface of a graph.
+
+    inputs     names of the placeholders
+    outputs    types of the results; the Python type of one that is no tensor
+    written    names of the inputs that it writes to, one for each write
+    effects    the operators that return nothing (assertions), in order
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[TensorType | type, ...]
@@ -38,16 +42,11 @@ class Contract:
     @staticmethod
     def of(gm: fx.GraphModule) -> Contract:
         inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-        return Contract(inputs, tuple(map(_type_of, _output_of(gm))), written_inputs(gm), _effects_of(gm))
+        return Contract(inputs, tuple(map(_type_of, returned_values(gm.graph))), written_inputs(gm), _effects_of(gm))
 
 
 def _effects_of(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(str(node.target) for node in gm.graph.nodes if returns_nothing(node))
-
-
-def _output_of(gm: fx.GraphModule) -> tuple[Any, ...]:
-    returned = next(iter(reversed(gm.graph.nodes))).args[0]
-    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
 def _type_of(output: Any) -> TensorType | type:
@@ -55,11 +54,11 @@ def _type_of(output: Any) -> TensorType | type:
     return TensorType.of(value) if isinstance(value, torch.Tensor) else type(value)
 
 
-# --- laws of graphs ---
+# --- laws of graphs: None, or a message ---
 
 
 def is_well_formed(gm: fx.GraphModule) -> str | None:
-    """Every node is defined before it is used, every target exists."""
+    """Every node is defined before its uses and every target exists."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
@@ -68,27 +67,26 @@ def is_well_formed(gm: fx.GraphModule) -> str | None:
 
 
 def is_typed(gm: fx.GraphModule) -> str | None:
-    """Every operator that returns tensors knows their shapes."""
+    """Every operator that returns tensors has a recorded value."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and returns_a_tensor(node):
-            return f"{node.name} ({node.target}) has lost its value"
+            return f"{node.name} ({node.target}) has no recorded value"
     return None
 
 
 def host_values_are_moved_only(gm: fx.GraphModule) -> str | None:
-    """What is on the host is read by transfers and returned, and every copy to the device is waited for, once."""
+    """Host values are read only by transfers, or returned; every copy to the device is waited for once."""
     for node in gm.graph.nodes:
         readers = [user.target for user in node.users if user.target is not FETCH_START]
         if node.target is FETCH_START and readers != [FETCH_WAIT]:
-            return f"{node.name} is read before it is filled, or never waited for"
+            return f"{node.name} is read before its copy ends, or its copy is never waited for"
         if node.target in (APPEND, OFFLOAD) and any(user.op != "output" for user in node.users):
-            return f"{node.name} is on the host and is read on the device"
+            return f"{node.name} is on the host and read on the device"
     return None
 
 
 def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
-    """The same inputs and writes to them, and outputs of the same number and types; what left for the host is on
-    another device."""
+    """The graph has the interface of the contract. Only the device of a value moved to the host may differ."""
     inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
     if inputs != contract.inputs:
         return f"the graph takes {list(inputs)} in place of {list(contract.inputs)}"
@@ -98,7 +96,7 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     effects = _effects_of(gm)
     if effects != contract.effects:
         return f"the graph calls {list(effects)} for their effects in place of {list(contract.effects)}"
-    outputs = _output_of(gm)
+    outputs = returned_values(gm.graph)
     if len(outputs) != len(contract.outputs):
         return f"the graph returns {len(outputs)} values in place of {len(contract.outputs)}"
     for i, (output, wanted) in enumerate(zip(outputs, contract.outputs, strict=True)):
@@ -113,8 +111,8 @@ def keeps(contract: Contract, gm: fx.GraphModule) -> str | None:
     return None
 
 
-def describes_what_is(gm: fx.GraphModule) -> str | None:
-    """Every value is what its operator gives, strides included. Slow: for tests."""
+def values_are_as_computed(gm: fx.GraphModule) -> str | None:
+    """Every recorded value is what its operator returns, strides included. Slow: for tests."""
     for node in gm.graph.nodes:
         if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
             continue
@@ -130,10 +128,10 @@ def describes_what_is(gm: fx.GraphModule) -> str | None:
 GraphLaw = Callable[[fx.GraphModule], str | None]
 LoopLaw = Callable[[fx.Node, Loop], str | None]
 
-OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_behind_a_write)
-#: They may rely on all others.
-OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (describes_what_is,)
-#: Each may rely on those before it.
+OF_GRAPHS: tuple[GraphLaw, ...] = (is_well_formed, host_values_are_moved_only, is_typed, read_after_write)
+#: These may rely on all other laws.
+OF_GRAPHS_IN_TESTS: tuple[GraphLaw, ...] = (values_are_as_computed,)
+#: Each may rely on the laws before it.
 OF_BODIES: tuple[LoopLaw, ...] = (
     laws.body_takes_its_inputs,
     laws.body_is_typed,
@@ -154,9 +152,21 @@ def verify(
     level: int = 1,
     known: set[fx.GraphModule] | None = None,
 ) -> None:
-    """Raises `PassError` where a law does not hold. `contract` is what the captured graph took and returned.
+    """Check the laws of a graph and its loops.
 
-    `known` are bodies that have been found sound and have not been changed since; what is found sound is added.
+    Parameters
+    ----------
+    contract
+        The interface of the captured graph, if it is to be compared.
+    level
+        1, or 2 for the slow laws too.
+    known
+        Loop bodies that were verified and have not changed since. Verified bodies are added.
+
+    Raises
+    ------
+    PassError
+        If a law does not hold.
     """
     for graph_law in OF_GRAPHS:
         _raise(graph_law(gm))

@@ -1,4 +1,4 @@
-"""A CUDA device whose copies are done at once: the real engine, with real threads, files and buffers."""
+"""A CUDA device whose copies complete immediately, for the real engine with real threads, files and buffers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGE = 4096
 
 
 class AtOnce:
-    """A stream, and an event: nothing is ever to be waited for."""
+    """A stream and an event, on which no wait is ever needed."""
 
     def wait_event(self, event: AtOnce) -> None: ...
 
@@ -34,7 +34,7 @@ ONE = AtOnce()
 
 @contextlib.contextmanager
 def device_at_once() -> Iterator[CudaEngine]:
-    """While this lasts, the CPU's engine is one for CUDA, whose buffers for files hold `STAGE` bytes."""
+    """In this context the CPU's engine is a CUDA engine whose buffers for files hold `STAGE` bytes."""
     with contextlib.ExitStack() as stack:
         for name in ("Stream", "Event", "current_stream"):
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=ONE))

@@ -1,4 +1,4 @@
-"""Attention on CUDA without a GPU: stand-ins for PyTorch's kernels and devices, and what is called and allocated."""
+"""Attention on CUDA without a GPU: stand-ins for devices and PyTorch's kernels that record calls and allocations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_device(
 
 
 def kernels_of_pytorch(patch: pytest.MonkeyPatch) -> None:
-    """Stand-ins that do what is documented of the kernels, and of ours, and ask for no less."""
+    """Stand-ins that do what the documentation of PyTorch's kernels, and of ours, states, and require it."""
     patch.setattr(attention_cuda, "attention_in_tiles", in_tiles)
     patch.setattr(attention_flash, "FLASH", flash)
     patch.setattr(attention_efficient, "EFFICIENT", efficient)
@@ -45,7 +45,7 @@ def in_tiles(call: AttentionCall) -> torch.Tensor:
 
 
 def cudnn_takes(params: Any) -> bool:
-    """What torch 2.11 asks, of its own accord, before it calls cuDNN for a dense call without dropout."""
+    """The checks of torch 2.11 before it calls cuDNN for a dense call without dropout."""
     query, key, value = tensors = (params.query, params.key, params.value)
     latent = (key.shape[-1], value.shape[-1]) == (192, 128)
     assert params.attn_mask is None and params.dropout == 0.0 and params.enable_gqa
@@ -72,7 +72,7 @@ def cudnn(
 
 
 def log_sum_exp(call: AttentionCall) -> torch.Tensor:
-    """Of each row's scores, `[B, H, R]`, in float32; of a call without conditions, whose mask is a bias."""
+    """Log-sum-exp of each row, `[B, H, R]`, in float32; for a call without conditions, whose mask is a bias."""
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = (call.query.double() @ key.double().transpose(-1, -2)) * call.scale
     if call.mask is not None:
@@ -87,7 +87,7 @@ def flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cum_q: None, cum_k: None, max_q: int, max_k: int,
     dropout: float, is_causal: bool, debug: bool, *, scale: float, **sight: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`[B, tokens, heads, D]`; causal and windows from the lower right corner."""
+    """`[B, tokens, heads, D]`; causal masks and windows are aligned to the lower right corner."""
     assert (max_q, max_k, dropout, debug) == (query.shape[1], key.shape[1], 0.0, False)
     window = sight["window_size_left"] + 1 if sight else None
     assert not sight or sight["window_size_right"] == 0

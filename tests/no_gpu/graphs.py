@@ -1,10 +1,11 @@
-"""Graphs of large models without their weights, as CUDA would get them.
+"""Graphs of large models without weights, as they would be captured on CUDA.
 
-Captured on the CPU with stand-ins for weights and inputs, then every tensor is said to be on `cuda:0`, and attention is
-the operator that PyTorch chooses on that GPU. (Capturing on fake CUDA tensors needs a CUDA build: indexing raises.)
+Captured on the CPU with stand-ins for weights and inputs. Then the device of every tensor becomes `cuda:0`, and each
+attention the operator that PyTorch chooses on that GPU. (Capturing on fake CUDA tensors needs a CUDA build: indexing
+raises.)
 
-    Hopper, data-center Blackwell   cuDNN first, in half precision, for heads of 128 at most; with a mask or without, of
-                                    one query too. A recent cuDNN is taken to be there
+    Hopper, data-center Blackwell   cuDNN first, in half precision, for heads of at most 128 channels; with or without a
+                                    mask, also for one query. Assumes a recent cuDNN
     flash                           otherwise, without a mask, in half precision, with values as wide as keys
     efficient                       otherwise
 """
@@ -36,7 +37,7 @@ ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass(frozen=True)
 class Graph:
-    """What Inductor's `inner_compile` is called with."""
+    """The arguments of Inductor's `inner_compile`."""
 
     gm: fx.GraphModule
     example_inputs: list[Any]
@@ -67,7 +68,7 @@ def graph_of(function: Callable[..., Any], inputs: Callable[[], dict[str, Any]])
 
 
 def value_on_cuda(value: Any) -> Any:
-    """A fake tensor on the device that is not there; anything else as it is."""
+    """A fake tensor on the simulated device; any other value unchanged."""
     if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
@@ -93,7 +94,7 @@ def graph_on_cuda(gm: fx.GraphModule, gpu: Gpu) -> fx.GraphModule:
 
 
 def _attention_on_cuda(node: fx.Node, gpu: Gpu) -> None:
-    """The operator of that GPU in place of the CPU's; its result keeps the layout on which the graph's views rely."""
+    """The operator of that GPU instead of the CPU's. Its result keeps the layout that the graph's views rely on."""
     query, key, value, *others = node.args
     dropout, is_causal = [*others, *(0.0, False)[len(others) :]]
     mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")

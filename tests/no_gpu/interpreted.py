@@ -1,12 +1,12 @@
-"""Small models' prefills, compiled for a GPU that is not there and run without it.
+"""Prefills of small models, compiled for a simulated GPU and run on the CPU.
 
     TRITON_INTERPRET=1 python -m tests.no_gpu.interpreted Llama GPT2
 
-Loop bodies and pieces are compiled for `cuda:0` as they would be there. The real program and its loops then run them on
-CPU tensors: Triton's kernels by its interpreter, products and attention by the CPU's own.
+Loop bodies and pieces are compiled for `cuda:0`. The real program and its loops then run them on CPU tensors: Triton's
+interpreter runs the kernels, the CPU's operators compute products and attention.
 
-Prints a line of JSON for each: how far the logits are from eager mode's in float64, ours and eager mode's own, and
-which kernels ran how often.
+Prints one line of JSON per model: the distance of the logits from eager mode's in float64, ours and eager mode's own,
+and how often each kernel ran.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _port_on_cpu(port: Any) -> Any:
 
 
 class NoGuard:
-    """In place of the device guard in which a wrapper launches."""
+    """Replaces the device guard in which a wrapper launches."""
 
     def __init__(self, index: int) -> None:
         pass
@@ -74,7 +74,7 @@ class NoGuard:
 
 
 def _no_device(index: int) -> None:
-    """A plain function: a mock would take longer than what it stands for."""
+    """A plain function: a mock would take longer than the call that it replaces."""
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def planted_bug() -> Iterator[list[bool]]:
 
 
 def compare(family: str, tokens: int, rows: int) -> dict[str, Any]:
-    """Logits of a small model, all of them, in float32."""
+    """All logits of a small model, in float32."""
     torch._dynamo.reset()
     backend._reset()
     interpreter.launched.clear()

@@ -1,6 +1,6 @@
 """The kernels of `runtime/attention/tiles.py` in Triton's interpreter, on the CPU, against the definition in float64.
 
-Started with TRITON_INTERPRET=1 by `test_tiles`, with a number of cases; prints what is wrong, a line each.
+Started by `test_tiles` with TRITON_INTERPRET=1 and a number of cases. Prints one line for each error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLITS = (1, 3)
 
 
 def cases() -> list[tuple[Case, int]]:
-    """Rows and where they stand, masks, windows, caps, sinks and splits, each with some of the others."""
+    """Rows at different positions with masks, windows, caps, sinks and splits in combination."""
     found = []
     choices = itertools.product(ROWS, MASKS, (None, 9), (None, 0.7), (False, True), SPLITS)
     for number, ((rows, start), (mask, conditions), window, cap, sinks, splits) in enumerate(choices):

@@ -1,12 +1,11 @@
-"""Triton's interpreter, made fit for Inductor's kernels: NumPy runs them on CPU tensors, one program after the other.
+"""Triton's interpreter, patched for Inductor's kernels: NumPy runs them on CPU tensors, one program after the other.
 
-Triton reads TRITON_INTERPRET when it is imported, so this takes a process that was started with it. What the
-interpreter lacks:
+Triton reads TRITON_INTERPRET when it is imported, so the process must be started with it. Patched:
 
-    libdevice       its functions are stubs that return None: PyTorch's stand in
-    max2, min2      reductions whose combine function is Inductor's own are interpreted element by element: NumPy's do
-    indices         Triton 3.6 makes them of arrays of one number, which NumPy 2.5 does not convert
-    configurations  it would take a kernel's first: the one with the largest blocks has the fewest programs to interpret
+    libdevice       its functions are stubs that return None; PyTorch's functions replace them
+    max2, min2      reductions with Inductor's combine functions run element by element; NumPy's functions replace them
+    indices         Triton 3.6 makes them from arrays of one number, which NumPy 2.5 does not convert
+    configurations  the first of a kernel would be chosen; the one with the largest blocks has the fewest programs
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
-#: Of libdevice, those of one argument, of two, and tests; PyTorch's have the same names but where one is given.
+#: Functions of libdevice with one argument, with two, and tests. PyTorch's have the same names, or the given one.
 UNARY = (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "rsqrt", "sqrt", "erf", "erfc", "erfinv", "tanh", "sinh",
     "cosh", "tan", "sin", "cos", "asin", "acos", "atan", "asinh", "acosh", "atanh", "floor", "ceil", "trunc", "lgamma",
@@ -33,12 +32,12 @@ OTHER_NAMES = {"nearbyint": "round"}
 BINARY = ("pow", "atan2", "fmod", "hypot", "copysign", "nextafter")
 TESTS = ("isnan", "isinf", "signbit")
 
-#: Names of the kernels that ran, as often as they did.
+#: Names of the kernels that ran, one entry for each run.
 launched: list[str] = []
 
 
 def prepare() -> None:
-    """Raises RuntimeError where Triton compiles."""
+    """Raises RuntimeError if Triton compiles."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("start this process with TRITON_INTERPRET=1")
     for name in (*UNARY, *OTHER_NAMES, *BINARY):
@@ -61,7 +60,7 @@ def prepare() -> None:
 
 
 def _with_indices(patch: Callable[..., None]) -> Callable[..., None]:
-    """What gives tensors their methods while a kernel is interpreted."""
+    """Patches the methods of tensors while a kernel is interpreted."""
 
     def run(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
@@ -75,7 +74,7 @@ def _block(config: Any) -> int:
 
 
 def _through_torch(function: Callable[..., torch.Tensor], result: Any = None) -> Callable[..., Any]:
-    """A function of libdevice; it returns what its first block is of, or `result`."""
+    """A function of libdevice; it returns the type of its first block, or `result`."""
 
     def run(*args: Any, **_: Any) -> Any:
         values = [interpreter.interpreter_semantic.to_tensor(arg) for arg in args]

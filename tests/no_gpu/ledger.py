@@ -1,15 +1,15 @@
-"""Who has touched which bytes, and who knows of it: what a device may do in another order than was meant is found here.
+"""Finds accesses to memory that a device may order differently than intended, with vector clocks.
 
 Terms
 -----
-agent     Whoever touches memory in an order of its own: a stream, or a thread of the host.
-clock     How far an agent knows that others have come: `{agent: number of its last operation that is done}`.
+agent     An independent order of accesses: a stream, or a thread of the host.
+clock     What an agent knows of the others: `{agent: number of its last finished operation}`.
 
-    touch:  an operation is checked against all that touched the same bytes, one of them writing, unknown to its agent
-    free:   memory goes back to the stream that it was had from, which must know of every access to it
-    unpin:  who does that must know of every access to the range
+    touch:  an operation is checked against all accesses to the same bytes unknown to its agent, one of both a write
+    free:   memory returns to the stream that allocated it, which must know of every access to it
+    unpin:  the agent must know of every access to the range
 
-A copy lies within one pinned range.
+A copy must lie within one pinned range.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Clock(dict[str, int]):
 
 @dataclass(frozen=True)
 class Access:
-    """Bytes `[first, end)` of a storage, by an operation of an agent."""
+    """An access to bytes `[first, end)` of a storage by an operation of an agent."""
 
     stamp: tuple[str, int]
     write: bool
@@ -49,19 +49,19 @@ class Access:
         return clock.get(agent, 0) >= at
 
     def replaced_by(self, later: Access) -> bool:
-        """Whether who orders itself behind `later` is ordered behind this too."""
+        """Whether every agent that is ordered after `later` is ordered after this access too."""
         return later.first <= self.first and self.end <= later.end and (later.write or not self.write)
 
 
 class Owner(Protocol):
-    """A stream that memory is had from."""
+    """A stream that allocates memory."""
 
     clock: Clock
 
 
 @dataclass
 class Memory:
-    """A storage. `owner` is the stream that it was had from, None for the host's."""
+    """A storage. `owner` is the stream that allocated it, None for host memory."""
 
     address: int
     owner: Owner | None
@@ -73,7 +73,7 @@ class Memory:
 
 
 class Device(Protocol):
-    """Who is at work, what is pinned, and whom problems are told to. `active` ends with it."""
+    """The current agent, the pinned ranges, and a list of problems. `active` ends with the simulation."""
 
     active: bool
 
@@ -90,7 +90,7 @@ class Device(Protocol):
 
 
 class Ledger:
-    """Of all memory that has been seen, by its storage."""
+    """The accesses to all memory seen so far, by storage."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -99,7 +99,7 @@ class Ledger:
     def touch(
         self, stamp: tuple[str, int], clock: Clock, touched: Sequence[tuple[torch.Tensor, bool]], what: str, host: bool
     ) -> None:
-        """One operation of an agent, who knows of others what `clock` says: of the host itself, or of a stream."""
+        """Check and record one operation of the host or a stream, whose knowledge of other agents is `clock`."""
         for tensor, write in touched:
             first, end = _extent(tensor)
             memory = self.memory(tensor)
@@ -123,8 +123,8 @@ class Ledger:
         return tensor.untyped_storage()._cdata in self.memories
 
     def memory(self, tensor: torch.Tensor, by_host: bool = False) -> Memory:
-        """What is known of a tensor's storage. One that is seen for the first time has just been had, by the host for
-        what it computes itself."""
+        """The record of a tensor's storage. A storage seen for the first time was just allocated, with `by_host` by the
+        host."""
         storage = tensor.untyped_storage()
         found = self.memories.get(storage._cdata)
         if found is None:
@@ -160,7 +160,7 @@ class Ledger:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """From the first byte that a tensor shows to the last, in its storage."""
+    """The range of bytes that a tensor spans in its storage."""
     if tensor.numel() == 0:
         return 0, 0
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,10 +1,10 @@
-"""The host's time for a loop's body on CUDA: Python alone, with what it launches stubbed.
+"""Host time of a loop's body on CUDA: the Python part, with launches replaced by stubs.
 
     TRITON_INTERPRET=1 python -m tests.no_gpu.overhead
 
-A small Llama's bodies are compiled for `cuda:0` as they would be there and run by the real loop, but kernels, products
-and attention do nothing. What a launch costs is not in the figure, nor is PyTorch's dispatch of a product; it is what
-`HOST_SECONDS` of `mom_compile.memory.rows` says.
+The bodies of a small Llama are compiled for `cuda:0` and run by the real loop; kernels, products and attention do
+nothing. The time excludes launches and PyTorch's dispatch of products. It is `HOST_SECONDS` of
+`mom_compile.memory.rows`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tests.models import ids, small_model
 from tests.no_gpu import interpreter
 from tests.no_gpu.interpreted import _without_a_device, compiled_for_cuda
 
-#: Tokens of a mini-sequence, and how many there are.
+#: Tokens of a mini-sequence, and the number of tokens.
 ROWS, ITERATIONS = 32, 64
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """In place of a launch."""
+    """Replaces a launch."""
 
 
 def the_layers_loop(profile: bool = False) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def the_layers_loop(profile: bool = False) -> dict[str, Any]:
         library.impl("product_into", nothing, "CPU", allow_override=True)
         with mock.patch.object(CompiledLoop, "__call__", remember):
             compiled(input_ids=ids(1, ROWS * ITERATIONS), use_cache=False)
-        loop, arguments = calls[1]  # the first is of the embedding and the first keys alone
+        loop, arguments = calls[1]  # the first loop has only the embedding and the first keys
 
         def run() -> None:
             run_loop(loop, list(arguments))

@@ -1,10 +1,10 @@
-"""Every wait in the engine's code, taken away: one call at a time, in the functions as they are.
+"""Removes waits from the engine's code, one call at a time.
 
     for cut in cuts():
         with cut.made():
-            ...                     # `cut.text` is not called any more
+            ...                     # `cut.text` is no longer called
 
-What a call is made on is still evaluated: of `begin().wait()` there remains `begin()`.
+The expression that a call is made on is still evaluated: `begin().wait()` becomes `begin()`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mom_compile.runtime.host import (
 )
 from mom_compile.runtime.host.backings import pinned
 
-#: Where somebody waits for a copy, or sees to it that somebody can.
+#: Modules that wait for copies, or record what others wait for.
 MODULES = (
     engine_cuda, bounce, engine, copy_steps, store, region, weight_bytes, holders, pinned, tensor, tensor_points,
     program,
 )  # fmt: skip
-#: Methods and functions that wait, or note what is to be waited for. `settled` returns the rows that it has waited for.
+#: Methods and functions that wait, or record what must be waited for. `settled` returns rows that it has waited for.
 WAITS = {
     "wait", "wait_event", "record", "synchronize", "release", "settle", "settled", "abandon", "finish", "_let_leave",
     "complete",
@@ -45,9 +45,9 @@ WAITS = {
 @dataclass(frozen=True)
 class Cut:
     module: ModuleType
-    #: Of the function at the top of a module or a class, as Python names it.
+    #: Qualified name of the function or method.
     function: str
-    #: The call's number among those of the module.
+    #: Number of the call within the module.
     number: int
     text: str
 
@@ -67,9 +67,9 @@ class Cut:
             function.__code__ = whole
 
 
-#: What only a CPU's own engine of threads does: not of streams, and tried by `tests/test_kv_races.py`.
+#: Only the CPU's engine of threads has these, not the engine of streams. `tests/test_kv_races.py` covers them.
 OF_THREADS = ("ThreadTicket.", "ThreadedEngine.")
-#: No waits, for all their names.
+#: Calls of these names that are no waits.
 NO_WAITS = ("self._lock.release", "self.backing.release", "locked.release")
 
 
@@ -92,7 +92,7 @@ def _waits(node: ast.Call) -> bool:
 
 
 class _Calls(ast.NodeVisitor):
-    """Calls that wait, each with the function at the top of its module or class that it is in."""
+    """Finds the calls that wait, each with the function or method that contains it."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, str]] = []

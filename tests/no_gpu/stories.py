@@ -1,7 +1,7 @@
-"""What a cache goes through, as short stories on simulated streams: each uses the real engine, steps and host tensors.
+"""Scenarios of a cache on simulated streams, with the real engine, steps and host tensors.
 
-A story is told what simulation it is in, does its work and says what it expects to see. Between them they need every
-wait and every record of `mom_compile.runtime.host`.
+A story takes a simulation, does its work and checks the results. Together the stories need every wait and every record
+of `mom_compile.runtime.host`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROW = (1, 2, 64)
 
 
 def values(tokens: int, seed: int = 0, head_major: bool = False) -> torch.Tensor:
-    """`[1, 2, tokens, 64]`, of small whole numbers: sums are exact. Rows of tokens outermost, or heads."""
+    """`[1, 2, tokens, 64]` of small integers, so that sums are exact. Token-major, or head-major."""
     count = torch.arange(tokens * 128, dtype=torch.float32).add(seed).remainder(251)
     return count.view(1, 2, tokens, 64) if head_major else count.view(tokens, 1, 2, 64).permute(1, 2, 0, 3)
 
@@ -60,7 +60,7 @@ def append(sim: Simulation, host: HostTensor, rows: torch.Tensor, first: int = 0
 
 
 def fetch(host: HostTensor, rows: torch.Tensor) -> torch.Tensor:
-    """The host's rows and new ones on the device, as decode has them."""
+    """The host's rows and new ones on the device, as in decode."""
     (arriving,) = FetchStart(2, CPU)([host.host, rows.shape[2]])
     (buffer,) = FetchWait(2)([arriving, rows])
     return buffer
@@ -84,7 +84,7 @@ def a_prompt_that_is_stored_by_heads_leaves(sim: Simulation) -> None:
 
 
 def many_layers_leave_and_die_at_once(sim: Simulation) -> None:
-    """No more than a few are on the device at a time."""
+    """Only a few layers are on the device at a time."""
     alive: list[weakref.ref[torch.Tensor]] = []
     hosts = []
     for layer in range(8):
@@ -100,7 +100,7 @@ def many_layers_leave_and_die_at_once(sim: Simulation) -> None:
 
 
 def a_buffer_is_had_where_another_died(sim: Simulation) -> None:
-    """What a fetch writes to was the computation's a moment ago."""
+    """A fetch writes to memory that the computation has just freed."""
     hosts = [offload(sim, values(40, layer) + 1) for layer in range(3)]
     for layer, host in enumerate(hosts):
         seen = fetch(host, values(1))
@@ -109,10 +109,10 @@ def a_buffer_is_had_where_another_died(sim: Simulation) -> None:
 
 
 def rows_arrive_while_others_of_them_leave(sim: Simulation) -> None:
-    """Both directions at once, on the same rows: what leaves last is brought back next, and written over last."""
+    """Copies in both directions on the same rows: the rows that leave last are fetched next and overwritten last."""
     old, new = values(40) + 1, values(2, 7) + 1
     host = offload(sim, values(40) + 1)
-    (arriving,) = FetchStart(2, CPU)([host.host, 0])  # nobody has waited for them to leave
+    (arriving,) = FetchStart(2, CPU)([host.host, 0])  # nothing has waited for the copy to the host
     shorter = host[:, :, :38]
     del host
     gc.collect()
@@ -139,7 +139,7 @@ def the_host_reads(sim: Simulation) -> None:
 
 
 def the_host_writes(sim: Simulation) -> None:
-    """Over rows that arrive and rows that are still being read."""
+    """Writes over rows that arrive and rows that are still being read."""
     host = offload(sim, values(5) + 1)
     host.mul_(2)
     sim.expect(host.fetch(), (values(5) + 1) * 2)
@@ -152,26 +152,26 @@ def the_host_writes(sim: Simulation) -> None:
 def two_continue_one_cache(sim: Simulation) -> None:
     host = offload(sim, values(5) + 1)
     one = append(sim, host, values(1, 3) + 1)
-    other = append(sim, host, values(1, 9) + 1)  # rows behind it are the first one's: moved by the host
+    other = append(sim, host, values(1, 9) + 1)  # the rows after it belong to the first cache: the host moves them
     for longer, seed in ((one, 3), (other, 9)):
         sim.expect(longer.fetch(), torch.cat([values(5) + 1, values(1, seed) + 1], 2))
 
 
 def rows_of_a_dead_cache_are_the_next_ones(sim: Simulation) -> None:
-    """Pinned memory is used again: by the host, while a copy to it was under way."""
+    """The host reuses pinned memory while a copy to it is still queued."""
     host = offload(sim, values(5) + 1)
     kept = append(sim, host, values(1) + 1)
     dead = offload(sim, values(6, 5) + 1)
     Settle(CPU)()
     del dead
     gc.collect()
-    other = append(sim, host, values(1, 9) + 1)  # a fork, in the dead one's memory
+    other = append(sim, host, values(1, 9) + 1)  # a fork, in the memory of the deleted cache
     sim.expect(other.fetch(), torch.cat([values(5) + 1, values(1, 9) + 1], 2))
     sim.expect(kept.fetch(), torch.cat([values(5) + 1, values(1) + 1], 2))
 
 
 def memory_is_unpinned(sim: Simulation) -> None:
-    """By whoever empties the pool, and at the end of a process, when nobody has waited."""
+    """When the pool is emptied, and at the end of a process without a wait."""
     host = offload(sim, values(5) + 1)
     Settle(CPU)()
     del host
@@ -206,7 +206,7 @@ def rows_come_from_another_kind_of_device(sim: Simulation) -> None:
 
 
 def rows_across_seams(sim: Simulation) -> None:
-    """Of three ranges, each pinned by a call of its own, both ways and whoever asks."""
+    """A cache in three ranges, each pinned by a call of its own, copied both ways and read in every way."""
     rows = BLOCK // 512
     host = offload(sim, values(rows - 50) + 1)
     host = append(sim, host, values(rows, 1) + 1)
@@ -222,12 +222,12 @@ def rows_across_seams(sim: Simulation) -> None:
 
 
 def heads_alone_are_brought(sim: Simulation) -> None:
-    """Rows that lie apart are gathered by the host, which waits for them first."""
+    """The host gathers rows that are not adjacent, after waiting for them."""
     sim.expect(offload(sim, values(5) + 1)[:, 1:].fetch(), values(5)[:, 1:] + 1)
 
 
 def another_stream_computes(sim: Simulation) -> None:
-    """A cache from one stream is continued on another. The first has its memory back only when it may."""
+    """A cache of one stream is continued on another. Memory returns to the first only when both are done with it."""
     host = offload(sim, values(40) + 1)
     (arriving,) = FetchStart(2, CPU)([host.host, 1])
     other = sim.stream()
@@ -235,7 +235,7 @@ def another_stream_computes(sim: Simulation) -> None:
         other.wait_stream(sim.default)
         (buffer,) = FetchWait(2)([arriving, None])
         sim.expect(buffer[:, :, :40] + 0, values(40) + 1)
-        for layer in range(MOST_LEAVING + 1):  # the first one's tickets are let go from here
+        for layer in range(MOST_LEAVING + 1):  # the first layer's tickets are released here
             host = append(sim, host, values(1, layer) + 1)
         Settle(CPU)()
     sim.default.wait_stream(other)
@@ -244,7 +244,7 @@ def another_stream_computes(sim: Simulation) -> None:
 
 
 def another_stream_waits_for_what_was_fetched(sim: Simulation) -> None:
-    """It has been told nothing by the one that asked for the copy."""
+    """The other stream has no order with the stream that began the copy."""
     host = offload(sim, values(40) + 1)
     other = sim.stream()
     (arriving,) = FetchStart(2, CPU)([host.host, 0])
@@ -255,7 +255,7 @@ def another_stream_waits_for_what_was_fetched(sim: Simulation) -> None:
 
 
 def two_threads_read(sim: Simulation) -> None:
-    """What one has waited for tells the other nothing."""
+    """A wait of one thread orders nothing for the other."""
     host = offload(sim, values(5) + 1)
     first = sim.thread(lambda: sim.expect(host.settled(), values(5) + 1, by_host=True))
     second = sim.thread(lambda: sim.expect(host.settled(), values(5) + 1, by_host=True))
@@ -282,7 +282,7 @@ def two_threads_have_a_cache_each(sim: Simulation) -> None:
 
 
 def a_program_fails(sim: Simulation) -> None:
-    """Copies that nobody has waited for: nothing stays queued, and no memory is used too early."""
+    """With copies that nothing has waited for: none stays queued, and no memory is reused too early."""
 
     def fail(arguments: list[object]) -> tuple[object, ...]:
         raise ZeroDivisionError
@@ -307,7 +307,7 @@ def a_program_fails(sim: Simulation) -> None:
 
 
 def with_a_ticket_dropped(sim: Simulation) -> tuple[HostTensor, Callable[[], object]]:
-    """What is on the host, and the memory to which it was on its way when the ticket went: it is still there."""
+    """A host value, and a reference to its source, which is still alive after its ticket is dropped."""
     host = offload(sim, values(40) + 1)
     (arriving,) = FetchStart(2, CPU)([host.host, 0])
     alive = weakref.ref(arriving.buffer.untyped_storage())
@@ -318,7 +318,7 @@ def with_a_ticket_dropped(sim: Simulation) -> tuple[HostTensor, Callable[[], obj
 
 
 def a_ticket_is_dropped(sim: Simulation) -> None:
-    """Its memory is kept until the copy is done, and no stream is made to wait for that."""
+    """The source is kept until the copy is done, and no stream waits for that."""
     host, alive = with_a_ticket_dropped(sim)
     sim.synchronize()
     sim.expect(host.fetch(), values(40) + 1)
@@ -331,18 +331,18 @@ PINNING = "mom-registration"
 
 @contextlib.contextmanager
 def small_ranges_ahead() -> Iterator[None]:
-    """As if a block took long to pin."""
+    """Treats blocks as slow to pin."""
     with mock.patch.object(region, "AHEAD_FROM", BLOCK), mock.patch.object(store_module, "AHEAD_FROM", BLOCK):
         yield
 
 
 def nearly_two_blocks(sim: Simulation) -> HostTensor:
-    """A cache with room for a few rows in its second block: the third is begun to be pinned."""
+    """A cache with room for a few rows in its second block: pinning the third begins."""
     return offload(sim, values(2 * ROWS_OF_A_BLOCK - 4) + 1)
 
 
 def the_next_rows_memory_is_pinned_meanwhile(sim: Simulation) -> None:
-    """On another thread: this one goes on, while there is room, for as long as that takes."""
+    """On another thread. This one continues meanwhile, as long as there is room."""
     launched = threading.Event()
     with small_ranges_ahead():
         sim.runtime.call = lambda: 0 if threading.current_thread().name != PINNING or launched.wait(5) else 999
@@ -351,7 +351,7 @@ def the_next_rows_memory_is_pinned_meanwhile(sim: Simulation) -> None:
         for step in range(4):
             host = append(sim, host, values(1, step) + 1)
             expected = torch.cat([expected, values(1, step) + 1], 2)
-        launched.set()  # within five seconds, or a driver that is asked to pin says no
+        launched.set()  # else the driver refuses to pin after five seconds
         host = append(sim, host, values(1, 9) + 1)
         sim.expect(host.fetch(), torch.cat([expected, values(1, 9) + 1], 2))
     if sim.runtime.threads[1:] != [PINNING] * (len(sim.runtime.threads) - 1) or len(sim.runtime.threads) < 2:
@@ -359,7 +359,7 @@ def the_next_rows_memory_is_pinned_meanwhile(sim: Simulation) -> None:
 
 
 def rows_are_written_where_memory_is_being_pinned(sim: Simulation) -> None:
-    """Who gets there first waits for it."""
+    """A write to rows that are not pinned yet waits for pinning."""
     begun = threading.Event()
 
     def slow() -> int:
@@ -377,7 +377,7 @@ def rows_are_written_where_memory_is_being_pinned(sim: Simulation) -> None:
 
 
 def memory_cannot_be_pinned_ahead(sim: Simulation) -> None:
-    """Nobody is told before it is needed. Then it is tried again; what is refused leaves the cache as it was."""
+    """The error is raised only when the memory is needed, after another attempt. The cache is unchanged by it."""
     refuse, asked = True, threading.Event()
 
     def refused() -> int:
@@ -388,7 +388,7 @@ def memory_cannot_be_pinned_ahead(sim: Simulation) -> None:
         host = nearly_two_blocks(sim)
         REGISTRAR.finish()
         sim.runtime.call, expected = refused, values(2 * ROWS_OF_A_BLOCK - 4) + 1
-        host = append(sim, host, values(ROWS_OF_A_BLOCK, 1) + 1)  # the third block is nearly full: a fourth is begun
+        host = append(sim, host, values(ROWS_OF_A_BLOCK, 1) + 1)  # nearly fills the third block: a fourth is begun
         expected = torch.cat([expected, values(ROWS_OF_A_BLOCK, 1) + 1], 2)
         assert asked.wait(5)
         with contextlib.suppress(HostMemoryError):
@@ -401,7 +401,7 @@ def memory_cannot_be_pinned_ahead(sim: Simulation) -> None:
 
 
 def the_next_layers_memory_is_pinned_meanwhile(sim: Simulation) -> None:
-    """Of keys and of values, while this layer's leave; no more than there are layers."""
+    """For keys and values, while this layer's leave, for no more layers than there are."""
 
     def leave(layer: int, ahead: int) -> HostTensor:
         (host,) = Offload(2, CPU, place(sim), ahead=ahead)([values(3 * ROWS_OF_A_BLOCK, layer) + 1, 0])
@@ -418,7 +418,7 @@ def the_next_layers_memory_is_pinned_meanwhile(sim: Simulation) -> None:
 
 
 def in_files(story: Story) -> Story:
-    """The same cache in a file, through buffers that hold 13 rows and a half."""
+    """The same story with the cache in a file, through buffers of 13.5 rows."""
 
     def told(sim: Simulation) -> None:
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(bounce, "STAGE", 6912):
@@ -438,7 +438,7 @@ def error_of(work: Callable[[], object]) -> str:
 
 
 def a_files_ticket_is_dropped(sim: Simulation) -> None:
-    """Its memory is kept until the thread has read the file and the device has what it read."""
+    """The memory is kept until the thread has read the file and the device has the rows."""
     host, alive = with_a_ticket_dropped(sim)
     Settle(CPU)()
     assert alive() is None
@@ -446,7 +446,7 @@ def a_files_ticket_is_dropped(sim: Simulation) -> None:
 
 
 def a_disk_is_full(sim: Simulation) -> None:
-    """In the middle of a copy: who reads those rows is told, who reads others is not, and all goes on."""
+    """In the middle of a copy: reads of its rows raise, other reads do not, and later copies succeed."""
     kept, value = offload(sim, values(40, 1) + 1), values(40) + 1
     Settle(CPU)()
     alive, calls = weakref.ref(value.untyped_storage()), iter((False, True))
@@ -473,7 +473,7 @@ def a_disk_is_full(sim: Simulation) -> None:
 
 
 def a_disk_cannot_be_read(sim: Simulation) -> None:
-    """When the device has been sent a part: its buffer is not used again before that has arrived."""
+    """After a part was sent to the device: its buffer is not reused before that part has arrived."""
     host = offload(sim, values(40) + 1)
     calls, read = iter((False, True)), Extent.read
 
@@ -543,7 +543,7 @@ STORIES: tuple[Story, ...] = (
 
 
 def tell(story: Story, sim: Simulation) -> None:
-    """A story from its beginning, with nothing left of those before."""
+    """Run a story from its beginning, without state of earlier ones."""
     gc.collect()
     empty_host_pool()
     with sim:

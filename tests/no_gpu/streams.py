@@ -1,21 +1,21 @@
-"""CUDA's streams, events and pinned memory, simulated in a CPU build: the real copy engine runs on them.
+"""CUDA's streams, events and pinned memory, simulated in a CPU build, for the real copy engine.
 
 Terms
 -----
 clock     What an agent, a stream or a thread of the host, knows of the others (see `ledger.py`).
-lazy      A stream that the engine has made. Its copies wait in a queue and run when somebody waits for them (`latest`),
-          or at any moment before that (`at_times`). Other streams compute, at once.
+lazy      A stream of the engine. Its copies are queued and run when something waits for them (`latest`), or at any
+          moment before that (`at_times`). Other streams compute immediately.
 
-    compute:  clock learns what a wait tells it; an operation is checked against all that touched the same bytes
+    compute:  a wait updates the clock; an operation is checked against all accesses to the same bytes
     event:    a copy of its stream's clock
 
-Two accesses to the same bytes, one of them a write, of which the later does not know the earlier, are a problem: some
-order of the device would run them the other way round. So is memory that is freed before a copy has run, one copy
-across two pinned ranges or to memory that is still to be pinned, and a range that is unpinned under a copy. Problems
-are collected, since what is found in a finaliser cannot be raised there; the end of the simulation raises them.
+Two accesses to the same bytes, one of them a write, are a problem if the later agent does not know of the earlier
+access: the device may run them in the other order. Further problems: memory that is freed before a copy has run, a copy
+across two pinned ranges or to memory that is not pinned yet, a range that is unpinned during a copy. Problems are
+collected, since a finaliser cannot raise; the end of the simulation raises them.
 
-    with Simulation(latest) as sim:           # the engine of the CPU is a CudaEngine now
-        ...                                   # every operator in here is an operation of the current stream
+    with Simulation(latest) as sim:           # the CPU's engine is a CudaEngine inside
+        ...                                   # every operator is an operation of the current stream
         with torch.cuda.stream(sim.stream()): ...
         sim.thread(work).join()
 """
@@ -53,12 +53,12 @@ from tests.no_gpu.tasks import SimErrands, seen_by
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 COPY = aten.copy_.default
-#: Operators that make memory and write nothing: what is read there before it is written is seen.
+#: Operators that allocate and write nothing. Their memory is poisoned, so that reads before a write are found.
 EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.empty_permuted.default)
 #: Operators whose result the host waits for.
 ASKED = (aten._local_scalar_dense.default, aten.equal.default)
 POISON = 0xA5
-#: What the host does for operators that fetch.
+#: The host's implementation of operators that fetch.
 FETCHES = {
     FETCH: lambda *given: copy_steps._fetch(*given),
     FETCH_WEIGHT: lambda *given: copy_steps._fetch(*given),
@@ -67,12 +67,12 @@ FETCHES = {
 
 
 class Found(AssertionError):
-    """The simulation has seen something that a device may do otherwise than was meant."""
+    """The simulation has found an access that a device may order differently than intended."""
 
 
 @dataclass
 class Queued:
-    """A copy that has not run, and does not keep what it copies."""
+    """A copy that has not run, and does not keep its operands alive."""
 
     target: Rows
     source: Rows
@@ -88,7 +88,7 @@ class Queued:
 
 
 class Rows:
-    """What a tensor shows, without its memory."""
+    """The metadata of a tensor, without its memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.storage = weakref.ref(tensor.untyped_storage())
@@ -103,7 +103,7 @@ class Rows:
             return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
-#: Called whenever something is asked of the device; it may run what is queued.
+#: Called at every call of the device; it may run queued copies.
 Schedule = Callable[["Simulation"], None]
 
 
@@ -112,7 +112,7 @@ def latest(sim: Simulation) -> None:
 
 
 def at_times(pattern: Sequence[bool]) -> Schedule:
-    """The pattern over and over says at each moment whether a queue goes on by a copy."""
+    """At each moment the next entry of the repeated pattern decides whether a queue runs a copy."""
     choices = itertools.cycle(pattern or [False])
 
     def some(sim: Simulation) -> None:
@@ -127,7 +127,7 @@ def at_times(pattern: Sequence[bool]) -> Schedule:
 
 
 class SimStream:
-    """In place of `torch.cuda.Stream`."""
+    """Replaces `torch.cuda.Stream`."""
 
     def __init__(self, sim: Simulation, lazy: bool) -> None:
         self.sim, self.lazy = sim, lazy
@@ -153,7 +153,7 @@ class SimStream:
     def wait_event(self, event: SimEvent) -> None:
         self.sim.moment()
         self.clock.learn(event.clock)
-        # A queue that waits goes no further meanwhile; who computes at once has waited.
+        # A queue that waits runs no further meanwhile; a stream that computes immediately has waited.
         self.put(event) if self.lazy else event.run()
 
     def wait_stream(self, other: SimStream) -> None:
@@ -163,7 +163,7 @@ class SimStream:
 
 
 class SimEvent:
-    """In place of `torch.cuda.Event`. One that was not recorded is done, as on a device."""
+    """Replaces `torch.cuda.Event`. An event that was not recorded is done, as on a device."""
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
@@ -201,21 +201,21 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, HostTensor) for kind in types):
-            return NotImplemented  # what it does itself is seen then
+            return NotImplemented  # the operators that it calls are seen then
         return self.sim.operate(func, args, kwargs or {})
 
 
 class _Runtime:
-    """In place of `torch.cuda.cudart()`: ranges that are pinned.
+    """Replaces `torch.cuda.cudart()`: the pinned ranges.
 
-    `call` stands for what a driver does meanwhile, on whichever thread asks, and answers with its code.
+    `call` runs during each call, on the calling thread, and returns the driver's code.
     """
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.ranges: dict[int, int] = {}
         self.call: Callable[[], int] = lambda: 0
-        #: By which thread each call was made.
+        #: The thread of each call.
         self.threads: list[str] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
@@ -231,8 +231,8 @@ class _Runtime:
 
 
 class Thread:
-    """Work of another thread, which is done before `sim.thread` returns and yet unordered with what follows, up to
-    `join`: what a wait of one thread tells it, another does not know."""
+    """Work of another thread. It is done before `sim.thread` returns, but unordered with later work up to `join`: one
+    thread does not know what another has waited for."""
 
     def __init__(self, sim: Simulation, work: Callable[[], None]) -> None:
         self.sim, self.errors = sim, list[BaseException]()
@@ -256,10 +256,10 @@ class Thread:
 
 
 class Simulation:
-    """While it lasts, the copy engine for the CPU is the one for CUDA, on simulated streams.
+    """In this context the CPU's copy engine is the one for CUDA, on simulated streams.
 
-    With `everything=False` only what runs in a program (or on a stream of the engine) is seen: Dynamo traces nothing
-    while operators are watched.
+    With `everything=False` only operators in a program, or on a stream of the engine, are recorded: Dynamo cannot trace
+    while operators are recorded.
     """
 
     def __init__(self, schedule: Schedule = latest, everything: bool = True) -> None:
@@ -267,7 +267,7 @@ class Simulation:
         self.problems: list[str] = []
         self.streams: list[SimStream] = []
         self.tasks: list[SimErrands] = []
-        #: How many tasks are being run, one within another where it waits for that.
+        #: Number of tasks that are running, one nested in another that waits for it.
         self.running = 0
         self.local = threading.local()
         self.ledger = Ledger(self)
@@ -280,7 +280,7 @@ class Simulation:
         #: Where stories keep a cache, if not in pinned memory.
         self.placement: Placement | None = None
 
-    # --- its beginning and end ---
+    # --- begin and end ---
 
     def __enter__(self) -> Simulation:
         for name, instead in (
@@ -331,13 +331,13 @@ class Simulation:
         return Thread(self, work)
 
     def pin(self, address: int, size: int) -> Callable[[], None]:
-        """As for a device. What outlives the simulation is not unpinned: there is no device then."""
+        """Pins as for a device. Memory that outlives the simulation is not unpinned, since there is no device then."""
         undo = self._pin(address, size)
         return lambda: undo() if self.active else None
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory that PyTorch has pinned. It notes the copies from there itself, and uses it again when they are done:
-        here, not before the end."""
+        """Memory pinned by PyTorch, which records copies from it and reuses it when they are done: here, not before the
+        end."""
         made = torch.empty(shape, dtype=dtype)
         self._pinned.append(made)
         if made.nbytes:
@@ -345,7 +345,7 @@ class Simulation:
         return made
 
     def expect(self, actual: torch.Tensor, expected: torch.Tensor, by_host: bool = False) -> None:
-        """What is read now, by the current stream or by the host; it waits for nothing."""
+        """Compare a value read now by the current stream or by the host, without a wait."""
         self.moment()
         self._touch([(actual, False)], "a look at a result", by_host)
         with _disable_current_modes():
@@ -361,7 +361,7 @@ class Simulation:
             stream.run_to(stream.issued)
             self.thread_clock.learn(stream.clock)
 
-    # --- who acts ---
+    # --- agents ---
 
     @property
     def current(self) -> SimStream:
@@ -390,7 +390,7 @@ class Simulation:
 
     @contextlib.contextmanager
     def acting_as(self, name: str, clock: Clock) -> Iterator[None]:
-        """As a thread that does not compute."""
+        """Act as a thread that does not compute."""
         before = dict(self.local.__dict__)
         self.local.__dict__.clear()
         self.local.name, self.local.clock = name, clock
@@ -403,7 +403,7 @@ class Simulation:
             self.local.__dict__.update(before)
 
     def host_moves(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Bytes, by a call of the system."""
+        """Bytes moved by a system call."""
         self._touch([(target, True), (source, False)], "a file's copy", by_host=True)
 
     def moment(self) -> None:
@@ -411,17 +411,17 @@ class Simulation:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """What is pinned now: addresses and sizes. Another thread may pin."""
+        """The pinned ranges: addresses and sizes. Another thread may pin meanwhile."""
         return list(self.runtime.ranges.items())
 
     def problem(self, text: str) -> None:
         self.problems.append(text)
 
-    # --- what is done ---
+    # --- operations ---
 
     def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
         schema = schema_of(func)
-        if func in FETCHES:  # of several operators, each of which is seen
+        if func in FETCHES:  # these consist of several operators, each of which is seen
             with self.recording():
                 return FETCHES[func](*args, **kwargs)
         if schema is None or returns_view(schema) or packet_of(func) is aten.set_:
@@ -452,7 +452,7 @@ class Simulation:
         return result
 
     def _asynchronous(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> bool:
-        """From or to memory that is not pinned a driver copies before it returns, whatever it was asked for."""
+        """Whether a copy is asynchronous. A driver copies from or to memory that is not pinned before it returns."""
         hosts = [tensor for tensor in (target, source) if self.ledger.memory(tensor).on_host]
         pinned = [any(a <= host.data_ptr() < a + size for a, size in self.ranges) for host in hosts]
         for host, has_been in zip(hosts, pinned, strict=True):
@@ -462,7 +462,7 @@ class Simulation:
         return non_blocking and all(pinned)
 
     def _touch(self, touched: Sequence[tuple[torch.Tensor, bool]], what: str, by_host: bool = False) -> None:
-        """One operation, of the current stream or of the host itself."""
+        """Record one operation of the current stream or of the host."""
         agent, clock = (self.thread_name, self.thread_clock) if by_host else (self.current.name, self.current.clock)
         clock.learn(self.thread_clock)
         self.ledger.touch(clock.step(agent), clock, touched, what, by_host)

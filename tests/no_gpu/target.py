@@ -1,18 +1,18 @@
-"""A GPU that is not there: Inductor and Triton compile for it, cubins included, and nothing is launched.
+"""A simulated GPU: Inductor and Triton compile for it, cubins included, and nothing is launched.
 
     with pretended(H100) as made:
         compile_graph(graph whose tensors are on cuda:0, ...)
     made.kernels        every configuration of every kernel: source, registers, stack
-    made.wrappers       the Python that would launch them
+    made.wrappers       the Python code that would launch them
 
-What is asked of a device and who asks it:
+Patched:
 
-    Triton      its driver, for the target to compile for
-    Dynamo      an interface, for properties, streams and the current device; Inductor asks the same one
+    Triton      the driver, for its compile target
+    Dynamo      the device interface, which Inductor uses too: properties, streams and the current device
     torch.cuda  properties and capabilities
 
-`torch.cuda.is_available()` stays what it is. A CPU build of PyTorch with the `triton` wheel is enough: ptxas and
-cuobjdump are in it.
+`torch.cuda.is_available()` is not patched. A CPU build of PyTorch and the `triton` wheel, which contains ptxas and
+cuobjdump, are enough.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CUDA = torch.device("cuda:0")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What Inductor asks of a device's properties. Sizes in bytes."""
+    """A device's properties that Inductor reads. Sizes in bytes."""
 
     name: str
     major: int
@@ -79,16 +79,16 @@ RTX_4090 = Gpu("pretended RTX 4090", 8, 9, 128, 101376, 102400, 72 << 20, total_
 
 @dataclass(frozen=True)
 class Kernel:
-    """One configuration of a kernel, as it was compiled."""
+    """One compiled configuration of a kernel."""
 
     name: str
     source: str
     signature: dict[str, str]
     cubin: bytes
-    #: Registers of a thread, and bytes that it keeps in local memory: what is spilled is there.
+    #: Registers of a thread, and bytes of local memory, which contains spilled registers.
     registers: int
     stack: int
-    #: The wrapper that launches it, by number.
+    #: Number of the wrapper that launches it.
     wrapper: int
 
 
@@ -99,7 +99,7 @@ class Made:
 
 
 class Driver(DriverBase):  # type: ignore[misc]
-    """Tells Triton what to compile for."""
+    """Triton's driver, which states the compile target."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -129,7 +129,7 @@ class Driver(DriverBase):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def pretended(gpu: Gpu) -> Iterator[Made]:
-    """While it lasts, `cuda:0` is that device for whatever compiles; nothing of it is cached or left behind."""
+    """In this context compilers see `cuda:0` as this device. Nothing is cached or kept afterwards."""
     made = Made()
     before = triton.runtime.driver._active
     _forget()
@@ -145,7 +145,7 @@ def pretended(gpu: Gpu) -> Iterator[Made]:
 
 
 def _forget() -> None:
-    """What torch remembers of devices, and kernels by their source: they were made without a launcher."""
+    """Clear torch's caches of devices, and of kernels by source, which have no launcher."""
     for function in (
         torch_triton.has_triton,
         torch_triton.triton_backend,
@@ -181,7 +181,7 @@ def _interface(gpu: Gpu) -> type:
 
 
 def _patches_of_torch(gpu: Gpu) -> list[Any]:
-    interfaces.get_registered_device_interfaces()  # so that ours is not overwritten when they are first asked for
+    interfaces.get_registered_device_interfaces()  # registers the defaults, which would overwrite ours later
     interface = _interface(gpu)
 
     def cuda(name: str, value: Any) -> Any:
@@ -202,14 +202,14 @@ def _patches_of_torch(gpu: Gpu) -> list[Any]:
 
 
 def _the_stream(device: int) -> int:
-    """A plain function: a mock would take longer than what it stands for."""
+    """A plain function: a mock would take longer than the call that it replaces."""
     return 0
 
 
 def _patches_of_inductor(made: Made) -> list[Any]:
     def keep(self: Any, *_: Any) -> None:
-        """In place of loading the binaries."""
-        wrapper = len(made.wrappers) - 1  # it is written before its kernels are compiled
+        """Replaces the loading of binaries."""
+        wrapper = len(made.wrappers) - 1  # a wrapper is written before its kernels are compiled
         results = [result for result in self.compile_results if hasattr(result.kernel, "asm")]
         made.kernels.extend(_kernel(self, result, wrapper) for result in results)
         self.launchers = []
@@ -234,7 +234,7 @@ def _kernel(autotuner: Any, result: Any, wrapper: int) -> Kernel:
 
 @functools.cache
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, as the binary itself says."""
+    """Registers and bytes of stack, read from the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

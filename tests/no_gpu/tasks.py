@@ -1,8 +1,8 @@
-"""A thread that runs tasks and moves files' rows, simulated: each task as late as somebody waits for it, or at any
-moment before that.
+"""A simulated thread that runs tasks and copies rows of files: each task as late as its waits allow, or at any moment
+before.
 
-It is an agent of its own. What the one who gave an task knew then, the thread knows when it runs it; what that tells
-it, those know who have waited for it.
+The thread is an agent. When it runs a task, it knows what the agent that submitted the task knew then; an agent that
+waits for the task learns what the thread knows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SimErrand(Task):
 
 
 class SimErrands(TaskQueue):
-    """In place of a thread."""
+    """Replaces a thread."""
 
     def __init__(self, sim: Simulation, name: str) -> None:
         super().__init__(name)
@@ -65,7 +65,7 @@ class SimErrands(TaskQueue):
 
 
 def seen_by(sim: Simulation) -> contextlib.AbstractContextManager[Any]:
-    """While this lasts, what is written to files and read from them is what the host does to both sides."""
+    """In this context, writes to and reads of files count as host accesses to both sides."""
 
     def of(name: str) -> Any:
         move = getattr(FileRows, name)

@@ -1,8 +1,8 @@
-"""`mom::attention` on CUDA without a GPU: what it computes, which operators of PyTorch it calls, what it allocates.
+"""`mom::attention` on CUDA without a GPU: its results, the PyTorch operators that it calls, and its allocations.
 
-computes    on CPU tensors, with stand-ins that do what is documented of PyTorch's kernels and ask for no less
-calls       on meta tensors: every operator checks its arguments against the schema that this PyTorch has
-allocates   there too, at the size of a prefill of 147,456 tokens
+computes    on CPU tensors, with stand-ins that do what the documentation of PyTorch's kernels states, and require it
+calls       on meta tensors: every operator checks its arguments against its schema in this PyTorch
+allocates   on meta tensors, at the size of a prefill of 147,456 tokens
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture(scope="module", autouse=True)
 def ampere() -> Iterator[None]:
-    """No cuDNN is preferred there; `test_attention_cudnn` is of devices where it is."""
+    """A device for which cuDNN is not preferred; `test_attention_cudnn` covers the others."""
     with pytest.MonkeyPatch.context() as patch:
         on_device(patch, (8, 0))
         yield
@@ -62,13 +62,13 @@ def test_matches_its_definition(block_bytes: int, dtype: torch.dtype, case: Case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(conditioned())
 @settings(max_examples=40, deadline=None)
-def test_what_is_said_of_keys_is_what_a_mask_would_say(dtype: torch.dtype, case: Case) -> None:
+def test_conditions_on_keys_equal_masks(dtype: torch.dtype, case: Case) -> None:
     assert_matches_definition(case, dtype)
 
 
 @given(conditioned())
 @settings(max_examples=40, deadline=None)
-def test_and_so_it_is_where_our_kernel_computes_it(case: Case) -> None:
+def test_conditions_on_keys_equal_masks_in_our_kernel(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         on_device(patch, (8, 0), tiles=True)
         assert_matches_definition(case, torch.bfloat16)
@@ -96,8 +96,10 @@ def padded(dtype: torch.dtype, pads: tuple[int, ...], softcap: float | None = No
     ],
 )
 @pytest.mark.parametrize("tiles", [False, True])
-def test_what_our_kernel_is_for(call: AttentionCall, own: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is Triton: caps in any dtype that it takes; ranges of keys for each entry; other masks, in half."""
+def test_our_kernel_is_chosen_for_the_right_calls(
+    call: AttentionCall, own: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Triton: soft caps in any dtype, ranges of keys per batch entry, other masks in half precision."""
     on_device(monkeypatch, (8, 0), tiles=tiles)
     kernels_of_pytorch(monkeypatch)
     seen: list[AttentionCall] = []
@@ -116,7 +118,7 @@ class Attention:
     """The last rows of a prefill."""
 
     dtype: torch.dtype
-    #: The operator of PyTorch that has to be called, None for those of products and softmax.
+    #: The PyTorch operator that must be called; None where products and softmax are.
     kernel: str | None
     window: int | None = None
     masked: bool = False
@@ -163,16 +165,16 @@ def calls_of(attention: Attention) -> Calls:
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_operators_of_pytorch_take_what_they_are_given(name: str) -> None:
-    """A wrong argument raises: operators check the schema that this PyTorch has, on tensors without data too."""
+def test_pytorch_operators_accept_the_arguments(name: str) -> None:
+    """A wrong argument raises: operators check their schema on meta tensors too."""
     attention = ATTENTIONS[name]
     called = {kernel for kernel in calls_of(attention).names if "attention" in kernel}
     assert called == ({attention.kernel} if attention.kernel else set())
 
 
 @pytest.mark.parametrize("name", [name for name, attention in ATTENTIONS.items() if attention.kernel])
-def test_neither_keys_nor_values_are_copied_and_no_mask_is_as_long(name: str) -> None:
-    """What is made is as large as the rows of the query, or a block of a mask."""
+def test_keys_and_values_are_not_copied_and_masks_are_short(name: str) -> None:
+    """Allocations are at most as large as the query's rows, or a block of a mask."""
     attention = ATTENTIONS[name]
     rows = ROWS * HEADS * attention.channels * attention.dtype.itemsize
     calls = calls_of(attention)

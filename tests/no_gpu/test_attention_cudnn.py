@@ -1,7 +1,7 @@
-"""Attention on Hopper and later: cuDNN for the keys before a mini-sequence, flash for those near it. No GPU is used.
+"""Attention on Hopper and later: cuDNN for keys before a mini-sequence, flash for keys near it. No GPU is used.
 
-chooses     what `way_of` says of devices, versions and calls
-computes    with stand-ins for both kernels, blocks of keys small enough that there are many
+chooses     the result of `way_of` for devices, versions and calls
+computes    with stand-ins for both kernels, and blocks of keys so small that there are many
 calls       on tensors without data, at the size of prefills: shapes, strides, bytes
 """
 
@@ -49,7 +49,7 @@ def prefill(
     start: int, rows: int, *, batch: int = 1, after: int = 0, dtype: torch.dtype = HALF, channels: int = CHANNELS,
     groups: int = GROUPS, layout: str = "token-major", window: int | None = None, is_causal: bool = True,
 ) -> AttentionCall:  # fmt: skip
-    """Rows of a mini-sequence at `start`, of a prompt with so many tokens after them; without data."""
+    """A mini-sequence of `rows` at `start` of a prompt with `after` more tokens, as meta tensors."""
 
     def tensor(heads: int, tokens: int, layout: str) -> torch.Tensor:
         if layout == "token-major":
@@ -57,11 +57,11 @@ def prefill(
         return torch.empty(batch, heads, tokens, channels, device="meta", dtype=dtype)
 
     key, value = (tensor(groups, start + rows + after, layout) for _ in range(2))
-    query = tensor(HEADS, rows, "head-major")  # as rotary embeddings leave it
+    query = tensor(HEADS, rows, "head-major")  # the layout after rotary embeddings
     return AttentionCall(query, key, value, None, start, is_causal, channels**-0.5, window)
 
 
-#: Enough of them, in multiples of 128.
+#: Rows for which cuDNN pays, a multiple of 128.
 MANY = 512
 LATE = prefill(BLOCK, MANY)
 
@@ -75,7 +75,7 @@ LATE = prefill(BLOCK, MANY)
         (prefill(BLOCK, MANY, dtype=torch.float16), Way.CUDNN),
         (prefill(BLOCK, MANY, groups=1), Way.CUDNN),
         (prefill(BLOCK, 2 * MANY, groups=HEADS, channels=64), Way.CUDNN),
-        (prefill(BLOCK, MANY, window=BLOCK + MANY), Way.CUDNN),  # which no row feels
+        (prefill(BLOCK, MANY, window=BLOCK + MANY), Way.CUDNN),  # a window that hides no key
         # the first mini-sequence, and others with too few keys before them
         (prefill(0, 2048), Way.FLASH),
         (prefill(BLOCK - 1, MANY), Way.FLASH),
@@ -87,15 +87,15 @@ LATE = prefill(BLOCK, MANY)
         (prefill(BLOCK, MANY, channels=64), Way.FLASH),
         (prefill(BLOCK, MANY, window=4096), Way.FLASH),
         (prefill(BLOCK, MANY, is_causal=False), Way.FLASH),
-        # strides that say how many keys there are
+        # strides that depend on the number of keys
         (prefill(BLOCK, MANY, layout="head-major"), Way.FLASH),
-        # more channels than this cuDNN is said to take
+        # more channels than this cuDNN supports
         (prefill(BLOCK, MANY, channels=256), Way.FLASH),
         (prefill(BLOCK, MANY, dtype=torch.float32), Way.EFFICIENT),
         (replace(LATE, keys=torch.empty(1, LATE.tokens, device="meta", dtype=torch.bool)), Way.BIAS),
     ],
 )
-def test_a_call_finds_its_way(call: AttentionCall, way: Way) -> None:
+def test_the_kernel_chosen_for_a_call(call: AttentionCall, way: Way) -> None:
     assert way_of(call) is way
 
 
@@ -113,7 +113,7 @@ def test_a_call_finds_its_way(call: AttentionCall, way: Way) -> None:
         ((9, 0), None, Way.FLASH),
     ],
 )
-def test_a_device_and_its_cudnn_find_their_way(
+def test_the_kernel_chosen_for_a_device_and_its_cudnn(
     capability: tuple[int, int], cudnn: int | None, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_device(monkeypatch, capability, cudnn)
@@ -121,7 +121,7 @@ def test_a_device_and_its_cudnn_find_their_way(
 
 
 @pytest.mark.parametrize("no", ["disabled", "deprioritized", "not for this call", "another flash"])
-def test_who_says_no_to_cudnn_gets_flash(no: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_chosen_if_cudnn_is_disabled(no: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if no == "deprioritized":
         monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     elif no == "not for this call":
@@ -137,7 +137,7 @@ def test_who_says_no_to_cudnn_gets_flash(no: str, monkeypatch: pytest.MonkeyPatc
 
 
 class Kernels:
-    """Stand-ins that say how many keys they were given."""
+    """Stand-ins that record how many keys they get."""
 
     def __init__(self, patch: pytest.MonkeyPatch, block: int, rows: int) -> None:
         kernels_of_pytorch(patch)
@@ -175,11 +175,11 @@ def matches_its_definition(call: AttentionCall) -> None:
 @pytest.mark.parametrize(("batch", "groups", "group"), [(1, 2, 2), (1, 1, 4), (2, 2, 1), (3, 1, 1)])
 @pytest.mark.parametrize("after", [0, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_far_keys_by_cudnn_and_near_ones_by_flash(
+def test_cudnn_computes_far_keys_and_flash_near_ones(
     start: int, cudnn: list[int], flash: int, batch: int, groups: int, group: int, after: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each of the 8 rows sees itself and what is before, whatever there is after them."""
+    """Each of the 8 rows sees itself and the keys before it, whatever keys follow."""
     kernels = Kernels(monkeypatch, block=16, rows=8)
     sizes = (batch, groups, group, 8, start + 8 + after, 16, 16, start)
     matches_its_definition(Case(*sizes, True, None, None, (False,) * 4, "token-major", dtype, 0).call())
@@ -191,10 +191,10 @@ def test_far_keys_by_cudnn_and_near_ones_by_flash(
     ("start", "cudnn"), [(0, [8]), (16, [8, 16]), (48, [8, 32, 16]), (21, [16]), (7, [])]
 )
 @pytest.mark.parametrize(("batch", "group"), [(1, 2), (2, 1)])
-def test_values_that_are_narrower_than_keys(
+def test_values_narrower_than_keys_are_supported(
     start: int, cudnn: list[int], batch: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latent attention: cuDNN reads the rows' own keys, too, where nothing stands between them and the blocks."""
+    """Latent attention: cuDNN also reads the rows' own keys, if no keys are between them and the blocks."""
     kernels = Kernels(monkeypatch, block=1 << 20, rows=8)
     monkeypatch.setattr(attention_cudnn, "MLA_BLOCK", 16)
     sizes = (batch, 2, group, 8, start + 12, 192, 128, start)
@@ -237,7 +237,7 @@ def test_matches_its_definition(case_and_block: tuple[Case, int]) -> None:
     assert kernels.cudnn and kernels.flash
 
 
-#: Where each query sees one range of keys that ends with itself. (With padding at the right, these rows are padding.)
+#: Each query sees one range of keys that ends with itself. (With padding on the right, these rows are padding.)
 RANGES = {
     "no padding", "left padding", "one length of padding", "packed", "packed in order", "packed, no padding",
     "in order",
@@ -245,8 +245,8 @@ RANGES = {
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
-def test_what_is_said_of_keys_is_what_a_mask_would_say(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are cut first: padding, packed sequences."""
+def test_conditions_on_keys_equal_masks(conditions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys outside the range are cut off first: padding, packed sequences."""
     kernels = Kernels(monkeypatch, block=4, rows=1)
     sizes = (3, 2, 2, 30, 230, 16, 16, 200)
     matches_its_definition(
@@ -255,8 +255,8 @@ def test_what_is_said_of_keys_is_what_a_mask_would_say(conditions: str, monkeypa
     assert bool(kernels.cudnn) == (conditions in RANGES)
 
 
-def test_parts_are_rounded_no_worse_than_half_as_much_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part is rounded, and their mean; one kernel rounds once."""
+def test_merged_parts_round_at_most_half_as_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is rounded, and so is their mean; one kernel rounds once."""
     Kernels(monkeypatch, block=16, rows=8)
     call = Case(1, 2, 2, 64, 240, 16, 16, 176, True, None, None, (False,) * 4, "token-major", HALF, 0).call()
     exact = attention_reference(in_float64(call))
@@ -266,7 +266,7 @@ def test_parts_are_rounded_no_worse_than_half_as_much_again(monkeypatch: pytest.
 
 
 def test_no_row_of_a_prompt_is_lost_between_mini_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of 301 tokens by 24: the first has no keys before it, the last is one of 13 rows."""
+    """A prompt of 301 tokens in mini-sequences of 24: the first has no keys before it, the last has 13 rows."""
     kernels = Kernels(monkeypatch, block=32, rows=8)
     sizes = (2, 2, 2, 301, 301, 16, 16, 0)
     whole = Case(*sizes, True, None, None, (False,) * 4, "token-major", torch.float16, 0).call()
@@ -282,19 +282,19 @@ def sums_and_result(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [1.0, 300.0], ids=["usual scores", "scores that overflow when exponentiated"])
-def test_merged_parts_are_the_whole(size: float) -> None:
+def test_merged_parts_equal_the_whole(size: float) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, tokens, 8, dtype=torch.float64) for tokens in (7, 40, 40))
     call = AttentionCall(query * size, key, value, None, 0, False, 1.0)
     parts = [replace(call, key=k, value=v) for k, v in zip(key.split(13, 2), value.split(13, 2), strict=True)]
     merged = merge(map(sums_and_result, parts))
     assert merged.dtype == torch.float64
-    # Sums are float32 there, as kernels give them.
+    # log-sum-exps are float32, as kernels return them
     torch.testing.assert_close(merged, attention_reference(call), atol=1e-4, rtol=1e-4)
 
 
-def test_a_part_in_which_a_row_sees_nothing_has_no_share() -> None:
-    """Neither side, the first, the second, both: -inf; whatever finite numbers a kernel leaves there."""
+def test_a_part_without_visible_keys_has_no_weight() -> None:
+    """-inf for neither part, the first, the second or both, whatever finite numbers a kernel leaves there."""
     nothing = -math.inf
     first, second = (torch.full((1, 1, 4, 2), n, dtype=HALF) for n in (3.0, 5.0))
     sums = torch.tensor([[[0.0, nothing, 0.0, nothing]]]), torch.tensor([[[0.0, 0.0, nothing, nothing]]])
@@ -307,7 +307,7 @@ def test_a_part_in_which_a_row_sees_nothing_has_no_share() -> None:
     assert once_more[0, 0, :, 0].tolist() == [4.0, 5.0, 3.0, 0.0]
 
 
-def test_one_part_is_the_result() -> None:
+def test_a_single_part_is_the_result() -> None:
     only = torch.ones(1, 1, 2, 2, dtype=HALF)
     assert merge([(only, torch.zeros(1, 1, 2))]) is only
 
@@ -330,7 +330,7 @@ CUDNN, FLASH = "_scaled_dot_product_cudnn_attention", "_flash_attention_forward"
 
 
 def plans(call: AttentionCall) -> set[tuple[Any, ...]]:
-    """By which PyTorch keeps cuDNN's plans: sizes and strides of the operands."""
+    """The key of PyTorch's cache of cuDNN plans: sizes and strides of the operands."""
     with torch.no_grad(), Calls() as calls:
         attention_cuda(call)
     return {operands for name, operands in calls.operands if name == CUDNN}
@@ -340,7 +340,7 @@ def plans(call: AttentionCall) -> set[tuple[Any, ...]]:
     ("batch", "groups", "layout"), [(1, GROUPS, "token-major"), (2, 1, "token-major"), (2, 1, "head-major")]
 )
 def test_prompts_of_all_lengths_have_few_plans(batch: int, groups: int, layout: str) -> None:
-    """Mini-sequences of 2048, some of each prompt and its last: a plan for each length of a block."""
+    """Mini-sequences of 2048, some of each prompt and its last: one plan for each length of a block."""
     found = set()
     for tokens in (600_000, 147_456, 100_003):
         for start in (*range(0, tokens, 7 * 2048), tokens - tokens % 2048):
@@ -360,8 +360,8 @@ OTHERS = {"first": prefill(0, 1024), "many": prefill(BLOCK, MANY, batch=8), "odd
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_operators_of_pytorch_take_what_they_are_given(name: str) -> None:
-    """A wrong argument raises: operators check the schema that this PyTorch has, on tensors without data too."""
+def test_pytorch_operators_accept_the_arguments(name: str) -> None:
+    """A wrong argument raises: operators check their schema on meta tensors too."""
     call = LARGE[name]
     with torch.no_grad(), Calls() as calls:
         result = attention_cuda(call)
@@ -379,7 +379,7 @@ def test_neither_keys_nor_values_are_copied(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*LARGE, *OTHERS])
-def test_no_more_is_taken_than_the_memory_model_says(name: str) -> None:
+def test_allocations_stay_within_the_memory_model(name: str) -> None:
     call = (LARGE | OTHERS)[name]
     with torch.no_grad(), Calls() as calls:
         result = attention_cuda(call)

@@ -1,7 +1,7 @@
-"""Files' rows through real threads and buffers, with a device whose copies are done at once: every byte, whatever its
-size, whoever is slow, and errors of the disk to who waits for the rows.
+"""Rows of files through real threads and buffers, with a device whose copies complete immediately: every byte at any
+size and any speed, and disk errors raised where the rows are waited for.
 
-That copies of a device that come late change nothing is told by `stories.py`.
+`stories.py` covers copies of a device that complete late.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SIZES = (1, 7, STAGE - 1, STAGE, STAGE + 1, 2 * STAGE, 3 * STAGE + 11)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_byte_leaves_and_comes_back(size: int, tmp_path: Path) -> None:
+def test_every_byte_is_written_and_read_back(size: int, tmp_path: Path) -> None:
     value = rows(size, 1, seed=size)
     host = leave(value, tmp_path)
     assert torch.equal(fetched(host), value)
@@ -71,10 +71,10 @@ def test_every_byte_leaves_and_comes_back(size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_caches_that_grow_side_by_side_in_one_file_are_right_whoever_is_slow(
+def test_caches_that_grow_in_one_file_are_correct_whichever_copy_is_slow(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is in several parts of the file, which are no neighbours. The threads sleep before what they do to it."""
+    """Each cache is in several parts of the file that are not adjacent. The threads sleep before each task."""
     chance = random.Random(seed)
     for name in ("read", "write"):
         move = getattr(Extent, name)
@@ -105,7 +105,7 @@ def test_caches_that_grow_side_by_side_in_one_file_are_right_whoever_is_slow(
         assert torch.equal(fetched(host), value)
 
 
-def test_who_launches_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_do_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, write = threading.Event(), Extent.write
 
     def slow(extent: Extent, view: memoryview) -> None:
@@ -116,13 +116,13 @@ def test_who_launches_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch
     value = rows(3 * STAGE, 1)
     host = leave(value, tmp_path)
     (arriving,) = FetchStart(2, CPU)([host.host, 0])
-    go.set()  # or nothing would have been written
+    go.set()  # else nothing would be written
     (buffer,) = FetchWait(2)([arriving, None])
     assert torch.equal(buffer, value)
 
 
-def test_a_file_that_cannot_be_read_is_an_error_and_ends_no_process(tmp_path: Path) -> None:
-    """Where it is mapped, it would."""
+def test_an_unreadable_file_raises_and_does_not_end_the_process(tmp_path: Path) -> None:
+    """A mapped file would end the process."""
     host = leave(rows(5 * STAGE, 1), tmp_path)
     Settle(CPU)()
     store = store_of(host.host)
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_ends_no_process(tmp_path: Pa
     assert torch.equal(fetched(other), rows(100, 1, seed=1))
 
 
-def test_buffers_that_cannot_be_pinned_are_an_error_of_the_copy(tmp_path: Path, engine: CudaEngine) -> None:
+def test_a_copy_raises_if_its_buffers_cannot_be_pinned(tmp_path: Path, engine: CudaEngine) -> None:
     def refuse(address: int, size: int):
         raise HostMemoryError(f"{size} bytes cannot be pinned")
 

@@ -1,7 +1,7 @@
-"""Large models' graphs, compiled for a GPU that is not there: what a first call on a real one would compile.
+"""Graphs of large models, compiled for a simulated GPU: everything that a first call on a real one would compile.
 
-Shapes of Llama-3-8B, Gemma-3-12B and Mixtral-8x7B with few layers and no weights, in bfloat16. Every kernel becomes a
-binary for sm_80 or sm_90; none is run (`test_interpreted` runs the same source).
+Shapes of Llama-3-8B, Gemma-3-12B and Mixtral-8x7B with few layers and without weights, in bfloat16. Every kernel is
+compiled to a binary for sm_80 or sm_90. None is run (`test_interpreted` runs the same source).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ SHAPES: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 
-#: A thread of a full block of 512 may have so many registers; more would leave multiprocessors half empty.
+#: Registers that a thread of a full block of 512 may have; more would leave multiprocessors half empty.
 MOST_REGISTERS = 128
 #: Bytes of a thread's stack. Sine and cosine keep 32 there, for angles so large that their reduction needs a table.
 #: Inductor's autotuner runs no configuration with more if another has less: that is 16 registers, spilled.
 MOST_STACK = 64
-#: Of all configurations, how many may have more: Triton 3.6 spills in one of six that a rotary embedding has.
+#: The share of configurations that may have more: Triton 3.6 spills in one of six of a rotary embedding's.
 MOST_SPILLED = 0.05 if Version(triton.__version__) < Version("3.7") else 0.0
 
-#: Before transformers 5.23 the angles of positions are a product, made once, whose tokens are its last dimension.
+#: Before transformers 5.23 the angles of positions are a product, computed once, with tokens as its last dimension.
 ANGLES_ARE_A_PRODUCT = STEPS_HAVE_MASKS = Version(transformers.__version__) < Version("5.23")
 
-#: A product that writes to where its result is kept.
+#: A product that writes into the storage of its result.
 INTO_ITS_PLACE = "torch.ops.mom.product_into.default"
 PRODUCTS = {"extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm", "extern_kernels._grouped_mm"}
 PRODUCTS |= {INTO_ITS_PLACE}
@@ -63,7 +63,7 @@ ATTENTION = "torch.ops.mom.attention.default"
 STOCKS = {f"torch.ops.aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")}
 ATTENTIONS = {ATTENTION} | STOCKS
 STOCK = "an attention of PyTorch"
-#: How tokens find their experts: PyTorch has kernels of its own for these.
+#: Routing of tokens to experts, for which PyTorch has its own kernels.
 SORTING = {f"torch.ops.aten.{name}" for name in ("topk.default", "sort.stable", "histc.default")}
 
 
@@ -83,12 +83,12 @@ class Case:
 class Compiled:
     report: Any
     made: Made
-    #: What each piece relies on: its symbols by name, and the conditions.
+    #: The guards of each piece: its symbols by name, and the conditions.
     assumed: list[tuple[dict[str, sympy.Symbol], list[sympy.Basic]]]
 
     @property
     def launches(self) -> dict[str, Counter[str]]:
-        """By piece, how often its wrapper launches Triton's kernels and calls other operators."""
+        """By piece, how often its wrapper launches Triton kernels and calls other operators."""
         return dict(zip(self.report.compiled_pieces, map(launches_of, self.made.wrappers), strict=True))
 
 
@@ -108,7 +108,7 @@ def compiled(case: Case, monkeypatch: pytest.MonkeyPatch) -> Compiled:
         return conditions
 
     monkeypatch.setattr(SymbolicSizes, "assumptions", seen)
-    forget_pieces()  # of another device: a key does not say for which they were compiled, a process has one
+    forget_pieces()  # the keys of pieces do not contain the device, since a process has only one
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(SHAPES[case.shape](), dtype=torch.bfloat16).eval()
     graph = graph_of(model, lambda: inputs_of(case, model)).on_cuda(case.gpu)
@@ -116,7 +116,7 @@ def compiled(case: Case, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     with pretended(case.gpu) as made:
         compile_graph(graph.gm, graph.example_inputs, options=options, **graph.more)
     report = reports()[-1]
-    forget_pieces()  # none can be launched
+    forget_pieces()  # none of them can be launched
     return Compiled(report, made, assumed)
 
 
@@ -168,7 +168,7 @@ def every_piece_is_compiled(found: Compiled) -> None:
 
 
 def every_kernel_is_a_binary_that_keeps_to_its_registers(found: Compiled) -> None:
-    """What may be launched of it, in any configuration; what the autotuner will not launch is rare."""
+    """All configurations of all kernels; few may spill more than the autotuner accepts."""
     kernels = found.made.kernels
     for kernel in kernels:
         assert kernel.cubin[:4] == b"\x7fELF", kernel.name
@@ -197,7 +197,7 @@ def no_index_is_wider_than_it_need_be(found: Compiled, case: Case) -> None:
 
 
 def positions_have_a_sine_once_and_not_for_each_head(found: Compiled) -> None:
-    """In a body one kernel computes them, which reads no product: queries and keys are products."""
+    """One kernel of a body computes them, and it reads no product: queries and keys are products."""
     pieces = found.report.compiled_pieces
     dear = {(k.wrapper, k.name): k for k in found.made.kernels if re.search(r"\b(sin|cos)\(", k.source)}
     of_bodies = [key for key in dear if pieces[key[0]].startswith("stage")]
@@ -209,7 +209,7 @@ def positions_have_a_sine_once_and_not_for_each_head(found: Compiled) -> None:
 
 
 def pieces_hold_for_other_lengths(found: Compiled, case: Case) -> None:
-    """What was compiled for one length relies on no size but that indices fit in 32 bits."""
+    """Code compiled for one length depends on no size, except that indices fit in 32 bits."""
     assert found.assumed
     for symbols, conditions in found.assumed:
         for count in (2, 517, 4096):
@@ -239,7 +239,7 @@ def alike_layers_share_a_body(found: Compiled, case: Case) -> None:
     assert sum(name.startswith("stage") for name in pieces) == BODIES[case.shape]
 
 
-#: Of a layer's body: its attention, then all up to the next layer's keys and values.
+#: A layer's body: its attention and everything up to the next layer's keys and values.
 LAUNCHES = {
     "llama": Counter({"triton": 7, "extern_kernels.mm": 6, INTO_ITS_PLACE: 1, ATTENTION: 1}),
     # One more where queries are of a window and the next layer's keys are not: their positions have other angles.
@@ -268,7 +268,7 @@ def bodies_launch_no_more_than_they_need(found: Compiled, case: Case) -> None:
         assert not launches - LAUNCHES[case.shape], f"{name}: {launches}"
 
 
-#: A product that is written to its place among all tokens' rows.
+#: A product that is written to its rows among those of all tokens.
 INTO = "torch.ops.mom.product_into.default"
 
 

@@ -1,8 +1,9 @@
-"""Decode steps, compiled for GPUs that are not there: attention is ours, whichever operator PyTorch would choose.
+"""Decode steps, compiled for simulated GPUs, use our attention kernel, whichever operator PyTorch would choose.
 
-On Hopper and data-center Blackwell that is cuDNN's, for one query too: it plans anew for every length (23 to 37 ms on
-an H100), and before cuDNN 9.25.1 is silently wrong on a B200 for fewer than eight heads of keys (pytorch#193893). With
-a mask it is elsewhere the memory-efficient kernel, on keys repeated for all heads and without split keys.
+On Hopper and data-center Blackwell PyTorch would choose cuDNN, also for one query. cuDNN makes a new plan for every
+length (23 to 37 ms on an H100), and before 9.25.1 its results on a B200 are silently wrong for fewer than eight key
+heads (pytorch#193893). Elsewhere, with a mask, PyTorch chooses the memory-efficient kernel, which takes keys repeated
+for all heads and does not split them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("gpu", "shape", "masked"), CASES)
-def test_a_decode_step_calls_no_attention_of_pytorch(
+def test_a_decode_step_calls_no_pytorch_attention(
     gpu: Gpu, shape: str, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the mask that `generate()` always passes, and without."""
@@ -43,4 +44,4 @@ def test_a_decode_step_calls_no_attention_of_pytorch(
     for piece, launches in found.launches.items():
         assert not launches.keys() & STOCKS, f"{piece}: {launches}"
     ours = sum(launches[ATTENTION] for launches in found.launches.values())
-    assert 0 < ours <= SHAPES[shape]().num_hidden_layers  # layers that are alike share a piece
+    assert 0 < ours <= SHAPES[shape]().num_hidden_layers  # identical layers share a piece

@@ -1,4 +1,4 @@
-"""What the rule for rows says on GPUs that are not there, of graphs as they are captured. Nothing is compiled."""
+"""Rows per mini-sequence that the rule chooses on simulated GPUs for captured graphs. Nothing is compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.no_gpu.test_compiles import SHAPES
 transformers = pytest.importorskip("transformers")
 
 ROWS = {A100: 1536, H100: 4096, H200: 4096, RTX_4090: 2048}
-#: An L40S, which nobody has recorded.
+#: An L40S, for which no figures are recorded.
 UNKNOWN = Gpu("pretended L40", 8, 9, 142, 101376, 102400, 96 << 20)
 
 
@@ -42,7 +42,7 @@ def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:
 
 
 def rows_of(report: Report) -> list[int]:
-    """Of the most loops first."""
+    """Rows of the stages, the most frequent first."""
     return [rows for rows, _ in Counter(stage.mini_seq_len for stage in report.stages).most_common()]
 
 
@@ -52,7 +52,7 @@ def llama() -> Graph:
 
 
 @pytest.mark.parametrize("gpu", ROWS, ids=lambda gpu: gpu.name)
-def test_llama_3_8b_has_the_rows_that_the_rule_says_for_its_layers(llama: Graph, gpu: Gpu) -> None:
+def test_llama_3_8b_has_the_rows_of_the_rule_for_layers(llama: Graph, gpu: Gpu) -> None:
     rows = ROWS[gpu]
     report = report_of(llama, gpu)
     assert rows_of(report) == [rows]
@@ -60,7 +60,7 @@ def test_llama_3_8b_has_the_rows_that_the_rule_says_for_its_layers(llama: Graph,
     assert report.rows in report.details()
 
 
-def test_a_stored_program_is_another_gpus_no_more_than_another_options(llama: Graph) -> None:
+def test_a_stored_program_is_specific_to_gpu_and_options(llama: Graph) -> None:
     tags = []
     for gpu in (H100, H200, A100):
         with pretended(gpu):
@@ -68,7 +68,7 @@ def test_a_stored_program_is_another_gpus_no_more_than_another_options(llama: Gr
     assert len(set(tags)) == 3 and None not in tags
 
 
-def test_a_program_stored_for_a_cpu_is_for_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_stored_for_a_cpu_is_specific_to_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
@@ -76,25 +76,25 @@ def test_a_program_stored_for_a_cpu_is_for_so_many_threads(monkeypatch: pytest.M
     assert said == [["1 threads"], ["2 threads"]]
 
 
-def test_an_unknown_gpu_is_taken_for_a_known_one_of_its_kind(llama: Graph) -> None:
+def test_an_unknown_gpu_has_the_rows_of_a_known_one_of_its_kind(llama: Graph) -> None:
     report = report_of(llama, UNKNOWN)
     assert "pretended L40, taken for 142 of the 128 multiprocessors of an RTX 4090" in report.rows
     assert rows_of(report) == [2048]
 
 
-def test_rows_that_are_given_are_kept(llama: Graph) -> None:
+def test_the_rows_option_overrides_the_rule(llama: Graph) -> None:
     report = report_of(llama, H100, mini_seq_len=640)
     assert rows_of(report) == [640] and not report.rows
 
 
-def test_of_several_sequences_each_has_its_part_of_the_rows() -> None:
+def test_rows_are_divided_among_the_sequences_of_a_batch() -> None:
     report = report_of(graph(tokens=32_768, sequences=8), H100)
     assert rows_of(report) == [512]
     assert "8 sequences" in report.rows
 
 
-def test_only_a_budget_asks_for_fewer_rows_than_the_rule_says() -> None:
-    """A short prompt without a cache, of which little lives at full length."""
+def test_only_a_memory_budget_reduces_rows_below_the_rule() -> None:
+    """A short prompt without a cache, with few bytes at full length."""
     captured = graph(tokens=16_384, use_cache=False)
     assert rows_of(report_of(captured, H100)) == [4096]
     static = static_input_names(captured.gm, captured.more)
@@ -103,7 +103,7 @@ def test_only_a_budget_asks_for_fewer_rows_than_the_rule_says() -> None:
     assert rows_of(report)[0] < 4096 and "fewer for memory_budget" in report.rows
 
 
-def test_experts_have_the_rows_of_the_layers_rule_where_those_are_more_than_their_own() -> None:
+def test_experts_have_the_larger_rows_of_both_rules() -> None:
     """300 rows for each of 8 experts, of which 2 are chosen, are 1200. Launches ask for more, counting the products
     with 2 of them: a row is multiplied with 394 million weights."""
     report = report_of(graph("mixtral"), H100)

@@ -1,4 +1,4 @@
-"""Pinned host memory, with stand-ins for the calls of the CUDA runtime: what it is asked for, where and when."""
+"""Pinned host memory: which calls of the CUDA runtime are made, where and when. The runtime is a stand-in."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SECOND = torch.device("cuda", 1)
 
 @dataclass
 class Runtime:
-    """Notes calls, with the device that is current then, and answers with a code."""
+    """Records calls with the current device, and returns a code."""
 
     code: int = 0
     calls: list[tuple[object, ...]] = field(default_factory=list)
-    #: A device is current in a thread.
+    #: The current device is one of the thread.
     local: threading.local = field(default_factory=threading.local)
 
     @property
@@ -72,7 +72,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     empty_host_pool()
 
 
-def test_memory_is_pinned_for_all_devices_and_unpinned_on_its_own_when_that_is_idle(runtime: Runtime) -> None:
+def test_memory_is_pinned_for_all_devices_and_unpinned_when_its_own_is_idle(runtime: Runtime) -> None:
     undo = pin_for(SECOND)(4096, 8192)
     assert runtime.calls == [("pin", 4096, 8192, PORTABLE, SECOND)]
     runtime.calls.clear()
@@ -81,14 +81,14 @@ def test_memory_is_pinned_for_all_devices_and_unpinned_on_its_own_when_that_is_i
     assert runtime.current is None
 
 
-def test_what_a_driver_refuses_is_an_error_that_says_what_to_do(runtime: Runtime) -> None:
+def test_a_failed_pin_raises_an_error_with_advice(runtime: Runtime) -> None:
     runtime.code = 2
     with pytest.raises(HostMemoryError, match=r"cannot pin 8192 bytes .* \(CUDA error 2\); .*ulimit -l"):
         pin_for(SECOND)(4096, 8192)
     assert runtime.calls[-1] == ("error forgotten", SECOND)
 
 
-def test_what_cannot_be_unpinned_is_told_and_raises_nowhere(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_unpin_is_logged_and_does_not_raise(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
     undo, runtime.code = pin_for(SECOND)(4096, 8192), 713
     with caplog.at_level(logging.WARNING):
         undo()
@@ -96,7 +96,7 @@ def test_what_cannot_be_unpinned_is_told_and_raises_nowhere(runtime: Runtime, ca
     assert runtime.calls[-1] == ("error forgotten", SECOND)
 
 
-def test_a_fork_unpins_nothing_of_its_parents(runtime: Runtime) -> None:
+def test_a_fork_does_not_unpin_memory_of_its_parent(runtime: Runtime) -> None:
     undo = pin_for(SECOND)(4096, 8192)
     runtime.calls.clear()
     assert in_a_fork(lambda: undo() is None and not runtime.calls)
@@ -110,7 +110,7 @@ class Mapping:
 
 
 def mapping_of(address: int) -> Mapping | None:
-    """What the kernel has at an address of this process."""
+    """The kernel's entry for an address of this process."""
     found: Mapping | None = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -129,10 +129,10 @@ def region(runtime: Runtime) -> Iterator[HostRegion]:
     made.close()
 
 
-def test_pinned_pages_are_huge_ones_and_whole(region: HostRegion) -> None:
+def test_pinned_pages_are_whole_huge_pages(region: HostRegion) -> None:
     address = region.bytes.data_ptr()
     assert address % HUGE_PAGE == 0
-    assert region.bytes.untyped_storage().data_ptr() == address  # stores are known by it
+    assert region.bytes.untyped_storage().data_ptr() == address  # stores are identified by it
     mapping = mapping_of(address)
     assert mapping is not None and address + region.capacity <= mapping.end
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
@@ -148,8 +148,8 @@ def test_a_fork_has_no_pinned_pages(region: HostRegion) -> None:
     assert in_a_fork(lambda: "rd" in mapping_of(torch.ones(1).data_ptr()).flags)  # type: ignore[union-attr]
 
 
-def test_a_fork_puts_nothing_where_pinned_pages_were(region: HostRegion) -> None:
-    """The last view of them gives the addresses back."""
+def test_a_fork_maps_nothing_at_pinned_addresses(region: HostRegion) -> None:
+    """Deleting their last view unmaps the addresses."""
     region.commit(BLOCK)
     address, view = region.bytes.data_ptr(), [region.bytes]
 
@@ -170,7 +170,7 @@ def raises(work: Callable[[], object]) -> bool:
     return False
 
 
-def test_a_cache_in_pinned_memory_is_an_error_in_a_fork_whatever_is_asked_of_it(runtime: Runtime) -> None:
+def test_every_operation_on_a_cache_in_pinned_memory_raises_in_a_fork(runtime: Runtime) -> None:
     place, value = Placement(pin=pin_for(SECOND)), torch.ones(1, 2, 5, 64)
     (dead,) = Offload(2, CPU, place)([value, 0])
     (host,) = Offload(2, CPU, place)([value, 0])
@@ -190,11 +190,11 @@ def test_a_cache_in_pinned_memory_is_an_error_in_a_fork_whatever_is_asked_of_it(
         lambda: Append(2, CPU, place)([host.host, value, 0]),
     ):
         assert in_a_fork(lambda asked=asked: raises(asked))
-    assert in_a_fork(lambda: torch.equal(Offload(2, CPU, place)([value, 0])[0].fetch(), value))  # one of its own
+    assert in_a_fork(lambda: torch.equal(Offload(2, CPU, place)([value, 0])[0].fetch(), value))  # a new cache
     assert torch.equal(host.fetch(), value)
 
 
-def test_memory_that_is_pinned_ahead_is_pinned_on_its_own_device_too(runtime: Runtime) -> None:
+def test_memory_pinned_in_advance_is_pinned_on_its_own_device_too(runtime: Runtime) -> None:
     region = HostRegion(8 * BLOCK, Pinned(pin_for(SECOND)))
     region.commit_ahead(BLOCK)
     REGISTRAR.finish()
@@ -206,7 +206,7 @@ def test_memory_that_is_pinned_ahead_is_pinned_on_its_own_device_too(runtime: Ru
     assert runtime.calls[1:] == [("synchronize", SECOND), ("unpin", address, SECOND)]
 
 
-def test_a_large_range_is_pinned_in_pieces_that_are_seams(runtime: Runtime) -> None:
+def test_a_large_range_is_pinned_in_pieces_that_copies_do_not_cross(runtime: Runtime) -> None:
     region = HostRegion(4 * PIECE, Pinned(pin_for(SECOND)))
     region.commit(2 * PIECE + BLOCK)
     address = region.bytes.data_ptr()

@@ -1,4 +1,4 @@
-"""The real copy engine on simulated streams: right however late its copies run, and wrong without any of its waits."""
+"""The real copy engine on simulated streams: correct however late copies run, incorrect without any of its waits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.no_gpu.weight_stories import (
     a_slot_is_taken_while_another_stream_reads_it,
 )
 
-#: Calls that wait and that these streams do not need, with what else there is.
+#: Waits that these streams do not need, with the reason.
 ELSEWHERE = {
     "copy_steps._fetch: settle(host)": "where the host's memory is the device's: tests/test_kv_races.py",
     "tensor._copied: source.settled()": "likewise: tests/test_host_tensor.py",
@@ -41,12 +41,12 @@ ORDERS = st.lists(st.booleans(), max_size=40)
 
 
 @pytest.mark.parametrize("story", EVERY, ids=lambda story: story.__name__)
-def test_copies_that_run_as_late_as_their_waits_allow_change_nothing(story: Story) -> None:
+def test_results_are_correct_if_copies_run_as_late_as_their_waits_allow(story: Story) -> None:
     tell(story, Simulation(latest))
 
 
 def at_random() -> Iterator[Any]:
-    """Each story; those that have a twin in memory are slow where they are told of files."""
+    """Each story. Stories of files that also exist in memory are marked slow."""
     for story in EVERY:
         twin = story.__name__.removesuffix("_in_files")
         has_twin = twin != story.__name__ and any(other.__name__ == twin for other in EVERY)
@@ -54,7 +54,7 @@ def at_random() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("story", list(at_random()))
-def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
+def test_results_are_correct_whenever_copies_run(story: Story) -> None:
     @settings(max_examples=5, deadline=None, derandomize=True, database=None)
     @given(ORDERS)
     def at(order: list[bool]) -> None:
@@ -63,7 +63,7 @@ def test_copies_that_run_at_any_time_change_nothing(story: Story) -> None:
     at()
 
 
-#: Where a missing call shows that no early story sees: they are told first, since it takes seconds to come to them.
+#: Waits whose removal only late stories show: these stories run first, since reaching them takes seconds.
 SHOWS_IN = {
     "engine_cuda.StreamTicket.wait: reader.wait_event(self.done.event)": "another_stream_computes",
     "engine_cuda.CudaEngine.begin: after.synchronize()": "rows_come_from_another_kind_of_device",
@@ -109,23 +109,23 @@ def caught(cut: Cut) -> str | None:
     return None
 
 
-#: Of those that are not needed every story is told.
+#: For waits that are not needed, every story runs.
 CUTS = [pytest.param(cut, marks=[pytest.mark.slow] if str(cut) in ELSEWHERE else [], id=str(cut)) for cut in cuts()]
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_without_any_one_wait_some_story_goes_wrong(cut: Cut) -> None:
+def test_removing_any_wait_breaks_some_story(cut: Cut) -> None:
     with cut.made():
         assert (caught(cut) is None) == (str(cut) in ELSEWHERE)
 
 
-def test_what_need_not_be_waited_for_is_in_the_code() -> None:
+def test_the_list_of_unneeded_waits_matches_the_code() -> None:
     assert ELSEWHERE.keys() | SHOWS_IN.keys() <= {str(cut) for cut in cuts()}
     assert set(SHOWS_IN.values()) <= {story.__name__ for story in EVERY}
     assert len(cuts()) > 20
 
 
-# --- what the simulation sees, each by itself ---
+# --- errors that the simulation finds ---
 
 
 def unordered(sim: Simulation) -> None:
@@ -137,7 +137,7 @@ def unordered(sim: Simulation) -> None:
 def read_by_another_thread(sim: Simulation) -> None:
     host = offload(sim, values(5))
     sim.thread(host.settled).join()
-    sim.thread(lambda: sim.expect(host.host, values(5), by_host=True))  # it is not told of the one that has waited
+    sim.thread(lambda: sim.expect(host.host, values(5), by_host=True))  # it has no order with the agent that has waited
     sim.thread_clock.clear()
     sim.expect(host.host, values(5), by_host=True)
 
@@ -152,7 +152,7 @@ def source_freed(sim: Simulation) -> None:
 
 
 def target_reused(sim: Simulation) -> None:
-    """Freed to a stream that knows of the copy, but not of the computation that reads what it brought."""
+    """Freed to a stream that knows of the copy, but not of the computation that reads the copied values."""
     x, other = torch.ones(4), sim.stream()
     other.wait_stream(sim.default)
     with torch.cuda.stream(other):
@@ -177,12 +177,12 @@ def unset_memory(sim: Simulation) -> None:
         (a_slot_is_taken_while_another_stream_reads_it, "a copy .* does not wait for aten.mul"),
     ],
 )
-def test_the_simulation_sees(wrong: Callable[[Simulation], None], seen: str) -> None:
+def test_the_simulation_finds_errors(wrong: Callable[[Simulation], None], seen: str) -> None:
     with pytest.raises(Found, match=seen):
         tell(wrong, Simulation(latest))
 
 
-def test_events_order_what_would_not_be_ordered() -> None:
+def test_events_order_streams() -> None:
     with Simulation(latest) as sim:
         x, other = torch.ones(4), sim.stream()
         other.wait_stream(sim.default)
@@ -196,7 +196,7 @@ def test_events_order_what_would_not_be_ordered() -> None:
 
 
 class StreamLog:
-    """A model and its cache, in one simulation after another. What is compiled stays, and pins in the present one."""
+    """A model and its cache, in successive simulations. Compiled code is kept and pins memory in the present one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sim: Simulation | None = None
@@ -232,7 +232,7 @@ class StreamLog:
 
     @torch.no_grad()
     def tell(self, model: torch.nn.Module) -> tuple[list[torch.Tensor], DynamicCache]:
-        """Logits after a prompt of 40 tokens and after a few more, two of which are taken back."""
+        """Logits after a prompt of 40 tokens and after a few more, two of which are removed again."""
         generator, cache, logits = torch.Generator().manual_seed(3), DynamicCache(), []
         for step, count in enumerate((40, 1, 1, 1, 1)):
             if step == 3:
@@ -254,7 +254,7 @@ def same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(told: StreamLog) -> None:
+def test_a_models_cache_is_correct_however_late_copies_run_and_not_without_waits(told: StreamLog) -> None:
     told.under(latest, same)
 
     @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -268,7 +268,7 @@ def test_a_models_cache_is_right_however_late_copies_run_and_not_without_waits(t
         told.under(latest, lambda got, expected: None)
 
 
-def test_the_engine_for_a_cpu_is_its_own_again_after_a_simulation() -> None:
+def test_the_cpu_engine_is_restored_after_a_simulation() -> None:
     from mom_compile.runtime.host.engines import engine_for
 
     with Simulation() as sim:

@@ -1,6 +1,6 @@
-"""Our attention kernels: compiled for GPUs that are not there, and interpreted on the CPU.
+"""Our attention kernels, compiled for simulated GPUs and interpreted on the CPU.
 
-TRITON_INTERPRET is read when triton is imported, so that what is interpreted has a process of its own.
+TRITON_INTERPRET is read when triton is imported, so interpreted kernels run in a process of their own.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1",
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 
-#: Of what an SM of these has, 64 Ki, with 128 threads to a program.
+#: Registers per thread: an SM has 64 Ki, for programs of 128 threads.
 MOST_REGISTERS = 255
-#: Bytes that a program may have of shared memory on the smallest of them.
+#: Bytes of shared memory that a program may have on the smallest of them.
 MOST_SHARED = 166_912
 MOST_STACK = 128
 
 
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_they_compute_what_the_definition_does(part: int, tmp_path: Path) -> None:
+def test_tiles_match_the_definition(part: int, tmp_path: Path) -> None:
     """Masks, ranges, segments, windows, caps, sinks and splits, in combination."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.no_gpu.interpreted_tiles", "11", str(part)]
@@ -85,7 +85,7 @@ def compiled(kernel: Any, given: list[Any], constants: dict[str, Any], gpu: Gpu,
 
 @pytest.mark.parametrize("gpu", [A100, H100, B200], ids=lambda gpu: f"sm{gpu.capability}")
 @pytest.mark.parametrize("name", CALLS)
-def test_they_compile_for_gpus(name: str, gpu: Gpu) -> None:
+def test_tiles_compile_for_gpus(name: str, gpu: Gpu) -> None:
     from mom_compile.runtime.attention.tile_kernels import attend, combine
 
     call, splits = CALLS[name], 8 if CALLS[name].rows == 1 else 1
@@ -103,7 +103,7 @@ def test_they_compile_for_gpus(name: str, gpu: Gpu) -> None:
         assert one.metadata.shared <= MOST_SHARED, one.metadata.shared
 
 
-def test_a_kernel_that_cannot_be_launched_makes_way_for_others_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_fails_to_launch_is_replaced_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(call: AttentionCall) -> torch.Tensor:
         raise RuntimeError("out of resource: shared memory")
 

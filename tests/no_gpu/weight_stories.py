@@ -1,6 +1,6 @@
-"""What weights on the host go through, as short stories on simulated streams: see `stories.py`.
+"""Scenarios of weights on the host, on simulated streams: see `stories.py`.
 
-prefill   layer:  ... start(next, over the one before) | wait(own) | compute with it | offload what it made ...
+prefill   layer:  ... start(next, over the one before) | wait(own) | compute with it | offload its result ...
 decode    layer:  ... start(next, over ...), start(next's rows) | wait both | compute | append ...
 """
 
@@ -41,7 +41,7 @@ LAYERS = 7
 
 
 def model(sim: Simulation, layers: int = LAYERS) -> list[HostWeight]:
-    """Weights like keys or values of 20 tokens: in pinned memory, two to a storage, or in a file where those go."""
+    """Weights like keys or values of 20 tokens: in pinned memory, two per storage, or in a file in stories of files."""
     if sim.placement is not None:
         assert sim.placement.directory is not None
         path = sim.placement.directory / "model.safetensors"
@@ -53,12 +53,12 @@ def model(sim: Simulation, layers: int = LAYERS) -> list[HostWeight]:
     storages = [on_own_pages(torch.stack([plain(layer), plain(layer + 1)])) for layer in range(0, layers, 2)]
     parts = [part for storage in storages for part in storage][:layers]
     pin_in_place(parts, sim.pin)
-    sim.synchronize()  # they have been there for long
+    sim.synchronize()  # they were written long before
     return [host_weight(part, CPU) for part in parts]
 
 
 def on_own_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The same where nothing else is: memory beside it would count as pinned, and so as the host's."""
+    """A copy on pages of its own: other memory on its pages would count as pinned, and so as host memory."""
     memory = mmap.mmap(-1, tensor.nbytes)
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
@@ -109,7 +109,7 @@ class Builder:
 
 
 def add(arguments: list[torch.Tensor]) -> tuple[torch.Tensor]:
-    """A layer: of its input, its weight and the keys that it reads. Sums stay exact."""
+    """A layer on its input, its weight and the keys that it reads. Sums stay exact."""
     x, *others = arguments
     arguments.clear()
     made = x + 1
@@ -124,7 +124,7 @@ def fail(arguments: list[object]) -> tuple[object, ...]:
 
 
 def prefill(sim: Simulation, layers: int = LAYERS, fails: bool = False) -> Program:
-    """`[x, *weights]` to x and, of each layer, what it leaves on the host."""
+    """`[x, *weights]` to x and, for each layer, the keys that it leaves on the host."""
     build, arriving, hosts = Builder(1 + layers), list[Slot](), list[Slot]()
     x = Slot(0)
     arriving.append(build.add("start", FetchStart(0, CPU), Slot(1), 0))
@@ -141,7 +141,7 @@ def prefill(sim: Simulation, layers: int = LAYERS, fails: bool = False) -> Progr
 
 
 def decode(sim: Simulation, layers: int = LAYERS) -> Program:
-    """`[x, *weights, *hosts]` to x and, of each layer, its rows on the host with x's behind them."""
+    """`[x, *weights, *hosts]` to x and, for each layer, its rows on the host followed by those of x."""
     build = Builder(1 + 2 * layers)
     x, arriving, rows, hosts = Slot(0), list[Slot](), list[Slot](), list[Slot]()
 
@@ -182,7 +182,7 @@ PLAIN = [plain(layer) for layer in range(LAYERS)]
 
 
 def layers_take_turns_in_two_slots(sim: Simulation) -> None:
-    """A prompt, then tokens: weights in one queue, and what leaves in the other."""
+    """A prompt, then tokens: weights in one queue, copies to the host in the other."""
     weights = model(sim)
     inner = [weight.host for weight in weights]
     x, *hosts = prefill(sim)([values(3), *inner])
@@ -198,7 +198,7 @@ def layers_take_turns_in_two_slots(sim: Simulation) -> None:
 
 
 def two_slots_are_all_that_is_had(sim: Simulation) -> None:
-    """Whatever the number of layers, and nothing of them stays."""
+    """For any number of layers, and none of them stays allocated."""
     weights, had = model(sim), set()
     slots: list[Arriving] = [start(weights[0])]
     for layer, weight in enumerate([*weights[1:], weights[0]]):
@@ -215,8 +215,8 @@ def two_slots_are_all_that_is_had(sim: Simulation) -> None:
 
 
 def a_program_with_weights_fails(sim: Simulation) -> None:
-    """Between a start and its wait, in the middle of slots that take turns: nothing stays queued, and the memory of
-    what was on its way is not used too early."""
+    """Between a start and its wait, with reused slots: no copy stays queued, and the memory of unfinished copies is not
+    reused too early."""
     weights = model(sim)
     inner = [weight.host for weight in weights]
     with contextlib.suppress(ZeroDivisionError):
@@ -230,10 +230,10 @@ def a_program_with_weights_fails(sim: Simulation) -> None:
 
 
 def a_weight_is_written(sim: Simulation) -> None:
-    """By the host, while it is read; who reads it next has what was written."""
+    """The host writes while a copy reads. The next copy has the new values."""
     weight = model(sim)[1]
     arriving = start(weight)
-    other = start(weight)  # two read it at once
+    other = start(weight)  # two copies read it at once
     weight.mul_(2)
     sim.expect(wait(other), PLAIN[1])
     sim.expect(wait(arriving), PLAIN[1])
@@ -241,7 +241,7 @@ def a_weight_is_written(sim: Simulation) -> None:
 
 
 def rows_of_a_table_are_brought(sim: Simulation) -> None:
-    """While layers arrive: nobody waits for those."""
+    """While layers arrive, for which the copy does not wait."""
     table, other = model(sim, 2)
     arriving = start(other)
     for rows in (torch.tensor([[3, 19], [3, 0]]), torch.tensor([-1])):
@@ -251,7 +251,7 @@ def rows_of_a_table_are_brought(sim: Simulation) -> None:
 
 
 def matrices_of_chosen_experts_are_brought(sim: Simulation) -> None:
-    """Each once, while layers arrive; what is not chosen is left unset."""
+    """Each once, while layers arrive. Other matrices are left unset."""
     bank, other = model(sim, 2)
     arriving = start(other)
     keys = torch.tensor([7, 2, 7, 19])
@@ -272,7 +272,7 @@ def a_weight_across_seams_is_brought(sim: Simulation) -> None:
 
 
 def weights_that_cannot_be_pinned_are_brought(sim: Simulation) -> None:
-    """Half-way: what is pinned, and what is not, and a weight that is both."""
+    """Pinning fails after the first page of a weight: the weight is partly pinned, the other one is not."""
     answers = iter((0, 2))
     sim.runtime.call = lambda: next(answers, 0)
     parts = [on_own_pages(plain(layer)) for layer in range(2)]
@@ -292,7 +292,7 @@ def weights_that_cannot_be_pinned_are_brought(sim: Simulation) -> None:
 
 
 def a_model_dies_while_its_weights_arrive(sim: Simulation) -> None:
-    """Its memory is kept, and pinned, until they have arrived."""
+    """Their memory is kept, and stays pinned, until they have arrived."""
     weights = model(sim)
     arriving = [start(weight) for weight in weights[:2]]
     weights.clear()
@@ -307,7 +307,7 @@ def a_model_dies_while_its_weights_arrive(sim: Simulation) -> None:
 
 
 def two_threads_run_one_model(sim: Simulation) -> None:
-    """Each on a stream of its own, with a cache of its own."""
+    """Each on its own stream, with its own cache."""
     weights = model(sim, 3)
     inner = [weight.host for weight in weights]
 
@@ -326,7 +326,7 @@ def two_threads_run_one_model(sim: Simulation) -> None:
 
 
 def two_models_share_a_storage(sim: Simulation) -> None:
-    """One thread drops its own while the other's weights arrive."""
+    """One thread drops its model while the other's weights arrive."""
     block = on_own_pages(torch.stack([plain(0), plain(1)]))
     models = []
     for _ in range(2):
@@ -345,7 +345,7 @@ def two_models_share_a_storage(sim: Simulation) -> None:
 
 
 def a_checkpoint_cannot_be_read(sim: Simulation) -> None:
-    """In the middle of a program: it is an error that names the file, and the next run is right."""
+    """In the middle of a program: the error names the file, and the next run is correct."""
     weights = model(sim)
     inner = [weight.host for weight in weights]
     calls, read = iter((False,) * 5 + (True,)), Extent.read
@@ -367,7 +367,7 @@ def a_checkpoint_cannot_be_read(sim: Simulation) -> None:
 
 @contextlib.contextmanager
 def small_pieces() -> Iterator[None]:
-    """As if a page were what a driver pins at a time."""
+    """Treats a page as the unit that a driver pins."""
     with mock.patch.object(weight_bytes, "PIECE", PAGE):
         yield
 
@@ -399,11 +399,11 @@ WEIGHT_STORIES: tuple[Story, ...] = (
 )
 
 
-# --- what would be wrong ---
+# --- errors that the simulation must find ---
 
 
 def a_slot_is_taken_too_early(sim: Simulation) -> None:
-    """By the copy after the next: what is in it has not been read."""
+    """By the copy after the next, although its weight has not been read."""
     weights = model(sim)
     slots = [start(weights[0]), start(weights[1])]
     arrived = wait(slots[0])

@@ -1,16 +1,16 @@
-"""What can be known of a mask's arithmetic: functions of an element's own index, and statements about them.
+"""The abstract values of mask arithmetic: integers as functions of an element's index, booleans as constraints.
 
 Terms
 -----
-affine      An integer that is `constant + sum(coefficient[k] * index[k])` at the element `index` of a tensor.
-            Constants and coefficients may mention the graph's symbols (sequence lengths).
-lookup      An element of a tensor of which nothing else is known; its position is a function of the own index.
-statement   What a boolean may say: `affine >= 0`; that an element of a boolean tensor is true (`Flag`); how two
-            elements of one integer tensor compare (`Order`).
-truth       A boolean known by the statements it obeys.
+affine      An integer `constant + sum(coefficient[k] * index[k])` at the element `index` of a tensor. Constants and
+            coefficients may contain the graph's symbols (sequence lengths).
+lookup      An element of a tensor about which nothing else is known, at a position that is a function of the index.
+statement   A constraint: `affine >= 0`; an element of a boolean tensor is true (`Flag`); an order of two elements of
+            one integer tensor (`Order`).
+truth       A boolean known by the statements that it implies.
 additive    A floating mask that is 0 where a truth holds and -inf (or the dtype's smallest number) elsewhere.
 
-Everything claimed here holds for every value of the symbols that their assumptions allow.
+Everything derived here holds for all values of the symbols that their assumptions allow.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ZERO = sympy.Integer(0)
 
 @lru_cache(maxsize=65536)
 def nonnegative(value: sympy.Expr) -> bool:
-    """Whether `value >= 0` for all values of its symbols; False also means "cannot tell"."""
+    """Whether `value >= 0` is proved for all values of its symbols. False may also mean "not known"."""
     if value.is_number:
         return bool(value >= 0)
     extreme = next(iter(value.atoms(sympy.Max, sympy.Min)), None)
     if extreme is not None:
-        # It is one of its arguments, whichever; and where more of it only helps, a Max is at least each of them.
+        # It equals one of its arguments. Where its coefficient is nonnegative, a Max may be replaced by any of them.
         cases = [nonnegative(sympy.expand(value.xreplace({extreme: case}))) for case in extreme.args]
         helps = isinstance(extreme, sympy.Max) and nonnegative(sympy.expand(value.coeff(extreme)))
         return all(cases) or (helps and _linear_in(value, extreme) and any(cases))
@@ -48,7 +48,7 @@ def nonnegative(value: sympy.Expr) -> bool:
     for symbol in symbols:
         if not symbol.is_nonnegative:
             return False
-        # A size is at least one if its symbol says so: count from there, and signs of coefficients decide.
+        # Count a positive symbol from one. Then the signs of the coefficients decide.
         counts.append(sympy.Dummy(nonnegative=True))
         shifted[symbol] = counts[-1] + (1 if symbol.is_positive else 0)
     moved = sympy.Poly(value.xreplace(shifted), *counts)
@@ -89,7 +89,7 @@ class Affine:
         return Affine((), ZERO).plus(self, factor)
 
     def fixed(self, shape: Sequence[Any]) -> Affine:
-        """The same function on this shape, in its one normal form: a dimension of size 1 has no index."""
+        """The same function on this shape in normal form: no coefficient for a dimension of size 1."""
         wide = self.at_rank(len(shape))
         coefficients = (ZERO if is_one(size) else c for c, size in zip(wide.coefficients, shape, strict=True))
         return replace(wide, coefficients=tuple(coefficients))
@@ -109,13 +109,13 @@ class Affine:
         return self.scaled(-1).plus(Affine.number(-1))
 
     def moved(self, move: Reindex) -> Affine | None:
-        """The same function of the index of a view, or None if it is none."""
+        """The function of the index of a view, or None if it is not affine."""
         return move(self)
 
 
 Reindex = Callable[[Affine], Affine | None]
 
-#: Where an element of a tensor is: one function of the own index for each of the tensor's dimensions.
+#: The position of an element: a function of the index for each dimension.
 Position = tuple[Affine, ...]
 
 
@@ -149,7 +149,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Flag:
-    """`node[position]`, an element of a boolean tensor, is true; or false if `negated`."""
+    """`node[position]`, an element of a boolean tensor, is true, or false if `negated`."""
 
     node: fx.Node
     position: Position
@@ -197,9 +197,9 @@ Statement = Affine | Flag | Order
 
 @dataclass(frozen=True)
 class Truth:
-    """A boolean `X`, or `not X` if `negated`; or the numbers 1 and 0 for it.
+    """A boolean `X`, or `not X` if `negated`; also as the number 1 or 0.
 
-    `X` implies every constraint; if `exact`, the constraints also imply `X`.
+    `X` implies every constraint. If `exact`, the constraints together imply `X`.
     """
 
     constraints: frozenset[Statement] = frozenset()
@@ -214,7 +214,7 @@ class Truth:
         return replace(self, negated=not self.negated).plain() or replace(self, negated=not self.negated)
 
     def plain(self) -> Truth | None:
-        """The same without a negation, or None."""
+        """The same truth without a negation, or None."""
         if not self.negated:
             return self
         if self.exact and not self.constraints:
@@ -237,7 +237,7 @@ class Truth:
         return self.inverted().both(other.inverted()).inverted()
 
     def chosen(self, yes: Truth, no: Truth) -> Truth:
-        """`where(self, yes, no)`: known if one side is constant."""
+        """`where(self, yes, no)`, if one side is constant."""
         for side, other, condition in ((yes, no, self), (no, yes, self.inverted())):
             if side == TRUE:
                 return condition.either(other)
@@ -246,12 +246,12 @@ class Truth:
         return UNKNOWN
 
     def reindexed(self, move: Reindex) -> Truth:
-        """Constraints rewritten for the elements of a view; one that cannot be is dropped."""
+        """The truth at the elements of a view. Constraints without an affine form there are dropped."""
         moved = [c.moved(move) for c in self.constraints]
         return Truth(frozenset(m for m in moved if m is not None), self.exact and None not in moved, self.negated)
 
     def on(self, shape: Sequence[Any]) -> Truth:
-        """The same truth on a tensor of this shape: what always holds goes, what never holds makes it false."""
+        """The truth on a tensor of this shape: without constraints that always hold, false if one never does."""
         kept = set()
         for constraint in (c.fixed(shape) for c in self.constraints):
             if constraint.opposite().always(shape):
@@ -263,19 +263,19 @@ class Truth:
 
     @property
     def number(self) -> Affine | None:
-        """The constant it is, as 0 or 1."""
+        """0 or 1 if the truth is constant."""
         return {TRUE: Affine.number(1), FALSE: Affine.number(0)}.get(self)
 
 
 TRUE = Truth()
 FALSE = Truth(frozenset({Affine((), sympy.Integer(-1))}))
-#: Any boolean at all.
+#: A boolean about which nothing is known.
 UNKNOWN = Truth(exact=False)
 
 
 @dataclass(frozen=True)
 class Additive:
-    """0 where `visible`, `lowest` elsewhere. If `visible` is not exact: -inf at least wherever it does not hold."""
+    """0 where `visible`, `lowest` elsewhere. If `visible` is not exact: -inf at least where its constraints fail."""
 
     visible: Truth
     lowest: float = -math.inf
@@ -288,5 +288,5 @@ Value = Affine | Lookup | Truth | Additive | None
 
 
 def lowest_of(values: Iterable[Value]) -> float:
-    """The fill of a mask made of others: the finite one is the one to be careful with."""
+    """The fill of a mask made of others. The finite one, which hides less, decides."""
     return max((v.lowest for v in values if isinstance(v, Additive)), default=-math.inf)

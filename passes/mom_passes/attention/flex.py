@@ -1,19 +1,19 @@
-"""FlexAttention as one operator: `flex_attention` with the graphs that it is called with inside its target.
+"""FlexAttention as one operator: `flex_attention` with its two graphs inside the call's target.
 
 Terms
 -----
-own graphs   `score_mod`, from a score and its place (batch entry, head, query, key) to another, and `mask_mod`, from a
-             place to whether it is seen. A captured graph reads them as attributes and passes them on. What they
-             capture, tensors and sizes, is passed beside them, so that everything that is read is an argument.
-block mask   Which blocks of keys each block of queries reads, as index tensors; the lengths that these are for come
-             first.
+own graphs   `score_mod` maps a score and its indices (batch entry, head, query, key) to a score, `mask_mod` maps
+             indices to a boolean. A captured graph passes them as attributes. Tensors and sizes that they capture are
+             further arguments, so every value that is read is an argument.
+block mask   Which blocks of keys each block of queries reads, as index tensors, preceded by the lengths of queries and
+             keys.
 
 Before:  score = get_attr sdpa_score0; mask = get_attr sdpa_mask0
          out = flex_attention(q, k, v, score, (S, S, counts, .., 128, 128, mask), scale, options, captured, captured)
 After:   out = FlexAttention(score, mask)(q, k, v, None, (None, None, counts, .., 128, 128, None), scale, ...)
 
-Inductor compiles it between loops, where the graphs are put back (`graphs_put_back`). Its queries are not cut: the
-block mask counts them in blocks from the first, and so does what the graphs are told.
+Inductor compiles it between loops, after `restore_flex_attention`. It is not cut along the queries: the block mask and
+the graphs' indices count from the first query.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mom_passes.rules.attention import BATCH, CHANNELS, HEADS, QUERY
 from mom_passes.rules.factories import checked
 from mom_passes.torch_compat import FLEX_ATTENTION
 
-#: Where its graphs stand among its arguments, and the block mask: there its own lengths come first, its graph last.
+#: Positions of the score graph and the block mask, and the number of arguments. A block mask ends with its graph.
 _SCORE, _MASK, _ARGUMENTS = 3, 4, 9
 
 _WHY = {
-    BATCH: "its score and mask functions are told the number of the batch entry",
-    HEADS: "its score and mask functions are told the number of the head",
+    BATCH: "its score and mask functions take the index of the batch entry",
+    HEADS: "its score and mask functions take the index of the head",
     QUERY: "FlexAttention reads queries, keys and values whole: its block mask counts queries from the first",
     CHANNELS: "a fused attention needs all channels of a head",
 }
@@ -50,7 +50,7 @@ _WHY = {
 class FlexAttention(Described, Structured):
     """`flex_attention(query [B, H, S, D], key [B, G, T, D], value [B, G, T, Dv], None, block mask, scale, ...)`.
 
-    Returns `[B, H, S, Dv]`, laid out as the query is, the log-sum-exp and the highest score of each query.
+    Returns `[B, H, S, Dv]` in the query's layout, the log-sum-exp and the highest score of each query.
     """
 
     def __init__(self, score: fx.GraphModule, mask: fx.GraphModule) -> None:
@@ -69,7 +69,7 @@ class FlexAttention(Described, Structured):
 
 
 def _own(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph without the values it was captured with: they hold on to the symbols of that capture."""
+    """A copy of a graph without recorded values, which would keep the symbols of its capture alive."""
     copied = copy_graph(gm)
     for node in copied.graph.nodes:
         node.meta = {}
@@ -77,13 +77,13 @@ def _own(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _counted_in(gm: fx.GraphModule) -> torch.dtype:
-    """The dtype of the numbers that a graph is given for batch entries, heads, queries and keys."""
+    """The dtype of the indices that a graph takes."""
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][3]
     return value_of(last).dtype
 
 
 def _mask_of(block_mask: tuple[Any, ...], of: tuple[Any, Any], length: Callable[[Any], Any], graph: Any) -> Any:
-    """A block mask with its graph, and with the lengths of queries and keys where it is for no others."""
+    """A block mask with its graph, and with the lengths of queries and keys where these are None."""
     first = (length(value) if given is None else given for given, value in zip(block_mask[:2], of, strict=True))
     return (*first, *block_mask[2:-1], graph)
 
@@ -93,14 +93,14 @@ def _refuse(node: fx.Node, dim: Dim) -> Claim:
 
 
 def _work(node: fx.Node) -> int:
-    """Products of all queries with all keys, and of their weights with all values: blocks that are masked count too."""
+    """Multiply-adds of both products, masked blocks included."""
     operands: Any = node.args
     query, key = meta_value(operands[0]), meta_value(operands[1])
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
 
 def _graphs_of(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The attributes that a call of flex_attention is given for its score and its mask; None for any other call."""
+    """The score and mask attributes of a call of flex_attention; None for any other call."""
     if node.target is not FLEX_ATTENTION or len(node.args) != _ARGUMENTS:
         return None
     args: Any = node.args
@@ -114,12 +114,12 @@ def _is_graph(gm: fx.GraphModule, node: Any) -> bool:
 
 
 def is_read_by_flex_alone(gm: fx.GraphModule, graph: fx.Node) -> bool:
-    """Whether calls of flex_attention are all that reads an attribute, as their score or mask."""
+    """Whether only calls of flex_attention read an attribute, as their score or mask."""
     return all(graph in (_graphs_of(gm, user) or ()) for user in graph.users)
 
 
 def outline_flex(gm: fx.GraphModule) -> int:
-    """Make one operator of every call of flex_attention, in place; how many that were."""
+    """Replace calls of flex_attention by calls of `FlexAttention`, in place. Return their number."""
     count = 0
     known: dict[tuple[str, str], FlexAttention] = {}
     for node in list(gm.graph.nodes):
@@ -149,12 +149,12 @@ def _is(given: Any, size: Any) -> bool:
 
 
 def flex_attentions(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """The calls that were outlined."""
+    """The calls of `FlexAttention`."""
     return (node for node in gm.graph.nodes if isinstance(node.target, FlexAttention))
 
 
-def graphs_put_back(gm: fx.GraphModule) -> fx.GraphModule:
-    """What was outlined as Inductor takes it: the operator's graphs are attributes again, in place."""
+def restore_flex_attention(gm: fx.GraphModule) -> fx.GraphModule:
+    """Restore the calls of flex_attention that Inductor compiles, with the graphs as attributes, in place."""
     found = list(flex_attentions(gm))
     for i, node in enumerate(found):
         call: Any = node.target
@@ -179,7 +179,7 @@ def _number(query: fx.Node, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _attribute(gm: fx.GraphModule, name: str, graph: fx.GraphModule, given: list[Any]) -> fx.Node:
-    """A graph as an attribute, with its values for what it is given: numbers, and nodes that are captured."""
+    """Add a graph as an attribute, with values recorded for the arguments `given`: numbers, and captured nodes."""
     copied = copy_graph(graph)
     values = iter(given)
     for node in copied.graph.nodes:
@@ -195,7 +195,7 @@ def _attribute(gm: fx.GraphModule, name: str, graph: fx.GraphModule, given: list
 
 
 def _length(value: fx.Node) -> Any:
-    """How many queries or keys a value has: a number, or a node that reads it off."""
+    """The number of queries or keys: an int, or a node that reads it off."""
     size: Any = value_of(value).shape[2]
     if isinstance(size, int):
         return size

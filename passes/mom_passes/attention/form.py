@@ -1,19 +1,19 @@
-"""Every attention in one form: `mom.attention` with grouped heads, proven masks and a place to say where rows stand.
+"""Rewrite every attention to `mom.attention`, with grouped heads, a proved mask structure and a start position.
 
 Terms
 -----
-SDPA        PyTorch's own attention operators: one for each kernel, with different arguments and outputs.
-products    The same by two batched products and a softmax between them, as models write it that have sinks, say.
+SDPA        PyTorch's attention operators: one for each kernel, with different arguments and outputs.
+products    An attention as two batched products with a softmax between them, as models with sinks write it.
 grouped     Keys and values with fewer heads than the query; query head `h` of H uses key head `h // (H / G)`.
-repeat_kv   Models copy grouped keys and values to the query's heads before SDPA: n times the memory.
+repeat_kv   Models repeat grouped keys and values for all query heads before SDPA: H / G times the memory.
 
     for node in graph:
         if node is SDPA, deterministic, and only its result is used, or the second of two products:
-            key, value = what repeat_kv was given, if both were repeated alike
-            mask, start, is_causal, window, keys, ... = what the mask is proved to be (`mask_structure`)
+            key, value = the operands of repeat_kv, if both were repeated identically
+            mask, start, is_causal, window, keys, ... = the proved structure of the mask (`mask_structure`)
             node -> mom.attention(query, key, value, mask, start, is_causal, scale, window, keys, ..., sinks)
 
-An attention that does not fit is left alone: it stays correct, on the full sequence.
+Any other attention is left as it is and computed on the full sequence.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import fx
 from mom_passes.attention.key_vectors import KeyVectors
 from mom_passes.attention.mask_form import MaskForm
 from mom_passes.attention.mask_structure import MaskAnalysis
-from mom_passes.attention.products import all_same, attention_of_products
+from mom_passes.attention.products import attention_of_products
 from mom_passes.attention.repeated_heads import without_repeats
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.edit import fake_value, size_node, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.attention import SDPA
@@ -43,7 +43,7 @@ aten = torch.ops.aten
 
 
 def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite SDPA operators, and attentions by products, to `mom.attention`, in place.
+    """Rewrite SDPA operators and attentions by products to `mom.attention`, in place.
 
     Before::
 
@@ -72,7 +72,7 @@ def attention_form(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Call:
-    """What an attention computes, whichever operators it calls; `results` are the nodes that it replaces."""
+    """An attention's operands; `results` are the nodes that it replaces."""
 
     query: fx.Node
     key: fx.Node
@@ -88,7 +88,7 @@ class _Call:
 
 
 def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
-    """The call, or None where `mom.attention` would not be the same."""
+    """The attention of an SDPA operator, or None where `mom.attention` would give another result."""
     given = _arguments(node)
     random = given["dropout_p"] != 0 or given.get("dropout_mask") is not None
     if random or given.get("return_debug_mask") or not _only_result_used(node):
@@ -98,15 +98,15 @@ def _read(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
     channels = shape[-1]
     if len(shape) != 4:
         return None
-    # SDPA is causal from the upper left corner, rows of a sequence are from the lower right: equal if it is square.
+    # SDPA's causal mask is aligned to the upper left corner, a sequence's to the lower right: equal if it is square.
     if given["is_causal"] and not same(shape[2], value_of(key).shape[2]):
         return None
     name = SDPA[node.target]
     mask = given[name] if name is not None else None
-    # A row that sees nothing is zero then, as with every other kernel of SDPA; cuDNN would ignore the mask there.
+    # With a boolean mask, a row without visible keys is zero, as with all kernels but cuDNN, which ignores such a mask.
     if mask is not None and "cudnn" in str(node.target):
         mask = masks.boolean(mask)
-    # The math operator adds a boolean mask as numbers.
+    # The math kernel adds a boolean mask as numbers.
     if mask is not None and value_of(mask).dtype == torch.bool and "math" in str(node.target):
         return None
     scale = given["scale"]
@@ -127,16 +127,16 @@ def _read_products(node: fx.Node, masks: MaskAnalysis) -> _Call | None:
 
 
 def _with_proven_mask(call: _Call, masks: MaskAnalysis) -> _Call:
-    """What the mask is proved to say goes into the other arguments; if that is all, the mask goes."""
+    """The call with the proved part of its mask as other arguments, and without the mask if that is all of it."""
     if call.mask is None:
         return call
-    # A row that sees nothing but its sink is zero, whatever masks its keys; without one, a finite number hides nothing.
+    # With sinks, keys masked by a finite number have no weight. Without, a row that it masks entirely sees all of them.
     hidden = call.sinks is not None
     form, shape = masks.form(call.mask, hidden), value_of(call.mask).shape
     rows, keys = value_of(call.query).shape[2], value_of(call.key).shape[2]
     if form is None or not same(shape[-1], keys) or not (same(shape[-2], rows) or _of_keys_alone(form)):
         return replace(call, mask=_slim(call.mask, masks, hidden))
-    if call.is_causal and form.start != 0:  # causal from two places
+    if call.is_causal and form.start != 0:  # causal twice, from different positions
         return replace(call, mask=_slim(call.mask, masks, hidden))
     mask = None if form.exact else _slim(call.mask, masks, hidden)
     return replace(call, mask=mask, is_causal=call.is_causal or form.causal, window=form.window, form=form)
@@ -147,7 +147,7 @@ def _of_keys_alone(form: MaskForm) -> bool:
 
 
 def _slim(mask: fx.Node, masks: MaskAnalysis, hidden: bool) -> fx.Node:
-    """The same mask with fewer bytes: boolean instead of 0 and -inf, not repeated over what broadcasts anyway."""
+    """An equivalent smaller mask: boolean instead of 0 and -inf, without padding or expansion."""
     while True:
         source: Any = masks.condition(mask, hidden=hidden) or _unpadded(mask)
         if source is None and mask.target is aten.expand.default:
@@ -158,24 +158,24 @@ def _slim(mask: fx.Node, masks: MaskAnalysis, hidden: bool) -> fx.Node:
 
 
 def _unpadded(mask: fx.Node) -> fx.Node | None:
-    """What was padded at the end of its last dimension, for alignment, and cut back to its size."""
+    """The source of a mask that was padded at the end of its last dimension, for alignment, and sliced back."""
     if mask.target is not aten.slice.Tensor or argument(mask, "start") not in (0, None) or argument(mask, "step") != 1:
         return None
     padded = mask.args[0]
     if not isinstance(padded, fx.Node) or padded.target is not aten.constant_pad_nd.default:
         return None
     source, pad = argument(padded, "self"), argument(padded, "pad")
-    alike = all_same(value_of(source).shape, value_of(mask).shape)
-    return source if alike and len(pad) == 2 and pad[0] == 0 else None
+    unpadded = all_same(value_of(source).shape, value_of(mask).shape)
+    return source if unpadded and len(pad) == 2 and pad[0] == 0 else None
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
+    """Arguments by name, with defaults."""
     return {a.name: argument(node, a.name) for a in schema_of(node.target).arguments}
 
 
 def _only_result_used(node: fx.Node) -> bool:
-    """Whether nothing reads the log-sum-exp, random state and the like."""
+    """Whether nothing reads the other outputs (log-sum-exp, random state)."""
     return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
 
@@ -201,14 +201,14 @@ def _rewrite(vectors: KeyVectors, node: fx.Node, call: _Call) -> None:
         for result in call.results:
             new.meta = {**result.meta, "val": fake_value(new)}
             result.replace_all_uses_with(_in_layout(graph, new, result))
-    # SDPA counts as random, which dead code elimination would spare.
+    # Dead code elimination keeps SDPA because it is tagged as random.
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
 
 
 def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
-    """The new result with the strides of the old one, on which views further down may rely."""
+    """The new result with the strides of the old one, on which later views may rely."""
     if not strides_differ(meta_value(old), meta_value(new)) or _relaid(new, old):
         return new
     copy = graph.call_function(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
@@ -217,10 +217,10 @@ def _in_layout(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
 
 
 def _relaid(new: fx.Node, old: fx.Node) -> bool:
-    """Whether all that happens to the old result is a copy to the layout that the new one has: spares that copy."""
+    """Whether the old result is only copied to the new result's layout. Removes that copy if so."""
     for user in old.users:
         copies = all(_makes_contiguous(u) for u in user.users)
-        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 1, 3] or not copies:  # type: ignore[arg-type]
+        if user.target is not aten.permute.default or list(argument(user, "dims")) != [0, 2, 1, 3] or not copies:
             return False
     for user in old.users:
         user.meta["val"] = value_of(new).permute(0, 2, 1, 3)

@@ -1,11 +1,11 @@
-"""What a mask says of each key by itself, as vectors in the graph: `[B or 1, T]` instead of `[B, 1, R, T]`.
+"""Conditions that a mask puts on single keys, as vectors `[B or 1, T]` in the graph instead of `[B, 1, R, T]`.
 
     flag[b, j + first]                 ->  slice(flag, 1, first, first + T)
     flag[b, j] of a batch of its own   ->  index_select(flag, 0, arange(B))
     flag[b, 0, 0, j]                   ->  select(select(flag, 2, 0), 1, 0)
     flag[j]                            ->  unsqueeze(flag, 0)
 
-Each is made once for all the attentions of a graph, and so is what `mom.spans` finds in them.
+Each vector, and its `mom.spans`, is computed once for all attentions of a graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KeyVectors:
     made: dict[Any, fx.Node] = field(default_factory=dict)
 
     def arguments(self, form: MaskForm, shape: Shape, before: fx.Node) -> dict[str, fx.Node]:
-        """What `mom.attention` takes of a form, by name. `shape` is that of the keys; made ahead of `before`."""
+        """Arguments of `mom.attention` for a form, by name, inserted ahead of `before`. `shape` is that of the keys."""
         vectors = {
             "keys": self._all_of(form.keys, shape, before),
             "segments": self._vector(form.segments, shape, before),
@@ -49,7 +49,7 @@ class KeyVectors:
         return found
 
     def _all_of(self, flags: tuple[OfKeys, ...], shape: Shape, before: fx.Node) -> fx.Node | None:
-        """One flag for several."""
+        """The conjunction of several flags."""
         result: fx.Node | None = None
         for flag in sorted(flags, key=lambda flag: flag.node):
             vector = self._vector(flag, shape, before)
@@ -85,7 +85,7 @@ class KeyVectors:
         return emit(self.graph, aten.logical_not.default, (value,)) if of.negated else value
 
     def _range(self, value: fx.Node, dim: int, first: Any, count: Size, before: fx.Node) -> fx.Node:
-        """The entries that the mask looks up. Where they may be too few, it would raise; a slice would be short."""
+        """The entries that the mask looks up. If they may exceed the value, index_select raises as the mask would."""
         size, end = value_of(value).shape[dim], first + expr(count)
         if same(first, 0) and same(size, count):
             return value
@@ -105,4 +105,4 @@ class KeyVectors:
 
 
 def _follows_key(at: Affine) -> bool:
-    return at.coefficients[-1] == 1
+    return bool(at.coefficients[-1] == 1)

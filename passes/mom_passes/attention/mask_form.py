@@ -1,18 +1,18 @@
-"""From what a mask says to what an attention can use of it: causality, a window, and conditions on keys alone.
+"""From the statements of a mask to arguments of an attention: causality, a window, conditions on single keys.
 
 Terms
 -----
-mask        `[.., R, T]`: query `i` of R stands in the dimension before the last, key `j` of T in the last.
-start       Where query 0 stands among the keys: with keys of a past before them, behind these.
-of a key    A statement's tensor is looked at where batch entry and key say, whatever the query.
-segment     Queries and keys that have one number in common, as the sequences do that are packed into one row.
+mask        `[.., R, T]`: query `i` of R along the dimension before the last, key `j` of T along the last.
+start       Position of query 0 among the keys: the length of the past if there is one.
+of a key    A statement about a tensor at the batch entry and the key, independent of the query.
+segment     The queries and keys with the same number: sequences that are packed into one row.
 
     i - j + start >= 0                            causal, from `start`
     j - i - start + window - 1 >= 0               within a window
     flag[b, j]                                    only keys with the flag: no padding
     number[b, i] == number[b, j]                  of the same segment
-    number[b, i] >= number[b, j]                  causal by positions that somebody gave
-    number[b, j] - number[b, i] + window - 1 >= 0 within a window of those
+    number[b, i] >= number[b, j]                  causal by given positions
+    number[b, j] - number[b, i] + window - 1 >= 0 within a window of given positions
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mom_passes.graph.sizes import expr, same
 
 @dataclass(frozen=True)
 class OfKeys:
-    """A tensor looked at by batch entry and key: `node[position]`."""
+    """A tensor read at batch entry and key: `node[position]`."""
 
     node: fx.Node
     position: Position
@@ -40,16 +40,15 @@ class OfKeys:
 
 @dataclass(frozen=True)
 class MaskForm:
-    """What a mask lets query `i` see.
+    """The keys that query `i` may attend to.
 
-    causal      at most keys `j <= i + start`; with `window`, at most the last `window` of those
+    causal      only keys `j <= i + start`; with `window`, only the last `window` of these
     keys        only keys for which each of these flags is true
-    segments    only keys of its own segment: where this tensor has the number that it has at the query
-    positions   only keys where this tensor has at most the number that it has at the query; with `window`, and more
-                than that less `window`
+    segments    only keys whose number in this tensor equals the query's
+    positions   only keys whose position in this tensor is at most the query's; with `window`, also greater than the
+                query's less `window`
 
-    `exact`: precisely those; the mask says nothing else. Otherwise it masks more, and must be kept; the last three are
-    then empty.
+    If `exact`, the mask is equivalent. If not, it hides more keys and must be kept, and the last three are empty.
     """
 
     causal: bool
@@ -62,17 +61,17 @@ class MaskForm:
 
 
 def mask_form(truth: Truth, shape: Sequence[Any], lowest: float) -> MaskForm | None:
-    """What can be used of a mask that is true where `truth` holds, `lowest` elsewhere; None if nothing can."""
+    """The form of a mask that is true, or 0, where `truth` holds and `lowest` elsewhere. None if it has none."""
     plain = truth.on(shape).plain()
     if plain is None or plain == FALSE or len(shape) < 2:
         return None
-    said = _Statements(tuple(shape))
+    statements = _Statements(tuple(shape))
     for statement in plain.constraints:
-        said.take(statement)
-    form = said.form()
-    shown = not said.keys and same(form.start, expr(shape[-1]) - expr(shape[-2]))
-    # A finite fill hides keys only in a row that sees some. Causal rows of a whole sequence see their own key.
-    if form.exact and plain.exact and (lowest == -math.inf or shown or not (said.keys or form.causal)):
+        statements.take(statement)
+    form = statements.form()
+    shown = not statements.keys and same(form.start, expr(shape[-1]) - expr(shape[-2]))
+    # A finite fill hides keys only in rows with other visible keys. Causal rows of a whole sequence see their own key.
+    if form.exact and plain.exact and (lowest == -math.inf or shown or not (statements.keys or form.causal)):
         return form
     if not form.causal or lowest > -math.inf:
         return None
@@ -81,7 +80,7 @@ def mask_form(truth: Truth, shape: Sequence[Any], lowest: float) -> MaskForm | N
 
 @dataclass
 class _Statements:
-    """The statements of a mask of this shape, sorted by kind; `others` are those of no use."""
+    """The statements of a mask of this shape, by kind. `others`: some statement has no form."""
 
     shape: tuple[Any, ...]
     delays: list[sympy.Expr] = field(default_factory=list)
@@ -114,14 +113,14 @@ class _Statements:
     def _take_order(self, order: Order) -> None:
         square = same(self.shape[-2], self.shape[-1])
         for ahead, (key, query) in enumerate(((order.low, order.high), (order.high, order.low))):
-            # One tensor for both, so query `i` is where key `i` is: that takes as many queries as keys.
+            # Both positions are in one tensor, so query `i` is key `i` there: R must equal T.
             if square and self._of_key(key) and query == tuple(_swapped(at) for at in key):
                 self.orders.setdefault(OfKeys(order.node, key), ([], []))[ahead].append(order.offset)
                 return
         self.others = True
 
     def _of_key(self, position: Position) -> bool:
-        """Whether a position follows the key in one dimension, the batch entry in one at most, and nothing else."""
+        """Whether a position follows the key in one dimension, the batch entry in at most one, and nothing else."""
         rank, one = len(self.shape), sympy.Integer(1)
         key, batch = (ZERO,) * (rank - 1) + (one,), (one,) + (ZERO,) * (rank - 1)
         followed = []
@@ -133,7 +132,7 @@ class _Statements:
         return followed.count(key) == 1 and followed.count(batch) <= 1
 
     def form(self) -> MaskForm:
-        """What all of it says together; not exact where something is of no use."""
+        """The conjunction of all statements; not exact if some have no form."""
         start, exact = self._start()
         exact = exact and not self.others
         limits = [self._window(constant, start) for constant in self.windows] if start is not None else []
@@ -141,7 +140,7 @@ class _Statements:
         window = min((w for w in limits if w is not None), default=None)
         segments, positions, by_number = self._by_number()
         exact = exact and segments is not _UNKNOWN
-        # Numbers are given per key: with keys of a past, queries would not be at the end of them.
+        # Query `i` has the number of key `start + i`, in this mask of key `i`.
         exact = exact and (not self.orders or start in (None, ZERO))
         exact = exact and (by_number is None or start is None)
         if not exact:
@@ -152,13 +151,13 @@ class _Statements:
         )  # fmt: skip
 
     def _start(self) -> tuple[sympy.Expr | None, bool]:
-        """Where query 0 stands (None: not causal), and whether that says all."""
+        """The position of query 0 (None: not causal), and whether the constraints say no more."""
         least = [d for d in self.delays if all(nonnegative(sympy.expand(other - d)) for other in self.delays)]
         if not least:
             return None, not self.delays
         if nonnegative(least[0]):
             return least[0], True
-        # `j <= i - 1`, say: no key behind the query is seen, and less than that.
+        # `j <= i - 1`, say: hides all keys after the query, and more.
         return (ZERO, False) if nonnegative(-least[0]) else (None, False)
 
     @staticmethod
@@ -167,7 +166,7 @@ class _Statements:
         return int(size) if size.is_Integer and size > 0 else None
 
     def _by_number(self) -> tuple[OfKeys | None, OfKeys | None, int | None]:
-        """Segments, positions and a window of those; `_UNKNOWN` first where the orders say anything else."""
+        """Segments, positions and their window; `_UNKNOWN` first if the orders say anything else."""
         segments: OfKeys | None = None
         positions: OfKeys | None = None
         window = None
@@ -185,7 +184,7 @@ class _Statements:
 
 
 def _swapped(at: Affine) -> Affine:
-    """The same function with query and key exchanged."""
+    """The function with query and key exchanged."""
     *batch, query, key = at.coefficients
     return Affine((*batch, key, query), at.constant)
 

@@ -1,7 +1,7 @@
-"""What each operator does to the values of `mom_passes.attention.affine`: the abstract interpreter's table.
+"""Transfer functions of operators on the abstract values of `affine`: arithmetic, comparisons, logic.
 
-A rule is `(node, given) -> Value`, where `given(argument)` is what is known of an argument: a node's value, or
-a number as a constant. None means nothing is known. Rules may be ignorant but never wrong.
+A rule is `(node, given) -> Value`, where `given(argument)` is the value of an argument: a node's, or a number as a
+constant. None means that nothing is known. A rule may know less than is true, never more.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Given = Callable[[Any], Value]
 Rule = Callable[[fx.Node, Given], Value]
 RULES: dict[Any, Rule] = {}
 
-#: Integers wide enough for positions; narrower ones could wrap around.
+#: Integer dtypes in which positions do not wrap around.
 WIDE = (torch.int64, torch.int32)
-#: What stands for -inf in masks, whatever dtype the mask had when it was filled.
+#: Numbers that stand for -inf in masks, whatever the mask's dtype was when it was filled.
 SMALLEST = {torch.finfo(d).min for d in (torch.float64, torch.float32, torch.bfloat16)}
-#: What SDPA writes for the false of a boolean mask where it takes cuDNN: -65504, in the mask's dtype
-#: (`convert_boolean_attn_mask_cudnn`), since some versions of cuDNN do not take -inf.
+#: SDPA fills a boolean mask with -65504 in the mask's dtype for cuDNN (`convert_boolean_attn_mask_cudnn`), since some
+#: versions of cuDNN do not accept -inf.
 FOR_CUDNN = {torch.float16: -65504.0, torch.bfloat16: -65536.0}
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for operators that this PyTorch has: `"add.Tensor clone"` of aten, or of prims."""
+    """Register a rule for operators of aten or prims, `"add.Tensor clone"`, where this PyTorch has them."""
 
     def decorate(function: Rule) -> Rule:
         for name in names.split():
@@ -51,7 +51,7 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def constant(value: Any, dtype: torch.dtype) -> Value:
-    """A number in a tensor of this dtype."""
+    """The value of a number in a tensor of this dtype."""
     if dtype == torch.bool:
         return Truth.constant(bool(value)) if isinstance(value, (bool, int, float)) else None
     if dtype in WIDE:
@@ -62,7 +62,7 @@ def constant(value: Any, dtype: torch.dtype) -> Value:
         return Additive(TRUE)
     if value == -math.inf or value == torch.finfo(dtype).min or value in SMALLEST:
         return Additive(FALSE, float(value))
-    if dtype in FOR_CUDNN and value in FOR_CUDNN.values():  # rounded to bf16 or not yet
+    if dtype in FOR_CUDNN and value in FOR_CUDNN.values():  # before or after rounding to bfloat16
         return Additive(FALSE, FOR_CUDNN[dtype])
     return None
 
@@ -76,24 +76,24 @@ def shape_of(node: Any) -> Sequence[Any]:
 
 
 def size_of(value: Any) -> Any:
-    """A size argument: a number, or a node that stands for one."""
+    """A size argument as a number."""
     return meta_value(value) if isinstance(value, fx.Node) else value
 
 
 def count(value: Value) -> Affine | None:
-    """As an integer."""
+    """The value as an integer."""
     return value.number if isinstance(value, Truth) else value if isinstance(value, Affine) else None
 
 
 def holds(value: Value) -> Truth:
-    """As a boolean: nonzero."""
+    """The value as a boolean: nonzero."""
     if isinstance(value, Affine) and value.is_constant and value.constant.is_number:
         return Truth.constant(value.constant != 0)
     return value if isinstance(value, Truth) else UNKNOWN
 
 
 def both(node: fx.Node, given: Given) -> tuple[Value, Value]:
-    """The two operands."""
+    """The values of both operands."""
     return given(argument(node, "self")), given(argument(node, "other"))
 
 
@@ -149,7 +149,7 @@ def add(node: fx.Node, given: Given) -> Value:
 
 
 def _shifted(a: Value, b: Value, factor: int) -> Value:
-    """`a + factor * b` where one is an element of a tensor and the other a number."""
+    """`a + factor * b` for an element of a tensor and a number."""
     if isinstance(b, Lookup):
         a, b, factor = b, a, 1 if factor == 1 else 0
     number = count(b)
@@ -190,7 +190,7 @@ def cumsum(node: fx.Node, given: Given) -> Value:
     return Affine(tuple(value.constant if d == dim else expr(0) for d in range(rank)), value.constant)
 
 
-#: Comparison -> constraints `factor * (a - b) + offset >= 0`, all of which it says, and whether it says the opposite.
+#: Comparison -> constraints `factor * (a - b) + offset >= 0`, and whether it is the negation of their conjunction.
 _COMPARISONS = {
     "ge": (((1, 0),), False),
     "gt": (((1, -1),), False),
@@ -216,8 +216,8 @@ def compare(node: fx.Node, given: Given) -> Value:
         return None
     else:
         difference = left.plus(right, -1)
-        said = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
-        truth = Truth(frozenset(said)).on(shape_of(node))
+        statements = (difference.scaled(factor).plus(Affine.number(offset)) for factor, offset in constraints)
+        truth = Truth(frozenset(statements)).on(shape_of(node))
     return truth.inverted() if opposite else truth
 
 

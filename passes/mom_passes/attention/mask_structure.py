@@ -1,9 +1,9 @@
-"""What an attention mask is, proved from the arithmetic that makes it.
+"""The structure of an attention mask, proved from the arithmetic that computes it.
 
 Terms
 -----
-value       What is known of a node: a function of the element's index, a boolean by its constraints, or a
-            floating mask over such a boolean (`mom_passes.attention.affine`).
+value       What is known of a node: a function of the element's index, a boolean by its constraints, or a floating mask
+            of such a boolean (`mom_passes.attention.affine`).
 causal      Query `i` sees key `j` only if `j <= i`.
 window w    Query `i` sees key `j` only if `j > i - w`.
 
@@ -11,8 +11,8 @@ window w    Query `i` sees key `j` only if `j > i - w`.
         value[node] = rule of its operator (mom_passes.attention.mask_operators), or unknown
     statements of value[mask]  ==  {i - j >= 0, j - i + w - 1 >= 0}    ->  MaskForm(causal, window w)
 
-For example, the mask that Hugging Face models make when they are given no cache: a check for packed
-sequences on top of the causal mask, all on positions that are themselves made in the graph::
+For example, the mask of Hugging Face models without a cache: a check for packed sequences in addition to the causal
+mask, on positions that are computed in the graph::
 
     position  = iota(S)                                             index
     jumps     = position - [-1, position[:-1]] != 1                 false everywhere
@@ -34,19 +34,21 @@ from mom_passes.attention.affine import FALSE, TRUE, UNKNOWN, ZERO, Additive, Af
 from mom_passes.attention.mask_form import MaskForm, mask_form
 from mom_passes.attention.mask_operators import FOR_CUDNN, RULES, WIDE, aten, constant
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same
 from mom_passes.graph.values import value_of
 
 
 class MaskAnalysis:
-    """Values of a graph's nodes, computed as they are asked for."""
+    """Values of a graph's nodes, computed on demand."""
 
     def __init__(self) -> None:
         self._known: dict[fx.Node, Value] = {}
 
     def form(self, mask: fx.Node, hidden: bool = False) -> MaskForm | None:
-        """What is proved of a mask `[.., R, T]`; None if nothing that an attention could use. `hidden`: a finite number
-        in it hides a key in any row, as -inf does."""
+        """The proved form of a mask `[.., R, T]`, or None.
+
+        `hidden`: a finite fill hides a key in every row, as -inf does.
+        """
         value, meta = self.value(mask), meta_value(mask)
         if isinstance(value, Truth) and meta.dtype == torch.bool:
             return mask_form(value, meta.shape, -math.inf)
@@ -55,12 +57,12 @@ class MaskAnalysis:
         return None
 
     def boolean(self, mask: fx.Node) -> fx.Node:
-        """The boolean mask that SDPA has filled for cuDNN; any other mask as it is."""
+        """The boolean mask that SDPA has filled for cuDNN; any other mask unchanged."""
         return self.condition(mask, FOR_CUDNN.get(value_of(mask).dtype, -math.inf)) or mask
 
     def condition(self, mask: fx.Node, lowest: float = -math.inf, hidden: bool = False) -> fx.Node | None:
-        """The boolean of an additive `where(condition, 0, lowest)`, if it has the mask's shape; `hidden` as in `form`:
-        of any number that is as good as -inf."""
+        """The condition of a mask `where(condition, 0, lowest)`, if it has the mask's shape; with `hidden`, of any fill
+        that stands for -inf."""
         if mask.target is not aten.where.self:
             return None
         condition, *fills = mask.args
@@ -70,9 +72,7 @@ class MaskAnalysis:
             return None
         if filled.lowest != lowest and not hidden:
             return None
-        before, after = value_of(condition).shape, value_of(mask).shape
-        alike = len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
-        return condition if alike else None
+        return condition if all_same(value_of(condition).shape, value_of(mask).shape) else None
 
     def value(self, node: fx.Node) -> Value:
         pending = [node]
@@ -118,7 +118,7 @@ class MaskAnalysis:
 
 
 def _itself(node: fx.Node, meta: torch.Tensor) -> Value:
-    """An element of the node: all that can be said of a boolean or an integer that nothing is known of."""
+    """A boolean or integer about which nothing is known, as an element of its own tensor."""
     rank = meta.dim()
     position = tuple(Affine(tuple(sympy.Integer(d == k) for d in range(rank)), ZERO) for k in range(rank))
     position = tuple(at.fixed(meta.shape) for at in position)

@@ -1,4 +1,4 @@
-"""What views, copies and lookups do to the values of `affine`: an index is rewritten, nothing is computed."""
+"""Transfer functions of views, copies and lookups on the values of `affine`: they rewrite the index."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import fx
 from mom_passes.attention.affine import ZERO, Additive, Affine, Lookup, Truth, Value, nonnegative
 from mom_passes.attention.mask_operators import WIDE, Given, constant, dtype_of, holds, rule, shape_of, size_of
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.sizes import expr, is_one, same
+from mom_passes.graph.sizes import all_same, expr, is_one
+from mom_passes.graph.values import input_node
 
 
 @rule("clone alias detach lift_fresh_copy contiguous _to_copy convert_element_type")
 def cast(node: fx.Node, given: Given) -> Value:
-    """A copy, perhaps in another dtype: positions must stay exact integers, a flag stays 0 or 1."""
+    """A copy, perhaps in another dtype. Positions must stay exact integers; a flag stays 0 or 1."""
     value, dtype = given(node.args[0]), dtype_of(node)
     if dtype == torch.bool:
         return holds(value)
     if isinstance(value, Affine) and value.is_constant and value.constant.is_number and dtype.is_floating_point:
         return constant(int(value.constant), dtype)
-    if isinstance(value, Lookup) and dtype not in (torch.int64, dtype_of(node.args[0])):  # type: ignore[arg-type]
+    if isinstance(value, Lookup) and dtype not in (torch.int64, dtype_of(input_node(node))):
         return None
     return value
 
@@ -37,7 +38,7 @@ def _reindexed(value: Value, move: Callable[[Affine], Affine | None]) -> Value:
 
 
 def _pick(node: fx.Node, given: Given, dims: Sequence[int | None]) -> Value:
-    """Dimension `k` of the result is dimension `dims[k]` of the operand (None: a new one, or one of size 1)."""
+    """Dimension `k` of the result is dimension `dims[k]` of the operand, or a new one of size 1 (None)."""
     rank = len(shape_of(node.args[0]))
 
     def move(value: Affine) -> Affine:
@@ -69,11 +70,11 @@ def expand(node: fx.Node, given: Given) -> Value:
 
 @rule("view _unsafe_view reshape squeeze squeeze.dim squeeze.dims")
 def reshape(node: fx.Node, given: Given) -> Value:
-    """Views that only add or drop dimensions of size 1; through others only constants are followed."""
+    """Views that only add or drop dimensions of size 1. Through other views only constants are known."""
     old, new = shape_of(node.args[0]), shape_of(node)
     kept_old, kept_new = ([d for d, size in enumerate(shape) if not is_one(size)] for shape in (old, new))
     sizes_old, sizes_new = [old[d] for d in kept_old], [new[d] for d in kept_new]
-    if len(sizes_old) == len(sizes_new) and all(same(a, b) for a, b in zip(sizes_old, sizes_new, strict=True)):
+    if all_same(sizes_old, sizes_new):
         origin = dict(zip(kept_new, kept_old, strict=True))
         return _pick(node, given, [origin.get(d) for d in range(len(new))])
     return _reindexed(given(node.args[0]), _constant)
@@ -84,7 +85,7 @@ def _constant(value: Affine) -> Affine | None:
 
 
 def _from_the_front(index: Any, size: Any) -> sympy.Expr | None:
-    """An index that may count from the end, or None if that cannot be told, or if it might be clamped."""
+    """An index without its count from the end; None if its sign is not known or it may be clamped."""
     position = expr(size_of(index))
     if nonnegative(-position - 1):
         position = sympy.expand(position + expr(size))
@@ -92,7 +93,7 @@ def _from_the_front(index: Any, size: Any) -> sympy.Expr | None:
 
 
 def _along(value: Affine, dim: int, first: Any, step: int) -> Affine:
-    """The function with `first + step * index` for the index of one dimension."""
+    """The function with `first + step * index` for the index along one dimension."""
     old = value.coefficients
     new = tuple(step * c if d == dim else c for d, c in enumerate(old))
     return Affine(new, value.constant).plus(Affine.number(old[dim] * first))
@@ -125,7 +126,7 @@ def select(node: fx.Node, given: Given) -> Value:
 
 @rule("cat")
 def cat(node: fx.Node, given: Given) -> Value:
-    """Pieces that continue one function: read off a piece of several elements, the others must agree with it."""
+    """Pieces of one function: taken from a piece with several elements, with which all others must agree."""
     pieces = argument(node, "tensors")
     values = [given(piece) for piece in pieces]
     if isinstance(values[0], Truth):
@@ -149,7 +150,7 @@ def cat(node: fx.Node, given: Given) -> Value:
 
 @rule("index.Tensor")
 def index(node: fx.Node, given: Given) -> Value:
-    """What is looked up at positions, if none of them counts from the end: composition of functions of the index."""
+    """Composition with the positions, if none of them counts from the end."""
     indices, shape = argument(node, "indices"), shape_of(node.args[0])
     if any(at is not None and dtype_of(at) not in WIDE for at in indices):
         return None

@@ -1,16 +1,16 @@
-"""An attention that is written as two batched products, with a softmax between them.
+"""Recognise an attention that is written as two batched products with a softmax between them.
 
 Terms
 -----
-scores      `queries @ keys`, `[.., R, T]`, from the first product up to the softmax.
-sink        A score more for every row of a head, of which the softmax takes account and which is cut off behind it.
-of a row    A value that is the same for all of a row's scores: subtracted from them it changes no weight.
-cap         Scores `s` whose size is limited by `c`: `c tanh(s / c)`.
+scores      `queries @ keys`, `[.., R, T]`, from the first product to the softmax.
+sink        An additional score for every row of a head, part of the softmax and sliced off after it.
+of a row    A value that is constant along a row of scores: subtracting it changes no weight.
+cap         Soft-capped scores: `c tanh(s / c)` for a score `s`.
 
     queries @ keys  [* scale]  [capped]  [+ mask]  [joined by sinks]  [- of a row]  softmax  [sinks cut off]  @ values
 
-Read from the second product back. Copies, casts and views that leave the last two dimensions alone may stand anywhere;
-nothing else may read what stands between the two products, or it would be made all the same.
+Matched from the second product back. Copies, casts and views that keep the last two dimensions may appear anywhere. No
+other node may read a value between the two products, which would then be computed anyway.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from typing import Any
 import torch
 from torch import fx
 
+from mom_passes.graph.aliasing import RESHAPES
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, expr, is_one, product, same
-from mom_passes.graph.values import value_of
+from mom_passes.graph.sizes import Size, all_same, expr, is_one, product, same
+from mom_passes.graph.values import derived_from, input_node, operand_chain, rank_of, value_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _CAST = prims.convert_element_type.default
-_KEEP_MATRICES = (*VIEWS, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+_KEEP_MATRICES = (*RESHAPES, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 _HEADS = 4
 """Rank of `[B, H, tokens, channels]`."""
 
 
-#: Whether a cast from a dtype to another is looked through.
+#: Whether a cast from one dtype to another may be skipped.
 Casts = Callable[[torch.dtype, torch.dtype], bool]
 
 
 @dataclass
 class Scores:
-    """What is done to the first product before the softmax. `of` is that product, `factors` multiply it, or divide."""
+    """The operators between the first product, `of`, and the softmax. `factors` multiply or divide the scores."""
 
     of: fx.Node
     scale: float = 1.0
@@ -57,7 +57,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Products:
-    """An attention's operands, `[B, H, tokens, channels]` and, of `sinks`, `[H]`; `results` are what replaces it."""
+    """An attention's operands, `[B, H, tokens, channels]`, sinks `[H]`; `results` are the nodes that it replaces."""
 
     query: fx.Node
     key: fx.Node
@@ -70,9 +70,9 @@ class Products:
 
 
 def attention_of_products(second: fx.Node) -> Products | None:
-    """What a batched product computes, if it is the second of an attention. Operands may be made ahead of it."""
+    """The attention whose second product this is, or None. Inserts views of the operands ahead of the product."""
     weights, values = second.args
-    results = [user for user in second.users if user.target in VIEWS and _rank(user) == _HEADS]
+    results = [user for user in second.users if user.target in RESHAPES and rank_of(user) == _HEADS]
     if not results or len(results) < len(second.users):
         return None
     batch, heads, rows, channels = shape = value_of(results[0]).shape
@@ -81,7 +81,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
     if not all(all_same(value_of(result).shape, shape) for result in results):
         return None
     scores = _scores_of(weights, (batch, heads, rows, tokens))
-    if scores is None or not _read_by_nobody_else(scores.of, second):
+    if scores is None or not _is_read_only_by(scores.of, second):
         return None
     queries, keys = scores.of.args
     assert isinstance(queries, fx.Node) and isinstance(keys, fx.Node)
@@ -103,7 +103,7 @@ def attention_of_products(second: fx.Node) -> Products | None:
 
 
 def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
-    """The scores whose softmax these weights are: `[B, H, R, T]`, or that and a sink which was cut off."""
+    """The scores whose softmax these weights are: `[B, H, R, T]`, or `T + 1` columns of which a sink is sliced off."""
     node, joined = _through(weights, _any), False
     if node.target is aten.slice.Tensor and all_same(value_of(node).shape, shape):
         if argument(node, "start") not in (0, None) or argument(node, "step") != 1:
@@ -115,7 +115,7 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
     node = _without_numbers_of_a_row(softmaxed)
     sinks = None
     if joined:
-        if node.target is not aten.cat.default or axis(argument(node, "dim"), _rank(node)) != _HEADS - 1:
+        if node.target is not aten.cat.default or axis(argument(node, "dim"), rank_of(node)) != _HEADS - 1:
             return None
         node, sinks = argument(node, "tensors") if len(argument(node, "tensors")) == 2 else (node, None)
         if sinks is None or not _is_of_heads(sinks, shape[1]) or not all_same(value_of(node).shape, shape):
@@ -127,7 +127,7 @@ def _scores_of(weights: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 
 def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
-    """Scores and the mask that is added to them, be it before or behind."""
+    """Scores and an additive mask, which may be either operand."""
     alone = _capped(node)
     if alone is not None:
         return alone
@@ -144,23 +144,25 @@ def _masked(node: fx.Node, shape: Sequence[Size]) -> Scores | None:
 
 
 def _capped(node: fx.Node) -> Scores | None:
-    """Scores whose size is limited, or not: `c tanh(s / c)`, where the division is one of `s`'s factors."""
-    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], int | float):
+    """Scores, soft-capped or not: `c tanh(s / c)`, where the division by c is one of the factors of `s`."""
+    cap = node.args[1] if node.target is aten.mul.Tensor else None
+    if not isinstance(cap, int | float):
         return _scaled(node)
-    (bounded, cap), bound = node.args, _through(node.args[0])  # type: ignore[arg-type]
-    if bound.target is not aten.tanh.default or not isinstance(bounded, fx.Node):
+    bounded = input_node(node)
+    bound = _through(bounded)
+    if bound.target is not aten.tanh.default:
         return _scaled(node)
     if not all_same(value_of(bounded).shape, value_of(node).shape):
         return _scaled(node)
     found = _scaled(_through(argument(bound, "self")))
-    if found is None or cap <= 0:  # type: ignore[operator]
+    if found is None or cap <= 0:
         return None
-    found.softcap, found.scale = float(cap), found.scale * float(cap)  # type: ignore[arg-type]
+    found.softcap, found.scale = float(cap), found.scale * float(cap)
     return found
 
 
 def _scaled(node: fx.Node) -> Scores | None:
-    """The first product and what it is multiplied with."""
+    """The first product and its factors."""
     scale, factors = 1.0, []
     while node.target in (aten.mul.Tensor, aten.div.Tensor):
         scores, factor = node.args
@@ -177,8 +179,8 @@ def _scaled(node: fx.Node) -> Scores | None:
 
 
 def _softmaxed(node: fx.Node) -> fx.Node | None:
-    """What a softmax over the last dimension is computed of, be it an operator or decomposed."""
-    last = _rank(node) - 1
+    """The operand of a softmax over the last dimension, as one operator or decomposed."""
+    last = rank_of(node) - 1
     if node.target is aten._softmax.default:
         return argument(node, "self") if axis(argument(node, "dim"), last + 1) == last else None
     if node.target is not aten.div.Tensor:
@@ -193,7 +195,7 @@ def _softmaxed(node: fx.Node) -> fx.Node | None:
 
 
 def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
-    """Scores from which a number of each row is subtracted, its largest say, as they were before."""
+    """Scores before a value constant along each row, such as the maximum, is subtracted."""
     while True:
         node = _through(node)
         scores, number = node.args[:2] if node.target is aten.sub.Tensor else (None, None)
@@ -206,26 +208,28 @@ def _without_numbers_of_a_row(node: fx.Node) -> fx.Node:
 
 
 def _is_a_mask(node: fx.Node) -> bool:
-    """Whether what is added to scores, and broadcasts to them, is an additive mask."""
+    """Whether a summand of scores may be an additive mask: floating, four-dimensional."""
     value = meta_value(node)
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim() == _HEADS
 
 
+def _unexpanded(node: fx.Node) -> fx.Node:
+    """The operand of a chain of copies, casts and expansions."""
+    return operand_chain(node, lambda value: value.target in (*COPIES, _CAST, aten.expand.default))[-1]
+
+
 def _is_of_heads(node: fx.Node, heads: Size) -> bool:
-    """Whether a value is a number of each head, the same for every entry and row."""
-    while node.target in (*COPIES, _CAST, aten.expand.default):
-        node = node.args[0]  # type: ignore[assignment]
-    shape = value_of(node).shape
+    """Whether a value has one number for each head, the same for all batch entries and rows."""
+    shape = value_of(_unexpanded(node)).shape
     ones = len(shape) == _HEADS and all(is_one(shape[d]) for d in (0, 2, 3))
     return ones and (same(shape[1], heads) or is_one(shape[1]))
 
 
 def _vector(node: fx.Node, heads: Size) -> fx.Node:
-    """The numbers of each head, `[H]`."""
-    while node.target in (*COPIES, _CAST, aten.expand.default):
-        node = node.args[0]  # type: ignore[assignment]
-    if node.target in VIEWS and all_same(value_of(node.args[0]).shape, (heads,)):  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    """The sinks as a vector `[H]`."""
+    node = _unexpanded(node)
+    if node.target in RESHAPES and all_same(value_of(input_node(node)).shape, (heads,)):
+        return input_node(node)
     graph, size = node.graph, size_node(node.graph, heads)
     if not same(value_of(node).shape[1], heads):
         node = emit(graph, aten.expand.default, (node, [1, size, 1, 1]))
@@ -233,22 +237,22 @@ def _vector(node: fx.Node, heads: Size) -> fx.Node:
 
 
 def _through(node: fx.Node, casts: Casts | None = None) -> fx.Node:
-    """What scores are but for copies, casts and how their leading dimensions are folded."""
+    """The source of scores through copies, casts and views that fold their leading dimensions."""
     return list(_sources(node, casts or _keeps_range))[-1]
 
 
 def _any(old: torch.dtype, new: torch.dtype) -> bool:
-    """Weights are between zero and one."""
+    """Weights are between zero and one: every cast may be skipped."""
     return True
 
 
 def _keeps_range(old: torch.dtype, new: torch.dtype) -> bool:
-    """Whether what is finite stays so: a mask's smallest number in float64 is -inf in float32."""
+    """Whether finite numbers stay finite: float64's smallest number is -inf in float32."""
     return torch.finfo(new).smallest_normal <= torch.finfo(old).smallest_normal
 
 
 def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
-    """A value and, one by one, what it is a copy, a view or such a cast of, the last two dimensions the same."""
+    """A value, and in turn the sources of copies, such casts, and views that keep the last two dimensions."""
     while True:
         yield node
         source: Any = node.args[0] if node.args else None
@@ -264,14 +268,14 @@ def _sources(node: fx.Node, casts: Casts) -> Iterator[fx.Node]:
 
 
 def _same_matrices(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether a view folds leading dimensions at most: as many matrices of the same shape, in the same order."""
+    """Whether a view folds only leading dimensions: the same number of matrices of the same shape, in order."""
     if min(old.dim(), new.dim()) < 2 or not all_same(old.shape[-2:], new.shape[-2:]):
         return False
     return same(product(old.shape[:-2]), product(new.shape[:-2]))
 
 
 def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.Node:
-    """An operand of a product with batch and heads apart: what it is a view of, or a view."""
+    """An operand of a product with batch and heads as separate dimensions: a source of it, or a new view."""
     sources = _sources(node, lambda old, new: old == dtype)
     found = [source for source in sources if all_same(value_of(source).shape, shape)]
     if found:
@@ -281,28 +285,12 @@ def _by_heads(node: fx.Node, shape: Sequence[Size], dtype: torch.dtype) -> fx.No
 
 def _transposed(node: fx.Node) -> fx.Node:
     swapped = [0, 1, 3, 2]
-    if node.target is aten.permute.default and [axis(d, _HEADS) for d in node.args[1]] == swapped:  # type: ignore[union-attr, arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.permute.default and [axis(d, _HEADS) for d in argument(node, "dims")] == swapped:
+        return input_node(node)
     return emit(node.graph, aten.permute.default, (node, swapped))
 
 
-def _read_by_nobody_else(first: fx.Node, second: fx.Node) -> bool:
-    """Whether all that is made of the first product goes into the second alone."""
-    pending, seen = [first], {first, second}
-    while pending:
-        for user in pending.pop().users:
-            if user.op != "call_function" or (user is not second and user.target is aten.bmm.default):
-                return False
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return True
-
-
-def _rank(node: fx.Node) -> int:
-    return int(value_of(node).dim())
-
-
-def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are known to be equal."""
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+def _is_read_only_by(first: fx.Node, second: fx.Node) -> bool:
+    """Whether every path from the first product leads only to the second."""
+    derived = derived_from(first, lambda user: user is not second)
+    return all(user.op == "call_function" and user.target is not aten.bmm.default for user in derived)

@@ -1,15 +1,15 @@
-"""Whose rows do attentions read as keys and values? An analysis of the graph as it was captured, before loops.
+"""Which values attentions read as keys and values. An analysis of the captured graph, before loops.
 
 Terms
 -----
-attention   `mom.attention`, FlexAttention, one of PyTorch's, or the two batched products that one is written as:
-            queries by keys, and the exponentials of what comes of it by values.
-itself      An attention reads the value itself, if through views, copies and casts; else what is made of its rows,
-            row by row (latents, which a product expands to keys and values).
+attention   `mom.attention`, FlexAttention, SDPA, or two batched products: queries by keys, and the exponentials of the
+            result by values.
+itself      An attention reads the value itself, through views, copies and casts; otherwise it reads rows computed from
+            the value's rows (latents, which a product expands to keys and values).
 
     for each attention, in order:
-        from its keys and its values, along their tokens, back through the claims of the chunk rules:
-            whatever rows these are computed from is noted, with its token dimension and the attention
+        from its keys and values, along their tokens, back through the claims of the chunk rules:
+            record every value whose rows these are computed from, with its token dimension and the attention
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import fx
 from mom_passes.attention.flex import FlexAttention
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
-from mom_passes.graph.values import operands, value_of
+from mom_passes.graph.values import input_node, operand_chain, operands, rank_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules import Alias, Dim, Rows, claim_for, facts
@@ -35,14 +35,14 @@ prims = torch.ops.prims
 
 PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default, aten.matmul.default})
 
-#: What passes elements on as they are, and what passes rows on.
+#: Operators that keep elements, and operators that keep rows.
 _SAME_ELEMENTS = (Alias.VIEW, Alias.COPY)
 _SAME_ROWS = (*_SAME_ELEMENTS, Alias.CAST)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """`read` are its keys and values with their token dimensions; `layer` is the first node of its layer."""
+    """An attention's keys and values with their token dimensions; `layer` is the first node of its layer."""
 
     node: fx.Node
     read: tuple[tuple[fx.Node, int], ...]
@@ -51,7 +51,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Read:
-    """Where the tokens of a value are whose rows an attention reads, and in which layer first."""
+    """The token dimension of a value whose rows an attention reads, and the first layer that does."""
 
     dim: Dim
     layer: fx.Node
@@ -74,16 +74,12 @@ def attentions(gm: fx.GraphModule) -> list[Attention]:
 
 
 def _fused(node: fx.Node, key: fx.Node, value: fx.Node) -> Attention:
-    return Attention(node, ((key, _rank(key) - 2), (value, _rank(value) - 2)), node)
-
-
-def _rank(node: fx.Node) -> int:
-    return int(value_of(node).dim())
+    return Attention(node, ((key, rank_of(key) - 2), (value, rank_of(value) - 2)), node)
 
 
 @dataclass(frozen=True)
 class _Product:
-    """Of two batches of matrices; `node` reads the second, which it sums over along `summed`."""
+    """A product of two batches of matrices. `node` reads the second and sums over its dimension `summed`."""
 
     first: fx.Node
     second: fx.Node
@@ -92,34 +88,34 @@ class _Product:
 
 
 def _product(node: fx.Node) -> _Product | None:
-    """What a node computes as a batched product, also where Inductor has written that as a sum of products."""
+    """The batched product that a node computes, also where Inductor has decomposed it to a sum of products."""
     if node.target in PRODUCTS:
         first, second = node.args[-2:]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
-        return _Product(first, second, _rank(second) - 2, node)
+        return _Product(first, second, rank_of(second) - 2, node)
     if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
         return None
     multiplied, dims = node.args[0], argument(node, "dim")
     if multiplied.target is not aten.mul.Tensor or len(dims) != 1:
         return None
     first, second = multiplied.args
-    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and _rank(second) > 3):
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and rank_of(second) > 3):
         return None
-    return _Product(first, second, axis(dims[0], _rank(second)), multiplied)
+    return _Product(first, second, axis(dims[0], rank_of(second)), multiplied)
 
 
 def _as_products(values: fx.Node) -> list[Attention]:
-    """The two products of an attention, if a node is the second of them."""
+    """Both products of an attention, if a node is the second of them."""
     weighted = _product(values)
     scores = _scores_of(weighted.first) if weighted is not None else None
     if weighted is None or scores is None:
         return []
-    keys = Attention(scores.node, ((scores.second, _rank(scores.second) - 1),), scores.node)
+    keys = Attention(scores.node, ((scores.second, rank_of(scores.second) - 1),), scores.node)
     return [keys, Attention(weighted.node, ((weighted.second, weighted.summed),), scores.node)]
 
 
 def _scores_of(weights: fx.Node) -> _Product | None:
-    """The product whose exponentials some weights are made of; None if there is no such product."""
+    """The product from whose exponentials some weights are computed, or None."""
     pending = [(weights, False)]
     seen = set(pending)
     while pending:
@@ -139,7 +135,7 @@ def _scores_of(weights: fx.Node) -> _Product | None:
 
 
 def attention_reads(gm: fx.GraphModule) -> dict[fx.Node, Read]:
-    """Every value whose rows an attention reads as keys or values, itself or what is made of them."""
+    """Every value from whose rows the keys or values of an attention are computed."""
     reads: dict[fx.Node, Read] = {}
     for attention in attentions(gm):
         for operand, index in attention.read:
@@ -163,11 +159,11 @@ def _takes_rows(node: fx.Node, dim: Dim) -> bool:
     """Whether a node is a slice along the tokens."""
     if node.target is not aten.slice.Tensor or not dim.plain:
         return False
-    return axis(argument(node, "dim"), _rank(node)) == dim.index
+    return axis(argument(node, "dim"), rank_of(node)) == dim.index
 
 
 def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
-    """What the rows of a value are computed from, row by row, and along which dimension."""
+    """The operands whose rows the rows of a value are computed from, with their token dimensions."""
     if node.op != "call_function" or node.target is FETCH:
         return
     if _takes_rows(node, dim):
@@ -183,17 +179,17 @@ def rows_from(node: fx.Node, dim: Dim) -> Iterator[tuple[fx.Node, Dim]]:
 
 
 def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
-    """How a value is read, or what it is a view, a copy or some of the rows of."""
+    """How a value is read, also if it is a view, a copy or a slice of a value that is read."""
     chain = [node]
     while chain[-1] not in reads:
         last = chain[-1]
         if facts(last).alias not in _SAME_ROWS and last.target is not aten.slice.Tensor:
             return None
-        chain.append(last.args[0])  # type: ignore[arg-type]
+        chain.append(input_node(last))
     found = reads[chain[-1]]
     if len(chain) == 1 or not found.itself:
         return found if len(chain) == 1 else None
-    for index in range(_rank(node)):
+    for index in range(rank_of(node)):
         dim: Dim | None = Dim(index)
         for above, below in itertools.pairwise(chain):
             dim = dict(rows_from(above, dim)).get(below) if dim is not None else None
@@ -202,8 +198,11 @@ def read_of(node: fx.Node, reads: dict[fx.Node, Read]) -> Read | None:
     return None
 
 
+def source_chain(node: fx.Node) -> list[fx.Node]:
+    """A node and, through views and copies, its sources."""
+    return operand_chain(node, lambda value: facts(value).alias in _SAME_ELEMENTS)
+
+
 def source_of(node: fx.Node) -> fx.Node:
-    """What a node is a view or a copy of, through any number of both: heads repeated for a cache are still heads."""
-    while facts(node).alias in _SAME_ELEMENTS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    """The source of a node through any number of views and copies."""
+    return source_chain(node)[-1]

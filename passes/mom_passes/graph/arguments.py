@@ -1,4 +1,4 @@
-"""An operator's arguments by their schema names, so that nobody need count positions.
+"""An operator's arguments by their schema names instead of positions.
 
 argument(node, "dim")                    what the node passes, or the schema's default
 replace(target, args, kwargs, dim=0)     the same call with one argument changed
@@ -43,8 +43,15 @@ def argument(node: fx.Node, name: str) -> Any:
     return given(node.target, node.args, node.kwargs, name)
 
 
+def argument_node(node: fx.Node, name: str) -> fx.Node:
+    """The node that a call passes for an argument."""
+    value = argument(node, name)
+    assert isinstance(value, fx.Node), f"{name} of {node.name} is not a node"
+    return value
+
+
 def given(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """The same for a call that is not a node yet. An edit asks this, so that it computes with the body's own sizes."""
+    """The same for a call that is not a node yet."""
     position, default = arguments_of(target)[name]
     if position is not None and position < len(args):
         return args[position]

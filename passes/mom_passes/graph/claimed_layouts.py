@@ -1,13 +1,13 @@
-"""Views are laid out as what they are views of, whatever the graph claims.
+"""Recompute the strides of views whose recorded strides are wrong.
 
-Inductor's front half removes operators that change nothing, `x * 1` or `x + 0`, and describes what they were computed
-from as it described them (`remove_no_ops`). A row cut from a larger value then claims to be as dense as the copy that
-is gone, and a kernel compiled for the claim would read elsewhere.
+Inductor's `remove_no_ops` replaces operators such as `x * 1` or `x + 0` by their operand and gives it the recorded
+value of the result. A row cut from a larger value then claims to be as dense as the removed copy, and a kernel compiled
+for that claim would read the wrong elements.
 
     for node in graph order:
-        a cut or an expansion that claims other strides than its operand gives it
-        a result that is held to other strides than were claimed  (see `real_results`)
-        whatever is computed from such a value                            -> described anew
+        a slice, select or expand with other strides than its operand implies
+        a result that `laid_out` gives other strides than recorded  (see `real_results`)
+        any value computed from such a value                        -> recompute the value
 
 Before:  row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (64, 16, 1)
 After:   row = select(x: [2, 4, 3, 16], 2, 0): [2, 4, 16], strides (192, 48, 1)
@@ -26,9 +26,11 @@ from mom_passes.graph.values import is_tensor, tensors_of, value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
-def real_layouts(gm: fx.GraphModule, changed: Iterable[fx.Node] = ()) -> int:
-    """Compute the fake values anew that claim other strides, and what is computed from them or from the values that a
-    pass has `changed`, in place. Return their number."""
+def correct_strides(gm: fx.GraphModule, changed: Iterable[fx.Node] = ()) -> int:
+    """Recompute in place the values with wrong strides, and all values computed from these or from `changed` ones.
+
+    Return their number.
+    """
     wrong: set[fx.Node] = {*changed}
     for node in gm.graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
@@ -44,7 +46,7 @@ def real_layouts(gm: fx.GraphModule, changed: Iterable[fx.Node] = ()) -> int:
 
 
 def _claims_otherwise(node: fx.Node) -> bool:
-    """Whether a view that may have gaps claims other strides than it has."""
+    """Whether a view that may have gaps has other strides recorded than its operand implies."""
     strides = _strides_of_view(node)
     if strides is None:
         return False
@@ -54,7 +56,7 @@ def _claims_otherwise(node: fx.Node) -> bool:
 
 
 def _strides_of_view(node: fx.Node) -> list[Size] | None:
-    """The strides of a cut or an expansion by its operand's. Other views of a dense value are dense."""
+    """The strides of a slice, select or expand, computed from its operand's. Other views of a dense value are dense."""
     if node.target not in (aten.select.int, aten.slice.Tensor, aten.expand.default):
         return None
     operand = value_of(argument(node, "self"))

@@ -1,14 +1,14 @@
-"""Numbers and sizes that depend on data: what is read off a tensor (`.item()`), and how many entries `nonzero` finds.
+"""Numbers and sizes that depend on data: a number read off a tensor (`.item()`), the count of `nonzero`.
 
 Terms
 -----
-unknown    A symbolic number that has no value while the graph is captured.
-in touch   An operator is in touch with unknown numbers if it returns one, takes one, or returns or takes a tensor with
-           one among its sizes. It is called as it is, on whole operands: nothing that is compiled takes such a value.
+unknown    A symbolic number without a value while the graph is captured.
+touches    An operator touches unknown numbers if it takes or returns one, or a tensor with one among its sizes. It runs
+           eagerly on whole operands: compiled code takes no such value.
 
-    count = sum(mask).item()            called
-    assert count == 576                 called
-    y = layers(x)                       loops and compiled pieces, which know nothing of `count`
+    count = sum(mask).item()            eager
+    assert count == 576                 eager
+    y = layers(x)                       loops and compiled pieces, which do not depend on `count`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_passes.torch_compat import SYMBOLIC, has_hint
 
 
 def touches_unknown_numbers(node: fx.Node) -> bool:
-    """Whether an operator is in touch with unknown numbers."""
+    """Whether an operator takes or returns an unknown number, or a tensor with one among its sizes."""
     return has_unknown_numbers(node) or any(map(has_unknown_numbers, node.all_input_nodes))
 
 
@@ -43,8 +43,8 @@ def is_unknown(value: Any) -> bool:
     return isinstance(value, SYMBOLIC) and not has_hint(value)
 
 
-def unknown_number_behind(graph: fx.Graph, readers: Collection[fx.Node]) -> fx.Node | None:
-    """The first node from which unknown numbers come that an input has or that one of `readers` depends on, or None."""
+def origin_of_unknown_number(graph: fx.Graph, readers: Collection[fx.Node]) -> fx.Node | None:
+    """The first source of an unknown number that an input has or that a node in `readers` depends on; None without."""
     origins: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         inherited = next((origins[given] for given in node.all_input_nodes if given in origins), None)

@@ -1,11 +1,11 @@
-"""What several passes do to graphs: copy one, look an attribute up, emit sizes, values and calls on rows."""
+"""Edits that several passes share: copying graphs, attributes, size nodes, emitting calls with their fake values."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -15,25 +15,25 @@ from torch import fx
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
-from mom_passes.graph.values import is_tensor, tensors_of
+from mom_passes.graph.values import input_node, is_size, is_tensor, tensors_of
 from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
 
 aten = torch.ops.aten
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes keep their metadata; parameters and fake values are shared."""
+    """A copy of a graph. Nodes keep their metadata; parameters and fake values are shared."""
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     new_output = graph.output(output)
-    new_output.meta = dict(next(iter(reversed(gm.graph.nodes))).meta)
+    new_output.meta = dict(gm.graph.output_node().meta)
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
 
 
 def compute_device(gm: fx.GraphModule) -> torch.device:
-    """Where a graph computes: the first accelerator among its inputs' devices, else the CPU."""
+    """The first accelerator among the devices of a graph's inputs, else the CPU."""
     values = (meta_value(node) for node in gm.graph.nodes if node.op == "placeholder")
     devices = [value.device for value in values if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -47,18 +47,25 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
     return owner
 
 
-def behind(node: fx.Node) -> fx.Node:
-    """The node to insert before, so that something comes after a value and the other results of its loop."""
+def node_after(node: fx.Node) -> fx.Node:
+    """The node to insert before to place a node after `node` and the `getitem`s that follow it."""
     following = node.next
     while following.target is operator.getitem:
         following = following.next
     return following
 
 
-def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
-    """A number, or a node of the graph whose value is that size; one is made at the insertion point if there is none.
+def first_operator(graph: fx.Graph, ahead: Collection[fx.Node] = ()) -> fx.Node:
+    """The first operator of a graph that is neither a size nor one of `ahead`."""
+    nodes: Iterable[fx.Node] = graph.nodes
+    operators = (node for node in nodes if node.op not in ("placeholder", "get_attr"))
+    return next(node for node in operators if not is_size(node) and node not in ahead)
 
-    Only nodes ahead of `before` are looked at. Raises `PassError` for a size that cannot be had from their values.
+
+def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any:
+    """A number, or a node with that size; if there is none, one is made at the insertion point.
+
+    Only nodes ahead of `before` are considered. Raises `PassError` for a size that does not follow from their values.
     """
     return interpret(
         expr(size),
@@ -69,10 +76,10 @@ def size_node(graph: fx.Graph, size: Size, before: fx.Node | None = None) -> Any
 
 
 def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) -> fx.Node | None:
-    """The node that has a size, or one that reads it off a tensor."""
+    """A node with this size, or a new one that reads it off a tensor."""
     if not wanted.free_symbols:
         return None
-    known = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
+    known: list[fx.Node] = list(itertools.takewhile(lambda node: node is not before, graph.nodes))
     for node in known:
         value = meta_value(node)
         if isinstance(value, SYMBOLIC) and same(value, wanted):
@@ -87,7 +94,7 @@ def _known_size(graph: fx.Graph, wanted: sympy.Basic, before: fx.Node | None) ->
 
 
 def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any]) -> Any:
-    """A size that no value of the graph has, computed from sizes that some have. Nothing is asked of their symbols."""
+    """Compute a size from other sizes. Adds no guards."""
     values: list[Any] = [meta_value(arg) if isinstance(arg, fx.Node) else arg for arg in args]
     env: Any = next((shape_env_of(value) for value in values if isinstance(value, SYMBOLIC)), None)
     if env is None:
@@ -104,9 +111,9 @@ def _size_call(graph: fx.Graph, part: sympy.Basic, target: Any, args: list[Any])
 
 
 def add_input(graph: fx.Graph, name: str) -> fx.Node:
-    """A placeholder of this name, or of the next that is free.
+    """A placeholder of this name, or of the next free one.
 
-    FX makes names of nodes unique, but calls the argument of the function that it writes by the target.
+    FX makes node names unique, but names the argument of the generated function after the target.
     """
     node = graph.placeholder(name)
     node.target = node.name
@@ -114,13 +121,21 @@ def add_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def copy_call(graph: fx.Graph, node: fx.Node, new_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """A node at the end of another graph, where `new_of` has its operands. If these are laid out otherwise there (dense
-    in place of a slice, say), so may its value be."""
+    """A copy of a node at the end of another graph, on the operands `new_of` gives.
+
+    The value is recomputed if an operand has other strides there (dense instead of a slice, say).
+    """
     new = graph.node_copy(node, new_of)
     tensors = [operand for operand in node.all_input_nodes if is_tensor(operand)] if is_tensor(node) else []
     if any(_is_laid_out_otherwise(operand, new_of(operand)) for operand in tensors):
         new.meta["val"] = fake_value(new)
     return new
+
+
+def copy_view(graph: fx.Graph, view: fx.Node, source: fx.Node) -> fx.Node:
+    """A copy of a view, at the insertion point, whose first operand is `source`. Its value is not recomputed."""
+    viewed = input_node(view)
+    return graph.node_copy(view, lambda node: source if node is viewed else node)
 
 
 def _is_laid_out_otherwise(old: fx.Node, new: fx.Node) -> bool:
@@ -129,7 +144,7 @@ def _is_laid_out_otherwise(old: fx.Node, new: fx.Node) -> bool:
 
 
 def strides_differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Of values of one shape. The stride of a dimension of size one says nothing. Adds no guards."""
+    """Whether two values of one shape have other strides, dimensions of size one excepted. Adds no guards."""
     pairs = zip(a.stride(), b.stride(), b.shape, strict=True)
     return not all(same(x, y) or is_one(size) for x, y, size in pairs)
 
@@ -142,7 +157,7 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def fake_value(node: fx.Node) -> Any:
-    """What a call returns, on fake tensors. Nothing is assumed of the graph's symbols that it did not assume before."""
+    """The result of a call on fake tensors. Adds no guards."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: meta_value(arg))
     assert callable(node.target)
     with fake_mode(node.graph), torch.no_grad():
@@ -151,7 +166,7 @@ def fake_value(node: fx.Node) -> Any:
 
 @contextlib.contextmanager
 def fake_mode(graph: fx.Graph) -> Iterator[None]:
-    """The mode of the graph's fake tensors: what makes a tensor out of sizes alone needs it. Adds no guards."""
+    """Enter the mode of the graph's fake tensors, which factory functions need. Adds no guards."""
     modes = (fake_mode_of(meta_value(node)) for node in graph.nodes)
     mode = next((mode for mode in modes if mode is not None), None)
     with contextlib.ExitStack() as stack:

@@ -1,5 +1,7 @@
-"""What a call of Dynamo's graph may do beside returning a value. Such a graph calls functions, methods and operators as
-the model does, and only operators say so in a schema: of the others this knows PyTorch's conventions.
+"""Side effects of the calls in a Dynamo graph.
+
+Such a graph calls functions, methods and operators as the model does. Only operators have schemas; for other calls this
+module relies on PyTorch's naming conventions.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from torch import fx
 from mom_passes.graph.writes import written_by_schema
 from mom_passes.torch_compat import is_higher_order, schemas_of
 
-#: `x += 1` and its like.
+#: `x += 1` and the other augmented assignments.
 _AUGMENTED = (
     "add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"
 )  # fmt: skip
 _OPERATORS = frozenset(getattr(operator, name) for name in (*(f"i{name}" for name in _AUGMENTED), "setitem", "delitem"))
-#: None of these changes anything: `and_` is `&`.
+#: These change no operand: `and_` is `&`.
 _OF_PYTHON = frozenset(getattr(operator, name) for name in operator.__all__) - _OPERATORS
-#: They keep running statistics.
+#: These update running statistics.
 _NORMS = ("batch_norm", "instance_norm")
 _STATE = ("_enter_", "_exit_", "_set_", "set_")
 
@@ -48,12 +50,12 @@ def changes_state(node: fx.Node) -> bool:
 
 
 def calls_graphs(node: fx.Node) -> bool:
-    """Whether a call has graphs of its own."""
+    """Whether a call takes graphs."""
     return node.op == "call_module" or is_higher_order(node.target)
 
 
 def _by_convention(node: fx.Node) -> list[fx.Node]:
-    """Of a function in Python or in C that has no schema."""
+    """The operands that a function without a schema may change."""
     name = getattr(node.target, "__name__", "")
     given = _given(node)
     if name in _NORMS or given.get("max_norm") is not None:
@@ -71,11 +73,11 @@ def _in_place(name: str) -> bool:
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a function by name, as far as it tells."""
+    """The arguments of a function by name, where its signature is known."""
     assert callable(node.target)
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-    except (TypeError, ValueError):  # written in C, or called otherwise than it says
+    except (TypeError, ValueError):  # implemented in C, or a signature that does not fit the call
         return dict(node.kwargs)
     return {**bound, **node.kwargs}
 

@@ -1,7 +1,7 @@
-"""A symbol to which the graph's own guards leave one value is that number.
+"""Replace symbols to which the graph's guards leave one value by that number.
 
 `hidden[:, -keep:]`, traced for `keep = 0` with `keep` as a symbol, has `tokens + keep` rows by PyTorch's arithmetic,
-and a guard says that these are `tokens`. Whoever compares sizes would take them for two lengths.
+and a guard says that these equal `tokens`. A comparison of sizes would see two lengths.
 
     guard          Eq(64*tokens, 64*tokens + 64*keep)         -> keep = 0
     Before:  view: [batch * (tokens + keep), 64]
@@ -24,7 +24,7 @@ from mom_passes.torch_compat import SYMBOLIC, equalities_of, hint_of, new_number
 
 
 def known_symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, sympy.Integer]:
-    """The symbols among the graph's inputs that can have one value alone, with it."""
+    """The symbols that the guards determine, with their values."""
     numbers = [meta_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
     env = next((shape_env_of(number) for number in numbers if isinstance(number, SYMBOLIC)), None)
     known: dict[sympy.Symbol, sympy.Integer] = {}
@@ -39,8 +39,8 @@ def known_symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, sympy.Integer]:
     return known
 
 
-def without_known_symbols(gm: fx.GraphModule) -> int:
-    """Describe values without them, in place; how many symbols that were."""
+def substitute_known_symbols(gm: fx.GraphModule) -> int:
+    """Replace them in all recorded values, in place. Return the number of symbols."""
     known = known_symbols(gm)
     for node in gm.graph.nodes if known else ():
         value = meta_value(node)
@@ -63,7 +63,7 @@ def _described(value: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
     if isinstance(value, torch.Tensor):
         sizes, strides = ([_number(n, known) for n in numbers] for numbers in (value.shape, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-    # What is no size any more stays as it was: a node's number is never a constant.
+    # A number that is no longer symbolic is kept as recorded: a node's number is never a constant.
     number = _number(value, known)
     return number if isinstance(number, SYMBOLIC) else value
 

@@ -1,13 +1,12 @@
-"""Where to cut a graph of values most cheaply, when some of them may be made again below the cut.
+"""The cheapest cut of a graph of values, some of which may be recomputed below the cut.
 
 Terms
 -----
 wanted      Values that are needed below the cut.
-made from   The values a cheap operator makes a value of, so that it may be made again below the cut; None where it
-            cannot be: it is computed above, once.
+made from   The operands of a value that may be recomputed below the cut; None for a value that is computed above, once.
 
-    flow: above -> whatever cannot be made again -> ... -> wanted -> below
-    each value is an edge, as wide as it is costly to cut there; the minimum cut chooses
+    flow: above -> values that cannot be recomputed -> ... -> wanted -> below
+    each value is an edge whose capacity is the cost of cutting there
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ V = TypeVar("V", bound=Hashable)
 def cheapest_cut(
     wanted: Iterable[V], cost: Callable[[V, int], int | None], made_from: Callable[[V], Sequence[V] | None]
 ) -> set[V]:
-    """The values to cut at. `cost` is given a value and how many were met before it; None: never cut there."""
+    """The values to cut at. `cost(value, position in visiting order)` is None where no cut is allowed."""
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_nodes_from(["above", "below"])
-    # Numbers, because hashing values is slow: `2 * n` is where value `n` comes from and `2 * n + 1` where it goes.
+    # Integers hash faster than values. Edge `2 * n -> 2 * n + 1` is value number `n`.
     number: dict[V, int] = {}
     pending = list(dict.fromkeys(wanted))
     needed = set(pending)

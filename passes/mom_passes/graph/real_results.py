@@ -1,11 +1,11 @@
-"""What an operator returns has the strides that the graph says, whatever its fake kernel claims.
+"""Give results of operators the strides that the graph records, whatever strides their kernels return.
 
-A graph has the strides of every value from fake kernels. That of an operator which nobody decomposes may be wrong: the
-operator returns other strides than it claims, always or for some inputs. Behind such an operator its result is checked,
-and copied where it is laid out otherwise. What reads it is compiled for a layout that is real.
+Recorded strides come from fake kernels. The fake kernel of an operator that is not decomposed may be wrong, always or
+for some inputs. After such an operator its result is checked at run time and copied if its strides differ, so that its
+readers can be compiled for the recorded layout.
 
-    for each result of an operator that is called as it is:
-        order = the order of its dimensions in storage, as claimed
+    for each result of an operator with doubtful strides:
+        order = the order of its dimensions in storage, as recorded
         laid_out(result, order)                                     -> for all its readers
 
 Before:  y = op(x);                             z = add(y, 1)
@@ -21,34 +21,39 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand
 from mom_passes.graph.edit import emit
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import storage_order
+from mom_passes.graph.values import value_of
 from mom_passes.ops.rows import LAID_OUT
 
 
-def hold_results(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
-    """Insert the checks behind operators whose claims are doubtful, in place; how many there are.
+def check_result_strides(gm: fx.GraphModule, is_doubtful: Callable[[Any], bool]) -> int:
+    """Insert the checks, in place, and return their number.
 
-    Values that are computed from results whose claim was not dense keep their old strides: see `claimed_layouts`.
+    Values computed from results that were not recorded as dense keep their old strides: see `claimed_layouts`.
     """
     results = [result for node in gm.graph.nodes if _may_differ(node, is_doubtful) for result in _results(node)]
     for result in results:
-        with gm.graph.inserting_before(result.next):
-            held = emit(gm.graph, LAID_OUT, (result, list(storage_order(meta_value(result)))))
-        result.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)  # type: ignore[misc]
+        _hold(gm.graph, result)
     if results:
         gm.recompile()
     return len(results)
 
 
+def _hold(graph: fx.Graph, result: fx.Node) -> None:
+    with graph.inserting_before(result.next):
+        held = emit(graph, LAID_OUT, (result, list(storage_order(value_of(result)))))
+    result.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
+
+
 def _may_differ(node: fx.Node, is_doubtful: Callable[[Any], bool]) -> bool:
-    return node.op == "call_function" and is_doubtful(node.target) and seen_from(node) is None
+    return node.op == "call_function" and is_doubtful(node.target) and aliased_operand(node) is None
 
 
 def _results(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that an operator returns: its value, or what is taken from its several values."""
+    """The tensors that an operator returns: its own value, or the `getitem`s of its values."""
     value = meta_value(node)
     if isinstance(value, torch.Tensor):
         if value.dim() > 0:

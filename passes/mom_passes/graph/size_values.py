@@ -1,10 +1,10 @@
-"""What a size expression computes: one reading of sympy, for numbers, for functions of symbols and for graphs.
+"""Evaluate size expressions: to numbers, to functions of symbols and to graph nodes.
 
     Max(0, s - 11)   -> 29                                   evaluate(size, {s: 40})
                      -> lambda values: ...                   function_of(size, [s])
                      -> sym_max(0, add(s, -11))              mom_passes.graph.edit.size_node
 
-It is total: what the table below does not name, sympy itself computes, whatever functions a PyTorch release adds.
+Functions that the table below does not contain, those of a later PyTorch release say, are computed by sympy.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Value = TypeVar("Value")
 
 
 def modular_index(base: Any, divisor: Any, modulus: Any) -> Any:
-    """An index along one dimension, from an index into all of them."""
+    """The index along one dimension, from a flat index."""
     return base // divisor % modulus
 
 
 def ceiling_division(value: Any, divisor: Any) -> Any:
-    """The least whole number that is not below a fraction."""
+    """The quotient, rounded up."""
     return -(-value // divisor)
 
 
-#: Sympy's and PyTorch's functions as calls on numbers and on SymInts. Of those with more arguments than two, pairs.
+#: Sympy's and PyTorch's functions as calls on numbers and SymInts.
 CALLS: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
     "Mul": operator.mul,
@@ -71,12 +71,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "Or": operator.or_,
 }
 
-#: These join any number of arguments, two at a time.
+#: Functions of any number of arguments, applied to two at a time.
 JOINING = ("Add", "Mul", "Max", "Min", "And", "Or")
 
 
 class SympyCall:
-    """A function that only sympy knows, as a call on numbers."""
+    """A function known only to sympy, as a call on numbers."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -96,7 +96,7 @@ def _sympy_call(function: Any) -> SympyCall:
 
 
 def number(value: Any) -> int | float | bool:
-    """The Python number of a constant expression. Raises `PassError` where there is none."""
+    """The Python number of a constant expression. Raises `PassError` for any other expression."""
     if isinstance(value, (int, float)):
         return value
     if value in (sympy.true, sympy.false):
@@ -112,10 +112,10 @@ def interpret(
     constant: Callable[[Any], Value],
     apply: Callable[[sympy.Basic, Any, list[Value]], Value],
 ) -> Value:
-    """A size in terms of what is `known`, of constants and of calls.
+    """A size in terms of `known` parts, constants and calls.
 
-    `known(part)` may answer for any part of the expression and must for symbols; `apply(part, target, arguments)`
-    makes a call that gives that part. Raises `PassError` for a symbol that is not known.
+    `known(part)` may answer for any part of the expression and must for symbols; `apply(part, target, arguments)` makes
+    the call that computes a part. Raises `PassError` for an unknown symbol.
     """
     found = known(size)
     if found is not None:
@@ -131,7 +131,7 @@ def interpret(
 
 
 def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
-    """The call that an expression stands for, and its arguments. No call for what only wraps its first argument."""
+    """The call that an expression stands for, and its arguments. None for a wrapper of the first."""
     name, args = type(size).__name__, size.args
     if name == "Identity":
         return None, args
@@ -140,7 +140,7 @@ def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
     if name in ("Add", "Mul", "Pow"):
         numerator, denominator = fraction(size)
         if denominator != 1:
-            # A size is a whole number: what is written as a fraction divides without a rest.
+            # A size is an integer: a fraction of integers has no remainder.
             whole = numerator.is_integer and denominator.is_integer
             return (operator.floordiv if whole else operator.truediv), (numerator, denominator)
         if name == "Pow" and args[1] == sympy.S.Half:
@@ -148,14 +148,14 @@ def _call(size: sympy.Basic) -> tuple[Any, Sequence[sympy.Basic]]:
     if name == "ceiling":
         numerator, denominator = fraction(args[0])
         if denominator != 1 and numerator.is_integer and denominator.is_integer:
-            return ceiling_division, (numerator, denominator)  # the fraction has a rest, other than a size
+            return ceiling_division, (numerator, denominator)  # this fraction may have a remainder
     if name in JOINING and len(args) > 2:
         return CALLS[name], (size.func(*args[:-1]), args[-1])
     return CALLS.get(name) or _sympy_call(size.func), args
 
 
 def _choice(pairs: Sequence[Any]) -> tuple[Any, Sequence[sympy.Basic]]:
-    """`Piecewise((a, p), (b, q), ...)`: a if p, else what the others say."""
+    """`Piecewise((a, p), (b, q), ...)`: a if p, else the choice among the others."""
     value, condition = pairs[0].args
     if condition == sympy.true or len(pairs) == 1:
         return None, (value,)
@@ -163,12 +163,16 @@ def _choice(pairs: Sequence[Any]) -> tuple[Any, Sequence[sympy.Basic]]:
 
 
 def evaluate(size: Size | sympy.Basic, values: Mapping[sympy.Symbol, Any]) -> int | float | bool:
-    """The number a size is where its symbols have these values. Raises `PassError` for a symbol without one."""
-    return interpret(_expression(size), values.get, lambda value: value, lambda _, target, args: target(*args))
+    """The value of a size at these values of its symbols. Raises `PassError` for a symbol without a value."""
+    def apply(_: sympy.Basic, target: Any, args: list[Any]) -> Any:
+        return target(*args)
+
+    found: int | float | bool = interpret(_expression(size), values.get, lambda value: value, apply)
+    return found
 
 
 class SizeFunction:
-    """A size as a function of the values of `symbols`, in their order. It is pickled as what it computes."""
+    """A size as a function of the values of `symbols`, in order. Pickled as its expression."""
 
     def __init__(self, size: sympy.Basic, symbols: tuple[sympy.Symbol, ...]) -> None:
         self.size = size
@@ -183,7 +187,7 @@ class SizeFunction:
 
 
 def function_of(size: Size | sympy.Basic, symbols: Sequence[sympy.Symbol]) -> SizeFunction:
-    """A size as a function of the values of `symbols`, in their order. Raises `PassError` for any other symbol."""
+    """A size as a function of the values of `symbols`, in order. Raises `PassError` for any other symbol."""
     return SizeFunction(_expression(size), tuple(symbols))
 
 
@@ -202,7 +206,8 @@ def _function(size: sympy.Basic, symbols: Sequence[sympy.Symbol]) -> Callable[[S
             return lambda values: target(left(values), right(values))
         return lambda values: target(*(arg(values) for arg in args))
 
-    return interpret(size, known, constant, apply)
+    function: Callable[[Sequence[Any]], Any] = interpret(size, known, constant, apply)
+    return function
 
 
 def _expression(size: Any) -> sympy.Basic:

@@ -1,13 +1,13 @@
-"""Sizes that may be symbolic: comparing and dividing them without adding guards.
+"""Sizes that may be symbolic: comparison and division without adding guards.
 
-A size is an `int`, a `torch.SymInt` or a sympy expression. Asking `a == b` of two SymInts
-would specialise the user's graph; everything here answers from what is statically known.
+A size is an `int`, a `torch.SymInt` or a sympy expression. `a == b` of two SymInts would specialise the user's graph;
+these functions answer from what is statically known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -42,14 +42,19 @@ def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a == b:
         return True
     difference = sympy.expand(a - b)
-    # A polynomial in expanded form is zero only if it is written as zero. Functions count as unknowns of their own
-    # here (PyTorch has simplified them already): `simplify` is slow and does not know what they are.
+    # An expanded polynomial is zero only if it is literally zero. Functions count as unknowns here: PyTorch has
+    # simplified them, and `simplify` is slow and does not know them.
     if difference.is_number or difference.is_polynomial() or not difference.has(sympy.Pow):
         return bool(difference == 0)
     try:
         return bool(sympy.cancel(difference) == 0)
     except sympy.PolynomialError:
         return False
+
+
+def all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes, or two lists of strides, are known to be equal."""
+    return len(a) == len(b) and all(map(same, a, b))
 
 
 def is_one(size: Any) -> bool:
@@ -89,12 +94,12 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | int | None:
 
 
 def fraction(size: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:
-    """Numerator and denominator. Sympy's `together` takes milliseconds, and few sizes divide at all."""
-    return sympy.fraction(sympy.together(size)) if _divides(size) else (size, sympy.S.One)  # type: ignore[no-any-return]
+    """Numerator and denominator. Few sizes have a denominator, and `sympy.together` takes milliseconds."""
+    return sympy.fraction(sympy.together(size)) if _divides(size) else (size, sympy.S.One)
 
 
 def _divides(size: sympy.Basic) -> bool:
-    """Whether a sum or a product may have a denominator. What is within other functions is theirs."""
+    """Whether a sum or a product may have a denominator, those inside other functions excepted."""
     if size.is_Rational:
         return not size.is_Integer
     if size.is_Pow:
@@ -114,10 +119,9 @@ def hint(size: Any) -> int:
 
 
 def fixed_sizes(values: Iterable[Any]) -> frozenset[int]:
-    """The sizes of some values' dimensions that are numbers. Values that are not tensors have none.
+    """The constant sizes of the dimensions of the tensors among `values`.
 
-    Every dimension of a parameter is a number. Another tensor that a graph holds, a plain attribute of a module say,
-    may have symbols, which cannot be hashed: a symbol equals no number.
+    Symbolic sizes, which a tensor attribute of a module may have, cannot be hashed and equal no constant.
     """
     tensors = (value for value in values if isinstance(value, torch.Tensor))
     return frozenset(size for tensor in tensors for size in tensor.shape if isinstance(size, int))
@@ -129,7 +133,7 @@ def count_hint(shape: Iterable[Any]) -> int:
 
 
 def symbol_hints(inputs: Iterable[fx.Node]) -> dict[sympy.Symbol, sympy.Integer]:
-    """The symbols of a graph's inputs, with what they were when it was captured."""
+    """The symbols of a graph's inputs, with their values at capture."""
     found: dict[sympy.Symbol, sympy.Integer] = {}
     for node in inputs:
         value = meta_value(node)

@@ -1,7 +1,7 @@
-"""What strides say: in which order dimensions lie, and whether a tensor can be seen in another shape without a copy.
+"""Strides: the storage order of dimensions, and whether a tensor can be viewed in another shape.
 
-    the dimensions are grouped from the last: those of a group lie in one another without gaps
-    the shape can be viewed if every group is a product of consecutive sizes of the new shape
+    group the dimensions from the last: a group is contiguous
+    a view exists if every group is a product of consecutive sizes of the new shape
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from mom_passes.graph.sizes import Size, hint, is_one, product, same
 
 
 def storage_order(value: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the outermost in storage to the innermost. Those of size one have no order of their own: they
-    come first."""
+    """Dimensions from the outermost in storage to the innermost. Those of size one, whose strides mean nothing, come
+    first."""
     steps = [hint(s) if hint(n) > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
     return tuple(sorted(range(len(steps)), key=lambda i: (steps[i] > 0, -steps[i])))
 
 
 def is_dense_in(value: torch.Tensor, order: Sequence[int]) -> bool:
-    """Whether a value lies without gaps in this order of its dimensions, for all sizes. The stride of a dimension of
-    size one says nothing."""
+    """Whether a value is dense in this order of its dimensions, for all sizes. Strides of size-one dimensions are
+    ignored."""
     step: Size = 1
     for size, stride in ((value.shape[i], value.stride(i)) for i in reversed(order)):
         if not (is_one(size) or same(stride, step)):
@@ -32,7 +32,7 @@ def is_dense_in(value: torch.Tensor, order: Sequence[int]) -> bool:
 
 
 def viewable(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence[Size]) -> bool:
-    """What `tensor.view(new_shape)` asks, at the captured sizes."""
+    """Whether `tensor.view(new_shape)` is possible, at the captured sizes."""
     sizes, steps, wanted = ([hint(one) for one in ones] for ones in (shape, strides, new_shape))
     if 0 in sizes:
         return True
@@ -46,7 +46,7 @@ def viewable(shape: Sequence[Size], strides: Sequence[Size], new_shape: Sequence
 
 
 def _groups(sizes: Sequence[int], steps: Sequence[int]) -> list[int]:
-    """Elements of each run of dimensions without gaps, the last run first."""
+    """The numbers of elements of the contiguous groups of dimensions, the last first."""
     groups: list[int] = []
     expected = None
     for size, step in reversed(list(zip(sizes, steps, strict=True))):

@@ -1,4 +1,4 @@
-"""A graph as text: equal for graphs that compute the same, whatever their nodes are called.
+"""A graph as text: equal for graphs that compute the same, whatever the names of their nodes.
 
     def f(x, y): z = add(x, 1); return mul(z, y)   ->   placeholder, placeholder, add (%0, 1), mul (%2, %1), output (%3)
 """
@@ -13,21 +13,21 @@ from torch import fx
 
 from mom_passes.graph.edit import attribute
 
-#: What prints as nothing else does.
+#: Types whose `repr` identifies the value.
 _LITERALS = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Structured:
-    """What has a structure of its own, beside its address: a call's target that holds graphs, say."""
+    """A call target with graphs of its own, which prints as its `structure` and not as its address."""
 
     structure: str
 
 
 def lines_of(graph: fx.Graph, gm: fx.GraphModule | None = None) -> list[str]:
-    """A line for each node. What the graph has as attributes is `gm`'s.
+    """A line for each node of a graph whose attributes are `gm`'s.
 
-    Objects that are no literals are printed by identity, since two may bear the same name: whoever keeps the text
-    holds the graph, so that no other object gets the same address.
+    Other objects than literals are printed by identity, since two may have the same name. A caller that keeps the text
+    must keep the graph alive, so that no address is reused.
     """
     numbers: dict[fx.Node, str] = {}
     lines = []
@@ -47,7 +47,7 @@ def _target(node: fx.Node, gm: fx.GraphModule | None, numbers: Mapping[fx.Node, 
 
 
 def _printed(arg: Any, numbers: Mapping[fx.Node, str]) -> Any:
-    """An argument or target as it is shown."""
+    """The printed form of an argument or target."""
     if isinstance(arg, fx.Node):
         return _Bare(numbers[arg])
     if isinstance(arg, Structured):
@@ -56,7 +56,7 @@ def _printed(arg: Any, numbers: Mapping[fx.Node, str]) -> Any:
 
 
 class _Bare(str):
-    """Printed as it is in a key, where a string has quotes."""
+    """A string printed without quotes."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
-"""A slice that keeps everything is what it is cut from.
+"""Remove slices that keep all rows.
 
-A window's cache keeps `full[:, :, -window + 1:]`. As long as there are fewer rows these are all of them: left alone,
-the slice would be one more value at full length beside the one that attention reads.
+The cache of a sliding window keeps `full[:, :, -window + 1:]`. With fewer rows than the window this slice keeps all of
+them, and would be another value at full length besides the one that attention reads.
 
 Before:  kept = slice(k, 2, -4095, end); attention(q, k, v); return (..., kept)          k has 1000 rows
 After:   attention(q, k, v); return (..., k)
@@ -13,14 +13,14 @@ import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.sizes import same
+from mom_passes.graph.sizes import all_same
 from mom_passes.graph.values import value_of
 
 aten = torch.ops.aten
 
 
 def drop_whole_slices_of(gm: fx.GraphModule) -> int:
-    """Remove them, in place; how many there were. A slice of an input stays: an output must not become the input."""
+    """Remove them in place and return their number. A slice of an input stays: an output must not become the input."""
     removed = 0
     for node in list(gm.graph.nodes):
         if node.target is aten.slice.Tensor and _keeps_everything(node):
@@ -34,5 +34,4 @@ def drop_whole_slices_of(gm: fx.GraphModule) -> int:
 
 def _keeps_everything(node: fx.Node) -> bool:
     source = argument(node, "self")
-    before, after = value_of(source).shape, value_of(node).shape
-    return source.op != "placeholder" and all(same(a, b) for a, b in zip(before, after, strict=True))
+    return source.op != "placeholder" and all_same(value_of(source).shape, value_of(node).shape)

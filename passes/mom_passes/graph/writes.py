@@ -1,13 +1,13 @@
-"""Writes to the inputs of a graph: where they stand, and what must not be moved behind them. An analysis.
+"""Writes to the inputs of a graph, and reads that follow them. An analysis.
 
 Terms
 -----
-write     An operator that changes what it is given: `copy_(state, new)`, by which a graph updates a caller's buffer.
-          Autograd's functional form has them at the end, behind whatever reads the old contents.
-read      An operator that looks at the bytes of a value. A view of an input does not; what is made of the view does.
+write     An operator that changes an operand: `copy_(state, new)`, by which a graph updates a caller's buffer.
+          Functionalisation places writes at the end, after all reads of the old contents.
+read      An operator that accesses the bytes of a value. A view of an input does not; an operator on the view does.
 
-The law: nothing behind a write reads the input that was written, or a view of it. A graph that is captured with such a
-read is left as it is (`read_behind_a_write`); one that is rewritten must not have gained any (`mom_passes.verify`).
+The law: no operator after a write reads the written input or a view of it. A captured graph with such a read is left as
+it is (`read_after_write`); a rewritten graph must not have gained any (`mom_passes.verify`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import base_of, is_mutation, may_be_a_view
+from mom_passes.graph.aliasing import MAY_COPY, base_of, is_mutation, may_be_a_view
 from mom_passes.source_lines import with_source_line
 from mom_passes.torch_compat import schema_of
 
-aten = torch.ops.aten
 
-#: A view where the layout allows one, else a copy: both at once, as far as reading is concerned.
-_VIEW_OR_COPY = frozenset({aten.reshape.default, aten.contiguous.default, torch.ops.prims.reshape.default})
-
-
-def read_behind_a_write(gm: fx.GraphModule) -> str | None:
-    """What reads an input, or a view of it, after something has written to it; or writes to what is no input."""
+def read_after_write(gm: fx.GraphModule) -> str | None:
+    """The first read of an input after a write to it, or write to a value that is no input, as a message; else None."""
     bases: dict[fx.Node, fx.Node] = {}
     written: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -48,30 +42,30 @@ def read_behind_a_write(gm: fx.GraphModule) -> str | None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if source in bases and (node.target is operator.getitem or may_be_a_view(node)):
             bases[node] = bases[source]
-            if node.target not in _VIEW_OR_COPY:
+            if node.target not in MAY_COPY:
                 continue
         for operand in node.all_input_nodes:
             write = written.get(bases.get(operand, operand))
             if write is not None:
-                text = f"{node.name} ({node.target}) reads {operand.name} after {write.name}, which writes to it"
+                text = f"{node.name} ({node.target}) reads {operand.name} after {write.name} has written to it"
                 return with_source_line(text, node)
     return None
 
 
 def written_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
-    """Names of the inputs that are written to, one for each write, sorted."""
+    """Names of the inputs that are written to, sorted, one entry for each write."""
     writes = (target for node in gm.graph.nodes if node.op == "call_function" and is_mutation(node)
               for target in written_by(node))  # fmt: skip
     return tuple(sorted(base_of(target).name for target in writes))
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """The operands that a write changes."""
+    """The operands that an operator writes to."""
     return written_by_schema(node, schema_of(node.target))
 
 
 def written_by_schema(node: fx.Node, schema: Any) -> list[fx.Node]:
-    """The operands that a call changes if it is one of an operator with this schema."""
+    """The operands that a call writes to under this schema."""
     written = []
     for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -1,12 +1,12 @@
-"""Of what is on the host only what is used arrives: matrices of the experts that were chosen, rows that are looked up.
+"""Copy only the used part of weights on the host: matrices of the selected experts, rows that are looked up.
 
-    a mixture of experts for few tokens     matrices = fetch_chosen(bank, keys)       others are never multiplied with
+    a mixture of experts for few tokens     matrices = fetch_chosen(bank, keys)       other matrices are not read
     index(fetch_weight(table), rows)        fetch_rows(table, rows)
 
-A buffer for chosen matrices is as large as the bank, so that the mixture stays as it is; what is not chosen is left
-unset there. Nothing reads it: a region multiplies each row with the matrix of its own key (`tokens.sorted_rows`).
+The buffer for selected matrices has the shape of the whole bank, so that the mixture's operators stay as they are; its
+other entries are unset. A region multiplies each row only by the matrix of its own key (`tokens.sorted_rows`).
 
-Whole, weights arrive ahead of their use. What is chosen is known only when it is: so much less must be moved.
+Whole weights are copied ahead of their use. Selected parts are known only at their use, so they must be much smaller.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument
+from mom_passes.graph.aliasing import views_and_readers
+from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import bytes_of, operands, value_of
+from mom_passes.graph.values import bytes_of, input_node, operand_chain, operands, value_of
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.rules.views import is_view
@@ -28,12 +29,12 @@ from mom_passes.tokens.sorted_rows import SORTS
 
 aten = torch.ops.aten
 
-#: What is used is fetched by itself if it is at most one part in so many.
+#: A part is fetched by itself if it is at most 1 / WORTH of the whole.
 WORTH = 2
 
 
-def only_what_is_used(gm: fx.GraphModule) -> int:
-    """Decide it for the weights of a graph, in place; of how many only a part arrives."""
+def fetch_used_parts(gm: fx.GraphModule) -> int:
+    """Fetch used parts only, in place. Return the number of weights of which only a part is fetched."""
     changed = 0
     for call, region in list(regions(gm.graph)):
         keys = operands(call)[_keys_of(region)]
@@ -56,68 +57,53 @@ def only_what_is_used(gm: fx.GraphModule) -> int:
 
 
 def _keys_of(region: Region) -> int:
-    """Which operand of a region the keys are."""
+    """Position of the keys among a region's operands."""
     placeholders = [node for node in region.template.nodes if node.op == "placeholder"]
     sort = next(node for node in region.template.nodes if node.target in SORTS)
     return placeholders.index(operands(sort)[0]) - 1  # the first is the number of rows
 
 
 def _banks(call: fx.Node, region: Region) -> Iterator[fx.Node]:
-    """Weights that a region reads as matrices of its experts, and nobody else reads at all."""
+    """Weights that only the region reads, and only as the matrices of its experts."""
     placeholders = [node for node in region.template.nodes if node.op == "placeholder"][1:]
     for operand, inner, per_row in zip(operands(call), placeholders, region.per_row, strict=True):
         multiplied = all(is_grouped_product(user) and operands(user)[1] is inner for user in inner.users)
         if per_row is None and multiplied:
             weight = _seen_by_expert(operand)
-            if weight is not None and _readers(weight) == {call}:
+            if weight is not None and _views_and_readers(weight)[1] == {call}:
                 yield weight
 
 
 def _seen_by_expert(value: fx.Node) -> fx.Node | None:
-    """The weight that a value shows with its experts still in front, or None."""
-    while value.target is not FETCH_WEIGHT:
-        keeps = value.target in (aten.transpose.int, aten.permute.default) and _keeps_the_first(value)
-        if not keeps:
-            return None
-        value = value.args[0]  # type: ignore[assignment]
-    return value
+    """The weight of which a value is a view that keeps dimension 0, the experts; else None."""
+    source = operand_chain(value, _keeps_the_first)[-1]
+    return source if source.target is FETCH_WEIGHT else None
 
 
 def _keeps_the_first(view: fx.Node) -> bool:
-    if view.target is aten.permute.default:
-        return bool(view.args[1][0] == 0)  # type: ignore[index]
+    if view.target not in (aten.transpose.int, aten.permute.default):
+        return False
     rank = value_of(view).dim()
-    return 0 not in (int(view.args[1]) % rank, int(view.args[2]) % rank)  # type: ignore[arg-type]
+    if view.target is aten.permute.default:
+        return axis(argument(view, "dims")[0], rank) == 0
+    return 0 not in (axis(argument(view, "dim0"), rank), axis(argument(view, "dim1"), rank))
 
 
-def _readers(weight: fx.Node) -> set[fx.Node]:
-    """Who reads it or a view of it."""
-    found: set[fx.Node] = set()
-    pending = [weight]
-    while pending:
-        for user in pending.pop().users:
-            if is_view(user):
-                pending.append(user)
-            else:
-                found.add(user)
-    return found
+def _views_and_readers(weight: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The views that show all of a weight, in graph order, and the other readers."""
+    return views_and_readers(weight, lambda user: input_node(user) if is_view(user) else None)
 
 
 def _put_in_place(weight: fx.Node, chosen: fx.Node, call: fx.Node) -> None:
-    """Views of a weight go behind what arrives of it."""
-    pending, views = [weight], list[fx.Node]()
-    while pending:
-        for user in pending.pop().users:
-            if is_view(user):
-                views.append(user)
-                pending.append(user)
+    """Replace a weight by the fetched part and move its views before `call`."""
+    views, _ = _views_and_readers(weight)
     weight.replace_all_uses_with(chosen)
-    for view in sorted(set(views)):
+    for view in views:
         call.prepend(view)
 
 
 def _look_ups(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Rows of a weight by one index tensor."""
+    """Lookups of rows of a weight by one integer tensor."""
     for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
         indices = argument(node, "indices")
         table = node.args[0]

@@ -1,7 +1,7 @@
-"""Keys and values that leave for the host leave as their products lay them out: all heads of a token side by side.
+"""Offload keys and values in the layout of their projections, in which the heads of a token are adjacent.
 
-A cache on the host has one row for a token. Eager mode concatenates the keys of a prompt with an empty cache, which
-lays them out head by head: a row would have to be gathered again, by a device that copies whole runs of bytes.
+A cache on the host has one row per token. Eager mode concatenates a prompt's keys with an empty cache, which makes a
+copy head by head. A copy to the host, which moves runs of bytes, would have to gather each row again.
 
 Before:  k = clone(permute(view(product)));  return k        After:  return permute(view(product))
 """
@@ -14,6 +14,7 @@ from torch import fx
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.edit import strides_differ
 from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import input_node
 from mom_passes.host.kv_values import find_kv
 from mom_passes.host.relaid import replace_relaid
 
@@ -21,10 +22,10 @@ aten = torch.ops.aten
 
 
 def drop_layout_copies(gm: fx.GraphModule) -> int:
-    """Take out such copies, in place, and say how many. What a prompt was given lies as it was given."""
+    """Remove such copies, in place, and return their number. Values that are inputs keep their layout."""
     copies = [value.full for value in find_kv(gm).found if _only_lays_out(value.full)]
     for copy in copies:
-        replace_relaid(copy, copy.args[0])  # type: ignore[arg-type]
+        replace_relaid(copy, input_node(copy))
         gm.graph.erase_node(copy)
     if copies:
         gm.recompile()

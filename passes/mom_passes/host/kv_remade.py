@@ -1,9 +1,9 @@
-"""Which keys and values a cache keeps in another form, as integers with a scale, say. An analysis: it explains.
+"""Keys and values that a cache keeps in another form, such as integers with a scale. An analysis for reports.
 
-    for each value that an attention reads itself and that does not leave the graph itself:
-        whatever of the graph's outputs is made of it, by anything but an attention or a product, is its other form
+    for each value that an attention reads directly and that is not itself an output:
+        every output computed from it without an attention or a product is its other form
 
-Such a form is the cache's own business: it stays where the cache put it.
+Such outputs stay where the cache put them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from mom_passes.attention.reads import Read, source_of
+from mom_passes.graph.values import derived_from
 from mom_passes.rules.work import matmul_work
 
 REASON = "the cache keeps keys or values in a form of its own (quantised, say), which is left where it is"
@@ -21,20 +22,12 @@ REASON = "the cache keeps keys or values in a form of its own (quantised, say), 
 def kept_in_another_form(
     outputs: Collection[fx.Node], reads: Mapping[fx.Node, Read], found: Collection[fx.Node]
 ) -> dict[fx.Node, str]:
-    """Outputs that are made of keys or values, with the reason why they stay. `found` leave as they are."""
+    """Outputs computed from keys or values, with the reason why they stay. `found` leave the graph unchanged."""
     itself = {source_of(node) for node in found}
     roots = {source_of(value) for value, read in reads.items() if read.itself}
-    made = {result for root in roots - itself if root.op == "call_function" for result in _made_of(root)}
+    made = {result for root in roots - itself if root.op == "call_function" for result in _computed_from(root)}
     return {node: REASON for node in outputs if node in made}
 
 
-def _made_of(root: fx.Node) -> set[fx.Node]:
-    made: set[fx.Node] = set()
-    pending = [root]
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user not in made and user.op == "call_function" and not matmul_work(user):
-                made.add(user)
-                pending.append(user)
-    return made
+def _computed_from(root: fx.Node) -> set[fx.Node]:
+    return derived_from(root, lambda user: user.op == "call_function" and not matmul_work(user))

@@ -1,20 +1,20 @@
-"""Which values of a graph are keys and values that a cache keeps. An analysis: by structure, never by name.
+"""Which values of a graph are keys and values that a cache keeps. An analysis by structure, not by name.
 
 Terms
 -----
-full      What an attention reads: all of the keys, or of the values, that it may see, or what these are made of.
-kept      What of it leaves the graph for the cache: all rows, or the last ones (a sliding window).
-past      The host tensor it was made from, `full = cat([fetch(past), new])`; None where there was none.
-layer     Keys and values that one attention reads first; they are numbered in the order of their attentions.
-grows     Is an input with rows added to it, `cat([input, new])`.
+full      All keys (or values) that an attention reads, or the value that they are computed from.
+kept      The rows of `full` that leave the graph for the cache: all, or the last ones (a sliding window).
+past      The host tensor that `full` extends, `full = cat([fetch(past), new])`; None if there is none.
+layer     Keys and values that one attention reads first, numbered in the order of the attentions.
+grows     The value is an input with rows added to it, `cat([input, new])`.
 
     for each output of the graph:
-        full = what it is a slice of the last rows of, or the output itself
-        it is a key or value if an attention reads it itself, or something made of it, row by row, and
-            it grows or nothing but keys and values of that attention is made of it    (latents; not hidden states)
-        it stays if its storage is its owner's: allocated with room for all tokens and written to by position
+        full = the operand of the slice of last rows that it is, or the output itself
+        it is a key or value if an attention reads it directly, or reads rows computed from its rows, and
+            it grows or only keys and values of that attention are computed from it    (latents; not hidden states)
+        it stays if the caller owns its storage: allocated for all tokens and written by position
 
-What the graph with loops makes of them is found again by their places among the outputs (`located`).
+In the graph with loops the same values are found by their positions among the outputs (`located`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mom_passes.attention.reads import Attention, Read, attention_reads, attenti
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
-from mom_passes.graph.values import is_tensor, operands, value_of
+from mom_passes.graph.sizes import Size, all_same, expr, hint, same
+from mom_passes.graph.values import bytes_of, input_node, is_tensor, operands, returned_values, value_of
 from mom_passes.host.kv_remade import kept_in_another_form
 from mom_passes.ops.transfers import FETCH
 from mom_passes.rules.views import seen_through_views
 
 aten = torch.ops.aten
 
-#: What writes rows into a buffer, its first argument, as a function; and the name of the argument that is written.
+#: Functional writes of rows into a buffer, their first argument -> the name of the argument with the rows.
 WRITES = {
     aten.index_put.default: "values",
     aten.index_copy.default: "source",
@@ -53,9 +53,12 @@ UNREAD = "it grows like a cache, and no attention of this graph reads it as keys
 
 @dataclass(frozen=True)
 class KeyOrValue:
-    """One of them. `dim` is the dimension of its tokens, `first` the number of its first row that is kept.
+    """A key or value that leaves the graph.
 
-    `outputs` are the positions of what is kept among the graph's outputs; `new` the rows a past is extended by.
+    dim        the token dimension
+    first      number of the first row that is kept
+    outputs    positions of `kept` among the graph's outputs
+    new        the rows that extend `past`
     """
 
     full: fx.Node
@@ -69,9 +72,8 @@ class KeyOrValue:
 
     @property
     def bytes(self) -> int:
-        """Of what is kept, at the captured sizes."""
-        value = meta_value(self.kept)
-        return count_hint(value.shape) * value.element_size()
+        """Bytes of `kept`, at the captured sizes."""
+        return bytes_of(self.kept)
 
     @property
     def bytes_per_token(self) -> int:
@@ -80,7 +82,7 @@ class KeyOrValue:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What stays on the device, with the reason: an output by its position, or an input that is written into."""
+    """A value that stays on the device, with the reason: an output by its position, or an input that is written to."""
 
     node: fx.Node
     output: int | None
@@ -89,8 +91,8 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class KVValues:
-    """What was found, layer by layer, and what was left on the device. `read` are the names of all values that an
-    attention reads itself, whether a cache keeps them or not."""
+    """The keys and values found, layer by layer, and the values left on the device. `read` has the names of all values
+    that an attention reads directly, cached or not."""
 
     found: tuple[KeyOrValue, ...]
     left_out: tuple[LeftOut, ...]
@@ -98,7 +100,7 @@ class KVValues:
 
 
 def find_kv(gm: fx.GraphModule) -> KVValues:
-    """The keys and values that leave a graph without loops. Nothing is changed."""
+    """The keys and values that leave a graph without loops. The graph is not changed."""
     return _Finder(gm).find()
 
 
@@ -108,7 +110,7 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.attentions = {attention.node: attention for attention in attentions(gm)}
         self.reads = attention_reads(gm)
-        self.returned = returned(gm)
+        self.returned = returned_values(gm.graph)
 
     def find(self) -> KVValues:
         places: dict[fx.Node, list[int]] = {}
@@ -136,7 +138,7 @@ class _Finder:
         return KVValues(tuple(values), tuple(left_out), read_itself)
 
     def _read(self, kept: fx.Node) -> tuple[fx.Node, Read | None]:
-        """The full value of an output, and how an attention reads it, if its rows are keys or values."""
+        """The full value of an output, and how an attention reads it if its rows are keys or values."""
         candidates = [kept]
         if kept.target is aten.slice.Tensor:
             candidates.insert(0, argument(kept, "self"))
@@ -151,17 +153,17 @@ class _Finder:
         return kept, None
 
     def _why_not(self, kept: fx.Node, full: fx.Node, read: Read | None) -> str | None:
-        """Why an output stays although it is a cache's, or None."""
+        """The reason why a cache's output stays, or None."""
         buffer = _written_into(kept)
         if buffer is not None and (read is not None or self._holds_keys(kept)):
             return STATIC
         if read is None:
-            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _ends_where_it_ended(kept) else kept
-            return UNREAD if _grows(grown) and not _as_before(kept, grown) else None
+            grown = argument(kept, "self") if kept.target is aten.slice.Tensor and _keeps_the_end(kept) else kept
+            return UNREAD if _grows(grown) and not _is_as_long_as_past(kept, grown) else None
         return None if read.dim.plain else FOLDED
 
     def _holds_keys(self, node: fx.Node) -> bool:
-        """Whether an attention reads a buffer, before or after something is written into it, or what is written."""
+        """Whether an attention reads a buffer, before or after a write to it, or the rows that are written."""
         values = [node]
         while node.target in WRITES:
             values.append(argument(node, WRITES[node.target]))
@@ -171,7 +173,7 @@ class _Finder:
         return any(read is not None and read.itself for read in reads)
 
     def _only_keys(self, full: fx.Node, kept: fx.Node) -> bool:
-        """Whether all that is made of a value are the keys and values of one layer's attention."""
+        """Whether only keys and values of one layer's attention are computed from a value."""
         layers: set[fx.Node] = set()
         pending, seen = [full], {full}
         while pending:
@@ -191,7 +193,7 @@ class _Finder:
         return len(layers) == 1
 
     def _updated_in_place(self) -> list[LeftOut]:
-        """Caches that their owner allocates: the graph writes keys or values into an input."""
+        """Inputs that the caller allocates as caches and to which the graph writes keys or values."""
         found = []
         for node in self.gm.graph.nodes:
             written = node.args[0] if node.target is aten.copy_.default else None
@@ -200,15 +202,9 @@ class _Finder:
         return found
 
 
-def returned(gm: fx.GraphModule) -> tuple[object, ...]:
-    """What a graph returns, in order."""
-    values = next(iter(reversed(gm.graph.nodes))).args[0]
-    return tuple(values) if isinstance(values, (tuple, list)) else ()
-
-
 def located(gm: fx.GraphModule, kv: KVValues) -> KVValues:
-    """The same keys and values in what a graph was rewritten to: it returns them in the same places."""
-    outputs = returned(gm)
+    """The same keys and values in the rewritten graph, found by their positions among its outputs."""
+    outputs = returned_values(gm.graph)
     inputs = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
 
     def again(value: KeyOrValue) -> KeyOrValue:
@@ -233,12 +229,12 @@ def _record(full: fx.Node, kept: fx.Node, outputs: tuple[int, ...], dim: int, la
 
 
 def _last_rows(node: fx.Node, dim: int) -> bool:
-    """Whether a slice is the last rows of its operand along a dim, without gaps."""
-    return axis(argument(node, "dim"), value_of(node).dim()) == dim and _ends_where_it_ended(node)
+    """Whether a slice along `dim` takes the last rows of its operand, with step one."""
+    return axis(argument(node, "dim"), value_of(node).dim()) == dim and _keeps_the_end(node)
 
 
-def _ends_where_it_ended(node: fx.Node) -> bool:
-    """Whether a slice ends where its operand ends, without gaps."""
+def _keeps_the_end(node: fx.Node) -> bool:
+    """Whether a slice ends where its operand ends, with step one."""
     source, dim = meta_value(argument(node, "self")), argument(node, "dim")
     end, step = argument(node, "end"), argument(node, "step")
     end = meta_value(end) if isinstance(end, fx.Node) else end
@@ -263,22 +259,21 @@ def _grows(full: fx.Node) -> bool:
     return old.op == "placeholder"
 
 
-def _as_before(kept: fx.Node, grown: fx.Node) -> bool:
-    """Whether as many rows are kept as there were: the state of a convolution, say."""
-    before = value_of(argument(grown, "tensors")[0]).shape
-    return all(same(a, b) for a, b in zip(before, value_of(kept).shape, strict=True))
+def _is_as_long_as_past(kept: fx.Node, grown: fx.Node) -> bool:
+    """Whether as many rows are kept as there were: a convolution's state, say."""
+    return all_same(value_of(argument(grown, "tensors")[0]).shape, value_of(kept).shape)
 
 
 def _written_into(node: fx.Node) -> fx.Node | None:
-    """The buffer that a value is, with something written into it: a constant or an input. None for anything else."""
+    """The buffer, a constant or an input, that a chain of functional writes begins with; None for any other value."""
     if node.target not in WRITES:
         return None
     while node.target in WRITES:
-        node = seen_through_views(node.args[0])  # type: ignore[arg-type]
+        node = seen_through_views(input_node(node))
     constant = node.op == "call_function" and not any(is_tensor(operand) for operand in node.all_input_nodes)
     return node if constant or node.op == "placeholder" else None
 
 
 def _as_key_or_value(attention: Attention, value: fx.Node) -> bool:
-    """Whether an attention reads a value as nothing but keys or values."""
+    """Whether an attention reads a value only as keys or values."""
     return operands(attention.node).count(value) == sum(operand is value for operand, _ in attention.read)

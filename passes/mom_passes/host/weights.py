@@ -1,12 +1,12 @@
-"""Weights that are kept on the host arrive for the stretch of a graph that reads them.
+"""Copy weights from the host to the device in time for the stretch of the graph that reads them.
 
 Terms
 -----
 weight    An input in host memory that the graph reads through `fetch_weight`.
-stretch   What lies between two attentions, or one loop: with a loop for each layer, the rest of one layer and the
+stretch   The operators between two attentions, or one loop: with one loop per layer, the rest of one layer and the
           projections of the next.
-group     The weights that are first read in one stretch: they arrive together. Two groups are on the device at most,
-          so that a group is no larger than a layer: what is larger (a layer and a head, say) arrives in parts.
+group     The weights that are first read in one stretch; they arrive together. At most two groups are on the device.
+          Therefore a group that is larger than a layer (a layer and the head, say) is split.
 
 Before:  a = mm(x, permute(fetch_weight(w0))); ...; b = mm(y, permute(fetch_weight(w1)))
 After:   buffer0 = fetch_start(w0); buffer1 = fetch_start(w1)
@@ -23,10 +23,10 @@ import torch
 from torch import fx
 
 from mom_passes.attention.flex import FlexAttention
-from mom_passes.graph.aliasing import is_mutation, seen_from, view_chain
-from mom_passes.graph.edit import behind, emit, fake_value, strides_differ
+from mom_passes.graph.aliasing import is_mutation, view_chain, views_and_readers
+from mom_passes.graph.edit import copy_view, emit, fake_value, first_operator, node_after, strides_differ
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import bytes_of, is_size, value_of
+from mom_passes.graph.values import bytes_of, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import FETCH_START, FETCH_WAIT, FETCH_WEIGHT
 from mom_passes.rules.attention import SDPA
@@ -36,13 +36,13 @@ aten = torch.ops.aten
 ATTENTIONS = SDPA.keys() | {MOM_ATTENTION}
 
 
-# ---------------------------------------------------------------------------------------------- as they are captured
+# --- whole weights ---
 
 
 def whole_weights(gm: fx.GraphModule) -> int:
-    """Fetch each weight once, as it lies on the host, and see it otherwise on the device; in place.
+    """Fetch each weight once, in the host's layout, and apply views of it on the device, in place. Return their number.
 
-    A graph is captured with a fetch for each reader, of whatever view of the weight that reads. How many weights.
+    A captured graph fetches a weight for each reader, each time the view that is read.
     """
     graph, fetched, seen_on_host = gm.graph, dict[fx.Node, fx.Node](), list[fx.Node]()
     for node in graph.find_nodes(op="call_function", target=FETCH_WEIGHT):
@@ -50,7 +50,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
         if base is None:
             continue
         if base not in fetched:
-            with graph.inserting_before(behind(_last_input(graph))):
+            with graph.inserting_before(node_after(_last_input(graph))):
                 fetched[base] = emit(graph, FETCH_WEIGHT, (base, node.args[1]))
         if node is fetched[base]:
             continue
@@ -58,8 +58,7 @@ def whole_weights(gm: fx.GraphModule) -> int:
         with graph.inserting_before(node):
             seen = fetched[base]
             for view in views:
-                env = {view.args[0]: seen}
-                seen = graph.node_copy(view, lambda n, env=env: env.get(n, n))  # type: ignore[misc]
+                seen = copy_view(graph, view, seen)
                 seen.meta["val"] = fake_value(seen)
             if strides_differ(meta_value(seen), meta_value(node)):
                 seen = emit(graph, aten.clone.default, (seen,), {"memory_format": torch.contiguous_format})
@@ -70,34 +69,30 @@ def whole_weights(gm: fx.GraphModule) -> int:
 
 
 def _last_input(graph: fx.Graph) -> fx.Node:
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last: fx.Node = graph.find_nodes(op="placeholder")[-1]
+    return last
 
 
 def _views_of_an_input(node: object) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The input that a value shows and the views of it in between, outermost first; no input if there is more."""
+    """The input that a value is a view of and the views in between, from the input on; no input otherwise."""
     assert isinstance(node, fx.Node)
     *views, base = view_chain(node)
     return (None if base.op != "placeholder" or any(map(is_mutation, views)) else base), views[::-1]
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """What a node is a view of. What is written to is one of itself, and more than that."""
-    return None if is_mutation(node) else seen_from(node)
-
-
 def _erase_unread(views: Iterable[fx.Node]) -> None:
-    """Those that only fetches read."""
+    """Erase views without readers."""
     for view in sorted(set(views), reverse=True):
         if not view.users:
             view.graph.erase_node(view)
 
 
-# ------------------------------------------------------------------------------------------------ when they arrive
+# --- arrivals ---
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight that is fetched, the views of it, and where it is read first."""
+    """A fetched weight, its views, and its first reader."""
 
     fetch: fx.Node
     views: tuple[fx.Node, ...]
@@ -109,7 +104,7 @@ class _Weight:
 
 
 def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
-    """Let every weight arrive before its stretch, with its group. Returns the waits, in the order they are."""
+    """Let every weight arrive, with its group, before its stretch. Return the waits in graph order."""
     graph = gm.graph
     fetches = graph.find_nodes(op="call_function", target=FETCH_WEIGHT)
     if not fetches:
@@ -124,27 +119,17 @@ def weights_arrive(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 
 def _weight(fetch: fx.Node) -> _Weight:
-    views: list[fx.Node] = []
-    readers: list[fx.Node] = []
-    pending = [fetch]
-    while pending:
-        value = pending.pop()
-        for user in value.users:
-            if _viewed(user) is value:
-                views.append(user)
-                pending.append(user)
-            else:
-                readers.append(user)
-    return _Weight(fetch, tuple(sorted(set(views))), min(readers))
+    views, readers = views_and_readers(fetch)
+    return _Weight(fetch, tuple(views), min(readers))
 
 
 def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
-    """The waits of a group, side by side before its first reader, and behind them the views of what has arrived."""
+    """Insert a group's waits before its first reader, followed by the views of its weights. Return the waits."""
     anchor = min(weight.first for weight in group)
     waits = []
     for weight in group:
         host, device = weight.fetch.args
-        with graph.inserting_before(_first_operator(graph)):
+        with graph.inserting_before(first_operator(graph)):
             start = emit(graph, FETCH_START, (host, 0, _outermost(host), device))
         with graph.inserting_before(anchor):
             waits.append(emit(graph, FETCH_WAIT, (start, None, _outermost(host))))
@@ -155,19 +140,15 @@ def _arrive(graph: fx.Graph, group: Sequence[_Weight]) -> list[fx.Node]:
     return waits
 
 
-def _first_operator(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr") and not is_size(node))
-
-
 def _outermost(host: object) -> int:
-    """The dimension that is outermost in storage: a buffer with it in front lies as the host does."""
+    """The dimension that is outermost in storage. A token-major buffer along it has the host's layout."""
     assert isinstance(host, fx.Node)
     strides = value_of(host).stride()
     return max(range(len(strides)), key=lambda dim: (strides[dim], -dim), default=0)
 
 
 def _groups(graph: fx.Graph, weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    """In the order in which they are read."""
+    """The groups in the order in which they are read."""
     stretch = _stretches(graph)
     by_stretch: dict[int, list[_Weight]] = {}
     for weight in sorted(weights, key=lambda weight: weight.first):
@@ -177,7 +158,7 @@ def _groups(graph: fx.Graph, weights: Sequence[_Weight]) -> list[list[_Weight]]:
 
 
 def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
-    """By node, the number of its stretch."""
+    """Node -> the number of its stretch."""
     found: dict[fx.Node, int] = {}
     number = 0
     for node in graph.nodes:
@@ -189,7 +170,7 @@ def _stretches(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
-    """Bytes of the largest group that cannot be parted, or of one like most others."""
+    """The most bytes of a group: the median group, or the largest set of weights with one first reader if larger."""
     sizes = [sum(weight.bytes for weight in group) for group in groups]
     inseparable: dict[fx.Node, int] = {}
     for group in groups:
@@ -199,7 +180,7 @@ def _most_at_once(graph: fx.Graph, groups: Iterable[Sequence[_Weight]]) -> int:
 
 
 def _in_parts(group: Sequence[_Weight], most: int) -> list[list[_Weight]]:
-    """A group in runs of at most so many bytes; what one operator reads arrives at once."""
+    """Split a group into runs of at most `most` bytes. Weights first read by one operator stay together."""
     parts: list[list[_Weight]] = []
     size = 0
     for weight in group:

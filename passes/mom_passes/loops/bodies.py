@@ -241,13 +241,14 @@ class Body:
 
     def _like(self, typed: fx.Node, target: Any, *args: Any) -> fx.Node:
         """A call whose value has the type of another."""
-        node = self.graph.call_function(target, args)
+        node: fx.Node = self.graph.call_function(target, args)
         node.meta["type"] = typed.meta["type"]
         return node
 
     def _own(self, arg: fx.Node) -> fx.Node:
         """The body's value for all of an outer one."""
-        return self.env[Instance(arg, All())]
+        value: fx.Node = self.env[Instance(arg, All())]
+        return value
 
     def _typed(self, node: fx.Node, instance: Instance) -> fx.Node:
         """Rows are as the value at full length, with as many tokens as the mini-sequence has. Of several values that

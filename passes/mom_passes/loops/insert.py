@@ -30,7 +30,7 @@ from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
 from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
-from mom_passes.loops.ports import CarryOut, Out, Stored, TensorType
+from mom_passes.loops.ports import CarryIn, CarryOut, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
 from mom_passes.rules import All
 
@@ -158,7 +158,9 @@ class _Rewriter:
     def _final(self, body: Body, instance: Instance) -> CarryOut:
         """The loop's output for the final value of a carry."""
         at = body.port_of(instance)
-        return CarryOut(instance.node.name, body.inputs[at].type, at, instance.node.target)  # type: ignore[union-attr]
+        port = body.inputs[at]
+        assert isinstance(port, CarryIn)
+        return CarryOut(instance.node.name, port.type, at, instance.node.target)
 
     def _operand(self, operand: Operand, length: Any) -> Any:
         if isinstance(operand, TheLength):

@@ -13,7 +13,7 @@ from mom_passes.graph.aliasing import base_of, views_of
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr, hint, product, quotient, same, symbol_hints
-from mom_passes.graph.values import returns_a_tensor
+from mom_passes.graph.values import returned_values, returns_a_tensor
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, START, In, RowsIn, SizeIn, Stored, TensorType, rows_type
 from mom_passes.rules import Dim, Rows, facts_of
@@ -177,7 +177,7 @@ def _number(size: Any, known: Mapping[Any, Any]) -> int:
 
 
 def _returned(loop: Loop) -> tuple[fx.Node, ...]:
-    return tuple(next(iter(reversed(loop.body.graph.nodes))).args[0])  # type: ignore[arg-type]
+    return returned_values(loop.body.graph)
 
 
 def _value(operand: Any) -> Any:

@@ -113,7 +113,8 @@ class Loop:
 
     def results(self, node: fx.Node) -> dict[int, fx.Node]:
         """The nodes that stand for what the loop returns, by the output's number. What nobody reads has none."""
-        return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
+        items: list[Any] = [(user.args[1], user) for user in node.users if user.target is operator.getitem]
+        return dict(items)
 
     def overwritten_by(self, result: fx.Node) -> fx.Node | None:
         """The operand in whose storage a result stands, or None if it has its own."""
@@ -176,7 +177,7 @@ def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
     if dim.plain or (isinstance(dim.outer, int) and isinstance(dim.inner, int)):
         return dim
     around = tensor.shape[dim.index] // length
-    inner = dim.inner if isinstance(dim.inner, int) else around // dim.outer  # type: ignore[operator]
+    inner = dim.inner if isinstance(dim.inner, int) else around // dim.outer
     return Dim(dim.index, around // inner, inner)
 
 

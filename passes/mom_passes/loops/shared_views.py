@@ -27,7 +27,7 @@ from torch import fx
 from mom_passes.graph.aliasing import is_a_view
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import operands, value_of
+from mom_passes.graph.values import operand_chain, operands, value_of
 from mom_passes.rules import Dim, has_own_rule
 from mom_passes.rules.views import is_cut
 from mom_passes.tokens.demanded_rows import span_of
@@ -60,10 +60,7 @@ def _of_outputs(output: fx.Node) -> set[fx.Node]:
 
 def _chain(node: fx.Node) -> list[fx.Node]:
     """The value that owns the storage, and the views through which a node is seen, itself last."""
-    chain = [node]
-    while is_a_view(chain[-1]):
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-    return chain[::-1]
+    return operand_chain(node, is_a_view)[::-1]
 
 
 def _apart(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> bool:

@@ -1,52 +1,66 @@
-"""`mom::attention`: rows of an attention over whole keys and values, whatever the captured graph called for it."""
+"""`mom::attention`, the one attention operator of rewritten graphs: some query rows against all keys and values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-LIBRARY.define(
+MOM_ATTENTION = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float? scale,"
     " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None,"
-    " Tensor? sinks=None, float? softcap=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " Tensor? sinks=None, float? softcap=None) -> Tensor"
 )
-"""Rows [start, start + R) of an attention over whole keys and values.
+"""Rows `[start, start + R)` of an attention over T keys and values.
 
-query `[B, H, R, D]`, key and value `[B, G, T, D]` with H a multiple of G (grouped heads), mask
-boolean or additive, broadcastable to `[B, H, R, T]`, or None. With `is_causal`, row `i` of the query
-stands at position `start + i` and sees keys up to and including it; with `window` it sees the last
-`window` of those. Scores are multiplied by `scale`; None stands for `1 / sqrt(D)`, where `D` is a symbol.
+Parameters
+----------
+query : Tensor `[B, H, R, D]`
+key, value : Tensor `[B, G, T, D]`, `[B, G, T, Dv]`
+    H is a multiple of G (grouped heads).
+mask : Tensor or None
+    Boolean or additive, broadcastable to `[B, H, R, T]`.
+start : int
+    Position of query row 0 among the keys.
+is_causal : bool
+    Row `i` attends to keys `j <= start + i`; with `window`, only to the last `window` of those.
+scale : float or None
+    Factor of the scores. None is `1 / sqrt(D)`, for a symbolic D.
+keys : boolean Tensor `[B or 1, T]` or None
+    Keys that may be attended to at all (no padding).
+segments : integer Tensor `[B or 1, T]` or None
+    A query attends only to keys with its own number. The query of row `i` has the number at `start + i`.
+positions : integer Tensor `[B or 1, T]` or None
+    A query attends only to keys whose position is at most its own; with `window` and without `is_causal`, also greater
+    than its own less `window`. The query of row `i` has the position at `start + i`.
+spans : int64 Tensor or None
+    The result of `mom.spans` for `keys`, `segments` and `positions`. Without it, or where it is -1, these three are
+    applied as masks.
+sinks : Tensor `[H]` or None
+    An additional score for every row of a head, neither masked nor scaled. It takes part in the softmax and its weight
+    is dropped: where `lse` is the log-sum-exp of a row without its sink, the result without the sink is multiplied by
+    `sigmoid(lse - sink)`.
+softcap : float or None
+    Replaces a score `s` by `softcap * tanh(s / softcap)`, before masks and sinks.
 
-What is said of each key by itself comes as a vector `[B or 1, T]` instead of a mask: `keys`, boolean, which of them may
-be seen at all (no padding); `segments`, whose number a key must share with the query; `positions`, which must be at
-most the query's and, with `window` and without `is_causal`, more than that less `window`. Queries read theirs of
-the last two where they stand, `start + i`. `spans` is what `mom.spans` has found in these three; without it, or where
-it found nothing, they are applied as masks.
-
-`sinks`, `[H]`, is one more score of every row of a head, which no mask hides and no `scale` multiplies: it takes part
-in the softmax, and its weight is dropped. With `lse`, the logarithm of the sum of a row's exponentiated scores without
-it, the result is the one without it times `sigmoid(lse - sink)`.
-
-With `softcap`, `c`, a score `s` is `c tanh(s / c)`, before anything masks it; a sink stays what it is.
-
-The result is `[B, H, R, Dv]`, stored row-major in tokens (`[B, R, H, Dv]`), so that
-folding the heads back together is free. A row that sees nothing is zero, as it is with PyTorch's flash
-kernel on the CPU; a row whose every key is masked by the dtype's smallest number sees all of them alike.
-
-Kernels take an `AttentionCall`, which has a field for each argument; `as_operator` makes an operator's kernel of one.
+Returns
+-------
+Tensor `[B, H, R, Dv]`
+    Stored as `[B, R, H, Dv]`, so that merging the heads needs no copy. A row without visible keys is zero, as in
+    PyTorch's flash kernel on the CPU; a row whose keys are all masked by the dtype's smallest number attends to all of
+    them equally.
 """
 
-MOM_ATTENTION = torch.ops.mom.attention.default
+Kernel = Callable[["AttentionCall"], torch.Tensor]
 
 
 def visible(rows: int, keys: int, start: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Boolean `[rows, keys]`: which keys a causal row may see."""
+    """Boolean `[rows, keys]`: the keys that each row of a causal attention attends to."""
     query_position = torch.arange(start, start + rows, device=device)[:, None]
     key_position = torch.arange(keys, device=device)[None, :]
     seen = key_position <= query_position
@@ -57,7 +71,7 @@ def visible(rows: int, keys: int, start: int, window: int | None, device: torch.
 
 @dataclass(frozen=True)
 class KeyConditions:
-    """What a call says of each key by itself: vectors `[B or 1, T]` (see `mom.attention`)."""
+    """The conditions on single keys: vectors `[B or 1, T]` (see `MOM_ATTENTION`)."""
 
     keys: torch.Tensor | None = None
     segments: torch.Tensor | None = None
@@ -66,7 +80,7 @@ class KeyConditions:
     def visible(
         self, rows: tuple[int, int], keys: tuple[int, int], window: int | None, device: torch.device
     ) -> torch.Tensor:
-        """Boolean `[B or 1, 1, rows, keys]`, or `[.., 1, keys]`: which keys of a range queries of a range may see."""
+        """Boolean `[B or 1, 1, rows or 1, keys]`: the keys of one range that the queries of another attend to."""
         seen = torch.ones((1, 1, 1, keys[1] - keys[0]), dtype=torch.bool, device=device)
         if self.keys is not None:
             seen = seen & self.keys[:, None, None, slice(*keys)]
@@ -80,7 +94,7 @@ class KeyConditions:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one call of `mom.attention` says: the arguments of its schema, by name and in order."""
+    """The arguments of one call of `mom.attention`, in the order of its schema."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -103,7 +117,6 @@ class AttentionCall:
 
     @property
     def tokens(self) -> int:
-        """How many keys there are."""
         return self.key.shape[2]
 
     @property
@@ -116,30 +129,27 @@ class AttentionCall:
 
     @property
     def effective_window(self) -> int | None:
-        """None for a window that by their index no row would feel."""
+        """The window, or None if by token index it hides no key from any row."""
         idle = self.window is not None and self.positions is None and self.window >= self.start + self.rows
         return None if idle else self.window
 
     def of_rows(self, first: int, count: int) -> AttentionCall:
-        """The call whose result is rows `[first, first + count)` of this one's."""
+        """The call that computes rows `[first, first + count)` of this call's result."""
         mask = self.mask
         if mask is not None and mask.shape[-2] != 1:
             mask = mask.narrow(-2, first, count)
         return replace(self, query=self.query.narrow(2, first, count), start=self.start + first, mask=mask)
 
     def output(self) -> torch.Tensor:
-        """An uninitialised result: `[B, H, R, Dv]`, stored `[B, R, H, Dv]`."""
+        """An uninitialised result, `[B, H, R, Dv]` stored as `[B, R, H, Dv]`."""
         batch, heads, rows, _ = self.query.shape
         return self.query.new_empty(batch, rows, heads, self.value.shape[-1]).transpose(1, 2)
 
 
-Kernel = Callable[[AttentionCall], torch.Tensor]
-
-
 def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
-    """`kernel` with the arguments of the operator's schema. It has no gradient, and may write to what it has made."""
+    """Wrap `kernel` to take the arguments of the schema. It runs without gradients, so it may write in place."""
 
-    def operator(*arguments, **named):  # type: ignore[no-untyped-def]
+    def operator(*arguments: Any, **named: Any) -> torch.Tensor:
         call = AttentionCall(*arguments, **named)
         with torch.no_grad():
             return kernel(call if call.scale is not None else replace(call, scale=call.query.shape[-1] ** -0.5))
@@ -148,7 +158,7 @@ def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
 
 
 def attention_reference(call: AttentionCall) -> torch.Tensor:
-    """The definition, in plain PyTorch. Softmax in float32 at least."""
+    """The definition in plain PyTorch, with the softmax in float32 or wider."""
     query, mask, rows, tokens = call.query, call.mask, call.rows, call.tokens
     group = query.shape[1] // call.key.shape[1]
     key = call.key.repeat_interleave(group, dim=1)
@@ -166,7 +176,7 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
         stand, of_positions = (call.start, call.start + rows), None if call.is_causal else call.window
         seen = call.conditions.visible(stand, (0, tokens), of_positions, query.device)
         scores = scores.masked_fill(~seen, -math.inf)
-    # The softmax of a row that sees nothing is NaN; a NaN that the user put in stays one.
+    # The softmax of a row without visible keys would be NaN. A NaN in the operands is kept.
     blind = (scores == -math.inf).all(-1, keepdim=True)
     if call.sinks is not None:
         sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -175,5 +185,4 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
     return call.output().copy_((weights @ value.to(wide)).to(query.dtype))
 
 
-torch.library.register_fake("mom::attention", as_operator(AttentionCall.output), lib=LIBRARY)
-LIBRARY.impl("attention", as_operator(attention_reference), "CompositeExplicitAutograd")
+implement(MOM_ATTENTION, as_operator(attention_reference), as_operator(AttentionCall.output))

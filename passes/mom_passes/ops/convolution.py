@@ -10,30 +10,25 @@ from typing import Any
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-LIBRARY.define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1, int groups=1) -> Tensor", tags=_TAGS
+CAUSAL_CONV1D = define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, int dilation=1, int groups=1) -> Tensor"
 )
 """A convolution of `x` `[B, C, S]` with `weight` `[O, C / groups, K]` and `bias` `[O]`: `[B, O, S]`.
 
 Row `t` of the result reads rows `t - (K - 1) * dilation .. t`. Ahead of the first row there are zeros.
 """
 
-LIBRARY.define("last_rows(Tensor before, Tensor rows, int dim) -> Tensor", tags=_TAGS)
+LAST_ROWS = define("last_rows(Tensor before, Tensor rows, int dim) -> Tensor")
 """The last rows of `before` and then `rows` along `dim`, as many as `before` has, and in its dtype and shape."""
-
-CAUSAL_CONV1D = torch.ops.mom.causal_conv1d.default
-LAST_ROWS = torch.ops.mom.last_rows.default
 
 
 def causal_conv1d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, groups: int = 1
 ) -> torch.Tensor:
     padded = torch.ops.aten.constant_pad_nd(x, [rows_ahead(weight, dilation), 0])
-    rows = torch.ops.aten.convolution(padded, weight, bias, [1], [0], [dilation], False, [0], groups)
+    rows: torch.Tensor = torch.ops.aten.convolution(padded, weight, bias, [1], [0], [dilation], False, [0], groups)
     return rows.contiguous()
 
 
@@ -48,20 +43,18 @@ def rows_ahead(weight: torch.Tensor, dilation: int) -> int:
     return (weight.shape[-1] - 1) * dilation
 
 
-@torch.library.register_fake("mom::causal_conv1d", lib=LIBRARY)
 def _causal_conv1d_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, groups: int = 1
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], x.shape[2])
 
 
-@torch.library.register_fake("mom::last_rows", lib=LIBRARY)
 def _last_rows_fake(before: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
     return before.new_empty(before.shape)
 
 
-LIBRARY.impl("causal_conv1d", causal_conv1d, "CompositeExplicitAutograd")
-LIBRARY.impl("last_rows", last_rows, "CompositeExplicitAutograd")
+implement(CAUSAL_CONV1D, causal_conv1d, _causal_conv1d_fake)
+implement(LAST_ROWS, last_rows, _last_rows_fake)
 
 #: Operator -> a function of other operators that computes it, for a compiler that has no lowering of it.
 DECOMPOSITIONS: dict[Any, Callable[..., torch.Tensor]] = {CAUSAL_CONV1D: causal_conv1d, LAST_ROWS: last_rows}

@@ -1,21 +1,17 @@
-"""`mom::product_into`: a product with a matrix, written where it belongs."""
+"""`mom::product_into`: a matrix product written into a given tensor."""
 
 from __future__ import annotations
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-LIBRARY.define(
-    "product_into(Tensor? bias, Tensor left, Tensor right, Tensor(a!) place) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-"""`left @ right`, `[M, K]` and `[K, N]`, plus `bias`, what `addmm` takes for one, into `place` `[M, N]`.
+PRODUCT_INTO = define("product_into(Tensor? bias, Tensor left, Tensor right, Tensor(a!) place) -> ()")
+"""Write `left @ right` plus `bias` into `place`.
 
-It has the product's shape and dtype, and each of its rows is adjacent in memory. The library that multiplies writes it.
+left `[M, K]`, right `[K, N]`, bias anything that `addmm` accepts, place `[M, N]` of the product's dtype with contiguous
+rows. The matrix library writes the result itself.
 """
-
-PRODUCT_INTO = torch.ops.mom.product_into.default
 
 
 def _product_into(bias: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, place: torch.Tensor) -> None:
@@ -25,9 +21,8 @@ def _product_into(bias: torch.Tensor | None, left: torch.Tensor, right: torch.Te
         torch.addmm(bias, left, right, out=place)
 
 
-def _nothing(bias: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, place: torch.Tensor) -> None:
-    """Shapes are those of operands that are there: nothing is made."""
+def _fake(bias: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, place: torch.Tensor) -> None:
+    """The operator allocates nothing."""
 
 
-torch.library.register_fake("mom::product_into", _nothing, lib=LIBRARY)
-LIBRARY.impl("product_into", _product_into, "CompositeExplicitAutograd")
+implement(PRODUCT_INTO, _product_into, _fake)

@@ -1,4 +1,7 @@
-"""Values in a layout of our choice: `mom::copy_rows` in a storage of their own, `mom::laid_out` where they are."""
+"""Values in a required dense layout: `mom::copy_rows` always copies, `mom::laid_out` only where the strides differ.
+
+A dense layout is given by its `order`: the dimensions from the outermost in storage to the innermost.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-#: A dense layout is its `order`: the dimensions from the outermost in storage to the innermost.
-LIBRARY.define("copy_rows(Tensor rows, int[] order, int? room=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-"""Rows in a storage of their own, dense in `order`. With `room`, they lie behind a row that has no values yet, in that
-dimension, and the result has that row, too.
+COPY_ROWS = define("copy_rows(Tensor rows, int[] order, int? room=None) -> Tensor")
+"""A copy of `rows` in its own storage, dense in `order`.
 
-An operator of its own, since Inductor takes a `clone` whose strides are its source's for nothing and drops it.
+With `room`, the result has one more entry at the start of dimension `room`; that entry is uninitialised.
+
+`clone` does not serve: Inductor removes a `clone` whose result has the strides of its operand.
 """
 
-COPY_ROWS = torch.ops.mom.copy_rows.default
+LAID_OUT = define("laid_out(Tensor(a) value, int[] order) -> Tensor(a)")
+"""`value` itself if it is dense in `order`, else a copy that is.
 
-LIBRARY.define("laid_out(Tensor(a) value, int[] order) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
-"""A value that is dense in `order`: itself where it lies so, else a copy.
-
-What an operator really returns may have other strides than its fake kernel claims. Behind this operator it has not.
+The real result of an operator may have other strides than its fake kernel claims; the result of this operator has not.
 """
-
-LAID_OUT = torch.ops.mom.laid_out.default
 
 
 def copy_rows(rows: torch.Tensor, order: Sequence[int], room: int | None = None) -> torch.Tensor:
@@ -33,15 +32,11 @@ def copy_rows(rows: torch.Tensor, order: Sequence[int], room: int | None = None)
     return own
 
 
-@torch.library.register_fake("mom::copy_rows", lib=LIBRARY)
 def _new_rows(rows: torch.Tensor, order: Sequence[int], room: int | None = None) -> torch.Tensor:
     shape = list(rows.shape)
     if room is not None:
         shape[room] += 1
     return torch.empty_permuted(shape, list(order), dtype=rows.dtype, device=rows.device)
-
-
-LIBRARY.impl("copy_rows", copy_rows, "CompositeExplicitAutograd")
 
 
 def laid_out(value: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
@@ -54,9 +49,5 @@ def laid_out(value: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     return value
 
 
-@torch.library.register_fake("mom::laid_out", lib=LIBRARY)
-def _laid_out_fake(value: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    return torch.empty_permuted(value.shape, list(order), dtype=value.dtype, device=value.device)
-
-
-LIBRARY.impl("laid_out", laid_out, "CompositeExplicitAutograd")
+implement(COPY_ROWS, copy_rows, _new_rows)
+implement(LAID_OUT, laid_out, _new_rows)

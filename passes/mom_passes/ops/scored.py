@@ -1,42 +1,40 @@
-"""`mom::scored`: what is asked of logits, row by row, without all logits of a row at once."""
+"""`mom::scored`: sums, maxima and chosen columns of logits, without all logits of a row in memory at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-LIBRARY.define(
+SCORED = define(
     "scored(Tensor hidden, Tensor matrix, Tensor? bias, Tensor? targets, str[] steps, float[] numbers, str[] wants)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-"""`x = steps(hidden @ matrix + bias)` are the logits: hidden `[.., K]`, matrix `[K, V]`, bias `[V]`, x `[.., V]`.
+"""Reductions over the logits `x = steps(hidden @ matrix + bias)`: hidden `[.., K]`, matrix `[K, V]`, bias `[V]`,
+x `[.., V]`.
 
-`steps` are applied to each element in order: `"mul"`, `"div"`, `"add"` and `"sub"` with the number of the same place in
-`numbers`; `"tanh"` and `"neg"`; or a dtype, `"float32"`, to which it is converted. What follows is of x in float32 at
-least, its dtype is `wide`. Each result has a row for each row of `hidden`. Results that are not among `wants` have no
-columns.
+`steps` are applied elementwise in order: `"mul"`, `"div"`, `"add"` and `"sub"` take the number at the same place in
+`numbers`; `"tanh"` and `"neg"` take none; a dtype such as `"float32"` is a conversion. Reductions are computed in x's
+dtype or float32, whichever is wider (`wide`). Every result has the leading dimensions of `hidden`. A result that is not
+in `wants` has no columns.
 
     top         [.., 1] wide       the largest logit
-    shift       [.., 1] float64    that where it is finite, else 0
+    shift       [.., 1] float64    `top` where it is finite, else 0
     total       [.., 1] float64    "total": the sum of exp(x - shift)
-    weighted    [.., 1] float64    "weighted": the sum of exp(x - shift) * (x - shift), which is NaN where a logit is
-                                   -inf; "likely": the same, where a logit of -inf adds nothing
-    chosen      [.., T] wide       the logits at `targets` [.., T], integers from 0 to V - 1; without them T is 0
-    greedy      [.., 1] int64      "greedy": the column of the largest logit, the first of several
+    weighted    [.., 1] float64    "weighted": the sum of exp(x - shift) * (x - shift), NaN if a logit is -inf;
+                                   "likely": the same, where a logit of -inf adds 0
+    chosen      [.., T] wide       the logits at `targets` [.., T], integers from 0 to V - 1; T is 0 without targets
+    greedy      [.., 1] int64      "greedy": the first column with the largest logit
 
-NaN among the logits of a row makes its numbers NaN, and `greedy` the first such column.
+A NaN logit makes the numbers of its row NaN, and `greedy` the first such column.
 
-A kernel has blocks of a row's columns: of `block_bytes(device)` at most, whatever it makes of them included.
+A kernel processes blocks of columns of at most `block_bytes(device)`, intermediate values included.
 """
 
-SCORED = torch.ops.mom.scored.default
-
-#: Steps with a number and without.
 WITH_NUMBER = ("mul", "div", "add", "sub")
 WITHOUT = ("tanh", "neg")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -46,7 +44,7 @@ TOTAL, WEIGHTED, LIKELY, GREEDY = "total", "weighted", "likely", "greedy"
 
 @dataclass(frozen=True)
 class ScoredCall:
-    """What one call of `mom.scored` says: the arguments of its schema, by name and in order."""
+    """The arguments of one call of `mom.scored`, in the order of its schema."""
 
     hidden: torch.Tensor
     matrix: torch.Tensor
@@ -62,8 +60,8 @@ class ScoredCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits behind the last step."""
-        return dtype_behind(self.steps, self.hidden.dtype)
+        """The dtype of the logits after the last step."""
+        return dtype_after(self.steps, self.hidden.dtype)
 
     @property
     def wide(self) -> torch.dtype:
@@ -74,7 +72,7 @@ class ScoredCall:
         return WEIGHTED in self.wants or LIKELY in self.wants
 
     def results(self) -> Results:
-        """Uninitialised."""
+        """Uninitialised results."""
         shape = self.hidden.shape[:-1]
 
         def new(columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,10 +87,9 @@ class ScoredCall:
             new(int(GREEDY in self.wants), torch.int64),
         )
 
-
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """In which an element is held on its way, each once; the last is `wide`."""
+        """The distinct dtypes that an element has in turn; the last is `wide`."""
         return dtypes_on_the_way(self.steps, self.hidden.dtype)
 
 
@@ -100,29 +97,32 @@ Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 Kernel = Callable[[ScoredCall], Results]
 
 
-def dtype_behind(steps: Sequence[str], before: torch.dtype) -> torch.dtype:
+def dtype_after(steps: Sequence[str], before: torch.dtype) -> torch.dtype:
     return next((DTYPES[step] for step in reversed(steps) if step in DTYPES), before)
 
 
 def dtypes_on_the_way(steps: Sequence[str], before: torch.dtype) -> list[torch.dtype]:
-    wide = torch.promote_types(dtype_behind(steps, before), torch.float32)
+    wide = torch.promote_types(dtype_after(steps, before), torch.float32)
     known = dict.fromkeys([before, *(DTYPES[step] for step in steps if step in DTYPES)])
     return [*(dtype for dtype in known if dtype != wide), wide]
 
 
 def element_bytes(dtypes: Sequence[torch.dtype], weighs: bool) -> int:
-    """What a kernel holds for each logit of a block: itself in each dtype and, where it weighs, its likelihood."""
+    """Bytes per logit of a block: the logit in each dtype and, for "weighted" or "likely", its exponential."""
     return sum(dtype.itemsize for dtype in dtypes) + (dtypes[-1].itemsize if weighs else 0)
 
 
 def block_bytes(device: str) -> int:
-    """Bytes of a block on a type of device. On a CPU they should be in a cache: 256 rows of 1024 to 8192 columns take
-    the same time within a tenth, 1024 rows of 4096 columns and more up to twice as long as of 1024 (one core)."""
+    """Bytes of a block on a type of device.
+
+    On a CPU a block should fit in a cache. Measured on one core: with 256 rows, 1024 to 8192 columns take the same time
+    within 10%; with 1024 rows, 4096 columns and more take up to twice as long as 1024 columns.
+    """
     return (4 if device == "cpu" else 16) << 20
 
 
 def stepped(x: torch.Tensor, steps: Sequence[str], numbers: Sequence[float]) -> torch.Tensor:
-    """The logits of a product."""
+    """Apply the steps to a product `hidden @ matrix + bias`."""
     for step, number in zip(steps, numbers, strict=True):
         if step in DTYPES:
             x = x.to(DTYPES[step])
@@ -136,13 +136,13 @@ def shift_of(top: torch.Tensor) -> torch.Tensor:
 
 
 def below(x: torch.Tensor, shift: torch.Tensor, wants: Sequence[str]) -> torch.Tensor:
-    """`x - shift`, in place; with "likely", the least number in place of -inf: times 0 it is 0."""
+    """`x - shift`, in place. With "likely", -inf becomes the smallest finite number, which times 0 is 0."""
     x.sub_(shift)
     return x.clamp_(min=torch.finfo(x.dtype).min) if LIKELY in wants else x
 
 
 def scored_reference(call: ScoredCall) -> Results:
-    """The definition, in plain PyTorch."""
+    """The definition in plain PyTorch."""
     product = call.hidden @ call.matrix
     x = stepped(product if call.bias is None else product + call.bias, call.steps, call.numbers).to(call.wide)
     top = x.amax(-1, keepdim=True)
@@ -163,13 +163,12 @@ def scored_reference(call: ScoredCall) -> Results:
 
 
 def as_operator(kernel: Kernel) -> Callable[..., Results]:
-    """`kernel` with the arguments of the operator's schema."""
+    """Wrap `kernel` to take the arguments of the schema."""
 
-    def operator(*arguments, **named):  # type: ignore[no-untyped-def]
+    def operator(*arguments: Any, **named: Any) -> Results:
         return kernel(ScoredCall(*arguments, **named))
 
     return operator
 
 
-torch.library.register_fake("mom::scored", as_operator(ScoredCall.results), lib=LIBRARY)
-LIBRARY.impl("scored", as_operator(scored_reference), "CompositeExplicitAutograd")
+implement(SCORED, as_operator(scored_reference), as_operator(ScoredCall.results))

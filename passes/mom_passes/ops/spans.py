@@ -1,22 +1,19 @@
-"""`mom::spans`: which range of keys each query may see, looked up once for all attentions of a graph."""
+"""`mom::spans`: the range of keys that each query may attend to, computed once for all attentions of a graph."""
 
 from __future__ import annotations
 
 import torch
 
-from mom_passes.ops.library import LIBRARY
+from mom_passes.ops.library import define, implement
 
-LIBRARY.define(
-    "spans(Tensor? keys, Tensor? segments, Tensor? positions) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-"""Looks once at what is said of the keys, and tells which range of keys `[first, end)` each query may see.
+SPANS = define("spans(Tensor? keys, Tensor? segments, Tensor? positions) -> Tensor")
+"""The range of keys `[first, end)` that each query may attend to under `keys`, `segments` and `positions`.
 
-`[B or 1, N, 2]` int64, on the CPU: one range for all queries (N = 1), or one for each token where there are segments
-(N = T). Ranges do not know of causality, but where there are `positions` they are given only if these grow by one from
-token to token within a segment, so that they say what an index would. -1 where what may be seen is no range.
+The arguments are those of `mom.attention`. The result is `[B or 1, N, 2]` int64 on the CPU: one range for all queries
+(N = 1), or with `segments` one per token (N = T). Causality is not part of a range. Where `positions` are given, ranges
+are returned only if positions increase by one from token to token within a segment, which makes them equivalent to
+token indices. Both entries are -1 where the keys do not form a range.
 """
-
-SPANS = torch.ops.mom.spans.default
 
 
 def spans_reference(
@@ -29,7 +26,7 @@ def spans_reference(
     cuts = torch.zeros((batch, max(0, tokens - 1)), dtype=torch.bool)
     if segments is not None:
         steps = segments.diff(dim=1)
-        known = known & (steps >= 0).all(1, keepdim=True)  # a number that comes back would be one segment in two places
+        known = known & (steps >= 0).all(1, keepdim=True)  # a repeated number would be one segment in two places
         cuts = cuts | (steps != 0)
     if positions is not None:
         known = known & ((positions.diff(dim=1) == 1) | cuts).all(1, keepdim=True)
@@ -44,7 +41,7 @@ def spans_reference(
 
 
 def _segments(cuts: torch.Tensor, tokens: int) -> torch.Tensor:
-    """For each token where its segment begins and ends, given between which tokens one ends."""
+    """`[B, T, 2]`: where the segment of each token begins and ends. `cuts[b, t]`: a segment ends after token `t`."""
     index = torch.arange(tokens).expand(cuts.shape[0], -1)
     begins = torch.nn.functional.pad(cuts, (1, 0), value=True)
     ends = torch.nn.functional.pad(cuts, (0, 1), value=True)
@@ -54,7 +51,7 @@ def _segments(cuts: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def _one_run(keys: torch.Tensor) -> torch.Tensor:
-    """`[B, 1, 2]`: where the keys that may be seen begin and end, -1 if there are others between. None is `[0, 0)`."""
+    """`[B, 1, 2]`: the range of keys whose flag is set, -1 if it has gaps, `[0, 0)` if there are none."""
     tokens = keys.shape[1]
     index = torch.arange(tokens)
     first = torch.where(keys, index, tokens).amin(1)
@@ -64,11 +61,12 @@ def _one_run(keys: torch.Tensor) -> torch.Tensor:
     return run.where(((end - first == count) | (count == 0))[:, None], -1)[:, None]
 
 
-@torch.library.register_fake("mom::spans", lib=LIBRARY)
-def _spans_fake(keys, segments, positions):  # type: ignore[no-untyped-def]
+def _spans_fake(
+    keys: torch.Tensor | None, segments: torch.Tensor | None, positions: torch.Tensor | None
+) -> torch.Tensor:
     given = [v for v in (keys, segments, positions) if v is not None]
     batch = next((v.shape[0] for v in given if v.shape[0] != 1), 1)
     return torch.empty((batch, 1 if segments is None else segments.shape[1], 2), dtype=torch.int64, device="cpu")
 
 
-LIBRARY.impl("spans", spans_reference, "CompositeExplicitAutograd")
+implement(SPANS, spans_reference, _spans_fake)

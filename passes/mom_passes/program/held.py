@@ -1,12 +1,11 @@
-"""What operators that are compiled together hold at a time, by how compilers fuse them.
+"""Peak bytes of the values that a piece or a loop body holds, given how compilers fuse its operators.
 
 Terms
 -----
-alive   From the kernel that makes a value to the last that reads it (see `kernels` for what is held at all).
+alive   A value is alive from the kernel that makes it to the last kernel that reads it (`kernels` says which are held).
+own     Workspace of a library kernel, where its operator states it (`rules.registry`).
 
-    own     What a library's kernel takes for itself, where its operator says so (`rules.registry`).
-
-    bytes = most, over the kernels, of the bytes of all held values that are alive there, and of what is its own
+    bytes = maximum over the kernels of (bytes of the held values alive there + own)
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from mom_passes.program.storages import shares_with
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a value: its bytes in the graph's sizes, and what they are at the captured sizes, to compare by."""
+    """Byte counts, in the graph's sizes and as numbers at the captured sizes."""
 
     bytes: Callable[[fx.Node], sympy.Expr]
     number: Callable[[sympy.Expr], int]
-    #: What the kernel of an operator takes for itself.
+    #: Workspace of an operator's kernel.
     own: Callable[[fx.Node], sympy.Expr]
-    #: Whether a compiler fuses; else every operator's result but a view is held, and nothing is written over.
+    #: Whether a compiler fuses. If not, every result but a view is held, and no result is written over an operand.
     fused: bool = True
-    #: The type of device that is compiled for, if that is not where the graph was captured.
+    #: The type of device that is compiled for, if not that of the capture.
     device: str | None = None
-    #: Whether the most is wanted for all sizes, not as it grows where it is at the captured ones.
+    #: Return the maximum for all sizes, not the expression that is largest at the captured sizes.
     everywhere: bool = False
 
 
@@ -46,10 +45,10 @@ def most_held(
     costs: Costs,
     stored: Iterable[fx.Node] = (),
 ) -> sympy.Expr:
-    """The most that `nodes` hold at a time, with those of the values they are `given` that die among them.
+    """The peak bytes of `nodes`, in the graph's sizes.
 
-    `kept` says of a value whether it is read behind them, and so lives to the end; `stored` are those that are written
-    elsewhere as they are made.
+    Counts the values that they make, and those of `given` that die among them. A value for which `kept` holds is read
+    later and alive to the end; `stored` values are written elsewhere as they are computed.
     """
     given = list(given)
     if costs.fused:
@@ -62,7 +61,7 @@ def most_held(
 def _one_by_one(
     nodes: Iterable[fx.Node], given: Iterable[fx.Node], kept: Callable[[fx.Node], bool]
 ) -> tuple[list[Kernel], set[fx.Node]]:
-    """Each operator as a kernel of its own, and the storages that are read behind them all."""
+    """Each operator as a kernel, and the storages that are read after all of them."""
     storage = {node: node for node in given}
     kernels, ends = [], set()
     for node in nodes:
@@ -96,10 +95,10 @@ class _Held:
         self.last |= dict.fromkeys(kept & self.first.keys(), len(kernels))
         self.size = {storage: costs.number(costs.bytes(storage)) for storage in self.first}
         self.own = [sum(map(costs.own, kernel.makes), sympy.S.Zero) for kernel in kernels]
-        #: What a compiler expects that does not look at what lies over what.
+        #: Bytes that Inductor's own planning expects, which ignores results written over operands.
         self.expected = self.numbers()
         for kernel in kernels:
-            # Where one lies over another, that one's bytes are counted until the kernel before.
+            # A value whose storage another result takes over is counted up to the kernel before.
             self.last |= {taken: self.first[new] - 1 for new, taken in kernel.over.items()}
 
     def most(self) -> sympy.Expr:
@@ -107,7 +106,7 @@ class _Held:
             return sympy.S.Zero
         if self.costs.fused:
             self._use_again()
-        # What is a kernel's own does not grow as values do: with few rows it may be the most, with many it is not.
+        # Workspaces do not grow as values do: one may set the peak for few rows and not for many.
         if self.costs.everywhere or any(own != 0 for own in self.own):
             return sympy.Max(*_highest([self._bytes(at) for at in range(len(self.kernels))]), evaluate=False)
         numbers = self.numbers()
@@ -118,7 +117,7 @@ class _Held:
         return sympy.expand(sum((self.costs.bytes(storage) for storage in alive), self.own[kernel]))
 
     def numbers(self) -> list[int]:
-        """Bytes that are held while each kernel runs, at the captured sizes."""
+        """Bytes alive during each kernel, at the captured sizes."""
         change = [0] * (len(self.kernels) + 2)
         for storage, first in self.first.items():
             change[first] += self.size[storage]
@@ -126,7 +125,7 @@ class _Held:
         return list(itertools.accumulate(change))[: len(self.kernels)]
 
     def _use_again(self) -> None:
-        """Keep what dies for a later value of its size: Inductor does where that raises no peak that it expects."""
+        """Extend lives where Inductor keeps a buffer for a later value of its size: where that raises no peak."""
         numbers = list(self.expected)
         peak = max(numbers)
         taken = {old for kernel in self.kernels for old in kernel.over.values()}
@@ -152,7 +151,7 @@ class _Held:
 
 
 def _highest(sizes: Iterable[sympy.Expr]) -> list[sympy.Expr]:
-    """Those that are the largest somewhere: without those of which another has as much of every term."""
+    """The sizes that are the largest for some values of their symbols: those not dominated term by term."""
     terms = {size: size.as_coefficients_dict() for size in sizes}
     return [
         size

@@ -1,20 +1,20 @@
-"""Let a loop's output take over the storage of an operand that dies there: the residual stream lives once, not twice.
+"""Let a loop write an output over an operand that dies there, so that the residual stream is stored once.
 
 Terms
 -----
 take over   The loop writes rows `[a, b)` of an output where rows `[a, b)` of an operand were, after reading them.
-may be in   A value may lie in the storage of what it is made of between loops, whatever the operator is called: a
-            compiler drops what computes nothing (`clone`, `x + 0`), and what is copied to the host is read until the
-            copy ends, or stays after all. Only what a loop stores and what `copy_rows` copies is known to lie apart.
+may be in   Between loops, a result may share the storage of any operand, whatever the operator: a compiler removes
+            operators that compute nothing (`clone`, `x + 0`), and a value that is copied to the host is read until the
+            copy ends. Only loops and `copy_rows` are known to store their results elsewhere.
 
     for loop in program:
         for output in its outputs:
-            take over the first operand it has rows of that
-                an earlier loop stored           (storage of our own: never an input, never a view)
-                dies here                        (no step behind this one reads what may be in its storage,
-                                                  and this one is given it once)
+            take over the first operand, read by rows, that
+                an earlier loop stored           (never an input or a view)
+                dies here                        (no later step reads a value that may be in its storage, and this loop
+                                                  reads it once)
                 has the same shape, dtype, layout and token dimension
-                is not taken by another output
+                is not taken over by another output
 
 Before:  k1, v1, x1 = stage_1(S, x0, k0, v0, ...)        x0 and x1 both at full length
 After:   the same, x1 in the storage of x0               Stored(x1).over == 0
@@ -23,14 +23,14 @@ After:   the same, x1 in the storage of x0               Stored(x1).over == 0
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 
-from mom_passes.graph.aliasing import may_be_a_view
-from mom_passes.graph.sizes import same
+from mom_passes.graph.aliasing import base_of
+from mom_passes.graph.sizes import all_same
+from mom_passes.graph.values import returned_values
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import Out, RowsIn, Stored
 from mom_passes.ops.rows import COPY_ROWS
@@ -41,14 +41,14 @@ from mom_passes.rules import Dim
 
 
 def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
-    """Decide it for every loop of a rewritten graph and note it in the loops' outputs, in place."""
+    """Set `Stored.over` of the outputs of every loop, in place."""
     modules = dict(loop_nodes(gm))
     if not modules:
         return gm
     for module in modules.values():
-        module.loop = _apart(module.loop)
+        module.loop = _without_overwriting(module.loop)
     program = schedule(gm)
-    within = _may_be_in(program)
+    within = _possible_storages(program)
     last_of = lives(program, within).last_of
     stored: dict[fx.Node, Stored] = {}
     for i, step in enumerate(program.steps):
@@ -61,14 +61,14 @@ def take_over_storage(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _apart(loop: Loop) -> Loop:
-    """The loop with each output in a storage of its own."""
+def _without_overwriting(loop: Loop) -> Loop:
+    """The loop with every output in a storage of its own."""
     outputs = (replace(output, over=None) if isinstance(output, Stored) else output for output in loop.outputs)
     return replace(loop, outputs=tuple(outputs))
 
 
-def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
-    """Of the storages that loops store, those that a value may be in."""
+def _possible_storages(program: Program) -> dict[fx.Node, set[Storage]]:
+    """For each value, the storages written by loops that it may be in."""
     found: dict[fx.Node, set[Storage]] = {}
     for step in program.steps:
         if isinstance(step, LoopStep):
@@ -81,23 +81,23 @@ def _may_be_in(program: Program) -> dict[fx.Node, set[Storage]]:
 
 
 def _stored_by(step: LoopStep) -> dict[fx.Node, Stored]:
-    """The values that a loop stores, each with its port."""
+    """The values that a loop stores, with their ports."""
     outputs = zip(step.outs, step.loop.outputs, strict=True)
     return {value: port for value, port in outputs if value is not None and isinstance(port, Stored)}
 
 
 def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
-    """The loop, its outputs over operands that die there: by input, how those were stored."""
-    pieces = next(iter(reversed(loop.body.graph.nodes))).args[0]
+    """The loop with its outputs over dying operands. `dying`: an input's index -> the port it was stored through."""
+    pieces = returned_values(loop.body.graph)
     taken: set[int] = set()
     outputs: list[Out] = []
-    for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):  # type: ignore[index]
+    for output, piece in itertools.zip_longest(loop.outputs, pieces[: len(loop.stored)]):
         for i, before in dying.items() if piece is not None else ():
             port = loop.inputs[i]
-            if i in taken or _relabels_an_input(piece):
+            if i in taken or _is_view_of_operand(piece):
                 continue
             assert isinstance(port, RowsIn) and isinstance(output, Stored)
-            if _alike(before, output, port.dim):
+            if _same_layout(before, output, port.dim):
                 output = replace(output, over=i)
                 taken.add(i)
                 break
@@ -105,19 +105,16 @@ def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
     return replace(loop, outputs=tuple(outputs))
 
 
-def _alike(before: Stored, after: Stored, dim: Dim) -> bool:
+def _same_layout(before: Stored, after: Stored, dim: Dim) -> bool:
     one, other = before.type, after.type
     return (
         dim.plain
         and before.dim == after.dim == dim
         and (one.dtype, one.device, one.order) == (other.dtype, other.device, other.order)
-        and len(one.shape) == len(other.shape)
-        and all(same(a, b) for a, b in zip(one.shape, other.shape, strict=True))
+        and all_same(one.shape, other.shape)
     )
 
 
-def _relabels_an_input(piece: fx.Node) -> bool:
-    """Rows that are an operand's own rows seen otherwise: writing elsewhere first would change them."""
-    while piece.op == "call_function" and (piece.target is operator.getitem or may_be_a_view(piece)):
-        piece = piece.args[0]  # type: ignore[assignment]
-    return piece.op == "placeholder"
+def _is_view_of_operand(piece: fx.Node) -> bool:
+    """Whether the rows are a view of an operand's rows: writing another output over these first would change them."""
+    return base_of(piece).op == "placeholder"

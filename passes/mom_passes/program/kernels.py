@@ -1,20 +1,20 @@
-"""Which operators of a piece become kernels, in which order, and what each of these reads and makes.
+"""How a compiler groups the operators of a piece into kernels, and what each kernel reads and makes.
 
 Terms
 -----
-held      Has storage of its own. Views have none. Neither has what a compiler computes where it is read: pointwise
-          work, gathers and constants. It is held all the same where a product, a sort or another library's kernel reads
-          it, or a reader outside, and where computing it again for each of several readers is too dear.
-library   An operator that is another library's kernel: it reads what is held and fuses with nothing.
-kernel    What is launched at once. All that it makes is allocated before it runs, what it reads for the last time is
-          freed behind it. On a CPU, Inductor writes one function for everything between two library kernels.
-over      A result goes where an operand dies, if both are as large and whoever else reads the operand has done so.
+held      A value with storage of its own. Views have none. Pointwise results, gathers and constants are computed where
+          they are read and have none either, unless a library kernel, a sort or a later piece reads them, or computing
+          them again for several readers is too expensive.
+library   An operator that calls another library's kernel: it reads held values and fuses with nothing.
+kernel    One launch. Everything it makes is allocated before it runs; what it reads last is freed after it. On a CPU,
+          Inductor writes one function for all operators between two library kernels.
+over      A result is written over an operand that dies, if both have the same size and all other readers ran before.
 
-    operators -> those that are held, each with the held values that it is computed from
-              -> in order: a held value stands where it is first read, what is stored where its last operand is made
-              -> CPU: runs without a library kernel are one kernel;  else: each is one
+    operators -> held values, each with the held values that it is computed from
+              -> order: a held value at its first reader, a stored value at its last operand
+              -> CPU: operators between library kernels are one kernel;  else: each is one
 
-A compiler may reorder kernels and so need less. Compared with what is measured on a CPU alone, never on a GPU.
+A compiler may reorder kernels and need less memory. Compared with measurements on a CPU only, never on a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import torch
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
+from mom_passes.graph.values import input_node, is_pointwise
 from mom_passes.program.storages import shares_with
 from mom_passes.torch_compat import packet_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-#: Computed where they are read, like all that PyTorch calls pointwise: each element from anywhere in an operand.
+#: Fused into their readers as pointwise operators are: each element is read from anywhere in an operand.
 _GATHERS = frozenset(
     {
         aten.arange, aten.constant_pad_nd, aten.copy, aten.embedding, aten.empty, aten.flip, aten.full, aten.gather,
@@ -43,7 +44,7 @@ _GATHERS = frozenset(
     }
 )  # fmt: skip
 
-#: Held, but they compute what they read, and fuse.
+#: Held, and fused with the operators that compute their operands.
 _COMPUTING = frozenset(
     {
         aten.amax, aten.amin, aten.any, aten.argmax, aten.argmin, aten.cat, aten.max, aten.mean, aten.min, aten.prod,
@@ -51,23 +52,23 @@ _COMPUTING = frozenset(
     }
 )  # fmt: skip
 
-#: Reductions of fewer values than this are written out; Inductor's setting.
+#: Inductor unrolls reductions of fewer values than this.
 _WRITTEN_OUT, _FEWEST_VALUES = frozenset({aten.amax, aten.amin, aten.prod, aten.sum}), 8
 
-#: Of the library kernels, those that write where they are told to.
+#: Library kernels that write into a given buffer.
 _INTO = frozenset({aten.addmm, aten.baddbmm, aten.bmm, aten.mm})
 
-#: Not computed again for each reader on a CPU, by Inductor's own list.
+#: Not recomputed for each reader on a CPU, by Inductor's list.
 _DEAR = frozenset({aten.exp, aten.log, aten.log10, aten.log1p, aten.log2, aten.sigmoid, aten.tanh, aten.silu})
-#: How many values may be read for each reader anew, and how many at all, on a CPU and elsewhere: Inductor's settings.
+#: Inductor's settings: reads up to which a value is recomputed for each reader, and most reads of any fused value.
 _READS_OF_EACH, _READS_ON_CPU, _READS_ELSEWHERE = 4, 12, 8
 
 
 @dataclass(eq=False)
 class Kernel:
-    """The storages that it `makes`, those that it `reads`, and of the first which lie `over` one of the others.
+    """The storages that a kernel `makes` and `reads`. `over` maps a made storage to the read one that it overwrites.
 
-    `into` says whether it writes to what has been allocated for it; else it returns storages of its own.
+    `into`: the kernel writes to allocated buffers; if not, it returns storages of its own.
     """
 
     makes: list[fx.Node] = field(default_factory=list)
@@ -78,23 +79,22 @@ class Kernel:
 
 @dataclass(eq=False)
 class _Op:
-    """What makes a held value, or stores one elsewhere (`makes` is None). Of two, that with the lower `place` runs
-    first."""
+    """An operator that makes a held value, or stores one elsewhere (`makes` is None). Ordered by `place`."""
 
     makes: fx.Node | None
     reads: frozenset[fx.Node]
     place: tuple[int, int]
     library: bool = False
     reduces: bool = False
-    #: Those of its own kernel that it needs the results of.
+    #: Operators of the same kernel whose results it needs.
     ancestors: set[_Op] = field(default_factory=set)
 
 
 class Fusion:
-    """What a compiler makes of `nodes`. They are `given` values that die among them, and may read others.
+    """The kernels that a compiler makes of `nodes`.
 
-    `kept` says of a value whether it is read behind them, `stored` are those that are written elsewhere. `device`
-    is the type of device that it is compiled for, if that is not the nodes' own.
+    `given` values die among them. A value for which `kept` holds is read later; `stored` values are written elsewhere.
+    `device` is the type of device that is compiled for, if not that of the nodes.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Fusion:
     ) -> None:
         self.position = {node: at for at, node in enumerate(nodes) if size(node) != 0}
         self.given = set(given)
-        #: What is taken from several values that a library's kernel returns at once: each dies by itself.
+        #: Results of a library kernel that returns several: each dies separately.
         self.items: dict[fx.Node, list[fx.Node]] = {}
         for node in self.position:
             several = node.all_input_nodes[0] if node.target is operator.getitem else None
@@ -117,11 +117,11 @@ class Fusion:
         self.size = functools.cache(lambda node: size(node) - sum(map(size, self.items.get(node, ()))))
         self.on_cpu = any((device or _device(node)) == "cpu" for node in self.position)
         self.storage = self._storages()
-        self.seen_as: dict[fx.Node, list[fx.Node]] = {}
+        self.seen_as: dict[fx.Node, set[fx.Node]] = {}
         for node, storage in self.storage.items():
-            self.seen_as.setdefault(storage, []).append(node)
+            self.seen_as.setdefault(storage, set()).add(node)
         self.kept = {self.storage[node] for node in self.position if kept(node)}
-        #: What each held value is computed from, and each that is computed where it is read.
+        #: The held values that each held value is computed from, and likewise for fused values.
         self.held: dict[fx.Node, frozenset[fx.Node]] = {}
         self.inlined: dict[fx.Node, frozenset[fx.Node]] = {}
         self.dear: set[fx.Node] = set()
@@ -132,7 +132,7 @@ class Fusion:
         self.readers = self._readers()
 
     def kernels(self) -> list[Kernel]:
-        """In the order they run."""
+        """The kernels in the order they run."""
         found: list[Kernel] = []
         run: list[_Op] = []
         for op in self.ops:
@@ -150,7 +150,7 @@ class Fusion:
     # --- what is held ---
 
     def _storages(self) -> dict[fx.Node, fx.Node]:
-        """Value -> the one whose storage it shares, itself mostly. Those of values from elsewhere are theirs."""
+        """Node -> the node whose storage it shares, mostly itself. A value from outside counts as its own."""
         found: dict[fx.Node, fx.Node] = {node: node for node in self.given}
         for node in self.position:
             source = None if self._is_item(node) else shares_with(node)
@@ -158,7 +158,7 @@ class Fusion:
         return found
 
     def _is_item(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and node in self.items.get(node.args[0], ())  # type: ignore[arg-type]
+        return node.target is operator.getitem and node in self.items.get(input_node(node), ())
 
     def _read(self, node: fx.Node) -> None:
         reads: set[fx.Node] = set()
@@ -185,7 +185,7 @@ class Fusion:
         return self._is_reused(node) and (reads > _READS_OF_EACH or (dear and self.on_cpu))
 
     def _is_pointwise(self, node: fx.Node) -> bool:
-        """Or a reduction of so few values that it is written out."""
+        """Whether a value is fused: pointwise, or a reduction so small that it is unrolled."""
         if _is_fused(node) or packet_of(node.target) not in _WRITTEN_OUT:
             return _is_fused(node)
         values = sympy.cancel(self.size(node.all_input_nodes[0]) / self.size(node))
@@ -195,9 +195,10 @@ class Fusion:
         return any(len(value.users) > 1 for value in self.seen_as[node])
 
     def _users(self, node: fx.Node) -> list[fx.Node]:
-        """Who reads a value here, itself or a view of it."""
-        users = dict.fromkeys(user for value in self.seen_as[node] for user in value.users)
-        return [user for user in users if user in self.position and not _is_view(user)]
+        """The readers of a value or its views, in this piece."""
+        views = self.seen_as[node]
+        users = dict.fromkeys(user for value in views for user in value.users)
+        return [user for user in users if user in self.position and user not in views]
 
     # --- in which order ---
 
@@ -209,19 +210,19 @@ class Fusion:
             pointwise = self._is_pointwise(node)
             if pointwise and node not in self.kept:
                 place = min((self.position[user] for user in self._users(node)), default=place)
-            ops.append(_Op(node, self._own(reads), (place, self.position[node]), library, not pointwise))
+            ops.append(_Op(node, self._counted(reads), (place, self.position[node]), library, not pointwise))
         for value in stored:
             source = self.storage.get(value, value)
-            reads = self._own(self.inlined.get(source, frozenset([source])))
+            reads = self._counted(self.inlined.get(source, frozenset([source])))
             last = max((self.position.get(read, 0) for read in reads), default=0)
             ops.append(_Op(None, reads, (last, len(self.position))))
         return sorted(ops, key=lambda op: op.place)
 
-    def _own(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
-        """Those that count: what is neither the caller's nor part of the module."""
-        return frozenset(read for read in reads if self._is_ours(read) or read in self.given)
+    def _counted(self, reads: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """The storages that count: neither the caller's nor the module's."""
+        return frozenset(read for read in reads if self._is_made_here(read) or read in self.given)
 
-    def _is_ours(self, storage: fx.Node) -> bool:
+    def _is_made_here(self, storage: fx.Node) -> bool:
         return storage in self.held or self._is_item(storage)
 
     def _readers(self) -> dict[fx.Node, list[_Op]]:
@@ -251,19 +252,19 @@ class Fusion:
         return kernel
 
     def _stays_inside(self, op: _Op, run: list[_Op]) -> bool:
-        """Whether each element is read as it is made, in the same pass over them: by nobody behind its reduction."""
-        readers = self.readers.get(op.makes, [])  # type: ignore[arg-type]
+        """Whether each element is read as it is made: no reader in the kernel depends on a reduction of the value."""
+        readers = self.readers.get(op.makes, []) if op.makes is not None else []
         if op.reduces or op.makes in self.kept or not all(reader in run for reader in readers):
             return False
         reductions = {reader for reader in readers if reader.reduces}
         return all(reductions.isdisjoint(reader.ancestors) for reader in readers)
 
     def _written_over(self, op: _Op, run: list[_Op], kernel: Kernel) -> fx.Node | None:
-        """The operand where a result goes. Inductor lets none go where a `cat` is."""
+        """The operand that a result overwrites. Inductor never overwrites the result of a `cat`."""
         assert op.makes is not None
         size = self.size(op.makes)
         for read in op.reads:
-            free = self._is_ours(read) and read not in self.kept and read not in kernel.over.values()
+            free = self._is_made_here(read) and read not in self.kept and read not in kernel.over.values()
             if not free or packet_of(read.target) is aten.cat or sympy.expand(self.size(read) - size) != 0:
                 continue
             others = [reader for reader in self.readers[read] if reader is not op]
@@ -279,17 +280,12 @@ def _device(node: fx.Node) -> str | None:
     return device.type if device is not None else None
 
 
-def _is_view(node: fx.Node) -> bool:
-    return getattr(node.target, "is_view", False) or node.target is operator.getitem
-
-
 def _is_fused(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or packet_of(node.target) in _GATHERS or _counts(node)
+    return is_pointwise(node) or packet_of(node.target) in _GATHERS or _is_constant_cumsum(node)
 
 
-def _counts(node: fx.Node) -> bool:
-    """Positions where nothing is padded: the sums of equal numbers, which Inductor computes where they are read."""
+def _is_constant_cumsum(node: fx.Node) -> bool:
+    """Positions without padding: the cumulative sum of a constant, which Inductor computes where it is read."""
     return packet_of(node.target) is aten.cumsum and packet_of(node.all_input_nodes[0].target) is aten.full
 
 

@@ -1,10 +1,10 @@
-"""Where a graph without loops is cut, so that what its layers have in common is compiled once.
+"""Cut a graph without loops at its attentions, so that the code shared by layers is compiled once.
 
     layer 0 .. attention | layer 0's rest, layer 1 .. attention | ... | the last layer's rest, head
-                           one piece, as often as there are layers
+                           one piece, called once per layer
 
-An attention is a kernel of its own: nothing is fused across it, so a cut there costs the call of a piece and no more.
-A graph that writes to its inputs stays whole: Inductor writes where it computes, pieces would only at the end.
+No kernel is fused across an attention, so a cut there costs only the call of a piece. A graph that writes to its inputs
+stays whole: Inductor writes in place where the value is computed, pieces could write only at the end.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mom_passes.program.schedule import schedule
 
 
 def by_layers(gm: fx.GraphModule) -> Program | None:
-    """The program of a graph cut behind its attentions; None for a graph without any, or one that writes to inputs.
+    """The program of a graph cut after its attentions, or None if it has none or writes to inputs.
 
-    An attention whose keys are a step of their own has a cut before it already.
+    An attention whose keys arrive by a step of their own has a cut before it already.
     """
     found = {node for node in gm.graph.nodes if node.target is MOM_ATTENTION or isinstance(node.target, FlexAttention)}
     if not found or any(is_mutation(node) for node in gm.graph.nodes):

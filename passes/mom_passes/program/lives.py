@@ -1,9 +1,9 @@
-"""From where to where each value and each storage of a program is needed.
+"""Lifetimes of the values and storages of a program.
 
 Terms
 -----
-last    Of a value, the last step that reads it: the slot it is in may be emptied before that step runs.
-alive   Of a storage: from the step that makes it to the last that reads any value in it. What is returned lives on.
+last    The last step that reads a value: its slot may be emptied before that step runs.
+alive   A storage is alive from the step that makes it to the last that reads a value in it, or to the end if returned.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from mom_passes.program.program import Place, Program, Storage
 
 @dataclass(frozen=True)
 class Lives:
-    """Numbers are those of steps; `len(steps)` stands for the end of the program."""
+    """Step numbers; `len(steps)` is the end of the program."""
 
     last: dict[fx.Node, int]
     first_of: dict[Storage, int]
     last_of: dict[Storage, int]
 
     def alive(self, step: int) -> list[Storage]:
-        """The storages that exist while a step runs, those that it makes included, in the order they were made."""
+        """The storages that exist while a step runs, those that it makes included, in order of creation."""
         return [storage for storage, first in self.first_of.items() if first <= step <= self.last_of[storage]]
 
 
 def lives(program: Program, within: Mapping[fx.Node, Collection[Storage]] | None = None) -> Lives:
-    """Of every value that a step reads or makes, and of every storage that is not the caller's.
+    """The lives of all values that steps read or make, and of all storages that are not the caller's.
 
-    `within` says in which storages a value may lie, for who has to be careful; else it lies in the one that the program
-    says.
+    `within` maps a value to the storages that it may be in; by default the one that the program states.
     """
     if within is None:
         within = {node: (storage,) for node, storage in program.storages.items()}

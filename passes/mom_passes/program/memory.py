@@ -1,14 +1,14 @@
-"""What a program needs of the device's memory, step by step, as expressions in the sizes of its graph.
+"""Device memory of a program, step by step, as expressions in the sizes of its graph.
 
 Terms
 -----
-moment    One step, with the storages that exist while it runs and what it needs beside them, its scratch.
-scratch   Of a piece: what its operators hold between each other (see `held`). Of a loop: what one mini-sequence holds,
-          in `count`, its rows. What kernels need for themselves is counted where their operators say so.
+moment    A step, with the storages that exist while it runs, and its scratch.
+scratch   Of a piece: the peak bytes of its operators (see `held`). Of a loop: those of one mini-sequence, in `count`,
+          its rows. Workspaces of kernels are included where operators state them.
 
-    peak = most, over the steps, of bytes of all storages of the device that are alive + scratch
+    peak = maximum over the steps of (bytes of the device storages alive + scratch)
 
-Inputs and parameters are the caller's and do not count; neither does what is on the host.
+Inputs and parameters belong to the caller and do not count; host memory does not either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import sympy
 from torch import fx
 
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import count_hint, expr, hint, product, symbol_hints
+from mom_passes.graph.sizes import expr, hint, product, symbol_hints
+from mom_passes.graph.values import bytes_of, returned_values, value_of
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
 from mom_passes.ops.transfers import OFFLOAD
@@ -36,8 +37,8 @@ from mom_passes.rules import facts
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """`alive` are the device's storages that exist throughout the step, `scratch` is in `count` for a loop, whose
-    mini-sequences have at most `rows` tokens of `length`."""
+    """A step with the device storages that exist throughout it. The scratch of a loop is in `count`; its mini-sequences
+    have at most `rows` of the loop's `length` tokens."""
 
     step: Step
     alive: tuple[Storage, ...]
@@ -51,7 +52,7 @@ class Moment:
 
     @property
     def own(self) -> sympy.Expr:
-        """The scratch, with the rows that a mini-sequence has."""
+        """The scratch at the number of rows of a mini-sequence."""
         return self.scratch.xreplace({COUNT: self.count}) if self.scratch != 0 else self.scratch
 
     @property
@@ -62,23 +63,23 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """The moments of a program, in order. `hints` are the sizes it was captured with."""
+    """The moments of a program, in order, and its captured sizes."""
 
     moments: tuple[Moment, ...]
     hints: Mapping[sympy.Symbol, int]
 
     @property
     def peak(self) -> sympy.Expr:
-        """Bytes above the inputs, for any sizes."""
+        """Peak bytes above the inputs, for any sizes."""
         return sympy.Max(*dict.fromkeys(moment.bytes for moment in self.moments), evaluate=False)
 
     @property
     def tokens(self) -> int:
-        """How many tokens the longest loop had when it was captured; 0 without loops."""
+        """Tokens of the longest loop at capture; 0 without loops."""
         return max((self.number(moment.length) for moment in self.moments), default=0)
 
     def number(self, size: Any, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
-        """An expression at other sizes than the captured ones, or at those."""
+        """The value of an expression at the captured sizes, updated by `sizes`."""
         return int(expr(size).xreplace({**self.hints, **(sizes or {})}).doit())
 
     @property
@@ -87,17 +88,25 @@ class Memory:
         return max(self.moments, key=lambda moment: self.number(moment.bytes))
 
     def most(self, *kinds: type, sizes: Mapping[sympy.Symbol, int] | None = None) -> int:
-        """The peak of the steps of some kinds, in bytes; 0 where there are none."""
+        """Peak bytes of the steps of some kinds; 0 if there are none."""
         chosen = (moment for moment in self.moments if isinstance(moment.step, kinds))
         return max((self.number(moment.bytes, sizes) for moment in chosen), default=0)
 
 
 def memory(program: Program, *, fused: bool = True, device: str | None = None, everywhere: bool = False) -> Memory:
-    """What a program needs, step by step. Without `fused`, what its pieces would hold if each operator ran by itself,
-    as in eager mode; with a type of `device`, what it would need there, wherever it was captured. With `everywhere`,
-    what a piece holds is its most at any sizes, where it is else what is the most at the captured ones."""
+    """The memory of a program, step by step.
+
+    Parameters
+    ----------
+    fused
+        If False, count each operator of a piece as a kernel, as in eager mode.
+    device
+        The type of device to compute for, if not that of the capture.
+    everywhere
+        Take the peak of a piece over all sizes instead of the expression that is largest at the captured sizes.
+    """
     found, hints = lives(program), symbol_hints(program.inputs)
-    # The captured sizes stand for themselves where they are numbers; a mini-sequence is compared at a usual length.
+    # Symbols have their captured values; a mini-sequence is compared at a usual length.
     known = {**hints, COUNT: sympy.Integer(128)}
 
     def number(size: sympy.Expr) -> int:
@@ -113,7 +122,7 @@ def memory(program: Program, *, fused: bool = True, device: str | None = None, e
 
 
 def stock_peak(gm: fx.GraphModule, device: str | None = None) -> Memory:
-    """What a captured graph needs as stock Inductor compiles it: uncut, as one piece; see `memory` for `device`."""
+    """The memory of a captured graph as stock Inductor compiles it: one piece without cuts. `device` as in `memory`."""
     return memory(schedule(gm), device=device, everywhere=True)
 
 
@@ -125,7 +134,7 @@ def _moment(program: Program, found: Lives, i: int, costs: Callable[..., Costs])
         return Moment(step, alive, _iteration(loop, costs(_typed_bytes)), loop.rows, expr(loop.length))
     if not isinstance(step, Compute):
         return Moment(step, alive, sympy.Integer(0))
-    # What the piece makes, and what dies in it, is counted operator by operator.
+    # Values that the piece makes, and those that die in it, are counted operator by operator.
     made = {storage for storage in alive if found.first_of[storage] == i}
     dying = {storage: node for node in step.ins if (storage := program.storages.get(node)) in alive}
     dying = {storage: node for storage, node in dying.items() if found.last_of[storage] == i}
@@ -135,15 +144,14 @@ def _moment(program: Program, found: Lives, i: int, costs: Callable[..., Costs])
 
 
 def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
-    """What one mini-sequence holds, in `count`. Rows that are stored are written where they belong as they are made."""
+    """Peak bytes of one mini-sequence, in `count`. Stored rows are written to their storage as they are computed."""
     nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
-    rows = next(iter(reversed(loop.body.graph.nodes))).args[0]
-    stored = [value for value in rows if isinstance(value, fx.Node)]  # type: ignore[union-attr]
+    stored = [value for value in returned_values(loop.body.graph) if isinstance(value, fx.Node)]
     return most_held(nodes, (), lambda node: False, costs, stored)
 
 
 def _device_of(node: fx.Node) -> str:
-    """The type of device that an operator's first operand is on, in a body or in a graph."""
+    """The type of device of an operator's first operand, in a body or in a graph."""
     first = node.all_input_nodes[0]
     value = first.meta["type"] if "type" in first.meta else meta_value(first)
     return str(value.device.type)
@@ -158,9 +166,9 @@ def _typed_bytes(node: fx.Node) -> sympy.Expr:
 
 @dataclass(frozen=True)
 class Leaving:
-    """A value that leaves whole, for which it may be decided anew in each run whether it does.
+    """A value that may be offloaded whole; each run decides whether it is.
 
-    `layer` is the one whose attention reads it, `bytes_per_token` what each of its tokens takes, as captured.
+    `layer` numbers the attention that reads it; `bytes_per_token` is at the captured sizes.
     """
 
     layer: int
@@ -168,12 +176,12 @@ class Leaving:
 
 
 def leaving(program: Program) -> dict[fx.Node, Leaving]:
-    """The values that leave whole, by the node that stands for them on the host."""
+    """The values that may be offloaded whole, by their `offload` nodes."""
     found = {}
     for step in program.steps:
         if isinstance(step, Transfer) and step.node.target is OFFLOAD:
             _, dim, _, layer = step.node.args
-            value = meta_value(step.node)
-            size = count_hint(value.shape) * value.element_size()
-            found[step.node] = Leaving(layer, size // max(1, hint(value.shape[dim])))  # type: ignore[arg-type]
+            assert isinstance(dim, int) and isinstance(layer, int)
+            tokens = hint(value_of(step.node).shape[dim])
+            found[step.node] = Leaving(layer, bytes_of(step.node) // max(1, tokens))
     return found

@@ -1,28 +1,27 @@
-"""Which outputs of a graph are parts of larger storages that nothing else keeps. An analysis.
+"""Which outputs of a graph are parts of larger storages whose other rows are not returned. An analysis.
 
 Terms
 -----
-base      What owns a storage: the value of an operator or a loop that is no view.
+base      The value of an operator or a loop that owns a storage.
 cut       The last narrowing view between a base and an output: a slice, a select, one piece of a split.
-part      The rows of a base that one or more outputs show. Outputs whose rows overlap are one part: who writes into
-          one of them sees it in the other, as before.
-cover     The rows of a part, once: its cut, or the smallest slice around several.
+part      The rows of a base that one or more outputs show. Outputs whose rows overlap are one part, so that a write to
+          one is still visible in the other.
+cover     The rows of a part: its cut, or the smallest slice that contains its cuts.
 
     for each base whose outputs are all narrower than it:
-        no part if it is an input's storage, or if an operator writes into it
-        parts   = its cuts, those that overlap together
-        they are worth a copy if they leave an eighth of the base or more to nobody
+        no part if it is an input's storage, or if an operator writes to it
+        parts   = its cuts, overlapping ones together
+        they are worth a copy if it frees more than an eighth of the base
 
-A decode step that drops one row of a window's does not copy the window: `cat([past, new])[-w:]` stays a view. Sizes are
-compared without guards: where the rest has no bound, as behind a window over a prompt of any length, it is copied.
+A decode step that drops one row of a window does not copy the window: `cat([past, new])[-w:]` stays a view. Sizes are
+compared without guards: rows of unbounded number, as those before the window of a prompt of any length, are worth it.
 
 The copy of a value's last w rows has room for one row before them. It then has the strides of `cat([past, new])[-w:]`:
-the graph of a decode step, whose guards hold strides, serves the first step behind a prompt and all later ones.
+the graph of a decode step, whose guards include strides, serves the first step after a prompt and all later ones.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from mom_passes.graph.aliasing import base_of, is_mutation, view_chain, views_of
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
-from mom_passes.graph.values import bytes_of, operands, value_of
+from mom_passes.graph.values import bytes_of, operands, rank_of, value_of
 from mom_passes.graph.writes import written_by
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules import Dim
@@ -46,22 +45,22 @@ from mom_passes.tokens.demanded_rows import Span, hull, span_of
 
 aten = torch.ops.aten
 
-#: One part in so many of a base may stay allocated for nobody: a copy costs time, too.
+#: At most 1 / MOST_WASTE of a base may stay allocated without readers: a copy costs time too.
 MOST_WASTE = 8
 
-#: A copy with room has at least so many rows.
+#: Fewest rows of a copy with room.
 LEAST_WITH_ROOM = 32
 
-#: What returns rows that are no part of a storage of the device.
+#: Operators whose results are not device storages.
 NO_BASE = frozenset({OFFLOAD, APPEND})
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a base that `outputs` show, each through a cut of its own or a shared one.
+    """Rows of a base that `outputs` show, each through one of `cuts`.
 
-    The cover is `cover`, or rows `[start, end)` of that along `dim`. `cuts` says where in the cover a cut's rows lie
-    along `dim`: `[first, end)`, or None for all of it.
+    The rows are those of `cover`, or its rows `[start, end)` along `dim`. `cuts` maps a cut to its rows of these along
+    `dim`, `[first, end)`, or None for all.
     """
 
     base: fx.Node
@@ -80,11 +79,11 @@ class Part:
 
     @property
     def room(self) -> int | None:
-        """The dimension in which the copy has a row more, if it has."""
+        """The dimension in which the copy has an additional row, or None."""
         cut = self.cover
         if cut.target is not aten.slice.Tensor or self.rows is not None or set(self.cuts) != {cut}:
             return None
-        dim = int(argument(cut, "dim")) % int(value_of(cut).dim())
+        dim = int(argument(cut, "dim")) % rank_of(cut)
         count, rows = value_of(cut).shape[dim], value_of(operands(cut)[0]).shape[dim]
         span = span_of(cut, Dim(dim), rows)
         last = span is not None and same(span.end, rows)
@@ -92,15 +91,14 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        """Of the cover, at the captured sizes."""
+        """Bytes of the rows, at the captured sizes."""
         return count_hint(self.shape) * int(value_of(self.cover).element_size())
 
 
 def find_parts(gm: fx.GraphModule) -> tuple[Part, ...]:
-    """The parts that are worth a storage of their own, by base in graph order. Nothing is changed."""
-    output = next(iter(reversed(gm.graph.nodes)))
+    """The parts that are worth a copy, by base in graph order. The graph is not changed."""
     outputs_of: dict[fx.Node, list[fx.Node]] = {}
-    for node in output.all_input_nodes:
+    for node in gm.graph.output_node().all_input_nodes:
         if isinstance(meta_value(node), torch.Tensor):
             outputs_of.setdefault(base_of(node), []).append(node)
     found: list[Part] = []
@@ -118,15 +116,15 @@ def _is_written(base: fx.Node) -> bool:
     return any(is_mutation(user) and not views.isdisjoint(written_by(user)) for view in views for user in view.users)
 
 
-# --- cuts and how they lie to each other ---
+# --- cuts and how they overlap ---
 
 
 def _parts_of(base: fx.Node, outputs: Sequence[fx.Node]) -> list[Part]:
-    """Nothing where an output shows all of the base, or where it cannot be told whether outputs overlap."""
+    """No parts if an output shows all of the base, or if it is not known whether outputs overlap."""
     chains = {output: view_chain(output) for output in outputs}
     cuts = {output: _last_cut(chain) for output, chain in chains.items()}
     known = set(cuts.values())
-    # A cut of a cut is a view of what the other copies.
+    # A cut of a cut is a view of the outer cut's copy.
     outermost = {output: [node for node in chain if node in known][-1:] for output, chain in chains.items()}
     cut_of = {output: found[0] for output, found in outermost.items() if found}
     if len(cut_of) < len(outputs) or any(by_storage(cut) and cut not in cut_of.values() for cut in known):
@@ -149,16 +147,16 @@ def _last_cut(chain: Sequence[fx.Node]) -> fx.Node | None:
 
 
 def by_storage(node: fx.Node | None) -> bool:
-    """Whether a view counts from the beginning of its storage: it cannot be taken of a copy."""
+    """Whether a view's offset is relative to its storage (`as_strided`): it cannot be taken of a copy."""
     return node is not None and node.target is aten.as_strided.default
 
 
-#: A cover as `Part` has it: cover, dim, rows of that, and where each cut's rows lie in it.
+#: Fields of `Part`: cover, dim, rows, cuts.
 Cover = tuple[fx.Node, int, tuple[int, int] | None, dict[fx.Node, tuple[int, int] | None]]
 
 
 def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
-    """One for each of several cuts if no two overlap, else one around them all; none if it cannot be told."""
+    """A cover for each cut if no two overlap, else one for all; none if that is not known."""
     if len(cuts) == 1:
         return [(cuts[0], 0, None, {cuts[0]: None})]
     source, dim = cuts[0].args[0], _dim_of(cuts[0])
@@ -171,7 +169,10 @@ def _covers(cuts: Sequence[fx.Node]) -> list[Cover]:
         return []
     if all(a.is_apart_from(b) for a, b in itertools.combinations(known.values(), 2)):
         return [(cut, 0, None, {cut: None}) for cut in cuts]
-    around = functools.reduce(lambda a, b: a and hull(a, b), known.values())  # type: ignore[arg-type, return-value]
+    first, *others = known.values()
+    around: Span | None = first
+    for span in others:
+        around = hull(around, span) if around is not None else None
     inner = {cut: _within(span, around) for cut, span in known.items()} if around is not None else {}
     if around is None or None in inner.values():
         return []
@@ -187,11 +188,11 @@ def _dim_of(cut: fx.Node) -> int | None:
     """The dimension of a slice or select."""
     if not is_cut(cut):
         return None
-    return int(argument(cut, "dim")) % int(value_of(operands(cut)[0]).dim())
+    return int(argument(cut, "dim")) % rank_of(operands(cut)[0])
 
 
 def _within(span: Span, around: Span) -> tuple[int, int] | None:
-    """Where a span's rows lie in those of a larger one, if that is the same for all sizes."""
+    """The rows of a span within a larger one, if they are the same for all sizes."""
     first = sympy.expand(span.start - around.start)
     if not first.is_Integer:
         return None
@@ -200,11 +201,11 @@ def _within(span: Span, around: Span) -> tuple[int, int] | None:
     return (int(first), int(first + span.count)) if span.count.is_Integer else None
 
 
-# --- whether it is worth a copy ---
+# --- whether a copy is worth it ---
 
 
 def _worth_copying(base: fx.Node, parts: Sequence[Part]) -> bool:
-    """Whether more than an eighth of a base would stay allocated for nobody, or may for other sizes."""
+    """Whether more than an eighth of a base would stay allocated without readers, at the captured or at other sizes."""
     if bytes_of(base) == 0:
         return False
     size = value_of(base).element_size()
@@ -217,13 +218,13 @@ def _worth_copying(base: fx.Node, parts: Sequence[Part]) -> bool:
 
 
 def _grows_by_a_few_rows(base: fx.Node) -> bool:
-    """Whether a value is a past with a fixed number of new rows: what a window drops of it is what has come.
+    """Whether a value is a past with a fixed number of new rows. The rows that a window drops of it are as few.
 
-    The past's length is a symbol of its own in a graph; a cache has cropped it to its window already.
+    The past's length is a symbol in a graph; the cache has already cropped it to its window.
     """
     if base.target is not aten.cat.default:
         return False
     tensors = argument(base, "tensors")
-    dim = int(argument(base, "dim")) % int(value_of(base).dim())
+    dim = int(argument(base, "dim")) % rank_of(base)
     new = [n for n in tensors if base_of(n).op != "placeholder"]
     return len(new) < len(tensors) and all(isinstance(value_of(n).shape[dim], int) for n in new)

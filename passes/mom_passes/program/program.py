@@ -1,14 +1,14 @@
-"""A rewritten graph as the steps that run it: what is computed at once, what is moved, and where each value lies.
+"""The program of a rewritten graph: its steps, and the storage and place of each value.
 
 Terms
 -----
-step      What runs at once: a piece that is compiled, a loop, a copy between device and host, or one operator as it is.
-storage   The bytes behind one or more values. A view shares that of its base, and so does what a loop writes over an
-          operand.
-place     Whose storage it is: the caller's (inputs, parameters), the device's, or the host's.
+step      A compiled piece, a loop, a copy between device and host, or one operator that runs eagerly.
+storage   The bytes of one or more values. A view shares its base's storage, and so does a loop's result that is written
+          over an operand.
+place     The owner of a storage: the caller (inputs, parameters), the device, or the host.
 
-FX stays the form in which is computed: values are the graph's nodes, and a piece is a run of them. The program says in
-which order, from which storage and where. It is pure data, made before anything is compiled.
+Values are FX nodes, and a piece is a run of nodes. The program adds order, storage and place. It is pure data, made
+before anything is compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Place(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Bytes behind values, of which `node` was written there first. `bytes` is in the graph's sizes."""
+    """The bytes of one or more values, of which `node` is the first. `bytes` is in the graph's sizes."""
 
     node: fx.Node
     bytes: sympy.Expr
@@ -53,14 +53,14 @@ class Compute:
 
 
 class Why(enum.Enum):
-    """Why an operator is called as it is, and not compiled."""
+    """Why an operator runs eagerly."""
 
-    VIEW = "it only relabels storage"
+    VIEW = "it is a view"
     NUMBER = "it computes a number"
-    CONSTANT = "it is part of the module, or what a carry begins with"
-    EFFECT = "it returns nothing, and its operands are made elsewhere"
+    CONSTANT = "it is part of the module, or the first value of a carry"
+    EFFECT = "it returns nothing, and its operands are computed elsewhere"
     DATA = "a size, or a number that it takes, depends on data"
-    COPY = "a piece for a copy alone would be one for each shape"
+    COPY = "a piece for one copy would be compiled for each shape"
 
 
 class _OfANode:
@@ -91,7 +91,7 @@ class _OfAValue(_OfANode):
 
 @dataclass(frozen=True, eq=False)
 class Call(_OfAValue):
-    """One operator, called as it is."""
+    """One operator, run eagerly."""
 
     node: fx.Node
     why: Why
@@ -99,14 +99,14 @@ class Call(_OfAValue):
 
 @dataclass(frozen=True, eq=False)
 class Transfer(_OfAValue):
-    """A copy between device and host, or the beginning or end of one (see `mom_passes.ops.transfers`)."""
+    """A copy between device and host, or its beginning or end (see `mom_passes.ops.transfers`)."""
 
     node: fx.Node
 
 
 @dataclass(frozen=True, eq=False)
 class LoopStep(_OfANode):
-    """A loop over mini-sequences. `outs` has None for what nobody reads."""
+    """A loop over mini-sequences. `outs` has None for results without readers."""
 
     node: fx.Node
     loop: Loop
@@ -118,7 +118,7 @@ Step = Compute | Call | LoopStep | Transfer
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`outputs` are nodes, or constants. `storages` has each tensor's storage."""
+    """`outputs` are nodes or constants. `storages` has the storage of every tensor."""
 
     inputs: tuple[fx.Node, ...]
     steps: tuple[Step, ...]

@@ -1,4 +1,4 @@
-"""What the passes make of a captured graph: the graph, its program, and the memory that needs."""
+"""The result of the passes: the rewritten graph, its program and the memory it needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mom_passes.program.traffic import WeightTraffic, weight_traffic
 
 @dataclass(frozen=True, eq=False)
 class Rewritten:
-    """Whoever lowers a graph, decides by its memory or tells of it reads the same `plan` and `memory`.
+    """A rewritten graph with its `plan` and `memory`, which lowering, memory policies and reports share.
 
-    `no_loops` is why nothing runs over mini-sequences, or None; `weights` what arrives of weights on the host,
-    in the buffers that `arriving` make.
+    `no_loops` is the reason why nothing runs over mini-sequences, or None. `weights` is the traffic of weights on the
+    host, `arriving` the nodes that make the buffers they arrive in.
     """
 
     gm: fx.GraphModule
@@ -30,7 +30,7 @@ class Rewritten:
 
     @staticmethod
     def of(gm: fx.GraphModule, no_loops: str | None = None, waits: Collection[fx.Node] = ()) -> Rewritten:
-        """`waits` are those for weights."""
+        """`waits` are the waits for weights."""
         plan = schedule(gm)
         arriving = frozenset(start for wait in waits for start in wait.all_input_nodes)
         weights = weight_traffic(plan, waits)

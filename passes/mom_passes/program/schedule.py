@@ -1,18 +1,18 @@
-"""From a rewritten graph to its program: operators in a row become one piece, everything else a step of its own.
+"""From a rewritten graph to its program: runs of operators become pieces, all other nodes steps of their own.
 
     for node in graph:
-        loop, copy      -> ends the run of operators before it; a step of its own
-        size            -> a step of its own; it ends the run if it is read off a value of it
-        depends on data -> likewise; nothing compiled has sizes that only a run knows
-        operator        -> goes on with the run, together with what takes its several results apart
-        end             -> an operator behind which the caller wants a cut ends its run
-    view          -> not returned by a piece: the piece returns what owns the storage, and the view is called behind it;
-                     a dense view is returned itself if nothing else of its storage is read behind the piece
-    a run of views alone is no piece: each is called as it is
+        loop, copy      -> a step; ends the run of operators before it
+        size            -> a step; ends the run if it reads a value of the run
+        depends on data -> a step; ends the run: compiled code takes no size that is unknown at capture
+        operator        -> joins the run, with the `getitem`s of its results
+        end             -> an operator in `ends` ends its run
+    view          -> not returned by a piece: the piece returns the owner of the storage and the view runs after it; a
+                     dense view is returned itself if no other value of its storage is read after the piece
+    a run of views is no piece: each runs eagerly
 
-Compiled code may return a copy for a view, with other strides than the view has. A view that is called shares its
-storage and has the strides that its operand gives it. Nobody can tell a dense copy from a dense view that is alone in
-its storage, and a call less is time saved in a decode step.
+Compiled code may return a copy for a view, with other strides. A view that runs eagerly shares its operand's storage
+and has the strides of a view. A dense view that is alone in its storage cannot be told from a dense copy, and one call
+less saves time in a decode step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import is_a_view, seen_from
+from mom_passes.graph.aliasing import aliased_operand, is_a_view
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.strides import is_dense_in, storage_order
-from mom_passes.graph.values import returns_nothing
+from mom_passes.graph.values import operand_chain, returned_values, returns_nothing
 from mom_passes.loops.loop import MiniSequence
 from mom_passes.ops.rows import COPY_ROWS
 from mom_passes.ops.transfers import COPIES
@@ -39,12 +39,9 @@ aten = torch.ops.aten
 
 
 def schedule(gm: fx.GraphModule, ends: Collection[fx.Node] = ()) -> Program:
-    """The program of a rewritten graph; a piece ends with each of `ends`."""
-    output = next(iter(reversed(gm.graph.nodes)))
-    returned = output.args[0]
-    outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
-    inputs = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
-    return Program(inputs, tuple(_Scheduler(gm, ends).steps()), outputs, storages(gm))
+    """The program of a rewritten graph. A piece ends with each of `ends`."""
+    inputs = tuple(gm.graph.find_nodes(op="placeholder"))
+    return Program(inputs, tuple(_Scheduler(gm, ends).steps()), returned_values(gm.graph), storages(gm))
 
 
 class _Scheduler:
@@ -53,7 +50,7 @@ class _Scheduler:
         self.ends = ends
         self.made: list[Step] = []
         self.run: list[fx.Node] = []
-        #: What is taken from several returned values goes with the operator that returned them.
+        #: `getitem`s of several results, which belong to the operator that returns them.
         self.items: set[fx.Node] = set()
 
     def steps(self) -> list[Step]:
@@ -95,7 +92,7 @@ class _Scheduler:
             self._flush()
             self.made.append(Call(node, Why.COPY))
         else:
-            # A piece's inputs are tensors and sizes: several values at once are taken apart where they are made.
+            # A piece takes tensors and sizes: tuples are taken apart in the piece that makes them.
             items = _items(node)
             self.run += [node, *items]
             self.items.update(items)
@@ -114,19 +111,18 @@ class _Scheduler:
 
 
 def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-    """Of a run of operators, what a piece returns of it and the views that are called behind the piece. Both in the
-    order of the run."""
+    """The values that a piece returns of a run of operators, and the views that run after the piece, in graph order."""
     inside = set(run)
     by_owner: dict[fx.Node, list[list[fx.Node]]] = {}
     for node in run:
         if not all(user in inside for user in node.users):
-            chain = _views(node, inside)
+            chain = operand_chain(node, lambda value: value in inside and is_a_view(value))
             by_owner.setdefault(chain[-1], []).append(chain)
     outs: set[fx.Node] = set()
     views: set[fx.Node] = set()
     for owner, chains in by_owner.items():
         last = chains[0][0]
-        if len(chains) == 1 and owner in inside and seen_from(owner) is None and _is_dense(last):
+        if len(chains) == 1 and owner in inside and aliased_operand(owner) is None and _is_dense(last):
             outs.add(last)
         else:
             outs.add(owner)
@@ -134,22 +130,14 @@ def _leaving(run: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node
     return tuple(node for node in run if node in outs), tuple(node for node in run if node in views)
 
 
-def _views(node: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
-    """A value, what it is a view of, and so on down to what owns the storage or stands before the run."""
-    chain = [node]
-    while chain[-1] in inside and is_a_view(chain[-1]):
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-    return chain
-
-
 def _is_dense(node: fx.Node) -> bool:
-    """Whether a piece can be held to the strides of a value: see `lowering.results`."""
+    """Whether a piece can be compiled to return a value's strides: see `lowering.results`."""
     value = meta_value(node)
     return isinstance(value, torch.Tensor) and is_dense_in(value, storage_order(value))
 
 
 def _computed(run: Sequence[fx.Node], outs: Collection[fx.Node]) -> tuple[fx.Node, ...]:
-    """A run without the views that nothing in it reads and that are not returned."""
+    """A run without the views that are neither read in it nor returned."""
     kept: set[fx.Node] = set()
     for node in reversed(run):
         if node in outs or not is_a_view(node) or not kept.isdisjoint(node.users):
@@ -158,7 +146,7 @@ def _computed(run: Sequence[fx.Node], outs: Collection[fx.Node]) -> tuple[fx.Nod
 
 
 def _items(node: fx.Node) -> list[fx.Node]:
-    """What is taken from the values that an operator returns at once, and from lists among those."""
+    """The `getitem`s of an operator's results, nested ones included."""
     if not isinstance(meta_value(node), (tuple, list)):
         return []
     items = [user for user in node.users if user.target is operator.getitem]

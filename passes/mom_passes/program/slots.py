@@ -1,9 +1,9 @@
-"""Device buffers for weights are used again: what arrives lies where a weight of the same kind was that nobody reads.
+"""Reuse device buffers of weights: a weight arrives in the buffer of an earlier one of the same kind without readers.
 
     for each copy to the device, in order:
-        it takes over a buffer of the same shape, strides and dtype whose last reader stands before it
+        take over a buffer of the same shape, strides and dtype whose last reader is before the copy
 
-So two layers of weights have room of their own, whatever else is allocated and freed between them.
+So two layers of weights have fixed buffers, whatever else is allocated and freed between them.
 
 Before:  b0 = fetch_start(w0); b1 = fetch_start(w1); ... last reader of b0 ...; b2 = fetch_start(w2)
 After:   the same, with b2 = fetch_start(w2, over=b0)
@@ -23,7 +23,7 @@ from mom_passes.rules.work import matmul_work
 
 
 def reuse_slots(gm: fx.GraphModule, waits: Collection[fx.Node]) -> int:
-    """Decide it for the copies that these waits end, in place; returns how many take another's place."""
+    """Set `over` of the copies that `waits` wait for, in place. Return the number of reused buffers."""
     if not waits:
         return 0
     starts = {start for wait in waits for start in wait.all_input_nodes}
@@ -52,25 +52,25 @@ def _kind(start: fx.Node) -> Hashable:
 
 
 def _last_reader(start: fx.Node) -> fx.Node:
-    """The last node that may read a buffer; the graph's end where it is returned."""
+    """The last node that may read a buffer; the output if it is returned."""
     last, pending, seen = start, [start], {start}
     while pending:
         value = pending.pop()
         for user in value.users:
             last = max(last, user)
-            if user not in seen and _may_be_in(value, user):
+            if user not in seen and _may_share_storage(value, user):
                 seen.add(user)
                 pending.append(user)
     return last
 
 
-def _may_be_in(value: fx.Node, user: fx.Node) -> bool:
-    """Whether what is made of a value may lie in its storage: a compiler drops what computes nothing, `x + 0` say."""
+def _may_share_storage(value: fx.Node, user: fx.Node) -> bool:
+    """Whether a result may share its operand's storage: a compiler removes operators that compute nothing (`x + 0`)."""
     if user.op != "call_function" or matmul_work(user):
         return False
     return may_be_a_view(user) or not _sizes(user).isdisjoint(_sizes(value))
 
 
 def _sizes(node: fx.Node) -> set[int]:
-    """Bytes of each of the tensors that it stands for."""
-    return {count_hint(value.shape) * int(value.element_size()) for value in tensors_of(node)}
+    """The bytes of each of a node's tensors."""
+    return {count_hint(value.shape) * value.element_size() for value in tensors_of(node)}

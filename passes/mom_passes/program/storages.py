@@ -1,11 +1,11 @@
-"""Which storage each value of a rewritten graph lies in.
+"""The storage of each value of a rewritten graph.
 
-    view, item, result of a write or of a wait    -> that of what it is made of
-    what arrives where another has been           -> that one's
-    what a loop writes over an operand            -> the operand's
+    view, item, result of a write or of a wait    -> the operand's
+    buffer that takes over another                -> that buffer's
+    result that a loop writes over an operand     -> the operand's
     anything else                                 -> its own
 
-It is exact as far as the graph says. What a compiler may make of it beyond that, `in_place` allows for.
+Exact for the graph. `in_place` allows for the operators that a compiler removes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from mom_passes.graph.aliasing import seen_from
+from mom_passes.graph.aliasing import aliased_operand
 from mom_passes.graph.data_dependent import is_unknown
 from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import tensors_of
@@ -24,8 +24,8 @@ from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.ops.transfers import APPEND, EXTEND, FETCH_START, FETCH_WAIT, OFFLOAD, taken_over
 from mom_passes.program.program import Place, Storage
 
-#: A copy that is waited for is where it was begun, a cache grows where it is, a write returns what it has written to,
-#: and several values that are returned at once count as one storage.
+#: Operators whose result is their first operand: a finished copy, a cache that grows in place, a write. Several results
+#: of one operator count as one storage.
 _WITHIN = frozenset({FETCH_WAIT, EXTEND, torch.ops.aten.copy_.default, operator.getitem})
 
 
@@ -45,26 +45,23 @@ def storages(gm: fx.GraphModule) -> dict[fx.Node, Storage]:
 
 
 def _stored_in(node: fx.Node, loops: dict[fx.Node, Loop]) -> fx.Node | None:
-    """The value in whose storage a node's result is; None if it has its own."""
+    """The value whose storage a result uses; None if it has its own."""
     source = shares_with(node)
     return loops[source].overwritten_by(node) if source in loops else source
 
 
 def shares_with(node: fx.Node) -> fx.Node | None:
-    """The operand whose storage a result is in, None if it has its own. Of a loop's results, its ports say it."""
+    """The operand whose storage a result uses, None if it has its own. The ports of a loop state it for its results."""
     source = node.args[0] if node.args else None
     if node.target is FETCH_START:
         return taken_over(node)
     if node.op == "call_function" and node.target in _WITHIN:
         return source if isinstance(source, fx.Node) else None
-    return seen_from(node)
+    return aliased_operand(node)
 
 
 def bytes_of_value(node: fx.Node) -> sympy.Expr:
-    """Of all tensors that a node stands for, in the graph's sizes.
-
-    A tensor whose sizes depend on data is not counted: only a run knows them.
-    """
+    """Bytes of a node's tensors, in the graph's sizes. Tensors whose sizes depend on data count as zero."""
     known = (value for value in tensors_of(node) if not is_unknown(value))
     return sum((expr(product(value.shape)) * value.element_size() for value in known), sympy.S.Zero)
 

@@ -1,9 +1,9 @@
-"""What a run of a program brings to the device of weights on the host, and what it computes meanwhile.
+"""Weights that a run copies from the host, and the computation that hides the copies.
 
 Terms
 -----
-arrival   Weights that arrive together, for one stretch. Their copies begin before the stretch before theirs computes,
-          so that is what they are hidden behind; the first has nothing before it.
+arrival   Weights that arrive together, for one stretch. Their copies begin before the previous stretch computes, so its
+          work hides them; the first arrival is hidden by nothing.
 
     seconds that a run waits for weights = sum over arrivals of max(0, bytes / link - multiply-adds before / rate)
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mom_passes.graph.sizes import count_hint, hint
-from mom_passes.graph.values import bytes_of, value_of
+from mom_passes.graph.values import bytes_of, input_node, value_of
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.program import Compute, LoopStep, Program, Step, Transfer
 from mom_passes.rules.work import matmul_work
@@ -24,21 +24,21 @@ from mom_passes.rules.work import matmul_work
 
 @dataclass(frozen=True)
 class Arrival:
-    """`names` of the weights, their `bytes`, and the multiply-adds of the stretch before theirs."""
+    """`names` and `bytes` of the weights, and the multiply-adds of the stretch before."""
 
     names: tuple[str, ...]
     bytes: int
     work_before: int
 
     def exposed(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds of its copy that no compute hides. A multiply-add is two FLOPs."""
+        """Seconds of the copy that no computation hides. A multiply-add is two FLOPs."""
         return max(0.0, self.bytes / bytes_per_second - 2 * self.work_before / flops_per_second)
 
 
 @dataclass(frozen=True)
 class WeightTraffic:
-    """Weights that a run brings to the device, in bytes at the captured sizes: whole ones, in `arrivals`; `rows` of
-    tables; and matrices of at most so many experts as are chosen."""
+    """Bytes of weights that a run copies to the device, at the captured sizes: whole weights in `arrivals`, `rows` of
+    tables, and at most `chosen` for matrices of selected experts."""
 
     arrivals: tuple[Arrival, ...]
     rows: int
@@ -50,7 +50,7 @@ class WeightTraffic:
 
 
 def weight_traffic(program: Program, waits: Collection[fx.Node]) -> WeightTraffic:
-    """`waits` are those for weights."""
+    """The weight traffic of a program. `waits` are the waits for weights."""
     arrivals: list[Arrival] = []
     names: list[str] = []
     size = before = work = rows = chosen = 0
@@ -77,9 +77,7 @@ def weight_traffic(program: Program, waits: Collection[fx.Node]) -> WeightTraffi
 
 
 def _host_of(wait: fx.Node) -> fx.Node:
-    start = wait.args[0]
-    assert isinstance(start, fx.Node) and isinstance(start.args[0], fx.Node)
-    return start.args[0]
+    return input_node(input_node(wait))
 
 
 def _work(step: Step) -> int:
@@ -89,7 +87,7 @@ def _work(step: Step) -> int:
 
 
 def _of_chosen(node: fx.Node) -> int:
-    """Each expert once: at most as many as were chosen, or as there are."""
-    bank, keys = value_of(node), value_of(node.args[1])  # type: ignore[arg-type]
+    """Bytes of the selected experts, each once: at most as many as were selected, or as there are."""
+    bank, keys = value_of(node), value_of(input_node(node, 1))
     experts = hint(bank.shape[0])
     return bytes_of(node) // max(1, experts) * min(experts, count_hint(keys.shape))

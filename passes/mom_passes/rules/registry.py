@@ -291,7 +291,8 @@ def _check_target(target: Any) -> None:
     if isinstance(target, _OVERLOAD) or target is operator.getitem or named:
         return
     if isinstance(target, _PACKET):
-        names = ", ".join(f"torch.ops.{target}.{name}" for name in target.overloads())
+        packet: Any = target  # `overloads` is not typed
+        names = ", ".join(f"torch.ops.{target}.{name}" for name in packet.overloads())
         raise TypeError(f"torch.ops.{target} is a packet of overloads; a chunk rule is for one or more of {names}")
     raise TypeError(f"a chunk rule is for operator overloads, and {target!r} is none; {_EXAMPLE}")
 

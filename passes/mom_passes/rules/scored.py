@@ -35,7 +35,8 @@ def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
 
 def _type(operand: fx.Node) -> torch.Tensor:
     """Shape and dtype of an operand, in a body or in a graph."""
-    return operand.meta["type"] if "type" in operand.meta else meta_value(operand)  # type: ignore[no-any-return]
+    found: torch.Tensor = operand.meta["type"] if "type" in operand.meta else meta_value(operand)
+    return found
 
 
 @register(SCORED, recompute=False, work=scored_work, scratch=scored_scratch)

@@ -11,6 +11,8 @@ composite dim   `outer x tokens x inner` folded into one dimension (see `mom_pas
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mom_passes.rules.needs import Dim
@@ -46,4 +48,5 @@ def length(tensor: torch.Tensor, dim: Dim) -> int:
 def _unfold(tensor: torch.Tensor, dim: Dim) -> torch.Tensor:
     """`[..., outer * tokens * inner, ...]` as `[..., outer, tokens, inner, ...]`. Always a view."""
     outer, inner = int(dim.outer), int(dim.inner)
-    return tensor.unflatten(dim.index, (outer, length(tensor, dim), inner))
+    unflatten: Callable[..., torch.Tensor] = tensor.unflatten
+    return unflatten(dim.index, (outer, length(tensor, dim), inner))

@@ -278,7 +278,8 @@ def _sizes_without_tokens(node: fx.Node, dim: Dim) -> tuple[list[Any], bool]:
     It cannot where another size is a -1 that is only known symbolically, nor where one is zero:
     then any number of rows would fit.
     """
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    shape: Any = node.args[1]
+    sizes = list(shape)
     for index, size in enumerate(outputs_of(node)[0].shape):
         if index != dim.index and isinstance(size, int):
             sizes[index] = size

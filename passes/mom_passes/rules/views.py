@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from mom_passes.graph.values import operand_chain
 from mom_passes.rules.registry import Alias, facts
 
 
@@ -24,6 +25,4 @@ def relabels(node: fx.Node) -> bool:
 
 def seen_through_views(node: fx.Node) -> fx.Node:
     """What a node is a view of, of a view of, ...; the node itself if it is none."""
-    while is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    return operand_chain(node, is_view)[-1]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument, arguments_of, aten, axes, axis, prims
+from mom_passes.graph.arguments import argument, argument_node, arguments_of, aten, axes, axis, prims
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, hint, is_one, same
 from mom_passes.graph.values import is_tensor, operands, value_of
@@ -96,11 +96,11 @@ class Head:
 
     @property
     def hidden(self) -> fx.Node:
-        return argument(self.product, _PRODUCTS[self.product.target][0])  # type: ignore[no-any-return]
+        return argument_node(self.product, _PRODUCTS[self.product.target][0])
 
     @property
     def matrix(self) -> fx.Node:
-        return argument(self.product, _PRODUCTS[self.product.target][1])  # type: ignore[no-any-return]
+        return argument_node(self.product, _PRODUCTS[self.product.target][1])
 
     @property
     def bias(self) -> fx.Node | None:
@@ -147,7 +147,7 @@ def _adds_a_bias(head: Head) -> bool:
 def _step(node: fx.Node) -> tuple[str, float] | None:
     """Arithmetic of each element by itself, as `mom.scored` knows it."""
     if node.target is _CONVERT:
-        name = _NAMES.get(node.args[1])  # type: ignore[arg-type]
+        name = _NAMES.get(argument(node, "dtype"))
         return None if name is None else (name, 0.0)
     name = _STEPS.get(node.target)
     if name in WITHOUT:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument, aten, prims
+from mom_passes.graph.arguments import argument, argument_node, aten, prims
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, product, same
@@ -236,9 +236,9 @@ class _Outline:
 
     def _shape_like_logits(self, node: fx.Node) -> fx.Node:
         """The columns that a `gather` chooses, with the rows as the logits have them."""
-        index, shape = argument(node, "index"), value_of(self.head.logits).shape
+        index, shape = argument_node(node, "index"), value_of(self.head.logits).shape
         if _same_sizes(value_of(index).shape[:-1], shape[:-1]):
-            return index  # type: ignore[no-any-return]
+            return index
         rows = [size_node(self.graph, size, self.found.first) for size in shape[:-1]]
         return emit(self.graph, aten.reshape.default, (index, [*rows, value_of(index).shape[-1]]))
 

@@ -40,7 +40,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis, prims
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import expr, product, quotient, same
-from mom_passes.graph.values import operands, value_of
+from mom_passes.graph.values import input_node, operands, value_of
 from mom_passes.rules import Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.rules.registry import Edit
@@ -269,15 +269,15 @@ class Sorting:
     def _lookup(self, node: fx.Node) -> Member | None:
         """Rows of slots or tokens at their places, and rows at their places back at their slots."""
         if node.target is aten.index.Tensor:
-            source, indices = node.args
-            if not isinstance(indices, (list, tuple)) or len(indices) != 1:
+            source, indices = input_node(node), argument(node, "indices")
+            if len(indices) != 1:
                 return None
             index = indices[0]
         elif node.target is aten.index_select.default and axis(argument(node, "dim"), value_of(node).dim()) == 0:
             source, index = argument(node, "self"), argument(node, "index")
         else:
             return None
-        role, length = self.role(index), value_of(source).shape[0]  # type: ignore[arg-type]
+        role, length = self.role(index), value_of(source).shape[0]
         if role is Role.PLACES and self.role(source) in (Role.PLACED, Role.KEYS):
             return Member(Role.HOME, (None, None))
         if self.role(source) is not None:

@@ -233,7 +233,8 @@ class Sweep:
         query = self.carriers.get(operands(node)[0]) if matmul_work(node) else None
         items = [user for user in node.users if user.target is operator.getitem]
         found = [item for item in items if query is not None and _has_rows(item, query)]
-        self.carriers.update(dict.fromkeys(found, query))  # type: ignore[arg-type]
+        if query is not None:
+            self.carriers.update(dict.fromkeys(found, query))
         self.worked.update(found)
         self.work += matmul_work(node) if found else 0
 

@@ -1,9 +1,9 @@
-"""A value that is joined with empty ones is itself: an empty past of a cache is no past.
+"""Drop empty operands of concatenations, such as the empty past of a new cache.
 
 Before:  keys = cat([past, k], 2)        past [B, H, 0, D]
-After:   keys = clone(k)                 what a cache keeps has a storage of its own, as `cat` gives it
+After:   keys = clone(k)                 a cache's value keeps a storage of its own, as `cat` gives it
 
-Where several parts with entries are left, they are joined without the empty ones.
+If several operands have entries, they are concatenated without the empty ones.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mom_passes.graph.sizes import same
 from mom_passes.graph.values import value_of
 
 
-def without_empty_parts(gm: fx.GraphModule) -> int:
-    """Drop empty parts from what is joined, in place. Returns how many there were."""
+def drop_empty_parts(gm: fx.GraphModule) -> int:
+    """Drop empty operands in place and return their number."""
     dropped = 0
     for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
         parts = list(argument(node, "tensors"))

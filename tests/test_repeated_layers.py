@@ -1,6 +1,6 @@
-"""Layers that are alike are traced once, and the graph is, node for node, what AOTAutograd makes of all of them.
+"""Identical layers are traced once, and the graph equals, node for node, an ordinary trace by AOTAutograd.
 
-Whatever writes, or computes something else in another layer, is traced where it stands.
+Layers that write to their operands, and layers with other operators, are traced in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_compile.torch_compat.aot_autograd import trace
 from mom_compile.torch_compat.dynamo import floats_are_constants
 from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.errors import PassError
-from mom_passes.graph import alike
+from mom_passes.graph import repeated_layers
 from mom_passes.graph.edit import attribute
 from mom_passes.graph.effects import changes_state, written_by
 from mom_passes.graph.structure import lines_of
@@ -54,12 +54,12 @@ class Traced:
 
     @property
     def kinds(self) -> list[list[Any]]:
-        """Of every value: dtypes, devices, sizes and strides."""
+        """Dtypes, devices, sizes and strides of every value."""
         return [[_kind(node.meta.get("val")) for node in gm.graph.nodes] for gm in self.gms]
 
 
 def _constants(gm: fx.GraphModule) -> list[str]:
-    """What a graph has of its own, in the order in which it is read. By its values: layers may have one for all."""
+    """The attributes of a graph in the order in which they are read, by value: layers may share one."""
     found = []
     for node in gm.graph.find_nodes(op="get_attr"):
         found.append(str(attribute(gm, str(node.target))))
@@ -68,7 +68,7 @@ def _constants(gm: fx.GraphModule) -> list[str]:
 
 
 def _kind(value: Any) -> Any:
-    return [_kind(one) for one in value] if isinstance(value, (tuple, list)) else str(alike._kind(value))
+    return [_kind(one) for one in value] if isinstance(value, (tuple, list)) else str(repeated_layers._kind(value))
 
 
 def traced(
@@ -103,7 +103,7 @@ def traced(
 
 @torch.no_grad()
 def check(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[int, int]]:
-    """The same graph either way, and the same result. Gives how many layers were called in how many graphs."""
+    """The same graph either way, and the same result. Returns the numbers of outlined layers and of graphs."""
     once, all_of_them = (traced(function, *args, once=way, **kwargs) for way in (True, False))
     assert once.texts == all_of_them.texts
     assert once.kinds == all_of_them.kinds
@@ -117,7 +117,7 @@ def _same(a: Any, b: Any) -> None:
 
 
 class Stack(nn.Module):
-    """`[B, S, HIDDEN]` through layers one behind the other; `around` is what is done to the result of each."""
+    """`[B, S, HIDDEN]` through consecutive layers; `around` is applied to the result of each."""
 
     def __init__(self, layers: Sequence[nn.Module], around: Callable[[torch.Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """A norm and an MLP, and between them something else."""
+    """A norm and an MLP with another operator between them."""
 
     def __init__(self, between: Callable[[torch.Tensor], torch.Tensor] | None = None, epsilon: float = 1e-3) -> None:
         super().__init__()
@@ -170,8 +170,8 @@ def test_a_decoders_layers_are_traced_once(tokens: int, dynamic: bool) -> None:
         ("Gemma3Text", 2, {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}),
     ],
 )
-def test_so_are_those_of_transformers(family: str, graphs: int, changes: dict[str, Any]) -> None:
-    """Layers with a window are others than those without."""
+def test_layers_of_transformers_models_are_traced_once(family: str, graphs: int, changes: dict[str, Any]) -> None:
+    """Layers with a window differ from layers without."""
     model = small_model(family, **{"num_hidden_layers": LAYERS, **changes})
     inputs = prompt(2, 37, padded=True)
     layers = changes.get("num_hidden_layers", LAYERS)
@@ -195,8 +195,8 @@ RANDOM = settings(
     batch=st.integers(1, 3),
     dynamic=st.booleans(),
 )
-def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
-    assume(batch != tokens)  # one symbol would stand for both, and sizes have many names
+def test_random_programs_equal_an_ordinary_trace(names: list[str], tokens: int, batch: int, dynamic: bool) -> None:
+    assume(batch != tokens)  # else one symbol would stand for both, and sizes have many names
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         for name in ["linear", *names, "mlp"]:
@@ -205,19 +205,19 @@ def test_so_is_any_program(names: list[str], tokens: int, batch: int, dynamic: b
 
     model = Stack([Weighted(program) for _ in range(LAYERS)])
     ((layers, graphs),) = check(model, values(batch, tokens), dynamic=dynamic)
-    assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may say a size in another way
+    assert layers in (LAYERS - 1, LAYERS) and graphs == 1  # the first may have a size in another form
 
 
-# --- what is not the same ---
+# --- different layers ---
 
 
-def test_layers_that_compute_something_else_have_graphs_of_their_own() -> None:
+def test_different_layers_have_separate_graphs() -> None:
     first, second = ([Block(epsilon=epsilon) for _ in range(3)] for epsilon in (1e-3, 1e-4))
     mixed = [layer for pair in zip(first, second, strict=True) for layer in pair]
     assert check(Stack(mixed), values()) == [(6, 2)]
 
 
-def test_a_layer_of_another_dtype_stays_where_it_is() -> None:
+def test_a_layer_of_another_dtype_is_traced_in_place() -> None:
     class Wide(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.double()).float()
@@ -226,11 +226,11 @@ def test_a_layer_of_another_dtype_stays_where_it_is() -> None:
     assert check(Stack(layers), values()) == [(3, 1)]
 
 
-def test_two_layers_are_no_more_work_than_one_for_both() -> None:
+def test_two_layers_are_not_outlined() -> None:
     assert check(Stack([Block(), Block()]), values()) == [(0, 0)]
 
 
-def test_layers_may_return_several_values_and_read_each_others() -> None:
+def test_layers_may_return_several_values_and_read_those_of_others() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -255,7 +255,7 @@ def test_layers_may_return_several_values_and_read_each_others() -> None:
     assert check(Summing(), values()) == [(LAYERS, 1)]
 
 
-def test_what_a_layer_hands_on_is_returned_where_it_lies() -> None:
+def test_a_value_that_a_layer_passes_on_keeps_its_storage() -> None:
     class Handing(Block):
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x), x, x.transpose(0, 1)
@@ -277,7 +277,7 @@ def test_what_a_layer_hands_on_is_returned_where_it_lies() -> None:
     assert lies == [True, True, *(False for _ in result[2:])]
 
 
-# --- what may not be moved ---
+# --- layers that may not be outlined ---
 
 
 @torch.library.custom_op("mom_tests::written_by_schema", mutates_args=("x",))
@@ -319,13 +319,13 @@ WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_layers_may_write_to_what_they_have_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_layers_may_write_to_values_that_they_made(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
     moved = (LAYERS, 1) if write is not WRITES["out"] else (0, 0)
     assert check(Stack([Block(write) for _ in range(LAYERS)]), values()) == [moved]
 
 
 class Writing(nn.Module):
-    """A layer that writes to what it is given."""
+    """A layer that writes to its operand."""
 
     def __init__(self, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -337,24 +337,24 @@ class Writing(nn.Module):
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_layers_that_write_to_an_operand_are_traced_where_they_stand(
+def test_layers_that_write_to_an_operand_are_traced_in_place(
     write: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     assert check(Stack([Writing(write) for _ in range(LAYERS)]), values()) == [(0, 0)]
 
 
-def test_one_that_does_keeps_those_beside_it_where_they_stand() -> None:
-    """Their results are its operand; two others are too few."""
+def test_a_layer_that_writes_to_an_operand_keeps_its_neighbours_in_place() -> None:
+    """Their results are its operands; the other two layers are too few."""
     layers = [Block(), Block(), Writing(torch.relu_), Block(), Block(), Block()]
     assert check(Stack(layers), values()) == [(4, 1)]
 
 
-def test_so_are_layers_whose_results_are_written_into() -> None:
-    """Nothing tells which other results lie there, too."""
+def test_layers_whose_results_are_written_to_are_traced_in_place() -> None:
+    """Other results may share their storage."""
     assert check(Stack([Block() for _ in range(LAYERS)], lambda x: x.mul_(2)), values()) == [(0, 0)]
 
 
-def test_what_is_written_ahead_of_all_layers_disturbs_nobody() -> None:
+def test_writes_ahead_of_all_layers_do_not_prevent_outlining() -> None:
     model = Stack([Block() for _ in range(LAYERS)])
 
     def written(x: torch.Tensor) -> torch.Tensor:
@@ -364,9 +364,9 @@ def test_what_is_written_ahead_of_all_layers_disturbs_nobody() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_write_that_nobody_knew_of_is_seen_when_layers_are_traced(strict: bool, monkeypatch) -> None:
-    """Then all are traced where they stand, and the result is right."""
-    monkeypatch.setattr(alike, "written_by", lambda node: [])
+def test_an_undetected_write_is_found_when_layers_are_traced(strict: bool, monkeypatch) -> None:
+    """Then all layers are traced in place, and the result is correct."""
+    monkeypatch.setattr(repeated_layers, "written_by", lambda node: [])
     model = Stack([Writing(torch.relu_) for _ in range(LAYERS)])
     with torch.no_grad():
         if strict:
@@ -380,20 +380,20 @@ def test_a_write_that_nobody_knew_of_is_seen_when_layers_are_traced(strict: bool
 
 
 def _raised(model: nn.Module, x: torch.Tensor) -> None:
-    """What a backend raises, without what Dynamo wraps it in."""
+    """The exception that a backend raises, without Dynamo's wrapper."""
     try:
         traced(model, x)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from None
 
 
-def test_a_number_that_is_read_off_a_tensor_stays() -> None:
-    """With `dynamic=True` Dynamo makes an input of a layer's epsilon, and reads it."""
+def test_a_layer_that_reads_a_number_off_a_tensor_is_traced_in_place() -> None:
+    """With `dynamic=True`, Dynamo makes a layer's epsilon an input and reads it off a tensor."""
     layers = [Block(epsilon=1e-3 * (n + 1)) for n in range(LAYERS)]
     assert check(Stack(layers), values(), dynamic=True, floats=False)[-1] == (0, 0)
 
 
-def test_gradients_and_autocast_are_of_the_whole_graph() -> None:
+def test_gradient_mode_and_autocast_apply_to_the_whole_graph() -> None:
     model = Stack([Block() for _ in range(LAYERS)])
     found = traced(model, values())
     assert found.called == [(0, 0)]
@@ -403,7 +403,7 @@ def test_gradients_and_autocast_are_of_the_whole_graph() -> None:
         assert check(model, values()) == [(0, 0)]
 
 
-def test_a_layer_within_autocast_of_its_own_stays() -> None:
+def test_a_layer_with_its_own_autocast_is_traced_in_place() -> None:
     class Narrow(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -412,7 +412,7 @@ def test_a_layer_within_autocast_of_its_own_stays() -> None:
     assert check(Stack([Narrow() for _ in range(LAYERS)]), values()) == [(0, 0)]
 
 
-def test_a_layer_with_random_numbers_draws_its_own() -> None:
+def test_each_layer_draws_its_own_random_numbers() -> None:
     model = Stack([Block(torch.rand_like) for _ in range(LAYERS)])
     with torch.no_grad():
         found = traced(model, values())
@@ -421,7 +421,7 @@ def test_a_layer_with_random_numbers_draws_its_own() -> None:
     assert sum("rand" in str(node.target) for node in gm.graph.nodes) == LAYERS
 
 
-# --- the two halves by themselves ---
+# --- outlining and inlining alone ---
 
 
 def calling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -438,12 +438,12 @@ def calling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         (F.embedding, ("x", "x")), (torch.ops.aten.add.Tensor, ("x", "x")), (torch.ops.aten.relu, ("x",)),
     ],
 )  # fmt: skip
-def test_what_does_not_write_is_not_thought_to(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def test_pure_functions_are_not_taken_for_writes(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     node = calling(function, *args)
     assert not written_by(node) and not changes_state(node)
 
 
-def test_what_is_put_back_untraced_is_the_graph_that_it_was() -> None:
+def test_inlining_untraced_layers_restores_the_graph() -> None:
     model = Stack([Block() for _ in range(LAYERS)]).eval()
     found: list[fx.GraphModule] = []
 
@@ -456,14 +456,14 @@ def test_what_is_put_back_untraced_is_the_graph_that_it_was() -> None:
         torch.compile(model, backend=backend, fullgraph=True)(values())
     (gm,) = found
     before = lines_of(gm.graph)
-    assert alike.outline_layers(gm) == 1
+    assert repeated_layers.outline_layers(gm) == 1
     assert len(lines_of(gm.graph)) < len(before)
-    assert alike.inline_layers(gm)
+    assert repeated_layers.inline_layers(gm)
     assert lines_of(gm.graph) == before
 
 
-def test_a_layer_that_is_called_with_other_strides_has_values_of_its_own() -> None:
-    """What stands ahead of the first layer may be laid out otherwise once it is decomposed."""
+def test_a_layer_called_with_other_strides_gets_values_of_its_own() -> None:
+    """Decomposition may change the strides of values ahead of the first layer."""
     body = fx.Graph()
     x = body.placeholder("x")
     body.output((body.call_function(torch.ops.aten.relu.default, (x,)),))
@@ -477,6 +477,6 @@ def test_a_layer_that_is_called_with_other_strides_has_values_of_its_own() -> No
     call = graph.call_function(INVOKE_SUBGRAPH, (graph.get_attr("mom_layer_0"), "mom_layer_0", across))
     graph.output((graph.call_function(operator.getitem, (call, 0)),))
     gm = fx.GraphModule(module, graph)
-    assert alike.inline_layers(gm)
+    assert repeated_layers.inline_layers(gm)
     (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
     assert relu.meta["val"].stride() == (1, 3)

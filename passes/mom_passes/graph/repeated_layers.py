@@ -1,23 +1,22 @@
-"""Layers of a model that do the same to values of the same kind, traced once: an outline of Dynamo's graph.
+"""Outline repeated layers of a Dynamo graph as calls of one graph, so that AOTAutograd traces them once.
 
     def forward(x, w0, w1, w2):               def forward(x, w0, w1, w2):
         a = relu(linear(x, w0))                   a = layer(x, w0)        layer(x, w) = relu(linear(x, w))
         b = relu(linear(a, w1))         ->        b = layer(a, w1)
         return relu(linear(b, w2))                return layer(b, w2)
 
-AOTAutograd traces what is called so once for all calls, decomposes it once, and looks for patterns in it once: for the
-layers of a model it needs seconds otherwise. `inline_layers` then puts the traced layer where it is called: the graph
-is what it would have been.
+AOTAutograd traces, decomposes and pattern-matches a called graph once for all its calls, which saves seconds per model.
+Afterwards `inline_layers` replaces each call by the traced layer, which gives the graph of an ordinary trace.
 
 Terms
 -----
-layer     The calls of one numbered module, the outermost (`model.layers.3`), as far as they stand side by side.
-operand   What a layer reads and does not compute; `results` are what others read of it.
-kind      All that tracing can tell of an operand: dtype, device, sizes and strides, symbols included. Layers are alike
-          if they have the same text and operands of the same kinds, in order.
+layer     Consecutive calls made in one numbered module, the outermost (`model.layers.3`).
+operand   A value that a layer reads and does not compute; `results` are its values that other nodes read.
+kind      Everything about an operand that tracing depends on: dtype, device, sizes and strides, symbols included.
+          Layers are identical if they have the same text and operands of the same kinds in the same order.
 
-A layer that writes to an operand, or whose operands and results others write to, stays where it is: the operator that
-calls a layer changes nothing, and says nothing of values that lie over each other.
+A layer stays in place if it writes to an operand, or if another call writes to its operands or results: the operator
+that calls a graph must neither mutate nor alias.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ from mom_passes.graph.sizes import expr
 from mom_passes.graph.structure import lines_of
 from mom_passes.torch_compat import INVOKE_SUBGRAPH, SYMBOLIC, expression_of, has_hint, is_wrapper, storage_of
 
-#: Tracing a layer for all costs about as much as tracing two where they stand.
+#: Tracing an outlined layer costs about as much as tracing two layers in place.
 FEWEST_LAYERS = 3
-#: Calls of a layer that is worth it.
+#: Smaller layers are not worth outlining.
 FEWEST_CALLS = 8
 
 _NUMBERED = re.compile(r"(\.|\[')?\d+('\]|\])?$")
@@ -51,7 +50,7 @@ _NAME = "mom_layer"
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """`body` is a copy of `nodes` as a graph of its own: its inputs stand for `operands`, its outputs for `results`."""
+    """`body` is a copy of `nodes` as a graph: an input for each of `operands`, an output for each of `results`."""
 
     nodes: list[fx.Node]
     operands: list[fx.Node]
@@ -60,27 +59,29 @@ class Layer:
 
 
 def outline_layers(gm: fx.GraphModule) -> int:
-    """Layers that are alike become calls of one graph, in place. Gives how many such graphs there are."""
-    alike: dict[Hashable, list[Layer]] = defaultdict(list)
+    """Replace identical layers by calls of one graph, in place. Return the number of such graphs."""
+    groups: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in _layers(gm.graph):
         kinds = tuple(_kind(operand.meta.get("example_value")) for operand in layer.operands)
         if None not in kinds:
-            alike[tuple(lines_of(layer.body)), kinds].append(layer)
+            groups[tuple(lines_of(layer.body)), kinds].append(layer)
     names: dict[Layer, str] = {}
-    for group in alike.values():
+    for group in groups.values():
         if len(group) >= FEWEST_LAYERS:
             name = f"{_NAME}_{len(set(names.values()))}"
             gm.add_submodule(name, fx.GraphModule(gm, group[0].body))
             names |= dict.fromkeys(group, name)
-    _call_instead(gm.graph, names)
+    _replace_by_calls(gm.graph, names)
     gm.graph.lint()
     gm.recompile()
     return len(set(names.values()))
 
 
 def inline_layers(gm: fx.GraphModule) -> bool:
-    """The graphs that `outline_layers` made, traced or not, take the place of their calls. Gives whether nothing is
-    left of them: tracing calls a graph that writes to its operands in a way of its own."""
+    """Replace the calls that `outline_layers` made by the graphs they call, traced or not, in place.
+
+    Return False if some remain: tracing wraps a call of a graph that writes to its operands in another operator.
+    """
     calls = gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
     inlined = {node for call in calls if str(call.args[1]).startswith(_NAME) for node in _inline(gm, call)}
     _compute_sizes_once(gm.graph, inlined)
@@ -94,8 +95,10 @@ def calls_nested_regions(gm: fx.GraphModule) -> bool:
 
 
 def inline_nested_regions(gm: fx.GraphModule) -> int:
-    """Graphs that a model calls by `torch.compiler.nested_compile_region` take the place of their calls, in place.
-    Returns how many calls there were."""
+    """Replace calls made by `torch.compiler.nested_compile_region` by the graphs they call, in place.
+
+    Return the number of calls.
+    """
     calls = gm.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
     inlined = {node for call in calls for node in _inline(gm, call)}
     _compute_sizes_once(gm.graph, inlined)
@@ -110,11 +113,11 @@ def _mentions_a_layer(node: fx.Node) -> bool:
     return any(isinstance(arg, str) and _NAME in arg for arg in (*node.args, *node.kwargs.values()))
 
 
-# ------------------------------------------------------------------------------------------------- to outline
+# --- outlining ---
 
 
 def _layers(graph: fx.Graph) -> list[Layer]:
-    """The layers that may be called elsewhere; none of a graph that changes how its calls compute, but ahead of all."""
+    """The layers that may be outlined. None if the graph changes global state (autocast, say) in or after a layer."""
     first = next((node for node in graph.nodes if _numbered_module(node) is not None), None)
     if first is None:
         return []
@@ -126,7 +129,7 @@ def _layers(graph: fx.Graph) -> list[Layer]:
     if opened or any(map(changes_state, nodes[begin:])):
         return []
     written = {node: _storages(written_by(node)) for node in nodes[begin:]}
-    whole = (_layer(side_by_side) for side_by_side in _side_by_side(graph))
+    whole = (_layer(calls) for calls in _consecutive_calls(graph))
     return [layer for layer in whole if _is_movable(layer) and not _meets_a_write(layer, written)]
 
 
@@ -136,7 +139,7 @@ def _is_movable(layer: Layer) -> bool:
 
 
 def _meets_a_write(layer: Layer, written: dict[fx.Node, set[int]]) -> bool:
-    """Whether it writes where an operand lies, or another call where any value lies that passes in or out."""
+    """Whether a layer writes to the storage of an operand, or another call to that of an operand or result."""
     within = set(layer.nodes)
     passed_in = _storages(layer.operands)
     passed = passed_in | _storages(layer.results)
@@ -152,8 +155,8 @@ def _values(node: fx.Node) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else (value,)
 
 
-def _side_by_side(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Calls of the same numbered module. What a graph has as attributes is nobody's, wherever it is read."""
+def _consecutive_calls(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Runs of calls made in the same numbered module. Attribute reads belong to no module."""
     nodes: list[fx.Node] = []
     module = None
     for node in graph.nodes:
@@ -169,7 +172,7 @@ def _side_by_side(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _numbered_module(node: fx.Node) -> str | None:
-    """The outermost module with a number that a call is made in: an entry of a list of modules."""
+    """The path of the outermost module with a number (an entry of a list of modules) that a call is made in."""
     if node.op not in ("call_function", "call_method"):
         return None
     paths = (path for path, _ in (node.meta.get("nn_module_stack") or {}).values())
@@ -196,8 +199,11 @@ def _input(body: fx.Graph, number: int, operand: fx.Node) -> fx.Node:
 
 
 def _may_move(node: fx.Node) -> bool:
-    """Not what has graphs of its own, is called for another reason than its value, or reads a number off a tensor; and
-    not `out=`, which PyTorch 2.11 cannot decompose in a graph that it calls."""
+    """Whether a call may be outlined.
+
+    Not if it has graphs of its own, is called for a side effect or reads a number off a tensor. Not with `out=` either:
+    PyTorch 2.11 cannot decompose it in a called graph.
+    """
     if calls_graphs(node) or node.kwargs.get("out") is not None:
         return False
     plain = all(isinstance(value, torch.Tensor) or _is_known(value) for value in _values(node))
@@ -209,7 +215,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _kind(value: Any) -> Hashable:
-    """See above; None for what a layer cannot be called with, or has bytes in several tensors of its own."""
+    """The kind of a value (see the module). None for wrapper subclasses and for values that cannot be operands."""
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride(), value.storage_offset())
         plain = value.layout == torch.strided and not is_wrapper(value) and all(map(_is_known, sizes))
@@ -222,8 +228,8 @@ def _is_known(size: Any) -> bool:
     return type(size) is int or (isinstance(size, torch.SymInt) and has_hint(size))
 
 
-def _call_instead(graph: fx.Graph, names: dict[Layer, str]) -> None:
-    """In order of the graph: what a layer reads may be what another returns."""
+def _replace_by_calls(graph: fx.Graph, names: dict[Layer, str]) -> None:
+    """Replace the layers by calls, in graph order: a layer may read the result of another."""
     now: dict[fx.Node, fx.Node] = {}
     order = {node: number for number, node in enumerate(graph.nodes)}
     for layer in sorted(names, key=lambda layer: order[layer.nodes[0]]):
@@ -243,11 +249,11 @@ def _call_instead(graph: fx.Graph, names: dict[Layer, str]) -> None:
             graph.erase_node(node)
 
 
-# -------------------------------------------------------------------------------------------------- to inline
+# --- inlining ---
 
 
 def _inline(gm: fx.GraphModule, call: fx.Node) -> list[fx.Node]:
-    """The nodes that take the place of a call."""
+    """Replace a call by the nodes of its graph and return these."""
     where = call.args[0]
     assert isinstance(where, fx.Node)
     layer = attribute(gm, str(where.target))
@@ -276,7 +282,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> list[fx.Node]:
 
 
 def _own_name(gm: fx.GraphModule, value: Any) -> str:
-    """What a graph calls a value of its own; it is one from now on."""
+    """The attribute name of a value in `gm`; a new one if it has none."""
     known = next((name for name in (*vars(gm), *gm._buffers) if getattr(gm, name, None) is value), None)
     if known is None:
         known = next(name for n in itertools.count() if not hasattr(gm, name := f"_constant_of_a_layer_{n}"))
@@ -285,8 +291,10 @@ def _own_name(gm: fx.GraphModule, value: Any) -> str:
 
 
 def _compute_sizes_once(graph: fx.Graph, of_layers: set[fx.Node]) -> None:
-    """Each layer computes the sizes that it needs, or reads them off its operands: where there is a node for the same
-    expression ahead of it, that is taken, as by who traces all layers in one."""
+    """Replace size nodes of inlined layers by earlier nodes with the same expression.
+
+    Each layer computes its own sizes; a trace of the whole graph would have computed them once.
+    """
     known: dict[Hashable, fx.Node] = {}
     for node in graph.nodes:
         value = meta_value(node)
