@@ -94,7 +94,13 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 
 def reports() -> list[Report]:
-    """What was done to each graph compiled so far in this process, oldest first."""
+    """Return a report for each graph that this process has compiled.
+
+    Returns
+    -------
+    list of Report
+        Oldest first. `torch._dynamo.reset()` empties it.
+    """
     return [notice.report for notice in list(NOTICES)]  # a copy: another thread may be compiling
 
 

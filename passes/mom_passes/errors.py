@@ -6,10 +6,9 @@ from torch import fx
 
 
 class CannotChunk(Exception):
-    """A chunk rule cannot compute a slice of `node` along one dimension.
+    """A chunk rule cannot compute some rows of `node` along a dimension.
 
-    Analyses catch it and keep the operator whole. It names the operator, the node,
-    the dimension and the shapes, so that a report can say why something was left out.
+    A chunk rule raises it. The operator then runs once on the full sequence, and reports show the reason.
     """
 
     def __init__(self, node: fx.Node, dim: object, reason: str) -> None:

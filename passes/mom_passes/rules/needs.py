@@ -24,14 +24,38 @@ from mom_passes.graph.sizes import Size, is_one, same
 
 @dataclass(frozen=True)
 class Dim:
-    """Dimension `index` of a value, laid out as `outer x tokens x inner`."""
+    """A dimension that carries tokens, laid out as `outer x tokens x inner`.
+
+    A `view` may merge the token dimension with its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens in dimension 0
+    with `outer=B`.
+
+    Attributes
+    ----------
+    index : int
+        The index of the dimension.
+    outer : int or SymInt
+        Size of what varies more slowly than tokens in this dimension.
+    inner : int or SymInt
+        Size of what varies faster than tokens in this dimension.
+    """
 
     index: int
     outer: Size = 1
     inner: Size = 1
 
     def at(self, index: int) -> Dim:
-        """The same layout in another dimension."""
+        """Return the same layout in another dimension.
+
+        Parameters
+        ----------
+        index : int
+            The index of the other dimension.
+
+        Returns
+        -------
+        Dim
+            With `outer` and `inner` of this one.
+        """
         return Dim(index, self.outer, self.inner)
 
     @property
@@ -54,7 +78,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class All:
-    """All of an operand, whichever rows are computed."""
+    """The operator needs all of an operand, whichever rows of the result are computed."""
 
     def __str__(self) -> str:
         return "all of it"
@@ -62,7 +86,13 @@ class All:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an operand along `dim` that are computed of the result."""
+    """The operator needs the same rows of an operand as are computed of the result.
+
+    Attributes
+    ----------
+    dim : Dim
+        The token dimension of the operand.
+    """
 
     dim: Dim
 
@@ -72,9 +102,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Past:
-    """The rows that are computed and at most `rows` rows before them: fewer where the sequence begins.
+    """The operator needs the rows that are computed and at most `rows` rows before them.
 
-    `dim` is plain: rows before others in a folded dimension are no range.
+    There are fewer where the sequence begins.
+
+    Attributes
+    ----------
+    dim : Dim
+        The token dimension of the operand. It holds tokens alone (`dim.plain`).
+    rows : int
+        The number of rows before, at least 1.
     """
 
     dim: Dim
