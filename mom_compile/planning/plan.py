@@ -267,7 +267,7 @@ class Plan:
 
     @property
     def stages(self) -> list[StageReport]:
-        """The loops of the traced model, which has a few of the layers; empty where stock Inductor compiles the graph."""
+        """The loops of the traced model, which has a few layers; empty where stock Inductor compiles the graph."""
         made = self._planner.compiled(self.seq_len, self.way)
         return [] if made is None else made[-1].report.stages
 
