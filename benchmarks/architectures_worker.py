@@ -1,7 +1,8 @@
-"""Types of models, each in a process of its own, for `benchmarks.architectures`: rows of what was found.
+"""Run model types, each in a process of its own, for `benchmarks.architectures`.
 
-A row has `parameters`, whether the type is `recurrent`, then one use after another under `uses`: the largest difference
-relative to eager's scale, graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
+A row has `parameters`, whether the type is `recurrent`, and then the `uses` one after another: the largest difference
+relative to the largest logit, graphs and breaks, multiply-adds and those outside loops; or the error, and whether it is
+mom's.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A type that is run: a causal language model, or the text decoder of a composite of this type."""
+    """A type to run: a causal language model, or the text decoder of a composite of this type."""
 
     name: str
     composite: str | None = None
@@ -64,7 +65,7 @@ class Subject:
 
 
 def build(subject: Subject, scale: Scale, dtype: torch.dtype) -> Any:
-    """With noise on every parameter: biases and gates that begin at zero would hide what is done to them."""
+    """Build the model with noise on every parameter: zero biases and gates would hide errors."""
     torch.manual_seed(0)
     if subject.composite is None:
         model = transformers.AutoModelForCausalLM.from_config(small_config(subject.name, scale))
@@ -79,13 +80,13 @@ def build(subject: Subject, scale: Scale, dtype: torch.dtype) -> Any:
 
 
 def words(model: Any, rows: int, tokens: int, scale: Scale, seed: int = 0) -> Inputs:
-    """Ids, or what a text decoder takes in their place."""
+    """Return ids, or embeddings for a text decoder."""
     ids = torch.randint(3, scale.words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     return {"inputs_embeds": model.embed(ids)} if isinstance(model, TextDecoder) else {"input_ids": ids}
 
 
 def accepted(model: Any, **inputs: Any) -> Inputs:
-    """Those that the model has a name for."""
+    """Return the arguments that the model accepts."""
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}
 
@@ -98,7 +99,7 @@ def padded(model: Any, tokens: int) -> Inputs:
 
 
 def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
-    """A token more, for each sequence."""
+    """Return one more token for each sequence."""
     batch = next(iter(inputs.values())).shape[0]
     mask = inputs.get("attention_mask")
     grown = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)}
@@ -110,8 +111,8 @@ def after(model: Any, inputs: Inputs, out: Any) -> Inputs:
 
 
 def is_recurrent(out: Any) -> bool:
-    """Whether a layer hands a state of its own from token to token, beside keys and values or in place of them: a short
-    convolution's last rows, what a scan or a linear attention has summed up."""
+    """Return whether a layer passes a state from token to token other than keys and values: the last rows of a short
+    convolution, the sum of a scan or of a linear attention."""
     kept, own = out.get("past_key_values"), out.get("cache_params")
     # Since transformers 5.24 both names lead to one cache: what its layers keep tells then.
     if out.get("state") is not None or (own is not None and not (own is kept and hasattr(own, "layers"))):
@@ -121,12 +122,12 @@ def is_recurrent(out: Any) -> bool:
 
 
 class NoState(Exception):
-    """A model that keeps nothing: there is no step after its prefill."""
+    """The model keeps no state: there is no decode step after its prefill."""
 
 
 @dataclass
 class Caller:
-    """A model by one backend, `None` for eager mode."""
+    """Calls a model with one backend; `None` is eager mode."""
 
     model: Any
     backend: str | None
@@ -139,7 +140,7 @@ class Caller:
             return call(**inputs)
 
     def use(self, name: str, outputs: dict[str, Any]) -> torch.Tensor:
-        """The logits of one use; `outputs` has those that it follows upon, by the same backend."""
+        """Return the logits of one use; `outputs` has those of earlier uses with the same backend."""
         inputs = self.inputs(name, outputs)
         out = outputs[name] = self(inputs)
         mask = inputs.get("attention_mask")
@@ -168,7 +169,7 @@ class Caller:
 
 
 def describe_error(error: BaseException) -> str:
-    """The innermost error's kind and first line, and where in our own code it was raised, if it was there."""
+    """Return the kind and first line of the innermost error, and where in this package it was raised."""
     while error.__cause__ is not None and type(error).__module__.startswith("torch._dynamo"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -180,7 +181,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def difference(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest, relative to the largest logit; infinite where one has no number and the other does."""
+    """Return the largest difference relative to the largest logit; infinite if one has NaN where the other has not."""
     if actual.shape != wanted.shape or not torch.equal(actual.isfinite(), wanted.isfinite()):
         return float("inf")
     actual, wanted = actual.double().nan_to_num(0, 0, 0), wanted.double().nan_to_num(0, 0, 0)
@@ -199,7 +200,7 @@ class Found:
         self.stock.append(sum(products(gm.graph).values()))
 
     def entry(self) -> dict[str, Any]:
-        """`outside` has the work outside loops and its reason, by operator."""
+        """Return the entry; `outside` has the work outside loops and its reason, by operator."""
         made = reports()[self.before :]
         breaks = {why: n - self.breaks.get(why, 0) for why, n in counters["graph_break"].items()}
         breaks = {why: n for why, n in breaks.items() if n}
@@ -225,7 +226,7 @@ class Found:
 
 @contextlib.contextmanager
 def everything_in_float64() -> Iterator[None]:
-    """Grouped products of experts have no float64 in eager mode; traced they are an operator that has."""
+    """Let grouped products of experts run in float64: eager mode has no such kernel, the traced operator has."""
     original = moe._can_use_grouped_mm
     moe._can_use_grouped_mm = lambda *_: False
     try:
@@ -235,7 +236,7 @@ def everything_in_float64() -> Iterator[None]:
 
 
 def run_uses(subject: Subject) -> None:
-    """Rows for the uses of a small model of this type."""
+    """Run the uses of a small model of this type, and emit rows."""
     name = subject.name
     dtype = getattr(torch, subject.exceptions.get("dtype", "float64"))
     bound = BOUND if dtype is torch.float64 else BOUND_FLOAT32
@@ -279,7 +280,7 @@ def run_uses(subject: Subject) -> None:
 
 
 def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str, Any], wrong: list[str]) -> None:
-    """What stock `torch.compile` says to what mom failed at; a step needs the prefill before it."""
+    """Run stock `torch.compile` where mom failed. A step needs the prefill before it."""
     stock.compile()
     got: dict[str, Any] = {}
     for use in wanted:
@@ -294,7 +295,7 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
 
 
 def run_peaks(name: str, backends: Sequence[str]) -> None:
-    """Rows for the peak memory of a prefill under some backends, cache kept, logits of the last token."""
+    """Measure the peak of a prefill with some backends, cache kept, logits of the last token, and emit rows."""
     measure.watch_cpu()
     model = build(Subject(name), REALISTIC, torch.float32)
     inputs = accepted(model, **words(model, 1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
@@ -320,7 +321,7 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
 
 
 def run_one(subject: Subject, backends: Sequence[str]) -> None:
-    """What `backends` need; in all uses where there are none."""
+    """Measure peaks with `backends`, or run all uses if there are none."""
     torch._dynamo.reset()
     with torch.no_grad():
         if backends:
@@ -331,9 +332,9 @@ def run_one(subject: Subject, backends: Sequence[str]) -> None:
 
 
 def in_a_child(name: str, work: Callable[[], None], timeout: float) -> str | None:
-    """Run the work of one type in a fork of this process, in which everything is imported and nothing has run.
+    """Run `work` in a fork of this process, in which everything is imported and nothing has run.
 
-    Returns how it failed, if the process did not end by itself. What `work` raises becomes a row.
+    Returns how it failed if the process did not end by itself. An error that `work` raises becomes a row.
     """
     child = os.fork()
     if child == 0:

@@ -1,8 +1,8 @@
-"""What a GPU is predicted to take for the prefills that `benchmarks.gpu` measures, until one has: NOTHING IS MEASURED.
+"""Predict a GPU's figures for the prefills of `benchmarks.gpu`. NOTHING IS MEASURED.
 
-    python -m benchmarks.predicted     benchmarks/results/predicted-gpu.json, and docs/benchmarks.md with it
+    python -m benchmarks.predicted     write benchmarks/results/predicted-gpu.json and docs/benchmarks.md
 
-Peaks are the memory model's, times those of `mom_compile.planning.estimate`. Neither a GPU nor weights are needed.
+Peaks come from the memory model, times from `mom_compile.planning.estimate`. Neither a GPU nor weights are needed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ FLASH_CAUSAL, FLASH_FULL, CUDNN_CAUSAL, CUDNN_FULL = 335e12, 370e12, 539e12, 595
 
 
 def predicted() -> Row:
-    """Bytes above the weights of each way at each length; of ours what each thing takes by itself, in seconds, for a
-    prefill and for a decode step behind it."""
+    """Return bytes above the weights of each way at each length, and for mom the seconds of each resource for a prefill
+    and
+    for a decode step after it."""
     found = mom_compile.plan(SHAPE, seq_len=LENGTHS[2], dtype="bfloat16", device=DEVICE, progress=_tell)
     cells = {}
     for tokens in LENGTHS:
@@ -65,8 +66,9 @@ def predicted() -> Row:
 
 
 def beside_eager(setup: Setup) -> Row:
-    """Seconds of the products, and of eager mode's and our attention by published rates of their kernels. What merges
-    parts of ours is not counted."""
+    """Return the seconds of products, and of eager mode's and mom's attention by published rates of their kernels.
+    Merging
+    the parts of mom's attention is not counted."""
     rows = rows_for(DEVICES[DEVICE], Layer(HEADS, LAYER_PRODUCTS))
     whole = 2.0 * setup.tokens**2 * HIDDEN * setup.layers
     before = [(min(rows, setup.tokens - start), start) for start in range(0, setup.tokens, rows)]

@@ -277,7 +277,7 @@ def _apart(row: Row, eager: Row) -> str:
 
 
 def longest_table(cells: Sequence[Row]) -> str:
-    """The longest prompt of each method within the limit."""
+    """Return the table of the longest prompts within the limit."""
     found = {cell["method"]: cell for cell in cells if cell.get("limit") is not None}
     if not found:
         return ""
