@@ -41,7 +41,7 @@ from benchmarks.workers import run_worker
 BACKENDS = ("inductor", "mom")
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 COMPILED = RESULTS.with_name("compiled-2026-11-30.json")
-#: Telling kinds first: a sweep that is cut short has seen something of everything.
+#: Representative types first: an interrupted sweep has covered every kind.
 FIRST = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "mistral", "falcon", "bloom", "gpt2",
          "mamba", "mamba2", "bamba", "qwen3_next", "jamba", "gemma3n_text", "opt", "gpt_neox", "phi3")  # fmt: skip
 
@@ -116,13 +116,13 @@ def write_page() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description="Every decoder, small.")
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types alone")
-    parser.add_argument("--redo", action="store_true", help="also those that are there already")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="run only these types")
+    parser.add_argument("--redo", action="store_true", help="also types that have a result")
     parser.add_argument("--compile", action="store_true", help="peak memory, with Inductor's code")
-    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="with --compile: whose")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends of --compile")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1 or 2)", choices=(1, 2))
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a type")
-    parser.add_argument("--page", action="store_true", help="only make the page from the results")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     results = Results(RESULTS)
@@ -141,7 +141,7 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
             f"multimodal one; {PAGE.name} lists those that there are"
         )
     key = "compile_seconds" if options.compile else "seconds"
-    # Peaks of text decoders are not measured: what exceptions set for them is set for small ones alone.
+    # Peaks of text decoders are not measured: their exceptions are for small configurations only.
     unmeasured = sorted({*(options.only or ())} & {*found.decoders}) if options.compile else []
     if unmeasured:
         raise SystemExit(f"{', '.join(unmeasured)}: peaks of text decoders are not measured; leave out --compile")

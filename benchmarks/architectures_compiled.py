@@ -38,7 +38,7 @@ from benchmarks.small_configs import SMALL, Scale
 from benchmarks.workers import row, run_worker
 from mom_compile import reports
 
-#: No mini-sequence and no scan's chunk divides these lengths.
+#: Lengths that neither a mini-sequence nor a scan's chunk divides.
 TOKENS = (203, 2011)
 OPTIONS = {"mini_seq_len": 64, "strict": True}
 SCALE = replace(SMALL, positions=4096)
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="a type, or text decoder:composite")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS[:1], help="lengths of the prefill")
     parser.add_argument("--prefill", action="store_true", help="leave out the decode step")
-    parser.add_argument("--redo", action="store_true", help="also those that are there already")
+    parser.add_argument("--redo", action="store_true", help="also types that have a result")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for a type and length")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -40,13 +40,14 @@ from mom_passes.rules.work import products
 TOKENS = {"prefill": 53, "batch": 50, "decode": 50, "scoring": 53}
 PADDING = (7, 0, 20)
 OPTIONS = {"mini_seq_len": 8, "strict": True}
-#: A use counts as right up to this, of eager's largest logit. Some types compute norms or softmax in float32 always.
+#: The largest difference of a correct use, relative to eager's largest logit. Some types compute norms or softmax in
+#: float32 always.
 BOUND = 1e-6
 BOUND_FLOAT32 = 1e-4
 LONG = 2048
-#: Uses that are a token more, and the use before.
+#: Decode uses, and the use before each.
 FOLLOWS = {"decode": "batch", "step": "prefill"}
-#: Where models put what a step after this one is given.
+#: Fields of an output that may hold the state for the next step.
 STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 Inputs = dict[str, Any]
@@ -114,7 +115,7 @@ def is_recurrent(out: Any) -> bool:
     """Return whether a layer passes a state from token to token other than keys and values: the last rows of a short
     convolution, the sum of a scan or of a linear attention."""
     kept, own = out.get("past_key_values"), out.get("cache_params")
-    # Since transformers 5.24 both names lead to one cache: what its layers keep tells then.
+    # Since transformers 5.24 both names lead to one cache; its layers show the difference.
     if out.get("state") is not None or (own is not None and not (own is kept and hasattr(own, "layers"))):
         return True
     layers = getattr(kept, "layers", ())

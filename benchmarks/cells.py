@@ -21,7 +21,7 @@ from benchmarks.decoding import WARM_UP, decode
 from benchmarks.longest import longest
 from benchmarks.methods import METHODS, Method, Setup
 
-#: How many of the largest logits are told, to compare methods by.
+#: Number of largest logits that are recorded, to compare methods.
 NOTICES = 8
 Row = dict[str, Any]
 Call = Callable[[], tuple[torch.Tensor, Any]]

@@ -44,7 +44,7 @@ from benchmarks.measure import MIB
 #: Tokens of a chunk in Hugging Face's chunked prefill; as long as mom's mini-sequences.
 CHUNK = 1024
 
-#: Rows of a mini-sequence when the loop's own time is measured: few, so that it stands out.
+#: Rows of a mini-sequence when the loop's own time is measured: few, so that it dominates.
 OVERHEAD_ROWS = 16
 
 RESULTS = Path(__file__).with_name("results")
@@ -432,7 +432,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="of --only rows")
     parser.add_argument("--batch", type=int, default=1, help="sequences of --only rows (default 1)")
     parser.add_argument("--only", choices=("prefill", "rows", "growth", "windows", "overhead", "compile"))
-    parser.add_argument("--quick", action="store_true", help="a look: S = 2048, one repeat, 2 and 6 layers")
+    parser.add_argument("--quick", action="store_true", help="quick run: S = 2048, one repeat, 2 and 6 layers")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<date>.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

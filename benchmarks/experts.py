@@ -22,7 +22,7 @@ from benchmarks import measure, models
 from benchmarks.measure import MIB
 
 _COMMON = {"vocab_size": 32_000, "num_hidden_layers": 2, "hidden_size": 512, "max_position_embeddings": 16_384}
-#: Name -> the family's config class and its sizes: as many experts, as many of them chosen, widths in proportion.
+#: Name -> config class and sizes: the numbers of experts and of chosen experts, widths in proportion.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "MixtralConfig",

@@ -51,23 +51,23 @@ NO_DEVICE = 2
 K, GIB = 1024, 1 << 30
 FOLDER = Path(__file__).with_name("results")
 
-#: Where the tests marked `gpu` are: to look for them everywhere takes longer than to run them.
+#: Files with tests marked `gpu`: collecting all files takes longer than running these.
 GPU_TESTS = (
     "tests/test_attention_gpu.py", "tests/test_cache_in_place.py", "tests/test_kv_gpu.py", "tests/test_measure.py",
     "tests/test_models_gpu.py",
 )  # fmt: skip
-#: As many at once, and seconds that are kept for them: all of an earlier run took 100 s on an H200.
+#: Number of workers, and reserved seconds: an earlier run took 100 s on an H200.
 TEST_WORKERS, TESTS = 8, 110.0
-#: Tests between two lines of how many have passed.
+#: Tests between two progress lines.
 TESTS_TOLD = 20
-#: What `pytest -v` says of a test, with pytest-xdist or without.
+#: The line of `pytest -v` for a test, with or without pytest-xdist.
 OUTCOME = re.compile(r"(?:^\[gw\d+\].*?|::.*)\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
-#: Of the FLOPS that a large product reaches on the device, what a prefill is expected to reach at least.
+#: The share of a large product's FLOPS that a prefill is expected to reach at least.
 EXPECTED_SHARE = 0.5
-#: A question is not begun with fewer seconds left.
+#: The remaining seconds that a question needs to start.
 LEAST_SECONDS = 20.0
-#: Seconds that a process is expected to take beside its prefills: making the model, compiling, decoding.
+#: Expected seconds of a process in addition to its prefills: building the model, compiling, decoding.
 EXPECTED_REST = 75.0
 #: Prefills of a length: the first one, the one whose peak is measured, and `REPEATS` timed ones; from `ONCE` tokens on
 #: one is all, after two short ones for which the graphs are compiled.
@@ -266,7 +266,7 @@ def run_lengths(options: argparse.Namespace, results: Results, lines: Lines, end
             lines.write({"length": part.key(row["tokens"]), **row})
             print(show(whole), flush=True)
     waiting = [key for part in PARTS for key in map(part.key, part.lengths) if key not in results.cells]
-    print(f"{len(waiting)} lengths wait for the next run" + (f", {waiting[0]} first" if waiting else ""))
+    print(f"{len(waiting)} lengths remain for the next run" + (f", {waiting[0]} first" if waiting else ""))
 
 
 def run(options: argparse.Namespace, results: Results, lines: Lines) -> None:
@@ -294,16 +294,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--question-layers", type=int, default=8, help="of the model that questions are asked of")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16 * K, 64 * K], help="lengths that questions have")
+    parser.add_argument("--question-layers", type=int, default=8, help="layers of the model for questions")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16 * K, 64 * K], help="lengths of questions")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--ask", nargs="+", choices=[one.name for one in QUESTIONS], metavar="QUESTION")
-    parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")
+    parser.add_argument("--device", default="cuda", help="cpu tests the code without a GPU")
     return parser.parse_args(arguments)
 
 
-#: Of a GPU's host little matters, and machines that are lent differ in it.
+#: Fields of the host that may differ between runs: they hardly affect GPU figures.
 OF_A_HOST = ("date", "mom_compile", "cpu", "cores", "threads", "system")
 
 

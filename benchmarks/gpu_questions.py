@@ -36,7 +36,7 @@ from benchmarks.methods import Setup
 Row = dict[str, Any]
 #: Timed calls of each kind.
 PREFILLS, STEPS, MASKED_STEPS = 3, 14, 8
-#: Kernels that are named, the longest first, and characters of their names.
+#: Number of kernels to list, the longest first, and characters of their names.
 NAMED, NAME = 14, 60
 #: Bytes that are copied to measure the link.
 COPIED = 1 << 30

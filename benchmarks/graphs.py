@@ -62,7 +62,7 @@ def _calls(kind: str, *lengths: int | tuple[int, ...], **how: Any) -> list[Call]
     return [Call(kind, (n,) if isinstance(n, int) else n, **how) for n in lengths]
 
 
-#: Kinds in the order in which they are called first.
+#: Kinds in the order of their first call.
 SESSION: tuple[Call, ...] = (
     *_calls("one prompt, above the window", 150, 200, 90, 311),
     *_calls("below the window", 40, 20, 55),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: The search ends when what fits and what does not are this close, as a share of the length.
+#: Relative distance of the longest fitting and the shortest failing length at which the search ends.
 CLOSE = 1 / 50
-#: No length is tried that is so many times what is known to fit: a guess from a short prompt is a bad one.
+#: Limit on the next length, as a multiple of the longest that fits: extrapolation from short prompts is poor.
 AT_ONCE = 4
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 SHAPES: dict[str, dict[str, int]] = {
-    # Wide enough that the intermediates rule the peak, small enough for two cores.
+    # Wide enough that the intermediates dominate the peak, small enough for two cores.
     "small": {
         "hidden_size": 1024,
         "intermediate_size": 3584,

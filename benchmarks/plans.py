@@ -47,7 +47,7 @@ too long ([figures](figures.md#predicted-peaks)). *Cache and weights on the host
 beyond the positions of a model are in brackets: the model runs but was not trained for them. `-`: the weights do not
 fit. `mom-compile plan SHAPE` also estimates times."""
 
-#: Of a machine's stamp, what plans do not depend on.
+#: Fields of the machine that do not affect plans.
 ANY_MACHINE = (*OF_A_RUN, "python", "system", "cpu", "cores", "threads", "gpu", "cuda")
 
 Row = dict[str, Any]

@@ -23,17 +23,17 @@ from mom_compile.runtime.attention.cudnn import BLOCK
 Row = dict[str, Any]
 RESULTS = suite.RESULTS.with_name(suite_page.PREDICTED)
 SHAPE, DEVICE = "Llama-3-8B", "H200"
-#: The same shape, as `benchmarks.models` calls it.
+#: The name of the same shape in `benchmarks.models`.
 BENCHED = "llama-3-8b"
 _WIDTHS = SHAPES[BENCHED]
 HIDDEN, HEADS, _INNER = _WIDTHS["hidden_size"], _WIDTHS["num_attention_heads"], _WIDTHS["intermediate_size"]
 _KEYS = HIDDEN // HEADS * _WIDTHS["num_key_value_heads"]
-#: Of one layer.
+#: Products of one layer.
 LAYER_PRODUCTS = ((HIDDEN, HIDDEN), (HIDDEN, _KEYS), (HIDDEN, _KEYS), (HIDDEN, HIDDEN), *[(HIDDEN, _INNER)] * 2,
                   (_INNER, HIDDEN))  # fmt: skip
-#: The paper's lengths, and what is asked for beyond them.
+#: The lengths of the paper, and longer ones.
 LENGTHS = (16_384, 65_536, 147_456, 465_920, 1_048_576)
-#: The plan's names of ways, and what the page calls them.
+#: Names of ways in a plan and on the page.
 WAYS = {"eager": "eager", "inductor": "inductor", "mlp": "mlp", "mom": "mom", "mom-cache": "mom-host"}
 TIMED = ("mom", "mom-cache")
 #: FLOPS of attention in bf16 on an H100, heads of 128, 16,384 tokens (the FlashAttention-3 paper, figures 5 and 6):

@@ -34,11 +34,11 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results") / "predictions.json"
 LENGTHS = (700, 1400, 2800)
 
-#: Where cache and weights are, or who runs it, with how far a prediction may be off.
+#: Places of cache and weights, or backends, with the largest accepted error of a prediction.
 EAGER, STOCK = "eager mode", "stock Inductor"
 KEPT, CACHE, WEIGHTS = "cache kept", "cache on host", "cache and weights on host"
 BOUNDS = {KEPT: 0.05, CACHE: 0.05, WEIGHTS: 0.05, STOCK: 0.10, EAGER: 0.05}
-#: What a plan calls them.
+#: Their names in a plan.
 WAYS = {KEPT: "mom", CACHE: "mom-cache", WEIGHTS: "mom-weights", STOCK: "inductor", EAGER: "eager"}
 
 
@@ -180,8 +180,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens; the graph is captured at the first"
     )
-    parser.add_argument("--fresh", action="store_true", help="measure all anew")
-    parser.add_argument("--table", action="store_true", help="the table of what is there alone")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--table", action="store_true", help="only print the table of existing results")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 

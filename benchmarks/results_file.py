@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-#: Of a machine's stamp, what may differ between two runs that fill one file.
+#: Fields of the machine that may differ between two runs of one file.
 OF_A_RUN = ("date", "mom_compile")
 
 

@@ -57,9 +57,9 @@ class Scale:
         return self.hidden // self.heads
 
 
-#: What a test runs: everything at its least, so that windows and chunks are crossed within 50 tokens.
+#: Scale of tests: the minimum, so that 50 tokens cross windows and chunks.
 SMALL = Scale()
-#: What memory is measured with: proportions of real models, at a length that real windows are shorter than.
+#: Scale of memory measurements: proportions of real models, and windows shorter than the prompt.
 REALISTIC = Scale(hidden=256, vocabulary=4096, words=4000, positions=4096, window=512, chunk=64, experts=8)
 
 #: Given the scale, the default of the field and the defaults of its neighbours: the small value.
@@ -93,7 +93,7 @@ def _key_heads(scale: Scale, default: int, fields: Mapping[str, Any]) -> int:
     return 1 if default == 1 else scale.heads // 2
 
 
-#: What a field counts, by its whole name; the first that matches. Zero and None stay: they say "none".
+#: The first pattern that matches the whole field name sets its value. Zero and None stay: they mean "none".
 SIZES: tuple[tuple[str, Rule], ...] = tuple(
     (re.sub(r"\s+", "", names), rule)
     for names, rule in (
@@ -142,7 +142,7 @@ SIZES: tuple[tuple[str, Rule], ...] = tuple(
          r"|model_max_length", _of(lambda s: s.positions)),
     )
 )  # fmt: skip
-#: What models read though its default is None.
+#: Fields that models read although their default is None.
 _NEEDED = frozenset({"head_dim", "num_experts_per_tok", "num_key_value_heads", "n_routed_experts", "n_shared_experts"})
 _MANY = 1 << 20
 #: Ids of tokens that are no words.

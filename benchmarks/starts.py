@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--shape", default="half")
     parser.add_argument("--seq", type=int, default=1400)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only-steps", action="store_true", help="decode steps in turn alone")
+    parser.add_argument("--only-steps", action="store_true", help="only decode steps, in turn")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/starts-<date>.json")
     options = parser.parse_args()
     if options.worker:

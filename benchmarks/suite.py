@@ -36,7 +36,7 @@ SETUPS = (
     Setup("half", 4, 1024, batch=8),
     Setup("half", 4, 256, batch=32),
 )
-#: A prompt's length is what is looked for here; the tokens are the most that are tried.
+#: The setup of the search; its tokens are the longest length.
 SEARCH = Setup("half", 4, 1 << 17)
 LIMIT = 128 * MIB
 #: Lengths of the search are multiples of the second, from the first on.
@@ -156,10 +156,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=("prefill", "longest"))
     parser.add_argument("--repeats", type=int, default=3, help="timed prefills of each method, in turn (default 3)")
     parser.add_argument("--steps", type=int, default=8, help="timed decode steps (default 8)")
-    parser.add_argument("--seconds", type=float, default=1800, help="that a process may take (default 1800)")
+    parser.add_argument("--seconds", type=float, default=1800, help="limit of a process (default 1800)")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="measure all anew")
-    parser.add_argument("--page", action="store_true", help="make docs/benchmarks.md, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.steps < 1:
         parser.error("--repeats and --steps are at least 1")

@@ -29,7 +29,7 @@ _MAPPINGS = (
     (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, transformers.AutoModelForImageTextToText),
     (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, transformers.AutoModelForMultimodalLM),
 )
-#: What a decoder may be told beside `inputs_embeds`; a cache has another name since transformers 5.24.
+#: Other inputs of a decoder than `inputs_embeds`; a cache has another name since transformers 5.24.
 _PASSED = ("attention_mask", "past_key_values", "cache", "use_cache")
 
 
@@ -106,7 +106,7 @@ def composites() -> Composites:
             unread[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         found = (known if part.model_type in swept else decoders).setdefault(part.model_type, [])
-        # The first is built: one whose own part this is, rather than one that takes any.
+        # The first is built: a composite with its own text part, rather than one that accepts any.
         found.insert(0 if type(part) in CONFIG_MAPPING[name].sub_configs.values() else len(found), name)
     return Composites(decoders, known, unread)
 

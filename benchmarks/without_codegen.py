@@ -65,5 +65,5 @@ def check_templates(piece: Piece, inputs: Sequence[Any]) -> None:
         shape, stride = ([int(size.xreplace(known)) for size in sizes] for sizes in (template.shape, template.stride))
         assert isinstance(value, torch.Tensor)
         assert (list(value.shape), value.dtype, value.device) == (shape, template.dtype, template.device)
-        # The stride of a dimension of size one says nothing.
+        # The stride of a dimension of size one is arbitrary.
         assert all(a == b for a, b, size in zip(value.stride(), stride, shape, strict=True) if size > 1) or 0 in shape
