@@ -60,7 +60,29 @@ def mom(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
+    """Compile a Dynamo graph: the function that `torch.compile` calls for backend "mom".
+
+    Parameters
+    ----------
+    gm : torch.fx.GraphModule
+        Dynamo's graph.
+    example_inputs : sequence
+        Its inputs.
+    mode : str, optional
+        A mode of Inductor.
+    options : mapping, optional
+        Options of the backend.
+
+    Returns
+    -------
+    callable
+        The compiled graph.
+
+    Raises
+    ------
+    ValueError
+        If an option is not valid. The message lists the valid ones.
+    """
     parsed = parse_options(options, mode)
     warn_of_versions()
     if asks_for_freezing(parsed.inductor):

@@ -1,4 +1,4 @@
-"""Chunk rules for operators of your own: what rows of a result need of each operand.
+"""Chunk rules for custom operators: what rows of a result need of each operand.
 
     from mom_compile.rules import All, Claim, Rows, chunk_rule
 
