@@ -24,6 +24,8 @@ import transformers
 
 import mom_compile
 from mom_compile.cli import main
+from mom_compile.cli.commands import commands
+from mom_compile.memory.devices import DEVICES
 from mom_compile.planning import picture, planner
 from mom_compile.planning.prefill import capture_prefill
 from mom_compile.planning.subject import subject_of
@@ -275,6 +277,19 @@ def test_root_pages_link_into_the_site():
     for source in hooks().PAGES:
         for link in re.findall(r"\]\(([^)#]+\.(?:md|png))\)", hooks().root_page(source)):
             assert (ROOT / "docs" / link).is_file() or link in hooks().PAGES.values(), f"{source}: {link}"
+
+
+@pytest.mark.parametrize("name", sorted(commands.commands))
+def test_the_page_on_the_command_line_has_every_option(name: str):
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    options = {option for parameter in commands.commands[name].params for option in parameter.opts if option[0] == "-"}
+    assert set(re.findall(r"`(--?[\w-]+)", section)) == options
+
+
+def test_the_page_on_the_command_line_has_every_device():
+    page = " ".join((ROOT / "docs" / "command_line.md").read_text().split())
+    assert f"Recorded devices: {', '.join(DEVICES)}." in page
 
 
 def test_the_support_matrix_is_that_of_the_results():
