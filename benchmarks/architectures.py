@@ -164,13 +164,13 @@ def missing(found: Mapping[str, Any], key: str, options: argparse.Namespace) -> 
 
 def set_apart(name: str, composites: Sequence[str], results: Results, key: str) -> bool:
     """Record a type that is not run (it equals another, or an exception excludes it). Return whether it is one."""
-    twin = None if composites else find_twin(name)
+    same_as = None if composites else find_twin(name)
     own = exceptions(composites[0] if composites else name)
-    if twin is not None:
-        results.add(name, {"same_as": twin, key: 0})
+    if same_as is not None:
+        results.add(name, {"same_as": same_as, key: 0})
     elif own.get("skip"):
         results.add(name, {"not_built": own["why"], key: 0}, replace=key == "seconds", composites=composites)
-    return twin is not None or bool(own.get("skip"))
+    return same_as is not None or bool(own.get("skip"))
 
 
 def deal(names: Sequence[str], hands: int) -> list[list[str]]:

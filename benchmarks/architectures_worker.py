@@ -176,8 +176,8 @@ def describe_error(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     frames = [(frame, re.search(r"/(mom_(?:passes|compile)/.*)", frame.filename))
               for frame in traceback.extract_tb(error.__traceback__)]  # fmt: skip
-    ours = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
-    place = ours[-1] if ours else ""
+    own = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
+    place = own[-1] if own else ""
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300] + place
 
 
@@ -206,8 +206,8 @@ class Found:
         breaks = {why: n - self.breaks.get(why, 0) for why, n in counters["graph_break"].items()}
         breaks = {why: n for why, n in breaks.items() if n}
         outside: dict[str, list[Any]] = {}
-        ours = [report for report in made if report.stages]
-        for report in ours:
+        looped = [report for report in made if report.stages]
+        for report in looped:
             for name, work in report.work_outside.items():
                 why = report.left_out.get(name, "")
                 known = outside.setdefault(f"{name.partition(' (')[0]}", [0, why])
@@ -217,10 +217,10 @@ class Found:
             "graphs": len(made),
             "breaks": sum(breaks.values()),
             "break_reasons": [reason.splitlines()[0] for reason in breaks],
-            "work": sum(report.work for report in ours) + sum(self.stock),
-            "work_outside": sum(sum(report.work_outside.values()) for report in ours) + sum(self.stock),
+            "work": sum(report.work for report in looped) + sum(self.stock),
+            "work_outside": sum(sum(report.work_outside.values()) for report in looped) + sum(self.stock),
             "outside": outside,
-            "left_out": {name: why for report in ours for name, why in report.left_out.items()},
+            "left_out": {name: why for report in looped for name, why in report.left_out.items()},
             "whole_graphs": sorted({report.fallback or report.no_loops or "" for report in made if not report.stages}),
         }
 
@@ -248,7 +248,7 @@ def run_uses(subject: Subject) -> None:
         return
     parameters = sum(p.numel() for p in model.parameters())
     row({"type": name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "bound": bound})
-    eager, ours = Caller(model, None), Caller(model, "mom")
+    eager, mom = Caller(model, None), Caller(model, "mom")
     uses: dict[str, dict[str, Any]] = {}
     expected: dict[str, Any] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -261,15 +261,15 @@ def run_uses(subject: Subject) -> None:
     if "prefill" in expected:
         row({"type": name, "recurrent": is_recurrent(expected["prefill"])})
     got: dict[str, Any] = {}
-    ours.compile()
+    mom.compile()
     for use in wanted:
         step(use)
-        if use == "scoring":  # by itself: who scores has no step before, whose sizes would be symbols here
-            ours.compile()
+        if use == "scoring":  # compiled again: scoring has no earlier call that would make sizes symbolic
+            mom.compile()
         found = Found()
         try:
             with pieces_run_eagerly(), stock_runs_eagerly(found.watch):
-                actual = ours.use(use, got)
+                actual = mom.use(use, got)
             uses[use] = {"difference": difference(actual, wanted[use]), **found.entry()}
         except Exception as error:
             uses[use] = {"error": describe_error(error)}

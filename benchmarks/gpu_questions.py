@@ -189,8 +189,8 @@ def reports() -> None:
     import mom_compile
 
     for report in mom_compile.reports():
-        told = {"headline": report.headline, "fallback": report.fallback, "eager": report.eager_pieces}
-        workers.row({"report": told | {"seconds": report.compile_seconds, "rows": report.rows}})
+        said = {"headline": report.headline, "fallback": report.fallback, "eager": report.eager_pieces}
+        workers.row({"report": said | {"seconds": report.compile_seconds, "rows": report.rows}})
 
 
 def _or_why_not(of: Row, measured: Callable[[], None]) -> None:

@@ -72,14 +72,14 @@ def beside_eager(setup: Setup) -> Row:
     rows = rows_for(DEVICES[DEVICE], Layer(HEADS, LAYER_PRODUCTS))
     whole = 2.0 * setup.tokens**2 * HIDDEN * setup.layers
     before = [(min(rows, setup.tokens - start), start) for start in range(0, setup.tokens, rows)]
-    ours = sum(
+    mom = sum(
         2.0 * n**2 * HIDDEN / FLASH_CAUSAL + 4.0 * n * start * HIDDEN / (CUDNN_FULL if start >= BLOCK else FLASH_FULL)
         for n, start in before
     )
     products = (physical.prefill_flops(setup) - whole * (setup.layers - 1) / setup.layers) / (
         DEVICES[DEVICE].flops * REACHED
     )
-    return {"rows": rows, "products": products, "eager": whole / CUDNN_CAUSAL, "mom": ours * setup.layers}
+    return {"rows": rows, "products": products, "eager": whole / CUDNN_CAUSAL, "mom": mom * setup.layers}
 
 
 def _tell(text: str) -> None:

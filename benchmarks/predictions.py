@@ -84,7 +84,7 @@ def predictions(model: Any, lengths: Sequence[int], place: str) -> list[Row]:
     if place in (KEPT, CACHE, WEIGHTS):
         (report,) = mom_compile.reports()
         if report.memory is None:
-            raise RuntimeError(f"not ours: {report.fallback}")
+            raise RuntimeError(f"stock Inductor: {report.fallback}")
     return rows
 
 

@@ -48,7 +48,7 @@ class Results:
             differing = sorted(k for k in of_ours | of_file if of_ours.get(k) != of_file.get(k))
             raise OtherMachine(
                 f"{source.name} was made with other {', '.join(differing)}; "
-                "--fresh starts anew, --results FILE elsewhere"
+                "--fresh measures again, --results FILE selects another file"
             )
         self.data["cells"] |= found["cells"]
         self.data["rates"] = found["rates"]

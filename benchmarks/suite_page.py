@@ -147,9 +147,9 @@ def _predicted_times(cells: Mapping[str, Row]) -> list[str]:
 def _predicted_attention(cells: Mapping[str, Row]) -> list[str]:
     lines = _table_head(("tokens", "products, s", "eager's attention, s", "mom's attention, s", "mom of eager"))
     for tokens, cell in cells.items():
-        products, eager, ours = (cell["attention"][name] for name in ("products", "eager", "mom"))
-        times = (f"{time:.3g}" for time in (products, eager, ours))
-        lines.append(_line(f"{int(tokens):,}", *times, _times(products + ours, products + eager)))
+        products, eager, mom = (cell["attention"][name] for name in ("products", "eager", "mom"))
+        times = (f"{time:.3g}" for time in (products, eager, mom))
+        lines.append(_line(f"{int(tokens):,}", *times, _times(products + mom, products + eager)))
     return lines
 
 

@@ -144,10 +144,10 @@ def per_token(spec: Row) -> None:
     for number, document in enumerate(documents):
         workers.step(f"float64, document {number + 1} of {len(documents)}")
         ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(document)]])
-        ours = mom_compile.token_log_probs(model, ids).log_probs[0]
+        with_mom = mom_compile.token_log_probs(model, ids).log_probs[0]
         exact, theirs = exact_log_probs(model, ids)
         sums.append(exact.sum().item())
-        for name, values in zip(RUNS, (theirs, ours), strict=True):
+        for name, values in zip(RUNS, (theirs, with_mom), strict=True):
             off[name] = max(off[name], (values.double() - exact).abs().max().item())
     workers.row({"off": off, "documents": sums})
 
@@ -167,18 +167,18 @@ def exact_log_probs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def report(rows: Sequence[Row], exact: Row | None) -> list[str]:
     """Return the lines to print: figures, metrics, their differences, and differences from float64."""
-    plain, ours = rows
+    plain, with_mom = rows
     lines = [f"{'':24}{RUNS[0]:>18}{RUNS[1]:>20}{'of the first':>14}"]
     peaks = [f"{row['peak'] / MIB:,.0f} MiB" for row in rows]
     times = [f"{row['seconds']:.1f} s" for row in rows]
     firsts = [f"{row['first']:.1f} s" for row in rows]
-    lines.append(f"{'peak above the weights':24}{peaks[0]:>18}{peaks[1]:>20}{ours['peak'] / plain['peak']:>13.3f}x")
+    lines.append(f"{'peak above the weights':24}{peaks[0]:>18}{peaks[1]:>20}{with_mom['peak'] / plain['peak']:>13.3f}x")
     lines.append(f"{'time, not in turn':24}{times[0]:>18}{times[1]:>20}")
     lines.append(f"{'a first document':24}{firsts[0]:>18}{firsts[1]:>20}")
     for name in METRICS:
-        a, b = plain["metrics"][name], ours["metrics"][name]
+        a, b = plain["metrics"][name], with_mom["metrics"][name]
         lines.append(f"{name:24}{a:>18.6f}{b:>20.6f}{abs(a - b):>14.1e} apart")
-    apart = [abs(a - b) for a, b in zip(plain["documents"], ours["documents"], strict=True)]
+    apart = [abs(a - b) for a, b in zip(plain["documents"], with_mom["documents"], strict=True)]
     lines.append(
         f"log-likelihood of a document: at most {max(apart):.1e} apart, of {abs(plain['documents'][0]):.0f} nats"
     )

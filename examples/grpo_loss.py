@@ -104,8 +104,8 @@ def work(spec: dict[str, Any]) -> None:
 
     def term() -> torch.Tensor:
         # The reference's log-probabilities are also the old policy's: the policy is one step ahead of the sampler.
-        ours, theirs = (log_probs(model, ids, mask, completion) for model in (policy, reference))
-        return per_token_term(ours, theirs, theirs, advantages)
+        new, old = (log_probs(model, ids, mask, completion) for model in (policy, reference))
+        return per_token_term(new, old, old, advantages)
 
     beside.run(spec["backend"], term, Path(spec["result"]))
 

@@ -183,7 +183,7 @@ def _status() -> Iterator[tuple[str, int]]:
 
 
 def report(rows: Sequence[Row], spec: Row) -> list[str]:
-    plain, ours = rows
+    plain, offloaded = rows
     names = [f"{row['run']:>22}" for row in rows]
     lines = [f"{'':34}{''.join(names)}"]
     where = "allocated on the device at most" if spec["device"] != "cpu" else "writable memory"
@@ -192,8 +192,8 @@ def report(rows: Sequence[Row], spec: Row) -> list[str]:
     lines.append(f"{'a token':34}" + "".join(f"{row['per_token']:>20.2f} s" for row in rows))
     lines.append(f"{'to the device, for a prefill':34}" + "".join(f"{row['moved'] / MIB:>18,.0f} MiB" for row in rows))
     lines.append(f"{'and for a token':34}" + "".join(f"{r['moved_per_token'] / MIB:>18,.0f} MiB" for r in rows))
-    said = "the same" if plain["text"] == ours["text"] else "NOT the same"
-    lines.append(f"weights take {ours['weights'] / MIB:,.0f} MiB; the tokens are {said}: {ours['text']}")
+    said = "the same" if plain["text"] == offloaded["text"] else "NOT the same"
+    lines.append(f"weights take {offloaded['weights'] / MIB:,.0f} MiB; the tokens are {said}: {offloaded['text']}")
     if spec["limit"] is not None:
         lines.append(f"the second process may allocate {spec['limit'] / MIB:,.0f} MiB and no more")
     return lines
