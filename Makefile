@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 
-.PHONY: demo quick test bench bench-kv architectures lint sweep clean
+.PHONY: demo quick test bench bench-kv architectures docs lint sweep clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
@@ -50,6 +50,11 @@ bench-kv: $(VENV)/.extra-bench
 architectures: export OMP_NUM_THREADS := 1
 architectures: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.architectures $(ARGS)
+
+# The documentation site, in build/docs. A broken link, a warning or an undocumented export is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.extra-docs
+	@$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 lint: $(VENV)/.extra-test
 	@$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Measurements: `measure` (peak bytes, time, the machine); `cpu`, `kv`, `starts` and `gpu` (docs/figures.md)."""
+"""Measurements: `measure` (peak bytes, time, the machine) and one module for each section of docs/figures.md."""

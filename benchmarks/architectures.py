@@ -1,5 +1,6 @@
-"""Every decoder that transformers can build, small (`python -m benchmarks.architectures`): is mom right, and what of it
-is in loops?
+"""Every decoder that transformers can build, small: is mom correct, and what share of it runs in loops?
+
+`python -m benchmarks.architectures`:
 
     for every causal language model, in a process of its own:
         a small one with a layer of each kind (`small_configs`), in float64
@@ -7,15 +8,15 @@ is in loops?
         batch          three, padded on the left, of another length: sizes are symbols
         decode         a token after that
         scoring        logits of every token, without a cache
-        each by mom and in eager mode; where mom fails or differs, by `backend="aot_eager"` too
+        each by mom and in eager mode; where mom fails or differs, also by `backend="aot_eager"`
 
-Then the same for every text decoder of a multimodal model that is none of these (`text_decoders`), from embeddings.
+Then the same for every other text decoder of a multimodal model (`text_decoders`), from embeddings.
 
-Results are kept in benchmarks/results/architectures.json as they come, and what is there is not run again unless with
-`--redo`. docs/architectures.md is made from it (`--page` makes nothing else).
+Results are written to benchmarks/results/architectures.json as they arrive. Existing results are not measured again
+without `--redo`. `--page` only writes docs/architectures.md.
 
-Pieces run eagerly (`without_codegen`), which is everything but Inductor's code generation. `--compile` measures instead
-what memory stock Inductor and mom take for 2048 tokens (`--backends mom --redo`: mom's anew).
+Pieces run eagerly (`without_codegen`): everything runs except Inductor's code generation. `--compile` measures instead
+the memory of stock Inductor and of mom for 2048 tokens (`--backends mom --redo`: mom again).
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ from benchmarks.workers import run_worker
 BACKENDS = ("inductor", "mom")
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 COMPILED = RESULTS.with_name("compiled-2026-11-30.json")
-#: Telling kinds first: a sweep that is cut short has seen something of everything.
+#: Representative types first: an interrupted sweep has covered every kind.
 FIRST = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "mistral", "falcon", "bloom", "gpt2",
          "mamba", "mamba2", "bamba", "qwen3_next", "jamba", "gemma3n_text", "opt", "gpt_neox", "phi3")  # fmt: skip
 
 
 def model_types() -> list[str]:
-    """All that transformers maps to a causal language model, `FIRST` before the others."""
+    """Return all types that transformers maps to a causal language model, those of `FIRST` first."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     return [*FIRST, *(name for name in NAMES if name not in FIRST)]
 
 
 def find_twin(name: str) -> str | None:
-    """The type whose model and configuration this one has under another name, or whose text model it is built as."""
+    """Return the type that has the same model and configuration, or whose text model builds this one."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -68,11 +69,11 @@ def find_twin(name: str) -> str | None:
 
 
 class Results:
-    """What was measured, by type, in a file that is whole after every type.
+    """Results by type, in a file that is complete after every type.
 
     types       causal language models
     decoders    text decoders of multimodal models, each with its `composites`
-    known       composites whose text part is one of the types, by that
+    known       composites whose text part is one of `types`, by that type
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,8 +86,7 @@ class Results:
         self.known: dict[str, list[str]] = found.get("known", {})
 
     def add(self, name: str, entry: dict[str, Any], replace: bool = False, composites: Sequence[str] = ()) -> None:
-        """Of a decoder, where there are `composites` that have it. Memory is measured apart from the rest and stays
-        what it was when that is measured anew."""
+        """Add a result; with `composites`, that of a text decoder. Peaks are measured separately and are kept."""
         with self.lock:
             those = self.decoders if composites else self.types
             before = those.get(name, {})
@@ -97,7 +97,7 @@ class Results:
             self.save()
 
     def ordered(self) -> dict[str, Any]:
-        """As it is kept."""
+        """Return the results in the order of the file."""
         kept = {"stamp": self.stamp, "types": dict(sorted(self.types.items()))}
         return {**kept, "decoders": dict(sorted(self.decoders.items())), "known": dict(sorted(self.known.items()))}
 
@@ -109,20 +109,20 @@ class Results:
 
 
 def write_page() -> None:
-    """Make the page of what is kept."""
+    """Write the page from the stored results."""
     kept = [json.loads(path.read_text()) if path.exists() else {} for path in (RESULTS, COMPILED)]
     PAGE.write_text(page(*kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description="Every decoder, small.")
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types alone")
-    parser.add_argument("--redo", action="store_true", help="also those that are there already")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="run only these types")
+    parser.add_argument("--redo", action="store_true", help="also types that have a result")
     parser.add_argument("--compile", action="store_true", help="peak memory, with Inductor's code")
-    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="with --compile: whose")
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends of --compile")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1 or 2)", choices=(1, 2))
     parser.add_argument("--timeout", type=float, default=240, help="seconds for a type")
-    parser.add_argument("--page", action="store_true", help="only make the page from the results")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     results = Results(RESULTS)
@@ -141,7 +141,7 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
             f"multimodal one; {PAGE.name} lists those that there are"
         )
     key = "compile_seconds" if options.compile else "seconds"
-    # Peaks of text decoders are not measured: what exceptions set for them is set for small ones alone.
+    # Peaks of text decoders are not measured: their exceptions are for small configurations only.
     unmeasured = sorted({*(options.only or ())} & {*found.decoders}) if options.compile else []
     if unmeasured:
         raise SystemExit(f"{', '.join(unmeasured)}: peaks of text decoders are not measured; leave out --compile")
@@ -157,20 +157,20 @@ def sweep(results: Results, options: argparse.Namespace) -> None:
 
 
 def missing(found: Mapping[str, Any], key: str, options: argparse.Namespace) -> bool:
-    """Whether something of a type is to be measured. One that was set apart, or ended, has no peaks."""
+    """Return whether something of a type is not measured yet. A type that is not run has no peaks."""
     peaks = found.get("peaks", {})
     return key not in found or bool(options.compile and peaks and any(name not in peaks for name in options.backends))
 
 
 def set_apart(name: str, composites: Sequence[str], results: Results, key: str) -> bool:
-    """Record a type that is not run: it is another's twin, or the exceptions say so."""
-    twin = None if composites else find_twin(name)
+    """Record a type that is not run (it equals another, or an exception excludes it). Return whether it is one."""
+    same_as = None if composites else find_twin(name)
     own = exceptions(composites[0] if composites else name)
-    if twin is not None:
-        results.add(name, {"same_as": twin, key: 0})
+    if same_as is not None:
+        results.add(name, {"same_as": same_as, key: 0})
     elif own.get("skip"):
         results.add(name, {"not_built": own["why"], key: 0}, replace=key == "seconds", composites=composites)
-    return twin is not None or bool(own.get("skip"))
+    return same_as is not None or bool(own.get("skip"))
 
 
 def deal(names: Sequence[str], hands: int) -> list[list[str]]:
@@ -180,7 +180,7 @@ def deal(names: Sequence[str], hands: int) -> list[list[str]]:
 def run_types(
     names: Sequence[str], decoders: Mapping[str, list[str]], results: Results, options: argparse.Namespace
 ) -> None:
-    """Each in a process of its own that begins with everything imported and nothing compiled."""
+    """Run each type in a process of its own that starts with everything imported and nothing compiled."""
     fresh: dict[str, dict[str, Any]] = {}
 
     def take(found: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def run_types(
 
 
 def summary(found: dict[str, Any]) -> str:
-    """A line for who watches."""
+    """Return a line for the console."""
     if "peaks" in found:
         peaks = found["peaks"].items()
         return ", ".join(f"{k} {v['peak'] / measure.MIB:.1f} MiB" if "peak" in v else f"{k} fails" for k, v in peaks)

@@ -1,8 +1,8 @@
-"""Types of models compiled for real, with Inductor's code, against eager mode.
+"""Model types compiled with Inductor's code, compared with eager mode.
 
 `python -m benchmarks.architectures_compiled TYPE ... --tokens 203` compares these types, each in a process of its own.
-It keeps the results in benchmarks/results and makes docs/architectures.md, which has a table of them. A type and length
-that has a result is not run again without `--redo`. `make sweep` tests every type in the same way.
+It stores results in benchmarks/results and writes docs/architectures.md. Existing results are not measured again
+without `--redo`. `make sweep` tests every type in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.small_configs import SMALL, Scale
 from benchmarks.workers import row, run_worker
 from mom_compile import reports
 
-#: No mini-sequence and no scan's chunk divides these lengths.
+#: Lengths that neither a mini-sequence nor a scan's chunk divides.
 TOKENS = (203, 2011)
 OPTIONS = {"mini_seq_len": 64, "strict": True}
 SCALE = replace(SMALL, positions=4096)
@@ -40,11 +40,11 @@ USES = ("prefill", "step")
 def compiled_differences(
     subject: Subject, lengths: Sequence[int] = TOKENS, scale: Scale = SCALE, uses: Sequence[str] = USES
 ) -> dict[str, float]:
-    """By how much the logits of a compiled float32 model differ from eager mode's, relative to the largest logit.
+    """Return the differences of a compiled float32 model's logits from eager mode's, relative to the largest logit.
 
-    Nothing runs node by node here. Of `uses`, each length has a prefill with a cache, and a decode step where the model
-    keeps a state. What differs by more than `BOUND_FLOAT32` is compared with stock Inductor's result, too: the smaller
-    difference counts. Raises `NotCompiled` for a piece that would run eagerly.
+    Nothing runs node by node here. Of `uses`, each length has a prefill with a cache, and a decode step if the model
+    keeps a state. A difference above `BOUND_FLOAT32` is also computed from stock Inductor's result, and the smaller one
+    counts. Raises `NotCompiled` for a piece that would run eagerly.
     """
     model = build(subject, scale, torch.float32)
     wanted, found = (compiled_logits(model, backend, lengths, uses) for backend in (None, "mom"))
@@ -58,7 +58,7 @@ def compiled_differences(
 def compiled_logits(
     model: Any, backend: str | None, lengths: Sequence[int], uses: Sequence[str] = USES
 ) -> dict[str, torch.Tensor]:
-    """Logits of a prefill of each length and of the decode step after it, by a backend; `None` for eager mode."""
+    """Return the logits of a prefill of each length and of the decode step after it; backend `None` is eager mode."""
     caller = Caller(model, backend, options=OPTIONS)
     caller.compile()
     logits: dict[str, torch.Tensor] = {}
@@ -72,7 +72,7 @@ def compiled_logits(
 
 
 def run_one(subject: Subject, tokens: int, uses: Sequence[str]) -> None:
-    """A row for one type and length: the differences, or the error and what stock Inductor says to the same."""
+    """Run one type and length: a row with the differences, or with the error and what stock Inductor does."""
     try:
         apart = compiled_differences(subject, [tokens], uses=uses)
         found: dict[str, Any] = {use.partition(" ")[0]: by for use, by in apart.items()}
@@ -102,7 +102,7 @@ def worker(spec: dict[str, Any]) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of the processes that have ended, their compilers among them."""
+    """Return the CPU seconds of processes that have ended, compilers included."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="a type, or text decoder:composite")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS[:1], help="lengths of the prefill")
     parser.add_argument("--prefill", action="store_true", help="leave out the decode step")
-    parser.add_argument("--redo", action="store_true", help="also those that are there already")
+    parser.add_argument("--redo", action="store_true", help="also types that have a result")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for a type and length")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""docs/architectures.md, made of what `benchmarks.architectures` measured and of nothing else."""
+"""Write docs/architectures.md from the results of `benchmarks.architectures`."""
 
 from __future__ import annotations
 
@@ -12,66 +12,64 @@ from benchmarks.measure import describe_machine
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 USES = ("prefill", "batch", "decode", "scoring")
-#: Of these every token's row is somebody's, so that what is in loops is told by them.
+#: Uses that need all rows of all layers: their shares of work in loops are comparable.
 FULL = ("batch", "scoring")
 
 Entry = Mapping[str, Any]
 
 _HEAD = """# Architectures
 
-Every causal language model that transformers {transformers} makes from a configuration of its own, small, with a
+Every causal language model that transformers {transformers} builds from a configuration of its own, small, with a
 layer of each kind: does mom compute what eager mode computes, and how much of its matrix products runs over
-mini-sequences?
+mini-sequences? The [support matrix](support.md) is a summary.
 
 {stamp}.
 
-`python -m benchmarks.architectures` (`make architectures`) measures and makes this page, with `--only TYPE ...
---redo` these types anew, and with `--page` it makes the page alone. How the small configurations are made is in
-`benchmarks/small_configs.py`; what names of fields do not tell, with the reason for each, in
-`benchmarks/small_configs.toml`.
+`python -m benchmarks.architectures` (`make architectures`) measures and writes this page. `--only TYPE ... --redo`
+measures these types again; `--page` only writes the page. `benchmarks/small_configs.py` makes the small
+configurations; `benchmarks/small_configs.toml` has the exceptions, with the reason for each.
 
-Each type is run in float64 (where the original can) with `mini_seq_len` 8 and `strict`: *prefill* is one sequence
-of 53 tokens, *batch* three of 50, padded on the left, with sizes as symbols by then, *decode* a token after these,
-*scoring* the logits of two times 53 tokens without a cache, compiled anew. Figures are the largest difference from
-eager mode's logits, relative to the largest of them; right is up to 1e-6 (float32: 1e-4), since many types compute
-norms, routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`): all is
-tested but Inductor's code. *In loops* is the share of multiply-adds, those of attention and experts included, in
-batch and in scoring.
+Each type runs in float64 (where the original can) with `mini_seq_len` 8 and `strict`. *prefill* is one sequence of 53
+tokens; *batch* is three of 50, padded on the left, with symbolic sizes by then; *decode* is a token after these;
+*scoring* is the logits of two times 53 tokens without a cache, compiled again. Figures are the largest difference
+from eager mode's logits, relative to the largest logit. The bound is 1e-6 (float32: 1e-4), since many types compute
+norms, routers or softmax in float32 always. Loop bodies run node by node here (`benchmarks/without_codegen.py`):
+everything is tested except Inductor's code. *In loops* is the share of multiply-adds, attention and experts included,
+in batch and in scoring.
 """
 
 _DECODERS = """## Text decoders of multimodal models
 
-The same of composites, types with parts of their own for images, video or sound: of each a small one is made, and its
-text decoder (`get_decoder()`) with its head is run from `inputs_embeds`, as the composite does once its images are
-embedded (`benchmarks/text_decoders.py`). A type here is that of the text part, with the composites that have it; peaks
-are not measured. What a composite gives its decoder in every call beside embeddings is given here too: nine states of
-an encoder, or how far to stay behind. Keys and values of these are no tokens' and made once, outside loops: in the
-types whose entries say `aten.mm` of at most 2% they are all that is outside.
+The same for types with other parts for images, video or sound. A small composite is built, and its text decoder
+(`get_decoder()`) with its head runs from `inputs_embeds`, as in the composite once its images are embedded
+(`benchmarks/text_decoders.py`). A type here is that of the text part, with the composites that have it; peaks are not
+measured. Other inputs that a composite passes to its decoder in every call are passed here, too: nine states of an
+encoder, or a delay. Keys and values of the encoder's states do not belong to tokens and are computed once, outside
+loops: in the types whose entries say `aten.mm` of at most 2%, they are all that is outside.
 """
 
 _PEAKS = """
-*Peak* is mom's over stock Inductor's, both compiled for real, float32, for one prefill of 2048 tokens, above
-weights and inputs, cache kept: hidden size 256, intermediates 3.5 times that, a vocabulary of 4096, a layer of each
-kind, mom with its default options (`--compile`). Few layers and small widths: keys, values and logits weigh little
-here.
+*Peak* is mom's peak over stock Inductor's, both compiled, float32, for one prefill of 2048 tokens, above weights and
+inputs, cache kept: hidden size 256, intermediates 3.5 times that, a vocabulary of 4096, a layer of each kind, mom
+with its default options (`--compile`). Few layers and small widths: keys, values and logits are small here.
 """
 
-_COMPILED = """## Compiled for real
+_COMPILED = """## Compiled types
 
-Types compiled with Inductor's code, in float32, with `mini_seq_len` 64 and `strict`: a prefill of a length that neither
-64 nor a scan's chunk divides, and a decode step after it (– where it was not run, or the model keeps no state). Figures
-are the largest difference as above; right is up to 1e-4 from eager mode or from stock Inductor. *Eager pieces* are
-those that Inductor could not compile. *CPU seconds* are those of one process for eager mode, compiling and running;
-code that the process of an earlier type compiled is read from the disk.
-`python -m benchmarks.architectures_compiled TYPE ... --tokens N` adds to this table. `make sweep` tests every type at
-two lengths.
+Types compiled with Inductor's code, in float32, with `mini_seq_len` 64 and `strict`: a prefill of a length that
+neither 64 nor a scan's chunk divides, and a decode step after it (– where it was not run, or the model keeps no
+state). Figures are the largest difference as above; the bound is 1e-4 from eager mode or from stock Inductor. *Eager
+pieces* are those that Inductor could not compile. *CPU seconds* are those of one process for eager mode, compiling
+and running; code that the process of an earlier type compiled is read from the disk. `python -m
+benchmarks.architectures_compiled TYPE ... --tokens N` adds to this table. `make sweep` tests every type at two
+lengths.
 
 {stamp}.
 """
 
 
 def page(results: Mapping[str, Any], compiled: Mapping[str, Any] | None = None) -> str:
-    """The whole page as text; `compiled` has the results of types compiled for real, where there are any."""
+    """Return the page as text. `compiled` has the results of compiled types, if there are any."""
     types: Mapping[str, Entry] = results["types"]
     decoders: Mapping[str, Entry] = results.get("decoders", {})
     stamp = results["stamp"]
@@ -89,22 +87,22 @@ def page(results: Mapping[str, Any], compiled: Mapping[str, Any] | None = None) 
 
 
 def compared(entry: Entry) -> bool:
-    """Whether some use was run by mom or failed in its hands."""
+    """Return whether mom ran some use, or failed in one."""
     return any("difference" in use or _ours(use) for use in entry.get("uses", {}).values())
 
 
 def _ours(use: Entry) -> bool:
-    """Whether a use fails by mom and not by stock `torch.compile`."""
+    """Return whether a use fails with mom and not with stock `torch.compile`."""
     return "error" in use and "stock_error" not in use
 
 
 def right(entry: Entry, use: str) -> bool:
-    """Whether mom gave eager mode's result; within the bound of the entry's dtype."""
+    """Return whether mom's result is within the bound of the entry's dtype from eager mode's."""
     return bool(entry["uses"].get(use, {}).get("difference", float("inf")) <= entry["bound"])
 
 
 def share(entry: Entry, use: str) -> float | None:
-    """Of the multiply-adds of a use, those inside loops."""
+    """Return the share of a use's multiply-adds that is in loops."""
     got = entry["uses"].get(use, {})
     return 1 - got["work_outside"] / got["work"] if got.get("work") else None
 
@@ -114,19 +112,19 @@ def all_in_loops(entry: Entry) -> bool:
 
 
 def counts(types: Mapping[str, Entry], known: int) -> str:
-    """The figures of the page in a few lines."""
+    """Return the counts of the first table as text."""
     twins = sum("same_as" in entry for entry in types.values())
     own = [entry for entry in types.values() if "same_as" not in entry]
     return (
         (f"{len(types)} of {known} types have been measured so far. " if len(types) < known else "")
-        + f"Of {len(types)} types {twins} are others under another name; of the {len(own)} that are left "
+        + f"Of {len(types)} types {twins} are other types under another name; of the {len(own)} others "
         + _verdict(own)
         + f"{_peak_counts([entry for entry in own if compared(entry)])}\n"
     )
 
 
 def decoder_counts(decoders: Mapping[str, Entry], known: int, swept: Mapping[str, Sequence[str]]) -> str:
-    """The same of text decoders; `swept` are composites whose text part is a type of the first table, by that."""
+    """Return the counts of text decoders. `swept` has the composites by their type in the first table."""
     parts = "; ".join(f"{text} ({', '.join(sorted(names))})" for text, names in sorted(swept.items()))
     return (
         (f"{len(decoders)} of {known} types have been measured so far. " if len(decoders) < known else "")
@@ -136,18 +134,18 @@ def decoder_counts(decoders: Mapping[str, Entry], known: int, swept: Mapping[str
 
 
 def _verdict(own: Sequence[Entry]) -> str:
-    """How many of these are right, and how many have all their products in loops."""
+    """Return as text how many of these are right, and how many have all products in loops."""
     built = [entry for entry in own if "parameters" in entry]
     run = [entry for entry in built if compared(entry)]
-    exact = [entry for entry in run if all(right(entry, use) for use in USES if not _impossible(entry, use))]
+    exact = [entry for entry in run if all(right(entry, use) for use in USES if not impossible(entry, use))]
     four = [entry for entry in run if all(right(entry, use) for use in USES)]
     looped = [entry for entry in run if all_in_loops(entry)]
     attending = [entry for entry in run if not entry.get("recurrent")]
     of_them = [entry for entry in attending if all_in_loops(entry)]
     return (
-        f"{len(built)} can be built, and {len(run)} were compared. **{len(four)} are right in all four uses**, "
+        f"{len(built)} can be built, and {len(run)} were compared. **{len(four)} are correct in all four uses**, "
         f"{len(exact)} in all of those that eager mode and stock `torch.compile` can run. {len(looped)} have all their "
-        f"matrix products in loops: {len(of_them)} of the {len(attending)} whose layers keep nothing but keys and "
+        f"matrix products in loops: {len(of_them)} of the {len(attending)} whose layers keep only keys and "
         f"values ({len(of_them) / max(1, len(attending)):.0%}), {len(looped) - len(of_them)} of the "
         f"{len(run) - len(attending)} with states of convolutions, scans or linear attention."
     )
@@ -161,7 +159,7 @@ def _peak_counts(run: Sequence[Entry]) -> str:
     return f" *Peaks* of {len(ratios)} types: {statistics.median(ratios):.2f}x at the median, lower for {lower}."
 
 
-def _impossible(entry: Entry, use: str) -> bool:
+def impossible(entry: Entry, use: str) -> bool:
     got = entry["uses"].get(use, {})
     return "eager_error" in got or "stock_error" in got or got.get("stock_difference", 0) > entry["bound"]
 
@@ -175,7 +173,7 @@ def _table(types: Mapping[str, Entry]) -> str:
         also = [other for other, of in types.items() if of.get("same_as") == name] or entry.get("composites", [])
         label = name + (f" ({', '.join(also)})" if also else "")
         figures = [_figure(entry, use) for use in USES]
-        shares = " / ".join(_percent(share(entry, use)) for use in FULL)
+        shares = " / ".join(percent(share(entry, use)) for use in FULL)
         rows.append(
             f"| {label} | {' | '.join(figures)} | {shares} | {_graphs(entry)} | {_peak(entry)} | {_outside(entry)} |"
         )
@@ -183,7 +181,7 @@ def _table(types: Mapping[str, Entry]) -> str:
 
 
 def _compiled_table(cells: Mapping[str, Entry]) -> str:
-    """A row for each length and type, keys of which are `"type tokens"`."""
+    """Return a row for each length and type. Keys of `cells` are `"type tokens"`."""
     rows = ["| type | tokens | prefill | decode step | eager pieces | CPU seconds |", "|---|---|---|---|---|---|"]
     keys = sorted((int(tokens), name) for name, _, tokens in (key.partition(" ") for key in cells))
     for tokens, name in keys:
@@ -208,7 +206,7 @@ def _figure(entry: Entry, use: str) -> str:
     got = entry["uses"].get(use, {})
     if "difference" in got:
         text = _number(got["difference"])
-        return text if right(entry, use) else f"**{text}**" + ("¹" if _impossible(entry, use) else "")
+        return text if right(entry, use) else f"**{text}**" + ("¹" if impossible(entry, use) else "")
     if "eager_error" in got:
         return "³"
     return "²" if "stock_error" in got else "**fails**" if "error" in got else "–"
@@ -218,14 +216,14 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     if value is None:
         return "–"
     return "all" if value == 1 else f"{min(value, 0.999):.1%}" if value > 0.99 else f"{value:.0%}"
 
 
 def _graphs(entry: Entry) -> str:
-    """Of one prefill; with breaks where there are any."""
+    """Return the number of graphs of one prefill, and of breaks if there are any."""
     got = entry["uses"].get("batch", {})
     if "graphs" not in got:
         return "–"
@@ -233,7 +231,7 @@ def _graphs(entry: Entry) -> str:
 
 
 def peak_ratio(entry: Entry) -> float | None:
-    """Mom's peak over stock Inductor's, where both were measured."""
+    """Return mom's peak over stock Inductor's, if both were measured."""
     peaks = entry.get("peaks", {})
     measured = "peak" in peaks.get("inductor", {}) and "peak" in peaks.get("mom", {})
     return peaks["mom"]["peak"] / peaks["inductor"]["peak"] if measured else None
@@ -247,7 +245,7 @@ def _peak(entry: Entry) -> str:
 
 
 def _outside(entry: Entry) -> str:
-    """What multiplies outside loops, most first, and why; and graphs that were left alone."""
+    """Return operators that multiply outside loops, the largest first, with reasons, and graphs that stayed whole."""
     found: dict[str, tuple[float, str]] = {}
     reasons: dict[str, None] = {}
     for use in FULL:
@@ -265,7 +263,7 @@ def _outside(entry: Entry) -> str:
     if found and not any(why for _, why in found.values()):
         left = [item for use in FULL for item in entry["uses"].get(use, {}).get("left_out", {}).items()]
         barriers = dict.fromkeys(f"{_operator(name)}: {why}" for name, why in left)
-        texts += [f"behind {text}" for text in list(barriers)[:2]]
+        texts += [f"after {text}" for text in list(barriers)[:2]]
     texts += [f"whole graphs: {reason}" for reason in list(reasons)[:2]]
     broken = [entry["uses"][use]["error"] for use in USES if _ours(entry["uses"].get(use, {}))]
     return _cell("; ".join([*texts, *dict.fromkeys(broken)]))
@@ -280,7 +278,7 @@ def _cell(text: str) -> str:
 
 
 def _apart(types: Mapping[str, Entry]) -> Iterator[str]:
-    """What is listed apart, each with its reason."""
+    """Yield the tables of exceptions, each with its reasons."""
     yield _reasons("¹ Stock `torch.compile` differs from eager mode", _stock_differs(types))
     yield _reasons("² Stock `torch.compile` cannot run it (`backend=\"aot_eager\"`)", _uses_with(types, "stock_error"))
     no_such_use = "³ The original has no such use: eager mode raises, or returns no state that a step could begin with"
@@ -314,7 +312,7 @@ def _stock_differs(types: Mapping[str, Entry]) -> list[tuple[str, str]]:
 
 
 def _uses_with(types: Mapping[str, Entry], key: str) -> list[tuple[str, str]]:
-    """Types with an error of this kind, each error once with the uses that it ends."""
+    """Return the types with an error of this kind, each error once with its uses."""
     found = []
     for name, entry in types.items():
         by_error: dict[str, list[str]] = {}

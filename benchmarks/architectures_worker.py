@@ -1,7 +1,8 @@
-"""Types of models, each in a process of its own, for `benchmarks.architectures`: rows of what was found.
+"""Run model types, each in a process of its own, for `benchmarks.architectures`.
 
-A row has `parameters`, whether the type is `recurrent`, then one use after another under `uses`: the largest difference
-relative to eager's scale, graphs and breaks, multiply-adds and those outside loops; or what failed, in whose hands.
+A row has `parameters`, whether the type is `recurrent`, and then the `uses` one after another: the largest difference
+relative to the largest logit, graphs and breaks, multiply-adds and those outside loops; or the error, and whether it is
+mom's.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ LONG = 2048
 
 
 def describe_error(error: BaseException) -> str:
-    """The innermost error's kind and first line, and where in our own code it was raised, if it was there."""
+    """Return the kind and first line of the innermost error, and where in this package it was raised."""
     while error.__cause__ is not None and type(error).__module__.startswith("torch._dynamo"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     frames = [(frame, re.search(r"/(mom_(?:passes|compile)/.*)", frame.filename))
               for frame in traceback.extract_tb(error.__traceback__)]  # fmt: skip
-    ours = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
-    place = ours[-1] if ours else ""
+    own = [f" [{found[1]}: {frame.name}]" for frame, found in frames if found]
+    place = own[-1] if own else ""
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300] + place
 
 
 def difference(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest, relative to the largest logit; infinite where one has no number and the other does."""
+    """Return the largest difference relative to the largest logit; infinite if one has NaN where the other has not."""
     if actual.shape != wanted.shape or not torch.equal(actual.isfinite(), wanted.isfinite()):
         return float("inf")
     actual, wanted = actual.double().nan_to_num(0, 0, 0), wanted.double().nan_to_num(0, 0, 0)
@@ -71,13 +72,13 @@ class Found:
         self.stock.append(sum(products(gm.graph).values()))
 
     def entry(self) -> dict[str, Any]:
-        """`outside` has the work outside loops and its reason, by operator."""
+        """Return the entry; `outside` has the work outside loops and its reason, by operator."""
         made = reports()[self.before :]
         breaks = {why: n - self.breaks.get(why, 0) for why, n in counters["graph_break"].items()}
         breaks = {why: n for why, n in breaks.items() if n}
         outside: dict[str, list[Any]] = {}
-        ours = [report for report in made if report.stages]
-        for report in ours:
+        looped = [report for report in made if report.stages]
+        for report in looped:
             for name, work in report.work_outside.items():
                 why = report.left_out.get(name, "")
                 known = outside.setdefault(f"{name.partition(' (')[0]}", [0, why])
@@ -87,17 +88,17 @@ class Found:
             "graphs": len(made),
             "breaks": sum(breaks.values()),
             "break_reasons": [reason.splitlines()[0] for reason in breaks],
-            "work": sum(report.work for report in ours) + sum(self.stock),
-            "work_outside": sum(sum(report.work_outside.values()) for report in ours) + sum(self.stock),
+            "work": sum(report.work for report in looped) + sum(self.stock),
+            "work_outside": sum(sum(report.work_outside.values()) for report in looped) + sum(self.stock),
             "outside": outside,
-            "left_out": {name: why for report in ours for name, why in report.left_out.items()},
+            "left_out": {name: why for report in looped for name, why in report.left_out.items()},
             "whole_graphs": sorted({report.fallback or report.no_loops or "" for report in made if not report.stages}),
         }
 
 
 @contextlib.contextmanager
 def everything_in_float64() -> Iterator[None]:
-    """Grouped products of experts have no float64 in eager mode; traced they are an operator that has."""
+    """Let grouped products of experts run in float64: eager mode has no such kernel, the traced operator has."""
     original = moe._can_use_grouped_mm
     moe._can_use_grouped_mm = lambda *_: False
     try:
@@ -107,7 +108,7 @@ def everything_in_float64() -> Iterator[None]:
 
 
 def run_uses(subject: Subject) -> None:
-    """Rows for the uses of a small model of this type."""
+    """Run the uses of a small model of this type, and emit rows."""
     name = subject.name
     dtype = getattr(torch, subject.exceptions.get("dtype", "float64"))
     bound = BOUND if dtype is torch.float64 else BOUND_FLOAT32
@@ -118,7 +119,7 @@ def run_uses(subject: Subject) -> None:
         return
     parameters = sum(p.numel() for p in model.parameters())
     row({"type": name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "bound": bound})
-    eager, ours = Caller(model, None), Caller(model, "mom")
+    eager, mom = Caller(model, None), Caller(model, "mom")
     uses: dict[str, dict[str, Any]] = {}
     expected: dict[str, Any] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -131,15 +132,15 @@ def run_uses(subject: Subject) -> None:
     if "prefill" in expected:
         row({"type": name, "recurrent": is_recurrent(expected["prefill"])})
     got: dict[str, Any] = {}
-    ours.compile()
+    mom.compile()
     for use in wanted:
         step(use)
-        if use == "scoring":  # by itself: who scores has no step before, whose sizes would be symbols here
-            ours.compile()
+        if use == "scoring":  # compiled again: scoring has no earlier call that would make sizes symbolic
+            mom.compile()
         found = Found()
         try:
             with pieces_run_eagerly(), stock_runs_eagerly(found.watch):
-                actual = ours.use(use, got)
+                actual = mom.use(use, got)
             uses[use] = {"difference": difference(actual, wanted[use]), **found.entry()}
         except Exception as error:
             uses[use] = {"error": describe_error(error)}
@@ -151,7 +152,7 @@ def run_uses(subject: Subject) -> None:
 
 
 def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str, Any], wrong: list[str]) -> None:
-    """What stock `torch.compile` says to what mom failed at; a step needs the prefill before it."""
+    """Run stock `torch.compile` where mom failed. A step needs the prefill before it."""
     stock.compile()
     got: dict[str, Any] = {}
     for use in wanted:
@@ -166,7 +167,7 @@ def stock_results(stock: Caller, wanted: dict[str, torch.Tensor], uses: dict[str
 
 
 def run_peaks(name: str, backends: Sequence[str]) -> None:
-    """Rows for the peak memory of a prefill under some backends, cache kept, logits of the last token."""
+    """Measure the peak of a prefill with some backends, cache kept, logits of the last token, and emit rows."""
     measure.watch_cpu()
     model = build(Subject(name), REALISTIC, torch.float32)
     inputs = accepted(model, **words(model, 1, LONG, REALISTIC), use_cache=True, logits_to_keep=1)
@@ -192,7 +193,7 @@ def _peak(model: Any, backend: str, inputs: Inputs, wanted: torch.Tensor) -> dic
 
 
 def run_one(subject: Subject, backends: Sequence[str]) -> None:
-    """What `backends` need; in all uses where there are none."""
+    """Measure peaks with `backends`, or run all uses if there are none."""
     torch._dynamo.reset()
     with torch.no_grad():
         if backends:
@@ -203,9 +204,9 @@ def run_one(subject: Subject, backends: Sequence[str]) -> None:
 
 
 def in_a_child(name: str, work: Callable[[], None], timeout: float) -> str | None:
-    """Run the work of one type in a fork of this process, in which everything is imported and nothing has run.
+    """Run `work` in a fork of this process, in which everything is imported and nothing has run.
 
-    Returns how it failed, if the process did not end by itself. What `work` raises becomes a row.
+    Returns how it failed if the process did not end by itself. An error that `work` raises becomes a row.
     """
     child = os.fork()
     if child == 0:

@@ -1,7 +1,7 @@
-"""A process that measures one method: the figures of cells, or the longest prompt in a limit.
+"""A process that measures one method: cells of a table, or the longest prompt within a limit.
 
 It prints a row for each length, shortest first. Then it answers `time` with the seconds of one more prefill of the last
-length, so that several such processes can be timed in turn.
+length, so that several processes can be timed in turn.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from benchmarks.decoding import WARM_UP, decode
 from benchmarks.longest import longest
 from benchmarks.methods import METHODS, Method, Setup
 
-#: How many of the largest logits are told, to compare methods by.
+#: Number of largest logits that are recorded, to compare methods.
 NOTICES = 8
 Row = dict[str, Any]
 Call = Callable[[], tuple[torch.Tensor, Any]]
 
 
 def worker(spec: Row) -> None:
-    """Rows of a method.
+    """Emit the rows of a method.
 
-    `spec` has a `setup`, of whose tokens `lengths` stand in the place; how many calls are timed (`repeats`), from how
-    many `once` tokens on there is but one, and decode `steps`; bytes above the weights (`limit`) or with them
-    (`memory`). With `longest` it is the search's.
+    `spec` has a `setup` whose tokens are replaced by each of `lengths`; the number of timed calls (`repeats`); the
+    length from which on there is one call only (`once`); decode `steps`; bytes above the weights (`limit`) or with them
+    (`memory`). With `longest` it runs the search.
     """
     setup, method = Setup(**spec["setup"]), METHODS[spec["method"]]
     if setup.device == "cpu":
@@ -56,7 +56,7 @@ def worker(spec: Row) -> None:
 
 
 def _or_why_not(measured: Callable[[], Row]) -> Row:
-    """Figures; or that there was not enough memory, which is a figure too."""
+    """Return figures, or that there was not enough memory, which is a result, too."""
     try:
         return measured()
     except Exception as error:
@@ -69,9 +69,9 @@ def _or_why_not(measured: Callable[[], Row]) -> Row:
 
 
 def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
-    """First call, peak, decode and, where they are asked for, timed calls; from `once` tokens on one call for all.
+    """Return first call, peak, decode and timed calls; from `once` tokens on one call serves for all.
 
-    Decode steps for which there is not enough memory are a `step_error`: the prefill's figures stay.
+    Decode steps that run out of memory are a `step_error`; the prefill's figures stay.
     """
     once = setup.tokens >= spec.get("once", setup.tokens + 1)
     results: list[tuple[torch.Tensor, Any]] = []
@@ -96,7 +96,7 @@ def figures(call: Call, model: Any, setup: Setup, spec: Row) -> Row:
 
 
 def find_longest(method: Method, model: Any, setup: Setup, spec: Row) -> Row:
-    """The longest prompt whose prefill runs with `limit` bytes above the weights."""
+    """Return the longest prompt whose prefill runs with `limit` bytes above the weights."""
     tried: list[Row] = []
 
     def peak_at(tokens: int) -> int | None:

@@ -1,28 +1,27 @@
-"""The CPU figures of docs/figures.md (`python -m benchmarks.cpu`): peak memory and time of a prefill, and compile time.
+"""The CPU figures of docs/figures.md (`python -m benchmarks.cpu`): peak and time of a prefill, and compile time.
 
-Prefill: one process holds the model and every backend; the calls are timed in turn (A B B A ...), and the
-medians compared. It is measured twice. Without a KV cache Hugging Face's packed-sequence check, when traced,
-builds an S x S mask, which no eager run does; with the cache kept there is none, in any backend.
+Prefill: one process holds the model and every backend. Calls are timed in turn (A B B A ...), and medians are compared.
+It is measured without and with a KV cache. Without one, Hugging Face's check for packed sequences builds an S x S mask
+when it is traced, which no eager run does; with the cache kept no backend builds one.
 
-`mom-mlp` is mom with scope="mlp", what the MOM paper does: loops over MLPs and the LM head, attention whole; `mom-512`
-is mom with that mini_seq_len. `chunked`
-is Hugging Face's chunked prefill (1024 tokens at a time over a growing cache, eager). The floor is what must live
-at full length, as mom's report has it: the residual stream, keys and values of two layers, and the cache where kept.
+`mom-mlp` is mom with scope="mlp", the method of the MOM paper: loops over MLPs and the LM head, attention whole.
+`mom-512` is mom with that mini_seq_len. `chunked` is Hugging Face's chunked prefill (1024 tokens at a time over a
+growing cache, eager). The floor is what must exist at full length, from mom's report: the residual stream, keys and
+values of two layers, and the cache where it is kept.
 
-Rows, only where asked for: mini-sequences of several fixed lengths, and of the length that is chosen (`auto`), each
-beside the fixed one that takes the least time; without a cache.
+Rows, only on request: mini-sequences of several fixed lengths and of `auto`, each relative to the fastest fixed one;
+without a cache.
 
 Growth: the same with 2 layers at two lengths. What mom needs above the floor must not depend on the length.
 
-Windows: a small Gemma 3, five of six layers with a window of 128 tokens, cache kept: its peak, what its cache shows,
-and what is allocated behind that.
+Windows: a small Gemma 3, five of six layers with a window of 128 tokens, cache kept: its peak, the rows that its cache
+shows, and the storage that they keep allocated.
 
-Overhead: the time of a loop's iterations, less that of the same compiled bodies called one after another.
+Overhead: the time of a loop's iterations minus that of the same compiled bodies called in sequence.
 
-Compile time: each figure comes from a fresh process with an empty cache folder. A trivial function is
-compiled first, so that what a process pays once (imports, instruction-set checks, precompiled headers) is
-left out. `frontend` is a backend that stops where Inductor's own work would begin: Dynamo and AOTAutograd,
-whose time no backend can change.
+Compile time: each figure comes from a new process with an empty cache folder. A trivial function is compiled first,
+which excludes costs of each process (imports, instruction-set checks, precompiled headers). `frontend` is a backend
+that stops before Inductor's own work: Dynamo and AOTAutograd, whose time no backend can change.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from benchmarks.measure import MIB
 #: Tokens of a chunk in Hugging Face's chunked prefill; as long as mom's mini-sequences.
 CHUNK = 1024
 
-#: Rows of a mini-sequence when the loop's own time is measured: few, so that it stands out.
+#: Rows of a mini-sequence when the loop's own time is measured: few, so that it dominates.
 OVERHEAD_ROWS = 16
 
 RESULTS = Path(__file__).with_name("results")
@@ -66,7 +65,7 @@ def _compiled(model: Any, backend: str) -> Any:
 
 
 def frontend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor's front half alone: Dynamo's graph through AOTAutograd and decompositions, then run as it is."""
+    """Backend that runs Inductor's front half alone (AOTAutograd, decompositions), then the graph as it is."""
     from torch._inductor.compile_fx import compile_fx
 
     def stop_here(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -109,14 +108,14 @@ def prefill_worker(spec: Row) -> None:
 
 
 def _floor() -> int:
-    """Bytes at full length in the graph compiled last."""
+    """Return the full-length bytes of the graph that was compiled last."""
     import mom_compile
 
     return mom_compile.reports()[-1].floor_bytes
 
 
 def rows_worker(spec: Row) -> None:
-    """Fixed mini-sequences of several lengths, and what is chosen."""
+    """Measure fixed mini-sequences of several lengths, and the chosen one."""
     from benchmarks import models
 
     measure.watch_cpu()
@@ -166,7 +165,7 @@ def windows_worker(spec: Row) -> None:
 
 
 def overhead_worker(spec: Row) -> None:
-    """What an iteration costs besides the compiled body: the loop's own Python, per mini-sequence."""
+    """Measure the cost of an iteration without the compiled body: the loop's own Python."""
     from benchmarks import models
     from mom_compile.runtime.loop import CompiledLoop
 
@@ -249,7 +248,7 @@ def measure_prefill(options: argparse.Namespace, backends: Sequence[str], progre
 
 
 def _keep(row: Row) -> None:
-    """Shown as it arrives: a run that is cut off has told what it knew."""
+    """Print each row as it arrives, so an interrupted run shows its results."""
     print(json.dumps(row), file=sys.stderr, flush=True)
 
 
@@ -327,7 +326,7 @@ def print_prefill(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 
 def print_rows(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Beside the fixed length that takes the least time, and the least that others take."""
+    """Print rows relative to the fixed length with the least time, and to the least of the others."""
     from rich.console import Console
     from rich.table import Table
 
@@ -408,7 +407,7 @@ def save(options: argparse.Namespace, results: Row) -> Path:
 
 
 def available(backends: Sequence[str]) -> list[str]:
-    """The backends asked for, less those this PyTorch has not got registered."""
+    """Return the requested backends that this PyTorch has registered."""
     known = {"eager", "chunked", *torch.compiler.list_backends(exclude_tags=())}
     for name in backends:
         if _family(name) not in known:
@@ -433,7 +432,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="of --only rows")
     parser.add_argument("--batch", type=int, default=1, help="sequences of --only rows (default 1)")
     parser.add_argument("--only", choices=("prefill", "rows", "growth", "windows", "overhead", "compile"))
-    parser.add_argument("--quick", action="store_true", help="a look: S = 2048, one repeat, 2 and 6 layers")
+    parser.add_argument("--quick", action="store_true", help="quick run: S = 2048, one repeat, 2 and 6 layers")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu-<date>.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""Warm decode steps of eager mode, stock Inductor and mom in one process and in turn.
+"""Warm decode steps of eager mode, stock Inductor and mom, in one process and in turn.
 
     python -m benchmarks.decode_steps --layers 12 --tokens 1000 8000 [--save]
 
-The cache is on the device and the mask is the one that `generate()` passes, a row of ones that grows; `--padding` makes
-its first tenth zeros. Bytes are those above weights and cache that one step takes at its peak.
+The cache is on the device. The mask is that of `generate()`, a growing row of ones; `--padding` makes its first tenth
+zeros. Bytes are the peak of one step above weights and cache.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Session:
 
 
 def measured(shape: str, layers: int, tokens: int, padding: bool, repeats: int) -> dict[str, Any]:
-    """Seconds of each step, peak bytes, and how far the logits are from those of eager mode."""
+    """Return seconds of each step, peak bytes, and the difference of the logits from eager mode's."""
     sessions = {name: Session(name, shape, layers, tokens, padding) for name in BACKENDS}
     logits = {name: [session.step() for _ in range(WARM_UP + 1)][-1] for name, session in sessions.items()}
     steps: dict[str, Callable[[], Any]] = {name: session.step for name, session in sessions.items()}

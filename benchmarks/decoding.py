@@ -1,4 +1,4 @@
-"""Decode steps over a cache: what they take, and what they move."""
+"""Time, memory and copies of decode steps over a cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WARM_UP = 3
 
 
 def decode(model: Any, cache: Any, steps: int, *, batch: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """Steps of one token for each of `batch` sequences; the cache grows.
+    """Run steps of one token for each of `batch` sequences; the cache grows.
 
-    step                  seconds of each, the warm-up's not counted
-    step_peak             bytes above weights and cache that one more takes
+    step                  seconds of each, without warm-up
+    step_peak             bytes of one more step above weights and cache
     to_host, to_device    bytes that a step copies
-    host                  bytes of rows on the host after the timed ones
+    host                  bytes of rows on the host after the timed steps
     """
     from mom_compile import host_memory
     from mom_compile.runtime.host.engines import engine_for

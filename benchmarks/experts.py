@@ -1,8 +1,8 @@
-"""What mixtures of experts take (`python -m benchmarks.experts`): prefill in eager mode, with stock Inductor and with
-mom, at the shapes of four well-known mixtures, narrower and with two layers.
+"""Mixtures of experts: prefill in eager mode, with stock Inductor and with mom (`python -m benchmarks.experts`).
 
-One process holds the model and all backends; the calls are timed in turn, and the medians compared. The KV cache is
-kept and logits are computed for the last token only. `mom-N` is mom with mini-sequences of N tokens.
+The shapes are those of four well-known mixtures, narrower and with two layers. One process holds the model and all
+backends; calls are timed in turn, and medians are compared. The KV cache is kept and logits are computed for the last
+token only. `mom-N` is mom with mini-sequences of N tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import measure, models
 from benchmarks.measure import MIB
 
 _COMMON = {"vocab_size": 32_000, "num_hidden_layers": 2, "hidden_size": 512, "max_position_embeddings": 16_384}
-#: Name -> the family's config class and its sizes: as many experts, as many of them chosen, widths in proportion.
+#: Name -> config class and sizes: the numbers of experts and of chosen experts, widths in proportion.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "MixtralConfig",
@@ -65,7 +65,8 @@ def compiled(model: Any, backend: str) -> Any:
 
 
 def measured(shape: str, seq: int, backends: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A row for each backend: peak bytes above the inputs, median seconds, and the difference from eager's logits."""
+    """Return a row for each backend: peak bytes above the inputs, median seconds, and the difference from eager's
+    logits."""
     model = mixture(shape)
     ids = models.tokens(model, seq)
     calls = {name: partial(models.prefill, compiled(model, name), ids, cache=True) for name in backends}

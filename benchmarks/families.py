@@ -1,6 +1,7 @@
-"""Decoders of ten families, small but not tiny: wide enough that what mini-sequences hold rules the peak.
+"""Small decoders of ten families, wide enough that mini-sequences dominate the peak.
 
-A family is what Hugging Face puts before `Config`. Three layers; the windows are far shorter than the prompts.
+A family is the prefix of a `Config` class of Hugging Face. Each has three layers; windows are much shorter than
+prompts.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family_model(family: str) -> Any:
-    """A model of the family with random weights, the same every time; float32, on the CPU."""
+    """Return a float32 model of the family on the CPU, with the same random weights every time."""
     import torch
     import transformers
 

@@ -1,19 +1,20 @@
-"""The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its plumbing has been tried on the CPU).
+"""The GPU figures: `python -m benchmarks.gpu`. NOT YET RUN ON A GPU (its code has been run on the CPU).
 
-1. `gpu_questions.QUESTIONS`, each a process: what the device reaches, then whether decode is mended, prefill beside
-   eager mode and stock, whether the device or its host is waited for, which kernels ran, rows of `auto` beside fixed
-   ones, the cache and the weights on the host. 8 of 32 layers are enough for that (`--question-layers`);
-2. `PARTS`, each a process: Llama-3-8B's shape in bf16 by one method (`benchmarks/methods.py`) at lengths upwards, the
-   most telling first: what the MOM paper measured (144k, then 155k to 455k), under 80 GiB, then under 24 GiB, uncapped
-   at last. Peak above the weights (`torch.cuda.max_memory_allocated`), what the allocator had of the device
-   (`max_memory_reserved`), time to first token, decode steps and the bytes that they move;
-3. the tests marked `gpu`, eight at once, for which `TESTS` seconds are kept.
+1. `gpu_questions.QUESTIONS`, each a process: rates of the device; whether decode is fixed; prefill compared with eager
+   mode and stock; whether device or host limits; which kernels ran; rows of `auto` compared with fixed ones; cache and
+   weights on the host. 8 of 32 layers suffice for these (`--question-layers`);
+2. `PARTS`, each a process: Llama-3-8B's shape in bf16 by one method (`benchmarks/methods.py`) at increasing lengths,
+the
+   most important first: what the MOM paper measured (144k, then 155k to 455k), under 80 GiB, then under 24 GiB, then
+   without a limit. Peak above the weights (`torch.cuda.max_memory_allocated`), reserved memory (`max_memory_reserved`),
+   time to first token, decode steps and the bytes that they move;
+3. the tests marked `gpu`, eight in parallel, for which `TESTS` seconds are reserved.
 
-All of it keeps to one budget of time (`--budget`). Every figure is a line of `gpu-NAME.jsonl` as soon as it is known,
-so a run that is killed loses none. What is not expected to be done in what is left waits for the next run, which goes
-on where this one ended: results are read from benchmarks/results/ and written, whole, to `$OUT` or there, after every
-figure. Running out of memory is a result, while compiling as well. The page is made with them:
-`python -m benchmarks.suite --page`. To try it without a GPU:
+All of it has one time budget (`--budget`). Every figure is a line of `gpu-NAME.jsonl` as soon as it is known, so an
+interrupted run loses none. What is not expected to fit into the remaining time waits for the next run, which continues:
+results are read from benchmarks/results/ and written, whole, to `$OUT` or there, after every figure. Running out of
+memory is a result, also while compiling. The page is written by `python -m benchmarks.suite --page`. To try it without
+a GPU:
 
     OUT=/tmp/out python -m benchmarks.gpu --device cpu --shape narrow --question-layers 1 --tokens 64 128 \\
         --only questions
@@ -50,23 +51,23 @@ NO_DEVICE = 2
 K, GIB = 1024, 1 << 30
 FOLDER = Path(__file__).with_name("results")
 
-#: Where the tests marked `gpu` are: to look for them everywhere takes longer than to run them.
+#: Files with tests marked `gpu`: collecting all files takes longer than running these.
 GPU_TESTS = (
     "tests/test_attention_gpu.py", "tests/test_cache_in_place.py", "tests/test_kv_gpu.py", "tests/test_measure.py",
     "tests/test_models_gpu.py",
 )  # fmt: skip
-#: As many at once, and seconds that are kept for them: all of an earlier run took 100 s on an H200.
+#: Number of workers, and reserved seconds: an earlier run took 100 s on an H200.
 TEST_WORKERS, TESTS = 8, 110.0
-#: Tests between two lines of how many have passed.
+#: Tests between two progress lines.
 TESTS_TOLD = 20
-#: What `pytest -v` says of a test, with pytest-xdist or without.
+#: The line of `pytest -v` for a test, with or without pytest-xdist.
 OUTCOME = re.compile(r"(?:^\[gw\d+\].*?|::.*)\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
-#: Of the FLOPS that a large product reaches on the device, what a prefill is expected to reach at least.
+#: The share of a large product's FLOPS that a prefill is expected to reach at least.
 EXPECTED_SHARE = 0.5
-#: A question is not begun with fewer seconds left.
+#: The remaining seconds that a question needs to start.
 LEAST_SECONDS = 20.0
-#: Seconds that a process is expected to take beside its prefills: making the model, compiling, decoding.
+#: Expected seconds of a process in addition to its prefills: building the model, compiling, decoding.
 EXPECTED_REST = 75.0
 #: Prefills of a length: the first one, the one whose peak is measured, and `REPEATS` timed ones; from `ONCE` tokens on
 #: one is all, after two short ones for which the graphs are compiled.
@@ -77,7 +78,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Part:
-    """A process: one method, lengths upwards, with at most so many bytes of the device, weights included."""
+    """A process: one method at increasing lengths, with a limit on device memory, weights included."""
 
     method: str
     lengths: tuple[int, ...]
@@ -109,13 +110,13 @@ PARTS = (
 
 
 def expected_seconds(setup: Setup, flops: float) -> float:
-    """What one length is expected to take on a device whose large products reach `flops`, its compiling apart."""
+    """Return the expected seconds of one length without compilation, on a device whose large products reach `flops`."""
     calls = 1 if setup.tokens >= ONCE else 2 + REPEATS
     return calls * physical.prefill_flops(setup) / (EXPECTED_SHARE * flops)
 
 
 def due(part: Part, setup: Setup, results: Results, left: float) -> tuple[int, ...]:
-    """Lengths of a part that are still to be measured and are expected to be done within `left` seconds."""
+    """Return the lengths of a part that are not measured and are expected to end within `left` seconds."""
     flops = results.data["rates"]["flops"]
     lengths: list[int] = []
     left -= EXPECTED_REST
@@ -127,7 +128,7 @@ def due(part: Part, setup: Setup, results: Results, left: float) -> tuple[int, .
 
 
 def run_part(part: Part, setup: Setup, lengths: Sequence[int], left: float) -> Iterator[Row]:
-    """A row for each length; the last one may say why there are no more."""
+    """Yield a row for each length; the last one may say why there are no more."""
     warm_up = SHORT if min(lengths) >= ONCE else ()
     spec: Row = {"method": part.method, "setup": asdict(setup), "lengths": [*warm_up, *lengths], "limit": None}
     spec |= {"repeats": REPEATS, "steps": STEPS, "once": ONCE}
@@ -150,7 +151,7 @@ def run_part(part: Part, setup: Setup, lengths: Sequence[int], left: float) -> I
 
 
 class Lines:
-    """A file of JSON lines, each on the disk as soon as it is written."""
+    """A file of JSON lines, each written to disk at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,7 @@ class Lines:
 
 
 def run_question(question: Question, setup: Setup, lengths: Sequence[int], left: float, lines: Lines) -> list[Row]:
-    """Its rows, the last of which says why there are no more, if there was an error."""
+    """Return the rows of a question; after an error the last row has it."""
     spec = {"question": asdict(question), "setup": asdict(setup), "lengths": list(lengths)}
     rows: list[Row] = []
     began = time.monotonic()
@@ -186,12 +187,12 @@ def run_question(question: Question, setup: Setup, lengths: Sequence[int], left:
 
 
 def answered(rows: Sequence[Row]) -> bool:
-    """Whether a question's process ended by itself; without enough memory is an answer."""
+    """Return whether a question's process ended by itself. Running out of memory is an answer."""
     return bool(rows) and str(rows[-1].get("error", "out of memory")).startswith("out of memory")
 
 
 def run_questions(options: argparse.Namespace, results: Results, lines: Lines, end: float) -> None:
-    """Those that no earlier run has answered."""
+    """Run the questions that no earlier run has answered."""
     setup = Setup(options.shape, options.question_layers, 0, dtype="bfloat16", device=options.device)
     known = results.data.setdefault("questions", {})
     for question in QUESTIONS:
@@ -208,7 +209,7 @@ def run_questions(options: argparse.Namespace, results: Results, lines: Lines, e
 
 
 def run_gpu_tests(limit: float, lines: Lines) -> Row:
-    """What passed and what did not, failures as soon as they are known."""
+    """Run the GPU tests and report failures as soon as they are known."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", *GPU_TESTS]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_WORKERS)]
@@ -265,7 +266,7 @@ def run_lengths(options: argparse.Namespace, results: Results, lines: Lines, end
             lines.write({"length": part.key(row["tokens"]), **row})
             print(show(whole), flush=True)
     waiting = [key for part in PARTS for key in map(part.key, part.lengths) if key not in results.cells]
-    print(f"{len(waiting)} lengths wait for the next run" + (f", {waiting[0]} first" if waiting else ""))
+    print(f"{len(waiting)} lengths remain for the next run" + (f", {waiting[0]} first" if waiting else ""))
 
 
 def run(options: argparse.Namespace, results: Results, lines: Lines) -> None:
@@ -293,16 +294,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--question-layers", type=int, default=8, help="of the model that questions are asked of")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16 * K, 64 * K], help="lengths that questions have")
+    parser.add_argument("--question-layers", type=int, default=8, help="layers of the model for questions")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16 * K, 64 * K], help="lengths of questions")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default 570)")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--ask", nargs="+", choices=[one.name for one in QUESTIONS], metavar="QUESTION")
-    parser.add_argument("--device", default="cuda", help="cpu tries the plumbing out")
+    parser.add_argument("--device", default="cuda", help="cpu tests the code without a GPU")
     return parser.parse_args(arguments)
 
 
-#: Of a GPU's host little matters, and machines that are lent differ in it.
+#: Fields of the host that may differ between runs: they hardly affect GPU figures.
 OF_A_HOST = ("date", "mom_compile", "cpu", "cores", "threads", "system")
 
 

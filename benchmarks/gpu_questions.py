@@ -1,20 +1,20 @@
-"""A process that answers one question about a GPU, for `benchmarks.gpu`: a row as soon as each figure is known.
+"""A process that answers one question about a GPU, for `benchmarks.gpu`. Each figure is a row as soon as it is known.
 
 Terms
 -----
-host    seconds until a call has returned, before the device is waited for
-wall    seconds until the device is done too. Where `host` is as long, the device waits for its host
+host    seconds until a call has returned, before the device is synchronised
+wall    seconds until the device has finished, too. If `host` is as long, the device waits for its host
 
 Rows of a prefill and of decode steps:
 
-    first                       of a length: seconds of the first call, compiling included
+    first                       of a length: seconds of the first call, compilation included
     host, wall                  of a later call, or of a decode step (`step`; `masked`: with an attention mask)
-    peak, reserved              bytes above weights and inputs, and what the allocator had of the device
-    kernels, launches           of one call: names, counts and milliseconds of the device's longest, and how many
-                                launches there were. A profiler is active then: its times are no others
-    error                       why there is no figure of a length or of a step: the others stay
-    rates                       what the device reaches
-    report                      what was made of the model
+    peak, reserved              bytes above weights and inputs, and bytes that the allocator had reserved
+    kernels, launches           of one call: names, counts and milliseconds of the longest kernels, and the number of
+                                launches. A profiler is active then, so its times are separate
+    error                       why a length or a step has no figure; the others stay
+    rates                       rates of the device
+    report                      what mom did to the model
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.methods import Setup
 Row = dict[str, Any]
 #: Timed calls of each kind.
 PREFILLS, STEPS, MASKED_STEPS = 3, 14, 8
-#: Kernels that are named, the longest first, and characters of their names.
+#: Number of kernels to list, the longest first, and characters of their names.
 NAMED, NAME = 14, 60
 #: Bytes that are copied to measure the link.
 COPIED = 1 << 30
@@ -44,7 +44,7 @@ COPIED = 1 << 30
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and how: `kind` is "rates", "decode", "prefill", "host" or "weights"; `seconds` at most."""
+    """A question: `kind` is "rates", "decode", "prefill", "host" or "weights"; `seconds` is its limit."""
 
     name: str
     asks: str
@@ -72,7 +72,7 @@ QUESTIONS = (
 
 
 def answer(question: Question, setup: Setup, lengths: list[int]) -> None:
-    """Rows of a question at these lengths; decode steps follow the first one alone."""
+    """Emit the rows of a question at these lengths. Decode steps follow the first length only."""
     if question.kind == "rates":
         workers.row({"rates": rates(setup.device, setup.dtype)})
         return
@@ -93,7 +93,7 @@ def answer(question: Question, setup: Setup, lengths: list[int]) -> None:
 
 
 def prepared(question: Question, setup: Setup, longest: int) -> Any:
-    """The model, compiled by the question's method."""
+    """Return the model, compiled by the question's method."""
     dtype = getattr(torch, setup.dtype)
     made_on = "cpu" if question.kind == "weights" else setup.device
     places = longest + STEPS + MASKED_STEPS + 64
@@ -125,7 +125,7 @@ def prefills(call: Callable[[], Any], device: str, tokens: int) -> None:
 
 
 def steps(model: Any, call: Callable[[], Any], device: str) -> None:
-    """Decode steps behind a prefill: without a mask, and with one, as `generate` has it."""
+    """Measure decode steps after a prefill, without and with the mask of `generate()`."""
     (_, cache), _, first = timed(call, device)
     workers.row({"first": first})
     kept, token = models.keeping(cache, model), torch.full((1, 1), 7, device=device)
@@ -145,7 +145,7 @@ def steps(model: Any, call: Callable[[], Any], device: str) -> None:
 
 
 def timed(call: Callable[[], Any], device: str) -> tuple[Any, float, float]:
-    """What a call returns, seconds until it has returned, and until the device is done."""
+    """Return the result of a call, the seconds until it returned, and until the device finished."""
     wait(device)
     began = time.perf_counter()
     result = call()
@@ -160,7 +160,7 @@ def wait(device: str) -> None:
 
 
 def profiled(call: Callable[[], Any], device: str, of: Row) -> None:
-    """Which kernels one call ran."""
+    """Emit the kernels of one call."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device != "cpu"
@@ -176,7 +176,7 @@ def profiled(call: Callable[[], Any], device: str, of: Row) -> None:
 
 
 def rates(device: str, dtype: str) -> Row:
-    """FLOPS of a large product, bytes per second of a copy on the device, and of one from pinned memory to it."""
+    """Measure FLOPS of a large product, and bytes per second of a copy on the device and from pinned memory."""
     found = asdict(physical.measure_rates(device, dtype))
     if device != "cpu":
         source = torch.empty(COPIED, dtype=torch.uint8).pin_memory()
@@ -189,12 +189,12 @@ def reports() -> None:
     import mom_compile
 
     for report in mom_compile.reports():
-        told = {"headline": report.headline, "fallback": report.fallback, "eager": report.eager_pieces}
-        workers.row({"report": told | {"seconds": report.compile_seconds, "rows": report.rows}})
+        said = {"headline": report.headline, "fallback": report.fallback, "eager": report.eager_pieces}
+        workers.row({"report": said | {"seconds": report.compile_seconds, "rows": report.rows}})
 
 
 def _or_why_not(of: Row, measured: Callable[[], None]) -> None:
-    """Rows; behind those that are there, that there was not enough memory for more."""
+    """Emit rows; if memory runs out, a last row that says so."""
     try:
         measured()
     except Exception as error:

@@ -1,10 +1,10 @@
 """How many graphs an ordinary session takes (`python -m benchmarks.graphs`), and docs/graphs.md of it (`--write`).
 
-A graph is what Dynamo captures, and mom compiles, for calls that guards call alike. There are at most so many of a
-model; what would need another one runs in eager mode. Each family is made small, compiled by `mom_compile.compile`, and
-asked for what a user asks for in an afternoon: prompts below, at and above its window, one and several sequences, with
-and without padding, turns of a chat, drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since
-what they are compiled to makes no difference here. TORCH_LOGS=recompiles says why each graph was made.
+Dynamo captures one graph for all calls that pass the same guards. The number of graphs of a model is limited; a call
+that needs another one runs in eager mode. A small model of each family is compiled by `mom_compile.compile` and called
+with prompts below, at and above its window, one and several sequences, with and without padding, turns of a chat, and
+drafted tokens. Pieces run node by node (`benchmarks/without_codegen.py`), since their code does not affect the count.
+TORCH_LOGS=recompiles prints why each graph was made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SMALL = {
 
 
 def small(family: str) -> Any:
-    """A model of the family of two layers with random weights; no sequence of it ends."""
+    """Return a model with two layers and random weights, without an end-of-sequence token."""
     import transformers
 
     known = {name: value for name, value in _SMALL.items() if name in FAMILIES[family]}
@@ -62,7 +62,7 @@ def _calls(kind: str, *lengths: int | tuple[int, ...], **how: Any) -> list[Call]
     return [Call(kind, (n,) if isinstance(n, int) else n, **how) for n in lengths]
 
 
-#: Kinds in the order in which they are called first.
+#: Kinds in the order of their first call.
 SESSION: tuple[Call, ...] = (
     *_calls("one prompt, above the window", 150, 200, 90, 311),
     *_calls("below the window", 40, 20, 55),
@@ -78,7 +78,7 @@ SESSION: tuple[Call, ...] = (
 
 
 def prompts(call: Call, seed: int) -> dict[str, torch.Tensor]:
-    """Ids and a mask, padded on the left."""
+    """Return ids and a mask, padded on the left."""
     longest = max(call.lengths)
     ids = torch.randint(3, VOCABULARY, (len(call.lengths), longest), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
@@ -89,7 +89,7 @@ def prompts(call: Call, seed: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def make(model: Any, call: Call, seed: int) -> torch.Tensor:
-    """All tokens of the call."""
+    """Run the call and return all tokens."""
     settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if call.drafted:
         settings["prompt_lookup_num_tokens"] = 3
@@ -108,7 +108,7 @@ def make(model: Any, call: Call, seed: int) -> torch.Tensor:
 
 @dataclass
 class Counted:
-    """Of one call of a session: graphs that were made for it, times the model was called, and how many were eager."""
+    """One call of a session: new graphs, calls of the model, and how many of these were eager."""
 
     call: Call
     graphs: int
@@ -118,7 +118,7 @@ class Counted:
 
 
 def session(model: Any, calls: Sequence[Call] = SESSION) -> Iterator[Counted]:
-    """Make the calls of a compiled model, one after another, and count."""
+    """Run the calls with a compiled model in order, and count."""
     from mom_compile import reports
     from mom_compile.compiled import CompiledGraph
 
@@ -151,7 +151,7 @@ def session(model: Any, calls: Sequence[Call] = SESSION) -> Iterator[Counted]:
 
 
 def count(family: str, compile_model: Callable[[Any], Any]) -> tuple[dict[str, int], int]:
-    """Graphs by kind of call, and how many calls of the model were eager."""
+    """Return the graphs by kind of call, and the number of eager calls of the model."""
     torch._dynamo.reset()
     found = dict.fromkeys((call.kind for call in SESSION), 0)
     eager = 0
@@ -165,11 +165,12 @@ def count(family: str, compile_model: Callable[[Any], Any]) -> tuple[dict[str, i
 
 _HEAD = f"""# Graphs of a session
 
-How many graphs Dynamo makes in a session of {len(SESSION)} calls of `generate()`, {NEW_TOKENS} tokens each, of a model
-that `mom_compile.compile(model)` has compiled: two layers, a window of {WINDOW} tokens where the family has one. Calls
-are made from the top to the bottom; a cell has the graphs that these calls needed beside those that were there.
+The number of graphs that Dynamo makes in a session of {len(SESSION)} calls of `generate()`, {NEW_TOKENS} tokens each,
+with a model compiled by `mom_compile.compile(model)`: two layers, and a window of {WINDOW} tokens where the family has
+one. Calls run from the top row to the bottom row. A cell has the graphs that its calls needed in addition to the
+existing ones.
 
-`python -m benchmarks.graphs --write` makes this page, `--only FAMILY ...` of some families. {{stamp}}.
+`python -m benchmarks.graphs --write` measures and writes this page, `--only FAMILY ...` for some families. {{stamp}}.
 """
 
 _WHY = """
@@ -177,38 +178,39 @@ _WHY = """
 
 Each reason is a guard that `TORCH_LOGS=recompiles` prints.
 
-- **A prompt, or one token behind it.** A size of one is a constant for PyTorch. Of one token the model knows that no
-  mask is needed.
+- **A prompt, or one token after it.** PyTorch compiles a size of one as a constant. With one token, the model knows
+that
+  it needs no mask.
 - **One sequence, or several** (twice as many). A batch of one is a constant, too. PyTorch's setting against that,
-  `torch.fx.experimental._config.backed_size_oblivious`, is process-wide, and experimental by its own words. A graph
-  with a size that is marked as unbacked goes to stock Inductor.
-- **With or without padding** (twice as many for several sequences). `generate()` hands the model a mask only where a
-  token is masked. Under `torch.compile`, transformers relies on causal attention only where it is given no mask: a
-  mask of ones in every call would share the graphs, and each call would build its attention mask.
-- **Turns of a chat** (1). Several tokens behind a cache need a mask that a prompt does not.
-- **Drafted tokens** (up to 3, and 3 or more with a window). They ask for the logits of several tokens, which is a
-  constant while it is one. Refused drafts are cropped off the cache, which keeps the strides of the longer one: Dynamo
+  `torch.fx.experimental._config.backed_size_oblivious`, is process-wide and experimental. A graph with a size that is
+  marked as unbacked goes to stock Inductor.
+- **With or without padding** (twice as many for several sequences). `generate()` passes a mask only if a token is
+  masked. Under `torch.compile`, transformers relies on causal attention only if it gets no mask: a mask of ones in
+  every call would share the graphs, but each call would build its attention mask.
+- **Turns of a chat** (1). Several tokens after a cache need a mask that a prompt does not need.
+- **Drafted tokens** (up to 3, and 3 or more with a window). They need the logits of several tokens, a number that is a
+  constant while it is one. Refused drafts are cropped off the cache, which keeps the strides of the longer one. Dynamo
   guards on strides, and making the rows dense would copy the cache once more in every step. A windowed cache then keeps
   what a crop may bring back, and takes the other side of a branch in every call.
-- **A window** (2 graphs more for each kind). Transformers builds no mask for a prompt that is shorter than the window,
+- **A window** (2 more graphs for each kind). Transformers builds no mask for a prompt that is shorter than the window,
   and a mask for a longer one; its cache branches on whether the window is full. Dynamo follows one side of each branch.
   A prompt or a cache of exactly one token less than the window takes the other side of one branch only: the step across
   the border is a graph of its own.
 
-## What makes no graph
+## What needs no graph
 
-- The numbers of tokens and of sequences: `mom_compile.compile` takes them as symbols from the first call.
-  `model.compile(backend="mom")` takes each for a constant at first, and needs a graph more for each kind.
-- The first step behind a prompt that is longer than the window. The window's rows are copied out of the prompt's keys
-  with room for one row before them, and have the strides that every later step leaves.
-- The first step behind any other prompt: its keys lie as those of later steps do.
-- `return_dict`, which `generate()` passes, but not where tokens are drafted: `mom_compile.compile` drops it where it
-  is the default.
+- Other numbers of tokens and sequences: `mom_compile.compile` makes them symbols at the first call.
+  `model.compile(backend="mom")` makes each a constant at first, and needs one more graph for each kind.
+- The first step after a prompt that is longer than the window. The window's rows are copied out of the prompt's keys
+  with room for one row before them, and have the strides of all later steps.
+- The first step after any other prompt: its keys have the layout of later steps.
+- `return_dict`, which `generate()` passes except where tokens are drafted: `mom_compile.compile` drops it where it is
+  the default.
 """
 
 
 def page(found: dict[str, tuple[dict[str, int], int]]) -> str:
-    """The page as text, of what `count` gave for each family."""
+    """Return the page as text from the result of `count` for each family."""
     rows = [[kind, *(str(by_kind[kind]) for by_kind, _ in found.values())] for kind in next(iter(found.values()))[0]]
     rows.append(["**all**", *(f"**{sum(by_kind.values())}**" for by_kind, _ in found.values())])
     rows.append(["calls of the model in eager mode", *(str(eager) for _, eager in found.values())])
@@ -217,7 +219,7 @@ def page(found: dict[str, tuple[dict[str, int], int]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Count for all families, or for some, print the page, and write it if that is asked for."""
+    """Count for all or some families, print the page, and write it with `--write`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="FAMILY")
     parser.add_argument("--plain", action="store_true", help='model.compile(backend="mom"), with PyTorch\'s limit of 8')

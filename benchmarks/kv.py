@@ -1,16 +1,16 @@
-"""The KV cache on the device against the KV cache on the host: `python -m benchmarks.kv`. On a GPU it has not run yet.
+"""The KV cache on the device and on the host: `python -m benchmarks.kv`. It has not run on a GPU.
 
-A prompt is prefilled and tokens are decoded one by one, as `generate()` does it, with a `DynamicCache`. Each backend
-has a process of its own: `eager` and `inductor` as they are, `mom` with kv_offload=False, `mom-host` with
-kv_offload=True, `mom-disk` with files.
+A prompt is prefilled and tokens are decoded one by one, as in `generate()`, with a `DynamicCache`. Each backend has a
+process of its own: `eager`, `inductor`, `mom` with kv_offload=False, `mom-host` with kv_offload=True, `mom-disk` with
+files.
 
-prefill   seconds of a warm prefill, and its peak above the weights, beside what the report lets expect
-cache     bytes that the cache takes on the device, and on the host
+prefill   seconds of a warm prefill, its peak above the weights, and the expected peak of the report
+cache     bytes of the cache on the device and on the host
 step      milliseconds of a decode step (median), and its peak above weights and cache
-rows      bytes per step that leave for the host, against those of one token's keys and values
+rows      bytes per step that leave for the host, compared with those of one token's keys and values
 
-On the CPU, device and host are the same memory; what is on the host is in pages of its own, which the counting
-allocator does not see. On a GPU the bandwidth from pinned host memory is measured too, and a step compared to it.
+On the CPU, device and host are the same memory; what is on the host is in separate pages, which the counting allocator
+does not see. On a GPU the bandwidth from pinned host memory is measured, too, and a step compared with it.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def _backend(name: str, folder: str) -> Row:
 
 
 def expected_peak() -> int | None:
-    """What the report of the prefill lets expect, for the backends that have one."""
+    """Return the expected peak of the prefill's report, if the backend has one."""
     from mom_compile import reports
 
     return next((report.expected_peak_bytes for report in reports() if report.stages), None)
 
 
 def _bandwidth(device: str) -> Row:
-    """Bytes per second from pinned host memory to the device."""
+    """Return the bytes per second from pinned host memory to the device."""
     if device == "cpu":
         return {}
     source = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, timeout: float | None = None) -> list[Row]:
-    """One row for each backend."""
+    """Return one row for each backend."""
     names = ("seq", "new", "layers", "shape", "dtype", "device")
     rows: list[Row] = []
     for backend in options.backends:

@@ -1,29 +1,29 @@
-"""The longest prompt that fits: a search over lengths, each tried for real."""
+"""Search for the longest prompt that fits; every length is run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: The search ends when what fits and what does not are this close, as a share of the length.
+#: Relative distance of the longest fitting and the shortest failing length at which the search ends.
 CLOSE = 1 / 50
-#: No length is tried that is so many times what is known to fit: a guess from a short prompt is a bad one.
+#: Limit on the next length, as a multiple of the longest that fits: extrapolation from short prompts is poor.
 AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Longest:
-    """`fits` tokens were tried and fit, `fails` did not; None: nothing that was tried failed."""
+    """`fits` tokens ran, `fails` did not; None: nothing failed."""
 
     fits: int
     fails: int | None
 
 
 def longest(peak_at: Callable[[int], int | None], limit: int, *, first: int, grain: int, most: int) -> Longest:
-    """Bisection between the longest length seen to fit into `limit` bytes and the shortest seen not to.
+    """Bisect between the longest length that fitted into `limit` bytes and the shortest that did not.
 
-    `peak_at(n)` is the peak of a prompt of `n` tokens, None where it ran out of memory. As long as nothing failed the
-    next length is where the peak would pass the limit if it grew with the length alone. Lengths are multiples of
+    `peak_at(n)` is the peak of a prompt of `n` tokens, None if it ran out of memory. Until something fails, the next
+    length is where the peak would pass the limit if it were proportional to the length. Lengths are multiples of
     `grain`, from `first` to `most`.
     """
     fits, fails, length = 0, None, first

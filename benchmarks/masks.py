@@ -1,8 +1,8 @@
-"""What an attention mask costs (`python -m benchmarks.masks`): a prefill without one, with one that is all ones, as
-`generate()` passes it, and with padding on the left of one sequence of two.
+"""The cost of an attention mask (`python -m benchmarks.masks`).
 
-One process holds the model and both backends; the calls are timed in turn, and the medians compared. The KV cache is
-kept and logits are computed for the last token only.
+Prefill without a mask, with one that is all ones, as `generate()` passes it, and with padding on the left of one
+sequence of two. One process holds the model and both backends; calls are timed in turn, and medians are compared. The
+KV cache is kept and logits are computed for the last token only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.measure import MIB
 
 
 def calls(model: Any, seq: int, padding: int) -> dict[str, Callable[[], Any]]:
-    """Name -> prefill, for both backends; "two" are batches of two sequences, "padded" ones have their first padded."""
+    """Return prefills by name, for both backends: "two" has two sequences, "padded" pads the first of them."""
     from benchmarks import models
 
     found: dict[str, Callable[[], Any]] = {}

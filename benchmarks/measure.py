@@ -1,13 +1,13 @@
-"""How peak memory and time are measured, in one place, for benchmarks, examples and tests alike.
+"""Measurement of peak memory and time, for benchmarks, examples and tests.
 
 Terms
-    live       bytes of tensor storage allocated and not yet released, on one device
-    peak       the highest `live` while a function runs, above what was live when it started. Weights and
-               inputs exist by then, so it is the peak *above the weights*
-    kept       what of that is still live when the function has returned (its result, a cache)
+    live       bytes of tensor storage that are allocated on one device
+    peak       the highest `live` while a function runs, above that at its start. Weights and inputs exist by then, so
+               it is the peak *above the weights*
+    kept       what is still live when the function has returned (its result, a cache)
 
-On the CPU every allocation is counted by a small allocator (`cpu_allocator.cpp`) that is put in front of
-PyTorch's own: exact, any thread, no profiler. On CUDA it is `torch.cuda.max_memory_allocated`.
+On the CPU a small allocator (`cpu_allocator.cpp`) in front of PyTorch's counts every allocation: exact, any thread, no
+profiler. On CUDA it is `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class PeakReport:
-    """Bytes above what was live at the start of the measured function.
+    """Bytes above those that were live when the measured function started.
 
-    `reserved` is the most that PyTorch's allocator had of the device meanwhile, all of it; None on a CPU.
+    `reserved` is the peak that PyTorch's allocator had reserved on the device, in total; None on a CPU.
     """
 
     peak: int
@@ -54,7 +54,7 @@ class PeakReport:
 
 
 class _CpuCounter:
-    """The counting allocator, installed for the life of the process."""
+    """The counting allocator, installed for the lifetime of the process."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(_build_allocator()))
@@ -94,22 +94,21 @@ def _cpu_counter() -> _CpuCounter:
 
 
 def watch_cpu() -> None:
-    """Start counting. Only what is allocated from here on is seen, so call it before the model is built."""
+    """Start counting. Earlier allocations are not seen, so call it before the model is built."""
     _cpu_counter()
 
 
 def live_bytes(device: str | torch.device = "cpu") -> int:
-    """Bytes that are live now; on a CPU those allocated since `watch_cpu`."""
+    """Return the bytes that are live now; on a CPU those allocated since `watch_cpu`."""
     device = torch.device(device)
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _cpu_counter().live()
 
 
 @contextmanager
 def at_most(size: int | None, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Within it, `size` bytes above what is live now are all there is: more raises `torch.OutOfMemoryError`.
+    """Limit allocations to `size` bytes above what is live now; more raises `torch.OutOfMemoryError`.
 
-    On CUDA the limit is one on all that the allocator has of the device, live or not, as it is on a smaller card.
-    None: no limit.
+    On CUDA the limit is on all that the allocator has reserved, as on a smaller card. None: no limit.
     """
     device = torch.device(device)
     if size is None:
@@ -132,8 +131,9 @@ def at_most(size: int | None, device: str | torch.device = "cpu") -> Iterator[No
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What an error says of the device's memory, if that is why it was raised, however often it was wrapped: what a
-    compiler raises has the reason behind it, or only in its message."""
+    """Return what an error says about device memory if that is its cause, however often it was wrapped. A compiler's
+    error has
+    the cause in its chain or only in its message."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -148,8 +148,8 @@ def out_of_memory(error: BaseException) -> str | None:
 def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> PeakReport:
     """Run `fn` once and report its peak. Its result is alive at the end of the measurement, then dropped.
 
-    On the CPU memory allocated before the first call in this process is not known: releasing it inside
-    `fn` would not lower the count. Call `watch_cpu` early where that matters.
+    On the CPU, memory that was allocated before the first call in this process is not known: releasing it inside `fn`
+    does not lower the count. Call `watch_cpu` early where that matters.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -180,14 +180,14 @@ def _cuda_peak(fn: Callable[[], Any], device: torch.device) -> PeakReport:
 
 
 def shown_and_held(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """Bytes that tensors show, and bytes allocated behind them: a view keeps all of what it is a view of."""
+    """Return the bytes that tensors show, and the bytes of their storages: a view keeps its whole base."""
     tensors = list(tensors)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
     return sum(t.numel() * t.element_size() for t in tensors), sum(storages.values())
 
 
 def seconds(fn: Callable[[], Any], device: str | torch.device = "cpu") -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -201,9 +201,9 @@ def seconds(fn: Callable[[], Any], device: str | torch.device = "cpu") -> float:
 def alternate(
     functions: Mapping[str, Callable[[], Any]], repeats: int, device: str | torch.device = "cpu"
 ) -> dict[str, list[float]]:
-    """Time each function `repeats` times in turn (A B A B ...), so that a drifting machine hits all alike.
+    """Time each function `repeats` times in turn (A B A B ...), so that drift of the machine affects all equally.
 
-    The order turns round every other time, so that no function is always the one after another.
+    The order is reversed every other time, so that no function always follows the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats):
@@ -214,7 +214,7 @@ def alternate(
 
 
 def median_ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
-    """Ratio of medians: below 1 means `name` is the faster one."""
+    """Return the ratio of medians; below 1, `name` is faster."""
     return statistics.median(times[name]) / statistics.median(times[base])
 
 
@@ -226,7 +226,7 @@ def _installed(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The model of the processor; never the name of the host."""
+    """Return the model of the processor, never the host name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -236,7 +236,7 @@ def _processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured with: versions, processor, threads, date."""
+    """Return versions, processor, threads and date of a measurement."""
     stamp: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -255,7 +255,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe_machine(stamp: Mapping[str, Any] | None = None) -> str:
-    """One line to stand under a table."""
+    """Return one line for a table."""
     stamp = machine() if stamp is None else stamp
     hardware = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['cores']} cores, {stamp['threads']} threads"
     return (

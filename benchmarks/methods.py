@@ -1,6 +1,6 @@
-"""Ways to prefill a long prompt, side by side: what users have today, what papers propose, and ours.
+"""Methods of prefill for long prompts: what users have today, what papers propose, and mom.
 
-Each computes logits for the last token only, and keeps the cache that decoding needs.
+Each computes logits for the last token only and keeps the cache for decode.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ from benchmarks import models
 
 #: Tokens of a chunk of Hugging Face's chunked prefill.
 CHUNK = 1024
-#: On a GPU, where a product wants more rows; what the MOM paper compares with at its best, too.
+#: On a GPU, where a product needs more rows. The MOM paper compares with this size at its best, too.
 CHUNK_ELSEWHERE = 8192
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prefill.
+    """One method of prefill.
 
-    what       what it is, in a line, for a table
-    compiled   what `model.compile` is given; None: eager mode
-    chunked    the prompt in chunks over a growing cache, as `generate(prefill_chunk_size=...)` has it
-    offloaded  Hugging Face's `DynamicCache(offloading=True)`: layers of the cache leave for the host, and come back for
-               each chunk and token. It needs a device that is not the host
+    Attributes
+    ----------
+    name : str
+    what : str
+        A line for a table.
+    compiled : mapping, optional
+        Arguments of `model.compile`; None: eager mode.
+    chunked : bool
+        The prompt in chunks over a growing cache, as in `generate(prefill_chunk_size=...)`.
+    offloaded : bool
+        Hugging Face's `DynamicCache(offloading=True)`: layers of the cache leave for the host, and return for each
+        chunk and token. It needs a device that is not the host.
     """
 
     name: str
@@ -50,7 +57,7 @@ class Method:
 
     @torch.no_grad()
     def prefill(self, model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Last-token logits `[B, 1, V]`, and the cache."""
+        """Return the logits of the last token, `[B, 1, V]`, and the cache."""
         if not self.chunked and not self.offloaded:
             return models.prefill(model, ids, cache=True)
         given = {"offloading": True} if self.offloaded else {}
@@ -63,7 +70,7 @@ class Method:
 
 
 def _mom(**options: Any) -> dict[str, Any]:
-    """Strict: what stock Inductor computed in our place would be no figure of ours."""
+    """Options of mom. `strict`: a fallback to stock Inductor must not be measured as mom."""
     return {"backend": "mom", "options": {"kv_offload": False, "strict": True, **options}}
 
 
@@ -74,22 +81,22 @@ METHODS = {
         Method("inductor", 'stock `torch.compile` (`backend="inductor"`)', {"backend": "inductor"}),
         Method("chunked", "`generate(prefill_chunk_size=...)`, eager", chunked=True),
         Method("chunked-offload", "the same with an offloaded cache", chunked=True, offloaded=True),
-        Method("offload", "an offloaded cache alone, eager", offloaded=True),
+        Method("offload", "an offloaded cache, not chunked, eager", offloaded=True),
         Method("mlp", 'the MOM paper: MLPs over mini-sequences (`scope="mlp"`), the cache kept', _mom(scope="mlp")),
         Method(
             "prefill-only",
             'PrefillOnly: the same, outputs in place, keys and values leave (`scope="mlp", kv_offload=True`)',
             _mom(scope="mlp", kv_offload=True),
         ),
-        Method("mom", "ours, the cache on the device", _mom()),
-        Method("mom-host", "ours, the cache on the host (`kv_offload=True`)", _mom(kv_offload=True)),
+        Method("mom", "mom, the cache on the device", _mom()),
+        Method("mom-host", "mom, the cache on the host (`kv_offload=True`)", _mom(kv_offload=True)),
     )
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is prefilled: a model's shape, sequences and tokens of each, and where."""
+    """A prefill: the shape of a model, the number of sequences, the tokens of each, and the device."""
 
     shape: str
     layers: int

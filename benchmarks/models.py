@@ -1,4 +1,4 @@
-"""The model shapes that are measured, with random weights."""
+"""The measured model shapes, with random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 SHAPES: dict[str, dict[str, int]] = {
-    # Wide enough that the intermediates rule the peak, small enough for two cores.
+    # Wide enough that the intermediates dominate the peak, small enough for two cores.
     "small": {
         "hidden_size": 1024,
         "intermediate_size": 3584,
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def llama(
     shape: str, layers: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seq: int = 8192
 ) -> LlamaForCausalLM:
-    """A Llama in eval mode, made where it will live: no copy on the host, no time spent moving it."""
+    """Return a Llama in eval mode, created on its device."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape], num_hidden_layers=layers, max_position_embeddings=seq, rope_theta=500_000.0, dtype=dtype
@@ -56,7 +56,7 @@ def llama(
 
 
 def windows(seq: int) -> Gemma3ForCausalLM:
-    """A small Gemma 3 in eval mode: of six layers five see a window of 128 tokens."""
+    """Return a small Gemma 3 in eval mode, five of six layers with a window of 128 tokens."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         hidden_size=256,
@@ -79,12 +79,12 @@ def tokens(model: Any, seq: int, batch: int = 1) -> torch.Tensor:
 
 
 def keeping(cache: Any, model: Any) -> dict[str, Any]:
-    """A cache under the name that the model's `forward` has for it: before transformers 5.24 `past_key_values`."""
+    """Return a cache under the name of the model's argument: `past_key_values` before transformers 5.24."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def cached(cache: Any) -> list[torch.Tensor]:
-    """Keys and values of all layers."""
+    """Return keys and values of all layers."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
@@ -92,7 +92,7 @@ def cached(cache: Any) -> list[torch.Tensor]:
 def prefill(
     model: Any, ids: torch.Tensor, *, cache: bool, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Any]:
-    """Last-token logits, and the KV cache where it is kept. The baseline never computes more logits than this.
+    """Return last-token logits, and the KV cache if it is kept. The baseline never computes more logits than these.
 
     `mask` is an attention mask `[B, S]`, as `generate()` always passes one.
     """
@@ -102,7 +102,7 @@ def prefill(
 
 @torch.no_grad()
 def chunked_prefill(model: Any, ids: torch.Tensor, *, chunk: int) -> tuple[torch.Tensor, Any]:
-    """What `generate(prefill_chunk_size=chunk)` does: the prompt in chunks over a growing cache, in eager mode."""
+    """Run `generate(prefill_chunk_size=chunk)`: the prompt in chunks over a growing cache, in eager mode."""
     cache = DynamicCache(config=model.config)
     kept = keeping(cache, model)
     for piece in ids.split(chunk, dim=1):

@@ -1,12 +1,12 @@
-"""What no way of computing a prefill can do without: bytes that must live, operations, bytes that must be read.
+"""Lower bounds of a prefill: bytes that must be live, operations, bytes that must be read.
 
     live      the residual stream, B * S * hidden values, and the cache, 2 * layers * B * S * KV heads * head size. With
               the cache on the host, keys and values of one layer in its place
-    prefill   products of all layers but the last, of which only keys and values are needed for every token, and causal
+    prefill   products of all layers but the last, which needs only keys and values for every token, and causal
               attention, 2 * S^2 * hidden operations a sequence (half of two products of S * S * hidden)
-    decode    every weight but the embedding's table, and the cache, read once for each token
+    decode    every weight except the embedding table, and the cache, read once for each token
 
-Beside the rates that the machine reaches in a large product and in copying memory, these are the least time.
+Divided by the rates that the machine reaches in a large product and in copying memory, these are the minimum times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.models import SHAPES
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches: operations per second of a product, bytes per second that copying reads and writes."""
+    """Rates of a device: operations per second of a product, bytes per second that a copy reads and writes."""
 
     flops: float
     bandwidth: float
@@ -35,21 +35,21 @@ def itemsize(setup: Setup) -> int:
 
 
 def _widths(setup: Setup) -> tuple[int, int, int, int]:
-    """Hidden size, intermediate size, keys' and vocabulary."""
+    """Return hidden size, intermediate size, width of keys, and vocabulary."""
     shape = SHAPES[setup.shape]
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     return hidden, shape["intermediate_size"], hidden // heads * shape["num_key_value_heads"], shape["vocab_size"]
 
 
 def cache_bytes(setup: Setup, *, layers: int | None = None) -> int:
-    """Keys and values of all layers, or of so many."""
+    """Return the bytes of keys and values of all layers, or of `layers`."""
     keys = _widths(setup)[2]
     count = setup.layers if layers is None else layers
     return 2 * count * setup.batch * setup.tokens * keys * itemsize(setup)
 
 
 def live_bytes(setup: Setup, *, cache_on_host: bool) -> int:
-    """Bytes above the weights that live at once on the device in every prefill."""
+    """Return the bytes above the weights that every prefill has live at once on the device."""
     residual = setup.batch * setup.tokens * _widths(setup)[0] * itemsize(setup)
     return residual + cache_bytes(setup, layers=1 if cache_on_host else None)
 
@@ -60,7 +60,7 @@ def layer_weights(setup: Setup) -> int:
 
 
 def prefill_flops(setup: Setup) -> float:
-    """Operations of a prefill that computes what is asked for and nothing else."""
+    """Return the operations of a prefill that computes only what is needed."""
     hidden, _, keys, vocabulary = _widths(setup)
     tokens = setup.batch * setup.tokens
     whole = 2.0 * tokens * layer_weights(setup) + 2.0 * setup.batch * setup.tokens**2 * hidden
@@ -69,14 +69,14 @@ def prefill_flops(setup: Setup) -> float:
 
 
 def decode_bytes(setup: Setup) -> int:
-    """Bytes that one step of decoding reads, for all sequences."""
+    """Return the bytes that one decode step reads, for all sequences."""
     hidden, _, _, vocabulary = _widths(setup)
     weights = setup.layers * layer_weights(setup) + hidden * vocabulary
     return weights * itemsize(setup) + cache_bytes(setup)
 
 
 def measure_rates(device: str, dtype: str) -> Rates:
-    """The best of five: a square product, and a copy."""
+    """Return the best of five runs of a square product and of a copy."""
     kind: Any = getattr(torch, dtype)
     size, copied = (2048, 1 << 28) if device == "cpu" else (8192, 1 << 31)
     a, b = (torch.randn(size, size, dtype=kind, device=device) for _ in range(2))

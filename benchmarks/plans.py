@@ -1,7 +1,7 @@
-"""docs/plans.md: for each shipped shape the longest context on usual cards, in each way to run it, as it is planned.
+"""docs/plans.md: the longest context of each shipped shape on common cards, planned for each way to run it.
 
-    python -m benchmarks.plans            what is missing (benchmarks/results/plans.json), and the page
-    python -m benchmarks.plans --page     the page alone
+    python -m benchmarks.plans            plan what benchmarks/results/plans.json lacks, and write the page
+    python -m benchmarks.plans --page     write the page alone
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ PAGE = ROOT / "docs" / "plans.md"
 #: The length that is traced; others follow from it.
 TOKENS = 131_072
 DTYPE = "bfloat16"
-#: Whose rule says how long mini-sequences are.
+#: The device whose rule determines the rows of a mini-sequence.
 DEVICE = "H100"
-#: As far as a longest context is told: beyond it no model has positions.
+#: Longer contexts are shown as "over": no model has so many positions.
 MOST = 10_000_000
 
 INTRODUCTION = """# The longest context, planned
 
-For each shipped shape and usual cards: how many tokens of one sequence a prefill has room for, with weights in bfloat16
-or quantised as the checkpoint's config says, the cache and the last token's logits. Made by
-`python -m benchmarks.plans` from the memory model, without a GPU and without weights; a 32nd of what is above the
-weights is left free. Nothing else is on the card: a desktop, CUDA's own context (about half a GiB) and fragmentation
-take more.
+How many tokens of one sequence fit into a prefill, for each shipped shape and common cards: with weights in bfloat16,
+or quantised as the checkpoint's config says, the cache, and the logits of the last token. `python -m
+benchmarks.plans` computes this from the memory model, without a GPU and without weights. A 32nd of what is above the
+weights is left free. Nothing else is assumed on the card: a desktop, CUDA's own context (about half a GiB) and
+fragmentation need more.
 
-How far it is to be trusted: of 8 layers of Llama-3-8B's shape at 16,384 tokens an H200 took what is planned for eager
-mode to 0.1 MiB, for ours to 0.4 %, and 11 % more than is planned for stock Inductor, so that its lengths are on the
-long side ([figures](figures.md)). *Cache and weights on the host* have never run on a GPU. Lengths beyond the
-positions that a model was made for are in brackets: it runs, and was not trained for them. `-`: the weights do not
-fit. Nothing is said of time: `mom-compile plan SHAPE` estimates it."""
+How accurate this is: with 8 layers of Llama-3-8B's shape at 16,384 tokens, an H200 took what is planned for eager
+mode to 0.1 MiB, for mom to 0.4 %, and 11 % more than planned for stock Inductor, so the lengths of stock Inductor are
+too long ([figures](figures.md#predicted-peaks)). *Cache and weights on the host* has never run on a GPU. Lengths
+beyond the positions of a model are in brackets: the model runs but was not trained for them. `-`: the weights do not
+fit. `mom-compile plan SHAPE` also estimates times."""
 
-#: Of a machine's stamp, what plans do not depend on.
+#: Fields of the machine that do not affect plans.
 ANY_MACHINE = (*OF_A_RUN, "python", "system", "cpu", "cores", "threads", "gpu", "cuda")
 
 Row = dict[str, Any]
 
 
 def planned(name: str) -> Row:
-    """One shape's figures."""
+    """Plan one shape."""
     began = time.process_time()
     found = mom_compile.plan(name, seq_len=TOKENS, dtype=DTYPE, device=DEVICE, progress=_tell)
     rows = {
@@ -79,7 +79,7 @@ def _tell(text: str) -> None:
 
 
 def page(data: Row) -> str:
-    """The page, of the results alone."""
+    """Return the page as text."""
     stamp = measure.describe_machine(data["machine"])
     lines = [INTRODUCTION]
     for name, row in data["cells"].items():
@@ -109,8 +109,8 @@ def _tokens(count: int, positions: int | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__.splitlines()[0])
-    parser.add_argument("--page", action="store_true", help="make docs/plans.md, and nothing else")
-    parser.add_argument("--fresh", action="store_true", help="plan all anew")
+    parser.add_argument("--page", action="store_true", help="only write docs/plans.md")
+    parser.add_argument("--fresh", action="store_true", help="plan every shape again")
     options = parser.parse_args(arguments)
     results = taken_up(RESULTS, measure.machine(), fresh=options.fresh, may_differ=ANY_MACHINE)
     if results is None:

@@ -1,8 +1,8 @@
-"""What a GPU is predicted to take for the prefills that `benchmarks.gpu` measures, until one has: NOTHING IS MEASURED.
+"""Predict a GPU's figures for the prefills of `benchmarks.gpu`. NOTHING IS MEASURED.
 
-    python -m benchmarks.predicted     benchmarks/results/predicted-gpu.json, and docs/benchmarks.md with it
+    python -m benchmarks.predicted     write benchmarks/results/predicted-gpu.json and docs/benchmarks.md
 
-Peaks are the memory model's, times those of `mom_compile.planning.estimate`. Neither a GPU nor weights are needed.
+Peaks come from the memory model, times from `mom_compile.planning.estimate`. Neither a GPU nor weights are needed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from mom_compile.runtime.attention.cudnn import BLOCK
 Row = dict[str, Any]
 RESULTS = suite.RESULTS.with_name(suite_page.PREDICTED)
 SHAPE, DEVICE = "Llama-3-8B", "H200"
-#: The same shape, as `benchmarks.models` calls it.
+#: The name of the same shape in `benchmarks.models`.
 BENCHED = "llama-3-8b"
 _WIDTHS = SHAPES[BENCHED]
 HIDDEN, HEADS, _INNER = _WIDTHS["hidden_size"], _WIDTHS["num_attention_heads"], _WIDTHS["intermediate_size"]
 _KEYS = HIDDEN // HEADS * _WIDTHS["num_key_value_heads"]
-#: Of one layer.
+#: Products of one layer.
 LAYER_PRODUCTS = ((HIDDEN, HIDDEN), (HIDDEN, _KEYS), (HIDDEN, _KEYS), (HIDDEN, HIDDEN), *[(HIDDEN, _INNER)] * 2,
                   (_INNER, HIDDEN))  # fmt: skip
-#: The paper's lengths, and what is asked for beyond them.
+#: The lengths of the paper, and longer ones.
 LENGTHS = (16_384, 65_536, 147_456, 465_920, 1_048_576)
-#: The plan's names of ways, and what the page calls them.
+#: Names of ways in a plan and on the page.
 WAYS = {"eager": "eager", "inductor": "inductor", "mlp": "mlp", "mom": "mom", "mom-cache": "mom-host"}
 TIMED = ("mom", "mom-cache")
 #: FLOPS of attention in bf16 on an H100, heads of 128, 16,384 tokens (the FlashAttention-3 paper, figures 5 and 6):
@@ -43,8 +43,9 @@ FLASH_CAUSAL, FLASH_FULL, CUDNN_CAUSAL, CUDNN_FULL = 335e12, 370e12, 539e12, 595
 
 
 def predicted() -> Row:
-    """Bytes above the weights of each way at each length; of ours what each thing takes by itself, in seconds, for a
-    prefill and for a decode step behind it."""
+    """Return bytes above the weights of each way at each length, and for mom the seconds of each resource for a prefill
+    and
+    for a decode step after it."""
     found = mom_compile.plan(SHAPE, seq_len=LENGTHS[2], dtype="bfloat16", device=DEVICE, progress=_tell)
     cells = {}
     for tokens in LENGTHS:
@@ -65,19 +66,20 @@ def predicted() -> Row:
 
 
 def beside_eager(setup: Setup) -> Row:
-    """Seconds of the products, and of eager mode's and our attention by published rates of their kernels. What merges
-    parts of ours is not counted."""
+    """Return the seconds of products, and of eager mode's and mom's attention by published rates of their kernels.
+    Merging
+    the parts of mom's attention is not counted."""
     rows = rows_for(DEVICES[DEVICE], Layer(HEADS, LAYER_PRODUCTS))
     whole = 2.0 * setup.tokens**2 * HIDDEN * setup.layers
     before = [(min(rows, setup.tokens - start), start) for start in range(0, setup.tokens, rows)]
-    ours = sum(
+    mom = sum(
         2.0 * n**2 * HIDDEN / FLASH_CAUSAL + 4.0 * n * start * HIDDEN / (CUDNN_FULL if start >= BLOCK else FLASH_FULL)
         for n, start in before
     )
     products = (physical.prefill_flops(setup) - whole * (setup.layers - 1) / setup.layers) / (
         DEVICES[DEVICE].flops * REACHED
     )
-    return {"rows": rows, "products": products, "eager": whole / CUDNN_CAUSAL, "mom": ours * setup.layers}
+    return {"rows": rows, "products": products, "eager": whole / CUDNN_CAUSAL, "mom": mom * setup.layers}
 
 
 def _tell(text: str) -> None:

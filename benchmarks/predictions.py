@@ -1,11 +1,11 @@
-"""How well plans predict: `python -m benchmarks.predictions`.
+"""Accuracy of plans: `python -m benchmarks.predictions`.
 
     for each family, and each way to run it, in a process of its own:
-        the model is compiled once, at the first length, with symbols for sizes; it is planned at that length, too
-        at each length: the peak of a prefill, measured, beside what the plan says
+        the model is compiled once, at the first length, with symbolic sizes; it is planned at that length, too
+        at each length: the measured peak of a prefill, and the planned one
 
 Small models with random weights, the logits of the last token and the cache kept. Peaks are bytes above weights and
-inputs, exact; weights under way count. What is in benchmarks/results/predictions.json is not measured again unless with
+inputs, exact; weights in transfer count. Results in benchmarks/results/predictions.json are not measured again without
 `--fresh`.
 """
 
@@ -34,17 +34,17 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).with_name("results") / "predictions.json"
 LENGTHS = (700, 1400, 2800)
 
-#: Where cache and weights are, or who runs it, with how far a prediction may be off.
+#: Places of cache and weights, or backends, with the largest accepted error of a prediction.
 EAGER, STOCK = "eager mode", "stock Inductor"
 KEPT, CACHE, WEIGHTS = "cache kept", "cache on host", "cache and weights on host"
 BOUNDS = {KEPT: 0.05, CACHE: 0.05, WEIGHTS: 0.05, STOCK: 0.10, EAGER: 0.05}
-#: What a plan calls them.
+#: Their names in a plan.
 WAYS = {KEPT: "mom", CACHE: "mom-cache", WEIGHTS: "mom-weights", STOCK: "inductor", EAGER: "eager"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure: a family, a place, a prompt's length in tokens."""
+    """A figure: a family, a place, the length of a prompt in tokens."""
 
     family: str
     place: str
@@ -59,7 +59,7 @@ class Cell:
 
 
 def worker(spec: Row) -> None:
-    """A row for each of `lengths`, of a `family` in a `place`."""
+    """Emit a row for each of `lengths`, of a `family` in a `place`."""
     measure.watch_cpu()
     step("model")
     for found in predictions(family_model(spec["family"]), spec["lengths"], spec["place"]):
@@ -67,7 +67,7 @@ def worker(spec: Row) -> None:
 
 
 def predictions(model: Any, lengths: Sequence[int], place: str) -> list[Row]:
-    """Measured and predicted bytes at each length; the graph is captured, and planned, at the first."""
+    """Return measured and predicted bytes at each length; the graph is captured and planned at the first."""
     plan = mom_compile.plan(
         model, seq_len=lengths[0], device="cpu", kv_offload=place in (CACHE, WEIGHTS), weights_on_host=place == WEIGHTS
     )
@@ -84,12 +84,12 @@ def predictions(model: Any, lengths: Sequence[int], place: str) -> list[Row]:
     if place in (KEPT, CACHE, WEIGHTS):
         (report,) = mom_compile.reports()
         if report.memory is None:
-            raise RuntimeError(f"not ours: {report.fallback}")
+            raise RuntimeError(f"stock Inductor: {report.fallback}")
     return rows
 
 
 def prepared(model: Any, place: str) -> Callable[..., Any]:
-    """The model as it is run there."""
+    """Return the model as it runs in that place."""
     if place == EAGER:
         return model.forward  # type: ignore[no-any-return]
     if place == STOCK:
@@ -104,7 +104,7 @@ def prepared(model: Any, place: str) -> Callable[..., Any]:
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
-    """All that is missing, a process to each family and place."""
+    """Measure all that is missing, one process for each family and place."""
     for family in options.families:
         for place in options.places:
             cells = [Cell(family, place, tokens) for tokens in options.lengths]
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
 
 
 def _measure(cells: Sequence[Cell], results: Results) -> None:
-    """The cells of one family and place; those that a failing worker leaves out say so."""
+    """Measure the cells of one family and place; those that a failing worker leaves out record its error."""
     waiting = list(cells)
     spec = {"family": cells[0].family, "place": cells[0].place, "lengths": [cell.tokens for cell in cells]}
     try:
@@ -132,7 +132,7 @@ def _keep(cell: Cell, found: Row, results: Results) -> None:
 
 
 def show(results: Results, options: argparse.Namespace) -> None:
-    """A line for each family and place, those that are furthest off last."""
+    """Print a line for each family and place, the largest errors last."""
     from rich.console import Console
     from rich.table import Table
 
@@ -160,7 +160,7 @@ def show(results: Results, options: argparse.Namespace) -> None:
 
 
 def _off(cells: Sequence[Row]) -> float:
-    """How far the worst prediction is off, as a share of what was measured."""
+    """Return the largest relative error of the predictions."""
     return max(1.0 if "error" in cell else abs(cell["predicted"] / cell["measured"] - 1) for cell in cells)
 
 
@@ -180,8 +180,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens; the graph is captured at the first"
     )
-    parser.add_argument("--fresh", action="store_true", help="measure all anew")
-    parser.add_argument("--table", action="store_true", help="the table of what is there alone")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--table", action="store_true", help="only print the table of existing results")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 

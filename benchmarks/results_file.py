@@ -1,4 +1,4 @@
-"""Results that are on disk as soon as there are any, and are taken up again by the next run."""
+"""Results that are written to disk as they arrive, and continued by the next run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-#: Of a machine's stamp, what may differ between two runs that fill one file.
+#: Fields of the machine that may differ between two runs of one file.
 OF_A_RUN = ("date", "mom_compile")
 
 
 class OtherMachine(RuntimeError):
-    """The file has figures of another machine or of other versions, which cannot stand beside new ones."""
+    """The file has figures of another machine or of other versions, which must not be mixed with new ones."""
 
 
 class Results:
-    """Figures by key, in a file that is whole after each.
+    """Figures by key, in a file that is complete after each.
 
-    `known` are files of earlier runs, the newest last. Those of another machine raise `OtherMachine`; what `may_differ`
-    of it is no reason.
+    `known` are files of earlier runs, the newest last. Those of another machine raise `OtherMachine`; differences in
+    `may_differ` are allowed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Results:
             differing = sorted(k for k in of_ours | of_file if of_ours.get(k) != of_file.get(k))
             raise OtherMachine(
                 f"{source.name} was made with other {', '.join(differing)}; "
-                "--fresh starts anew, --results FILE elsewhere"
+                "--fresh measures again, --results FILE selects another file"
             )
         self.data["cells"] |= found["cells"]
         self.data["rates"] = found["rates"]
@@ -73,8 +73,9 @@ class Results:
 def taken_up(
     path: Path, machine: Mapping[str, Any], *, fresh: bool, may_differ: tuple[str, ...] = OF_A_RUN
 ) -> Results | None:
-    """The results of a file, which goes first where all is to be measured `fresh`. None where it has those of another
-    machine, which is said on the error stream."""
+    """Return the results of a file, which is deleted first if `fresh`. Return None, with a message on standard error,
+    if the
+    file has results of another machine."""
     if fresh:
         path.unlink(missing_ok=True)
     try:

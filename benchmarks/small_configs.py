@@ -1,15 +1,15 @@
-"""Small configurations of any decoder that transformers knows, made by one function.
+"""Small configurations of any decoder of transformers, made by one function.
 
 Terms
-    scale      how small: widths, heads, experts, windows, in proportion to each other
-    kind       what a layer is: its entries in all lists that have one for each layer (attention, MLP, ...)
-    exception  what the names of a type's fields do not tell, with its reason (`small_configs.toml`)
+    scale      the sizes: widths, heads, experts, windows, in proportion to each other
+    kind       the type of a layer: its entries in all lists that have one for each layer (attention, MLP, ...)
+    exception  what field names do not show, with its reason (`small_configs.toml`)
 
-    defaults of the type -> every number whose name says what it counts, by SIZES
+    defaults of the type -> every number whose name shows what it counts, by SIZES
                          -> one layer of each kind
                          -> exceptions
 
-No type is known here by its name: what a field counts is read off the field's name, as people read it.
+No type is known by name: what a field counts follows from the field's name.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _EXCEPTIONS = Path(__file__).with_suffix(".toml")
 class Scale:
     """Sizes of a small model.
 
-    Ids of prompts are below `words`: those of images and the like lie above. A model whose layers are of one kind has
-    `layers` of them.
+    Ids of prompts are below `words`; those of images and other media are above. A model whose layers are of one kind
+    has `layers` of them.
     """
 
     hidden: int = 64
@@ -57,9 +57,9 @@ class Scale:
         return self.hidden // self.heads
 
 
-#: What a test runs: everything at its least, so that windows and chunks are crossed within 50 tokens.
+#: Scale of tests: the minimum, so that 50 tokens cross windows and chunks.
 SMALL = Scale()
-#: What memory is measured with: proportions of real models, at a length that real windows are shorter than.
+#: Scale of memory measurements: proportions of real models, and windows shorter than the prompt.
 REALISTIC = Scale(hidden=256, vocabulary=4096, words=4000, positions=4096, window=512, chunk=64, experts=8)
 
 #: Given the scale, the default of the field and the defaults of its neighbours: the small value.
@@ -75,25 +75,25 @@ def _at_most(size: Callable[[Scale], int]) -> Rule:
 
 
 def _width(scale: Scale, default: int, fields: Mapping[str, Any]) -> int:
-    """Twice the hidden size stays twice the hidden size."""
+    """Keep the ratio to the hidden size: twice the hidden size stays twice."""
     hidden = fields.get("hidden_size")
     return 2 * scale.hidden if isinstance(hidden, int) and default == 2 * hidden else scale.hidden
 
 
 def _heads(scale: Scale, default: int, fields: Mapping[str, Any]) -> int:
-    """Where a state-space model expands its width, its heads are those of the expanded one."""
+    """Return the number of heads; of a state-space model that expands its width, the heads of the expanded width."""
     return 2 * scale.heads if "expand" in fields and "num_attention_heads" not in fields else scale.heads
 
 
 def _key_heads(scale: Scale, default: int, fields: Mapping[str, Any]) -> int:
-    """As many as query heads, one, or in between, as the type has it."""
+    """Return as many as query heads, one, or a number in between, as the type has it."""
     names = ("num_attention_heads", "n_heads", "linear_num_value_heads")
     if default in [fields.get(name) for name in names]:
         return scale.heads
     return 1 if default == 1 else scale.heads // 2
 
 
-#: What a field counts, by its whole name; the first that matches. Zero and None stay: they say "none".
+#: The first pattern that matches the whole field name sets its value. Zero and None stay: they mean "none".
 SIZES: tuple[tuple[str, Rule], ...] = tuple(
     (re.sub(r"\s+", "", names), rule)
     for names, rule in (
@@ -142,7 +142,7 @@ SIZES: tuple[tuple[str, Rule], ...] = tuple(
          r"|model_max_length", _of(lambda s: s.positions)),
     )
 )  # fmt: skip
-#: What models read though its default is None.
+#: Fields that models read although their default is None.
 _NEEDED = frozenset({"head_dim", "num_experts_per_tok", "num_key_value_heads", "n_routed_experts", "n_shared_experts"})
 _MANY = 1 << 20
 #: Ids of tokens that are no words.
@@ -152,19 +152,19 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def exceptional_types() -> list[str]:
-    """The types that have exceptions."""
+    """Return the types that have exceptions."""
     return list(tomllib.loads(_EXCEPTIONS.read_text()))
 
 
 def exceptions(model_type: str) -> dict[str, Any]:
-    """What is set for a type beside its sizes, with `why`, and `skip` where it is not run at all."""
+    """Return the exceptions of a type, with `why`, and `skip` if it is not run at all."""
     return dict(tomllib.loads(_EXCEPTIONS.read_text()).get(model_type, {}))
 
 
 def small_config(model_type: str, scale: Scale = SMALL) -> PretrainedConfig:
-    """A configuration of this type, as small as the scale, with a layer of each kind.
+    """Return a configuration of this type at this scale, with a layer of each kind.
 
-    Raises whatever the type's own class raises when it is made.
+    Raises whatever the type's own class raises.
     """
     config_class = CONFIG_MAPPING[model_type]
     own = exceptions(model_type)
@@ -174,7 +174,7 @@ def small_config(model_type: str, scale: Scale = SMALL) -> PretrainedConfig:
 
 
 def small_settings(config: PretrainedConfig, scale: Scale) -> dict[str, Any]:
-    """The arguments for a small one, those of its parts within. What the class works out itself is left to it."""
+    """Return the arguments of a small configuration and of its parts. What the class computes itself is left out."""
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     parts = {name: value for name, value in fields.items() if isinstance(value, PretrainedConfig)}
     settings: dict[str, Any] = {name: small_settings(part, scale) for name, part in parts.items()}
@@ -193,7 +193,7 @@ def small_settings(config: PretrainedConfig, scale: Scale) -> dict[str, Any]:
 
 
 def _declared(config_class: type[PretrainedConfig]) -> dict[str, Any]:
-    """The arguments of a class with their defaults."""
+    """Return the arguments of a class with their defaults."""
     if not dataclasses.is_dataclass(config_class):  # before transformers made them dataclasses
         return {p.name: p.default for p in inspect.signature(config_class.__init__).parameters.values()}
     return {field.name: field.default for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -207,9 +207,9 @@ def _small(name: str, value: int, fields: Mapping[str, Any], scale: Scale) -> in
 
 
 def _layers_of_each_kind(fields: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """The number of layers, and the entries of the lists that have one for each: of each kind its first layer.
+    """Return the number of layers, and the entries of lists that have one for each: the first layer of each kind.
 
-    Layers that share the keys of others need others: there every kind is there twice.
+    Layers that share the keys of others need these others, so every kind is there twice then.
     """
     name = next((name for name in _LAYERS if isinstance(fields.get(name), int)), None)
     if name is None:
@@ -234,7 +234,7 @@ def _layers_of_each_kind(fields: Mapping[str, Any], scale: Scale) -> dict[str, A
 
 
 def _entry(name: str, value: Any, scale: Scale, fields: Mapping[str, Any]) -> Any:
-    """A layer's entry, which may be a size itself."""
+    """Return a layer's entry, which may itself be a size."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 1:
         small = _small(name.removesuffix("_per_layer"), value, fields, scale)
         return value if small is None else small
@@ -242,7 +242,7 @@ def _entry(name: str, value: Any, scale: Scale, fields: Mapping[str, Any]) -> An
 
 
 def _token_ids(fields: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """Of padding, beginning and end the first ids, of all others such as no prompt holds."""
+    """Set padding, beginning and end to the first ids, and all other special tokens to ids that no prompt has."""
     settings: dict[str, Any] = {}
     last = scale.vocabulary - 1
     for name, value in fields.items():

@@ -1,12 +1,12 @@
-"""How long until the first token: `python -m benchmarks.starts`.
+"""Time to the first token: `python -m benchmarks.starts`.
 
     cold     a process with an empty compile cache
-    again    a second process with what the first has left in the cache
-    in each  generate() of a first prompt; of a second, longer prompt; then decode steps, warm
+    again    a second process with the compile cache of the first
+    in each  generate() of a first prompt; of a second, longer prompt; then warm decode steps
     steps    decode steps of all backends in one process, in turn: two processes differ by more than two backends
 
-Every backend has processes and a cache folder of its own. Seconds are wall time; *processor* is the time of all threads
-and of the compilers that were started, which other work on the machine changes less.
+Every backend has its own processes and cache folder. Seconds are wall time; *processor* is the time of all threads and
+compilers, which other work on the machine affects less.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def _timed(fn: Callable[[], Any]) -> Row:
 
 
 def _processor() -> float:
-    """Seconds of this process and of those it has waited for."""
+    """Return the CPU seconds of this process and of its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _of_it() -> Row:
-    """What of all graphs so far were passes of ours, and pieces that were compiled."""
+    """Return the seconds of passes and of compiled pieces, of all graphs so far."""
     from mom_compile import reports
 
     found = reports()
@@ -89,13 +89,13 @@ def _of_it() -> Row:
 
 
 def _steps(model: Any, spec: Row) -> list[float]:
-    """Seconds of decode steps over a cache of the prompt's length."""
+    """Measure decode steps over a cache of the prompt's length."""
     step = _step(model, spec)
     return [measure.seconds(step) for _ in range(spec["steps"])]
 
 
 def _steps_in_turn(spec: Row) -> dict[str, list[float]]:
-    """The same of each backend, whose turns to be first alternate."""
+    """Measure the same for each backend, in alternating order."""
     steps = {name: _step(_model(spec, name), spec) for name in spec["backends"]}
     found: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(spec["steps"]):
@@ -105,7 +105,7 @@ def _steps_in_turn(spec: Row) -> dict[str, list[float]]:
 
 
 def _step(model: Any, spec: Row) -> Callable[[], None]:
-    """A decode step that has been run a few times. It appends to no cache: each is the same step."""
+    """Return a warm decode step that appends to no cache: each call is the same step."""
     from benchmarks import models
 
     with torch.no_grad():
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--shape", default="half")
     parser.add_argument("--seq", type=int, default=1400)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only-steps", action="store_true", help="decode steps in turn alone")
+    parser.add_argument("--only-steps", action="store_true", help="only decode steps, in turn")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/starts-<date>.json")
     options = parser.parse_args()
     if options.worker:

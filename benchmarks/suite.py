@@ -1,14 +1,13 @@
-"""Every way to prefill beside every other: `make bench`, `python -m benchmarks.suite`.
+"""All methods of prefill: `make bench`, `python -m benchmarks.suite`.
 
     for each setup (tokens, batch):
         each method in a process of its own, with an empty compile cache: first call, peak, decode
         then all of them, one call each in turn: time to first token
-    for each method: the longest prompt within a memory limit, by bisection, every length tried for real
+    for each method: the longest prompt within a memory limit, by bisection, every length run
 
-Results are kept in benchmarks/results/suite-cpu.json as they come, and what is there is not run again unless with
-`--fresh`. docs/benchmarks.md is made from it (`--page` makes nothing else). Running out of memory, or of time, is a
-result too. What the methods are is in `benchmarks/methods.py`; the limits that nothing can pass in
-`benchmarks/physical.py`.
+Results are written to benchmarks/results/suite-cpu.json as they arrive. Existing results are not measured again without
+`--fresh`; `--page` only writes docs/benchmarks.md. Running out of memory, or of time, is a result, too. The methods are
+in `benchmarks/methods.py`, the lower bounds in `benchmarks/physical.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SETUPS = (
     Setup("half", 4, 1024, batch=8),
     Setup("half", 4, 256, batch=32),
 )
-#: A prompt's length is what is looked for here; the tokens are the most that are tried.
+#: The setup of the search; its tokens are the longest length.
 SEARCH = Setup("half", 4, 1 << 17)
 LIMIT = 128 * MIB
 #: Lengths of the search are multiples of the second, from the first on.
@@ -49,7 +48,7 @@ FIRST, GRAIN = 1024, 128
 
 @contextmanager
 def _started(spec: Row, options: argparse.Namespace, on_step: Callable[[str], None]) -> Iterator[Worker]:
-    """A worker with an empty compile cache."""
+    """Start a worker with an empty compile cache."""
     with tempfile.TemporaryDirectory() as cache:
         env = {"TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
         with Worker("benchmarks.cells", spec, timeout=options.seconds, env=env, on_step=on_step) as worker:
@@ -57,7 +56,7 @@ def _started(spec: Row, options: argparse.Namespace, on_step: Callable[[str], No
 
 
 def run_setup(setup: Setup, results: Results, options: argparse.Namespace, show: Callable[[str, str], None]) -> None:
-    """The methods that are missing at a setup: each alone, then all in turn."""
+    """Measure the missing methods at a setup: each alone, then all in turn."""
     with ExitStack() as running:
         waiting: dict[Cell, Worker] = {}
         for cell in missing(cells_of(setup, options.methods), results):
@@ -79,7 +78,7 @@ def run_setup(setup: Setup, results: Results, options: argparse.Namespace, show:
 
 
 def run_longest(results: Results, options: argparse.Namespace, show: Callable[[str, str], None]) -> None:
-    """The longest prompt of each method that has none yet."""
+    """Search the longest prompt of each method that has none yet."""
     for cell in searches(options.methods):
         if cell.key not in results.cells:
             spec: Row = {"method": cell.method, "setup": asdict(SEARCH), "limit": LIMIT, "steps": 0}
@@ -93,7 +92,7 @@ def run_longest(results: Results, options: argparse.Namespace, show: Callable[[s
 
 
 def keep(cell: Cell, row: Row, results: Results) -> None:
-    """A row, with all that says what it is of."""
+    """Store a row with all that identifies it."""
     results.keep(cell.key, {"method": cell.method, "setup": asdict(cell.setup), "limit": cell.limit, **row})
 
 
@@ -106,7 +105,7 @@ def searches(methods: Sequence[str]) -> list[Cell]:
 
 
 def missing(cells: Sequence[Cell], results: Results) -> list[Cell]:
-    """Those without figures; without times they have none, since those are taken in turn with the others'."""
+    """Return the cells without figures. Cells without times count: times are measured in turn with the others."""
     done = (cell for cell in cells if cell.key in results.cells)
     whole = {cell for cell in done if "error" in results.cells[cell.key] or results.cells[cell.key]["seconds"]}
     return [cell for cell in cells if cell not in whole]
@@ -120,7 +119,7 @@ def _showing(show: Callable[[str, str], None], cell: Cell) -> Callable[[str], No
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
-    """All that is missing, with a bar on the error stream."""
+    """Measure all that is missing, with a progress bar on standard error."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     setups = [setup for setup in SETUPS if options.only in (None, "prefill")]
@@ -157,10 +156,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=("prefill", "longest"))
     parser.add_argument("--repeats", type=int, default=3, help="timed prefills of each method, in turn (default 3)")
     parser.add_argument("--steps", type=int, default=8, help="timed decode steps (default 8)")
-    parser.add_argument("--seconds", type=float, default=1800, help="that a process may take (default 1800)")
+    parser.add_argument("--seconds", type=float, default=1800, help="limit of a process (default 1800)")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="measure all anew")
-    parser.add_argument("--page", action="store_true", help="make docs/benchmarks.md, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.steps < 1:
         parser.error("--repeats and --steps are at least 1")

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, made of what `benchmarks.suite` and `benchmarks.gpu` measured and of nothing else."""
+"""Write docs/benchmarks.md from the results of `benchmarks.suite`, `benchmarks.gpu` and `benchmarks.predicted`."""
 
 from __future__ import annotations
 
@@ -15,73 +15,74 @@ from benchmarks.physical import Rates
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 Row = Mapping[str, Any]
-#: What ours is compared to.
+#: The methods that mom is compared with.
 BASE, PAPER = "inductor", "mlp"
-#: Beside the results: what `benchmarks.predicted` makes.
+#: The results of `benchmarks.predicted`, in the same folder.
 PREDICTED = "predicted-gpu.json"
 GIB = 1 << 30
 
 _HEAD = """# Benchmarks
 
-Every way to prefill a long prompt beside every other, all with the logits of the last token only and the cache kept.
+All methods of prefill for long prompts, each with the logits of the last token only and the cache kept.
 
 {stamp}.
 
-`make bench` (`python -m benchmarks.suite`) measures and makes this page; what is in `benchmarks/results/suite-cpu.json`
-is not run again unless with `--fresh`, and `--page` makes the page alone. Each figure comes from a process of its own,
-with an empty compile cache. When all methods of a table have run, their processes are timed in turn, one prefill each
-(A B C, C B A, ...); times are medians of {repeats}. Peaks are bytes of PyTorch's allocator above the weights, exact.
-Running out of memory, or of time, is a result. Decode steps are timed when each process has come to them, not in turn:
-what else a machine does just then shows in them (`python -m benchmarks.starts --only-steps` times them in turn).
+`make bench` (`python -m benchmarks.suite`) measures and writes this page. Results in
+`benchmarks/results/suite-cpu.json` are not measured again without `--fresh`; `--page` only writes the page. Each
+figure comes from a process of its own with an empty compile cache. When all methods of a table have run, their
+processes are timed in turn, one prefill each (A B C, C B A, ...); times are medians of {repeats}. Peaks are bytes of
+PyTorch's allocator above the weights, exact. Running out of memory, or of time, is a result. Decode steps are not
+timed in turn but after each process's prefill, so other work of the machine may show in them (`python -m
+benchmarks.starts --only-steps` times them in turn).
 
 | method | what it is |
 |---|---|
 {methods}
 
-On a CPU device and host are the same memory. What is on the host is in pages of its own that the allocator does not
-count, as on a GPU: *ours, the cache on the host* shows what a device would have to hold, not what this machine saves.
-An offloaded cache of Hugging Face moves to the CPU, which here is no move: those two wait for a GPU. A chunk has
+On a CPU, device and host are the same memory. What is on the host is in pages that the allocator does not count, as
+on a GPU: *mom, the cache on the host* shows what a device would have to hold, not what this machine saves. An
+offloaded cache of Hugging Face moves to the CPU, which is no move here: those two methods need a GPU. A chunk has
 {chunk} tokens.
 
-*The least* is what no way of computing it can do without (`benchmarks/physical.py`): bytes that live at once, the
-residual stream and the cache (with the cache on the host, keys and values of one layer); operations, over the
-{gflops:.0f} GFLOPS that a square product reaches here; for decoding, weights and cache once, over the
-{bandwidth:.1f} GB/s that a copy reads and writes.
+*The least* is the lower bound of every method (`benchmarks/physical.py`): bytes that are live at once, the residual
+stream and the cache (with the cache on the host, keys and values of one layer); operations, over the {gflops:.0f}
+GFLOPS that a square product reaches here; for decode, weights and cache once, over the {bandwidth:.1f} GB/s that a
+copy reads and writes.
 """
 
 _NO_GPU = """# GPUs
 
-`python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape in bf16; it has not run yet, and its
-figures will stand here. What a first look on an H200 found is in [figures.md](figures.md). Until then:
+`python -m benchmarks.gpu` measures the same methods with Llama-3-8B's shape in bf16. It has not run yet.
+[Figures](figures.md#gpu-a-first-run) has a first run on an H200. Until then:
 """
 
 _PREDICTED_HEAD = """## Predicted, not measured: {shape} on one {device}
 
-One sequence in bfloat16, {weights:.1f} GiB of weights beside what stands here. Peaks are the memory model's
-(`python -m benchmarks.predicted`; [plans.md](plans.md) says how far it is to be trusted); *the least* is as above.
+One sequence in bfloat16; {weights:.1f} GiB of weights in addition to these figures. Peaks come from the memory model
+(`python -m benchmarks.predicted`; [longest contexts](plans.md) says how accurate it is); *the least* is as above.
 """
 
 _ARITHMETIC = """
-Time to first token is estimated as the longest of what goes on at once, each by itself: operations of products and
-attentions over the rate that products reach of the device's; mini-sequences times the weights that each reads, over the
-memory's bandwidth; mini-sequences times loops times the host's time for a body; keys and values over the link. Of *mom*
-nothing leaves; all else is the same.
+Time to first token is estimated as the maximum of what runs at the same time: operations of products and attentions
+over the rate that products reach of the device's; mini-sequences times the weights that each reads, over the memory's
+bandwidth; mini-sequences times loops times the host's time for a body; keys and values over the link. For *mom*
+nothing leaves the device; everything else is the same.
 """
 
 _BESIDE_EAGER = """
-Eager mode has the same arithmetic, which that table counts by one rate, and other kernels for attention: cuDNN computes
-all its rows, where ours are FlashAttention's for a mini-sequence's own rows and cuDNN's for the keys before them. By
-the rates that the FlashAttention-3 paper has measured for each on an H100 (`benchmarks/predicted.py`), without launches
-and without what merges our parts, so *mom of eager* is the best that can be:
+Eager mode has the same arithmetic, which that table counts by one rate, and other attention kernels: cuDNN computes
+all its rows; mom uses FlashAttention for a mini-sequence's own rows and cuDNN for the keys before them. The rates are
+those that the FlashAttention-3 paper measured for each on an H100 (`benchmarks/predicted.py`), without launches and
+without merging the two parts, so *mom of eager* is the best possible:
 """
 
 _DECODE = """
-A decode step behind such a prefill reads all weights and all keys and values once, in the time *memory*; the host
-launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/rows.py`, an estimate of its own); keys and
-values on the host come over the link. At best these go on at once; *one after the other* is their sum, which is what a
-step takes if nothing does. The target at 16,384 tokens is 10 ms. *All bytes* are those of the whole device at the
-prefill's peak, the weights included: the paper's 465,920 tokens and a million have to stay below 80 GiB. The same from
-the command line: `mom-compile plan {shape} --seq-len 16384 --device {device}`, and `-o kv_offload=True` for *mom-host*.
+A decode step after such a prefill reads all weights and all keys and values once, in the time *memory*; the host
+launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/rows.py`, an estimate, too); keys and values
+on the host are copied over the link. At best these overlap; *in sequence* is their sum, the time of a step if nothing
+overlaps. The target at 16,384 tokens is 10 ms. *All bytes* is the device memory at the prefill's peak, weights
+included: the paper's 465,920 tokens and a million have to stay below 80 GiB. On the command line: `mom-compile plan
+{shape} --seq-len 16384 --device {device}`, with `-o kv_offload=True` for *mom-host*.
 """
 
 _PREFILL_HEADINGS = (
@@ -91,7 +92,7 @@ _PREFILL_HEADINGS = (
 
 
 def write(source: Path, page: Path = PAGE) -> str:
-    """Make the page of the results in `source` and of the GPUs' beside it; a line of what it has."""
+    """Write the page from `source` and the GPU results in the same folder. Return a line for the console."""
     page.write_text(text_of(source))
     return f"{page.name}: {len(json.loads(source.read_text())['cells'])} figures of the CPU"
 
@@ -113,7 +114,7 @@ def text_of(source: Path) -> str:
 
 
 def predictions(folder: Path) -> list[str]:
-    """What stands in for a GPU's figures, where it has been predicted: what it takes, and for how long."""
+    """Return the predicted tables of a GPU, or nothing where there is no prediction."""
     if not (folder / PREDICTED).exists():
         return []
     results = json.loads((folder / PREDICTED).read_text())
@@ -146,16 +147,16 @@ def _predicted_times(cells: Mapping[str, Row]) -> list[str]:
 def _predicted_attention(cells: Mapping[str, Row]) -> list[str]:
     lines = _table_head(("tokens", "products, s", "eager's attention, s", "mom's attention, s", "mom of eager"))
     for tokens, cell in cells.items():
-        products, eager, ours = (cell["attention"][name] for name in ("products", "eager", "mom"))
-        times = (f"{time:.3g}" for time in (products, eager, ours))
-        lines.append(_line(f"{int(tokens):,}", *times, _times(products + ours, products + eager)))
+        products, eager, mom = (cell["attention"][name] for name in ("products", "eager", "mom"))
+        times = (f"{time:.3g}" for time in (products, eager, mom))
+        lines.append(_line(f"{int(tokens):,}", *times, _times(products + mom, products + eager)))
     return lines
 
 
 def _predicted_steps(cells: Mapping[str, Row], weights: int) -> list[str]:
     lines = _table_head((
-        "tokens", "mom, all bytes", "mom-host, all bytes", "memory, ms", "launches, ms", "mom one after the other, ms",
-        "link, ms", "mom-host one after the other, ms",
+        "tokens", "mom, all bytes", "mom-host, all bytes", "memory, ms", "launches, ms", "mom in sequence, ms",
+        "link, ms", "mom-host in sequence, ms",
     ))  # fmt: skip
     for tokens, cell in cells.items():
         sizes = (f"{(cell['peaks'][name] + weights) / GIB:.1f} GiB" for name in ("mom", "mom-host"))
@@ -169,7 +170,7 @@ def _predicted_steps(cells: Mapping[str, Row], weights: int) -> list[str]:
 
 
 def gpu_tables(results: Row) -> list[str]:
-    """All that one GPU measured."""
+    """Return the tables of one GPU."""
     rates = Rates(**results["rates"])
     said = f"# {results['machine']['gpu']}\n\n`python -m benchmarks.gpu`: {describe_machine(results['machine'])}.\n"
     said += f"A product reaches {rates.flops / 1e12:.0f} TFLOPS, a copy {rates.bandwidth / 1e12:.2f} TB/s."
@@ -180,7 +181,7 @@ def gpu_tables(results: Row) -> list[str]:
 
 
 def prefill_tables(cells: Sequence[Row], rates: Rates) -> list[str]:
-    """A table for each setup and for each limit of the device's memory."""
+    """Return a table for each setup and each limit of device memory."""
     tables: dict[tuple[Setup, int | None], dict[str, Row]] = {}
     for cell in cells:
         if cell["limit"] is None:
@@ -189,7 +190,7 @@ def prefill_tables(cells: Sequence[Row], rates: Rates) -> list[str]:
 
 
 def prefill_table(setup: Setup, memory: int | None, rows: Mapping[str, Row], rates: Rates) -> str:
-    """A row for each method at one setup."""
+    """Return the table of one setup, a row for each method."""
     what = f"{setup.batch} sequences of {setup.tokens:,} tokens" if setup.batch > 1 else f"{setup.tokens:,} tokens"
     lines = [f"## {what}" + (f", in {memory >> 30} GiB" if memory else ""), ""]
     lines.append(f"Llama of {setup.layers} layers, {_shape(setup)}, {setup.dtype}.")
@@ -219,7 +220,7 @@ def _line(*columns: str) -> str:
 
 
 def _prefill_row(setup: Setup, name: str, rows: Mapping[str, Row], rates: Rates) -> str:
-    """Figures, beside the least and beside Inductor's."""
+    """Return one row, with ratios to the lower bound and to Inductor."""
     row, base, eager = rows[name], rows.get(BASE, {}), rows.get("eager", {})
     if "error" in row:
         return f"| {name} | {reason(row)} " + "| " * (len(_PREFILL_HEADINGS) - 2) + "|"
@@ -250,7 +251,7 @@ def _least_row(setup: Setup, rates: Rates) -> str:
 
 
 def reason(row: Row) -> str:
-    """Why there is no figure, in a few words."""
+    """Return in a few words why there is no figure."""
     said = str(row["error"]).splitlines()[0]
     return "out of memory" if said.startswith("out of memory") else said
 
@@ -264,7 +265,7 @@ def _times(value: float | None, base: float | None) -> str:
 
 
 def _apart(row: Row, eager: Row) -> str:
-    """How far the largest logits are from eager mode's; that they are not the same tokens' where they are not."""
+    """Return the difference of the largest logits from eager mode's, or that other tokens have the largest."""
     if row is eager or "logits" not in eager:
         return ""
     if row["ids"] != eager["ids"]:
@@ -276,14 +277,14 @@ def _apart(row: Row, eager: Row) -> str:
 
 
 def longest_table(cells: Sequence[Row]) -> str:
-    """The longest prompt of each method within the limit."""
+    """Return the table of the longest prompts within the limit."""
     found = {cell["method"]: cell for cell in cells if cell.get("limit") is not None}
     if not found:
         return ""
     setup, limit = Setup(**next(iter(found.values()))["setup"]), next(iter(found.values()))["limit"]
     lines = [f"## The longest prompt in {limit // MIB} MiB above the weights", ""]
-    lines.append(f"Llama of {setup.layers} layers, {_shape(setup)}, {setup.dtype}. Beyond the limit allocating raises;")
-    lines.append("every length was tried: *fits* ran, *fails* was the shortest that did not.")
+    lines.append(f"Llama of {setup.layers} layers, {_shape(setup)}, {setup.dtype}. Allocating beyond the limit")
+    lines.append("raises. Every length was run: *fits* ran, *fails* is the shortest that did not.")
     lines += ["", *_table_head(("method", "fits", "fails", "of Inductor's", "of the paper's"))]
     lines += [_longest_row(name, found) for name in METHODS if name in found]
     return "\n".join(lines)

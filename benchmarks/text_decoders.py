@@ -1,10 +1,10 @@
-"""The text decoders of multimodal models, prefilled from embeddings, as the model does once its images are embedded.
+"""Text decoders of multimodal models, prefilled from embeddings, as the model does once its images are embedded.
 
 Terms
-    composite   a type with parts of its own for images, video or sound, and one for text
+    composite   a type with other parts for images, video or sound, and one for text
     decoder     that text part (`get_decoder()`), which takes `inputs_embeds`, with the composite's head if it has one
 
-    types of transformers' image-text and multimodal mappings that are no causal language models themselves
+    types of transformers' image-text and multimodal mappings that are not causal language models themselves
         -> by the type of their text part: one of `decoder_types`, or a type that is swept as a causal language model
         -> a small composite (`small_configs`), its decoder and head: `TextDecoder`
 """
@@ -29,14 +29,14 @@ _MAPPINGS = (
     (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, transformers.AutoModelForImageTextToText),
     (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, transformers.AutoModelForMultimodalLM),
 )
-#: What a decoder may be told beside `inputs_embeds`; a cache has another name since transformers 5.24.
+#: Other inputs of a decoder than `inputs_embeds`; a cache has another name since transformers 5.24.
 _PASSED = ("attention_mask", "past_key_values", "cache", "use_cache")
 
 
 class TextDecoder(nn.Module):
-    """A composite's decoder with its head: embeddings `[B, S, H]` to logits `[B, S, vocabulary]`, or to hidden states
-    `[B, S, H]` where there is no head. `beside` are what the composite gives it in every call, `[1, ...]`, for each
-    sequence: what its encoder has seen, or how late it shall be."""
+    """The decoder of a composite with its head: embeddings `[B, S, H]` to logits `[B, S, vocabulary]`, or to hidden
+    states `[B, S, H]` without a head. `beside` are the other inputs that the composite passes in every call, `[1, ...]`
+    for each sequence: states of its encoder, or a delay."""
 
     def __init__(self, decoder: nn.Module, head: nn.Module | None, beside: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TextDecoder(nn.Module):
         self.passed = tuple(name for name in _PASSED if name in names)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[B, S, H]` of ids `[B, S]`, as the composite makes them of text."""
+        """Return the embeddings `[B, S, H]` of ids `[B, S]`, as the composite makes them of text."""
         with torch.no_grad():
             return self.decoder.get_input_embeddings()(ids)  # type: ignore[operator]
 
@@ -92,7 +92,7 @@ class Composites:
 
 
 def composites() -> Composites:
-    """All composites of this transformers."""
+    """Return all composites of this transformers."""
     decoders: dict[str, list[str]] = {}
     known: dict[str, list[str]] = {}
     unread: dict[str, str] = {}
@@ -106,13 +106,13 @@ def composites() -> Composites:
             unread[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         found = (known if part.model_type in swept else decoders).setdefault(part.model_type, [])
-        # The first is built: one whose own part this is, rather than one that takes any.
+        # The first is built: a composite with its own text part, rather than one that accepts any.
         found.insert(0 if type(part) in CONFIG_MAPPING[name].sub_configs.values() else len(found), name)
     return Composites(decoders, known, unread)
 
 
 def build_decoder(composite: str, scale: Scale) -> TextDecoder:
-    """The decoder of a small composite. Raises whatever the composite raises when it is made."""
+    """Return the decoder of a small composite. Raises whatever the composite raises."""
     auto = next(auto for names, auto in _MAPPINGS if composite in names)
     model = auto.from_config(small_config(composite, scale))
     return TextDecoder(model.get_decoder(), model.get_output_embeddings(), exceptions(composite).get("beside", {}))

@@ -1,8 +1,8 @@
-"""What weights on the host cost (`python -m benchmarks.weights`): a Llama shape and a mixture of 64 experts, each with
-its weights on the device and with as many of them on the host as there can be.
+"""The cost of weights on the host (`python -m benchmarks.weights`).
 
+A Llama shape and a mixture of 64 experts, each with its weights on the device and with as many as possible on the host.
 One process holds both models, compiled by mom; prefills and decode steps are timed in turn. On a CPU both memories are
-the same: this shows what is moved, what the device would hold, and what a copy costs where copying computes too.
+the same: this shows what moves, what the device would hold, and the cost of a copy where copying uses the cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def mixture(layers: int) -> Any:
 
 
 def moved(call: Callable[[], Any]) -> int:
-    """Bytes that came to the device meanwhile."""
+    """Return the bytes that a call copies to the device."""
     traffic = engine_for(CPU).traffic
     before = traffic.to_device
     call()
@@ -50,7 +50,7 @@ def moved(call: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def measured(name: str, model: Any, seq: int, repeats: int) -> list[str]:
-    """Lines."""
+    """Return lines of figures."""
     other = copy.deepcopy(model)
     weights = mom_compile.offload_weights(other, "cpu", memory_budget=least_budget(model))
     runs = {RESIDENT: model, ON_HOST: other}

@@ -1,10 +1,10 @@
-"""mom without Inductor's code generation: everything else happens as it does, in a fraction of the time.
+"""mom without Inductor's code generation: everything else runs, in a fraction of the time.
 
-    with pieces_run_eagerly():                  # loop bodies and what is between them run node by node
+    with pieces_run_eagerly():                          # loop bodies and pieces between them run node by node
         ...
-    with pieces_run_eagerly(), stock_runs_eagerly():    # and so does what goes to stock Inductor
+    with pieces_run_eagerly(), stock_runs_eagerly():    # and so do graphs that go to stock Inductor
 
-What compiled code would rely on is checked: every input of a piece is as its template says.
+Inputs of a piece are checked against its templates, which compiled code relies on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mom_passes.graph.edit import copy_graph
 
 @contextlib.contextmanager
 def pieces_run_eagerly() -> Iterator[None]:
-    """Pieces that are made within are not compiled. `torch._dynamo.reset()` before and after, since pieces are kept."""
+    """Compile no piece inside the context. Call `torch._dynamo.reset()` before and after: pieces are cached."""
 
     def compile_nothing(piece: Piece, hints: object = None) -> None:
         def run(inputs: list[Any]) -> Any:
@@ -43,7 +43,7 @@ def pieces_run_eagerly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock_runs_eagerly(watch: Callable[[fx.GraphModule], None] = lambda gm: None) -> Iterator[None]:
-    """What goes to stock Inductor runs as it was captured; `watch` sees it."""
+    """Run graphs that go to stock Inductor as they were captured; `watch` sees each."""
 
     def stock(gm: fx.GraphModule, example_inputs: object, **_: object) -> Callable[[list[Any]], Any]:
         watch(gm)
@@ -56,7 +56,7 @@ def stock_runs_eagerly(watch: Callable[[fx.GraphModule], None] = lambda gm: None
 
 
 def check_templates(piece: Piece, inputs: Sequence[Any]) -> None:
-    """Sizes, strides, dtypes and devices of a piece's inputs are those that it was made for."""
+    """Check sizes, strides, dtypes and devices of the inputs of a piece against its templates."""
     known = dict(zip(piece.symbols, inputs, strict=False))
     assert len(inputs) == len(piece.templates)
     for value, template in zip(inputs, piece.templates, strict=True):
@@ -66,5 +66,5 @@ def check_templates(piece: Piece, inputs: Sequence[Any]) -> None:
         shape, stride = ([int(size.xreplace(known)) for size in sizes] for sizes in (template.shape, template.stride))
         assert isinstance(value, torch.Tensor)
         assert (list(value.shape), value.dtype, value.device) == (shape, template.dtype, template.device)
-        # The stride of a dimension of size one says nothing.
+        # The stride of a dimension of size one is arbitrary.
         assert all(a == b for a, b, size in zip(value.stride(), stride, shape, strict=True) if size > 1) or 0 in shape

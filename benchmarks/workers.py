@@ -1,8 +1,8 @@
-"""Fresh subprocesses that report back: nothing compiled, cached or allocated for one figure reaches the next.
+"""New subprocesses that report results: nothing compiled, cached or allocated for one figure affects the next.
 
-A worker is `python -m <module> --worker '<json>'`. It prints one event to a line, `@step text` or
-`@row {json}`; what else it prints is kept only to explain a failure. One that goes on answering (`Worker.ask`) reads
-its questions from standard input, a line each (`questions`).
+A worker is `python -m <module> --worker '<json>'`. It prints one event to a line, `@step text` or `@row {json}`; other
+output is kept only to explain a failure. A worker that answers questions (`Worker.ask`) reads them from standard input,
+one to a line (`questions`).
 """
 
 from __future__ import annotations
@@ -26,26 +26,25 @@ class WorkerFailed(RuntimeError):
 
 
 def step(text: str) -> None:
-    """In a worker: this step begins."""
+    """In a worker: report that a step begins."""
     print(f"@step {text}", flush=True)
 
 
 def row(result: Mapping[str, Any]) -> None:
-    """In a worker: a finished figure. It is safe with the parent from here on."""
+    """In a worker: report a finished figure."""
     print(f"@row {json.dumps(result)}", flush=True)
 
 
 def questions() -> Iterator[str]:
-    """In a worker: what it is asked, until nobody asks any more."""
+    """In a worker: yield the questions of the parent until it closes the pipe."""
     for line in sys.stdin:
         yield line.strip()
 
 
 class Worker:
-    """A process that has been started with `spec`, to be used as a context: it is gone at the end of that.
+    """A process started with `spec`, as a context manager that ends it.
 
-    `timeout` seconds after its start it is killed, whatever it does. `on_step` sees its steps while rows are waited
-    for.
+    It is killed `timeout` seconds after its start. `on_step` receives its steps while rows are awaited.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Worker:
         self._timer.start()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows as they arrive, until the worker ends. Raises `WorkerFailed` where that is an error."""
+        """Yield rows as they arrive, until the worker ends. Raises `WorkerFailed` on an error."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             kind, _, text = line.rstrip("\n").partition(" ")
@@ -89,13 +88,13 @@ class Worker:
             raise WorkerFailed(f"{self.module}: {what}\n{''.join(self._tail)}")
 
     def row(self) -> dict[str, Any]:
-        """The next row. Raises `WorkerFailed` where there is none."""
+        """Return the next row. Raises `WorkerFailed` if there is none."""
         for found in self.rows():
             return found
         raise WorkerFailed(f"{self.module}: ended without a figure\n{''.join(self._tail)}")
 
     def ask(self, question: str) -> dict[str, Any]:
-        """The row with which the worker answers."""
+        """Send a question and return the answering row."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(question + "\n")
@@ -127,7 +126,7 @@ def run_worker(
     on_step: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Run `module` as a worker and return its rows; `on_row` sees each as it arrives."""
+    """Run `module` as a worker and return its rows; `on_row` receives each as it arrives."""
     rows: list[dict[str, Any]] = []
     with Worker(module, spec, timeout=timeout, env=env, on_step=on_step) as worker:
         for found in worker.rows():

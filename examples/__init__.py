@@ -1,1 +1,1 @@
-"""Programs that show the package at work, each a module to run."""
+"""Example programs. Each module runs with `python -m examples.NAME`."""

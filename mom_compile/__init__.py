@@ -1,8 +1,8 @@
-"""mom_compile: exact long-context inference in a fraction of the memory, as a `torch.compile` backend.
+"""A `torch.compile` backend for the prefill and the scoring of long prompts in a fraction of the memory.
 
     mom_compile.compile(model)
 
-`model.compile(backend="mom")` is the same without an import, and with PyTorch's own limit on the number of graphs.
+`model.compile(backend="mom")` is the same without an import, but with PyTorch's own limit on the number of graphs.
 """
 
 from mom_compile.backend import reports
@@ -21,6 +21,7 @@ from mom_compile.scores import TokenScores, token_log_probs
 from mom_compile.timeline import measured_steps
 from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weights
 
+#: The only place of the version: pyproject.toml reads it from here.
 __version__ = "0.1.0"
 
 __all__ = [

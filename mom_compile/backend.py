@@ -58,7 +58,29 @@ def mom(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph. Raises `ValueError` for a wrong option, listing the valid ones."""
+    """Compile a Dynamo graph: the function that `torch.compile` calls for backend "mom".
+
+    Parameters
+    ----------
+    gm : torch.fx.GraphModule
+        Dynamo's graph.
+    example_inputs : sequence
+        Its inputs.
+    mode : str, optional
+        A mode of Inductor.
+    options : mapping, optional
+        Options of the backend.
+
+    Returns
+    -------
+    callable
+        The compiled graph.
+
+    Raises
+    ------
+    ValueError
+        If an option is not valid. The message lists the valid ones.
+    """
     parsed = parse_options(options, mode)
     warn_of_versions()
     if asks_for_freezing(parsed.inductor):
@@ -92,7 +114,13 @@ mom.reset = _reset  # type: ignore[attr-defined]
 
 
 def reports() -> list[Report]:
-    """What was done to each graph compiled so far in this process, oldest first."""
+    """Return a report for each graph that this process has compiled.
+
+    Returns
+    -------
+    list of Report
+        Oldest first. `torch._dynamo.reset()` empties it.
+    """
     return [notice.report for notice in list(NOTICES)]  # a copy: another thread may be compiling
 
 

@@ -38,31 +38,40 @@ def compile(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Compilable:
-    """Compile a model or a function with backend "mom". Returns the model, or the compiled function.
+    """Compile a model or a function with backend "mom".
 
     Parameters
     ----------
-    model
+    model : torch.nn.Module or callable
         A module, which is compiled in place as by `model.compile`, or a function.
-    dynamic, fullgraph
-        The arguments of `torch.compile`, except that `dynamic=None` makes graphs for any number of sequences and
-        tokens. Other sizes are constants at first.
-    mode
+    dynamic : bool, optional
+        As in `torch.compile`, except that `None` makes graphs for any number of sequences and tokens. Other sizes are
+        constants at first.
+    fullgraph : bool
+        As in `torch.compile`: a graph break is an error.
+    mode : str, optional
         A mode of Inductor, such as `"max-autotune"`. `torch.compile` refuses a mode together with options; here both
         may be given, and `options["inductor"]` overrides the mode.
-    recompile_limit
+    recompile_limit : int
         The largest number of graphs of this model. Graphs of other models do not count. Before PyTorch 2.13 they do:
         the limit is raised to this number while the model is called.
-    options, **named
-        Options of the backend, in a mapping or by name: `kv_offload=True`. docs/options.md has them.
+    options : mapping, optional
+        Options of the backend, listed in docs/options.md.
+    **named
+        Options of the backend by name: `kv_offload=True`.
+
+    Returns
+    -------
+    torch.nn.Module or callable
+        The same model, or the compiled function.
 
     Raises
     ------
     ValueError
-        For an option, a value or a mode that does not exist, now and not at the first call.
+        If an option, a value or a mode is not valid. It is raised here and not at the first call.
     TypeError
-        For a class and anything else that is neither a module nor a function, for `options` that are not a mapping,
-        and for an option that is given both ways.
+        If `model` is a class or neither a module nor a function, if `options` is not a mapping, or if an option is
+        given both ways.
     """
     if isinstance(model, type):
         name = model.__name__

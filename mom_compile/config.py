@@ -27,28 +27,38 @@ KV_OFFLOAD = (True, False, "auto", *(name for name in TIERS if name != MEMORY))
 
 @dataclass(frozen=True)
 class Options:
-    """What `torch.compile(..., backend="mom", options={...})` accepts.
+    """Options of the backend, as in `torch.compile(..., backend="mom", options={...})`.
 
-    mini_seq_len  tokens per mini-sequence (at least 2), or "auto": as many as hold a tenth of what lives at full
-                  length, but no fewer than are efficient on a device, and no more than help; on a GPU as many as help
-    scope         "layer": everything between two attentions' keys and values; "mlp": MLPs and the LM head alone, as
-                  in the MOM paper, to compare with; "none": stock Inductor
-    kv_offload    True: the keys and values of a cache are kept in host memory; "disk": in files in `kv_dir`; "auto":
-                  only those of as many layers as do not fit into `memory_budget`; False: none
-    kv_dir        an existing folder that may be written to
-    memory_budget bytes of device memory for everything, weights included, as a number or as "24GiB"; None: what the
-                  device has free (a CPU has no memory apart from the host's: there, None keeps all layers). Fewer
-                  tokens at a time keep it first, then layers leave; what cannot be kept is a `MemoryBudgetError`
-    decode_cuda_graphs
-                  whether pieces of a decode step between two attentions are recorded as CUDA graphs, where their shapes
-                  are the same in every step and their weights on the device; it has never run on a GPU
-    strict        a failure of our own raises instead of falling back to stock Inductor; a piece that Inductor cannot
-                  compile raises instead of running eagerly
-    inductor      Inductor options, passed through; a `mode` adds to them
-    progress      what takes longer than a second to compile is told on standard error
-
-    `torch.compile` takes `mode=` or `options=`, not both: with options, write what the mode stands for,
+    `torch.compile` takes `mode=` or `options=`, not both. With options, write what the mode stands for:
     `options={"kv_offload": True, "inductor": torch._inductor.list_mode_options("max-autotune")}`.
+
+    Attributes
+    ----------
+    mini_seq_len : int or "auto"
+        Tokens per mini-sequence, at least 2. `"auto"`: a mini-sequence holds at most a tenth of what exists at full
+        length, between the fewest rows that are efficient on a device and the most that help; on a GPU the most.
+    scope : str
+        `"layer"`: loops over everything between two attentions' keys and values. `"mlp"`: loops over MLPs and the LM
+        head alone, as in the MOM paper, for comparison. `"none"`: stock Inductor.
+    kv_offload : bool or str
+        `True`: the KV cache is kept in host memory. `"disk"`: in a file in `kv_dir`. `"auto"`: only the layers that do
+        not fit into `memory_budget`. `False`: none.
+    kv_dir : str, optional
+        An existing, writable folder for `kv_offload="disk"`.
+    memory_budget : int or str, optional
+        Bytes of device memory for everything, weights included, as a number or a text such as `"24GiB"`. `None`: what
+        the device has free; on a CPU, whose memory is the host's, all layers stay. A budget is kept by fewer rows
+        first, then by moving layers; one that does not suffice is a `MemoryBudgetError`.
+    decode_cuda_graphs : bool
+        Whether pieces of a decode step between two attentions are recorded as CUDA graphs, if their shapes are the same
+        in every step and their weights are on the device. Never run on a GPU.
+    strict : bool
+        Whether an error of this package raises instead of falling back to stock Inductor, and a piece that Inductor
+        cannot compile raises instead of running eagerly.
+    inductor : mapping
+        Inductor options, passed through. A `mode` adds to them.
+    progress : bool
+        Whether compilations longer than a second are shown on standard error.
     """
 
     mini_seq_len: int | str = "auto"

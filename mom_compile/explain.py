@@ -47,10 +47,19 @@ _MOST_SHOWN = 3
 
 @dataclass
 class Explanation:
-    """One report per captured graph; most models have one. `print` it; `details()` has everything.
+    """The result of `explain`: one `Report` for each captured graph.
 
-    `title` names what is explained where a config was given in place of a model. `notes` are what a reader has to know
-    besides: why there are several graphs, that the call was really made.
+    `str()` gives a short text, `print` with rich a table, `details()` the full text. `explanation[i]` is the report of
+    graph `i`, `len(explanation)` the number of graphs.
+
+    Attributes
+    ----------
+    reports : list of Report
+        Reports in the order of capture. Most models have one graph.
+    notes : list of str
+        Why there are several graphs, and whether the call was really executed.
+    title : str
+        The name of the config where a config was explained; else empty.
     """
 
     reports: list[Report] = field(default_factory=list)
@@ -64,11 +73,23 @@ class Explanation:
         return len(self.reports)
 
     def code(self) -> str:
-        """The rewritten graphs as readable Python."""
+        """Return the rewritten graphs as readable Python.
+
+        Returns
+        -------
+        str
+            Python source, one graph after the other, loop bodies included.
+        """
         return "\n".join(report.code() for report in self.reports)
 
     def details(self) -> str:
-        """Each graph with every stage, its operators and values at full length, and all that was left out and why."""
+        """Return the full text: every stage, value at full length and operator outside loops, with the reason.
+
+        Returns
+        -------
+        str
+            Lines for all graphs.
+        """
         return "\n".join([*self._title, *self.notes, *(report.details() for report in self.reports)])
 
     def __str__(self) -> str:
@@ -120,23 +141,40 @@ def explain(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Explanation:
-    """Trace `model(*args, **named)` without gradients, and explain what would be rewritten, what would not, and why.
-
-    model    a module or a function, wrapped or not; or a config: a folder, a config.json, the name of a shipped shape
-             or a config of transformers. For a config the prefill of `seq_len=4096` tokens with `batch_size=1` and
-             `dtype` is explained
-    args     arguments of the call. If the only one is a mapping whose names the model takes (the output of a
-             tokenizer), its entries are passed by name
-    options  options of the backend, in a mapping
-    named    options of the backend by name, and arguments of the call. If a name is an option and also an argument of
-             the model, give the option in `options`; the value given by name is then the model's
+    """Trace `model(*args, **named)` without gradients and explain what the backend would rewrite, and what not and why.
 
     Nothing is compiled or computed. The model may be on the meta device, without weights. The model, the arguments and
-    graphs that were compiled before are not changed. There is one exception: if a graph ends because the model asks for
-    the value of a tensor, the call is really made, without compiled loops, with all its side effects. `notes` says so.
+    graphs that were compiled before do not change. There is one exception: if a graph ends because the model reads the
+    value of a tensor, the call is executed, without compiled loops and with all its side effects. `notes` says so.
 
-    Raises `ValueError` for a wrong option or config; `TypeError` for a class in place of a model, for an argument or
-    option that is given twice, and for a name that could be either; and the errors of the model itself.
+    Parameters
+    ----------
+    model : module, function, config, str or Path
+        A module or a function, wrapped or not. Or a config: a folder, a `config.json`, the name of a shipped shape, or
+        a config of transformers. A config is explained for a prefill of `seq_len=4096` tokens, `batch_size=1` and
+        `dtype`.
+    *args
+        Arguments of the call. If the only argument is a mapping whose keys are arguments of the model (the output of a
+        tokenizer), its entries are passed by name.
+    options : mapping, optional
+        Options of the backend.
+    **named
+        Options of the backend by name, and arguments of the call. If a name is both an option and an argument of the
+        model, pass the option in `options`; the value passed by name then goes to the model.
+
+    Returns
+    -------
+    Explanation
+        One report for each captured graph.
+
+    Raises
+    ------
+    ValueError
+        If an option or a config is not valid.
+    TypeError
+        If `model` is a class, if an argument or an option is given twice, or if a name could be either.
+    Exception
+        Any error that the model itself raises.
     """
     if isinstance(model, type):
         raise TypeError(f"explain() takes a model or a config, not the class {model.__name__}: make a model first")

@@ -18,7 +18,10 @@ _MOST_NAMES = 4
 
 
 class MomWarning(UserWarning):
-    """Something does not go as asked: a graph fell back, or a request of the user's is not honoured."""
+    """A `UserWarning`: a graph fell back to stock Inductor or to eager mode, or an option has no effect.
+
+    Each reason is given once, with the line of the user's code that called the model.
+    """
 
 
 _said: set[str] = set()

@@ -31,11 +31,18 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Entry `t` is about token `t + 1`, given those up to `t`. At padding and at ignored labels: zero, and no choice.
+    """Scores of the tokens of a batch. Entry `t` is for token `t + 1`, given tokens 0 to `t`.
 
-    log_probs   `[B, S - 1]` float32: its log-probability
-    greedy      `[B, S - 1]` bool: whether no other token is more likely
-    entropy     `[B, S - 1]` float32, in nats, of the distribution that it is from; None if it was not asked for
+    At padding and at ignored labels, log-probability and entropy are 0 and `greedy` is `False`.
+
+    Attributes
+    ----------
+    log_probs : torch.Tensor
+        `[B, S - 1]` float32: log-probability of the token, in nats.
+    greedy : torch.Tensor
+        `[B, S - 1]` bool: whether the token is the most likely one.
+    entropy : torch.Tensor or None
+        `[B, S - 1]` float32: entropy of the model's distribution, in nats. `None` unless `entropy=True`.
     """
 
     log_probs: torch.Tensor
@@ -62,15 +69,46 @@ class TokenScores:
         return float(values[self.log_probs != 0].double().mean())
 
     def sums(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The log-probability of tokens `start` to `end - 1` of each sequence, `[B]` float64: one span a sequence,
-        counted as in `input_ids`. Raises `ValueError` for a span that is not within them."""
+        """Sum the log-probabilities of one span of each sequence.
+
+        Parameters
+        ----------
+        spans : sequence of (int, int)
+            `(start, end)` for each sequence: tokens `start` to `end - 1`, counted as in `input_ids`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[B]` float64, in nats.
+
+        Raises
+        ------
+        ValueError
+            If the number of spans is not `B`, or a span is not within tokens 1 to `S - 1`.
+        """
         self._check(spans)
         return torch.stack(
             [row[a - 1 : b - 1].double().sum() for row, (a, b) in zip(self.log_probs, spans, strict=True)]
         )
 
     def all_greedy(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Whether greedy decoding would have given each span, `[B]` bool. Raises as `sums` does."""
+        """Return whether greedy decoding would generate the span of each sequence.
+
+        Parameters
+        ----------
+        spans : sequence of (int, int)
+            As in `sums`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[B]` bool.
+
+        Raises
+        ------
+        ValueError
+            As in `sums`.
+        """
         self._check(spans)
         return torch.stack([row[a - 1 : b - 1].all() for row, (a, b) in zip(self.greedy, spans, strict=True)])
 
@@ -96,21 +134,44 @@ def token_log_probs(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> TokenScores:
-    """Score `input_ids` `[B, S]` by a causal language model that returns `logits`.
+    """Score the tokens of a batch by a causal language model, without logits at full length.
 
-    `attention_mask` `[B, S]` is 0 at padding, on either side; each sequence is scored as it would be alone. `labels`
-    `[B, S]` are scored in place of the tokens themselves, at the places where these stand, -100 for none. Options of
-    the backend are given in the mapping `options` or by name. The model is compiled for this once, whatever
-    `model.compile` has made of it, and for all lengths; nothing of it is kept alive. Scores are computed in float32
-    from the logits of the model's own dtype.
+    The model is compiled once for all lengths, independently of `model.compile`. The compiled function does not keep
+    the model alive. Scores are computed in float32 from logits of the model's dtype; the sum over the vocabulary is
+    float64.
 
-    `model` may be wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel` (the inner model is scored),
-    by hooks of accelerate, by peft, or by a module of your own that passes `**kwargs` on. The virtual tokens of a tuned
-    prompt have rows of logits before those of the text; these rows are not scored.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model that returns `logits`, in evaluation mode. It may be wrapped by `torch.compile`,
+        `DataParallel` or `DistributedDataParallel` (the inner model is scored), by hooks of accelerate, by peft, or by
+        a module that passes `**kwargs` on. Logits of the virtual tokens of a tuned prompt are not scored.
+    input_ids : torch.Tensor
+        `[B, S]` integers, `S >= 2`.
+    attention_mask : torch.Tensor, optional
+        `[B, S]`, 0 at padding, which may be on either side. Each sequence is scored as it would be alone.
+    labels : torch.Tensor, optional
+        `[B, S]` integers that are scored in place of `input_ids`, at the same places; -100 for none.
+    entropy : bool
+        Whether to compute entropies, too.
+    options : mapping, optional
+        Options of the backend.
+    **named
+        Options of the backend by name.
 
-    Raises `ValueError` for ids, a mask or labels of other shapes or outside of the vocabulary, for a text of less than
-    two tokens, for a model that is training (its dropout would be scored) or returns no logits, for padding before
-    tokens where the model cannot be given positions, and for wrong options; `TypeError` for an option given twice.
+    Returns
+    -------
+    TokenScores
+        Log-probabilities, greedy choices and entropies, each `[B, S - 1]`.
+
+    Raises
+    ------
+    ValueError
+        If ids, mask or labels have other shapes or are outside of the vocabulary; if `S < 2`; if the model is in
+        training mode or returns no logits; if padding stands before tokens and the model cannot be given positions; if
+        an option is not valid.
+    TypeError
+        If an option is given twice.
     """
     options = joined_options(options, named)
     parse_options(options)

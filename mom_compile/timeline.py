@@ -43,11 +43,26 @@ Measured = Sequence[int] | Sequence[StepBytes]
 
 @contextlib.contextmanager
 def measured_steps(live_bytes: Callable[[], int] | None = None) -> Iterator[list[StepBytes]]:
-    """While it lasts, the list that it gives gets an entry after each step of every program of ours that runs.
+    """Context manager that records the live bytes after each step of every compiled program.
 
-    `live_bytes` says how many bytes are live now; None: `torch.cuda.memory_allocated`, which is the caching allocator's
-    count on a CUDA device (never run on a GPU). PyTorch keeps no such count on a CPU: there a function has to be given,
-    else it is a `ValueError`. Weights and inputs must exist by then.
+    Weights and inputs must exist when the context begins: sizes are relative to that moment. Pass the list to
+    `Report.plot`.
+
+    Parameters
+    ----------
+    live_bytes : callable, optional
+        Returns the number of bytes that are live now. `None` takes `torch.cuda.memory_allocated` (never run on a GPU).
+        PyTorch has no such counter on a CPU, so a CPU needs a function.
+
+    Yields
+    ------
+    list of StepBytes
+        Grows by one entry for each step, with the name of the step and the bytes above those at the start.
+
+    Raises
+    ------
+    ValueError
+        If `live_bytes` is `None` on a machine without CUDA.
     """
     if live_bytes is None:
         if not torch.cuda.is_available():

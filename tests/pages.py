@@ -1,4 +1,4 @@
-"""What pages for readers show: blocks of code, lines of a console, and commands in a sentence."""
+"""Code blocks, console lines and inline commands of the documentation pages."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: CONTRIBUTING's Python has files that it belongs to: `test_contributing.py` runs it.
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+#: `test_contributing.py` runs the Python of CONTRIBUTING.md.
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block between fences, with the language behind the first; `line` is that of the fence."""
+    """A fenced code block; `line` is the line of the opening fence."""
 
     page: str
     line: int
@@ -25,7 +25,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All of a page, in order."""
+    """Return the code blocks of a page, in order."""
     text, found = page.read_text(), []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         line = text.count("\n", 0, match.start()) + 1
@@ -34,7 +34,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def console_lines(page: Path) -> list[Block]:
-    """Lines of consoles without their comments, and commands of `mom-compile` within sentences."""
+    """Return the console lines without comments, and inline `mom-compile` commands."""
     found = [
         Block(block.page, block.line + number, "console", line.split("   #")[0].strip())
         for block in blocks(page)
@@ -50,5 +50,5 @@ def console_lines(page: Path) -> list[Block]:
 
 
 def _blank(match: re.Match[str]) -> str:
-    """As many characters and lines, so that places stay what they are."""
+    """Blank a match but keep its line breaks, so line numbers stay."""
     return re.sub(r"[^\n]", " ", match[0])

@@ -227,15 +227,15 @@ def test_what_is_wrong_is_seen_on_the_page() -> None:
         types = {"sound": {**entry, "uses": uses}, "other": {**entry, "uses": {**uses, **changed}}}
         return architectures_page.page({"stamp": stamp, "types": types})
 
-    assert "**2 are right in all four uses**" in page()
-    assert "2 of the 2 whose layers keep nothing but keys and values (100%)" in page()
+    assert "**2 are correct in all four uses**" in page()
+    assert "2 of the 2 whose layers keep only keys and values (100%)" in page()
     wrong = page(decode={**right, "difference": 1e-3})
-    assert "**1 are right in all four uses**" in wrong
+    assert "**1 are correct in all four uses**" in wrong
     assert "**1e-03**" in wrong
     assert "**fails**" in page(decode={"error": "IndexError: of ours"})
     assert "decode: of stock" in page(decode={"error": "x", "stock_error": "of stock"})
     outside = page(batch={**right, "work_outside": 5})
-    assert "1 of the 2 whose layers keep nothing but keys and values (50%)" in outside
+    assert "1 of the 2 whose layers keep only keys and values (50%)" in outside
     assert "aten.mm 50.0%: too tall" in page(batch={**right, "outside": {"aten.mm.default": [5, "too tall"]}})
 
 
@@ -263,7 +263,7 @@ def test_types_compiled_for_real_have_a_table_of_their_own() -> None:
         "broken 203": {"error": "NotCompiled: a piece", "cpu_seconds": 9.6},
     }
     text = architectures_page.page({"stamp": stamp, "types": {}}, {"machine": {**stamp, "date": "e"}, "cells": cells})
-    _, section = text.split("## Compiled for real")
+    _, section = text.split("## Compiled types")
     assert "2 cores, 1 threads; e." in section
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert rows[1:] == [

@@ -61,6 +61,6 @@ def test_it_is_short_and_its_links_lead_somewhere():
     assert len(TEXT.split()) < 1200
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(links) >= 5
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

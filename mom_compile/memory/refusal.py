@@ -11,9 +11,10 @@ from mom_compile.torch_compat.errors import UserError
 
 
 class MemoryBudgetError(UserError):
-    """A `ValueError`: a `memory_budget` that was asked for cannot be kept by a run of these sizes, or by any.
+    """A `ValueError`: a run of these sizes, or any run, needs more memory than the given `memory_budget`.
 
-    Names the smallest that can, and the longest context that the given one has room for where that is known.
+    The message names the smallest budget that suffices and, where it is known, the longest context that fits into the
+    given one.
     """
 
 

@@ -24,7 +24,7 @@ CONFIG_NAME = "config.json"
 
 
 class PlanError(ValueError):
-    """No plan can be made of what was given. Says what is wrong with it and what can be done."""
+    """A `ValueError`: a model, a device or a budget cannot be planned. The message says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,21 @@ from mom_passes.rules.work import products
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one prefill, what bounds them, and what each thing by itself would take."""
+    """The estimated time of one prefill on a recorded device.
+
+    The estimate comes from data sheets. No GPU has confirmed it.
+
+    Attributes
+    ----------
+    device : str
+        Name of the recorded device.
+    seconds : float
+        Time of the prefill, in seconds: the largest of `parts`.
+    bound : str
+        The resource that bounds the time, a key of `parts`.
+    parts : dict of str to float
+        Seconds that each resource alone would need.
+    """
 
     device: str
     seconds: float
@@ -62,8 +76,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DecodeEstimate:
-    """New tokens per second of all sequences together, the resource that bounds them, and the seconds of a step that
-    each resource would need alone."""
+    """The estimated speed of decode on a recorded device.
+
+    The estimate comes from data sheets. It leaves out the arithmetic of attention and sampling.
+
+    Attributes
+    ----------
+    device : str
+        Name of the recorded device.
+    tokens_per_second : float
+        New tokens per second, of all sequences together.
+    bound : str
+        The resource that bounds the speed, a key of `parts`.
+    parts : dict of str to float
+        Seconds of one decode step that each resource alone would need.
+    """
 
     device: str
     tokens_per_second: float

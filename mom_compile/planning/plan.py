@@ -53,24 +53,51 @@ def plan(
     options: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Plan:
-    """What a prefill of `batch_size` sequences of `seq_len` tokens takes, with the default cache and the logits of the
-    last token, in eager mode, with stock Inductor and with ours.
+    """Predict memory and time of a prefill in eager mode, with stock Inductor and with mom, without a GPU or weights.
 
-    model            a config of transformers, a folder or config.json, the name of a shipped shape, or a module of
-                     transformers, of which the config and dtype are read
-    seq_len          tokens, as a number or as "455k"; any other length can be asked for afterwards
-    dtype            of the weights: that of the module or config, else bfloat16
-    memory_budget    bytes of the device for everything, as a number or as "24GiB"
-    device           a recorded GPU, whose rule says how long mini-sequences are, whose figures say how long it takes
-                     and whose memory `max_seq_len` fills; or "cpu"
-    weights_on_host  whether weights are planned as `offload_weights` leaves them, all of them on the host
-    weight_bits      bits of the values of quantised weights, in place of what the config says (16: none is quantised)
-    progress         called with a line for each thing that takes time
-    options, named   options of the backend, in a mapping or by name: `kv_offload`, `mini_seq_len`, ...
+    The plan is for the default cache and the logits of the last token.
 
-    Raises `ValueError` for an option that is not valid, `TypeError` for one that is given twice, and `PlanError`, a
-    `ValueError`, for a model that cannot be planned, a device that is not known, and a budget
-    that cannot be kept: it names the smallest that can, and the longest context that the given one has room for.
+    Parameters
+    ----------
+    model : module, config, str or Path
+        A config of transformers, a folder, a `config.json`, the name of a shipped shape, or a module of transformers,
+        of which only the config and the dtype are read.
+    seq_len : int or str
+        Tokens of each sequence: a number or a text such as `"455k"`. The plan answers for other lengths, too.
+    batch_size : int
+        Number of sequences.
+    dtype : torch.dtype or str, optional
+        The dtype of the weights. The default is that of the module or config, else bfloat16.
+    memory_budget : int or str, optional
+        Bytes of device memory for everything, weights included: a number or a text such as `"24GiB"`.
+    device : str
+        A recorded GPU or `"cpu"`. It determines the length of mini-sequences, the estimated times and the memory that
+        `max_seq_len` fills.
+    weights_on_host : bool
+        Whether all weights that `offload_weights` can keep on the host are there.
+    weight_bits : int, optional
+        Bits of quantised weights, in place of those of the config. 16 plans weights that are not quantised.
+    progress : callable, optional
+        Called with a line of text before each part that takes time.
+    options : mapping, optional
+        Options of the backend.
+    **named
+        Options of the backend by name, such as `kv_offload=True`.
+
+    Returns
+    -------
+    Plan
+        Answers for this length and for others.
+
+    Raises
+    ------
+    PlanError
+        If the model cannot be planned, the device is not recorded, or the budget does not suffice. In the last case the
+        message names the smallest budget and the longest context that fits into the given one.
+    ValueError
+        If an option is not valid.
+    TypeError
+        If an option is given twice.
     """
     _check_names({**(options or {}), **named})
     tokens, batch = parse_tokens(seq_len), checked_batch(batch_size)
@@ -143,9 +170,28 @@ def _way_of(options: Options, weights_on_host: bool) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a prefill takes. `ways` are how it can be run, `way` is the one that the options stand for; `notes` are what
-    its reader has to know. With a `memory_budget`, `budget` is it in bytes, and keys and values of `resident_layers`
-    stay on the device."""
+    """Predicted memory and time of a prefill, at any length. `print(plan)` shows a summary.
+
+    Attributes
+    ----------
+    subject : Subject
+        The model: its name, layers, parameters and bytes of weights.
+    seq_len : int
+        Tokens of each sequence.
+    batch_size : int
+        Number of sequences.
+    device : str
+        The recorded device, or `"cpu"`.
+    notes : list of str
+        Assumptions, for instance on quantised weights.
+    way : str
+        The key of `ways` that the options select: `"eager"`, `"inductor"`, `"mlp"` (the scope of the MOM paper),
+        `"mom"`, `"mom-cache"` or `"mom-weights"`.
+    budget : int or None
+        The memory budget in bytes.
+    resident_layers : int or None
+        With a budget: the number of layers whose keys and values stay on the device.
+    """
 
     subject: Subject
     seq_len: int
@@ -159,15 +205,45 @@ class Plan:
 
     @functools.cached_property
     def ways(self) -> dict[str, Way]:
+        """Each way to run the prefill, by name. A way has `peak_bytes(seq_len)`, `host_bytes(seq_len)` and
+        `max_seq_len(budget)`."""
         return self._planner.ways()
 
     def peak_bytes(self, seq_len: int | str | None = None) -> int:
-        """Bytes of the device at the peak, weights included."""
+        """Return the peak of device memory, weights included.
+
+        Parameters
+        ----------
+        seq_len : int or str, optional
+            Tokens of each sequence; the default is that of the plan.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
 
     def max_seq_len(self, budget: int | str | None = None) -> int:
-        """The longest context whose prefill and first decode step fit into `budget` bytes of the device; 0 if none
-        fits. The default is the budget of the plan, or else the memory of its device."""
+        """Return the longest context whose prefill and first decode step fit.
+
+        A 32nd of what is above the weights is left free.
+
+        Parameters
+        ----------
+        budget : int or str, optional
+            Bytes of device memory. The default is the budget of the plan, or else the memory of its device.
+
+        Returns
+        -------
+        int
+            Tokens of each sequence; 0 if none fits.
+
+        Raises
+        ------
+        PlanError
+            If the plan is for a CPU and has no budget.
+        """
         size = self.memory if budget is None else parse_bytes(budget, "budget")
         if size is None:
             raise PlanError("max_seq_len needs a budget: max_seq_len('80GiB')")
@@ -175,7 +251,7 @@ class Plan:
 
     @property
     def formula(self) -> sympy.Expr:
-        """Bytes above weights and inputs at the peak, of the models that are traced, in the symbols of their graph."""
+        """The peak in bytes above weights and inputs, as an expression in the sizes of the traced graph."""
         made = self._planner.compiled(self.seq_len, self.way)
         if made is None:
             return self._planner.stock(self._planner.prefills(self.seq_len)[-1]).peak
@@ -183,51 +259,118 @@ class Plan:
 
     @property
     def stages(self) -> list[StageReport]:
-        """The loops of the longer of the models that are traced; none where stock Inductor has it."""
+        """The loops of the traced model, which has a few layers; empty where stock Inductor compiles the graph."""
         made = self._planner.compiled(self.seq_len, self.way)
         return [] if made is None else made[-1].report.stages
 
     @property
     def transfers(self) -> Transfers:
+        """Bytes that a prefill moves between device and host: `to_host` and `to_device`."""
         planner = self._planner
         return Transfers(planner.cache_on_host(self.way, self.seq_len), planner.weights_on_host(self.way))
 
     def host_bytes(self, seq_len: int | str | None = None) -> int:
-        """Bytes on the host: keys and values, and weights that are kept there."""
+        """Return the bytes of keys, values and weights on the host.
+
+        Parameters
+        ----------
+        seq_len : int or str, optional
+            Tokens of each sequence; the default is that of the plan.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         return self.ways[self.way].host_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
 
     @property
     def memory(self) -> int | None:
-        """Bytes of device memory: the budget, or else the memory of the device; None for a CPU."""
+        """Bytes of device memory: the budget, or else the memory of the device. `None` for a CPU without a budget."""
         if self.budget is not None or self.device == CPU:
             return self.budget
         return device_named(self.device)[1].memory
 
     def fits(self, way: str | None = None) -> bool:
-        """Whether the prefill and one token fit into the device's memory, in the plan's way or another."""
+        """Return whether the prefill and the first decode step fit into the memory of the device.
+
+        Parameters
+        ----------
+        way : str, optional
+            A key of `ways`; the default is that of the plan.
+
+        Returns
+        -------
+        bool
+            `True` also for a CPU without a budget.
+        """
         return self.memory is None or self.ways[way or self.way].needed_bytes(self.seq_len) <= self.memory
 
     def estimate(self, device: str | None = None, way: str | None = None) -> Estimate:
-        """How long a prefill takes on a recorded device, that of the plan by default, in the plan's way or another.
+        """Estimate the time of the prefill from data sheets.
 
-        Raises `PlanError` for a device that is not recorded.
+        Parameters
+        ----------
+        device : str, optional
+            A recorded device; the default is that of the plan.
+        way : str, optional
+            A key of `ways`; the default is that of the plan.
+
+        Returns
+        -------
+        Estimate
+            Seconds, and what bounds them.
+
+        Raises
+        ------
+        PlanError
+            If the device is not recorded.
         """
         return estimate(self._planner.load(way or self.way, self.seq_len), device or self.device)
 
     def estimate_decode(self, device: str | None = None, way: str | None = None) -> DecodeEstimate:
-        """How many tokens per second decode makes behind a prefill, in the plan's way or another.
+        """Estimate the speed of decode after the prefill, from data sheets.
 
-        Raises `PlanError` for a device that is not recorded.
+        Parameters
+        ----------
+        device : str, optional
+            A recorded device; the default is that of the plan.
+        way : str, optional
+            A key of `ways`; the default is that of the plan.
+
+        Returns
+        -------
+        DecodeEstimate
+            Tokens per second, and what bounds them.
+
+        Raises
+        ------
+        PlanError
+            If the device is not recorded.
         """
         stay = (self.resident_layers or 0) if (way or self.way) == self.way else 0
         return estimate_decode(self._planner.step(way or self.way, self.seq_len, stay), device or self.device)
 
     def plot(self, path: str | Path, memories: tuple[int, ...] = ()) -> None:
-        """Draw memory against context, with a line for each device's memory in bytes. Needs matplotlib."""
+        """Draw device memory against context length, one line for each way. Needs matplotlib.
+
+        Parameters
+        ----------
+        path : str or Path
+            The image file.
+        memories : tuple of int
+            Sizes of device memory in bytes, each drawn as a horizontal line.
+        """
         draw(Path(path), self.subject, self.ways, self.batch_size, self.seq_len, memories)
 
     def summary(self) -> str:
-        """A few lines for people; `print(plan)` prints them."""
+        """Return the text that `print(plan)` shows.
+
+        Returns
+        -------
+        str
+            A few lines.
+        """
         sizes = {way.what: way.peak_bytes(self.seq_len) for way in self.ways.values()}
         width = max(map(len, sizes))
         s = self.subject

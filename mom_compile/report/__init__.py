@@ -27,9 +27,10 @@ __all__ = [
 
 
 class Report(Record):
-    """The story of one captured graph, for people: `str(report)` is short, `report.details()` has everything.
+    """What the backend did to one captured graph, and why.
 
-    What is known as numbers and names are its attributes, see `Record`.
+    `str(report)` is a short text, `report.details()` the full one. The attributes are those of `Record`, its base
+    class.
     """
 
     def describe(self, rewritten: Rewritten) -> None:
@@ -64,7 +65,7 @@ class Report(Record):
 
     @property
     def headline(self) -> str:
-        """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
+        """One line, as in the log: the loops and the expected peak, or why the graph went to stock Inductor."""
         if self.fallback is not None:
             return f"stock Inductor: {self.fallback}"
         what = f"{self.kind}, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
@@ -73,18 +74,32 @@ class Report(Record):
         return f"{what}{moved}expected peak {in_units(self.expected_peak_bytes)}"
 
     def plot(self, path: str | Path, measured: Measured | None = None) -> None:
-        """Draw what the program is expected to take, step by step, to an image file, and beside it what it took: what
-        `mom_compile.measured_steps` gave, or one number of bytes for each step. Needs matplotlib.
+        """Draw the expected memory of each step, and measured memory if it is given. Needs matplotlib.
 
-        Raises `ValueError` for a graph that went to stock Inductor, since there is no program of ours, and for what was
-        measured of another program.
+        Parameters
+        ----------
+        path : str or Path
+            The image file.
+        measured : sequence, optional
+            What `mom_compile.measured_steps` recorded, or a number of bytes for each step.
+
+        Raises
+        ------
+        ValueError
+            If the graph went to stock Inductor, or `measured` is of another program.
         """
         if self.memory is None or not self.memory.moments:
             raise ValueError(f"nothing to draw: {self.fallback or 'the graph has no program'}")
         draw_timeline(self.memory, Path(path), measured)
 
     def table(self) -> ReportTable:
-        """The same as `str(report)` as data."""
+        """Return the content of `str(report)` as data.
+
+        Returns
+        -------
+        ReportTable
+            Rows of the table that rich and notebooks show.
+        """
         return report_table(self)
 
     def __rich__(self) -> Any:
@@ -99,7 +114,13 @@ class Report(Record):
         return html_of_table(self)
 
     def code(self) -> str:
-        """The rewritten graph as readable Python, bodies included."""
+        """Return the rewritten graph as readable Python, loop bodies included.
+
+        Returns
+        -------
+        str
+            Python source. Empty for a graph of stock Inductor, a comment for one from the compile cache.
+        """
         if self.graph is None:
             return "# compiled by an earlier process: explain() shows the code" if self.from_cache else ""
         parts = [self.graph.print_readable(print_output=False)]
@@ -108,7 +129,13 @@ class Report(Record):
         return "\n\n".join(parts)
 
     def details(self) -> str:
-        """Every stage with its operators and values at full length, and every operator and value that was left out."""
+        """Return the full text: every stage, every value at full length, every operator outside loops with the reason.
+
+        Returns
+        -------
+        str
+            Many lines.
+        """
         return "\n".join(details(self))
 
     def __str__(self) -> str:

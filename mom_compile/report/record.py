@@ -62,39 +62,82 @@ class ForLong:
 
 @dataclass
 class Record:
-    """What is known of one captured graph.
+    """What is known of one captured graph, as numbers and names. Sizes are in bytes at the captured sizes.
 
-    kind           "prefill", "decode step" (one token of each sequence), "scoring" (logits of all tokens, no cache), or
-                   "graph" for what attends to nothing
-    fallback       why the graph went to stock Inductor unchanged, or None
-    failed         whether that reason was a failure of ours rather than a decision
-    stages         the loops, in the order they run
-    left_out       operator -> why it runs on the full sequence
-    no_loops       why nothing runs over mini-sequences although the graph is ours, or None
-    refused        why a `memory_budget` that was asked for cannot be kept, where `explain` has found that; else empty
-    rows           why mini-sequences have the rows that they have, where a rule says it for a GPU; else empty
-    tokens         how many tokens the longest loop had when it was captured
-    peak_without_loops  what `expected_peak_bytes` would be if the captured operators ran one by one on all tokens, by
-                   the same memory model; None where it does not say (experts) or nobody asked (`explain` does)
-    peak           what the expected peak is made of, the largest first
-    keys_and_values  names of all values that attentions read as such
-    growing        positions of outputs that a cache keeps, with the dimension in which the next call finds them longer
-    memory         what the program needs, step by step, as expressions in the sizes of the graph
-    on_host        keys and values that leave for the host
-    weights        what arrives of weights that are kept on the host, or None
-    for_long       whether all keys and values of a decode step may stay, where "auto" had to ask
-    on_device      keys and values that stay on the device, by name, with the reason
-    own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
-    eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
-    source_lines   the user's line, by the names in `left_out`, `on_device` and `eager_pieces`, where it is known
-    work           multiply-adds of all matrix products and attentions, at the captured sizes
-    work_outside   those of them that run on the full sequence, by operator as in `left_out`
-    layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
-    from_cache     whether this process read it from the compile cache: no pass has run, and there is no code to show
-    graphs         which of the graphs that Dynamo makes of its code this is, and how many there may be; None where
-                   Dynamo did not compile it (`explain`)
-    limit_hit      whether Dynamo has since given a call of this code up to eager mode, because it has made its most
-    compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
+    Attributes
+    ----------
+    nodes : int
+        Number of nodes of the captured graph.
+    kind : str
+        `"prefill"`, `"decode step"` (one token of each sequence), `"scoring"` (logits of all tokens, no cache),
+        or `"graph"` for a graph without attention.
+    fallback : str or None
+        Why the graph went to stock Inductor.
+    failed : bool
+        Whether `fallback` is an error of this package and not a decision.
+    token_dimension : str
+        The dimension that carries tokens, in words.
+    stages : list of StageReport
+        The loops, in the order they run.
+    passes : list of PassReport
+        Name, seconds and effect of each pass.
+    left_out : dict of str to str
+        Operator to the reason why it runs on the full sequence.
+    no_loops : str or None
+        Why nothing runs over mini-sequences although this package compiled the graph.
+    refused : str
+        Why the given `memory_budget` does not suffice, where `explain` found that; else empty.
+    rows : str
+        Why mini-sequences have their number of rows, where a rule for a GPU decided it; else empty.
+    tokens : int
+        Tokens of the longest loop at capture.
+    peak_without_loops : int or None
+        What `expected_peak_bytes` would be if each captured operator ran on all tokens, by the same memory
+        model. Only `explain` computes it, and not for experts outside of a loop.
+    peak : tuple of Share
+        The parts of the expected peak, the largest first.
+    keys_and_values : frozenset of str
+        Names of all values that attentions read as keys or values.
+    growing : tuple of (int, int)
+        Positions of outputs that a cache keeps, with the dimension in which the next call finds them longer.
+    memory : Memory or None
+        What the program needs in each step, as expressions in the sizes of the graph.
+    on_host : list of KVReport
+        Keys and values that leave for the host.
+    weights : WeightTraffic or None
+        Copies of weights that are kept on the host.
+    for_long : ForLong or None
+        Whether all keys and values of a decode step may stay on the device, where `kv_offload="auto"` decided
+        it.
+    on_device : dict of str to str
+        Keys and values that stay on the device, by name, with the reason.
+    own_rows : list of OwnRows
+        Outputs, such as windows of a cache, whose rows were copied out of a larger value that is then freed.
+    eager_pieces : dict of str to str
+        Pieces that Inductor could not compile and that run eagerly, with the error.
+    source_lines : dict of str to str
+        The user's line, by the names in `left_out`, `on_device` and `eager_pieces`, where it is known.
+    compiled_pieces : list of str
+        Loop bodies and pieces that were compiled for this graph. It shares the others.
+    work : int
+        Multiply-adds of all matrix products and attentions, at the captured sizes.
+    work_outside : dict of str to int
+        Multiply-adds of these that run on the full sequence, by operator as in `left_out`.
+    bodies_shared : int
+        Number of loop bodies that were not compiled because an identical one existed.
+    layer_pieces : int
+        Number of pieces into which a graph without loops was cut, so that layers share them; 0 if it was not
+        cut.
+    compile_seconds : float
+        Seconds that compiling took.
+    from_cache : bool
+        Whether the graph was read from the compile cache. There is no code to show then.
+    graphs : GraphCount or None
+        The number of this graph among those of its code object, and Dynamo's limit. `None` for `explain`.
+    limit_hit : bool
+        Whether Dynamo has run a call of this code in eager mode since, because the limit was reached.
+    graph : torch.fx.GraphModule or None
+        The rewritten graph.
     """
 
     nodes: int = 0
@@ -143,24 +186,24 @@ class Record:
 
     @property
     def floor_bytes(self) -> int:
-        """The least a run needs, at the captured sizes: the full-length values of the stage that has most of them."""
+        """Bytes of the full-length values of the stage that has most of them: the least that a run needs."""
         return max((sum(value.bytes for value in stage.live) for stage in self.stages), default=0)
 
     @property
     def iteration_bytes(self) -> int:
-        """What one mini-sequence is expected to hold beside full-length values, at the captured sizes."""
+        """Bytes that one mini-sequence is expected to hold in addition to full-length values."""
         return max((stage.iteration_bytes for stage in self.stages), default=0)
 
     @property
     def straight_bytes(self) -> int:
-        """The most that is alive between loops, at the captured sizes."""
+        """The most bytes that are live between loops."""
         return self.memory.most(Compute, Call, Transfer) if self.memory is not None else 0
 
     @property
     def expected_peak_bytes(self) -> int:
-        """What a run is expected to take above its inputs, at the captured sizes: in a loop or between two.
+        """The expected peak of a run in bytes above its inputs, at the captured sizes.
 
-        An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
+        It is an estimate: kernels may need workspace in addition, and Inductor may need less.
         """
         return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
 

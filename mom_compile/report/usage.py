@@ -14,14 +14,24 @@ from mom_compile.runtime.host.weight_bytes import WeightBytes
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What keys and values, and weights, take on the host now, in bytes.
+    """Bytes that the KV cache and the weights take on the host.
 
-    rows      keys and values
-    memory    host memory that is held for them, `pooled` of which is pinned and waits for the next cache
-    disk      likewise in files
-    stores    how many tensors of keys or of values there are
-    weights   host memory that weights are in
-    mapped    the size of the files that weights are mapped from: memory holds of them what it has room for
+    Attributes
+    ----------
+    rows : int
+        Bytes of keys and values.
+    memory : int
+        Bytes of host memory that are held for keys and values, including `pooled`.
+    disk : int
+        Bytes of files that are held for keys and values.
+    pooled : int
+        Bytes of pinned memory that no cache uses. The next cache takes them; `empty_host_pool` frees them.
+    stores : int
+        Number of tensors of keys or of values.
+    weights : int
+        Bytes of weights in host memory.
+    mapped : int
+        Bytes of the files that weights are mapped from. The page cache holds as much of them as it has room for.
     """
 
     rows: int
@@ -43,7 +53,13 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """What is held on the host now."""
+    """Return what the KV cache and the weights take on the host now.
+
+    Returns
+    -------
+    HostMemory
+        Sizes in bytes, of the whole process.
+    """
     holders = list(HOLDERS.values())
     stores = [holder for holder in holders if isinstance(holder, HostStore)]
     weights = [holder for holder in holders if isinstance(holder, WeightBytes)]

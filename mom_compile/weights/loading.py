@@ -22,14 +22,36 @@ def load_offloaded(
     keep: Collection[str] = (),
     **config: Any,
 ) -> Any:
-    """The model in a local folder, in evaluation mode, on `device`; what does not fit into `memory_budget` bytes there
-    is mapped from the safetensors files and read as it is used.
+    """Load a checkpoint of transformers whose weights stay in its files as far as they exceed `memory_budget`.
 
-    transformers loads it, from mapped tensors: it renames them, and what it has to change (another `dtype`, experts
-    that are put together) is held in memory. `config` replaces values of the model's configuration, as in
-    `AutoConfig.from_pretrained`. No code of the folder is run. The rest is as in `offload_weights`.
+    Weights that stay are mapped from the safetensors files and read when they are used. Weights that transformers
+    changes (another `dtype`, experts that it concatenates) are held in host memory. No code of the folder is run, and
+    nothing is downloaded.
 
-    Raises `ValueError` where a file is missing or cut short, or the folder's architecture is not in transformers.
+    Parameters
+    ----------
+    path : str or Path
+        A local folder with `config.json` and safetensors files.
+    device : torch.device or str
+        Where the model computes, as in `offload_weights`.
+    memory_budget : int or str, optional
+        Bytes of the device for weights, as in `offload_weights`.
+    dtype : torch.dtype or str
+        The dtype of the weights; `"auto"` takes that of the checkpoint.
+    keep : collection of str
+        Names of modules or parameters that always go to the device.
+    **config
+        Values that replace those of the model's configuration, as in `AutoConfig.from_pretrained`.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model, in evaluation mode, on `device`.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing or truncated, if transformers does not have the architecture, or as in `offload_weights`.
     """
     import transformers
 

@@ -34,8 +34,25 @@ SHARE_OF_THE_REST = 4
 
 @dataclass(frozen=True)
 class OffloadedWeights:
-    """What was done, in bytes: `on_host` is read once per prefill and per decode step, but for `tables`, of which only
-    rows are; `mapped` is how much of both is in files. `under_way` is what two units take on the device at most."""
+    """What `offload_weights` did. Sizes are in bytes.
+
+    Attributes
+    ----------
+    device : torch.device
+        The device on which the model computes.
+    resident : int
+        Weights and buffers that are on the device.
+    under_way : int
+        The most that two layers in transfer take on the device.
+    on_host : int
+        Weights on the host without `tables`. A prefill and a decode step read each of them at most once.
+    tables : int
+        Embeddings on the host, of which only the rows that are looked up are copied.
+    mapped : int
+        The part of `on_host` and `tables` that is in files.
+    units : tuple of str
+        Names of the layers and modules that are on the host.
+    """
 
     device: torch.device
     resident: int
@@ -69,19 +86,35 @@ def offload_weights(
     directory: str | Path | None = None,
     keep: Collection[str] = (),
 ) -> OffloadedWeights:
-    """Keep on the host, in place, what does not fit into `memory_budget` bytes of `device`.
+    """Move a model to `device` in place, and keep on the host the weights that do not fit into `memory_budget`.
 
-    model          its parameters are on the CPU, or on the meta device where `directory` has them
-    device         where it will compute: "cuda", or "cpu" to try it between two kinds of host memory
-    memory_budget  bytes of the device for weights, two layers under way included, as a number or as "8GiB"; None: what
-                   is free, less a quarter for the cache and what is computed (a CPU needs a number)
-    directory      a folder of safetensors files: weights found there by name are mapped from the files, not held in
-                   memory
-    keep           names of modules or parameters that go to the device in any case
+    Compile the model afterwards: compiled programs copy each weight one layer ahead of its use. Parameters no longer
+    require gradients.
 
-    Then `model.compile(backend="mom")` as ever: each weight arrives one layer ahead of its use. Parameters no longer
-    ask for gradients. Raises `ValueError` for a model, a device, a folder or a budget that this cannot be done with,
-    and then the model is as it was.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with its parameters on the CPU, or on the meta device where `directory` has them.
+    device : torch.device or str
+        Where the model computes: `"cuda"`, or `"cpu"` to try it between two kinds of host memory.
+    memory_budget : int or str, optional
+        Bytes of the device for weights, two layers in transfer included: a number or a text such as `"8GiB"`. `None`
+        takes three quarters of what is free and leaves a quarter for the cache and for activations. A CPU needs a
+        number.
+    directory : str or Path, optional
+        A folder of safetensors files. Weights that it has by name are mapped from the files and not held in memory.
+    keep : collection of str
+        Names of modules or parameters that always go to the device.
+
+    Returns
+    -------
+    OffloadedWeights
+        Sizes in bytes, and the names of what is on the host.
+
+    Raises
+    ------
+    ValueError
+        If the model, the device, the folder or the budget does not allow it. The model is then unchanged.
     """
     target = _checked_device(device)
     if isinstance(keep, str):

@@ -10,7 +10,7 @@ from mom_passes.source_lines import with_source_line
 class CannotChunk(Exception):
     """Rows of `node` along `dim` cannot be computed from rows of its operands.
 
-    Analyses catch it and keep the operator whole. Reports print the reason.
+    A chunk rule raises it. The operator then runs once on the full sequence, and reports show the reason.
     """
 
     def __init__(self, node: fx.Node, dim: object, reason: str) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 class HostMemoryError(MemoryError):
-    """Host memory or disk space cannot be had, or not be pinned. Says how much was asked for and what can be done."""
+    """A `MemoryError`: host memory or disk space cannot be allocated, or not be pinned.
+
+    The message names the size and says what to do.
+    """
 
 
 def available_memory() -> int | None:

@@ -232,7 +232,10 @@ def _commit(region: HostRegion, size: int) -> None:
 
 
 def empty_host_pool() -> None:
-    """Give pinned host memory back that no cache uses."""
+    """Free the pinned host memory that no cache uses.
+
+    `host_memory().pooled` is its size in bytes.
+    """
     while True:
         with _TAKING:
             if not _POOL:

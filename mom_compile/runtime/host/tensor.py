@@ -46,7 +46,16 @@ _ON_HOST = frozenset({aten.index_select.default, aten.index.Tensor, aten.clone.d
 
 
 class HostTensor(TensorPoints, torch.Tensor):
-    """Shape, dtype and device of the tensor it stands for; the bytes are in `host`, on the host."""
+    """Keys or values of a cache whose bytes are on the host.
+
+    The tensor has the shape, dtype and device of the keys or values that it replaces. Views, `clone` and reordering of
+    batch entries run on the host. Any other operator copies the tensor to the device first.
+
+    Attributes
+    ----------
+    host : torch.Tensor
+        The bytes on the host, with the same shape and dtype.
+    """
 
     host: torch.Tensor
     lease: Lease | None
@@ -135,7 +144,13 @@ class HostTensor(TensorPoints, torch.Tensor):
         return type(self.host) is not torch.Tensor
 
     def fetch(self) -> torch.Tensor:
-        """A copy on the device, in the host's layout."""
+        """Copy the tensor to its device.
+
+        Returns
+        -------
+        torch.Tensor
+            A plain tensor on the device with the strides of `host`.
+        """
         fetched: torch.Tensor = torch.ops.mom.fetch(self.host, self.device)
         return fetched
 

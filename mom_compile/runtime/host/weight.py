@@ -38,7 +38,16 @@ NOT_COMPILED = (
 
 
 class HostWeight(HostTensor):
-    """Shape, dtype and device of the parameter it is; the bytes are in `host`, on the host."""
+    """A parameter whose bytes are on the host, in memory or in a mapped file.
+
+    The parameter has the shape, dtype and device that the model expects. Compiled programs copy it one layer ahead of
+    its use. In eager mode each use copies it, which is correct and slow; a warning says so once.
+
+    Attributes
+    ----------
+    host : torch.Tensor
+        The bytes on the host, with the same shape and dtype.
+    """
 
     lease: WeightBytes | None  # type: ignore[assignment]
     #: Of a weight in a file: state shared with its views until the weight has been copied.
@@ -81,6 +90,13 @@ class HostWeight(HostTensor):
         return NotImplemented
 
     def fetch(self) -> torch.Tensor:
+        """Copy the weight to its device.
+
+        Returns
+        -------
+        torch.Tensor
+            A plain tensor on the device.
+        """
         if not self.traced:
             warn_once("uncompiled weights", NOT_COMPILED)
         fetched: torch.Tensor = torch.ops.mom.fetch_weight(self.host, self.device)
@@ -136,7 +152,13 @@ class HostWeight(HostTensor):
         self._become(plain, other.mapped if isinstance(other, HostWeight) else None)
 
     def plain(self) -> torch.Tensor:
-        """The bytes as a tensor on the host, shared: of a file, that tensor's alone, and not to be written."""
+        """Return a plain tensor on the host that shares the bytes of the weight.
+
+        Returns
+        -------
+        torch.Tensor
+            A CPU tensor. If the weight is mapped from a file, do not write to it.
+        """
         if self.lease is None or not self.lease.in_file:
             return without_base(self.settled())
         if self.mapped is None:

@@ -33,14 +33,38 @@ Number = int | float | bool
 
 @dataclass(frozen=True)
 class Dim:
-    """Dimension `index` of a value, laid out as `outer x tokens x inner`."""
+    """A dimension that carries tokens, laid out as `outer x tokens x inner`.
+
+    A `view` may merge the token dimension with its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens in dimension 0
+    with `outer=B`.
+
+    Attributes
+    ----------
+    index : int
+        The index of the dimension.
+    outer : int or SymInt
+        Size of what varies more slowly than tokens in this dimension.
+    inner : int or SymInt
+        Size of what varies faster than tokens in this dimension.
+    """
 
     index: int
     outer: Size = 1
     inner: Size = 1
 
     def at(self, index: int) -> Dim:
-        """The same layout in another dimension."""
+        """Return the same layout in another dimension.
+
+        Parameters
+        ----------
+        index : int
+            The index of the other dimension.
+
+        Returns
+        -------
+        Dim
+            With `outer` and `inner` of this one.
+        """
         return Dim(index, self.outer, self.inner)
 
     @property
@@ -63,7 +87,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class All:
-    """All of an operand, whichever rows are computed."""
+    """The operator needs all of an operand, whichever rows of the result are computed."""
 
     def __str__(self) -> str:
         return "all of it"
@@ -71,10 +95,17 @@ class All:
 
 @dataclass(frozen=True)
 class Rows:
-    """The computed rows along `dim` and, of an operand, `before` rows ahead of them.
+    """The computed rows of an operand along `dim`, and `before` rows ahead of them.
 
     Ahead of the first row of the sequence there are none: an operator gets zeros there, and `Window.first` is negative.
     A claim with `before` is refused along a folded dimension: rows ahead of others are no range there.
+
+    Attributes
+    ----------
+    dim : Dim
+        The token dimension of the operand.
+    before : int
+        The number of rows ahead, 0 by default.
     """
 
     dim: Dim

@@ -41,15 +41,27 @@ Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Claim:
-    """A rule's answer. `needs` follows `operands(node)`, duplicates included; `outputs` the results of the call."""
+    """The answer of a chunk rule: what rows of a call need, what they return, and what they hand to the next rows.
+
+    Attributes
+    ----------
+    needs : tuple of All or Rows
+        One need for each tensor operand of the node, in order, duplicates included.
+    outputs : tuple of Rows, Fold, Final or None, optional
+        One output for each result of the call. `None` for a result that must not be read. Without it every result has
+        rows along the dimension that the rule was asked about.
+    edit : callable, optional
+        `(args, kwargs, window) -> (args, kwargs)`: the arguments of the call in a loop body.
+    target : callable, optional
+        Another operator to call in the body, for instance one that takes a row offset.
+    carries : tuple of Carry, optional
+        The values that a mini-sequence passes to the next, so that they run in order.
+    """
 
     needs: tuple[Need, ...]
-    #: None: every result has rows along the dim that the rule was asked about. An output that is None must not be read.
     outputs: tuple[Output, ...] | None = None
     edit: Edit | None = None
-    #: Another operator to call in the body, e.g. one that takes a row offset.
     target: Any = None
-    #: Values that rows hand to the next rows, so that they are computed in order.
     carries: tuple[Carry, ...] = ()
 
     @property
@@ -221,16 +233,46 @@ def register(
     size_arguments: tuple[str, ...] = (),
     scratch: Scratch | None = None,
 ) -> Callable[[Rule], Rule]:
-    """Decorator: the chunk rule and the other facts of one or more operator overloads (see `OperatorFacts`).
+    """Decorator that registers the chunk rule of one or more operator overloads.
 
-    An operator of a package that need not be there is named by text, `"mylib::scale_rows"` or
-    `"mylib::scale_rows.out"`. Raises `TypeError` for anything else. Public, for custom operators::
+    A chunk rule is a function `(node, dim) -> Claim`. It raises `CannotChunk(node, dim, reason)` for a dimension along
+    which the operator cannot be cut.
 
-        @register(torch.ops.mylib.scale_rows.default)
-        def scale_rows(node, dim):
-            if dim.index != 0:
-                raise CannotChunk(node, dim, "only rows are independent")
-            return Claim((Rows(dim), All()))
+    Parameters
+    ----------
+    *targets : OpOverload or str
+        Overloads, `torch.ops.mylib.scale_rows.default`. An operator of a package that may not be installed is given as
+        text, `"mylib::scale_rows"` or `"mylib::scale_rows.out"`.
+    recompute : bool
+        Whether the operator is cheap enough to run again in another loop instead of storing its result at full length.
+    candidates : callable, optional
+        Returns the dimensions of the result that may carry tokens, where sizes do not show it.
+    alias : Alias
+        How the result shares the storage of the first operand.
+    work : callable, optional
+        Returns the multiply-adds of a call. The default is a matrix product's, and only where `recompute=False`.
+    size_arguments : tuple of str
+        Names of arguments that are sizes: a literal there that equals a length stands for the length.
+    scratch : callable, optional
+        Returns the bytes of workspace that the kernel of a call allocates on a type of device.
+
+    Returns
+    -------
+    callable
+        The decorator, which returns the rule unchanged.
+
+    Raises
+    ------
+    TypeError
+        If a target is not an operator overload, or the rule does not take a node and a dimension.
+
+    Examples
+    --------
+    >>> @chunk_rule(torch.ops.mylib.scale_rows.default)  # doctest: +SKIP
+    ... def scale_rows(node, dim):
+    ...     if dim.index != 0:
+    ...         raise CannotChunk(node, dim, "only rows are independent")
+    ...     return Claim((Rows(dim), All()))
     """
 
     if not targets:
