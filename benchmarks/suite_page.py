@@ -77,7 +77,7 @@ and without what merges our parts, so *mom of eager* is the best that can be:
 
 _DECODE = """
 A decode step behind such a prefill reads all weights and all keys and values once, in the time *memory*; the host
-launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/rows.py`, an estimate of its own); keys and
+launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/device.py`, an estimate of its own); keys and
 values on the host come over the link. At best these go on at once; *one after the other* is their sum, which is what a
 step takes if nothing does. The target at 16,384 tokens is 10 ms. *All bytes* are those of the whole device at the
 prefill's peak, the weights included: the paper's 465,920 tokens and a million have to stay below 80 GiB. The same from

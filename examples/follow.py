@@ -22,7 +22,7 @@ from mom_compile.capture import capture
 from mom_compile.config import parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.pieces import Piece, PieceCache, SizeTemplate
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision
 from mom_compile.report import Report
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.torch_compat import mark_boxed
@@ -165,7 +165,7 @@ class Follower:
 
     def kernel(self, rewritten: Rewritten, static: set[str]) -> None:
         cache = PieceCache()
-        place = KVPlace(torch.device("cpu"), Placement())
+        place = Decision(rewritten, torch.device("cpu"), Placement())
         program = Lowering(
             rewritten, static_inputs=static, patches={}, cache=cache, report=Report(), kv=place
         ).program()

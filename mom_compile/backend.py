@@ -24,8 +24,8 @@ from mom_compile.compiled import NEEDS_GRADIENTS, NOTICES, PIECES, CompiledGraph
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
-from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
-from mom_compile.memory.refusal import MemoryBudgetError
+from mom_compile.memory.decide import Decision, check_weights, decide, fits_for_long, offloads
+from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_hooks, warn_of_versions
 from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
 from mom_compile.progress import compiling
@@ -222,8 +222,7 @@ def build_program(
     """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets, `MemoryBudgetError`."""
     static = static_input_names(gm, kwargs)
     check_weights(gm, options, static)
-    rewritten = rewrite(gm, options, report, static)
-    return _lowered(rewritten, options, report, static)
+    return _lowered(rewrite(gm, options, report, static), options, report, static)
 
 
 def build_layers(
@@ -236,20 +235,22 @@ def build_layers(
     if rewritten is None or kwargs.get("cudagraphs"):
         report.own_rows = []  # `for_stock` makes its own
         return None
-    program = _lowered(rewritten, options, report, static)
+    decision = decide(rewritten, options, static, compute_device(rewritten.gm))
+    program = _lowered(decision, options, report, static)
     report.describe_layers(rewritten)
     return program
 
 
-def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Collection[str]) -> Program:
-    kv = kv_place(rewritten, options, static, rule_for(rewritten, options, static))
+def _lowered(decision: Decision, options: Options, report: Report, static: Collection[str]) -> Program:
+    if decision.refusal:
+        raise MemoryBudgetError(decision.refusal)
     program = Lowering(
-        rewritten,
+        decision.program,
         static_inputs=static,
         patches=options.inductor,
         cache=PIECES,
         report=report,
-        kv=kv,
+        kv=decision,
         strict=options.strict,
     ).program()
     if options.strict and report.eager_pieces:
@@ -257,7 +258,7 @@ def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Col
     return program
 
 
-def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:
+def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Decision:
     """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
     device = compute_device(gm)
     passes = functools.partial(
@@ -269,20 +270,21 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collec
         kv_on_host=offloads(options, device),
     )
     rewritten = passes(limit=options.limit(device.type))
-    whole = None
-    if rewritten.no_loops is None and options.mini_seq_len == "auto":
-        rewritten, report.rows, whole = with_chosen_rows(rewritten, options, static)
-    if whole is not None:
+    decision = decide(rewritten, options, static, device)
+    report.rows = decision.why
+    if decision.whole is not None:
         report.passes.clear()
-        rewritten = passes(limit=RowLimit(whole))
+        rewritten = passes(limit=RowLimit(decision.whole))
+        decision = decide(rewritten, options, static, device)
     report.for_long = fits_for_long(rewritten, options, static)
     if report.for_long is not None and report.for_long.fits:
         try:
             rewritten = passes(limit=options.limit(device.type), kv_on_host=False)
+            decision = decide(rewritten, options, static, device)
         finally:  # it raises `NotWorthwhile`
             report.describe_staying(str(report.for_long))
-    report.describe(rewritten)
-    return rewritten
+    report.describe(decision.program)
+    return decision
 
 
 def static_input_names(gm: fx.GraphModule, kwargs: Mapping[str, Any]) -> set[str]:

@@ -19,8 +19,8 @@ from mom_compile.config import Options
 from mom_compile.lowering.pieces import Piece, PieceCache
 from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
-from mom_compile.memory.device_bytes import budget_of
-from mom_compile.memory.policy import placement_of
+from mom_compile.memory.decide import placement_of
+from mom_compile.memory.device import budget_of
 from mom_compile.notices import (
     warn_of_device_kv,
     warn_of_eager,

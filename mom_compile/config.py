@@ -63,7 +63,7 @@ class Options:
 
     def limit(self, device: str) -> RowLimit:
         """How long a mini-sequence may be on a type of device (`"cpu"`, `"cuda"`). With "auto" that is decided once it
-        is known what one holds: `memory/choose_rows.py`."""
+        is known what one holds: `memory/row_rule.py`."""
         if self.mini_seq_len == "auto":
             return RowLimit(FEWEST_ROWS, fewest=True)
         return RowLimit(int(self.mini_seq_len))

@@ -23,7 +23,7 @@ from mom_compile.arguments import name_of, takes, unwrapped
 from mom_compile.backend import rewrite, static_input_names, why_stock
 from mom_compile.capture import capture
 from mom_compile.config import Options, joined_options, meant_as_option, option_names, parse_options
-from mom_compile.memory.policy import refused
+from mom_compile.memory.decide import why_below_weights
 from mom_compile.pipeline import NotWorthwhile, for_stock
 from mom_compile.planning.prompt import prompt_of
 from mom_compile.report import Report
@@ -279,9 +279,9 @@ def _explain_graph(
         try:
             try:
                 static = static_input_names(gm, kwargs)
-                rewritten = rewrite(gm, options, report, static)
-                report.refused = refused(rewritten, options, static)
-                runnable = rewritten.gm
+                decision = rewrite(gm, options, report, static)
+                report.refused = why_below_weights(gm, options, static) or decision.refusal
+                runnable = decision.program.gm
                 report.peak_without_loops = _peak_without_loops(gm, report)
             except NotWorthwhile as decision:
                 if decision.rewritten is not None:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import mom_compile
 from benchmarks.models import keeping
 from mom_compile.config import parse_options
-from mom_compile.memory.policy import fits_for_long
+from mom_compile.memory.decide import fits_for_long
 from mom_compile.runtime.host.tensor import HostTensor, on_host
 from mom_passes.attention.form import attention_form
 from mom_passes.errors import PassError

@@ -33,7 +33,7 @@ from mom_compile.lowering.transfers import copy_step
 from mom_compile.lowering.turned import turn_once
 from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.choice import KeepsBudget
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision
 from mom_compile.progress import expect
 from mom_compile.report import Report
 from mom_compile.runtime.calls import Constant, OperatorCall
@@ -75,7 +75,7 @@ class Lowering:
         patches: Mapping[str, Any],
         cache: PieceCache,
         report: Report,
-        kv: KVPlace,
+        kv: Decision,
         strict: bool = False,
     ) -> None:
         self.gm = rewritten.gm
@@ -97,7 +97,7 @@ class Lowering:
         self._with_literals: dict[int, Compute] = {}
         self.layouts: dict[fx.Node, Stored] = {}
         self._leaving = leaving(self.plan)
-        sizes = kv.choice.footprint.symbols if kv.choice is not None and self._chooses() else ()
+        sizes = kv.choice.model.symbols if kv.choice is not None and self._chooses() else ()
         self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in sizes]
 
     def _chooses(self) -> bool:

@@ -24,9 +24,11 @@ from torch import fx
 
 from mom_compile.config import Options
 from mom_compile.memory.attention import most_of_attention
-from mom_compile.memory.choose_rows import Footprint
+from mom_compile.memory.device import DeviceRows, rows_on
 from mom_compile.memory.devices import Properties
-from mom_compile.memory.layer_rows import row_rule
+from mom_compile.memory.layer import work_of
+from mom_compile.memory.model import Model
+from mom_compile.memory.row_rule import fewest_rows, rows_of_steps
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
@@ -85,38 +87,40 @@ def straight(values: Sequence[int], periods: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A traced model rewritten for one way. `rows` of each moment are those that the rule says for a run."""
+    """A traced model rewritten for one way, with its memory model and the rows that the device wants (None: loops keep
+    their rows)."""
 
     prefill: Prefill
     rewritten: Rewritten
     report: Report
-    footprint: Footprint
+    model: Model
+    device: DeviceRows | None
     host: sympy.Expr
 
     def sizes(self, batch_size: int, seq_len: int) -> tuple[int, ...]:
         known = {**self.rewritten.memory.hints, **self.prefill.sizes(batch_size, seq_len)}
-        return tuple(int(known[symbol]) for symbol in self.footprint.symbols)
+        return tuple(int(known[symbol]) for symbol in self.model.symbols)
 
     def full(self, batch_size: int, seq_len: int) -> int:
         """What lives at full length."""
-        return self.footprint.full(self.sizes(batch_size, seq_len))
+        return self.model.full(self.sizes(batch_size, seq_len))
 
     def profile(self, batch_size: int, seq_len: int, full: int, *, fewest: bool = False) -> list[int]:
         """Bytes of each moment, with the rows for what the whole model has at full length, or the `fewest` that there
         may be."""
         sizes = self.sizes(batch_size, seq_len)
-        rows = self.footprint.rows(sizes, full)
+        rows = rows_of_steps(self.model, self.device, sizes, full)
         if fewest:
-            rows = tuple(map(min, rows, self.footprint.fewest(sizes)))
-        each = [step.bytes(sizes, count) for step, count in zip(self.footprint.steps, rows, strict=True)]
-        return [each[number] for number in self.footprint.order]
+            rows = tuple(map(min, rows, fewest_rows(self.model, self.device, sizes)))
+        each = [step.bytes(sizes, count) for step, count in zip(self.model.steps, rows, strict=True)]
+        return [each[number] for number in self.model.order]
 
     def bodies(self, batch_size: int, seq_len: int, full: int) -> int:
         """How many mini-sequences all loops have together."""
         sizes = self.sizes(batch_size, seq_len)
-        rows, steps = self.footprint.rows(sizes, full), self.footprint.steps
+        rows, steps = rows_of_steps(self.model, self.device, sizes, full), self.model.steps
         lengths = [step.loop.length(sizes) if step.loop is not None else 0 for step in steps]
-        return sum(-(-lengths[number] // rows[number]) for number in self.footprint.order if rows[number])
+        return sum(-(-lengths[number] // rows[number]) for number in self.model.order if rows[number])
 
     def on_host(self, batch_size: int, seq_len: int) -> int:
         return self.rewritten.memory.number(self.host, self.prefill.sizes(batch_size, seq_len))
@@ -144,9 +148,10 @@ def compile_for(
         rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
     report.describe(rewritten)
     beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
-    rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
-    footprint, _ = Footprint.of(rewritten.memory, rule, beside)
-    return Compiled(prefill, rewritten, report, footprint, _bytes_on_host(rewritten.plan))
+    work = work_of(rewritten, prefill.static)
+    wants = rows_on(type, gpu, work.layer) if options.mini_seq_len == "auto" else None
+    model, _ = Model.of(rewritten.memory, work.sequences, beside)
+    return Compiled(prefill, rewritten, report, model, wants, _bytes_on_host(rewritten.plan))
 
 
 def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) -> fx.GraphModule:

@@ -4,7 +4,7 @@
 
 A small Llama's bodies are compiled for `cuda:0` as they would be there and run by the real loop, but kernels, products
 and attention do nothing. What a launch costs is not in the figure, nor is PyTorch's dispatch of a product; it is what
-`HOST_SECONDS` of `mom_compile.memory.rows` says.
+`HOST_SECONDS` of `mom_compile.memory.device` says.
 """
 
 from __future__ import annotations
