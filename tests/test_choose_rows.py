@@ -23,7 +23,6 @@ from mom_compile.memory.devices import DEVICES
 from mom_compile.memory.model import Model
 from mom_compile.memory.row_rule import SHARE, rows_of_steps
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
-from mom_compile.report import Report
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS, Loop, RowLimit, loops
 from mom_passes.loops.ports import COUNT
 from mom_passes.program.memory import Memory, Moment
@@ -31,7 +30,7 @@ from mom_passes.program.program import LoopStep, Place, Storage
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
 from tests.test_rows import LLAMA_8B
-from tests.tracing import trace
+from tests.tracing import reported, trace
 
 BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
 KIB, MIB = 1 << 10, 1 << 20
@@ -217,7 +216,7 @@ def made(length: int, batch: int = 1, **options: Any) -> list[int]:
 
     gm = trace(function, torch.randn(batch, length, HIDDEN, dtype=torch.float64), *weights)
     static, parsed = parameter_names(gm), parse_options(options)
-    rewritten = run_pipeline(gm, static_inputs=static, limit=parsed.limit("cpu"), report=Report())
+    rewritten, _ = reported(run_pipeline(gm, static_inputs=static, limit=parsed.limit("cpu")))
     decision = decide(rewritten, parsed, static, torch.device("cpu"))
     steps = [step.loop.rows for step in decision.program.plan.steps if isinstance(step, LoopStep)]
     assert decision.whole is not None or [one.rows for _, one in loops(decision.program.gm)] == steps

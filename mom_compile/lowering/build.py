@@ -35,7 +35,7 @@ from mom_compile.lowering.writing import writing_body
 from mom_compile.memory.choice import KeepsBudget
 from mom_compile.memory.decide import Decision
 from mom_compile.progress import expect
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.host.steps import KeepWeights, Settle
@@ -74,7 +74,7 @@ class Lowering:
         static_inputs: Collection[str],
         patches: Mapping[str, Any],
         cache: PieceCache,
-        report: Report,
+        report: PieceLog,
         kv: Decision,
         strict: bool = False,
     ) -> None:

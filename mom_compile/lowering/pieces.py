@@ -32,7 +32,7 @@ from mom_compile.lowering.eager import first_line, refuse_or_warn, run_eagerly
 from mom_compile.lowering.once import is_worthwhile, store_once
 from mom_compile.lowering.results import lay_out_results
 from mom_compile.progress import advance, compiling
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.torch_compat import (
     COMPILING,
     CodegenSettings,
@@ -310,13 +310,13 @@ class PieceCache:
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, bool, str], Piece] = {}
 
-    def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+    def get(self, piece: Piece, settings: CodegenSettings, report: PieceLog, name: str) -> Piece:
         """The piece that is like this one, which is not compiled: itself, compiled now, if it is new."""
         found = self.begin(piece, settings, report, name)
         self.finish(found, report, name)
         return found
 
-    def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+    def begin(self, piece: Piece, settings: CodegenSettings, report: PieceLog, name: str) -> Piece:
         """The same, where C++ compilers may be at work on it: the next piece is made meanwhile."""
         key = (settings.key, piece.strict, piece.key())
         with COMPILING:
@@ -336,7 +336,7 @@ class PieceCache:
         advance()
         return found
 
-    def finish(self, found: Piece, report: Report, name: str) -> None:
+    def finish(self, found: Piece, report: PieceLog, name: str) -> None:
         """Wait for a piece, and report it where it runs eagerly."""
         began = time.perf_counter()
         found.finish()

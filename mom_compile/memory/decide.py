@@ -24,19 +24,39 @@ from mom_compile.memory.layer import Work, in_words, work_of
 from mom_compile.memory.model import Model, bytes_in_tokens, captured_tokens, in_tokens, input_bytes, static_bytes
 from mom_compile.memory.refuse import MemoryBudgetError, below_weights
 from mom_compile.memory.row_rule import rows_of_steps
-from mom_compile.report.record import HEADROOM, ForLong
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.placement import MEMORY, TIERS, Placement
 from mom_passes.graph.edit import compute_device
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import expr
+from mom_passes.host.kv_values import KVValues
 from mom_passes.loops.loop import loop_nodes
-from mom_passes.ops.transfers import FETCH, FETCH_START
+from mom_passes.ops.transfers import FETCH, FETCH_WEIGHT
 from mom_passes.program.memory import Leaving, Memory, leaving
 from mom_passes.program.program import LoopStep, Step
 from mom_passes.program.rewritten import Rewritten
 
 _NO_LOOPS = Work(None, {})
+
+#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
+HEADROOM = 2
+
+
+@dataclass(frozen=True)
+class ForLong:
+    """What "auto" asks of a device once: whether it has the `needed` bytes, so that all keys and values may stay for
+    long. `budget` is what it has for everything, including the `weights`."""
+
+    needed: int
+    weights: int
+    budget: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.budget
+
+    def __str__(self) -> str:
+        return f"weights and {HEADROOM} times the present cache take {self.needed} bytes, {self.budget} may be used"
 
 
 @dataclass(frozen=True)
@@ -120,22 +140,23 @@ def offloads(options: Options, device: torch.device) -> bool:
     return bool(options.kv_offload)
 
 
-def fits_for_long(rewritten: Rewritten, options: Options, static: Collection[str]) -> ForLong | None:
-    """Whether "auto" leaves a graph without loops to stock Inductor; None where that is no question.
+def fits_for_long(
+    gm: fx.GraphModule, kv: KVValues, options: Options, static: Collection[str]
+) -> ForLong | None:
+    """Return whether "auto" keeps all keys and values of a graph without loops on the device; None where it does not
+    ask.
 
-    Between loops copies cost nothing. A decode step that moves layers out when they no longer fit is cut at each of
-    them, which costs time at every step; if anything is on the host already, it has to be.
+    Between loops, copies cost nothing. A decode step that may move layers out is cut at each of them, which costs time
+    in every step. It has to be cut if anything is on the host already.
     """
-    gm, plan = rewritten.gm, rewritten.plan
-    if options.kv_offload != "auto" or rewritten.no_loops is None:
-        return None
-    values = leaving(plan)
-    if not values or any(node.target in (FETCH, FETCH_START) for node in gm.graph.nodes):
-        return None
-    kept = sum(rewritten.memory.number(plan.storages[value].bytes) for value in values)
-    layers = 1 + max(value.layer for value in values.values())
-    on_device = kept + 2 * kept // layers
     device = compute_device(gm)
+    if options.kv_offload != "auto" or not offloads(options, device) or not kv.found:
+        return None
+    if any(node.target in (FETCH, FETCH_WEIGHT) and node.users for node in gm.graph.nodes):
+        return None
+    kept = sum(value.bytes for value in kv.found)
+    layers = 1 + max(value.layer for value in kv.found)
+    on_device = kept + 2 * kept // layers
     weights = static_bytes(gm, static, device)
     return ForLong(weights + HEADROOM * on_device, weights, budget_of(options, device, weights))
 

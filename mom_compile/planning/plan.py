@@ -193,7 +193,7 @@ class Plan:
     def stages(self) -> list[StageReport]:
         """The loops of the longer of the models that are traced; none where stock Inductor has it."""
         made = self._planner.compiled(self.seq_len, self.way)
-        return [] if made is None else made[-1].report.stages
+        return [] if made is None else list(made[-1].report.stages)
 
     @property
     def transfers(self) -> Transfers:

@@ -29,7 +29,7 @@ from mom_compile.memory.devices import Properties
 from mom_compile.memory.layer import work_of
 from mom_compile.memory.model import Model
 from mom_compile.memory.row_rule import fewest_rows, rows_of_steps
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.pipeline import run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
@@ -132,21 +132,16 @@ def compile_for(
     """A traced model in one way, on a GPU or on the CPU; `shapes` are of the weights that leave. None where there is
     nothing to gain, and stock Inductor has it."""
     gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
-    type, report = "cpu" if gpu is None else "cuda", Report()
-    try:
-        rewritten = run_pipeline(
-            gm,
-            static_inputs=prefill.static,
-            limit=options.limit(type),
-            report=report,
-            scope=kind.scope,
-            kv_on_host=kind.cache,
-        )
-    except NotWorthwhile:
+    type = "cpu" if gpu is None else "cuda"
+    made = run_pipeline(
+        gm, static_inputs=prefill.static, limit=options.limit(type), scope=kind.scope, kv_on_host=kind.cache
+    )
+    if made.program is None or made.by_layers:
         return None
+    rewritten = made.program
     if compute_device(gm).type != type:
         rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
-    report.describe(rewritten)
+    report = Report.of(made.facts, rewritten)
     beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
     work = work_of(rewritten, prefill.static)
     wants = rows_on(type, gpu, work.layer) if options.mini_seq_len == "auto" else None

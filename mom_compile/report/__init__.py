@@ -1,4 +1,4 @@
-"""What was done to a graph and what was not, and why."""
+"""Reports on graphs: what was done, what was not, and why."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mom_compile.report.details import details
+from mom_compile.report.facts import DECODE_STEP, GRAPH, PREFILL, SCORING, Facts, KVReport, PassReport, PieceLog
 from mom_compile.report.notebook import html_of_table
-from mom_compile.report.record import DECODE_STEP, GRAPH, PREFILL, SCORING, KVReport, PassReport, Record, moved_rows
+from mom_compile.report.record import Record, moved_rows
 from mom_compile.report.shares import Share, shares
 from mom_compile.report.stages import LiveValue, StageReport, stage_report
 from mom_compile.report.summary import summary
 from mom_compile.report.table import ReportTable, report_table
 from mom_compile.report.units import in_units
 from mom_compile.timeline import Measured, draw_timeline
-from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import loops
 from mom_passes.program.program import Compute, LoopStep
 from mom_passes.program.rewritten import Rewritten
@@ -27,44 +27,34 @@ __all__ = [
 
 
 class Report(Record):
-    """The story of one captured graph, for people: `str(report)` is short, `report.details()` has everything.
+    """The report on one captured graph: `str(report)` is short, `report.details()` is complete.
 
-    What is known as numbers and names are its attributes, see `Record`.
+    Its attributes are numbers and names, see `Record`.
     """
 
-    def describe(self, rewritten: Rewritten) -> None:
-        self.graph, self.memory, self.no_loops = rewritten.gm, rewritten.memory, rewritten.no_loops
-        self.weights = rewritten.weights
-        moments = [moment for moment in self.memory.moments if isinstance(moment.step, LoopStep)]
-        self.stages = [stage_report(moment, self.memory) for moment in moments]
-        self.tokens = self.memory.tokens
-        self.peak = shares(rewritten, self.keys_and_values)
+    @staticmethod
+    def of(facts: Facts, program: Rewritten | None = None, *, by_layers: bool = False, **known: Any) -> Report:
+        """Return the report on a graph.
 
-    def describe_layers(self, rewritten: Rewritten) -> None:
-        """A graph without loops, cut by layers."""
-        self.describe(rewritten)
-        self.layer_pieces = sum(isinstance(step, Compute) for step in rewritten.plan.steps)
+        `program` is what the passes made of it, if it is not stock Inductor's; `by_layers`, if it is no more than the
+        graph cut between its layers. `known` are further attributes, see `Record`.
+        """
+        of_program = {} if program is None else _of_program(program, facts, by_layers)
+        return Report(**vars(facts), **of_program, **known)
+
+    def with_pieces(self, pieces: PieceLog) -> Report:
+        """Return the report with what became of the graph's pieces."""
+        return replace(self, **vars(pieces))
 
     def to_store(self) -> Report:
-        """What of this another process can say that reads the compiled graph: not what was done for it in this one."""
-        own: dict[str, Any] = {"passes": [], "compiled_pieces": [], "bodies_shared": 0, "compile_seconds": 0.0}
-        own |= {"graph": None, "graphs": None, "limit_hit": False}
-        return replace(self, **own, from_cache=True)
-
-    def describe_kv(self, offload: KVOffload) -> None:
-        self.on_device = dict(offload.left_out)
-        self.on_host = [
-            KVReport(value.kept.name, value.layer, value.bytes_per_token, value.past is not None)
-            for value in offload.leaving
-        ]
-
-    def describe_staying(self, reason: str) -> None:
-        """All keys and values stay on the device after all."""
-        self.on_host, self.on_device = [], {"all": reason}
+        """Return what another process that reads the compiled graph can say of it: without what this process did."""
+        own: dict[str, Any] = {"passes": (), "graph": None, "graphs": None, "exceeded": []}
+        pieces = vars(PieceLog(eager_pieces=dict(self.eager_pieces)))
+        return replace(self, **own, **pieces, from_cache=True)
 
     @property
     def headline(self) -> str:
-        """The graph in a line, for the log: what it became and is expected to take, or why it was left alone."""
+        """One line for the log: what the graph became and its expected peak, or why it went to stock Inductor."""
         if self.fallback is not None:
             return f"stock Inductor: {self.fallback}"
         what = f"{self.kind}, {len(self.stages)} loops, " if self.no_loops is None else f"{self.no_loops}; "
@@ -73,18 +63,26 @@ class Report(Record):
         return f"{what}{moved}expected peak {in_units(self.expected_peak_bytes)}"
 
     def plot(self, path: str | Path, measured: Measured | None = None) -> None:
-        """Draw what the program is expected to take, step by step, to an image file, and beside it what it took: what
-        `mom_compile.measured_steps` gave, or one number of bytes for each step. Needs matplotlib.
+        """Draw the expected bytes of each step of the program to an image file. Needs matplotlib.
 
-        Raises `ValueError` for a graph that went to stock Inductor, since there is no program of ours, and for what was
-        measured of another program.
+        Parameters
+        ----------
+        path
+            The image file.
+        measured
+            Measured bytes to draw too: the result of `mom_compile.measured_steps`, or a number for each step.
+
+        Raises
+        ------
+        ValueError
+            For a graph that went to stock Inductor, and for measurements of another program.
         """
         if self.memory is None or not self.memory.moments:
             raise ValueError(f"nothing to draw: {self.fallback or 'the graph has no program'}")
         draw_timeline(self.memory, Path(path), measured)
 
     def table(self) -> ReportTable:
-        """The same as `str(report)` as data."""
+        """Return the content of `str(report)` as data."""
         return report_table(self)
 
     def __rich__(self) -> Any:
@@ -99,7 +97,7 @@ class Report(Record):
         return html_of_table(self)
 
     def code(self) -> str:
-        """The rewritten graph as readable Python, bodies included."""
+        """Return the rewritten graph as readable Python, with the bodies of loops."""
         if self.graph is None:
             return "# compiled by an earlier process: explain() shows the code" if self.from_cache else ""
         parts = [self.graph.print_readable(print_output=False)]
@@ -108,8 +106,24 @@ class Report(Record):
         return "\n\n".join(parts)
 
     def details(self) -> str:
-        """Every stage with its operators and values at full length, and every operator and value that was left out."""
+        """Return every stage with its operators and values at full length, and every operator and value left out."""
         return "\n".join(details(self))
 
     def __str__(self) -> str:
         return "\n".join(summary(self))
+
+
+def _of_program(program: Rewritten, facts: Facts, by_layers: bool) -> dict[str, Any]:
+    """Return the attributes of a report that a program says."""
+    found = program.memory
+    moments = [moment for moment in found.moments if isinstance(moment.step, LoopStep)]
+    return {
+        "graph": program.gm,
+        "memory": found,
+        "no_loops": program.no_loops,
+        "weights": program.weights,
+        "stages": tuple(stage_report(moment, found) for moment in moments),
+        "tokens": found.tokens,
+        "peak": shares(program, facts.keys_and_values),
+        "layer_pieces": sum(isinstance(step, Compute) for step in program.plan.steps) if by_layers else 0,
+    }

@@ -1,160 +1,100 @@
-"""What was done to a graph and what was not, and why."""
+"""What is reported on a graph: what was done, what was not, and why."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from mom_compile.report.facts import Facts
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
 from mom_compile.torch_compat import GraphCount
 from mom_passes.program.memory import Memory
-from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
 from mom_passes.program.traffic import WeightTraffic
 
-#: What a graph is for. One that attends to nothing has no name: what lies between two breaks, say.
-PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
-
 
 @dataclass(frozen=True)
-class KVReport:
-    """Keys or values of one layer that leave for the host: all rows or, with a past, only the new ones.
+class Record(Facts):
+    """What is reported on one captured graph: the facts, and more. Nothing is decided by it.
 
-    `bytes_per_token` is what each token of it takes on the host instead of on the device.
-    """
-
-    name: str
-    layer: int
-    bytes_per_token: int
-    has_past: bool
-
-
-@dataclass(frozen=True)
-class PassReport:
-    name: str
-    seconds: float
-    change: str
-
-
-#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
-HEADROOM = 2
-
-
-@dataclass(frozen=True)
-class ForLong:
-    """What "auto" asks of a device once: whether it has `needed` bytes, so that all keys and values may stay for long.
-    `budget` is what it had for everything, its `weights` included."""
-
-    needed: int
-    weights: int
-    budget: int
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.budget
-
-    def __str__(self) -> str:
-        return f"weights and {HEADROOM} times the present cache take {self.needed} bytes, {self.budget} may be used"
-
-
-@dataclass
-class Record:
-    """What is known of one captured graph.
-
-    kind           "prefill", "decode step" (one token of each sequence), "scoring" (logits of all tokens, no cache), or
-                   "graph" for what attends to nothing
     fallback       why the graph went to stock Inductor unchanged, or None
-    failed         whether that reason was a failure of ours rather than a decision
+    failed         whether that reason was a failure rather than a decision
     stages         the loops, in the order they run
-    left_out       operator -> why it runs on the full sequence
-    no_loops       why nothing runs over mini-sequences although the graph is ours, or None
-    refused        why a `memory_budget` that was asked for cannot be kept, where `explain` has found that; else empty
-    rows           why mini-sequences have the rows that they have, where a rule says it for a GPU; else empty
+    no_loops       why a rewritten graph has no loops over mini-sequences, or None
+    refused        why the user's `memory_budget` cannot be kept, if `explain` has found that; else empty
+    rows           why mini-sequences have their rows, if the rule for GPUs decided them; else empty
     tokens         how many tokens the longest loop had when it was captured
-    peak_without_loops  what `expected_peak_bytes` would be if the captured operators ran one by one on all tokens, by
-                   the same memory model; None where it does not say (experts) or nobody asked (`explain` does)
+    peak_without_loops  `expected_peak_bytes` by the same memory model if the captured operators ran one by one on all
+                   tokens; None where the model cannot say (experts) and where `explain` did not ask
     peak           what the expected peak is made of, the largest first
-    keys_and_values  names of all values that attentions read as such
-    growing        positions of outputs that a cache keeps, with the dimension in which the next call finds them longer
     memory         what the program needs, step by step, as expressions in the sizes of the graph
-    on_host        keys and values that leave for the host
     weights        what arrives of weights that are kept on the host, or None
-    for_long       whether all keys and values of a decode step may stay, where "auto" had to ask
-    on_device      keys and values that stay on the device, by name, with the reason
-    own_rows       outputs, windows of a cache say, whose rows were copied out of a larger value that then goes
+    compiled_pieces  the loop bodies and straight pieces that were compiled for this graph
+    bodies_shared  how many pieces it shares with other graphs
     eager_pieces   pieces that Inductor could not compile and that run eagerly, with its error
-    work           multiply-adds of all matrix products and attentions, at the captured sizes
-    work_outside   those of them that run on the full sequence, by operator as in `left_out`
-    layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: it stayed whole
+    layer_pieces   into how many pieces a graph without loops was cut, so that its layers share them; 0: not cut
     from_cache     whether this process read it from the compile cache: no pass has run, and there is no code to show
     graphs         which of the graphs that Dynamo makes of its code this is, and how many there may be; None where
                    Dynamo did not compile it (`explain`)
-    limit_hit      whether Dynamo has since given a call of this code up to eager mode, because it has made its most
-    compiled_pieces  the loop bodies and straight pieces that were compiled for this graph; the others were shared
+    exceeded       filled when Dynamo runs a call of this code in eager mode, because it has reached its limit
     """
 
     nodes: int = 0
-    kind: str = GRAPH
     fallback: str | None = None
     failed: bool = False
-    token_dimension: str = ""
-    stages: list[StageReport] = field(default_factory=list)
-    passes: list[PassReport] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    stages: tuple[StageReport, ...] = ()
     no_loops: str | None = None
     refused: str = ""
     rows: str = ""
     tokens: int = 0
     peak_without_loops: int | None = None
     peak: tuple[Share, ...] = ()
-    keys_and_values: frozenset[str] = frozenset()
-    growing: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
-    on_host: list[KVReport] = field(default_factory=list)
     weights: WeightTraffic | None = None
-    for_long: ForLong | None = None
-    on_device: dict[str, str] = field(default_factory=dict)
-    own_rows: list[OwnRows] = field(default_factory=list)
-    eager_pieces: dict[str, str] = field(default_factory=dict)
-    compiled_pieces: list[str] = field(default_factory=list)
-    work: int = 0
-    work_outside: dict[str, int] = field(default_factory=dict)
+    compiled_pieces: Sequence[str] = ()
     bodies_shared: int = 0
-    layer_pieces: int = 0
     compile_seconds: float = 0.0
+    eager_pieces: Mapping[str, str] = field(default_factory=dict)
+    layer_pieces: int = 0
     from_cache: bool = False
     graphs: GraphCount | None = None
-    limit_hit: bool = False
+    exceeded: list[GraphCount] = field(default_factory=list, repr=False)
     graph: fx.GraphModule | None = None
 
     @property
+    def limit_hit(self) -> bool:
+        """Whether Dynamo has run a call of this code in eager mode since."""
+        return bool(self.exceeded)
+
+    @property
     def floor_bytes(self) -> int:
-        """The least a run needs, at the captured sizes: the full-length values of the stage that has most of them."""
+        """Lower bound on a run's bytes, at the captured sizes: the most full-length values of a stage."""
         return max((sum(value.bytes for value in stage.live) for stage in self.stages), default=0)
 
     @property
     def iteration_bytes(self) -> int:
-        """What one mini-sequence is expected to hold beside full-length values, at the captured sizes."""
+        """Expected bytes of one mini-sequence besides full-length values, at the captured sizes."""
         return max((stage.iteration_bytes for stage in self.stages), default=0)
 
     @property
     def straight_bytes(self) -> int:
-        """The most that is alive between loops, at the captured sizes."""
+        """Most bytes that are alive between loops, at the captured sizes."""
         return self.memory.most(Compute, Call, Transfer) if self.memory is not None else 0
 
     @property
     def expected_peak_bytes(self) -> int:
-        """What a run is expected to take above its inputs, at the captured sizes: in a loop or between two.
+        """Expected bytes of a run above its inputs, at the captured sizes.
 
-        An estimate: kernels need memory of their own beside it, and Inductor may get by with less.
+        An estimate: kernels need further memory of their own, and Inductor may need less.
         """
         return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
 
     def exposed_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """How long a run waits for weights on a link and a device of so much, at the captured sizes: what of their
-        copies is not hidden behind the compute before it. 0 where none is on the host."""
+        """Return how many seconds a run waits for weights, at the captured sizes: the part of their copies that the
+        computation before them does not hide. 0 if no weights are on the host."""
         arrivals = self.weights.arrivals if self.weights is not None else ()
         return sum(arrival.exposed(bytes_per_second, flops_per_second) for arrival in arrivals)
 
@@ -169,7 +109,7 @@ class Record:
 
 
 def limit_in_words(record: Record) -> str | None:
-    """What Dynamo's limit on the number of graphs means for calls to come; None as long as there may be more graphs."""
+    """Return what Dynamo's limit on the number of graphs means for further calls; None if it is not reached."""
     graphs = record.graphs
     if graphs is None or not (record.limit_hit or graphs.number >= graphs.most):
         return None
@@ -179,18 +119,18 @@ def limit_in_words(record: Record) -> str | None:
 
 
 def host_share(record: Record) -> tuple[int, int] | None:
-    """Of how many layers keys and values leave for the host, and their bytes per token; None where none does."""
+    """Return how many layers' keys and values leave for the host, and their bytes per token; None if none do."""
     if not record.on_host or record.fallback is not None:
         return None
     return len({value.layer for value in record.on_host}), sum(value.bytes_per_token for value in record.on_host)
 
 
 def own_share(record: Record) -> tuple[int, int]:
-    """Bytes of the rows that are copied out of larger values, and of these values."""
+    """Return the bytes of the rows that are copied out of larger values, and those of these values."""
     return sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
 
 
 def moved_rows(record: Record) -> str:
-    """What leaves for the host, in words."""
+    """Return what leaves for the host, in words."""
     rows = "new rows" if all(value.has_past for value in record.on_host) else "rows"
     return f"{rows} of {len(record.on_host)} keys and values"

@@ -33,12 +33,9 @@ def graph(shape: str = "llama", tokens: int = 147_456, sequences: int = 1, **inp
 
 
 def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:
-    report = Report()
     parsed = parse_options({"kv_offload": False, **options})
     with pretended(gpu):
-        found = rewrite(captured.gm, parsed, report, static_input_names(captured.gm, captured.more))
-    report.describe(found)
-    return report
+        return rewrite(captured.gm, parsed, static_input_names(captured.gm, captured.more)).report()
 
 
 def rows_of(report: Report) -> list[int]:
