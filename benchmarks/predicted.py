@@ -16,8 +16,8 @@ import mom_compile
 from benchmarks import measure, physical, suite, suite_page
 from benchmarks.methods import Setup
 from benchmarks.models import SHAPES
+from mom_compile.memory.device import REACHED, Layer, rows_for
 from mom_compile.memory.devices import DEVICES
-from mom_compile.memory.rows import REACHED, Layer, rows_for
 from mom_compile.runtime.attention.cudnn import BLOCK
 
 Row = dict[str, Any]

@@ -78,7 +78,7 @@ without merging the two parts, so *mom of eager* is the best possible:
 
 _DECODE = """
 A decode step after such a prefill reads all weights and all keys and values once, in the time *memory*; the host
-launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/rows.py`, an estimate, too); keys and values
+launches 32 layers in *launches* (`STEP_SECONDS` of `mom_compile/memory/device.py`, an estimate, too); keys and values
 on the host are copied over the link. At best these overlap; *in sequence* is their sum, the time of a step if nothing
 overlaps. The target at 16,384 tokens is 10 ms. *All bytes* is the device memory at the prefill's peak, weights
 included: the paper's 465,920 tokens and a million have to stay below 80 GiB. On the command line: `mom-compile plan

@@ -16,7 +16,6 @@ import torch
 from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mom_compile import pipeline
 from mom_compile.backend import static_input_names
 from mom_compile.capture import capture
 from mom_compile.config import parse_options
@@ -24,13 +23,18 @@ from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate
-from mom_compile.memory.place import KVPlace
-from mom_compile.report import Report
+from mom_compile.memory.decide import Decision
+from mom_compile.pipeline import run_pipeline
+from mom_compile.pipeline.form import State
+from mom_compile.pipeline.moves import Moves
+from mom_compile.pipeline.to_loops import Looped, Tokens
+from mom_compile.report.facts import PieceLog
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.torch_compat.inductor import mark_boxed
-from mom_passes.graph.edit import copy_graph
+from mom_passes.loops.demands import DemandGraph
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT
+from mom_passes.loops.stages import Stages
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.program.program import LoopStep
 from mom_passes.program.rewritten import Rewritten
@@ -75,16 +79,19 @@ class Follower:
         self.say("1 capture", [f"{len(gm.graph.nodes)} nodes", _shown(node), *readers])
         options, static = parse_options({"mini_seq_len": 64}), static_input_names(gm, kwargs)
         contract = Contract.of(gm)
-        state = pipeline.State(copy_graph(gm), static, options.limit("cpu"), Report(), contract=contract)
-        for step in (*pipeline.TO_LOOPS, *pipeline.BETWEEN_LOOPS, *pipeline.STORAGE):
-            step(state)
-            verify(state.gm, contract, level=2)
-            tell = getattr(self, f"after_{step.__name__}", None)
+
+        def watch(step: str, found: Any) -> None:
+            graph = getattr(found, "gm", None)
+            if graph is not None:
+                verify(graph, contract, level=2)
+            tell = getattr(self, f"after_{step}", None)
             if tell is not None:
-                tell(state)
-        rewritten = Rewritten.of(state.gm)
-        self.plan(rewritten)
-        self.kernel(rewritten, static)
+                tell(found)
+
+        made = run_pipeline(gm, static_inputs=static, limit=options.limit("cpu"), watch=watch)
+        assert made.program is not None
+        self.plan(made.program)
+        self.kernel(made.program, static)
 
         def run(inputs: list[Any]) -> Any:
             values = list(inputs)
@@ -93,18 +100,17 @@ class Follower:
 
         return mark_boxed(run)
 
-    def after_canonical_attention(self, state: pipeline.State) -> None:
+    def after_canonical_attention(self, state: State) -> None:
         found = [n for n in state.gm.graph.nodes if n.target is MOM_ATTENTION]
         self.say("2 one attention", [_shown(n) for n in found])
 
-    def after_find_tokens(self, state: pipeline.State) -> None:
-        assert state.dims is not None
-        node = activation(state.gm.graph)
-        carrier = state.dims.carriers[node]
+    def after_find_tokens(self, tokens: Tokens) -> None:
+        node = activation(tokens.gm.graph)
+        carrier = tokens.dims.carriers[node]
         claim = claim_for(node, carrier.dim)
         needs = [f"{n.name}: {need}" for n, need in zip(node.all_input_nodes, claim.needs, strict=True)]
-        attention = next(n for n in state.gm.graph.nodes if n.target is MOM_ATTENTION)
-        wanted = claim_for(attention, state.dims.carriers[attention].dim).needs
+        attention = next(n for n in tokens.gm.graph.nodes if n.target is MOM_ATTENTION)
+        wanted = claim_for(attention, tokens.dims.carriers[attention].dim).needs
         query, key, value = attention.all_input_nodes[:3]
         self.say(
             "3 token dimension",
@@ -115,21 +121,19 @@ class Follower:
             ],
         )
 
-    def after_follow_demands(self, state: pipeline.State) -> None:
-        assert state.demands is not None
-        node = activation(state.gm.graph)
-        asked = [i for i in state.demands.kinds if i.node is node]
-        self.say("4 demands", [f"{i}: {state.demands.kinds[i].value}" for i in asked])
+    def after_follow_demands(self, demands: DemandGraph) -> None:
+        node = activation(next(iter(demands.kinds)).node.graph)
+        asked = [i for i in demands.kinds if i.node is node]
+        self.say("4 demands", [f"{i}: {demands.kinds[i].value}" for i in asked])
 
-    def after_cut_stages(self, state: pipeline.State) -> None:
-        assert state.stages is not None
+    def after_cut_stages(self, stages: Stages) -> None:
         lines = [
-            f"stage {plan.index} stores {', '.join(str(i) for i in plan.stored)}" for plan in state.stages.plans
+            f"stage {plan.index} stores {', '.join(str(i) for i in plan.stored)}" for plan in stages.plans
         ]
         self.say("5 stages", lines)
 
-    def after_loops_over_mini_sequences(self, state: pipeline.State) -> None:
-        node, loop = _loop_of(state.gm)
+    def after_loops_over_mini_sequences(self, looped: Looped) -> None:
+        node, loop = _loop_of(looped.gm)
         inner = activation_in(loop)
         ports = [type(port).__name__ for port in loop.inputs]
         inputs = ", ".join(f"{ports.count(kind)} {kind}" for kind in dict.fromkeys(ports))
@@ -142,10 +146,10 @@ class Follower:
             ],
         )
 
-    def after_residual_in_place(self, state: pipeline.State) -> None:
+    def after_residual_in_place(self, moves: Moves) -> None:
         lines = [
             f"{node.target}: {output.name} over {module.loop.bind(node)[output.over].name}"
-            for node, module in loop_nodes(state.gm)
+            for node, module in loop_nodes(moves.gm)
             for output in module.loop.stored
             if output.over is not None
         ]
@@ -167,9 +171,9 @@ class Follower:
 
     def kernel(self, rewritten: Rewritten, static: set[str]) -> None:
         cache = PieceCache()
-        place = KVPlace(torch.device("cpu"), Placement())
+        place = Decision(rewritten, torch.device("cpu"), Placement())
         program = Lowering(
-            rewritten, static_inputs=static, patches={}, cache=cache, report=Report(), kv=place
+            rewritten, static_inputs=static, patches={}, cache=cache, report=PieceLog(), kv=place
         ).program()
         name = str(_loop_of(rewritten.gm)[0].target)
         loop = next(step.run for step in program.steps if step.name == name)

@@ -8,7 +8,7 @@
 from mom_compile.backend import reports
 from mom_compile.compile import compile
 from mom_compile.explain import Explanation, explain
-from mom_compile.memory.refusal import MemoryBudgetError
+from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import MomWarning
 from mom_compile.planning import DecodeEstimate, Estimate, Plan, PlanError, plan
 from mom_compile.report import Report

@@ -1,9 +1,9 @@
 """The `torch.compile` entry: `model.compile(backend="mom")`.
 
-    Dynamo graph -> Inductor's front half -> our passes -> loops and straight pieces through Inductor -> a program
+    Dynamo graph -> capture (Inductor's front half) -> rewrite (passes) -> decide -> lower (Inductor) -> program
 
-Whatever we cannot or need not improve goes to stock Inductor, with the reason in the report: as it is, or with copies
-of the rows that leave it where they would hold a larger value.
+A graph that cannot or need not be improved goes to stock Inductor, with the reason in the report. It is unchanged, or
+copies the rows that it returns where these would keep a larger value alive.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,32 +21,27 @@ import mom_compile.runtime.attention.register
 import mom_compile.runtime.scored  # noqa: F401  registers its kernel
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.capture import capture
-from mom_compile.compiled import NOTICES, PIECES, CompiledGraph, Notice, forget_compiled, keep
+from mom_compile.compiled import NOTICES, PIECES, THE_GRAPH, CompiledGraph, Needs, Notice, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
-from mom_compile.memory.policy import check_weights, fits_for_long, kv_place, offloads, rule_for, with_chosen_rows
-from mom_compile.memory.refusal import MemoryBudgetError
-from mom_compile.notices import forget, warn_of_eager, warn_of_freezing, warn_of_hooks, warn_of_versions
-from mom_compile.pipeline import NotWorthwhile, for_stock, run_pipeline
+from mom_compile.memory.decide import Decision, ForLong, check_weights, decide, fits_for_long, offloads
+from mom_compile.memory.refuse import MemoryBudgetError
+from mom_compile.notices import forget, warn_of_freezing, warn_of_hooks, warn_of_versions
+from mom_compile.pipeline import Pipeline, WithLoops, for_stock
 from mom_compile.progress import compiling
 from mom_compile.report import Report
-from mom_compile.report.reasons import Reason
+from mom_compile.report.facts import NOTHING_FOUND, Facts, PieceLog
 from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
+from mom_compile.skip import why_stock
 from mom_compile.torch_compat.aot_autograd import InnerCompile
 from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 from mom_compile.torch_compat.dynamo import is_cut_apart
 from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
-from mom_passes.attention.flex import is_read_by_flex_alone
-from mom_passes.graph.data_dependent import origin_of_unknown_number
-from mom_passes.graph.edit import attribute, compute_device, copy_graph
+from mom_compile.torch_compat.recompiles import graph_count
+from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.repeated_layers import calls_nested_regions, inline_nested_regions
-from mom_passes.graph.values import tensors_of
-from mom_passes.loops.loop import RowLimit
-from mom_passes.program.rewritten import Rewritten
-from mom_passes.rules.work import products
-from mom_passes.source_lines import with_source_line
 from mom_passes.torch_compat import FLEX_ATTENTION
 
 log = logging.getLogger(__name__)
@@ -105,7 +101,7 @@ def _operators(gm: fx.GraphModule) -> int:
 
 
 def _reset() -> None:
-    """Forget compiled pieces, reports and what was warned of; `torch._dynamo.reset()` calls it."""
+    """Forget compiled pieces, reports and warnings; `torch._dynamo.reset()` calls it."""
     forget()
     forget_compiled()
 
@@ -132,38 +128,56 @@ def compile_graph(
     stock: InnerCompile = stock_inner_compile,
     **kwargs: Any,
 ) -> CompiledGraph:
-    """Inductor's `inner_compile` hook: an ATen graph to a boxed callable, ours or stock Inductor's."""
+    """Compile an ATen graph to a boxed callable, as Inductor's `inner_compile` hook."""
     if options.scope != "none" and kwargs.get("is_inference") and calls_nested_regions(gm):
         gm = copy_graph(gm)
         inline_nested_regions(gm)
-    report = Report(nodes=len(gm.graph.nodes))
-    report.fallback = not_ours = why_stock(gm, options, kwargs)
-    notice = Notice(report, options, not_ours, any(map(_attends, gm.graph.nodes)), compute_device(gm))
-    keep(notice)
-    program = None
+    nodes, attends, device = len(gm.graph.nodes), any(map(_attends, gm.graph.nodes)), compute_device(gm)
+    not_ours, pieces = why_stock(gm, options, kwargs), PieceLog()
+    found, program = Rewriting(NOTHING_FOUND, no_loops=not_ours), None
     if not_ours is None:
-        try:
-            try:
-                program = build_program(gm, example_inputs, options, report, kwargs)
-            except NotWorthwhile as decision:
-                program = build_layers(decision.rewritten, options, report, static_input_names(gm, kwargs), kwargs)
-                if program is None:
-                    report.fallback = decision.reason
-                    gm = for_stock(gm, report=report)
-        except MemoryBudgetError:
-            raise  # the user's own: stock Inductor would keep the budget no better
-        except Exception as error:
-            if options.strict:
-                raise
-            report.failed = True
-            report.fallback = f"{type(error).__name__}: {error}"
-            log.debug("our passes failed", exc_info=True)
-    notice.warn()
+        found, program = make(gm, options, pieces, kwargs)
+    gm = found.for_stock or gm
+    run: Callable[[list[Any]], Any]
     if program is not None:
-        return CompiledGraph(program, notice)
-    if options.scope == "none" or not kwargs.get("is_inference"):
-        return CompiledGraph(stock(gm, example_inputs, **kwargs), notice)
-    return CompiledGraph(stock_or_eager(gm, example_inputs, report, functools.partial(stock, **kwargs)), notice)
+        run = program
+    elif options.scope == "none" or not kwargs.get("is_inference"):
+        run = stock(gm, example_inputs, **kwargs)
+    else:
+        run = stock_or_eager(gm, example_inputs, pieces, functools.partial(stock, **kwargs))
+    report = found.report(nodes=nodes, graphs=graph_count()).with_pieces(pieces)
+    notice = Notice(report, options, not_ours, attends, device)
+    keep(notice)
+    notice.warn()
+    storable = not found.failed and not pieces.eager_pieces
+    return CompiledGraph(run, notice, Needs(found.facts.growing, found.for_long, storable))
+
+
+def make(
+    gm: fx.GraphModule, options: Options, pieces: PieceLog, kwargs: Mapping[str, Any]
+) -> tuple[Rewriting, Program | None]:
+    """Rewrite a graph, decide and lower. A failure leaves it to stock Inductor, unless `options.strict`.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the user's budget cannot be kept: stock Inductor would keep it no better.
+    """
+    found, static = Rewriting(NOTHING_FOUND), static_input_names(gm, kwargs)
+    try:
+        check_weights(gm, options, static)
+        found = rewrite(gm, options, static)
+        # Inductor's CUDA graphs record a graph as a whole.
+        if found.decision is None or (found.by_layers and kwargs.get("cudagraphs")):
+            return found.left_to_stock(gm), None
+        return found, lower(found.decision, options, static, pieces)
+    except MemoryBudgetError:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise
+        log.debug("our passes failed", exc_info=True)
+        return replace(found, decision=None, no_loops=f"{type(error).__name__}: {error}", failed=True), None
 
 
 def _attends(node: fx.Node) -> bool:
@@ -171,9 +185,9 @@ def _attends(node: fx.Node) -> bool:
 
 
 def stock_or_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], report: Report, stock: Callable[..., Any]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], pieces: PieceLog, stock: Callable[..., Any]
 ) -> Callable[[list[Any]], Any]:
-    """Stock Inductor. What it cannot compile runs as it was captured, like a piece of ours, with the reason.
+    """Compile a graph with stock Inductor. A graph that it cannot compile runs as captured, like one of our pieces.
 
     On a CPU, Inductor 2.11 writes C++ that does not compile for the decode steps of Llama, Gemma 3 and GPT-2.
     """
@@ -182,9 +196,7 @@ def stock_or_eager(
         return stock(gm, example_inputs)  # type: ignore[no-any-return]
     except Exception as error:
         log.debug("stock Inductor could not compile a graph", exc_info=True)
-        reason = first_line(error)
-    report.eager_pieces["the graph"] = reason
-    warn_of_eager("a graph", reason)
+        pieces.eager_pieces[THE_GRAPH] = first_line(error)
 
     def run(inputs: list[Any]) -> Any:
         return run_eagerly(original, inputs)
@@ -192,127 +204,93 @@ def stock_or_eager(
     return mark_boxed(run)
 
 
-def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:
-    """Why a graph is not for us, or None."""
-    if options.scope == "none":
-        return Reason.ASKED_FOR
-    if not kwargs.get("is_inference"):
-        return Reason.NEEDS_GRADIENTS
-    if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
-        return Reason.AHEAD_OF_TIME
-    return _unsupported(gm)
+@dataclass(frozen=True, eq=False)
+class Rewriting:
+    """What the passes made of a graph, and what is decided of it.
 
-
-def _unsupported(gm: fx.GraphModule) -> str | None:
-    """What in a graph is not for us, by name, or None."""
-    devices: dict[torch.device, None] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module" or (
-            node.op == "get_attr"
-            and isinstance(attribute(gm, str(node.target)), torch.nn.Module)
-            and not is_read_by_flex_alone(gm, node)
-        ):
-            users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
-            return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
-        devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
-    unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
-    if unknown is not None:
-        return with_source_line(_depends_on_data(unknown), unknown)
-    if torch.device("meta") in devices:
-        return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
-    accelerators = sorted(str(device) for device in devices if device.type != "cpu")
-    if len(accelerators) > 1:
-        return f"the graph computes on several accelerators: {', '.join(accelerators)}"
-    return None
-
-
-def _depends_on_data(node: fx.Node) -> str:
-    """Name a number that matrix products depend on and that is unknown at capture, and say what to do."""
-    if node.op == "placeholder":
-        return f"a size of {node.name} is marked as unbacked; mark it with torch._dynamo.mark_dynamic in place of that"
-    if node.target is torch.ops.aten._local_scalar_dense.default:
-        return (
-            f"{node.name} reads a number off a tensor (.item()), and matrix products depend on it; read it outside of "
-            "the compiled function and pass it, compute with the tensor in place of the number, or set "
-            "torch._dynamo.config.capture_scalar_outputs = False, which breaks the graph there"
-        )
-    return (
-        f"{node.name} ({node.target}) makes sizes depend on data, and matrix products depend on these; call it outside "
-        "of the compiled function"
-    )
-
-
-def build_program(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, kwargs: Mapping[str, Any]
-) -> Program:
-    """Passes and lowering. Raises `NotWorthwhile` where the graph is as good as it gets, `MemoryBudgetError`."""
-    static = static_input_names(gm, kwargs)
-    check_weights(gm, options, static)
-    rewritten = rewrite(gm, options, report, static)
-    return _lowered(rewritten, options, report, static)
-
-
-def build_layers(
-    rewritten: Rewritten | None, options: Options, report: Report, static: Collection[str], kwargs: Mapping[str, Any]
-) -> Program | None:
-    """A graph without loops whose layers share their pieces; None where stock Inductor compiles it as a whole.
-
-    CUDA graphs record a graph as a whole.
+    Parameters
+    ----------
+    facts
+        What the passes found.
+    decision
+        The decision on the program; None: stock Inductor compiles the graph.
+    no_loops, by_layers, failed
+        Why there are no loops, or None; whether the program is only cut between layers; whether the passes failed.
+    for_long
+        Whether all keys and values of a graph without loops stay on the device, where "auto" had to ask.
+    why_rows
+        Why mini-sequences have their rows.
+    for_stock
+        What stock Inductor compiles, if it is not the captured graph.
     """
-    if rewritten is None or kwargs.get("cudagraphs"):
-        report.own_rows = []  # `for_stock` makes its own
-        return None
-    program = _lowered(rewritten, options, report, static)
-    report.describe_layers(rewritten)
-    return program
+
+    facts: Facts
+    decision: Decision | None = None
+    no_loops: str | None = None
+    by_layers: bool = False
+    failed: bool = False
+    for_long: ForLong | None = None
+    why_rows: str = ""
+    for_stock: fx.GraphModule | None = None
+
+    def left_to_stock(self, gm: fx.GraphModule) -> Rewriting:
+        """Return the same for a captured graph that stock Inductor compiles, with copies of rows that it returns."""
+        whole, own = for_stock(gm)
+        return replace(self, decision=None, facts=replace(self.facts, own_rows=own), for_stock=whole)
+
+    def report(self, **known: Any) -> Report:
+        """Return the report on the graph; `known` are further attributes, see `Record`."""
+        if self.decision is None:
+            return Report.of(self.facts, fallback=self.no_loops, failed=self.failed, **known)
+        return Report.of(self.facts, self.decision.program, by_layers=self.by_layers, rows=self.why_rows, **known)
 
 
-def _lowered(rewritten: Rewritten, options: Options, report: Report, static: Collection[str]) -> Program:
-    kv = kv_place(rewritten, options, static, rule_for(rewritten, options, static))
-    program = Lowering(
-        rewritten,
-        static_inputs=static,
-        patches=options.inductor,
-        cache=PIECES,
-        report=report,
-        kv=kv,
-        strict=options.strict,
-    ).program()
-    if options.strict and report.eager_pieces:
-        raise NotCompiled({report.located(name): reason for name, reason in report.eager_pieces.items()})
-    return program
-
-
-def rewrite(gm: fx.GraphModule, options: Options, report: Report, static: Collection[str]) -> Rewritten:
-    """The passes as the options want them; `static` names the parameters and buffers. Raises `NotWorthwhile`."""
+def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Rewriting:
+    """Run the passes once and decide; `static` names the parameters and buffers."""
     device = compute_device(gm)
-    passes = functools.partial(
-        run_pipeline,
+    passes = Pipeline(
         gm,
         static_inputs=static,
-        report=report,
+        limit=options.limit(device.type),
         scope=options.scope,
         kv_on_host=offloads(options, device),
     )
-    rewritten = passes(limit=options.limit(device.type))
-    whole = None
-    if rewritten.no_loops is None and options.mini_seq_len == "auto":
-        rewritten, report.rows, whole = with_chosen_rows(rewritten, options, static)
-    if whole is not None:
-        report.passes.clear()
-        rewritten = passes(limit=RowLimit(whole))
-    report.for_long = fits_for_long(rewritten, options, static)
-    if report.for_long is not None and report.for_long.fits:
-        try:
-            rewritten = passes(limit=options.limit(device.type), kv_on_host=False)
-        finally:  # it raises `NotWorthwhile`
-            report.describe_staying(str(report.for_long))
-    report.describe(rewritten)
-    return rewritten
+    found, why_rows = passes.found, ""
+    if isinstance(found, WithLoops):
+        program, facts = passes.finish_loops(found)
+        decision = decide(program, options, static, device)
+        why_rows = decision.why
+        if decision.whole is None:
+            return Rewriting(facts, decision, why_rows=why_rows)
+        found = passes.without_loops(found, decision.whole)
+    for_long = fits_for_long(found.gm, passes.kv, options, static)
+    made = passes.finish(found, str(for_long) if for_long is not None and for_long.fits else "")
+    last = None if made.program is None else decide(made.program, options, static, device)
+    return Rewriting(
+        made.facts, last, made.no_loops, made.by_layers, for_long=for_long, why_rows=why_rows
+    )
+
+
+def lower(decision: Decision, options: Options, static: Collection[str], pieces: PieceLog) -> Program:
+    """Compile a program. Raises `MemoryBudgetError` if a run of the captured sizes cannot keep the user's budget."""
+    if decision.refusal:
+        raise MemoryBudgetError(decision.refusal)
+    program = Lowering(
+        decision.program,
+        static_inputs=static,
+        patches=options.inductor,
+        cache=PIECES,
+        report=pieces,
+        kv=decision,
+        strict=options.strict,
+    ).program()
+    if options.strict and pieces.eager_pieces:
+        raise NotCompiled({pieces.located(name): reason for name, reason in pieces.eager_pieces.items()})
+    return program
 
 
 def static_input_names(gm: fx.GraphModule, kwargs: Mapping[str, Any]) -> set[str]:
-    """Placeholders that hold parameters and buffers."""
+    """Return the names of the placeholders that hold parameters and buffers."""
     indices: Collection[int] = kwargs.get("static_input_idxs", ())
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     return {placeholders[i].name for i in indices if i < len(placeholders)}

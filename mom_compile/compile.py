@@ -5,7 +5,7 @@ graph runs in eager mode. All models of transformers share the code object of th
 or prompts of a few kinds, reach the limit soon.
 
 This function also needs fewer graphs. The first graph of a kind is for any number of tokens and of sequences. Dynamo
-alone takes both numbers for constants until a second call has others.
+alone takes both numbers for constants until a call has other numbers.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def compile(
 def _prepare(
     model: Callable[..., Any], any_lengths: bool, named: MutableMapping[str, Any], unnamed: Sequence[Any]
 ) -> None:
-    """Make calls alike that mean the same, before Dynamo looks for a graph of a call."""
+    """Make equivalent calls identical before Dynamo looks for the graph of a call."""
     _leave_out_default(model, named)
     if any_lengths:
         _expect_other_lengths(named, unnamed)
 
 
 def _leave_out_default(model: Callable[..., Any], named: MutableMapping[str, Any]) -> None:
-    """Remove a `return_dict` that a model of transformers would assume without it.
+    """Remove a `return_dict` that equals the default of a model of transformers.
 
     Dynamo guards on the names of a call's arguments. `generate` passes `return_dict=True`, but not where it verifies
     drafted tokens.
@@ -115,7 +115,7 @@ def _leave_out_default(model: Callable[..., Any], named: MutableMapping[str, Any
 
 @functools.cache
 def _asks_its_config(forward: Callable[..., Any]) -> bool:
-    """Whether `forward` has no default of its own for `return_dict`, other than None."""
+    """Return whether `forward` has no default for `return_dict` other than None."""
     parameter = inspect.signature(forward).parameters.get("return_dict")
     return parameter is None or parameter.default is None
 

@@ -1,8 +1,8 @@
-"""A graph compiled by us: what runs, the report on it, and how both are stored for another process.
+"""A compiled graph: what runs, the report on it, and how both are stored for another process.
 
 compiled here          passes and lowering made the program, or stock Inductor the code
-read from the cache    the program is linked with this process's pieces, which Inductor's cache has, and with what
-                       the device has free now; its report says what the process said that compiled it
+read from the cache    the program is linked with this process's pieces, which Inductor's cache has, and with the memory
+                       that the device has free now; its report says what the process that compiled it said
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
-from mom_compile.memory.device_bytes import budget_of
-from mom_compile.memory.policy import placement_of
+from mom_compile.memory.decide import ForLong, placement_of
+from mom_compile.memory.device import budget_of
 from mom_compile.notices import (
     warn_of_device_kv,
     warn_of_eager,
@@ -32,8 +32,8 @@ from mom_compile.notices import (
     warn_once,
 )
 from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.report.reasons import Reason
-from mom_compile.report.record import ForLong
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
 from mom_compile.runtime.program import Program, Step
@@ -44,15 +44,36 @@ from mom_compile.torch_compat.recompiles import GraphCount, graph_count, when_li
 
 log = logging.getLogger(__name__)
 
-
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
+
+#: The name in a report of a graph that stock Inductor could not compile.
+THE_GRAPH = "the graph"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a compiled graph needs to run and to be stored, besides its code.
+
+    Parameters
+    ----------
+    growing
+        Positions of the outputs that a cache keeps, with the dimension in which the next call finds them longer.
+    for_long
+        Whether all keys and values stay on the device, where "auto" had to ask.
+    storable
+        Whether nothing of it failed: a failure may be this process's own.
+    """
+
+    growing: tuple[tuple[int, int], ...]
+    for_long: ForLong | None
+    storable: bool
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What there is to say of a graph: `not_ours` is why it was none for us, `attends` whether it has attentions,
-    `device` where it computes."""
+    """The report on a graph, and what warnings depend on: `not_ours` is why the passes skipped the graph, `attends`
+    whether it has attentions, `device` where it computes."""
 
     report: Report
     options: Options
@@ -61,14 +82,13 @@ class Notice:
     device: torch.device
 
     def warn(self) -> None:
-        """Of failures of ours, and of requests that are not honoured. That a graph is as good as it gets is no such
-        thing."""
+        """Warn of failures and of options that are not honoured; not of a graph that gains nothing."""
         report, asked = self.report, self.options.kv_offload
         log.info("%s", report.headline)
         if report.failed:
             warn_once(f"failed: {report.fallback}", f"mom_compile falls back to stock Inductor: {report.fallback}")
         for name, reason in report.eager_pieces.items():
-            warn_of_eager(report.located(name), reason)
+            warn_of_eager("a graph" if name == THE_GRAPH else report.located(name), reason)
         if self.not_ours is Reason.NEEDS_GRADIENTS:
             warn_of_gradients()
         elif asked not in (False, "auto"):
@@ -77,18 +97,18 @@ class Notice:
                 warn_of_ignored_kv(asked, self.not_ours)
 
 
-#: Of the graphs compiled in this process, oldest first; at most `MOST_TOLD` are kept.
+#: Notices of the graphs compiled in this process, oldest first; at most `MOST_NOTICES` are kept.
 NOTICES: list[Notice] = []
-MOST_TOLD = 256
+MOST_NOTICES = 256
 
 
 def keep(notice: Notice) -> None:
-    """Add a graph's report to `NOTICES` while Dynamo compiles the graph."""
-    notice.report.graphs = graphs = graph_count()
+    """Add the notice on a graph to `NOTICES`."""
+    graphs = notice.report.graphs
     if graphs is not None and graphs.number == graphs.most > 1:
         warn_of_last_graph(graphs.code, graphs.limit, graphs.most)
     NOTICES.append(notice)
-    del NOTICES[:-MOST_TOLD]
+    del NOTICES[:-MOST_NOTICES]
 
 
 def _note_limit(count: GraphCount) -> None:
@@ -96,7 +116,7 @@ def _note_limit(count: GraphCount) -> None:
     reports = [notice.report for notice in list(NOTICES)]
     ours = [report for report in reports if report.graphs and report.graphs.code == count.code]
     for report in ours:
-        report.limit_hit = True
+        report.exceeded.append(count)
     if ours:
         warn_of_eager_calls(count.code, count.limit, count.most)
 
@@ -106,27 +126,29 @@ when_limit_exceeded(_note_limit)
 
 @dataclass(frozen=True)
 class _Stored:
-    """`code` is a program, or what stands for stock Inductor's code."""
+    """`code` is a program, or what is stored of stock Inductor's code."""
 
     code: Any
     notice: Notice
+    needs: Needs
 
 
 class CompiledGraph(Storable):
-    """`run` takes one list and may empty it: a program of ours, or what stock Inductor made.
+    """`run` takes one list and may empty it: a program, or what stock Inductor made.
 
-    It is stored at once, if at all, and holds no report: this has the whole graph, with all values and symbols.
+    The graph is stored at once, if at all. It does not keep its report alive, which has the whole graph with all values
+    and symbols.
     """
 
-    def __init__(self, run: Callable[[list[Any]], Any], notice: Notice) -> None:
+    def __init__(self, run: Callable[[list[Any]], Any], notice: Notice, needs: Needs) -> None:
         super().__init__()
-        self._begin(run, notice)
+        self._begin(run, notice, needs)
 
-    def _begin(self, run: Callable[[list[Any]], Any], notice: Notice) -> None:
-        self.run = run
+    def _begin(self, run: Callable[[list[Any]], Any], notice: Notice, needs: Needs) -> None:
+        self.run, self.needs = run, needs
         self.notice = weakref.ref(notice)
-        #: Without it, Dynamo captures a graph for the first step behind a prompt, and another for all others.
-        self.growing = notice.report.growing if sizes_become_dynamic() else ()
+        #: Otherwise Dynamo captures one graph for the first step after a prompt, and another for all others.
+        self.growing = needs.growing if sizes_become_dynamic() else ()
 
     def __call__(self, inputs: Any) -> Any:
         outputs = self.run(inputs)
@@ -135,42 +157,42 @@ class CompiledGraph(Storable):
         return outputs
 
     def stored(self) -> bytes:
-        """What failed is not kept: it may have been this process's own trouble."""
         notice = self.notice()
         if notice is None:
             raise NotStorable("its report is gone")
-        if notice.report.failed or notice.report.eager_pieces:
+        if not self.needs.storable:
             raise NotStorable("something of ours failed")
         # A copy, without what a program keeps once it has run.
         code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
-        return dumps(_Stored(code, replace(notice, report=notice.report.to_store())))
+        return dumps(_Stored(code, replace(notice, report=notice.report.to_store()), self.needs))
 
     def load(self, data: bytes, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> None:
         found: _Stored = loads(data)
-        notice, report = found.notice, found.notice.report
-        asked = report.for_long
+        notice, pieces, asked = found.notice, PieceLog(), found.needs.for_long
         if asked is not None and asked.fits != _with_current_budget(asked, notice).fits:
             raise NotStorable("the device has other room for keys and values than when this was compiled")
         if isinstance(found.code, Program):
-            run = _linked(found.code, notice.options, report, notice.device)
-            if report.eager_pieces and notice.options.strict:
+            run = _linked(found.code, notice.options, pieces, notice.device)
+            if pieces.eager_pieces and notice.options.strict:
                 raise NotStorable("Inductor cannot compile a piece of it any more")
         else:
             run = loaded_stock(found.code, example_inputs, settings)
-        self._begin(run, notice)
+        report = replace(notice.report.with_pieces(pieces), graphs=graph_count())
+        notice = replace(notice, report=report)
+        self._begin(run, notice, found.needs)
         keep(notice)
         notice.warn()
 
 
 def _with_current_budget(asked: ForLong, notice: Notice) -> ForLong:
-    """The same of this process's device."""
+    """Return the same question with the budget of this process."""
     return replace(asked, budget=budget_of(notice.options, notice.device, asked.weights))
 
 
-def _linked(program: Program, options: Options, report: Report, device: torch.device) -> Program:
-    """A program that was read, with compiled pieces and this process's budget."""
+def _linked(program: Program, options: Options, pieces: PieceLog, device: torch.device) -> Program:
+    """Return a program that was read, with compiled pieces and this process's budget."""
     settings = codegen_settings()
-    # Within a program one piece is one object, and one choice.
+    # Steps of a program share pieces and a choice.
     found: dict[int, Piece] = {}
     choices: dict[int, Choice] = {}
 
@@ -178,7 +200,7 @@ def _linked(program: Program, options: Options, report: Report, device: torch.de
         if not isinstance(read, Piece):
             return read
         if id(read) not in found:
-            found[id(read)] = PIECES.get(read, settings, report, name)
+            found[id(read)] = PIECES.get(read, settings, pieces, name)
         return found[id(read)]
 
     def choice(read: Choice, device: torch.device) -> Choice:

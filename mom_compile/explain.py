@@ -1,9 +1,9 @@
 """`explain(model, *args, **kwargs)`: what the backend would do, without compiling or computing anything.
 
-one graph       traced, rewritten, and then the call is given up: nothing of it has run
-several         the call goes on from break to break on stand-ins, which have no data
-a break asks    for a value (`.item()`, a branch on a tensor): the call is really made, and the explanation says so;
-                on the meta device, where that cannot be, it ends there and says so, too
+one graph       is traced and rewritten. Nothing of the call runs.
+several graphs  run on stand-ins without data, from graph break to graph break.
+a graph break   that needs a value (`.item()`, a branch on a tensor) makes the real call run, and a note says so. On the
+                meta device the explanation ends there, and a note says so.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import torch
 from torch import fx, nn
 
 from mom_compile.arguments import name_of, takes, unwrapped
-from mom_compile.backend import rewrite, static_input_names, why_stock
+from mom_compile.backend import rewrite, static_input_names
 from mom_compile.capture import capture
 from mom_compile.config import Options, joined_options, meant_as_option, option_names, parse_options
-from mom_compile.memory.policy import refused
-from mom_compile.pipeline import NotWorthwhile, for_stock
+from mom_compile.memory.decide import why_below_weights
 from mom_compile.planning.prompt import prompt_of
 from mom_compile.report import Report
+from mom_compile.report.facts import NOTHING_FOUND
 from mom_compile.report.notebook import html_of_table
 from mom_compile.report.units import counted
+from mom_compile.skip import why_stock
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.torch_compat.dynamo import trace_whole, undisturbed
 from mom_compile.torch_compat.errors import NEEDS_DATA
@@ -100,7 +101,7 @@ class Explanation:
         return "\n".join([*self._title, *self.notes, *graphs])
 
     def __repr__(self) -> str:
-        """One line, with the headlines of the first graphs."""
+        """Return one line, with the headlines of the first graphs."""
         shown = "; ".join(report.headline for report in self.reports[:_MOST_SHOWN])
         more = f"; {len(self) - _MOST_SHOWN} more" if len(self) > _MOST_SHOWN else ""
         return f"<Explanation of {counted(len(self), 'graph')}: {shown}{more}>"
@@ -124,7 +125,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class _Call:
-    """What is explained: a function, or the module of it, with arguments."""
+    """A function or module, with the arguments of the call that is explained."""
 
     model: Callable[..., Any]
     args: tuple[Any, ...]
@@ -209,7 +210,7 @@ def _explain_call(call: _Call, options: Options) -> Explanation:
         with on_stand_ins(call.model, (call.args, call.kwargs)) as (positional, named):
             call = _Call(call.model, positional, named)
             found, broken = _traced_whole(call, options)
-            return found if broken is None else _as_far_as_it_goes(call, options, broken)
+            return found if broken is None else _explain_without_data(call, options, broken)
 
 
 def _split_options(
@@ -235,7 +236,7 @@ def _split_options(
 
 
 def _by_name(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arguments as they are, or those of a mapping by name."""
+    """Return the arguments unchanged, or those of a mapping by name."""
     if len(args) != 1 or not isinstance(args[0], Mapping):
         return args, kwargs
     mapping = dict(args[0])
@@ -254,14 +255,14 @@ def _by_name(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _traced_whole(call: _Call, options: Options) -> tuple[Explanation, str | None]:
-    """The only graph of a call, which is not run; or why there are several."""
+    """Trace the only graph of a call without running it; or return why there are several."""
     found = Explanation()
     backend = _backend(options, found, as_captured=True)
     return found, trace_whole(call.function, call.args, call.kwargs, backend)
 
 
 def _explain_pieces(call: _Call, options: Options, broken: str) -> Explanation:
-    """The graphs of a call from break to break: on stand-ins or, where that does not do, as it is."""
+    """Explain the graphs of a call from break to break: on stand-ins or, if that fails, with the real arguments."""
     found = _several(broken)
     try:
         with on_stand_ins(call.model, (call.args, call.kwargs)) as (positional, named):
@@ -274,8 +275,8 @@ def _explain_pieces(call: _Call, options: Options, broken: str) -> Explanation:
     return found
 
 
-def _as_far_as_it_goes(call: _Call, options: Options, broken: str) -> Explanation:
-    """The graphs of a call that has no data at all."""
+def _explain_without_data(call: _Call, options: Options, broken: str) -> Explanation:
+    """Explain the graphs of a call without data."""
     found = _several(broken)
     try:
         _run(call, options, found, as_captured=True)
@@ -310,29 +311,10 @@ def _explain_graph(
     as_captured: bool,
     **kwargs: Any,
 ) -> Callable[[list[Any]], Any]:
-    """The graph as it would run; `as_captured` for stand-ins, in which loops have nothing to write to."""
-    report = Report(nodes=len(gm.graph.nodes))
+    """Explain a graph and run it as it would run; `as_captured` for stand-ins, where loops have nothing to write to."""
+    report, runnable = _explained(gm, options, kwargs)
     found.reports.append(report)
-    runnable = gm
-    report.fallback = why_stock(gm, options, kwargs)
-    if report.fallback is None:
-        try:
-            try:
-                static = static_input_names(gm, kwargs)
-                rewritten = rewrite(gm, options, report, static)
-                report.refused = refused(rewritten, options, static)
-                runnable = rewritten.gm
-                report.peak_without_loops = _peak_without_loops(gm, report)
-            except NotWorthwhile as decision:
-                if decision.rewritten is not None:
-                    report.describe_layers(decision.rewritten)
-                    runnable = decision.rewritten.gm
-                else:
-                    report.fallback = decision.reason
-                    runnable = for_stock(gm, report=report)
-            runnable = gm if as_captured else runnable
-        except Exception as error:
-            report.failed, report.fallback = True, f"{type(error).__name__}: {error}"
+    runnable = gm if as_captured else runnable
 
     def run(inputs: list[Any]) -> Any:
         values = list(inputs)
@@ -342,11 +324,31 @@ def _explain_graph(
     return mark_boxed(run)
 
 
+def _explained(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> tuple[Report, fx.GraphModule]:
+    """Return the report on a graph, and the graph that would run."""
+    nodes, fallback = len(gm.graph.nodes), why_stock(gm, options, kwargs)
+    if fallback is not None:
+        return Report.of(NOTHING_FOUND, nodes=nodes, fallback=fallback), gm
+    try:
+        static = static_input_names(gm, kwargs)
+        found = rewrite(gm, options, static)
+        if found.decision is None:
+            found = found.left_to_stock(gm)
+            return found.report(nodes=nodes), found.for_stock or gm
+        refused = why_below_weights(gm, options, static) or found.decision.refusal
+        report = found.report(nodes=nodes, refused=refused)
+        return replace(report, peak_without_loops=_peak_without_loops(gm, report)), found.decision.program.gm
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Report.of(NOTHING_FOUND, nodes=nodes, fallback=reason, failed=True), gm
+
+
 def _peak_without_loops(gm: fx.GraphModule, report: Report) -> int | None:
-    """By the same memory model: the operators as they were captured, one by one, each on all tokens, and no mask where
-    attention needs none. Eager mode takes from 0.85 to 1.3 times as much, for dense models of seven families. None
-    where that is not known."""
+    """Return the peak by the same memory model if the captured operators run one by one on all tokens, without masks
+    that attention does not need; None if it is not known.
+
+    Eager mode takes from 0.85 to 1.3 times as much, for dense models of seven families."""
     if not report.stages or any(stage.spread > 1 for stage in report.stages):
-        return None  # of experts outside a loop it says less than half of what is measured
+        return None  # for experts outside a loop, the model says less than half of what is measured
     found = memory(schedule(attention_form(copy_graph(gm))), fused=False)
     return found.most(LoopStep, Compute, Call, Transfer)

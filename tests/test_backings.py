@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mom_compile.config import parse_options
-from mom_compile.memory.policy import placement_of
+from mom_compile.memory.decide import placement_of
 from mom_compile.report.usage import host_memory
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.host import region as host_region

@@ -18,11 +18,10 @@ import mom_compile
 from benchmarks.measure import peak_bytes, watch_cpu
 from mom_compile import MemoryBudgetError
 from mom_compile.lowering.storing import dumps, loads
-from mom_compile.memory.bounds import cpu_rows
-from mom_compile.memory.choice import Budget, Choice, InTokens, RowsOf
-from mom_compile.memory.choose_rows import Footprint, RowRule
-from mom_compile.memory.in_tokens import TOKENS, captured_tokens, in_tokens
-from mom_compile.memory.refusal import last_that_fits
+from mom_compile.memory.choice import Budget, Choice, RowsOf
+from mom_compile.memory.device import cpu_rows
+from mom_compile.memory.model import TOKENS, Model, captured_tokens, in_tokens
+from mom_compile.memory.refuse import last_that_fits
 from mom_passes.graph.size_values import function_of
 from mom_passes.loops.loop import FEWEST_ROWS
 from mom_passes.loops.ports import COUNT
@@ -38,11 +37,11 @@ def choice(budget: int | None, *, weights: int = 0, asked: bool = True) -> tuple
     each of `LAYERS`, and `ROW` bytes of each row of a mini-sequence; and the number of its loop."""
     one = loop(LENGTH)
     memory, nodes = program(FULL * LENGTH, (one, ROW * COUNT))
-    footprint, numbers = Footprint.of(memory, RowRule(cpu_rows(1), {}))
+    model, numbers = Model.of(memory)
     size = None if budget is None else Budget(budget, asked)
-    layer = function_of(LAYER * LENGTH, footprint.symbols)
-    inputs = function_of(8 * LENGTH, footprint.symbols)
-    return Choice(footprint, weights, inputs, size, LAYERS, layer, 0), numbers[nodes[one]]
+    layer = function_of(LAYER * LENGTH, model.symbols)
+    inputs = function_of(8 * LENGTH, model.symbols)
+    return Choice(model, cpu_rows(1), weights, inputs, size, LAYERS, layer, 0), numbers[nodes[one]]
 
 
 def device_bytes(made: Choice, tokens: int) -> int:
@@ -126,14 +125,15 @@ def test_where_tokens_were_captured_as_a_number_what_is_said_of_fewer_never_says
     assert captured_tokens(memory, gm, {"weight"}) == 4000
     assert captured_tokens(memory, gm, {"stream"}) is None  # a parameter has a dimension of that number
     longer = in_tokens(memory, 4000)
-    footprint, _ = Footprint.of(longer, RowRule(cpu_rows(1), {}))
-    assert footprint.symbols == (TOKENS,)
-    assert footprint.bytes((1000,), (128,)) == 1000 * 2048 * 4 + 128 * 64 * 4 + 128 * ROW
+    model, _ = Model.of(longer)
+    assert model.symbols == (TOKENS,)
+    assert model.bytes((1000,), (128,)) == 1000 * 2048 * 4 + 128 * 64 * 4 + 128 * ROW
     zero = function_of(0, (TOKENS,))
     budget = Budget(1000 * 2048 * 4 + 128 * 64 * 4 + 128 * ROW, asked=True)
-    of_tokens = Choice(footprint, 0, zero, budget, 0, zero, 0)
-    now, _ = Footprint.of(memory, RowRule(cpu_rows(1), {}))
-    made = Choice(now, 0, function_of(0, ()), budget, 0, function_of(0, ()), None, InTokens(of_tokens, 4000))
+    of_tokens = Choice(model, cpu_rows(1), 0, zero, budget, 0, zero, 0)
+    now, _ = Model.of(memory)
+    nothing = function_of(0, ())
+    made = Choice(now, cpu_rows(1), 0, nothing, budget, 0, nothing, None, of_tokens)
     with pytest.raises(MemoryBudgetError, match=r"a prompt of 4000 tokens.*room for 1000 tokens"):
         made.at(())
 

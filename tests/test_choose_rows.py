@@ -17,13 +17,12 @@ from torch import fx
 
 import mom_compile
 from mom_compile.config import parse_options
-from mom_compile.memory.bounds import BLOCK_ROWS, CountedRows, DeviceRows, ExpertRows, GpuRows, cpu_rows
-from mom_compile.memory.choose_rows import SHARE, Footprint, RowRule, rows_at
+from mom_compile.memory.decide import decide
+from mom_compile.memory.device import BLOCK_ROWS, CountedRows, DeviceRows, GpuRows, Layer, cpu_rows, rows_for
 from mom_compile.memory.devices import DEVICES
-from mom_compile.memory.policy import with_chosen_rows
-from mom_compile.memory.rows import Layer, rows_for
+from mom_compile.memory.model import Model
+from mom_compile.memory.row_rule import SHARE, rows_of_steps
 from mom_compile.pipeline import NotWorthwhile, run_pipeline
-from mom_compile.report import Report
 from mom_passes.loops.loop import FEWEST_OF_A_SEQUENCE, FEWEST_ROWS, Loop, RowLimit, loops
 from mom_passes.loops.ports import COUNT
 from mom_passes.program.memory import Memory, Moment
@@ -31,7 +30,7 @@ from mom_passes.program.program import LoopStep, Place, Storage
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
 from tests.test_rows import LLAMA_8B
-from tests.tracing import trace
+from tests.tracing import reported, trace
 
 BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
 KIB, MIB = 1 << 10, 1 << 20
@@ -52,11 +51,20 @@ def program(full: Any, *made: tuple[Loop, Any], hints: Any = None) -> tuple[Memo
     return Memory(tuple(moments), hints or {}), nodes
 
 
+def rows_at(memory: Memory, device: DeviceRows, sequences: Any, sizes: Any = None) -> dict[Loop, int]:
+    """Of each loop at other sizes than the captured ones, or at those."""
+    model, numbers = Model.of(memory, sequences)
+    known = {**memory.hints, **(sizes or {})}
+    found = rows_of_steps(model, device, tuple(int(known[symbol]) for symbol in model.symbols))
+    steps = {m.step.node: m.step.loop for m in memory.moments if isinstance(m.step, LoopStep)}
+    return {steps[node]: found[number] for node, number in numbers.items()}
+
+
 def rows(device: DeviceRows, length: int, per_row: int, full: int, sequences: int = 1, **of: Any) -> int:
     """Of the only loop of a program."""
     one = loop(length, **of)
     memory, nodes = program(full, (one, COUNT * per_row))
-    return rows_at(memory, RowRule(device, {nodes[one]: sympy.Integer(sequences)}))[one]
+    return rows_at(memory, device, {nodes[one]: sympy.Integer(sequences)})[one]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ def test_rows_so_wide_that_they_are_the_larger_part_are_as_few_as_there_may_be()
     assert rows(CPU, 1024, 2 * MIB, 1024 * 4 * KIB) == CPU.efficient
 
 
-GPU = GpuRows(DEVICES["H100"], LLAMA_8B, ExpertRows(300, 512 << 20))
+GPU = GpuRows(DEVICES["H100"], LLAMA_8B, 300)
 
 
 @pytest.mark.parametrize("tokens", [1, 4096, 16_384, 65_536, 147_456, 1_000_000])
@@ -131,7 +139,7 @@ def test_values_wider_than_the_layers_have_few_rows_on_a_gpu_in_whole_blocks() -
 def test_a_loop_with_experts_has_rows_in_whole_blocks_on_a_gpu() -> None:
     """Mixtral 8x7B on an A100: more than the rule of its layer says."""
     layer = Layer(32, ((4096, 4096), *[(4096, 28_672), (14_336, 4096)] * 2), others=6 * 3 * 4096 * 14_336)
-    gpu = GpuRows(DEVICES["A100"], layer, ExpertRows(600, 512 << 20))
+    gpu = GpuRows(DEVICES["A100"], layer, 600)
     assert gpu.bounds(1).most < 2400
     assert rows(gpu, 100_000, 72 * KIB, MIB, widest=2 * 2 * 28_672, spread=4) == 2400 // BLOCK_ROWS * BLOCK_ROWS
 
@@ -150,7 +158,7 @@ def test_a_loop_with_experts_has_rows_for_each_of_their_products(
 ) -> None:
     """In bf16. The widest value is a token's gate and up projections, or its hidden states, for every expert chosen."""
     widest, spread = 2 * chosen * max(2 * inner, hidden), experts / chosen
-    device = CountedRows(128, 256, 1024, 32, ExpertRows(300, 512 << 20))
+    device = CountedRows(128, 256, 1024, 32, 300)
     assert rows(device, 100_000, widest, MIB, widest=widest, spread=spread) == expected
     # A quarter of the tokens at most, and four sequences have four times the rows.
     assert rows(device, 2048, widest, MIB, widest=widest, spread=spread) == 512
@@ -165,16 +173,16 @@ def test_rows_are_those_of_the_sizes_that_are_asked_for() -> None:
     hints = {BATCH: sympy.Integer(1), TOKENS: sympy.Integer(2048)}
     scratches = ((wide, BATCH * COUNT * 24 * KIB), (narrow, BATCH * COUNT * KIB))
     memory, nodes = program(full, *scratches, hints=hints)
-    rule = RowRule(CPU, dict.fromkeys(nodes.values(), BATCH))
-    found = [rows_at(memory, rule, sizes) for sizes in (None, {TOKENS: 65_536}, {BATCH: 4, TOKENS: 256})]
+    sequences = dict.fromkeys(nodes.values(), BATCH)
+    found = [rows_at(memory, CPU, sequences, sizes) for sizes in (None, {TOKENS: 65_536}, {BATCH: 4, TOKENS: 256})]
     assert [one[wide] for one in found] == [256, 1024, 64]
     assert [one[narrow] for one in found] == [1024, 1024, 256]
-    footprint, numbers = Footprint.of(memory, rule)
-    assert footprint.symbols == (BATCH, TOKENS)
-    assert footprint.rows((4, 256))[numbers[nodes[wide]]] == 64
+    model, numbers = Model.of(memory, sequences)
+    assert model.symbols == (BATCH, TOKENS)
+    assert rows_of_steps(model, CPU, (4, 256))[numbers[nodes[wide]]] == 64
     # The peak is that of these rows, and of no others.
-    assert footprint.bytes((1, 2048), (256, 1024)) == 2048 * 8 * KIB + 256 * 24 * KIB
-    assert footprint.bytes((1, 2048), (128, 128)) == 2048 * 8 * KIB + 128 * 24 * KIB
+    assert model.bytes((1, 2048), (256, 1024)) == 2048 * 8 * KIB + 256 * 24 * KIB
+    assert model.bytes((1, 2048), (128, 128)) == 2048 * 8 * KIB + 128 * 24 * KIB
 
 
 def test_scores_are_as_wide_as_a_run_has_keys() -> None:
@@ -183,17 +191,16 @@ def test_scores_are_as_wide_as_a_run_has_keys() -> None:
     for spread in (1, 8):
         one = loop(TOKENS, widest=64 * 4 * 1024, spread=spread)
         scratch = COUNT * (72 * KIB + 3 * 64 * 4 * TOKENS)
-        memory, nodes = program(TOKENS * 64 * MIB, (one, scratch), hints={TOKENS: tokens})
-        rule = RowRule(GPU, {nodes[one]: sympy.S.One})
-        short, long = (rows_at(memory, rule, {TOKENS: sympy.Integer(n)})[one] for n in (4096, 65_536))
+        memory, _ = program(TOKENS * 64 * MIB, (one, scratch), hints={TOKENS: tokens})
+        short, long = (rows_at(memory, GPU, {}, {TOKENS: sympy.Integer(n)})[one] for n in (4096, 65_536))
         assert (short, long) == ((BLOCK_ROWS, BLOCK_ROWS) if spread == 1 else (512, BLOCK_ROWS))
 
 
 def test_alike_layers_are_looked_at_once() -> None:
     layers = [loop(4096) for _ in range(80)]
     memory, nodes = program(MIB, *((one, COUNT * KIB) for one in layers))
-    footprint, numbers = Footprint.of(memory, RowRule(CPU, {}))
-    assert len(footprint.steps) == 1 and set(numbers) == set(nodes.values()) and set(numbers.values()) == {0}
+    model, numbers = Model.of(memory)
+    assert len(model.steps) == 1 and set(numbers) == set(nodes.values()) and set(numbers.values()) == {0}
 
 
 # --- of graphs ---
@@ -209,11 +216,11 @@ def made(length: int, batch: int = 1, **options: Any) -> list[int]:
 
     gm = trace(function, torch.randn(batch, length, HIDDEN, dtype=torch.float64), *weights)
     static, parsed = parameter_names(gm), parse_options(options)
-    rewritten = run_pipeline(gm, static_inputs=static, limit=parsed.limit("cpu"), report=Report())
-    settled, _, whole = with_chosen_rows(rewritten, parsed, static)
-    steps = [step.loop.rows for step in settled.plan.steps if isinstance(step, LoopStep)]
-    assert whole is not None or [one.rows for _, one in loops(settled.gm)] == steps
-    return [] if whole is not None else steps
+    rewritten, _ = reported(run_pipeline(gm, static_inputs=static, limit=parsed.limit("cpu")))
+    decision = decide(rewritten, parsed, static, torch.device("cpu"))
+    steps = [step.loop.rows for step in decision.program.plan.steps if isinstance(step, LoopStep)]
+    assert decision.whole is not None or [one.rows for _, one in loops(decision.program.gm)] == steps
+    return [] if decision.whole is not None else steps
 
 
 def test_loops_of_a_graph_have_the_rows_that_the_rule_says() -> None:

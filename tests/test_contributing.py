@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mom_compile import pipeline
+from mom_compile.pipeline.form import TO_FORM, drop_whole_slices
 from mom_compile.runtime.host.placement import TIERS, Placement
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.rules import registry
@@ -74,9 +75,9 @@ def test_a_pass_and_its_test(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = "A pass"
     ran(recipe, "passes/mom_passes/graph/undone_permutes.py")
     ran(recipe, "tests/test_undone_permutes.py")["test_a_value_that_is_permuted_back_is_itself"]()
-    step = ran(recipe, "mom_compile/pipeline.py")["permutes_undone"]
-    at = pipeline.TO_LOOPS.index(pipeline.drop_whole_slices) + 1
-    monkeypatch.setattr(pipeline, "TO_LOOPS", (*pipeline.TO_LOOPS[:at], step, *pipeline.TO_LOOPS[at:]))
+    step = ran(recipe, "mom_compile/pipeline/form.py")["permutes_undone"]
+    at = TO_FORM.index(drop_whole_slices) + 1
+    monkeypatch.setattr(pipeline, "TO_FORM", (*TO_FORM[:at], step, *TO_FORM[at:]))
 
     def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         w = Weights(*parameters)

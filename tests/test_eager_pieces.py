@@ -18,7 +18,7 @@ from mom_compile.lowering.eager import NotCompiled
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.torch_compat.decompositions import is_only_decomposed
 from mom_compile.torch_compat.inductor import codegen_settings
 from mom_compile.torch_compat.symbolic_sizes import SymbolicSizes
@@ -87,7 +87,7 @@ def rows_piece(strict: bool = False) -> Piece:
 
 
 def test_a_piece_with_such_operators_is_compiled() -> None:
-    report = Report()
+    report = PieceLog()
     piece = PieceCache().get(rows_piece(), codegen_settings(), report, "piece")
     assert not report.eager_pieces
     for rows in (6, 9):
@@ -185,7 +185,7 @@ def test_it_is_said_once_otherwise(broken: list[bool]) -> None:
 def test_a_later_variant_that_inductor_refuses_is_no_secret(strict: bool, broken: list[bool]) -> None:
     """It is compiled while a program runs, and is in no report."""
     made = rows_piece(strict)
-    piece = PieceCache().get(made, codegen_settings(), Report(), "piece")
+    piece = PieceCache().get(made, codegen_settings(), PieceLog(), "piece")
     piece.variants[0].holds = lambda values: values[0] < 8  # type: ignore[assignment]
     broken.append(True)
     x = torch.randn(9, 4)
@@ -200,6 +200,6 @@ def test_a_later_variant_that_inductor_refuses_is_no_secret(strict: bool, broken
 
 
 def test_strict_graphs_share_no_piece_with_others() -> None:
-    cache, report = PieceCache(), Report()
+    cache, report = PieceCache(), PieceLog()
     found = [cache.begin(rows_piece(strict), codegen_settings(), report, "piece") for strict in (True, False, True)]
     assert found[0] is found[2] and found[0] is not found[1]

@@ -24,6 +24,7 @@ from mom_passes.torch_compat import FLEX_ATTENTION
 from mom_passes.verify import Contract, verify
 from tests.captured import Captured, capture
 from tests.models import ids, prompt, small_model
+from tests.tracing import reported
 
 #: Hugging Face passes a flag that PyTorch has no use for any more.
 pytestmark = pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
@@ -108,14 +109,12 @@ def captured(batch: int = 2, tokens: int = 200, dynamic: bool | None = None, **m
 
 
 def rewritten(graph: Captured, **options: Any) -> tuple[Any, Report]:
-    report = Report()
     parameters = {
         n.name for n, v in zip(graph.gm.graph.find_nodes(op="placeholder"), graph.inputs, strict=True)
         if isinstance(v, nn.Parameter)
     }  # fmt: skip
-    made = run_pipeline(graph.gm, static_inputs=parameters, limit=RowLimit(32), report=report, **options)
+    made, report = reported(run_pipeline(graph.gm, static_inputs=parameters, limit=RowLimit(32), **options))
     verify(made.gm, Contract.of(graph.gm), level=2)
-    report.describe(made)
     return made.gm, report
 
 
@@ -214,9 +213,7 @@ def test_only_the_rows_that_are_asked_for_are_computed_behind_it():
 
 
 def test_keys_and_values_leave_for_the_host():
-    report = Report()
-    graph = captured()
-    run_pipeline(graph.gm, static_inputs=(), limit=RowLimit(32), report=report, kv_on_host=True)
+    _, report = reported(run_pipeline(captured().gm, static_inputs=(), limit=RowLimit(32), kv_on_host=True))
     assert len(report.on_host) == 6 and not report.on_device
 
 

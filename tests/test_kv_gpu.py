@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from benchmarks.models import keeping
 from mom_compile import HostTensor, empty_host_pool, host_memory
 from mom_compile.config import parse_options
-from mom_compile.memory import policy
+from mom_compile.memory import decide
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.host.backings.base import BLOCK
 from mom_compile.runtime.host.bounce import STAGE
@@ -94,7 +94,7 @@ def in_three_parts(rows, dtype, device, place):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_across_seams_of_pinned_memory_are_fetched_correctly(dtype):
     device, rows = torch.device("cuda", 0), 3 * BLOCK // (2 * 64 * dtype.itemsize)
-    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+    place = decide.placement_of(parse_options({"kv_offload": True}), device)
     host, expected = in_three_parts(rows, dtype, device, place)
     assert torch.equal(host.fetch(), expected)
     assert torch.equal(host.to(torch.float64), expected.double())
@@ -106,7 +106,7 @@ def test_rows_across_seams_of_pinned_memory_are_fetched_correctly(dtype):
 def test_rows_in_a_file_are_fetched_correctly(dtype, tmp_path):
     """Several buffers long, not a multiple of one, in several parts of the file."""
     device, rows = torch.device("cuda", 0), 3 * STAGE // (2 * 64 * dtype.itemsize) + 11
-    place = policy.placement_of(parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)}), device)
+    place = decide.placement_of(parse_options({"kv_offload": "disk", "kv_dir": str(tmp_path)}), device)
     host, expected = in_three_parts(rows, dtype, device, place)
     assert torch.equal(host.fetch(), expected)
     assert torch.equal(host[:, 1:].fetch(), expected[:, 1:])
@@ -116,7 +116,7 @@ def test_rows_in_a_file_are_fetched_correctly(dtype, tmp_path):
 def test_memory_pinned_in_the_background_takes_copies():
     """For the next layers, in pieces, and for appended rows."""
     device, rows, dtype = torch.device("cuda", 0), 1 << 18, torch.bfloat16  # 64 MiB
-    place = policy.placement_of(parse_options({"kv_offload": True}), device)
+    place = decide.placement_of(parse_options({"kv_offload": True}), device)
     values = [torch.randn(1, 2, rows, 64, dtype=dtype, device=device) for _ in range(3)]
     hosts = [Offload(2, device, place, ahead=2 - layer)([value, 0])[0] for layer, value in enumerate(values)]
     for layer, (host, value) in enumerate(zip(hosts, values, strict=True)):

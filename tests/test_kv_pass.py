@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import DynamicCache
 import mom_compile
 from benchmarks.models import keeping
 from mom_compile.config import parse_options
-from mom_compile.memory.policy import fits_for_long
+from mom_compile.memory.decide import fits_for_long
 from mom_compile.runtime.host.tensor import HostTensor, on_host
 from mom_passes.attention.form import attention_form
 from mom_passes.errors import PassError
@@ -22,7 +21,6 @@ from mom_passes.host.kv_values import find_kv
 from mom_passes.ops.transfers import APPEND, FETCH, FETCH_START, FETCH_WAIT, OFFLOAD
 from mom_passes.program.overlap import overlap
 from mom_passes.program.program import Call, Compute, Why
-from mom_passes.program.rewritten import Rewritten
 from mom_passes.program.schedule import schedule
 from mom_passes.verify import verify
 from tests.captured import Captured, capture
@@ -196,22 +194,24 @@ def test_returned_attention_weights_are_not_taken_for_a_cache():
 
 
 def test_a_step_is_not_cut_if_weights_and_twice_its_cache_fit():
-    step = Rewritten.of(offloaded(decode_step("Llama", host=False))[0], no_loops="a decode step")
-    weights = [node for node in step.gm.graph.nodes if node.op == "placeholder"][:5]
+    gm = attention_form(copy_graph(decode_step("Llama", host=False).gm))
+    weights = [node for node in gm.graph.nodes if node.op == "placeholder"][:5]
+    static = {node.name for node in weights}
     layer = 2 * 2 * (PAST + 1) * 2 * 16 * 8  # K and V of a batch of two, two heads, float64
     needed = sum(node.meta["val"].nbytes for node in weights) + 2 * (3 + 2) * layer
     for budget, fits in ((needed, True), (needed - 1, False)):
         options = parse_options({"kv_offload": "auto", "memory_budget": budget}, None)
-        asked = fits_for_long(step, options, {node.name for node in weights})
+        asked = fits_for_long(gm, find_kv(gm), options, static)
         assert asked is not None and asked.fits is fits
-        assert fits_for_long(replace(step, no_loops=None), options, {node.name for node in weights}) is None
-    assert fits_for_long(step, parse_options({"kv_offload": True}, None), ()) is None
+    assert fits_for_long(gm, find_kv(gm), parse_options({"kv_offload": True}, None), ()) is None
+    # Without a budget nothing leaves a CPU.
+    assert fits_for_long(gm, find_kv(gm), parse_options({"kv_offload": "auto"}, None), ()) is None
 
 
 def test_a_step_with_host_values_is_always_cut():
     options = parse_options({"kv_offload": "auto", "memory_budget": "1TiB"}, None)
-    step = Rewritten.of(offloaded(llama_step())[0], no_loops="a decode step")
-    assert fits_for_long(step, options, ()) is None
+    gm = attention_form(copy_graph(llama_step().gm))
+    assert find_kv(gm).found and fits_for_long(gm, find_kv(gm), options, ()) is None
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])

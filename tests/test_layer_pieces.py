@@ -12,11 +12,11 @@ from transformers import StaticCache
 
 from benchmarks.models import keeping
 from mom_compile import reports
-from mom_compile.backend import build_layers
+from mom_compile.backend import make
 from mom_compile.config import parse_options
 from mom_compile.lowering.canonical import NO_LITERALS, Literals
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
-from mom_compile.report import Report
+from mom_compile.pipeline import run_pipeline
+from mom_compile.report.facts import PieceLog
 from mom_passes.ops.transfers import EXTEND
 from mom_passes.program.program import Call, Compute, Transfer, Why
 from mom_passes.program.rewritten import Rewritten
@@ -56,9 +56,9 @@ def decode_graph(layers: int = LAYERS, tokens: int = 20, family: str = "Llama") 
 def by_layers(graph: fx.GraphModule) -> Rewritten | None:
     """What the passes make of a graph that loops would not help."""
     limit = parse_options(STATIC).limit("cpu")
-    with pytest.raises(NotWorthwhile) as found:
-        run_pipeline(graph, static_inputs=(), limit=limit, report=Report())
-    return found.value.rewritten
+    found = run_pipeline(graph, static_inputs=(), limit=limit)
+    assert found.no_loops is not None and found.by_layers == (found.program is not None)
+    return found.program
 
 
 @pytest.mark.slow
@@ -116,9 +116,9 @@ def test_a_step_that_writes_to_its_inputs_stays_whole() -> None:
 
 
 def test_cuda_graphs_record_a_step_as_a_whole() -> None:
-    rewritten, options = by_layers(decode_graph()), parse_options(None)
-    assert build_layers(rewritten, options, Report(), (), {"cudagraphs": True}) is None
-    assert build_layers(rewritten, options, Report(), (), {}) is not None
+    graph, options = decode_graph(), parse_options(None)
+    assert make(graph, options, PieceLog(), {"cudagraphs": True})[1] is None
+    assert make(graph, options, PieceLog(), {})[1] is not None
 
 
 def test_a_length_that_parameters_have_is_left_as_a_number() -> None:

@@ -141,7 +141,7 @@ def mixture():
 @pytest.mark.slow
 def test_the_expected_peak_between_loops_is_what_is_measured(monkeypatch):
     """Experts that could not be shown to be row-wise run on all tokens at once, sorted, between two loops."""
-    monkeypatch.setattr("mom_compile.pipeline.outline_experts", lambda gm: {})
+    monkeypatch.setattr("mom_compile.pipeline.form.outline_experts", lambda gm: {})
     watch_cpu()
     model, ids = mixture(), torch.randint(3, 64, (1, 1000))
     model.compile(backend="mom", options={"mini_seq_len": 64, "strict": True})

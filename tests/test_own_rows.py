@@ -18,7 +18,7 @@ from benchmarks import models
 from benchmarks.measure import MIB, peak_bytes, shown_and_held, watch_cpu
 from mom_compile import MomWarning, reports
 from mom_compile.pipeline import for_stock
-from mom_compile.report import DECODE_STEP, Report
+from mom_compile.report import DECODE_STEP
 from mom_compile.report.units import in_units
 from mom_compile.runtime.copy_steps import Offload
 from mom_compile.runtime.host.placement import Placement
@@ -93,35 +93,35 @@ def check(function, *, loops=True, dynamic=False, batch=2):
     x = x_of(batch)
     gm = trace(function, x, *WEIGHTS, dynamic=dynamic)
     assert dynamic == any(isinstance(size, torch.SymInt) for size in next(iter(gm.graph.nodes)).meta["val"].shape)
-    report = Report()
     if loops:
         rewritten, report = rewrite(gm, 4, parameter_names(gm))
         assert loop_nodes(rewritten)
+        own = report.own_rows
     else:
-        rewritten = for_stock(gm, report=report)
+        rewritten, own = for_stock(gm)
     for given_x in (x, x_of(batch, 2 * TOKENS)) if dynamic else (x,):
         outputs = rewritten(given_x, *WEIGHTS)
         for mine, expected in zip(outputs, gm(given_x, *WEIGHTS), strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
-    return outputs, report
+    return outputs, own
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", sorted(CROPS))
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_a_returned_crop_holds_only_its_rows(source, crop, loops):
-    outputs, report = check(program(source, crop), loops=loops)
+    outputs, own = check(program(source, crop), loops=loops)
     assert behind(outputs[1]) <= 1.15
     # A loop may compute only those rows.
-    assert report.own_rows or loops
+    assert own or loops
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crop", ["head", "tail", "selected", "channels", "viewed"])
 def test_a_returned_crop_holds_only_its_rows_at_dynamic_lengths(crop, loops):
-    outputs, report = check(program("loop", crop), loops=loops, dynamic=True)
+    outputs, own = check(program("loop", crop), loops=loops, dynamic=True)
     assert behind(outputs[1]) <= 1.15
-    assert report.own_rows or loops
+    assert own or loops
 
 
 def cropped_keys(*crops):
@@ -205,7 +205,7 @@ def test_a_returned_view_of_an_input_stays_a_view(loops):
 
     x = x_of()
     gm = trace(run, x, *WEIGHTS)
-    rewritten = rewrite(gm, 4, parameter_names(gm))[0] if loops else for_stock(gm, report=Report())
+    rewritten = rewrite(gm, 4, parameter_names(gm))[0] if loops else for_stock(gm)[0]
     assert share(rewritten(x, *WEIGHTS)[2], x)
     assert behind(rewritten(x, *WEIGHTS)[1]) == 1
 
@@ -229,7 +229,7 @@ def test_a_copy_keeps_the_storage_order():
         return (x.cumsum(1).unflatten(-1, (2, -1)).transpose(1, 2)[:, :, -5:],)
 
     gm = trace(run, x_of(), *WEIGHTS)
-    (rows,) = for_stock(gm, report=Report())(x_of(), *WEIGHTS)
+    (rows,) = for_stock(gm)[0](x_of(), *WEIGHTS)
     assert rows.shape == (2, 2, 5, 4)
     assert rows.stride() == (40, 4, 8, 1)
 
@@ -247,9 +247,9 @@ def test_a_prompts_window_has_the_strides_of_a_decode_steps(dynamic, tokens):
     """Dynamo guards on strides: otherwise the first step after a prompt would need its own graph."""
     heads, empty = torch.randn(2, 3, tokens, 4), torch.randn(2, 3, 0, 4)
     gm = trace(lambda x: windowed(empty, x.cumsum(2)), heads, dynamic=dynamic)
-    report = Report()
-    (rows,) = for_stock(gm, report=report)(heads)
-    assert bool(report.own_rows) == (dynamic or tokens > WINDOW)
+    whole, own = for_stock(gm)
+    (rows,) = whole(heads)
+    assert bool(own) == (dynamic or tokens > WINDOW)
     (after,) = windowed(rows, torch.randn(2, 3, 1, 4))
     assert rows.shape == after.shape
     assert rows.stride() == after.stride()
@@ -283,17 +283,17 @@ def returns_the_same_rows(names, kept, batch, loops):
     x = x_of(batch)
     gm = trace(run, x, *WEIGHTS)
     expected = gm(x, *WEIGHTS)
-    report = Report()
     try:
         if loops:
             rewritten, report = rewrite(gm, 4, parameter_names(gm))
+            own = report.own_rows
         else:
-            rewritten = for_stock(gm, report=report)
+            rewritten, own = for_stock(gm)
     except pipeline_module.NotWorthwhile:
-        rewritten = for_stock(gm, report=report)
+        rewritten, own = for_stock(gm)
     for mine, other in zip(rewritten(x, *WEIGHTS), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-10 * max(1.0, float(other.abs().max())), equal_nan=True)
-    return bool(report.own_rows)
+    return bool(own)
 
 
 def test_random_programs_return_the_same_rows():
@@ -406,7 +406,7 @@ def test_a_failing_pass_falls_back_with_a_warning_and_raises_under_strict(monkey
     def fails(gm):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(pipeline_module, "own_rows", fails)
+    monkeypatch.setattr("mom_compile.pipeline.moves.own_rows", fails)
     model = TinyDecoder(layers=1).eval()
     with torch.no_grad():
         fast = torch.compile(model, backend="mom", options={"mini_seq_len": 8})

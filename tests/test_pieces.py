@@ -16,12 +16,12 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mom_compile import reports
-from mom_compile.backend import why_stock
 from mom_compile.config import parse_options
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece, structural_key
 from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, TensorTemplate
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
+from mom_compile.skip import why_stock
 from mom_compile.torch_compat.inductor import codegen_settings
 from mom_passes.loops.ports import COUNT
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
@@ -360,7 +360,7 @@ def test_a_later_variant_is_compiled_as_the_first_was(monkeypatch: pytest.Monkey
     shape = (TensorTemplate((four, four), (four, one), torch.float32, torch.device("cpu")),)
     with inductor_config.patch(emulate_precision_casts=True):
         piece = Piece(fx.GraphModule(torch.nn.Module(), graph), shape, {}, {})
-        piece = PieceCache().get(piece, codegen_settings(), Report(), "piece")
+        piece = PieceCache().get(piece, codegen_settings(), PieceLog(), "piece")
     piece.compile()
     assert seen == [True, True]
 

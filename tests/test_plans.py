@@ -20,7 +20,7 @@ from benchmarks import measure, models, plans
 from benchmarks.families import family_model
 from mom_compile import PlanError
 from mom_compile.config import parse_options
-from mom_compile.memory.bounds import BLOCK_ROWS, Bounds, GpuRows
+from mom_compile.memory.device import BLOCK_ROWS, Bounds, GpuRows
 from mom_compile.memory.devices import DEVICES
 from mom_compile.planning import subject as subjects
 from mom_compile.planning.configs import find_config

@@ -14,11 +14,13 @@ from torch import fx
 
 from mom_compile import backend, explain
 from mom_compile.config import Options, parse_options
-from mom_compile.memory import device_bytes, make_choice, policy
+from mom_compile.memory import decide as deciding
 from mom_compile.memory.attention import ATTENTION, BIASES, most_of_attention
 from mom_compile.memory.choice import Budget, Choice, Stays
-from mom_compile.memory.choose_rows import Footprint, RowRule
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision, decide
+from mom_compile.memory.device import LEAST_MARGIN, MARGIN_SHARE, available_bytes
+from mom_compile.memory.model import Model, static_bytes
+from mom_compile.memory.row_rule import rows_of_steps
 from mom_compile.runtime.attention.rows import BLOCK_BYTES, FEWEST_ROWS
 from mom_passes.graph.size_values import function_of
 from mom_passes.program.memory import Memory, Moment
@@ -38,9 +40,9 @@ NOTHING = Call(NODE, Why.VIEW)
 def choice(budget: int, weights: int, layers: int, *moments: sympy.Expr) -> Choice:
     """The choice for a program with these bytes at each moment."""
     made = tuple(Moment(NOTHING, (Storage(NODE, sympy.sympify(size), Place.DEVICE),), sympy.S.Zero) for size in moments)
-    footprint, _ = Footprint.of(Memory(made, {}))
-    nothing = function_of(0, footprint.symbols)
-    return Choice(footprint, weights, nothing, Budget(budget), layers, nothing)
+    model, _ = Model.of(Memory(made, {}))
+    nothing = function_of(0, model.symbols)
+    return Choice(model, None, weights, nothing, Budget(budget), layers, nothing)
 
 
 def stay(choice: Choice, sizes: tuple[int, ...], layer: int) -> list[int]:
@@ -56,7 +58,7 @@ def stay(choice: Choice, sizes: tuple[int, ...], layer: int) -> list[int]:
 def test_resident_layers_are_as_many_as_fit(budget, weights, iteration, per_token, layers, tokens, layer, batch):
     decides = choice(budget, weights, layers, 5 * BATCH, BATCH * (iteration + TOKENS * per_token))
     sizes = dict(zip((BATCH, TOKENS), (batch, tokens), strict=True))
-    resident = len(stay(decides, tuple(sizes[symbol] for symbol in decides.footprint.symbols), layer))
+    resident = len(stay(decides, tuple(sizes[symbol] for symbol in decides.model.symbols), layer))
     needed = weights + max(5 * batch, batch * (iteration + tokens * per_token))
     assert resident == 0 or needed + resident * layer <= budget
     assert resident == layers or needed + (resident + 1) * layer > budget
@@ -82,14 +84,14 @@ def test_another_moment_may_be_the_peak_of_a_longer_prompt():
     """The highest moment changes with the sizes, which a line through the captured peak would miss."""
     rows = sympy.ceiling(TOKENS / sympy.ceiling(TOKENS / 4))
     decides = choice(1000, 0, 10, 100 + TOKENS, TOKENS**2 - rows)
-    assert decides.footprint.symbols == (TOKENS,)
+    assert decides.model.symbols == (TOKENS,)
     assert [decides.at((tokens,)).needed for tokens in (4, 5, 20, 30)] == [104, 105, 396, 896]
     assert [decides.resident_layers((tokens,), 100) for tokens in (4, 20, 30)] == [8, 6, 1]
 
 
 def test_a_graph_with_constant_sizes_needs_a_number():
     decides = choice(100, 0, 10, 40, 70)
-    assert decides.footprint.symbols == () and decides.resident_layers((), 10) == 3
+    assert decides.model.symbols == () and decides.resident_layers((), 10) == 3
 
 
 def test_footprint_bytes_equal_the_peak_of_the_program():
@@ -98,11 +100,11 @@ def test_footprint_bytes_equal_the_peak_of_the_program():
         torch._dynamo.mark_dynamic(x, dim)
     options = {"mini_seq_len": 64, "kv_offload": True}
     memory = explain(model, input_ids=x, use_cache=True, logits_to_keep=1, options=options)[0].memory
-    footprint, _ = Footprint.of(memory)
+    model, _ = Model.of(memory)
     for scale in (1, 2, 7):
-        sizes = tuple(scale * int(memory.hints[symbol]) - (scale == 7) for symbol in footprint.symbols)
-        named = {symbol: sympy.Integer(size) for symbol, size in zip(footprint.symbols, sizes, strict=True)}
-        needed = footprint.bytes(sizes, footprint.rows(sizes))
+        sizes = tuple(scale * int(memory.hints[symbol]) - (scale == 7) for symbol in model.symbols)
+        named = {symbol: sympy.Integer(size) for symbol, size in zip(model.symbols, sizes, strict=True)}
+        needed = model.bytes(sizes, rows_of_steps(model, None, sizes))
         assert len(sizes) == 2 and needed == memory.number(memory.peak, named)
 
 
@@ -130,25 +132,25 @@ def device_of(monkeypatch: pytest.MonkeyPatch, total: int, others: int, allocate
 )
 def test_device_memory_available_to_a_graph(monkeypatch, others, allocated, cached, may_be_used):
     device_of(monkeypatch, 80 * GIB, others * GIB, allocated * GIB, cached * GIB)
-    margin = 80 * GIB // device_bytes.MARGIN_SHARE
-    assert device_bytes.available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
+    margin = 80 * GIB // MARGIN_SHARE
+    assert available_bytes(CUDA, weights=16 * GIB) == may_be_used * GIB - margin
 
 
 def test_a_small_device_keeps_a_margin_too(monkeypatch):
     device_of(monkeypatch, 2 * GIB, 0, GIB, 0)
-    assert device_bytes.available_bytes(CUDA, weights=GIB) == 2 * GIB - device_bytes.LEAST_MARGIN
+    assert available_bytes(CUDA, weights=GIB) == 2 * GIB - LEAST_MARGIN
 
 
 def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
     """For two sequences of 300 tokens, four heads of 8, in mini-sequences of at most 64."""
     found: list[Rewritten] = []
 
-    def keep(rewritten: Rewritten, options: Options, static: Collection[str], rule: RowRule | None) -> KVPlace:
+    def keep(rewritten: Rewritten, options: Options, static: Collection[str], device: torch.device) -> Decision:
         found.append(rewritten)
-        return policy.kv_place(rewritten, options, static, rule)
+        return decide(rewritten, options, static, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "kv_place", keep)
+        patch.setattr(backend, "decide", keep)
         model = tiny("Llama", num_hidden_layers=3)
         model.compile(backend="mom", options={"mini_seq_len": 64, "kv_offload": True, "strict": True})
         with torch.no_grad():
@@ -161,15 +163,14 @@ def rewritten_prefill(monkeypatch: pytest.MonkeyPatch) -> Rewritten:
 def test_resident_layers_leave_room_for_weights_program_and_attention(monkeypatch):
     rewritten = rewritten_prefill(monkeypatch)
     device_of(monkeypatch, 8 * GIB, 0, 2 * GIB, GIB)
-    monkeypatch.setattr(make_choice, "compute_device", lambda gm: CUDA)
-    monkeypatch.setattr(policy, "compute_device", lambda gm: CUDA)
-    monkeypatch.setattr(make_choice, "static_bytes", lambda gm, static, device: GIB)
-    made = policy.kv_place(rewritten, parse_options({"kv_offload": "auto"}), ()).choice
+    monkeypatch.setattr(deciding, "static_bytes", lambda gm, static, device: GIB)
+    options = {"mini_seq_len": 64, "kv_offload": "auto"}
+    made = decide(rewritten, parse_options(options), (), CUDA).choice
     assert made is not None and made.budget is not None
-    assert (made.weights, made.budget.bytes, made.budget.asked) == (GIB, 7 * GIB - device_bytes.LEAST_MARGIN, False)
-    own = 2 * 4 * 64 * (8 + 1) * 4  # a second copy of a mini-sequence's result, and its logsumexp
+    assert (made.weights, made.budget.bytes, made.budget.asked) == (GIB, 7 * GIB - LEAST_MARGIN, False)
+    own = 2 * 4 * 64 * (8 + 1) * 4  # a mini-sequence's result once more, and its logsumexp
     assert made.at(()).needed == rewritten.memory.number(rewritten.memory.peak) + own
-    asked = policy.kv_place(rewritten, parse_options({"kv_offload": "auto", "memory_budget": "3GiB"}), ()).choice
+    asked = decide(rewritten, parse_options({**options, "memory_budget": "3GiB"}), (), CUDA).choice
     assert asked is not None and asked.budget == Budget(3 * GIB, asked=True)
 
 
@@ -179,7 +180,7 @@ def test_weights_on_other_devices_take_no_memory():
         graph.placeholder(name).meta["val"] = torch.empty(10, device=device)
     graph.output(())
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    assert device_bytes.static_bytes(gm, {"here", "there"}, torch.device("meta")) == 40
+    assert static_bytes(gm, {"here", "there"}, torch.device("meta")) == 40
 
 
 @pytest.mark.parametrize(

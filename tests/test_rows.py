@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mom_compile.memory.devices import DEVICES, Properties, device_of, find_device
-from mom_compile.memory.rows import (
+from mom_compile.memory.device import (
     BLOCK_ROWS,
     HOST_SECONDS,
     OVER_LAUNCHING,
@@ -17,6 +16,7 @@ from mom_compile.memory.rows import (
     for_launches,
     rows_for,
 )
+from mom_compile.memory.devices import DEVICES, Properties, device_of, find_device
 
 LLAMA_8B = Layer(32, ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 2, (14336, 4096)))
 LLAMA_70B = Layer(64, ((8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), *[(8192, 28672)] * 2, (28672, 8192)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 import mom_compile
-from mom_compile.memory.rows import HOST_SECONDS, OVER_LAUNCHING
+from mom_compile.memory.device import HOST_SECONDS, OVER_LAUNCHING
 from mom_compile.planning.shapes import shapes
 
 DEVICE = "H200"

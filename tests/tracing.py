@@ -11,9 +11,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mom_compile
-from mom_compile.pipeline import run_pipeline
+from mom_compile.pipeline import NotWorthwhile, Outcome, run_pipeline
 from mom_compile.report import Report
 from mom_passes.loops.loop import RowLimit
+from mom_passes.program.rewritten import Rewritten
 from mom_passes.verify import Contract, verify
 from tests.programs import HIDDEN, Weighted
 
@@ -33,12 +34,16 @@ def rewrite(
 
     Raises `NotWorthwhile` with the reason.
     """
-    report = Report()
-    limit = RowLimit(mini_seq_len)
-    rewritten = run_pipeline(gm, static_inputs=static_inputs, limit=limit, report=report, **options)
+    rewritten, report = reported(run_pipeline(gm, static_inputs=static_inputs, limit=RowLimit(mini_seq_len), **options))
     verify(rewritten.gm, Contract.of(gm), level=2)
-    report.describe(rewritten)
     return rewritten.gm, report
+
+
+def reported(made: Outcome) -> tuple[Rewritten, Report]:
+    """The program and the report on it. Raises `NotWorthwhile` for a graph that may go to stock Inductor."""
+    if made.program is None or made.by_layers:
+        raise NotWorthwhile(str(made.no_loops))
+    return made.program, Report.of(made.facts, made.program)
 
 
 def check_every_length(program: Callable[..., tuple[torch.Tensor, ...]]) -> None:

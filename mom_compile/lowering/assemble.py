@@ -17,7 +17,7 @@ from torch import fx
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate, Template
 from mom_compile.memory.choice import KeepsBudget
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision
 from mom_compile.runtime.copy_steps import KeepWeights, Settle
 from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.program import Program, Slot, Step
@@ -35,7 +35,7 @@ Called = tuple[Callable[[list[Any]], Any], list[Any]]
 def assemble(
     plan: plans.Program,
     calls: Sequence[Called],
-    kv: KVPlace,
+    kv: Decision,
     deciding: Sequence[fx.Node],
     static_inputs: Collection[str],
 ) -> Program:

@@ -34,9 +34,9 @@ from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, Template, 
 from mom_compile.lowering.transfers import copy_step
 from mom_compile.lowering.transposed import transpose_once
 from mom_compile.lowering.writing import writing_body
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision
 from mom_compile.progress import expect
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.loop import CompiledLoop, Sizes
 from mom_compile.runtime.program import Program
@@ -64,8 +64,8 @@ class Lowering:
         static_inputs: Collection[str],
         patches: Mapping[str, Any],
         cache: PieceCache,
-        report: Report,
-        kv: KVPlace,
+        report: PieceLog,
+        kv: Decision,
         strict: bool = False,
     ) -> None:
         self.gm = rewritten.gm
@@ -87,9 +87,9 @@ class Lowering:
         self._with_literals: dict[int, Compute] = {}
         self.layouts: dict[fx.Node, Stored] = {}
         self._leaving = leaving(self.plan)
-        decides = self.kv.rows or self._leaving or self.kv.is_for_each_run
-        sizes = kv.choice.footprint.symbols if kv.choice is not None and decides else ()
         #: The sizes by which a run chooses rows and layers.
+        decides = self.kv.rows or self._leaving or self.kv.is_for_each_run
+        sizes = kv.choice.model.symbols if kv.choice is not None and decides else ()
         self._deciding = [self.symbols.sources[self.symbols.check(symbol)] for symbol in sizes]
 
     def program(self) -> Program:

@@ -11,7 +11,7 @@ import time
 
 from mom_compile.lowering.pieces import Piece
 from mom_compile.progress import advance
-from mom_compile.report import Report
+from mom_compile.report.facts import PieceLog
 from mom_compile.torch_compat.dynamo import COMPILING
 from mom_compile.torch_compat.inductor import CodegenSettings
 from mom_passes.source_lines import source_range
@@ -23,13 +23,13 @@ class PieceCache:
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, bool, str], Piece] = {}
 
-    def get(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+    def get(self, piece: Piece, settings: CodegenSettings, report: PieceLog, name: str) -> Piece:
         """Return the compiled piece with the same key. If there is none, compile this one."""
         found = self.begin(piece, settings, report, name)
         self.finish(found, report, name)
         return found
 
-    def begin(self, piece: Piece, settings: CodegenSettings, report: Report, name: str) -> Piece:
+    def begin(self, piece: Piece, settings: CodegenSettings, report: PieceLog, name: str) -> Piece:
         """Do the same as `get`, but do not wait for C++ compilers, so that the next piece is made meanwhile."""
         key = (settings.key, piece.strict, piece.key())
         with COMPILING:
@@ -49,7 +49,7 @@ class PieceCache:
         advance()
         return found
 
-    def finish(self, found: Piece, report: Report, name: str) -> None:
+    def finish(self, found: Piece, report: PieceLog, name: str) -> None:
         """Wait for the C++ compilers of a piece, and report a piece that runs eagerly."""
         began = time.perf_counter()
         found.finish()
@@ -57,7 +57,8 @@ class PieceCache:
         advance()
         if found.eager_reason is not None:
             report.eager_pieces[name] = found.eager_reason
-            report.locate({name: source_range(found.gm.graph)})
+            line = source_range(found.gm.graph)
+            report.source_lines |= {} if line is None else {name: line}
 
     def clear(self) -> None:
         self._pieces.clear()

@@ -1,11 +1,11 @@
 """A lowered program, and the report on it, as bytes that another process reads.
 
-    fx.Graph       the nodes as they are called, with their names: from these Inductor's cache knows a piece again
+    fx.Graph       the calls of its nodes, with their names: by these Inductor's cache finds a piece again
     OpOverload     its name
-    SymInt         its expression: what it was in one process means nothing in another
-    of a report    of a step its name, of a graph's node its name; loops and what is computed are told, not kept
+    SymInt         its expression: the SymInt of one process means nothing in another
+    a report       names of steps and of graph nodes; loops and computed nodes are not kept
 
-Whatever else cannot be pickled, a function made within another say, makes a program one that is not stored.
+A program that holds anything else that cannot be pickled, such as a local function, is not stored.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mom_passes.graph.structure import Structured
 from mom_passes.loops.loop import Loop
 from mom_passes.program.program import Compute
 
-#: Bytes of a constant of the graph, beyond which a program that has it is not stored.
+#: The most bytes of a constant of a program that is stored.
 LARGEST_CONSTANT = 1 << 20
 
 
 def dumps(value: Any) -> bytes:
-    """Raises `NotStorable` with the reason."""
+    """Return a value as bytes. Raises `NotStorable` with the reason."""
     written = io.BytesIO()
     try:
         _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -44,7 +44,7 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """Raises `NotStorable` for what cannot be read, from another version say: it is then compiled anew."""
+    """Return a value from bytes. Raises `NotStorable` for bytes that cannot be read, such as another version's."""
     try:
         return pickle.loads(data)
     except Exception as error:
@@ -53,7 +53,7 @@ def loads(data: bytes) -> Any:
 
 @dataclass(frozen=True)
 class NodeName:
-    """A node of a graph that is not stored: its name, for who reads a report."""
+    """The name of a node of a graph that is not stored."""
 
     name: str
     op: str
@@ -62,7 +62,7 @@ class NodeName:
 
 @dataclass(frozen=True)
 class _StoredNode:
-    """`eager` marks a custom operator's, whose operands as captured Inductor takes strides from."""
+    """`eager` marks a call of a custom operator: Inductor takes strides from its operands as captured."""
 
     name: str
     op: str
@@ -91,7 +91,7 @@ def _restored(stored: Sequence[_StoredNode]) -> fx.Graph:
         args, kwargs = filled((node.args, node.kwargs), nodes)
         made = graph.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
         if node.eager:
-            made.meta["eager_input_vals"] = None  # filled in when values are
+            made.meta["eager_input_vals"] = None  # filled in with the values
         nodes.append(made)
     return graph
 
@@ -110,7 +110,7 @@ def _tensor(value: torch.Tensor) -> Any:
     return NotImplemented
 
 
-#: By type: what pickles it, as `__reduce__` would.
+#: By type: what pickles a value, as `__reduce__` would.
 _RULES: dict[type, Callable[[Any], Any]] = {
     fx.Graph: _graph,
     fx.Node: lambda node: (NodeName, (node.name, node.op, str(node.target))),
@@ -132,7 +132,7 @@ def _itself(value: Any) -> Any:
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.nn.Module | Structured):
-            # Graphs within an operator are known by what has an address in this process alone.
+            # Graphs within an operator are identified by addresses of this process.
             raise NotStorable(f"a program holds a {type(value).__name__}")
         rule = _tensor if isinstance(value, torch.Tensor) else _RULES.get(type(value))
         return NotImplemented if rule is None else rule(value)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from mom_compile.memory.choice import Stays
-from mom_compile.memory.place import KVPlace
+from mom_compile.memory.decide import Decision
 from mom_compile.runtime.copy_steps import Append, FetchChosen, FetchRows, FetchStart, FetchWait, Offload
 from mom_compile.runtime.extend import Extend
 from mom_passes.graph.meta import meta_value
@@ -21,7 +21,7 @@ AHEAD = 2
 
 
 def copy_step(
-    node: fx.Node, place: KVPlace, values: Mapping[fx.Node, Leaving], sizes: Sequence[fx.Node]
+    node: fx.Node, place: Decision, values: Mapping[fx.Node, Leaving], sizes: Sequence[fx.Node]
 ) -> tuple[Callable[..., Any], list[Any]]:
     """Return the step of a copy operator, with its arguments.
 

@@ -1,18 +1,19 @@
-"""What `mom::attention` takes of a CUDA device for itself, beside its operands and its result.
+"""Bytes that `mom::attention` takes of a CUDA device itself, besides its operands and its result.
 
 Terms
 -----
 R, T    Rows of the query, in a loop those of a mini-sequence; keys.
 
-    logsumexp           B x H x R numbers in float32: every kernel returns them; sinks make `SINKS` times that of it
-    another layout      the result once more, where the kernel's is not what the operator promises
-    parts               of attention in parts (`runtime/attention/cudnn.py`), for one entry of the batch: the result in
-                        float32, another part's as it is made, and `SUMS` times its logsumexp while they are merged
-    bias                where there is a mask or a condition: `BIASES` blocks of it, as it is made, converted and
-                        aligned, each of `BLOCK_BYTES`, or of `FEWEST_ROWS` rows where those are more
-    capped scores       such a block of them in float32, and keys and values in float32 (`Way.MATH`)
+    logsumexp           B x H x R numbers in float32: every kernel returns them; sinks take `SINKS` times that in
+                        addition
+    another layout      the result once more, where the kernel's layout is not the one the operator promises
+    parts               attention in parts (`runtime/attention/cudnn.py`), for one entry of the batch: the result in
+                        float32, another part's result, and `SUMS` times its logsumexp during the merge
+    bias                with a mask or a condition: `BIASES` blocks of it, as computed, converted and aligned, each of
+                        `BLOCK_BYTES`, or of `FEWEST_ROWS` rows if those are larger
+    capped scores       one such block of scores in float32, and keys and values in float32 (`Way.MATH`)
 
-This is a bound, read off `runtime/attention/`; no GPU has confirmed it.
+This is an upper bound, derived from `runtime/attention/`. No GPU has confirmed it.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from mom_passes.program.program import Compute, LoopStep, Program
 
 ATTENTION = torch.ops.mom.attention.default
 BIASES = 3
-#: Of both parts and of their union, and two shares.
+#: Those of both parts and of their union, and two shares.
 SUMS = 5
-#: The share of the keys, which is made of a difference.
+#: The share of the keys, which is computed from a difference.
 SINKS = 2
 
 
 def most_of_attention(program: Program) -> sympy.Expr:
-    """The most bytes that one attention of a program takes for itself, in the sizes of its graph."""
+    """Return the most bytes that one attention of a program takes itself, in the sizes of its graph."""
     return sympy.Max(0, *dict.fromkeys(own_bytes(node, loop) for node, loop in _attentions(program)), evaluate=False)
 
 
 def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
-    """Each with the loop that it is in."""
+    """Iterate over attentions, each with the loop that it is in."""
     for step in program.steps:
         loop = step.loop if isinstance(step, LoopStep) else None
         nodes: Iterable[fx.Node] = step.nodes if isinstance(step, Compute) else ()
@@ -56,6 +57,7 @@ def _attentions(program: Program) -> Iterator[tuple[fx.Node, Loop | None]]:
 
 
 def own_bytes(node: fx.Node, loop: Loop | None) -> sympy.Expr:
+    """Return the bytes that an attention takes itself; in a loop, with the loop's rows."""
     query, key, value, mask = (_type(operand) for operand in node.args[:4])
     batch, heads, length, _ = (expr(size) for size in query.shape)
     size = query.dtype.itemsize
@@ -82,12 +84,12 @@ def _bytes_of_products(query: Any, key: Any, value: Any) -> sympy.Expr:
 
 
 def _may_be_in_parts(node: fx.Node, loop: Loop | None) -> bool:
-    """As far as can be told without a device: `runtime/attention/ways.py`."""
+    """Return whether `runtime/attention/ways.py` may choose attention in parts on some device."""
     query, mask, start, is_causal = _type(node.args[0]), node.args[3], node.args[4], node.args[5]
     if mask is not None or not is_causal or query.dtype not in HALF:
         return False
     rows = query.shape[2] if loop is None else loop.rows
-    alone = query.shape[-1] != _type(node.args[2]).shape[-1]  # then also where no keys are before the rows
+    alone = query.shape[-1] != _type(node.args[2]).shape[-1]  # then also if no keys precede the rows
     far = alone or not isinstance(start, int) or start >= BLOCK
     return far and (not isinstance(rows, int) or rows % ROWS == 0)
 
@@ -98,5 +100,5 @@ def _bytes_of_parts(query: Any, value: Any) -> sympy.Expr:
 
 
 def _type(operand: Any) -> Any:
-    """Shape and dtype of an operand, in a graph or in a body."""
+    """Return the shape and dtype of an operand, in a graph or in a body."""
     return operand.meta.get("type", meta_value(operand)) if isinstance(operand, fx.Node) else None

@@ -52,9 +52,9 @@ DEVICES = {
     "B200": Device(2.25e15, 8e12, 148, 100, 180 * GIB, _PCIE_5),
     # NVIDIA GB200 NVL72 page, one of a superchip's two GPUs: 5 PFLOPS with sparsity, 8 TB/s, 186 GB. NVLink-C2C has
     # 900 GB/s for both GPUs and both directions: 225 GB/s in one direction for each GPU, of which 25/32 are counted.
-    # NVIDIA prints no number of multiprocessors for it. 152 is what GB200s say of themselves in published device
+    # NVIDIA prints no number of multiprocessors for it. 152 is what GB200s report in published device
     # properties and profiles (`multi_processor_count=152, cc=100` in kernels that Inductor has generated there); a B200
-    # says 148 (pytorch/ao#4002).
+    # reports 148 (pytorch/ao#4002).
     "GB200": Device(2.5e15, 8e12, 152, 100, 186 * GIB, 176e9),
     # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 TFLOPS with FP32 accumulation, 1,008 GB/s, PCIe 4.0.
     "RTX 4090": Device(165.2e12, 1.008e12, 128, 89, 24 * GIB, _PCIE_4),
@@ -76,7 +76,7 @@ _MAKERS = re.compile(r"nvidia|geforce|amd|instinct|tesla")
 
 @dataclass(frozen=True)
 class Properties:
-    """What a GPU says of itself."""
+    """Properties that a GPU reports."""
 
     name: str
     multiprocessors: int
@@ -84,15 +84,15 @@ class Properties:
 
 
 def find_device(name: str) -> str | None:
-    """The recorded device with this name; None if there is none. Case, spaces and the maker do not matter: "rtx4090",
-    "4090" and "NVIDIA A100-80GB" are names of devices."""
+    """Return the recorded device with this name; None if there is none. Case, spaces and the maker do not matter:
+    "rtx4090", "4090" and "NVIDIA A100-80GB" are names of devices."""
     wanted = _plain(name)
     plain = {_plain(known): known for known in DEVICES}
     return _SIZED.get(wanted) or plain.get(wanted) or plain.get(f"rtx{wanted}")
 
 
 def nearest_device(name: str) -> str | None:
-    """The recorded device whose name is most like this one."""
+    """Return the recorded device with the most similar name."""
     plain = {_plain(known): known for known in DEVICES}
     near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
     return plain[near[0]] if near else None
@@ -103,11 +103,11 @@ def _plain(name: str) -> str:
 
 
 def device_of(gpu: Properties) -> tuple[Device, str]:
-    """The figures of a GPU, and a text that says where they come from.
+    """Return the figures of a GPU, and a text that names their source.
 
     A GPU that is not recorded has the figures of a recorded one, with FLOPS and bandwidth in proportion to its number
     of multiprocessors. This is the device that its name contains (a laptop's RTX 4090, a part of an H100), or else the
-    one with the nearest compute capability: the older of two that are equally near.
+    one with the nearest compute capability; of two that are equally near, the older.
     """
     words = set(re.split(r"[^A-Za-z0-9]+", gpu.name))
     named = [name for name in DEVICES if words.issuperset(name.split())]

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
+from mom_compile.memory.device import HOST_SECONDS, REACHED, STEP_SECONDS
 from mom_compile.memory.devices import DEVICES, Device, find_device, nearest_device
-from mom_compile.memory.rows import HOST_SECONDS, REACHED, STEP_SECONDS
 from mom_compile.planning.configs import PlanError
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.arguments import argument

@@ -261,7 +261,7 @@ class Plan:
     def stages(self) -> list[StageReport]:
         """The loops of the traced model, which has a few layers; empty where stock Inductor compiles the graph."""
         made = self._planner.compiled(self.seq_len, self.way)
-        return [] if made is None else made[-1].report.stages
+        return [] if made is None else list(made[-1].report.stages)
 
     @property
     def transfers(self) -> Transfers:

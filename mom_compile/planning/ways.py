@@ -24,10 +24,12 @@ from torch import fx
 
 from mom_compile.config import Options
 from mom_compile.memory.attention import most_of_attention
-from mom_compile.memory.choose_rows import Footprint
+from mom_compile.memory.device import DeviceRows, rows_on
 from mom_compile.memory.devices import Properties
-from mom_compile.memory.layer_rows import row_rule
-from mom_compile.pipeline import NotWorthwhile, run_pipeline
+from mom_compile.memory.layer import work_of
+from mom_compile.memory.model import Model
+from mom_compile.memory.row_rule import fewest_rows, rows_of_steps
+from mom_compile.pipeline import run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
@@ -85,21 +87,25 @@ def extrapolated(values: Sequence[int], periods: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A traced model rewritten for one way."""
+    """A traced model rewritten for one way, with its memory model and the rows that the device needs.
+
+    `device` is None if loops keep their rows.
+    """
 
     prefill: Prefill
     rewritten: Rewritten
     report: Report
-    footprint: Footprint
+    model: Model
+    device: DeviceRows | None
     host: sympy.Expr
 
     def sizes(self, batch_size: int, seq_len: int) -> tuple[int, ...]:
         known = {**self.rewritten.memory.hints, **self.prefill.sizes(batch_size, seq_len)}
-        return tuple(int(known[symbol]) for symbol in self.footprint.symbols)
+        return tuple(int(known[symbol]) for symbol in self.model.symbols)
 
     def full(self, batch_size: int, seq_len: int) -> int:
         """Bytes of values at full length."""
-        return self.footprint.full(self.sizes(batch_size, seq_len))
+        return self.model.full(self.sizes(batch_size, seq_len))
 
     def profile(self, batch_size: int, seq_len: int, full: int, *, fewest: bool = False) -> list[int]:
         """Return the bytes of each moment.
@@ -107,18 +113,18 @@ class Compiled:
         Mini-sequences have the rows chosen for `full` bytes at full length, or the `fewest` possible.
         """
         sizes = self.sizes(batch_size, seq_len)
-        rows = self.footprint.rows(sizes, full)
+        rows = rows_of_steps(self.model, self.device, sizes, full)
         if fewest:
-            rows = tuple(map(min, rows, self.footprint.fewest(sizes)))
-        each = [step.bytes(sizes, count) for step, count in zip(self.footprint.steps, rows, strict=True)]
-        return [each[number] for number in self.footprint.order]
+            rows = tuple(map(min, rows, fewest_rows(self.model, self.device, sizes)))
+        each = [step.bytes(sizes, count) for step, count in zip(self.model.steps, rows, strict=True)]
+        return [each[number] for number in self.model.order]
 
     def bodies(self, batch_size: int, seq_len: int, full: int) -> int:
         """Return the number of mini-sequences of all loops."""
         sizes = self.sizes(batch_size, seq_len)
-        rows, steps = self.footprint.rows(sizes, full), self.footprint.steps
+        rows, steps = rows_of_steps(self.model, self.device, sizes, full), self.model.steps
         lengths = [step.loop.length(sizes) if step.loop is not None else 0 for step in steps]
-        return sum(-(-lengths[number] // rows[number]) for number in self.footprint.order if rows[number])
+        return sum(-(-lengths[number] // rows[number]) for number in self.model.order if rows[number])
 
     def on_host(self, batch_size: int, seq_len: int) -> int:
         return self.rewritten.memory.number(self.host, self.prefill.sizes(batch_size, seq_len))
@@ -132,25 +138,21 @@ def compile_for(
     Returns None if there is nothing to gain and stock Inductor compiles the graph.
     """
     gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
-    type, report = "cpu" if gpu is None else "cuda", Report()
-    try:
-        rewritten = run_pipeline(
-            gm,
-            static_inputs=prefill.static,
-            limit=options.limit(type),
-            report=report,
-            scope=kind.scope,
-            kv_on_host=kind.cache,
-        )
-    except NotWorthwhile:
+    type = "cpu" if gpu is None else "cuda"
+    made = run_pipeline(
+        gm, static_inputs=prefill.static, limit=options.limit(type), scope=kind.scope, kv_on_host=kind.cache
+    )
+    if made.program is None or made.by_layers:
         return None
+    rewritten = made.program
     if compute_device(gm).type != type:
         rewritten = replace(rewritten, memory=memory(rewritten.plan, device=type))
-    report.describe(rewritten)
-    scratch = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
-    rule = row_rule(rewritten, type, gpu, prefill.static) if options.mini_seq_len == "auto" else None
-    footprint, _ = Footprint.of(rewritten.memory, rule, scratch)
-    return Compiled(prefill, rewritten, report, footprint, _bytes_on_host(rewritten.plan))
+    report = Report.of(made.facts, rewritten)
+    beside = most_of_attention(rewritten.plan) if gpu is not None else sympy.S.Zero
+    work = work_of(rewritten, prefill.static)
+    wants = rows_on(type, gpu, work.layer) if options.mini_seq_len == "auto" else None
+    model, _ = Model.of(rewritten.memory, work.sequences, beside)
+    return Compiled(prefill, rewritten, report, model, wants, _bytes_on_host(rewritten.plan))
 
 
 def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""What was done to a graph and what was not, and why."""
+"""Reports on graphs: what was done, what was not, and why."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mom_compile.report.details import details
+from mom_compile.report.facts import DECODE_STEP, GRAPH, PREFILL, SCORING, Facts, KVReport, PassReport, PieceLog
 from mom_compile.report.notebook import html_of_table
-from mom_compile.report.record import DECODE_STEP, GRAPH, PREFILL, SCORING, KVReport, PassReport, Record, moved_rows
+from mom_compile.report.record import Record, moved_rows
 from mom_compile.report.shares import Share, shares
 from mom_compile.report.stages import LiveValue, StageReport, stage_report
 from mom_compile.report.summary import summary
 from mom_compile.report.table import ReportTable, report_table
 from mom_compile.report.units import in_units
 from mom_compile.timeline import Measured, draw_timeline
-from mom_passes.host.kv_offload import KVOffload
 from mom_passes.loops.loop import loops
 from mom_passes.program.program import Compute, LoopStep
 from mom_passes.program.rewritten import Rewritten
@@ -33,35 +33,25 @@ class Report(Record):
     class.
     """
 
-    def describe(self, rewritten: Rewritten) -> None:
-        self.graph, self.memory, self.no_loops = rewritten.gm, rewritten.memory, rewritten.no_loops
-        self.weights = rewritten.weights
-        moments = [moment for moment in self.memory.moments if isinstance(moment.step, LoopStep)]
-        self.stages = [stage_report(moment, self.memory) for moment in moments]
-        self.tokens = self.memory.tokens
-        self.peak = shares(rewritten, self.keys_and_values)
+    @staticmethod
+    def of(facts: Facts, program: Rewritten | None = None, *, by_layers: bool = False, **known: Any) -> Report:
+        """Return the report on a graph.
 
-    def describe_layers(self, rewritten: Rewritten) -> None:
-        """A graph without loops, cut by layers."""
-        self.describe(rewritten)
-        self.layer_pieces = sum(isinstance(step, Compute) for step in rewritten.plan.steps)
+        `program` is what the passes made of it, if it is not stock Inductor's; `by_layers`, if it is no more than the
+        graph cut between its layers. `known` are further attributes, see `Record`.
+        """
+        of_program = {} if program is None else _of_program(program, facts, by_layers)
+        return Report(**vars(facts), **of_program, **known)
+
+    def with_pieces(self, pieces: PieceLog) -> Report:
+        """Return the report with what became of the graph's pieces."""
+        return replace(self, **{**vars(pieces), "source_lines": {**self.source_lines, **pieces.source_lines}})
 
     def to_store(self) -> Report:
-        """What of this another process can say that reads the compiled graph: not what was done for it in this one."""
-        own: dict[str, Any] = {"passes": [], "compiled_pieces": [], "bodies_shared": 0, "compile_seconds": 0.0}
-        own |= {"graph": None, "graphs": None, "limit_hit": False}
-        return replace(self, **own, from_cache=True)
-
-    def describe_kv(self, offload: KVOffload) -> None:
-        self.on_device = dict(offload.left_out)
-        self.on_host = [
-            KVReport(value.kept.name, value.layer, value.bytes_per_token, value.past is not None)
-            for value in offload.leaving
-        ]
-
-    def describe_staying(self, reason: str) -> None:
-        """All keys and values stay on the device after all."""
-        self.on_host, self.on_device = [], {"all": reason}
+        """Return what another process that reads the compiled graph can say of it: without what this process did."""
+        own: dict[str, Any] = {"passes": (), "graph": None, "graphs": None, "exceeded": []}
+        pieces = vars(PieceLog(eager_pieces=dict(self.eager_pieces), source_lines=dict(self.source_lines)))
+        return replace(self, **own, **pieces, from_cache=True)
 
     @property
     def headline(self) -> str:
@@ -140,3 +130,19 @@ class Report(Record):
 
     def __str__(self) -> str:
         return "\n".join(summary(self))
+
+
+def _of_program(program: Rewritten, facts: Facts, by_layers: bool) -> dict[str, Any]:
+    """Return the attributes of a report that a program says."""
+    found = program.memory
+    moments = [moment for moment in found.moments if isinstance(moment.step, LoopStep)]
+    return {
+        "graph": program.gm,
+        "memory": found,
+        "no_loops": program.no_loops,
+        "weights": program.weights,
+        "stages": tuple(stage_report(moment, found) for moment in moments),
+        "tokens": found.tokens,
+        "peak": shares(program, facts.keys_and_values),
+        "layer_pieces": sum(isinstance(step, Compute) for step in program.plan.steps) if by_layers else 0,
+    }

@@ -1,4 +1,4 @@
-"""A graph's story in full: every stage, every value at full length, every operator that was left out."""
+"""The complete report: every stage, every value at full length, every operator that was left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mom_passes.program.program import LoopStep
 
 
 def details(record: Record) -> list[str]:
-    """Lines."""
+    """Return the lines of the complete report."""
     if record.fallback is not None:
         verdict = "failed, so it went" if record.failed else "went"
         lines = [f"{record.kind}, graph of {record.nodes} nodes: {verdict} to stock Inductor: {record.fallback}"]
@@ -42,7 +42,7 @@ def _head(record: Record) -> list[str]:
 
 
 def _peak_lines(record: Record) -> list[str]:
-    """At the captured sizes and, where some are symbols, as an expression in them."""
+    """Return the peak at the captured sizes and, if some are symbols, as an expression in them."""
     if record.memory is None:
         return []
     moment = record.memory.highest

@@ -1,4 +1,4 @@
-"""Loops that are alike, and operators with one reason, once: as data, for the text and the table alike."""
+"""Groups of identical loops, and of operators with the same reason, as data for the text and the table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mom_compile.report.units import counted, in_units
 
 @dataclass(frozen=True)
 class LoopGroup:
-    """Loops that a user cannot tell apart. `names` are theirs; `sees` says what their attentions see and what else they
-    do; `rows` tokens at a time take `takes` bytes, and each token leaves `leaves` bytes at full length."""
+    """Loops that read the same in a report, with their `names`. `sees` says what their attentions see and what else
+    they do; `rows` tokens at a time take `takes` bytes, and each token leaves `leaves` bytes at full length."""
 
     sees: str
     rows: int
@@ -30,7 +30,8 @@ class LoopGroup:
 
 
 def loop_groups(stages: Sequence[StageReport]) -> list[LoopGroup]:
-    """In the order of the first of each. Bytes are alike where they read alike; a group has those of its first."""
+    """Return the groups, in the order of their first loops. Bytes are compared as printed; a group has its first
+    loop's."""
     alike: dict[tuple[str, int, str, str], LoopGroup] = {}
     for stage in stages:
         own = LoopGroup(_what(stage), stage.mini_seq_len, stage.iteration_bytes, stage.stored_per_token)
@@ -47,7 +48,7 @@ def _what(stage: StageReport) -> str:
 
 
 def _ranges(names: Sequence[str]) -> list[str]:
-    """`stage_1, stage_2, stage_3, stage_5` as `stage_1-3, 5`; names that do not end in numbers as they are."""
+    """Return `stage_1, stage_2, stage_3, stage_5` as `stage_1-3, 5`; names that do not end in numbers unchanged."""
     numbers = [name.rpartition("_")[2] for name in names]
     if not all(number.isdigit() for number in numbers):
         return list(names)

@@ -1,88 +1,35 @@
-"""What was done to a graph and what was not, and why."""
+"""What is reported on a graph: what was done, what was not, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from mom_compile.report.facts import Facts
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
 from mom_compile.torch_compat.recompiles import GraphCount
 from mom_passes.program.memory import Memory
-from mom_passes.program.own_rows import OwnRows
 from mom_passes.program.program import Call, Compute, LoopStep, Transfer
 from mom_passes.program.traffic import WeightTraffic
 
-#: What a graph is for. One that attends to nothing has no name: what lies between two breaks, say.
-PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
-
 
 @dataclass(frozen=True)
-class KVReport:
-    """Keys or values of one layer that leave for the host: all rows or, with a past, only the new ones.
-
-    `bytes_per_token` is what each token of it takes on the host instead of on the device.
-    """
-
-    name: str
-    layer: int
-    bytes_per_token: int
-    has_past: bool
-
-
-@dataclass(frozen=True)
-class PassReport:
-    name: str
-    seconds: float
-    change: str
-
-
-#: A cache that fits this many times leaves decode steps whole. It may outgrow the device in one run only by then.
-HEADROOM = 2
-
-
-@dataclass(frozen=True)
-class ForLong:
-    """What "auto" asks of a device once: whether it has `needed` bytes, so that all keys and values may stay for long.
-    `budget` is what it had for everything, its `weights` included."""
-
-    needed: int
-    weights: int
-    budget: int
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.budget
-
-    def __str__(self) -> str:
-        return f"weights and {HEADROOM} times the present cache take {self.needed} bytes, {self.budget} may be used"
-
-
-@dataclass
-class Record:
-    """What is known of one captured graph, as numbers and names. Sizes are in bytes at the captured sizes.
+class Record(Facts):
+    """What is reported on one captured graph: the facts, and more. Nothing is decided by it.
 
     Attributes
     ----------
     nodes : int
         Number of nodes of the captured graph.
-    kind : str
-        `"prefill"`, `"decode step"` (one token of each sequence), `"scoring"` (logits of all tokens, no cache),
-        or `"graph"` for a graph without attention.
     fallback : str or None
         Why the graph went to stock Inductor.
     failed : bool
         Whether `fallback` is an error of this package and not a decision.
-    token_dimension : str
-        The dimension that carries tokens, in words.
-    stages : list of StageReport
+    stages : sequence of StageReport
         The loops, in the order they run.
-    passes : list of PassReport
-        Name, seconds and effect of each pass.
-    left_out : dict of str to str
-        Operator to the reason why it runs on the full sequence.
     no_loops : str or None
         Why nothing runs over mini-sequences although this package compiled the graph.
     refused : str
@@ -96,33 +43,14 @@ class Record:
         model. Only `explain` computes it, and not for experts outside of a loop.
     peak : tuple of Share
         The parts of the expected peak, the largest first.
-    keys_and_values : frozenset of str
-        Names of all values that attentions read as keys or values.
-    growing : tuple of (int, int)
-        Positions of outputs that a cache keeps, with the dimension in which the next call finds them longer.
     memory : Memory or None
         What the program needs in each step, as expressions in the sizes of the graph.
-    on_host : list of KVReport
-        Keys and values that leave for the host.
     weights : WeightTraffic or None
         Copies of weights that are kept on the host.
-    for_long : ForLong or None
-        Whether all keys and values of a decode step may stay on the device, where `kv_offload="auto"` decided
-        it.
-    on_device : dict of str to str
-        Keys and values that stay on the device, by name, with the reason.
-    own_rows : list of OwnRows
-        Outputs, such as windows of a cache, whose rows were copied out of a larger value that is then freed.
     eager_pieces : dict of str to str
         Pieces that Inductor could not compile and that run eagerly, with the error.
-    source_lines : dict of str to str
-        The user's line, by the names in `left_out`, `on_device` and `eager_pieces`, where it is known.
-    compiled_pieces : list of str
+    compiled_pieces : sequence of str
         Loop bodies and pieces that were compiled for this graph. It shares the others.
-    work : int
-        Multiply-adds of all matrix products and attentions, at the captured sizes.
-    work_outside : dict of str to int
-        Multiply-adds of these that run on the full sequence, by operator as in `left_out`.
     bodies_shared : int
         Number of loop bodies that were not compiled because an identical one existed.
     layer_pieces : int
@@ -134,55 +62,38 @@ class Record:
         Whether the graph was read from the compile cache. There is no code to show then.
     graphs : GraphCount or None
         The number of this graph among those of its code object, and Dynamo's limit. `None` for `explain`.
-    limit_hit : bool
-        Whether Dynamo has run a call of this code in eager mode since, because the limit was reached.
+    exceeded : list
+        Filled when Dynamo runs a call of this code in eager mode, because the limit was reached.
     graph : torch.fx.GraphModule or None
         The rewritten graph.
     """
 
     nodes: int = 0
-    kind: str = GRAPH
     fallback: str | None = None
     failed: bool = False
-    token_dimension: str = ""
-    stages: list[StageReport] = field(default_factory=list)
-    passes: list[PassReport] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    stages: tuple[StageReport, ...] = ()
     no_loops: str | None = None
     refused: str = ""
     rows: str = ""
     tokens: int = 0
     peak_without_loops: int | None = None
     peak: tuple[Share, ...] = ()
-    keys_and_values: frozenset[str] = frozenset()
-    growing: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
-    on_host: list[KVReport] = field(default_factory=list)
     weights: WeightTraffic | None = None
-    for_long: ForLong | None = None
-    on_device: dict[str, str] = field(default_factory=dict)
-    own_rows: list[OwnRows] = field(default_factory=list)
-    eager_pieces: dict[str, str] = field(default_factory=dict)
-    source_lines: dict[str, str] = field(default_factory=dict)
-    compiled_pieces: list[str] = field(default_factory=list)
-    work: int = 0
-    work_outside: dict[str, int] = field(default_factory=dict)
+    compiled_pieces: Sequence[str] = ()
     bodies_shared: int = 0
-    layer_pieces: int = 0
     compile_seconds: float = 0.0
+    eager_pieces: Mapping[str, str] = field(default_factory=dict)
+    layer_pieces: int = 0
     from_cache: bool = False
     graphs: GraphCount | None = None
-    limit_hit: bool = False
+    exceeded: list[GraphCount] = field(default_factory=list, repr=False)
     graph: fx.GraphModule | None = None
 
-    def locate(self, lines: Mapping[str, str | None]) -> None:
-        """Add source lines of names. None: the line is not known."""
-        self.source_lines |= {name: line for name, line in lines.items() if line is not None}
-
-    def located(self, name: str) -> str:
-        """Return a name with its source line, if that is known."""
-        line = self.source_lines.get(name)
-        return name if line is None else f"{name} ({line})"
+    @property
+    def limit_hit(self) -> bool:
+        """Whether Dynamo has run a call of this code in eager mode since."""
+        return bool(self.exceeded)
 
     @property
     def floor_bytes(self) -> int:
@@ -208,8 +119,8 @@ class Record:
         return self.memory.most(LoopStep, Compute, Call, Transfer) if self.memory is not None else 0
 
     def exposed_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """How long a run waits for weights on a link and a device of so much, at the captured sizes: what of their
-        copies is not hidden behind the compute before it. 0 where none is on the host."""
+        """Return how many seconds a run waits for weights, at the captured sizes: the part of their copies that the
+        computation before them does not hide. 0 if no weights are on the host."""
         arrivals = self.weights.arrivals if self.weights is not None else ()
         return sum(arrival.exposed(bytes_per_second, flops_per_second) for arrival in arrivals)
 
@@ -224,7 +135,7 @@ class Record:
 
 
 def limit_in_words(record: Record) -> str | None:
-    """What Dynamo's limit on the number of graphs means for calls to come; None as long as there may be more graphs."""
+    """Return what Dynamo's limit on the number of graphs means for further calls; None if it is not reached."""
     graphs = record.graphs
     if graphs is None or not (record.limit_hit or graphs.number >= graphs.most):
         return None
@@ -234,18 +145,18 @@ def limit_in_words(record: Record) -> str | None:
 
 
 def host_share(record: Record) -> tuple[int, int] | None:
-    """Of how many layers keys and values leave for the host, and their bytes per token; None where none does."""
+    """Return how many layers' keys and values leave for the host, and their bytes per token; None if none do."""
     if not record.on_host or record.fallback is not None:
         return None
     return len({value.layer for value in record.on_host}), sum(value.bytes_per_token for value in record.on_host)
 
 
 def own_share(record: Record) -> tuple[int, int]:
-    """Bytes of the rows that are copied out of larger values, and of these values."""
+    """Return the bytes of the rows that are copied out of larger values, and those of these values."""
     return sum(rows.bytes for rows in record.own_rows), sum(rows.base_bytes for rows in record.own_rows)
 
 
 def moved_rows(record: Record) -> str:
-    """What leaves for the host, in words."""
+    """Return what leaves for the host, in words."""
     rows = "new rows" if all(value.has_past for value in record.on_host) else "rows"
     return f"{rows} of {len(record.on_host)} keys and values"

@@ -1,9 +1,4 @@
-"""What the expected peak is made of, in a user's words.
-
-Terms
------
-share    All that is alive at that moment for one purpose, in bytes at the captured sizes.
-"""
+"""What the expected peak is made of: the storages that are alive at that moment, by purpose."""
 
 from __future__ import annotations
 
@@ -37,7 +32,7 @@ class Share:
 
 
 def shares(rewritten: Rewritten, keys_and_values: Collection[str]) -> tuple[Share, ...]:
-    """What is alive at the peak, the largest first. `keys_and_values` are the names of all that attentions read."""
+    """Return the bytes at the peak by purpose, the largest first. `keys_and_values` names what attentions read."""
     found = rewritten.memory
     if not found.moments:
         return ()
@@ -69,7 +64,7 @@ def _purpose(storage: Storage, moment: Moment, found: Memory, *, is_kv: bool, is
 
 
 def _stored_as(node: fx.Node, made_by: Mapping[fx.Node, Loop]) -> str:
-    """What a value was called before there were loops; what is copied or cut out of one is called as that."""
+    """Return the name that a value had before loops; copies and cuts of a value have its name."""
     while node.target is COPY_ROWS or getattr(node.target, "is_view", False):
         node = node.args[0]  # type: ignore[assignment]
     loop = made_by.get(node.args[0]) if node.target is operator.getitem else None  # type: ignore[arg-type]

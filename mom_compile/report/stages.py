@@ -1,5 +1,4 @@
-"""What one loop of a rewritten graph is: its tokens, what it stores at full length, what it runs, and what is alive
-meanwhile."""
+"""The report on one loop: its tokens, what it stores at full length, what it runs, and what is alive while it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from mom_passes.program.program import LoopStep, Storage
 
 @dataclass(frozen=True)
 class LiveValue:
-    """A value at full length, with the bytes it takes at the captured sizes. Rows of their own have none per token."""
+    """A value at full length, with its bytes at the captured sizes. Copied rows have no bytes per token."""
 
     name: str
     bytes: int
@@ -30,12 +29,12 @@ class LiveValue:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One loop: where its tokens are, what it stores at full length, and what it runs.
+    """One loop: its tokens, what it stores at full length, and what it runs.
 
-    `spread` is how many of its tokens give each expert a row, 1 without experts.
-    `live` is every full-length value that is alive while it runs, `made_once` the bytes of those that have no tokens,
-    weights that were dequantised before it, say, `folds` the reductions over tokens that leave it,
-    `iteration_bytes` what one mini-sequence holds beside them. `attention` says what its attentions see.
+    `spread` is how many of its tokens give each expert a row, 1 without experts. `live` are the full-length values that
+    are alive while it runs, `made_once` the bytes of those without tokens, such as dequantised weights, `folds` the
+    reductions over tokens that it returns, `iteration_bytes` the bytes of one mini-sequence besides these. `attention`
+    says what its attentions see.
     """
 
     name: str
@@ -53,7 +52,7 @@ class StageReport:
 
     @property
     def stored_per_token(self) -> int:
-        """Bytes that each token leaves at full length."""
+        """Bytes per token that it stores at full length."""
         return sum(self.bytes_per_token)
 
 
@@ -83,9 +82,9 @@ def stage_report(moment: Moment, found: Memory) -> StageReport:
 
 
 def live_value(storage: Storage, loop: Loop, found: Memory) -> LiveValue | None:
-    """What is alive while a loop runs and has tokens, or rows of its own; None for anything else.
+    """Return a storage that is alive while a loop runs, if it has tokens or is a copy of rows; else None.
 
-    With bytes per token of its own: `hidden[:, :-1]` has one fewer than a loop over all.
+    Bytes per token count its own tokens: `hidden[:, :-1]` has one fewer than a loop over all.
     """
     size, tokens, node = found.number(storage.bytes), max(1, hint(loop.length)), storage.node
     source = node.args[0] if node.target is operator.getitem else None
@@ -101,7 +100,7 @@ def live_value(storage: Storage, loop: Loop, found: Memory) -> LiveValue | None:
 
 
 def _attention(body: fx.Graph) -> str:
-    """What the attentions of a loop see, in words, the shortest window first; nothing where there are none."""
+    """Return what the attentions of a loop see, in words, the shortest window first; empty without attention."""
     windows = {argument(node, "window") for node in body.nodes if node.target is MOM_ATTENTION}
     if not windows:
         return ""

@@ -1,4 +1,4 @@
-"""A graph's story for people: what was saved, what is left, which loops there are, and what was left alone and why.
+"""The short report: the expected peak, what it is made of, the loops, and what was left out and why.
 
     prefill of 2733 tokens: expected peak 51 MiB, 173 MiB without loops (beside weights and inputs)
     largest then: keys and values that a cache keeps 30 MiB, one mini-sequence's own values 9.4 MiB, ...
@@ -13,21 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mom_compile.report.details import eager_lines
+from mom_compile.report.facts import DECODE_STEP
 from mom_compile.report.groups import LoopGroup, by_reason, first_line, loop_groups
 from mom_compile.report.reasons import Reason
-from mom_compile.report.record import DECODE_STEP, Record, host_share, limit_in_words, moved_rows, own_share
+from mom_compile.report.record import Record, host_share, limit_in_words, moved_rows, own_share
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import counted, in_units
 
-#: The most lines that loops, operators or reasons of one kind take.
+#: The most lines for loops, operators or reasons of one kind.
 MOST = 8
-#: A share of the peak that is not worth a mention, as a part of the largest.
+#: Shares of the peak below this part of the largest are not shown.
 _SMALL = 0.02
 
 
 def summary(record: Record) -> list[str]:
-    """Lines."""
+    """Return the lines of the short report."""
     lines = [headline(record), *no_loops(record), *([record.refused] if record.refused else [])]
     parts = [f"{share.what} {in_units(share.bytes)}" for share in largest(record)]
     if parts:
@@ -40,7 +41,7 @@ def summary(record: Record) -> list[str]:
 
 
 def headline(record: Record) -> str:
-    """What was saved, or why the graph was left alone."""
+    """Return the expected peak, or why the graph went to stock Inductor."""
     if record.fallback is not None:
         return _left_alone(record)
     tokens = f" of {record.tokens} tokens" if record.stages else ""
@@ -51,21 +52,21 @@ def headline(record: Record) -> str:
 
 
 def no_loops(record: Record) -> list[str]:
-    """Why a graph of ours has no loops, if it has none."""
+    """Return why a rewritten graph has no loops, if it has none."""
     if record.fallback is not None or record.no_loops is None:
         return []
     return [f"no loops: {_in_words(record.no_loops)}"]
 
 
 def largest(record: Record) -> list[Share]:
-    """What the expected peak is made of, without what is not worth a mention."""
+    """Return what the expected peak is made of, without small shares."""
     if record.fallback is not None or not record.peak:
         return []
     return [share for share in record.peak if share.bytes >= _SMALL * record.peak[0].bytes]
 
 
 def rest(record: Record) -> list[str]:
-    """What there is to say beside loops and what is outside them: of keys, values, weights and failures."""
+    """Return the lines on keys, values, weights and failures."""
     weights = _weight_lines(record) if record.fallback is None else []
     limit = limit_in_words(record)
     return _kv_lines(record) + weights + _own_lines(record) + eager_lines(record) + ([limit] if limit else [])
@@ -119,13 +120,13 @@ def _kv_lines(record: Record) -> list[str]:
     return lines
 
 
-#: What a link is compared with: a PCIe 4.0 x16 carries 25 GB/s of its 32, and a device that computes 100 TFLOP/s in 16
-#: bits is a middling one.
+#: The link and the device of the estimate: a PCIe 4.0 x16 reaches 25 GB/s of its 32; 100 TFLOP/s in 16 bits is a
+#: medium GPU.
 LINK, RATE = 25e9, 100e12
 
 
 def _weight_lines(record: Record) -> list[str]:
-    """What arrives of weights, and what of that a run would wait for."""
+    """Return the lines on weights that arrive, and the part of their copies that a run waits for."""
     found = record.weights
     if found is None:
         return []

@@ -1,4 +1,4 @@
-"""A graph's story as a table: pure data, which `rendered.py` draws."""
+"""The short report as data, which `rendered.py` draws."""
 
 from __future__ import annotations
 

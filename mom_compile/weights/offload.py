@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from mom_compile.memory.device_bytes import available_bytes
+from mom_compile.memory.device import available_bytes
 from mom_compile.notices import warn_once
 from mom_compile.quantities import parse_bytes
 from mom_compile.report.units import in_units

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import fx
@@ -32,6 +33,12 @@ def source_line(node: fx.Node) -> str | None:
             code = code if len(code) <= _MOST_CODE else f"{code[: _MOST_CODE - 3]}..."
             return f"{_shortened(file)}:{frame['line']}" + (f": {code}" if code else "")
     return None
+
+
+def source_lines(nodes: Mapping[str, fx.Node]) -> dict[str, str]:
+    """Return the source lines of nodes by name, of those whose line is known."""
+    lines = {name: source_line(node) for name, node in nodes.items()}
+    return {name: line for name, line in lines.items() if line is not None}
 
 
 def source_range(graph: fx.Graph) -> str | None:

@@ -4,7 +4,7 @@
 
 The bodies of a small Llama are compiled for `cuda:0` and run by the real loop; kernels, products and attention do
 nothing. The time excludes launches and PyTorch's dispatch of products. It is `HOST_SECONDS` of
-`mom_compile.memory.rows`.
+`mom_compile.memory.device`.
 """
 
 from __future__ import annotations

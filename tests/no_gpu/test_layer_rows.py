@@ -11,7 +11,7 @@ import torch
 from mom_compile.backend import rewrite, static_input_names
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.config import parse_options
-from mom_compile.memory.device_bytes import static_bytes
+from mom_compile.memory.model import static_bytes
 from mom_compile.report import Report
 from tests.no_gpu.graphs import Graph, graph_of
 from tests.no_gpu.target import A100, H100, H200, RTX_4090, Gpu, pretended
@@ -33,12 +33,9 @@ def graph(shape: str = "llama", tokens: int = 147_456, sequences: int = 1, **inp
 
 
 def report_of(captured: Graph, gpu: Gpu, **options: Any) -> Report:
-    report = Report()
     parsed = parse_options({"kv_offload": False, **options})
     with pretended(gpu):
-        found = rewrite(captured.gm, parsed, report, static_input_names(captured.gm, captured.more))
-    report.describe(found)
-    return report
+        return rewrite(captured.gm, parsed, static_input_names(captured.gm, captured.more)).report()
 
 
 def rows_of(report: Report) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from benchmarks.models import keeping
 from mom_compile import HostTensor
-from mom_compile.memory import policy
+from mom_compile.memory import decide
 from mom_compile.runtime.copy_steps import FetchWait
 from mom_compile.runtime.host import bounce, weight_bytes
 from mom_compile.runtime.host.placement import Placement
@@ -200,7 +200,7 @@ class StreamLog:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sim: Simulation | None = None
-        monkeypatch.setattr(policy, "placement_of", lambda options, device: Placement(pin=self.pin))
+        monkeypatch.setattr(decide, "placement_of", lambda options, device: Placement(pin=self.pin))
         self.reference = self.model()
         self.compiled = self.model()
         options = {"kv_offload": True, "mini_seq_len": 16, "strict": True}

@@ -1,0 +1,102 @@
+"""What the passes found out about a graph, apart from the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mom_passes.program.own_rows import OwnRows
+
+#: What a graph is for. A graph without attention, such as one between two graph breaks, is a `GRAPH`.
+PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """Keys or values of one layer that leave for the host: all rows or, with a past, only the new ones.
+
+    `bytes_per_token` is what each token of it takes on the host instead of on the device.
+    """
+
+    name: str
+    layer: int
+    bytes_per_token: int
+    has_past: bool
+
+
+@dataclass(frozen=True)
+class PassReport:
+    name: str
+    seconds: float
+    change: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one graph after the passes.
+
+    Parameters
+    ----------
+    kind
+        `PREFILL`, `DECODE_STEP` (one token of each sequence), `SCORING` (logits of all tokens, no cache) or `GRAPH`.
+    keys_and_values
+        Names of all values that attentions read as keys or values.
+    growing
+        Positions of the outputs that a cache keeps, with the dimension in which the next call finds them longer.
+    token_dimension
+        The token dimension of the value that it was found by, in words; empty if there is none.
+    left_out
+        Operators that run on the full sequence, with the reason.
+    work, work_outside
+        Multiply-adds of all matrix products and attentions, at the captured sizes; those on the full sequence, by
+        operator.
+    on_host, on_device
+        Keys and values that leave for the host; those that stay, by name, with the reason.
+    own_rows
+        Outputs, such as windows of a cache, whose rows were copied out of a larger value that then dies.
+    source_lines
+        The user's line, by the names in `left_out` and `on_device`, where it is known.
+    passes
+        The steps that ran, in order.
+    """
+
+    kind: str = GRAPH
+    keys_and_values: frozenset[str] = frozenset()
+    growing: tuple[tuple[int, int], ...] = ()
+    token_dimension: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    work: int = 0
+    work_outside: Mapping[str, int] = field(default_factory=dict)
+    on_host: tuple[KVReport, ...] = ()
+    on_device: Mapping[str, str] = field(default_factory=dict)
+    own_rows: tuple[OwnRows, ...] = ()
+    source_lines: Mapping[str, str] = field(default_factory=dict)
+    passes: tuple[PassReport, ...] = ()
+
+    def located(self, name: str) -> str:
+        """Return a name with its source line, if that is known."""
+        line = self.source_lines.get(name)
+        return name if line is None else f"{name} ({line})"
+
+
+NOTHING_FOUND = Facts()
+
+
+@dataclass
+class PieceLog:
+    """The pieces of one graph as they were compiled.
+
+    It has the names of those that are new, how many are shared with other graphs, the seconds that took, and those that
+    run eagerly, with Inductor's error and the user's line.
+    """
+
+    compiled_pieces: list[str] = field(default_factory=list)
+    bodies_shared: int = 0
+    compile_seconds: float = 0.0
+    eager_pieces: dict[str, str] = field(default_factory=dict)
+    source_lines: dict[str, str] = field(default_factory=dict)
+
+    def located(self, name: str) -> str:
+        """Return a name with its source line, if that is known."""
+        line = self.source_lines.get(name)
+        return name if line is None else f"{name} ({line})"

@@ -1,0 +1,68 @@
+"""Why the passes skip a graph, which then goes to stock Inductor as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_compile.config import Options
+from mom_compile.report.reasons import Reason
+from mom_passes.attention.flex import is_read_by_flex_alone
+from mom_passes.graph.data_dependent import origin_of_unknown_number
+from mom_passes.graph.edit import attribute
+from mom_passes.graph.values import tensors_of
+from mom_passes.rules.work import products
+from mom_passes.source_lines import with_source_line
+
+
+def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:
+    """Return why the passes skip a graph, or None."""
+    if options.scope == "none":
+        return Reason.ASKED_FOR
+    if not kwargs.get("is_inference"):
+        return Reason.NEEDS_GRADIENTS
+    if kwargs.get("cpp_wrapper") or kwargs.get("aot_mode"):
+        return Reason.AHEAD_OF_TIME
+    return _unsupported(gm)
+
+
+def _unsupported(gm: fx.GraphModule) -> str | None:
+    """Return what the passes do not support in a graph, by name, or None."""
+    devices: dict[torch.device, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" or (
+            node.op == "get_attr"
+            and isinstance(attribute(gm, str(node.target)), torch.nn.Module)
+            and not is_read_by_flex_alone(gm, node)
+        ):
+            users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
+            return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
+        devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
+    unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
+    if unknown is not None:
+        return with_source_line(_depends_on_data(unknown), unknown)
+    if torch.device("meta") in devices:
+        return "tensors on the meta device have no data: nothing to run (`explain(model, ...)` plans such a model)"
+    accelerators = sorted(str(device) for device in devices if device.type != "cpu")
+    if len(accelerators) > 1:
+        return f"the graph computes on several accelerators: {', '.join(accelerators)}"
+    return None
+
+
+def _depends_on_data(node: fx.Node) -> str:
+    """Name a number that matrix products depend on and that is unknown at capture, and say what to do."""
+    if node.op == "placeholder":
+        return f"a size of {node.name} is marked as unbacked; mark it with torch._dynamo.mark_dynamic in place of that"
+    if node.target is torch.ops.aten._local_scalar_dense.default:
+        return (
+            f"{node.name} reads a number off a tensor (.item()), and matrix products depend on it; read it outside of "
+            "the compiled function and pass it, compute with the tensor in place of the number, or set "
+            "torch._dynamo.config.capture_scalar_outputs = False, which breaks the graph there"
+        )
+    return (
+        f"{node.name} ({node.target}) makes sizes depend on data, and matrix products depend on these; call it outside "
+        "of the compiled function"
+    )
