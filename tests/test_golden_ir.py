@@ -10,16 +10,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import fx, nn
 
-from mom_compile import pipeline
 from mom_compile.backend import static_input_names
 from mom_compile.capture import capture
-from mom_compile.report import Report
+from mom_compile.pipeline import run_pipeline
 from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.loops.loop import RowLimit
 from tests.graph_text import Printer, changed
@@ -109,24 +107,17 @@ class Passes:
         return capture(gm, example_inputs, self.graph, {})
 
     def graph(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        printer, report = Printer(self.inputs), Report()
-        texts = [printer.lines(gm)]
-        with pytest.MonkeyPatch.context() as patch:
-            verify = pipeline.verify
+        printer = Printer(self.inputs)
+        last = self.graphs["captured"] = printer.lines(gm)
 
-            def verified(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> None:
-                verify(gm, *args, **kwargs)
-                texts.append(printer.lines(gm))
+        def watch(step: str, found: Any) -> None:
+            nonlocal last
+            rewritten = getattr(found, "gm", None)
+            if isinstance(rewritten, fx.GraphModule) and (text := printer.lines(rewritten)) != last:
+                last = self.graphs[step] = text
 
-            patch.setattr(pipeline, "verify", verified)
-            pipeline.run_pipeline(
-                gm, static_inputs=static_input_names(gm, kwargs), limit=RowLimit(4), report=report, **self.options
-            )
-        rewriting = [p.name for p in report.passes if getattr(pipeline, p.name) not in pipeline.ANALYSES]
-        self.graphs["captured"] = texts[0]
-        for name, before, after in zip(rewriting, texts[:-1], texts[1:], strict=True):
-            if after != before:
-                self.graphs[name] = after
+        static = static_input_names(gm, kwargs)
+        run_pipeline(gm, static_inputs=static, limit=RowLimit(4), watch=watch, **self.options)
         return mark_boxed(lambda inputs: gm(*inputs))
 
     def after(self, name: str) -> str:
