@@ -52,6 +52,7 @@ architectures: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.architectures $(ARGS)
 
 # The documentation site, in build/docs. A broken link, a warning or an undocumented export is an error.
+# Without the theme's notice on its end of life (2027-05-05).
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.extra-docs
 	@$(BIN)/python -m mkdocs build --strict $(ARGS)

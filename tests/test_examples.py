@@ -89,7 +89,7 @@ def test_the_report_of_the_harness() -> None:
     exact = {"off": {"harness": 1e-4, "harness with mom": 2e-6}, "documents": [-100.5]}
     lines = "\n".join(evaluate.report(rows, exact))
     assert "0.050x" in lines and lines.count("x\n") == 1 and "at most 2.5e-01 apart" in lines and "mom 2.0e-06" in lines
-    assert "a document's, likewise: harness 5.0e-01" in lines
+    assert "log-likelihood of a document, in the same way: harness 5.0e-01" in lines
 
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
