@@ -322,7 +322,7 @@ def test_the_longest_part_bounds_decode():
     [
         ({"batch_size": 0}, "batch_size=0 is not valid"),
         ({"dtype": "int8"}, "dtype='int8' is not valid"),
-        ({"device": "H900"}, "recorded are A100, A100 40GB, H100"),
+        ({"device": "H900"}, "known devices are A100, A100 40GB, H100"),
         ({"device": "RTX 490"}, "did you mean 'RTX 4090'"),
         ({"device_memory": "24GiB"}, r"did you mean memory_budget='24GiB'.*max_seq_len\('24GiB'\)"),
         ({"options": {"gpu_memory": 5}}, "did you mean memory_budget=5"),
