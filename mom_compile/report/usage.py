@@ -1,4 +1,4 @@
-"""What is held on the host now."""
+"""Host memory and files that keys, values and weights take now."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mom_compile.runtime.host.weight_bytes import WeightBytes
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What keys and values, and weights, take on the host now, in bytes.
+    """Bytes that keys and values, and weights, take on the host now.
 
     rows      keys and values
-    memory    host memory that is held for them, `pooled` of which is pinned and waits for the next cache
-    disk      likewise in files
+    memory    host memory that is allocated for them; `pooled` of it is pinned and free for the next cache
+    disk      files that are allocated for them
     stores    how many tensors of keys or of values there are
-    weights   host memory that weights are in
-    mapped    the size of the files that weights are mapped from: memory holds of them what it has room for
+    weights   host memory of weights
+    mapped    size of the files that weights are mapped from; the page cache holds a part of them
     """
 
     rows: int
@@ -43,7 +43,7 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """What is held on the host now."""
+    """Return what is held on the host now."""
     holders = list(HOLDERS.values())
     stores = [holder for holder in holders if isinstance(holder, HostStore)]
     weights = [holder for holder in holders if isinstance(holder, WeightBytes)]
