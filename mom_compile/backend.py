@@ -255,19 +255,21 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
         scope=options.scope,
         kv_on_host=offloads(options, device),
     )
-    found, why_rows = passes.found, ""
+    found, looped = passes.found, Rewriting(NOTHING_FOUND)
     if isinstance(found, WithLoops):
         program, facts = passes.finish_loops(found)
         decision = decide(program, options, static, device)
-        why_rows = decision.why
+        looped = Rewriting(facts, decision, why_rows=decision.why)
         if decision.whole is None:
-            return Rewriting(facts, decision, why_rows=why_rows)
+            return looped
         found = passes.without_loops(found, decision.whole)
     for_long = fits_for_long(found.gm, passes.kv, options, static)
     made = passes.finish(found, str(for_long) if for_long is not None and for_long.fits else "")
     last = None if made.program is None else decide(made.program, options, static, device)
+    if last is not None and last.refusal and looped.decision is not None and not looped.decision.refusal:
+        return looped
     return Rewriting(
-        made.facts, last, made.no_loops, made.by_layers, for_long=for_long, why_rows=why_rows
+        made.facts, last, made.no_loops, made.by_layers, for_long=for_long, why_rows=looped.why_rows
     )
 
 

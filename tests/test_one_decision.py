@@ -27,13 +27,13 @@ LAYERS = 2
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The steps that look for tokens, of which a run of the passes has one."""
     found: list[str] = []
-    original = pipeline.to_loops
+    original = pipeline.make_loops
 
     def counted(*given: Any) -> Any:
         found.append("run")
         return original(*given)
 
-    monkeypatch.setattr(pipeline, "to_loops", counted)
+    monkeypatch.setattr(pipeline, "make_loops", counted)
     return found
 
 
@@ -64,6 +64,20 @@ def test_a_short_prompt_whose_cache_leaves_goes_through_the_passes_once(runs: li
     assert runs == ["run"] and not found.by_layers and found.decision is not None
     graph = found.decision.program.gm.graph
     assert len(graph.find_nodes(op="call_function", target=OFFLOAD)) == 2 * LAYERS == len(found.facts.on_host)
+
+
+@pytest.mark.parametrize("kv_offload", ["auto", False])
+def test_a_short_prompt_has_loops_where_the_budget_is_too_small_for_one_mini_sequence(kv_offload: str | bool) -> None:
+    def of(budget: int) -> tuple[Rewriting, int]:
+        found = prefill(300, {"memory_budget": budget, "kv_offload": kv_offload})
+        assert found.decision is not None and found.decision.choice is not None
+        return found, found.decision.choice.smallest(())
+
+    (_, whole), (_, cut) = of(1 << 30), of(1)
+    assert cut < whole
+    for budget in (cut, whole - 1):
+        found, _ = of(budget)
+        assert found.no_loops is None and found.decision is not None and not found.decision.refusal
 
 
 def test_a_long_prompt_has_loops_and_is_not_asked_whether_all_may_stay(runs: list[str]) -> None:

@@ -1,6 +1,6 @@
 """The passes as one list: ATen graph in, the same graph with loops over mini-sequences out.
 
-    captured --TO_FORM--> one form --to_loops--> with loops ----BETWEEN_LOOPS, STORAGE--> Rewritten
+    captured --TO_FORM--> one form -make_loops-> with loops ----BETWEEN_LOOPS, STORAGE--> Rewritten
                                             \\-> without loops -BETWEEN_LOOPS-----------> Rewritten, or cut by layers
 
 A `Pipeline` runs the first two parts once. `finish_loops` and `finish` run the others, on the graph with loops or, if
@@ -18,7 +18,7 @@ from torch import fx
 from mom_compile.pipeline.form import TO_FORM, State, facts_of, find_keys_and_values, lay_out_to_grow
 from mom_compile.pipeline.moves import BETWEEN_LOOPS, STORAGE, Moves, only_what_is_needed, rows_of_their_own
 from mom_compile.pipeline.run import Runner, Watch, log
-from mom_compile.pipeline.to_loops import NotWorthwhile, WithLoops, WithoutLoops, to_loops
+from mom_compile.pipeline.to_loops import NotWorthwhile, WithLoops, WithoutLoops, make_loops
 from mom_compile.report.facts import NOTHING_FOUND, Facts, KVReport
 from mom_passes.graph.edit import copy_graph
 from mom_passes.graph.known_symbols import substitute_known_symbols
@@ -86,7 +86,7 @@ class Pipeline:
         state = State(copied, static_inputs, kv_on_host)
         self._runner.edit(TO_FORM, state)
         self.kv = self._runner.take(find_keys_and_values, state)
-        self.found = to_loops(state, self.kv, limit, scope, self._runner)
+        self.found = make_loops(state, self.kv, limit, scope, self._runner)
         if isinstance(self.found, WithoutLoops):
             self._fetch_parts(self.found)
 

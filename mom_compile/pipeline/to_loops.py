@@ -90,7 +90,7 @@ class WithLoops:
         return WithoutLoops(self.before, self.facts, in_one(tokens, tokens))
 
 
-def to_loops(
+def make_loops(
     state: State, kv: KVValues, limit: RowLimit, scope: str, runner: Runner
 ) -> WithLoops | WithoutLoops:
     """Put every stage's rows into loops, or say why not. The graph of `state` stays as it is."""

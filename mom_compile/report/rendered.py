@@ -14,7 +14,7 @@ from mom_compile.report.units import in_units
 
 
 def plain_table(*columns: str, title: str = "", left: int = 1) -> Table:
-    """Without lines between columns; the first `left` are words, the others numbers."""
+    """Return a table without lines between columns. The first `left` columns are words, the others numbers."""
     table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if i < left else "right", overflow="fold")
@@ -22,12 +22,12 @@ def plain_table(*columns: str, title: str = "", left: int = 1) -> Table:
 
 
 def lines_of(texts: Iterable[str], style: str = "") -> list[RenderableType]:
-    """Texts as they are: nothing in them is markup."""
+    """Return texts without markup."""
     return [Text(text, style=style) for text in texts]
 
 
 def rendered(report: ReportTable) -> Group:
-    """One graph: the headline, what its peak is made of, its loops, what is outside of them, and notes."""
+    """Return one graph: the headline, what its peak is made of, its loops, what is outside of them, and notes."""
     parts: list[RenderableType] = [Text(report.headline, style="bold"), *lines_of(report.why, "yellow")]
     if report.largest:
         parts.append(_largest(report))
@@ -39,7 +39,7 @@ def rendered(report: ReportTable) -> Group:
 
 
 def rendered_graphs(title: Sequence[str], notes: Sequence[str], graphs: Sequence[tuple[int, ReportTable]]) -> Group:
-    """All graphs of a call, each with how many are like it."""
+    """Return all graphs of a call, identical ones once with their number."""
     parts = [*lines_of(title), *lines_of(notes, "yellow")]
     for count, report in graphs:
         parts += [Text(f"{count} graphs alike:")] if count > 1 else []

@@ -1,4 +1,4 @@
-"""What is held on the host now."""
+"""Host memory and files that keys, values and weights take now."""
 
 from __future__ import annotations
 
