@@ -163,16 +163,16 @@ def test_without_the_pass_a_crop_keeps_the_whole_value_alive():
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 def test_disjoint_crops_are_copied_separately_and_overlapping_ones_together(loops):
-    (_, head, tail), report = check(cropped_keys("head", "tail"), loops=loops)
-    assert len(report.own_rows) == 2
+    (_, head, tail), own = check(cropped_keys("head", "tail"), loops=loops)
+    assert len(own) == 2
     assert behind(head) == behind(tail) == 1 and not share(head, tail)
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("head", "middle"), ("middle", "head"), ("tail", "selected"), ("head", "head")])
 def test_a_write_to_one_of_two_overlapping_crops_is_visible_in_the_other(crops, loops):
-    (_, one, other), report = check(cropped_keys(*crops), loops=loops)
-    assert len(report.own_rows) == 1
+    (_, one, other), own = check(cropped_keys(*crops), loops=loops)
+    assert len(own) == 1
     assert share(one, other) and behind(one) <= 9 / 5 + 1e-6
     before = other.clone()
     one.add_(1)
@@ -182,20 +182,20 @@ def test_a_write_to_one_of_two_overlapping_crops_is_visible_in_the_other(crops, 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
 @pytest.mark.parametrize("crops", [("tail", "whole"), ("tail", "strided")])
 def test_nothing_is_copied_if_the_base_is_kept_or_the_overlap_is_unknown(crops, loops):
-    (_, one, other), report = check(cropped_keys(*crops), loops=loops)
-    assert not report.own_rows
+    (_, one, other), own = check(cropped_keys(*crops), loops=loops)
+    assert not own
     assert share(one, other)
 
 
 def test_crops_along_different_dimensions_are_not_copied():
-    (_, one, other), report = check(cropped_keys("tail", "channels"), loops=False)
-    assert not report.own_rows
+    (_, one, other), own = check(cropped_keys("tail", "channels"), loops=False)
+    assert not own
     assert share(one, other)
 
 
 def test_a_crop_of_nearly_all_rows_is_not_copied():
-    _, report = check(lambda x, *w: (layer(x, Weights(*w)), x.cumsum(1)[:, 1:]), loops=False)
-    assert not report.own_rows
+    _, own = check(lambda x, *w: (layer(x, Weights(*w)), x.cumsum(1)[:, 1:]), loops=False)
+    assert not own
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])

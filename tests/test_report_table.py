@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -87,12 +88,8 @@ def test_notes_of_the_text_are_below_the_table():
 
 
 def test_names_in_brackets_are_no_markup():
-    report = explained()[0]
-    report.left_out = {"[red]op[/red] (x)": "a [bold]reason[/bold]"}
-    try:
-        assert "[red]op[/red]" in printed(report) and "a [bold]reason[/bold]" in printed(report)
-    finally:
-        report.left_out = {}
+    report = replace(explained()[0], left_out={"[red]op[/red] (x)": "a [bold]reason[/bold]"})
+    assert "[red]op[/red]" in printed(report) and "a [bold]reason[/bold]" in printed(report)
 
 
 def test_an_explanation_of_nothing_says_so():
