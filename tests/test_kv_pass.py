@@ -215,14 +215,14 @@ def test_a_step_with_anything_on_the_host_is_never_left_whole():
 
 
 @pytest.mark.parametrize("spoil", ["two readers", "filled late"])
-def test_a_room_that_is_read_before_it_is_filled_is_refused(spoil):
+def test_a_buffer_that_is_read_before_its_copy_ends_is_rejected(spoil):
     gm, _ = offloaded(llama_step())
     wait = order(gm, FETCH_WAIT)[0]
     if spoil == "two readers":
         wait.next.append(gm.graph.call_function(torch.ops.aten.alias.default, (wait.args[0],)))
     else:
         next(iter(wait.users)).replace_input_with(wait, wait.args[0])
-    with pytest.raises(PassError, match="before it is filled"):
+    with pytest.raises(PassError, match="before its copy ends"):
         verify(gm)
 
 
