@@ -222,7 +222,7 @@ def test_reading_a_buffer_before_it_is_filled_raises(spoil):
         wait.next.append(gm.graph.call_function(torch.ops.aten.alias.default, (wait.args[0],)))
     else:
         next(iter(wait.users)).replace_input_with(wait, wait.args[0])
-    with pytest.raises(PassError, match="before it is filled"):
+    with pytest.raises(PassError, match="before its copy ends"):
         verify(gm)
 
 
