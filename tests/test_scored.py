@@ -1,4 +1,4 @@
-"""Scores without logits: what is asked of logits is asked of blocks of the vocabulary, and is the same."""
+"""Reductions of logits are computed in blocks of the vocabulary, with equal results."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ STEPS = {
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from(sorted(STEPS)),
     st.lists(st.sampled_from([TOTAL, WEIGHTED, GREEDY]), unique=True), st.booleans(), st.integers(32, 4000),
 )  # fmt: skip
-def test_blocks_give_what_all_columns_give(
+def test_results_from_blocks_equal_those_from_all_columns(
     batch: int, rows: int, columns: int, targets: int, dtype: torch.dtype, steps: str, wants: list[str], bias: bool,
     size: int,
 ) -> None:  # fmt: skip
@@ -112,8 +112,8 @@ def test_blocks_give_what_all_columns_give(
 
 @pytest.mark.parametrize("wants", [[TOTAL, WEIGHTED, GREEDY], [TOTAL, LIKELY, GREEDY]])
 @pytest.mark.parametrize("special", list(itertools.product([-math.inf, math.inf, math.nan, -1e30, 700.0], repeat=2)))
-def test_logits_that_are_no_numbers_are_as_they_are_in_one(special: tuple[float, float], wants: list[str]) -> None:
-    """In the first block or the last, alone in it, and in all of them."""
+def test_nan_and_infinite_logits_are_equal_in_blocks(special: tuple[float, float], wants: list[str]) -> None:
+    """In the first block or the last, in one column of a block, and in all columns."""
     at_first, at_last, everywhere = (torch.zeros(12, dtype=torch.float64) for _ in range(3))
     at_first[1:4], at_last[-2:] = special[0], special[1]
     both = at_first + at_last
@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_are_as_they_are_in_one(special: tuple[float,
             compare(call_of((5,), 12, 0, bias=bias, wants=wants))
 
 
-def test_of_several_largest_the_first() -> None:
+def test_greedy_returns_the_first_of_equal_logits() -> None:
     hidden, matrix = torch.ones(3, 1), torch.tensor([[1.0, 5, 2, 5, 5, 0, 5]])
     with blocks_of(3 * 4 * 2, 2):
         *_, greedy = runtime.scored_in_blocks(ScoredCall(hidden, matrix, None, None, [], [], [GREEDY]))
@@ -132,7 +132,7 @@ def test_of_several_largest_the_first() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 12])
-def test_a_target_that_is_no_column_is_an_error(wrong: int) -> None:
+def test_a_target_out_of_range_raises(wrong: int) -> None:
     call = call_of((5,), 12, 0)
     assert call.targets is not None
     call.targets[3] = wrong
@@ -260,8 +260,8 @@ def askings() -> st.SearchStrategy[Asking]:
 @random_examples(
     30, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
-def test_what_is_asked_of_logits_is_the_same(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
-    """As one operator, and in loops with blocks that do not divide the vocabulary; and no logits are left."""
+def test_reductions_of_logits_are_equal(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
+    """As one operator, and in loops with blocks that do not divide the vocabulary."""
     gm, changed = outlined(asking, batch, tokens, dynamic)
     columns = gm.graph.find_nodes(op="placeholder")[2].meta["val"].shape[0]
     assert has_logits(gm, columns) and not has_logits(changed, columns)
@@ -325,6 +325,11 @@ def largest_and_where(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.max(-1))
 
 
+def entropies_of_two_kinds(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    terms = x.softmax(-1) * x.log_softmax(-1)
+    return terms.sum(-1), torch.where(x.softmax(-1) > 0, terms, 0.0).sum(-1)
+
+
 def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return ((x - x.softmax(-1)[:, :1]).amax(-1),)
 
@@ -335,16 +340,17 @@ def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         (returned, "logits are returned"),
         (smoothed, "aten.sum"),
         (best_five, "aten.topk"),
-        (of_the_largest, "chosen by what the logits are"),
+        (of_the_largest, "a chosen column depends on the logits"),
         (over_tokens, None),
-        (of_some_rows, "of some rows alone"),
+        (of_some_rows, "of some rows only"),
         (of_many_columns, "70 columns"),
         (largest_and_where, None),
         (moved_by_column, "reads logits"),
+        (entropies_of_two_kinds, "one sum leaves out columns of likelihood 0"),
     ],
 )
-def test_what_needs_all_logits_gets_them(function: Callable[..., Any], reason: str | None) -> None:
-    """With the reason, if anything is asked that could be had without."""
+def test_logits_with_an_unsupported_reader_are_computed(function: Callable[..., Any], reason: str | None) -> None:
+    """The refusal has a reason if another reader is supported."""
     gm = trace(lambda x, t, w: function(F.linear(x, w), t), *inputs(2, 9)[:3])
     same = copy_graph(gm)
     refused = outline_scores(same, 0)
@@ -353,14 +359,14 @@ def test_what_needs_all_logits_gets_them(function: Callable[..., Any], reason: s
     assert str(same.graph) == str(gm.graph)
 
 
-def test_rows_that_are_wider_than_their_logits_are_a_router_s() -> None:
+def test_a_product_with_fewer_columns_than_channels_is_no_head() -> None:
     gm = trace(lambda x, w: (x @ w).argmax(-1), torch.randn(2, 9, 8), torch.randn(8, 8))
     assert outline_scores(gm, 0) == {}
     assert not gm.graph.find_nodes(op="call_function", target=SCORED)
 
 
-def test_logits_of_few_rows_stay() -> None:
-    """Of a known number of rows: a block is as large. Of any number they do not."""
+def test_logits_smaller_than_a_block_are_left() -> None:
+    """Static logits of at most one block stay; logits with a symbolic number of rows do not."""
     for dynamic in (False, True):
         gm = trace(lambda x, t, w: F.linear(x, w).argmax(-1), *inputs(2, 9)[:3], dynamic=dynamic)
         assert outline_scores(gm) == {}
@@ -380,8 +386,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("family", sweep(sorted(HEADS), quick=["Gemma2"]))
-def test_a_loss_of_labels_is_the_models(family: str, eager_pieces: None, stock_is_eager: None) -> None:
-    """Mean, sum and its own number of tokens; with labels of -100, and where all are. One length, and then any."""
+def test_the_loss_of_a_model_is_equal(family: str, eager_pieces: None, stock_is_eager: None) -> None:
+    """Mean, sum and a given number of tokens; some or all labels are -100; static and dynamic lengths."""
     model = small_model(family, **HEADS[family])
     compiled = torch.compile(lambda **named: model(**named, use_cache=False).loss, backend="mom", options=OPTIONS)
     for tokens in (40, 57, 70):
@@ -425,8 +431,8 @@ def wide() -> Wide:
 
 
 @pytest.mark.parametrize("entropy", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> None:
-    """Whatever the rows, which are as many as a loop without logits has; and the report says what is measured."""
+def test_memory_holds_at_most_one_block_of_logits(wide: Wide, entropy: bool) -> None:
+    """A loop has as many rows as without logits, and the report equals the measured memory."""
     sequence = ids(1, 1400, 0, 64)
 
     def score() -> Any:
@@ -446,8 +452,8 @@ def test_no_more_than_a_block_of_logits_is_there(wide: Wide, entropy: bool) -> N
     )
 
 
-def test_a_text_that_is_not_cut_has_no_logits_either(wide: Wide) -> None:
-    """Its length is a number, and one mini-sequence has all of it: a graph without loops, and without logits."""
+def test_a_graph_without_loops_keeps_no_logits(wide: Wide) -> None:
+    """The length is static and fits into one mini-sequence."""
     compiled = torch.compile(wide, backend="mom", options={"strict": True}, dynamic=False)
     x = ids(1, 100, 0, 64)
     with torch.no_grad():
