@@ -204,25 +204,26 @@ def check_fold(node: fx.Node, claim: Claim) -> None:
 
 
 def check_folds(call: Call) -> int:
-    """Checks a call with tokens in every dim of its first operand, and with the same number of them in the others.
+    """Check a call with tokens in every dim of one operand, and in dims of the same length of the operands after it.
 
-    Returns how many combinations the rule accepted.
+    Return how many combinations the rule accepted.
     """
     node = node_of(call)
     values = [operand.meta["val"] for operand in operands(node)]
     accepted = 0
-    for first in dims(values[0].shape) if values else ():
-        rows = length(values[0], first)
-        others = [[None, *(d for d in dims(v.shape) if d.plain and length(v, d) == rows)] for v in values[1:]]
+    for lead, first in ((i, dim) for i, value in enumerate(values) for dim in dims(value.shape)):
+        rows = length(values[lead], first)
+        others = [[None, *(d for d in dims(v.shape) if d.plain and length(v, d) == rows)] for v in values[lead + 1 :]]
         for rest in itertools.product(*others):
+            given = (*[None] * lead, first, *rest)
             try:
-                claim = fold_for(node, (first, *rest))
+                claim = fold_for(node, given)
             except CannotChunk:
                 continue
             try:
                 check_fold(node, claim)
             except Exception as error:
-                raise AssertionError(f"{call} along {first} and {rest}, claim {claim}: {error}") from error
+                raise AssertionError(f"{call} along {given}, claim {claim}: {error}") from error
             accepted += 1
     return accepted
 

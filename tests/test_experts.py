@@ -108,7 +108,7 @@ Mixing = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor]
 
 
 def model(mixing: Mixing) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """An attention, so that there are tokens, a mixture before and behind it, and a dense product."""
+    """An attention, which identifies the tokens, mixtures before and after it, and a dense product."""
 
     def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor]:
         x = x + mixing(x, w)
@@ -168,7 +168,7 @@ def test_mixtures_of_any_routing_are_equal(routing: Routing, batch: int, tokens:
 
 
 def by_number(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Keys that are computed, not looked up: nothing says that they are numbers of experts."""
+    """Keys from arithmetic, not from an index operator: they may exceed the number of experts."""
     routing = Routing()
     hidden = x.reshape(-1, HIDDEN)
     indices = (hidden[:, :2] * 10).long() % 4
@@ -231,7 +231,7 @@ def with_a_capacity(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tenso
 
 
 def mixed_along_places(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Rows that stand side by side once they are sorted are added up."""
+    """Adds adjacent rows in sorted order."""
     hidden = x.reshape(-1, HIDDEN)
     keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
     out = grouped(hidden[slots].cumsum(0), w[1], ends_of(keys, 4)) @ w[2][0]

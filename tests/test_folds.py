@@ -126,7 +126,7 @@ def check(names, reduction, batch, tokens, dtype, dynamic):
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     in_a_loop = any(stage.folds for stage in report.stages)
     if reduction in ("count", "any") and dtype == torch.bfloat16:
-        return in_a_loop  # a bit of rounding decides on which side of the threshold a value lies
+        return in_a_loop  # rounding decides whether a value is above the threshold
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}[dtype]
     scale = max(1.0, float(expected.double().abs().max()))
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)

@@ -232,7 +232,7 @@ def test_models_return_logits_of_the_last_token_per_sequence(family: str, side: 
     (report,) = mom_compile.reports()
     stored = [one.type.shape for stage in report.stages for one in stage.crossing]
     assert stored and not any(shape[-1] == SMALL.vocabulary for shape in stored)
-    # The last layer's part behind its keys and values is in no loop.
+    # The operators of the last layer after its keys and values are in no loop.
     assert len(report.stages) == model.config.num_hidden_layers
 
 
@@ -284,7 +284,7 @@ def test_compiled_picks_save_memory_and_check_row_numbers() -> None:
 
 
 def vectors(batch, tokens):
-    """What an attention may be told of its keys: two packed sequences, and one key that nobody sees."""
+    """Per-key arguments of an attention: two packed sequences, and one key that is masked."""
     at = torch.arange(tokens).expand(batch, -1)
     first = 5 + torch.arange(batch)[:, None]
     return {"keys": at != 2, "segments": (at >= first).long(), "positions": torch.where(at >= first, at - first, at)}

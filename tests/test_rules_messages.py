@@ -10,6 +10,7 @@ import torch
 
 from mom_passes.errors import CannotChunk, RuleError
 from mom_passes.rules import All, Carry, Claim, Dim, Final, OperatorFacts, Rows, claim_for, register, registered
+from mom_passes.rules.registry import facts_of, register_fold
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 
@@ -127,6 +128,14 @@ def test_register_rejects_rules_with_a_wrong_signature(rule: Any, message: str) 
     with pytest.raises(TypeError, match=message):
         register(aten.bernoulli.p)(rule)
     assert aten.bernoulli.p not in registered()
+
+
+def test_chunk_rule_and_fold_rule_can_be_registered_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mom_passes.rules.registry._FACTS", {})
+    register_fold("mom_tests::total")(lambda node, dims: Claim(()))
+    register("mom_tests::total", recompute=False)(lambda node, dim: Claim(()))
+    facts = facts_of("mom_tests.total.default")
+    assert facts.rule is not None and facts.fold is not None
 
 
 def forgets_to_return(node: Any, dim: Dim) -> Any:

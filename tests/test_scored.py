@@ -65,7 +65,7 @@ def call_of(
     shape: tuple[int, ...], columns: int, seed: int, dtype: torch.dtype = torch.float64, targets: int | None = 1,
     **changes: Any,
 ) -> ScoredCall:  # fmt: skip
-    """Whole numbers of the logits: their sums are exact in any order, and many are alike."""
+    """Integer logits: their sums are exact in any order, and many are equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(*size: int) -> torch.Tensor:
@@ -199,7 +199,7 @@ ASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "entropy": lambda x, t: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1),
     "entropy, as TRL": lambda x, t: x.logsumexp(-1) - (x.softmax(-1) * x).sum(-1),
 }
-#: A sum with columns of likelihood 0 and one without are not had at once.
+#: Separate, because sums with and without columns of likelihood 0 cannot be computed together.
 LIKELY_ENTROPY = {"likely entropy": likely_entropy}
 
 

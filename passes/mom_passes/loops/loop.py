@@ -38,8 +38,8 @@ class RowLimit:
     """The number of rows per mini-sequence.
 
     rows      at most this many rows of each sequence
-    fewest    `rows` is instead the minimum, counted over all sequences of a batch. Every longer stage becomes a loop,
-              and the memory model chooses its rows once the graph is rewritten
+    fewest    `rows` is instead the minimum, counted over all sequences of a batch. Graphs with at least twice as many
+              rows get loops, and the memory model chooses their rows once the graph is rewritten
     """
 
     rows: int

@@ -87,7 +87,7 @@ class Alias(enum.Enum):
 
     NONE   new values in new storage
     VIEW   a view of all elements
-    CUT    a view of a range along one dimension
+    CUT    a view of a part along one dimension
     COPY   the same elements, mostly in new storage
     CAST   the same elements in another dtype, mostly in new storage
     """
@@ -256,9 +256,10 @@ def register(
 
     def decorate(rule: Rule) -> Rule:
         _check_rule(rule)
-        for target in targets:
-            _FACTS[_key(target)] = OperatorFacts(
-                rule, None, recompute, candidates, alias, work, size_arguments, scratch=scratch
+        for key in map(_key, targets):
+            fold = _FACTS.get(key, _UNKNOWN).fold
+            _FACTS[key] = OperatorFacts(
+                rule, fold, recompute, candidates, alias, work, size_arguments, scratch=scratch
             )
         return rule
 

@@ -14,7 +14,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_cut(node: fx.Node) -> bool:
-    """Whether a node is a view of a range of its operand along some dimension."""
+    """Whether a node is a view of a part of its operand along one dimension, such as a slice."""
     return facts(node).alias is Alias.CUT
 
 

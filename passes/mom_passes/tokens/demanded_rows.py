@@ -150,12 +150,13 @@ class Needs:
     def narrowed(self, node: fx.Node) -> Span | None:
         """Return the span in which a node is computed, None for every row.
 
-        A node with carries, or with rows before the span that may not exist, is computed whole.
+        A call with carries, or with rows before the span that may not exist, is computed whole, with its tuple items.
         """
         span = self.spans.get(node) if node in self.dims.rowwise else None
-        if span is None or node.target is operator.getitem:
-            return span
-        claim = claim_for(node, self.dims.carriers[node].dim, in_order=True)
+        if span is None:
+            return None
+        call = node.all_input_nodes[0] if node.target is operator.getitem else node
+        claim = claim_for(call, self.dims.carriers[call].dim, in_order=True)
         rows = [need for need in claim.needs if isinstance(need, Rows)]
         return span if not claim.carries and all(span.reaches(need.before) for need in rows) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -19,8 +19,8 @@ from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.rules import Dim, facts
 
 
-class RowsOfValue(Protocol):
-    """Some rows of a value of the old graph along `dim`. Hashable."""
+class RowsOfValue(Hashable, Protocol):
+    """Some rows of a value of the old graph along `dim`."""
 
     @property
     def node(self) -> fx.Node: ...

@@ -1,15 +1,4 @@
-"""Find the reductions of a head's logits, and prove that nothing else reads them. An analysis.
-
-Terms
------
-head, wide, row value, form    See `tokens.logits`.
-
-    sum(f * exp(x - b))
-    sum(f * exp(x - b) * (x - a))
-    amax(x - a)
-    argmax(x - a)
-    gather(f(x), targets)
-"""
+"""Find the reductions of a head's logits (see `tokens.scored`), and prove that nothing else reads them. An analysis."""
 
 from __future__ import annotations
 

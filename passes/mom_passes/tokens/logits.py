@@ -65,14 +65,14 @@ class Form:
     exponent   the row values `b` that are subtracted, None without the part `exp(x - b)`
     factors    `f`
     likely     columns with likelihood 0 have value 0, even for infinite logits
-    asks       a boolean value: whether the likelihood is above 0
+    is_mask    a boolean value: whether the likelihood is above 0
     """
 
     linear: tuple[Any, ...] | None = ()
     exponent: tuple[Any, ...] | None = None
     factors: tuple[Factor, ...] = ()
     likely: bool = False
-    asks: bool = False
+    is_mask: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -85,7 +85,7 @@ class Form:
 
     @property
     def is_likelihood(self) -> bool:
-        return self.linear is None and not self.asks
+        return self.linear is None and not self.is_mask
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _elementwise(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
     if node.kwargs or any(isinstance(arg, (list, tuple)) for arg in node.args):
         return None
     given = [forms.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
-    if not all(not arg.asks if isinstance(arg, Form) else is_row(arg) for arg in given):
+    if not all(not arg.is_mask if isinstance(arg, Form) else is_row(arg) for arg in given):
         return None
     rule: Any = _RULES.get(node.target)
     return None if rule is None else rule(*given)
@@ -283,7 +283,7 @@ def _scaled(form: Form, factor: Factor) -> Form:
 
 def _gt(form: Form, number: Any) -> Form | None:
     plain = isinstance(form, Form) and form.is_likelihood and not form.factors and number == 0
-    return replace(form, asks=True) if plain else None
+    return replace(form, is_mask=True) if plain else None
 
 
 _RULES: dict[Any, Any] = {
@@ -299,10 +299,10 @@ _RULES: dict[Any, Any] = {
 def _where(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
     """Return the form of `where(likelihood > 0, value, 0)`."""
     condition, value, otherwise = (argument(node, name) for name in ("condition", "self", "other"))
-    asked, form = forms.get(condition), forms.get(value)
-    if asked is None or form is None or not asked.asks or form.is_linear or form.linear is None:
+    mask, form = forms.get(condition), forms.get(value)
+    if mask is None or form is None or not mask.is_mask or form.is_linear or form.linear is None:
         return None
-    same_likelihood = asked.exponent == form.exponent
+    same_likelihood = mask.exponent == form.exponent
     return replace(form, likely=True) if same_likelihood and _is_zero(otherwise) else None
 
 
@@ -327,7 +327,7 @@ def reduction_by(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
     wide = operands(node)[0]
     rank = value_of(wide).dim()
     if node.target is aten.gather.default and axis(argument(node, "dim"), rank) == rank - 1:
-        known = argument(node, "index") not in forms and not forms[wide].asks and not forms[wide].likely
+        known = argument(node, "index") not in forms and not forms[wide].is_mask and not forms[wide].likely
         return _checked("gather", node, forms[wide], known)
     name = REDUCTIONS.get(node.target)
     if name is None:
@@ -335,7 +335,7 @@ def reduction_by(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
     dims = argument(node, "dim")
     last = dims is not None and dims != [] and axes(dims, rank) == [rank - 1]
     form = forms[wide]
-    fits = (form.exponent is not None and not form.asks) if name == "sum" else form.is_shifted
+    fits = (form.exponent is not None and not form.is_mask) if name == "sum" else form.is_shifted
     return _checked(name, node, form, last and fits)
 
 

@@ -223,12 +223,12 @@ class _Mover(InPart[Piece]):
         rank, shape = value_of(piece.node).dim(), list(value_of(value).shape)
         shape = [*[1] * (rank - len(shape)), *shape]
         at, batch = piece.dim.index, piece.batch.index
-        apart = [*shape[:at], piece.picks.entries, piece.picks.count, *shape[at + 1 :]]
-        order = [*range(len(apart))]
+        separate = [*shape[:at], piece.picks.entries, piece.picks.count, *shape[at + 1 :]]
+        order = [*range(len(separate))]
         order[batch], order[at] = at, batch
-        turned = emit(self.graph, aten.permute.default, (self.reshape(value, apart), order))
+        permuted = emit(self.graph, aten.permute.default, (self.reshape(value, separate), order))
         shape[batch], shape[at] = piece.picks.entries, piece.picks.count
-        return self.reshape(turned, shape)
+        return self.reshape(permuted, shape)
 
     def _gather(self, piece: Piece) -> fx.Node:
         """Gather rows from the whole value. Tokens and entries folded with other dimensions are unfolded first."""
@@ -277,19 +277,19 @@ def _unfolded(piece: Piece) -> tuple[list[Size], int, int | None] | None:
     if not isinstance(value, torch.Tensor):
         return None
     shape, at, length = list(value.shape), piece.dim.index, piece.picks.length
-    apart: list[Size] = [*shape[:at], *([] if is_one(piece.dim.outer) else [piece.dim.outer]), length]
-    place = len(apart) - 1
-    apart += [*([] if is_one(piece.dim.inner) else [piece.dim.inner]), *shape[at + 1 :]]
+    separate: list[Size] = [*shape[:at], *([] if is_one(piece.dim.outer) else [piece.dim.outer]), length]
+    place = len(separate) - 1
+    separate += [*([] if is_one(piece.dim.inner) else [piece.dim.inner]), *shape[at + 1 :]]
     if piece.batch is None or piece.picks.entries is None:
-        return apart, place, None
-    batch = locate(piece.batch, shape, apart)
+        return separate, place, None
+    batch = locate(piece.batch, shape, separate)
     if batch is None or batch.index == place:
         return None
     if not batch.plain:
         index = batch.index
         own = [n for n in (batch.outer, piece.picks.entries, batch.inner) if not is_one(n)]
-        apart = [*apart[:index], *own, *apart[index + 1 :]]
+        separate = [*separate[:index], *own, *separate[index + 1 :]]
         place += (len(own) - 1) * (index < place)
         index += not is_one(batch.outer)
-        return apart, place, index
-    return (apart, place, batch.index) if same(apart[batch.index], piece.picks.entries) else None
+        return separate, place, index
+    return (separate, place, batch.index) if same(separate[batch.index], piece.picks.entries) else None

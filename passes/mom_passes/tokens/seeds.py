@@ -88,8 +88,8 @@ def _has_no_rows_before(node: fx.Node, dim: Dim) -> bool:
         claim = claim_for(node, dim, in_order=True)
     except CannotChunk:
         return True
-    asked = [dim_of(need) for need in claim.needs]
-    return any(along is not None and not is_one(along.inner) for along in asked)
+    needed = [dim_of(need) for need in claim.needs]
+    return any(along is not None and not is_one(along.inner) for along in needed)
 
 
 def _reach(seed: fx.Node) -> int:
