@@ -326,8 +326,7 @@ def largest_and_where(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 
 def entropies_of_two_kinds(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    terms = x.softmax(-1) * x.log_softmax(-1)
-    return terms.sum(-1), torch.where(x.softmax(-1) > 0, terms, 0.0).sum(-1)
+    return likely_entropy(x, t), (x.softmax(-1) * x.log_softmax(-1)).sum(-1)
 
 
 def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:

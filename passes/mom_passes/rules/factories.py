@@ -46,7 +46,8 @@ def outputs_of(node: fx.Node) -> list[Any]:
 
 def output_shape(node: fx.Node) -> torch.Size:
     """Return the shape of output 0. The `dim` of a rule refers to it."""
-    return outputs_of(node)[0].shape
+    shape: torch.Size = outputs_of(node)[0].shape
+    return shape
 
 
 def checked(node: fx.Node, dim: Dim) -> Dim:
