@@ -17,15 +17,11 @@ The law of every rule, for any split of the rows [0, S) into pieces:
 from __future__ import annotations
 
 import enum
-import inspect
-import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, RuleError
@@ -33,6 +29,7 @@ from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
 from mom_passes.rules.needs import Carry, Dim, Final, Fold, Need, Output, Rows, Window, find_fault
+from mom_passes.rules.targets import EXAMPLE, OVERLOAD, check_rule, check_target, key_of, overload_of
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -209,10 +206,6 @@ def _fault_of_carry(carry: Any, node: fx.Node) -> str | None:
 _FACTS: dict[Any, OperatorFacts] = {}
 _UNKNOWN = OperatorFacts(recompute=False, work=lambda node: 0)
 
-_OVERLOAD = type(torch.ops.aten.add.Tensor)
-_PACKET = type(torch.ops.aten.add)
-_EXAMPLE = "pass torch.ops.mylib.scale_rows.default, say, for an operator mylib::scale_rows"
-
 
 def register(
     *targets: Any,
@@ -250,13 +243,13 @@ def register(
     """
 
     if not targets:
-        raise TypeError(f"a chunk rule needs at least one operator overload; {_EXAMPLE}")
+        raise TypeError(f"a chunk rule needs at least one operator overload; {EXAMPLE}")
     for target in targets:
-        _check_target(target)
+        check_target(target)
 
     def decorate(rule: Rule) -> Rule:
-        _check_rule(rule)
-        for key in map(_key, targets):
+        check_rule(rule)
+        for key in map(key_of, targets):
             fold = _FACTS.get(key, _UNKNOWN).fold
             _FACTS[key] = OperatorFacts(
                 rule, fold, recompute, candidates, alias, work, size_arguments, scratch=scratch
@@ -279,12 +272,12 @@ def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
             return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
     """
     for target in targets:
-        _check_target(target)
+        check_target(target)
 
     def decorate(rule: FoldRule) -> FoldRule:
-        _check_rule(rule)
+        check_rule(rule)
         for target in targets:
-            _FACTS[_key(target)] = replace(_FACTS.get(_key(target), _UNKNOWN), fold=rule)
+            _FACTS[key_of(target)] = replace(_FACTS.get(key_of(target), _UNKNOWN), fold=rule)
         return rule
 
     return decorate
@@ -293,46 +286,13 @@ def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
 def register_work(*targets: Any, work: Work) -> None:
     """Register the multiply-adds of operators without a chunk rule. Targets and errors as in `register`."""
     for target in targets:
-        _check_target(target)
-        _FACTS[_key(target)] = OperatorFacts(recompute=False, work=work)
-
-
-def _key(target: Any) -> Any:
-    """Return the key of an operator in the table: the overload, or `str(overload)` for a target given by name."""
-    if not isinstance(target, str):
-        return target
-    name = target.replace("::", ".")
-    return name if name.count(".") == 2 else f"{name}.default"
-
-
-def _check_target(target: Any) -> None:
-    named = isinstance(target, str) and re.fullmatch(r"\w+::\w+(\.\w+)?", target)
-    if isinstance(target, _OVERLOAD) or target is operator.getitem or named:
-        return
-    if isinstance(target, _PACKET):
-        packet: Any = target
-        names = ", ".join(f"torch.ops.{packet}.{name}" for name in packet.overloads())
-        raise TypeError(f"torch.ops.{target} is a packet of overloads; register one or more of {names}")
-    raise TypeError(f"a chunk rule needs operator overloads, and {target!r} is none; {_EXAMPLE}")
-
-
-def _check_rule(rule: Any) -> None:
-    """Raise `TypeError` if a rule cannot be called with a node and a dim. Its result is checked at every call."""
-    if not callable(rule):
-        raise TypeError(f"a chunk rule is a function of a node and a dim, and {rule!r} cannot be called")
-    try:
-        signature = inspect.signature(rule)
-    except ValueError:  # some built-in functions have no signature
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise TypeError(f"a chunk rule is called with a node and a dim; {rule!r} takes {signature}") from error
+        check_target(target)
+        _FACTS[key_of(target)] = OperatorFacts(recompute=False, work=work)
 
 
 def registered() -> dict[Any, OperatorFacts]:
     """Return a copy of the table: operator overload -> facts. Operators given by name are included if defined."""
-    known = ((_defined(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
+    known = ((overload_of(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
     return {target: facts for target, facts in known if target is not None}
 
 
@@ -353,18 +313,12 @@ def _is_own(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
-def _defined(name: str) -> Any:
-    """Return the operator overload whose `str` is `name`, or None."""
-    namespace, operator_name, overload = name.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), operator_name, None), overload, None)
-
-
 def facts_of(target: Any) -> OperatorFacts:
     """Return the facts of an operator. An unregistered one has no rule and is not recomputed."""
     if isinstance(target, Described):
         return target.facts
     found = _FACTS.get(target)
-    if found is None and isinstance(target, _OVERLOAD):
+    if found is None and isinstance(target, OVERLOAD):
         found = _FACTS.get(str(target))
     return found or _UNKNOWN
 
