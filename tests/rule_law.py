@@ -95,10 +95,10 @@ def run_rows(node: fx.Node, claim: Claim, start: int, count: int, received: Sequ
     if claim.edit is not None:
         args, kwargs = claim.edit(args, kwargs, window(claim, start, count))
     target: Any = claim.target or node.target
-    given = {c.operand: value for c, value in zip(claim.handed_on, received, strict=False) if c.operand is not None}
+    given = {c.operand: value for c, value in zip(claim.all_carries, received, strict=False) if c.operand is not None}
     args, kwargs = replace(target, args, kwargs, **given)
     results = outputs(target(*args, **kwargs))
-    for carry, value in zip(claim.handed_on, received, strict=False):
+    for carry, value in zip(claim.all_carries, received, strict=False):
         if carry.join is not None:
             at = 0 if isinstance(carry.next, Last) else carry.next
             results[at] = carry.join(value, results[at])
@@ -108,7 +108,7 @@ def run_rows(node: fx.Node, claim: Claim, start: int, count: int, received: Sequ
 def first_values(node: fx.Node, claim: Claim, dim: Dim) -> list[torch.Tensor]:
     """The values of the carries before the first row."""
     whole, found = outputs(node.meta["val"]), []
-    for carry in claim.handed_on:
+    for carry in claim.all_carries:
         given = argument(node, carry.operand) if carry.operand is not None else None
         like = whole[0 if isinstance(carry.next, Last) else carry.next]
         shape = list(like.shape)
@@ -122,7 +122,7 @@ def first_values(node: fx.Node, claim: Claim, dim: Dim) -> list[torch.Tensor]:
 def next_values(claim: Claim, dim: Dim, results: Sequence[torch.Tensor], received: Sequence[Any]) -> list[Any]:
     """What a call hands to the next one."""
     found = []
-    for carry, before in zip(claim.handed_on, received, strict=True):
+    for carry, before in zip(claim.all_carries, received, strict=True):
         if not isinstance(carry.next, Last):
             found.append(results[carry.next])
             assert (found[-1].shape, found[-1].dtype) == (before.shape, before.dtype), "a carry keeps its type"

@@ -291,6 +291,16 @@ def _copied_rows() -> list[Call]:
     return [Call(mom.copy_rows.default, (floats(2, 3, 7, 4), order)) for order in ([2, 0, 1, 3], [0, 1, 2, 3])]
 
 
+def _convolutions() -> list[Call]:
+    x, depthwise, state = floats(2, 4, 7), floats(4, 1, 3, seed=1), floats(2, 4, 3, seed=2)
+    return [
+        Call(mom.causal_conv1d.default, (x, depthwise, floats(4), 1, 4)),
+        Call(mom.causal_conv1d.default, (x, depthwise, None, 2, 4)),
+        Call(mom.causal_conv1d.default, (x, floats(6, 4, 2, seed=1))),
+        Call(mom.last_rows.default, (state, x, 2)),
+    ]
+
+
 def _mom_attention() -> list[Call]:
     made = _attentions()
     query, key, value, grouped = made["query"], made["key"], made["value"], made["grouped"]
@@ -365,7 +375,7 @@ def _convolutions() -> list[Call]:
 
 BY_HAND: list[Callable[[], list[Call]]] = [
     _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
-    _bitsandbytes, _convolutions, _copied_rows, _mom_attention, _scored, _sdpa_for_cpu,
+    _bitsandbytes, _copied_rows, _convolutions, _mom_attention, _scored, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

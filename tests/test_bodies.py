@@ -1,4 +1,4 @@
-"""What an iteration of a loop does not do again: check its inputs, turn its weights."""
+"""Work done once per loop and not per iteration: checking inputs and transposing weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def ran() -> tuple[list[tuple[CompiledLoop, list[Any]]], list[str], list[list[An
     return calls, code, bodies
 
 
-def test_weights_are_turned_once_and_checked_once(ran) -> None:
+def test_weights_are_transposed_and_checked_once_per_loop(ran) -> None:
     ((loop, _),), code, bodies = ran
     assert len(loop.turned) == 2
     assert len(bodies) == 5
@@ -68,7 +68,7 @@ def test_weights_are_turned_once_and_checked_once(ran) -> None:
     assert "assert_size_stride(" not in body.split("def call")[1]
 
 
-def test_a_loop_looks_at_what_it_is_given_before_it_computes(ran) -> None:
+def test_a_loop_checks_its_inputs_before_it_computes(ran) -> None:
     ((loop, arguments),), _, _ = ran
     at = next(i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor) and value.shape == (24, 16))
     wrong = list(arguments)
@@ -77,7 +77,7 @@ def test_a_loop_looks_at_what_it_is_given_before_it_computes(ran) -> None:
         loop(wrong)
 
 
-def test_an_inductor_option_of_the_users_own_wins() -> None:
+def test_an_inductor_option_set_by_the_user_takes_precedence() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(Mlp(), backend="mom", options={**OPTIONS, "inductor": {"size_asserts": True}})
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_an_inductor_option_of_the_users_own_wins() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_cut_is_what_narrow_makes(index: int) -> None:
+def test_a_slice_in_a_body_equals_narrow(index: int) -> None:
     tensor = torch.arange(7 * 6 * 5).view(5, 6, 7).permute(2, 1, 0)[1:, :, 1:]
     cut = _Cut(tensor, index, tensor.shape[index])
     for start, count in ((0, 2), (2, 2), (1, 3), (0, 4)):
@@ -96,6 +96,6 @@ def test_a_cut_is_what_narrow_makes(index: int) -> None:
         assert rows.data_ptr() == expected.data_ptr()
 
 
-def test_nothing_is_read_behind_a_tensors_rows() -> None:
+def test_no_row_after_the_end_of_a_tensor_is_read() -> None:
     with pytest.raises(IndexError, match="fewer rows than the 7 of its loop"):
         _Cut(torch.empty(2, 6), 1, 7)

@@ -147,3 +147,19 @@ def test_a_recurrence_compiles_for_every_length() -> None:
             for expected, actual in zip(model(x), compiled(x), strict=True):
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert all(report.stages and not report.left_out for report in mom_compile.reports())
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["no state returned", "states returned"])
+def test_the_last_row_after_a_recurrence_needs_every_row_before_it(keeps: bool) -> None:
+    weights = weights_of(torch.float64)
+    x = torch.randn(2, 17, HIDDEN, dtype=torch.float64)
+
+    def last_row(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows, *states = program(["mlp", "recurrence", "mlp"], False, keeps)(x, *parameters)
+        return rows[:, -1:], *states
+
+    gm = trace(last_row, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert not report.left_out
+    for expected, actual in zip(gm(x, *weights), rewritten(x, *weights), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Slices along the tokens move up: only the rows somebody needs are computed, and they are the right ones."""
+"""Slices along the tokens move up: only the needed rows are computed, with equal results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("cut", SLICES)
-def test_every_kind_of_slice_keeps_its_meaning(cut, dynamic):
+def test_graphs_with_every_kind_of_slice_are_equal(cut, dynamic):
     gm, inputs = graph_of(["linear", "causal", "mlp", "rope", "causal", "mlp", "layer_norm"], cut, dynamic=dynamic)
     expected = gm(*inputs)
     assert_same(narrowed(gm)(*inputs), expected)
@@ -77,7 +77,7 @@ def test_every_kind_of_slice_keeps_its_meaning(cut, dynamic):
     st.integers(8, 19),
     st.booleans(),
 )
-def test_any_program_keeps_its_meaning_under_any_slice(names, cut, batch, tokens, also_whole):
+def test_random_programs_with_slices_are_equal(names, cut, batch, tokens, also_whole):
     gm, inputs = graph_of(names, cut, batch=batch, tokens=tokens, also_whole=also_whole)
     assert_same(narrowed(gm)(*inputs), gm(*inputs))
 
@@ -98,7 +98,7 @@ def test_the_last_layer_computes_one_row_of_queries_and_keeps_all_keys():
     assert [stage.name for stage in report.stages] == ["stage_0"]
 
 
-def test_masks_and_positions_are_made_for_the_rows_alone():
+def test_masks_and_positions_are_computed_for_the_needed_rows_only():
     gm, inputs = graph_of(["rope", "eager", "rope", "eager"], "last", batch=1)
     after = narrowed(gm)
     assert_same(after(*inputs), gm(*inputs))
@@ -106,15 +106,15 @@ def test_masks_and_positions_are_made_for_the_rows_alone():
     assert [shape[-2] for shape in scores] == [13, 1]
 
 
-def test_one_value_is_sliced_where_bytes_are_fewest():
-    """Of a norm, a product and the residual they come from, the residual."""
+def test_the_value_with_the_fewest_bytes_is_sliced():
+    """The residual is sliced, rather than the norm and the product computed from it."""
     gm, _ = graph_of(["linear", "causal", "rsqrt_norm", "mlp"], "last", batch=1)
     slices = [n for n in narrowed(gm).graph.nodes if n.target is torch.ops.aten.slice.Tensor]
     assert len(slices) == 1
     assert slices[0].args[2:] == (12, 13)
 
 
-def test_what_others_need_whole_is_computed_once():
+def test_a_value_with_a_reader_of_all_rows_is_computed_once():
     gm, inputs = graph_of(["mlp", "causal", "mlp"], "last", also_whole=True)
     after = narrowed(gm)
     assert_same(after(*inputs), gm(*inputs))
@@ -123,7 +123,7 @@ def test_what_others_need_whole_is_computed_once():
         assert count[0] == count[1]
 
 
-def test_needs_of_two_slices_are_joined():
+def test_spans_of_two_slices_are_joined():
     gm, _ = graph_of(["mlp"], "twice", batch=1)
     dims = analyse_token_dims(gm, static_inputs={n for n in gm.graph.nodes if n.name in parameter_names(gm)})
     spans = {span for span in needed_rows(gm, dims).spans.values() if span is not None}
@@ -131,14 +131,14 @@ def test_needs_of_two_slices_are_joined():
 
 
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9))
-def test_a_hull_covers_both_and_no_more(a, m, b, n):
+def test_a_hull_is_the_smallest_span_of_both(a, m, b, n):
     import sympy
 
     joined = hull(Span(sympy.Integer(a), sympy.Integer(m)), Span(sympy.Integer(b), sympy.Integer(n)))
     assert (joined.start, joined.end) == (min(a, b), max(a + m, b + n))
 
 
-def test_a_hull_of_symbolic_spans_is_given_only_where_it_is_certain():
+def test_a_hull_of_symbolic_spans_exists_only_if_it_is_certain():
     import sympy
 
     s = sympy.Symbol("s", integer=True, positive=True)
@@ -147,7 +147,7 @@ def test_a_hull_of_symbolic_spans_is_given_only_where_it_is_certain():
 
 
 @pytest.mark.parametrize("name", sorted({**ROWWISE, **ATTENTION}))
-def test_every_rowwise_step_runs_on_the_demanded_rows_alone(name):
+def test_every_rowwise_step_runs_on_the_demanded_rows_only(name):
     gm, inputs = graph_of(["linear", name, "linear"], "last", batch=1, tokens=11)
     after = narrowed(gm)
     assert_same(after(*inputs), gm(*inputs))

@@ -1,4 +1,4 @@
-"""Mixtures of experts: tokens sorted by expert, multiplied in groups and put back are row-wise, if that is proved."""
+"""Mixtures of experts: sorting tokens by expert, multiplying in groups and putting them back is row-wise if proved."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ Mixing = Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor]
 
 
 def model(mixing: Mixing) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """An attention, so that there are tokens, a mixture before and behind it, and a dense product."""
+    """An attention, which identifies the tokens, mixtures before and after it, and a dense product."""
 
     def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor]:
         x = x + mixing(x, w)
@@ -151,8 +151,8 @@ def routings() -> st.SearchStrategy[Routing]:
 @random_examples(
     25, 120, RANDOM_PROGRAMS, routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans()
 )
-def test_any_routing_keeps_its_meaning(routing: Routing, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
-    """Ties, one expert that gets every token, experts that get none; each product is in a loop, none outside."""
+def test_mixtures_of_any_routing_are_equal(routing: Routing, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
+    """Includes ties, an expert with every token and experts without tokens. Every product is in a loop."""
 
     def mixing(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return mixture(x, w, routing)
@@ -168,7 +168,7 @@ def test_any_routing_keeps_its_meaning(routing: Routing, batch: int, tokens: int
 
 
 def by_number(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Keys that are computed, not looked up: nothing says that they are numbers of experts."""
+    """Keys from arithmetic, not from an index operator: they may exceed the number of experts."""
     routing = Routing()
     hidden = x.reshape(-1, HIDDEN)
     indices = (hidden[:, :2] * 10).long() % 4
@@ -231,7 +231,7 @@ def with_a_capacity(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tenso
 
 
 def mixed_along_places(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Rows that stand side by side once they are sorted are added up."""
+    """Adds adjacent rows in sorted order."""
     hidden = x.reshape(-1, HIDDEN)
     keys, slots = (hidden @ w[0]).topk(1).indices.reshape(-1).sort()
     out = grouped(hidden[slots].cumsum(0), w[1], ends_of(keys, 4)) @ w[2][0]
@@ -262,15 +262,15 @@ def put_elsewhere(x: torch.Tensor, w: tuple[torch.Tensor, ...]) -> torch.Tensor:
         (by_number, "outside of the groups"),
         (by_number_beside_indices, "outside of the groups"),
         (to_more_experts, "below 8, but there are 4 groups"),
-        (in_sorted_order, "otherwise than place by place"),
-        (with_places, "reads .* otherwise than place by place"),
-        (by_other_keys, "not of sorted rows by the groups"),
+        (in_sorted_order, "does not read .* place by place"),
+        (with_places, "does not read .* place by place"),
+        (by_other_keys, "does not multiply sorted rows by the groups"),
         (mixed_along_places, "accumulates along it"),
-        (paired_places, "otherwise than place by place"),
+        (paired_places, "does not read .* place by place"),
         (put_elsewhere, "index_put"),
     ],
 )
-def test_what_is_not_shown_to_be_row_wise_stays_outside(mixing: Mixing, reason: str) -> None:
+def test_mixtures_that_are_not_proved_row_wise_stay_out_of_loops(mixing: Mixing, reason: str) -> None:
     gm = traced(mixing, Routing())
     refused = outline_experts(copy_graph(gm))
     assert len(refused) == 2
@@ -283,8 +283,8 @@ def test_what_is_not_shown_to_be_row_wise_stays_outside(mixing: Mixing, reason: 
     torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
 
 
-def test_a_router_with_a_capacity() -> None:
-    """Its experts are row-wise, what it drops is not: that follows from all tokens before, and is computed of them."""
+def test_experts_with_a_capacity_are_in_loops_and_the_capacity_is_not() -> None:
+    """Experts are row-wise. Which slots are dropped depends on all earlier tokens."""
     gm = traced(with_a_capacity, Routing())
     rewritten, report = rewrite(gm, 4, parameter_names(gm))
     assert (in_loops(rewritten), outside(rewritten)) == (2, 0)
@@ -293,8 +293,8 @@ def test_a_router_with_a_capacity() -> None:
     torch.testing.assert_close(rewritten(*given)[0], gm(*given)[0], rtol=0, atol=1e-10)
 
 
-def test_a_router_that_returns_nan() -> None:
-    """Which experts a row of NaN goes to, nobody says; the other rows do not see it."""
+def test_a_row_of_nan_does_not_change_other_rows() -> None:
+    """The experts of a row of NaN are unspecified."""
     routing = Routing()
     gm = traced(lambda x, w: mixture(x, w, routing), routing)
     rewritten, _ = rewrite(gm, 4, parameter_names(gm))
@@ -318,8 +318,8 @@ def outlined() -> tuple[fx.GraphModule, fx.GraphModule]:
     return gm, changed
 
 
-def test_a_row_of_a_region_is_as_wide_whatever_its_graph_was_captured_with() -> None:
-    """Where the number of tokens is a symbol, too: how many rows loops have follows from it."""
+def test_the_width_of_a_region_does_not_depend_on_the_captured_sizes() -> None:
+    """Also with a symbolic number of tokens. The rows per loop are chosen by this width."""
     routing = Routing()
     found = []
     for dynamic in (False, True):
@@ -331,8 +331,8 @@ def test_a_row_of_a_region_is_as_wide_whatever_its_graph_was_captured_with() -> 
     assert found[0][0] == 2 * 40 and found[0][1] == routing.k * max(HIDDEN, INNER) * torch.float64.itemsize
 
 
-def test_a_region_is_one_operator() -> None:
-    """It computes what it was made of, on any number of rows, and is put back as it was."""
+def test_a_region_runs_on_any_number_of_rows_and_can_be_inlined() -> None:
+    """A region computes the same as its members, and inlining restores them."""
     gm, changed = outlined()
     given = (example(2, 17), *weights(Routing()))
     found = list(regions(changed.graph))
@@ -348,8 +348,8 @@ def test_a_region_is_one_operator() -> None:
     torch.testing.assert_close(changed(*given)[0], gm(*given)[0], rtol=0, atol=0)
 
 
-def test_what_an_expert_multiplies_is_work() -> None:
-    """Products inside a region count for what they are: N rows by two matrices of each expert."""
+def test_products_in_a_region_count_as_work() -> None:
+    """N rows are multiplied with two matrices each."""
     _, changed = outlined()
     for node, region in regions(changed.graph):
         assert region.facts.work(node) == 2 * (2 * 17 * 2) * HIDDEN * INNER
@@ -366,8 +366,8 @@ def marks(keys: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("others", [counts, marks])
-def test_values_that_others_read_stay(others: Callable[..., tuple[torch.Tensor, ...]]) -> None:
-    """What is returned beside the result keeps the sort; the experts are in a loop all the same."""
+def test_members_with_other_readers_are_kept(others: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    """A second output keeps the sort in the graph. The experts are still in a loop."""
 
     def run(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = x + torch.softmax(x @ x.mT, -1) @ x
@@ -385,8 +385,8 @@ def test_values_that_others_read_stay(others: Callable[..., tuple[torch.Tensor, 
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-def test_only_the_rows_that_are_needed() -> None:
-    """Of the last layer one row is asked for: its experts multiply that one alone."""
+def test_experts_of_the_last_layer_run_on_the_needed_row_only() -> None:
+    """One row of the last layer is needed, so its experts multiply one row."""
     routing = Routing()
     run = model(lambda x, w: mixture(x, w, routing))
     gm = trace(lambda x, *w: (run(x, *w)[0][:, -1:],), example(2, 17), *weights(routing))
@@ -399,8 +399,8 @@ def test_only_the_rows_that_are_needed() -> None:
     assert not any(node.target is operator.getitem and not node.users for node in rewritten.graph.nodes)
 
 
-def test_scope_mlp_has_experts_in_its_loops() -> None:
-    """They are what a mixture has for an MLP. What a loop stores is a token's row, not one for each of its slots."""
+def test_scope_mlp_puts_experts_in_loops() -> None:
+    """A loop stores one row per token, not one per slot."""
     routing = Routing()
     gm = traced(lambda x, w: mixture(x, w, routing), routing)
     rewritten, _ = rewrite(gm, 4, parameter_names(gm), scope="mlp")

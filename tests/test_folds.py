@@ -1,4 +1,4 @@
-"""Reductions over the tokens leave a loop in parts, and the parts make what the whole makes."""
+"""Reductions over tokens: a loop combines the parts of its mini-sequences to the result of the whole."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_a_reduction_over_other_dimensions_is_no_fold():
         ((Dim(1, outer=2), Dim(0, inner=2)), "different layouts"),
     ],
 )
-def test_a_product_is_a_fold_if_both_operands_have_the_tokens_that_it_contracts(dims, reason):
+def test_a_product_is_a_fold_only_if_it_contracts_the_tokens_of_both_operands(dims, reason):
     node = node_of(Call(aten.mm.default, (floats(3, 8), floats(8, 5))))
     assert fold_for(node, (Dim(1), Dim(0))).needs == (Rows(Dim(1)), Rows(Dim(0)))
     with pytest.raises(CannotChunk, match=reason):
         fold_for(node, dims)
 
 
-def test_a_partial_product_in_half_precision_would_be_rounded():
+def test_folds_of_half_precision_products_are_refused():
     node = node_of(Call(aten.mm.default, (floats(3, 8).bfloat16(), floats(8, 5).bfloat16())))
     with pytest.raises(CannotChunk, match="rounded"):
         fold_for(node, (Dim(1), Dim(0)))
@@ -69,8 +69,8 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize(("target", "arguments"), CASES, ids=[f"{t}{a}" for t, a in CASES])
-def test_the_law_of_reductions_in_every_dtype(target, arguments, dtype):
-    """A total in half precision is as exact as float32: it equals the reduction of the same numbers in float64."""
+def test_folds_equal_the_reduction_in_every_dtype(target, arguments, dtype):
+    """A half-precision total is accumulated in float32: it equals the rounded reduction in float64."""
     if target in PARTS and not dtype.is_floating_point:
         pytest.skip("a mean needs floating-point numbers")
     x = (torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
@@ -126,14 +126,14 @@ def check(names, reduction, batch, tokens, dtype, dynamic):
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     in_a_loop = any(stage.folds for stage in report.stages)
     if reduction in ("count", "any") and dtype == torch.bfloat16:
-        return in_a_loop  # a bit of rounding decides on which side of the threshold a value lies
+        return in_a_loop  # rounding decides whether a value is above the threshold
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}[dtype]
     scale = max(1.0, float(expected.double().abs().max()))
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
     return in_a_loop
 
 
-def test_any_program_keeps_its_meaning_under_any_reduction():
+def test_random_programs_with_reductions_are_equal():
     with at_least(0.9, "reduce in a loop") as folded:
 
         @settings(RANDOM_PROGRAMS, max_examples=40)
@@ -152,7 +152,7 @@ def test_any_program_keeps_its_meaning_under_any_reduction():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum of all", "largest", "count"])
-def test_what_is_reduced_never_exists_at_full_length(reduction):
+def test_the_operand_of_a_reduction_is_not_kept_at_full_length(reduction):
     weights = weights_of(torch.float64)
 
     def program(x, *parameters):
@@ -190,7 +190,7 @@ def test_a_product_that_contracts_the_tokens_is_summed_in_the_loop(contraction, 
 
 
 def test_a_bfloat16_mean_is_summed_in_float32():
-    """In bfloat16 a sum of thousands of ones ends at 256."""
+    """In bfloat16, a sum of thousands of ones stops at 256."""
     weights = weights_of(torch.bfloat16)
 
     def program(x, *parameters):
@@ -204,7 +204,7 @@ def test_a_bfloat16_mean_is_summed_in_float32():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_a_loss_is_right_whatever_labels_are_ignored_and_holds_no_logits(reduction, ignored):
+def test_a_loss_with_ignored_labels_is_equal_and_keeps_no_logits(reduction, ignored):
     weights = weights_of(torch.float64)
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(26).view(2, 13)

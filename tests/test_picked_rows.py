@@ -1,4 +1,4 @@
-"""Picks by an index tensor move up: only the rows that are picked are computed, and they are the right ones."""
+"""Picks by an index tensor move up: only the picked rows are computed, with equal results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def entries(x):
     return torch.arange(x.shape[0])
 
 
-#: By rows `[B, 3]`, of which some are negative where the operator takes that.
+#: Picks of rows `[B, 3]`. Some row numbers are negative if the operator allows it.
 PICKS = {
     "one of each": lambda x, rows: x[entries(x), rows[:, 0]],
     "several of each": lambda x, rows: x[entries(x)[:, None], rows],
@@ -94,7 +94,7 @@ LAYERS = ["linear", "causal", "mlp", "rope", "causal", "mlp", "layer_norm"]
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("cut", PICKS)
-def test_every_kind_of_pick_keeps_its_meaning(cut, dynamic):
+def test_graphs_with_every_kind_of_pick_are_equal(cut, dynamic):
     gm, inputs = graph_of(LAYERS, cut, dynamic=dynamic)
     expected = gm(*inputs)
     assert_same(moved(gm)(*inputs), expected)
@@ -112,7 +112,7 @@ LEFT = {"other entries", "reversed entries", "entries across", "channels", "othe
 
 @pytest.mark.parametrize("cut", [name for name in PICKS if name not in LEFT])
 def test_every_kind_of_pick_moves(cut):
-    """The last attention has no more queries than are picked, and products behind it no more rows."""
+    """The last attention has only the picked queries, and products after it only the picked rows."""
     gm, inputs = graph_of(LAYERS, cut)
     after = moved(gm)
     first, last = (
@@ -124,7 +124,7 @@ def test_every_kind_of_pick_moves(cut):
 
 
 @pytest.mark.parametrize("cut", sorted(LEFT - {"of picks", "looked up"}))
-def test_what_cannot_move_is_left(cut):
+def test_unsupported_picks_leave_the_graph_unchanged(cut):
     gm, _ = graph_of(LAYERS, cut)
     shapes = [
         n.args[0].meta["val"].shape[2] for n in moved(gm).graph.nodes if n.target is torch.ops.mom.attention.default
@@ -144,7 +144,7 @@ ANY_PICK = (
 
 @settings(RANDOM_PROGRAMS, max_examples=12)
 @given(*ANY_PICK)
-def test_any_program_keeps_its_meaning_under_any_pick(names, cut, batch, tokens, also_whole, seed):
+def test_random_programs_with_picks_are_equal(names, cut, batch, tokens, also_whole, seed):
     gm, inputs = graph_of(names, cut, batch=batch, tokens=tokens, also_whole=also_whole, seed=seed)
     assert_same(moved(gm)(*inputs), gm(*inputs))
 
@@ -152,14 +152,14 @@ def test_any_program_keeps_its_meaning_under_any_pick(names, cut, batch, tokens,
 @pytest.mark.slow
 @settings(RANDOM_PROGRAMS, max_examples=100)
 @given(*ANY_PICK)
-def test_many_programs_keep_their_meaning_under_any_pick(names, cut, batch, tokens, also_whole, seed):
+def test_many_random_programs_with_picks_are_equal(names, cut, batch, tokens, also_whole, seed):
     gm, inputs = graph_of(names, cut, batch=batch, tokens=tokens, also_whole=also_whole, seed=seed)
     assert_same(moved(gm)(*inputs), gm(*inputs))
 
 
 @pytest.mark.parametrize("name", sorted({**ROWWISE, **ATTENTION}))
 @pytest.mark.parametrize("cut", sweep(["one of each", "the same of all"], quick=["one of each"]))
-def test_every_rowwise_step_runs_on_the_picked_rows_alone(name, cut):
+def test_every_rowwise_step_runs_on_the_picked_rows_only(name, cut):
     gm, inputs = graph_of(["linear", "causal", name], cut, batch=2, tokens=11)
     after = moved(gm)
     assert_same(after(*inputs), gm(*inputs))
@@ -171,7 +171,7 @@ def test_every_rowwise_step_runs_on_the_picked_rows_alone(name, cut):
         assert queries == [picked]
 
 
-def test_what_others_need_whole_is_computed_once():
+def test_a_value_with_a_reader_of_all_rows_is_computed_once():
     gm, inputs = graph_of(["mlp", "causal", "mlp"], "one of each", also_whole=True)
     after = moved(gm)
     assert_same(after(*inputs), gm(*inputs))
@@ -180,7 +180,7 @@ def test_what_others_need_whole_is_computed_once():
 
 @pytest.mark.parametrize("cut", ["one of each", "the same of all", "selected"])
 @pytest.mark.parametrize("number", [13, -14])
-def test_what_is_out_of_range_raises(cut, number):
+def test_a_row_number_out_of_range_raises(cut, number):
     gm, (x, rows, *weights) = graph_of(LAYERS, cut)
     after = moved(gm)
     rows = torch.full_like(rows, number)
@@ -207,8 +207,8 @@ def compiled(function: Any) -> Any:
     "family", sweep(["Llama", "GPT2", "Gemma3Text", "Mistral", "Qwen3"], quick=["Llama"])
 )
 @pytest.mark.parametrize("side", sweep(["left", "right", "none"], quick=["left"]))
-def test_the_last_token_of_each_sequence(family: str, side: str, eager_pieces: None) -> None:
-    """Logits `[B, V]` of sequences of unequal length, in float64; mini-sequences hold no logits at all."""
+def test_models_return_logits_of_the_last_token_per_sequence(family: str, side: str, eager_pieces: None) -> None:
+    """Logits `[B, V]` of sequences of different lengths, in float64; loops compute no logits."""
     model = small_model(family, torch.float64)
 
     def yes_or_no(input_ids, mask):
@@ -232,12 +232,12 @@ def test_the_last_token_of_each_sequence(family: str, side: str, eager_pieces: N
     (report,) = mom_compile.reports()
     stored = [one.type.shape for stage in report.stages for one in stage.crossing]
     assert stored and not any(shape[-1] == SMALL.vocabulary for shape in stored)
-    # The last layer's part behind its keys and values is in no loop.
+    # The operators of the last layer after its keys and values are in no loop.
     assert len(report.stages) == model.config.num_hidden_layers
 
 
 @pytest.mark.slow
-def test_several_rows_of_each_and_the_same_of_all(eager_pieces: None) -> None:
+def test_models_return_logits_of_several_rows_per_sequence_or_of_shared_rows(eager_pieces: None) -> None:
     model = small_model("Llama", torch.float64)
 
     def own(input_ids, rows):
@@ -259,8 +259,8 @@ def test_several_rows_of_each_and_the_same_of_all(eager_pieces: None) -> None:
 
 
 @pytest.mark.slow
-def test_picks_save_memory_and_are_checked_where_they_are_compiled() -> None:
-    """Through Inductor: what is out of range raises there, too."""
+def test_compiled_picks_save_memory_and_check_row_numbers() -> None:
+    """With Inductor, a row number out of range raises, too."""
     model = small_model("Llama")
 
     def picked(input_ids, last):
@@ -284,7 +284,7 @@ def test_picks_save_memory_and_are_checked_where_they_are_compiled() -> None:
 
 
 def vectors(batch, tokens):
-    """What an attention may be told of its keys: two packed sequences, and one key that nobody sees."""
+    """Per-key arguments of an attention: two packed sequences, and one key that is masked."""
     at = torch.arange(tokens).expand(batch, -1)
     first = 5 + torch.arange(batch)[:, None]
     return {"keys": at != 2, "segments": (at >= first).long(), "positions": torch.where(at >= first, at - first, at)}
@@ -309,8 +309,8 @@ CALLS = {
 @pytest.mark.parametrize("start", [pytest.param(0, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("cut", sweep(["one of each", "several of each", "the same of all"], quick=["several of each"]))
 @pytest.mark.parametrize("call", CALLS)
-def test_picked_queries_see_what_they_saw(call: str, cut: str, start: int) -> None:
-    """Also behind `start` keys of a cache: queries stand `start` further on than they are numbered."""
+def test_picked_queries_see_the_same_keys(call: str, cut: str, start: int) -> None:
+    """Also with `start` keys in a cache: the position of a query is its row number plus `start`."""
     batch, queries, tokens = 3, 12, 12 + start
     asked = dict(CALLS[call])
     told = vectors(1 if asked.pop("alike", False) else batch, tokens)
@@ -345,7 +345,7 @@ def test_picked_queries_see_what_they_saw(call: str, cut: str, start: int) -> No
 
 
 def test_many_picked_queries_stay_in_the_loops() -> None:
-    """Each would need a mask of its own; what is behind the attention moves all the same."""
+    """Their mask would be too large. Operators after the attention run on picked rows."""
     weights = weights_of(torch.float64)
 
     def program(x, rows, *parameters):

@@ -168,7 +168,7 @@ def test_what_is_not_row_wise_is_refused_by_name() -> None:
     ops, x = torch.ops.bitsandbytes, torch.rand(6, 64).half()
     with pytest.raises(CannotChunk, match="looks for outliers in all rows"):
         claim_for(node_of(Call(ops.int8_vectorwise_quant.default, (x, 6.0))), Dim(0))
-    with pytest.raises(CannotChunk, match="one scale for all of it"):
+    with pytest.raises(CannotChunk, match="one scale for all its rows"):
         claim_for(node_of(Call(ops.int8_vectorwise_quant.default, (x,))), Dim(1))
     weight, scale = packed(torch.rand(32, 64) - 0.5)
     node = node_of(Call(ops.gemm_4bit.default, (x.float(), weight, [32, 64], scale, 32, "nf4")))

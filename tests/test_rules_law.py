@@ -1,4 +1,4 @@
-"""Every chunk rule keeps its law: rows computed from slices are rows of the whole."""
+"""The law of chunk rules: rows computed from slices of the operands equal rows of the whole result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def samples_of(target: Any) -> list[Call]:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_slices_compute_what_the_whole_computes(target: Any) -> None:
+def test_rows_computed_from_slices_are_rows_of_the_whole_result(target: Any) -> None:
     calls = samples_of(target)
     assert calls, f"{target} has a chunk rule but no sample: write one in rule_samples.py"
     accepted = sum(check_call(call) for call in calls)
@@ -44,13 +44,13 @@ def test_slices_compute_what_the_whole_computes(target: Any) -> None:
 
 
 @pytest.mark.parametrize("target", sorted((t for t, known in registered().items() if known.fold), key=str), ids=str)
-def test_parts_combine_to_the_whole(target: Any) -> None:
-    """The law of folds, on the samples."""
+def test_folded_parts_equal_the_whole_result(target: Any) -> None:
+    """The law of fold rules, on the samples."""
     assert sum(map(check_folds, samples_of(target))), f"the fold rule of {target} refuses every dim of every sample"
 
 
-def test_element_wise_work_is_never_refused() -> None:
-    """The law lets a rule refuse; broadcasting along any dim must not be a reason to."""
+def test_pointwise_rules_accept_every_dim() -> None:
+    """The law allows a rule to refuse. A pointwise rule must not, since broadcasting works along any dim."""
     rules = registered()
     calls = [call for target, some in all_samples().items() for call in some if rules[target].rule is pointwise_claim]
     nodes = [node_of(call) for call in calls]
@@ -81,13 +81,13 @@ def test_element_wise_work_is_never_refused() -> None:
     ],
     ids=lambda value: str(value.target) if isinstance(value, Call) else None,
 )
-def test_the_dims_that_decoders_need_are_accepted(call: Call, accepted: list[int]) -> None:
+def test_rules_accept_the_dims_that_decoders_need(call: Call, accepted: list[int]) -> None:
     node = node_of(call)
     assert [index for index in range(len(output_shape(node))) if accepts(node, Dim(index))] == accepted
 
 
-def test_the_law_catches_a_wrong_claim() -> None:
-    """A guard for the guard: claims that are wrong in one point each must not pass."""
+def test_the_law_rejects_wrong_claims() -> None:
+    """Claims with one error each."""
     node = node_of(Call(aten.softmax.int, (floats(4, 6), 1)))
     with pytest.raises(AssertionError, match="not close"):
         check_rows(node, Dim(1), Claim((Rows(Dim(1)),)))
@@ -106,8 +106,8 @@ def of_three(x: torch.Tensor, skip: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "enough"), [(1, False), (2, True), (5, True)])
-def test_the_law_of_rows_ahead(rows: int, enough: bool) -> None:
-    """The window says where the operand begins. Ahead of the first row of the sequence it has zeros."""
+def test_the_law_requires_enough_rows_before(rows: int, enough: bool) -> None:
+    """The operand has zeros before the first row of the sequence, and `Window.first` is its first row."""
     node = node_of(Call(of_three, (floats(2, 7, 3),)))
 
     def edit(args: Any, kwargs: Any, window: Window) -> Any:
@@ -132,8 +132,8 @@ def tuple_calls() -> list[Call]:
     return [call for call in calls if [str(one.type) for one in call.target._schema.returns] != ["Tensor"]]
 
 
-def test_items_of_tuples() -> None:
-    """The claim of an item leads to the claim of its tuple, and that one computes the item's rows."""
+def test_a_claim_of_a_tuple_item_needs_rows_of_the_tuple() -> None:
+    """The claim of an item gives a dim of the tuple, and the producer's claim for this dim computes the item's rows."""
     seen = set()
     for call in tuple_calls():
         producer = node_of(call)
@@ -171,8 +171,8 @@ def test_items_of_tuples() -> None:
         ([2, 3, 6, 4], Dim(2), [6, 6, 4], Dim(1)),
     ],
 )
-def test_views_fold_and_unfold_tokens(shape: list[int], dim: Dim, view: list[int], expected: Dim) -> None:
-    """The way from the operand's rows to the output's and back, and the law in the middle."""
+def test_views_fold_and_unfold_the_token_dimension(shape: list[int], dim: Dim, view: list[int], expected: Dim) -> None:
+    """The dims of operand and output are found from each other, and the claim keeps the law."""
     node = node_of(Call(aten.view.default, (floats(*shape), view)))
     assert view_candidates(node, (dim,)) == [expected]
     claim = claim_for(node, expected)

@@ -1,4 +1,4 @@
-"""What a refusal says: the operator, the node, the dimension, and a reason a reader can act on."""
+"""Messages of refusals: the operator, the node, the dimension and a reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from mom_passes.errors import CannotChunk, RuleError
 from mom_passes.rules import All, Carry, Claim, Dim, Final, OperatorFacts, Rows, claim_for, register, registered
+from mom_passes.rules.registry import facts_of, register_fold
 from tests.rule_law import Call, node_of
 from tests.rule_samples import floats, integers
 
@@ -76,7 +77,7 @@ def test_dropout_is_refused() -> None:
         claim_for(node, Dim(2))
 
 
-def test_an_item_names_the_tuple_and_its_reason() -> None:
+def test_the_refusal_of_a_tuple_item_names_the_producer_and_its_reason() -> None:
     producer = node_of(Call(aten.sort.default, (x, 1)))
     item: Any = producer.graph.call_function(operator.getitem, (producer, 1))
     item.meta["val"] = producer.meta["val"][1]
@@ -84,11 +85,11 @@ def test_an_item_names_the_tuple_and_its_reason() -> None:
         claim_for(item, Dim(1))
 
 
-# --- rules that are no rules ---
+# --- invalid rules ---
 
 
 NO_OVERLOADS: list[tuple[Any, str]] = [
-    (aten.add, r"torch\.ops\.aten\.add is a packet of overloads; .* one or more of .*torch\.ops\.aten\.add\.Tensor"),
+    (aten.add, r"torch\.ops\.aten\.add is a packet of overloads; register one or more of .*aten\.add\.Tensor"),
     (torch.add, r"and <built-in method add .*> is none; pass torch\.ops\.mylib\.scale_rows\.default"),
     (torch.relu_, "operator overloads"),
     ("aten.add.Tensor", r"'aten\.add\.Tensor' is none"),
@@ -97,14 +98,14 @@ NO_OVERLOADS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("target", "message"), NO_OVERLOADS)
-def test_what_is_no_overload_is_refused_when_it_is_registered(target: Any, message: str) -> None:
+def test_register_rejects_targets_that_are_no_overloads(target: Any, message: str) -> None:
     before = registered()
     with pytest.raises(TypeError, match=message):
         register(aten.bernoulli.p, target)(lambda node, dim: Claim((Rows(dim),)))
     assert registered() == before
 
 
-def test_a_custom_operator_itself_is_refused_and_told_its_overload() -> None:
+def test_register_rejects_a_custom_operator_and_suggests_its_overload() -> None:
     @torch.library.custom_op("mom_tests::a_rule_is_wanted", mutates_args=())
     def a_rule_is_wanted(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
@@ -123,10 +124,18 @@ def test_a_custom_operator_itself_is_refused_and_told_its_overload() -> None:
         (lambda: None, r"takes \(\)"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_when_it_is_registered(rule: Any, message: str) -> None:
+def test_register_rejects_rules_with_a_wrong_signature(rule: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         register(aten.bernoulli.p)(rule)
     assert aten.bernoulli.p not in registered()
+
+
+def test_chunk_rule_and_fold_rule_can_be_registered_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mom_passes.rules.registry._FACTS", {})
+    register_fold("mom_tests::total")(lambda node, dims: Claim(()))
+    register("mom_tests::total", recompute=False)(lambda node, dim: Claim(()))
+    facts = facts_of("mom_tests.total.default")
+    assert facts.rule is not None and facts.fold is not None
 
 
 def forgets_to_return(node: Any, dim: Dim) -> Any:
@@ -144,7 +153,7 @@ NO_CLAIMS: list[tuple[Any, str]] = [
     (lambda node, dim: Claim((dim,)), r"a tuple of Rows\(dim, before\)"),
     (lambda node, dim: Claim(Rows(dim)), r"a tuple of Rows\(dim, before\)"),
     (lambda node, dim: Claim((Rows(dim), Rows(dim))), "has 2 needs for 1 tensor operands"),
-    (lambda node, dim: Claim((Rows(dim, before=-1),)), "the number of rows before others is not negative"),
+    (lambda node, dim: Claim((Rows(dim, before=-1),)), "`before` must not be negative"),
     (lambda node, dim: Claim((Rows(dim),), (dim,)), r"expected a tuple of Rows\(dim\), Fold, Final\(carry\) and None"),
     (lambda node, dim: Claim((Rows(dim),), (Final(0),)), "but has 0 carries"),
     (lambda node, dim: Claim((Rows(dim),), carries=(Carry(0, 0),)), "name either the operand that receives it or"),
@@ -154,7 +163,7 @@ NO_CLAIMS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("rule", "fault"), NO_CLAIMS)
-def test_a_rule_that_answers_with_no_claim_is_named_when_it_is_asked(rule: Any, fault: str) -> None:
+def test_a_rule_error_names_the_rule_that_returns_no_valid_claim(rule: Any, fault: str) -> None:
     node = node_of(Call(aten.relu.default, (x,)))
     with pytest.raises(RuleError, match=fault) as refusal:
         OperatorFacts(rule).claim(node, Dim(1))

@@ -59,7 +59,7 @@ def test_views_with_symbolic_batch_and_length() -> None:
     assert guards(node) == before
 
 
-def test_unfolding_writes_the_batch_as_it_was() -> None:
+def test_unfolding_tokens_keeps_the_symbolic_batch_size() -> None:
     graph = capture(lambda x: (x.flatten(0, 1) * 2).view(x.shape[0], -1, 12), 2, 7, 12)
     *_, node = graph.graph.find_nodes(op="call_function", target=aten.view.default)
     batch = next(iter(graph.graph.nodes)).meta["val"].shape[0]
@@ -79,7 +79,7 @@ def test_unfolding_writes_the_batch_as_it_was() -> None:
         (lambda x: x[:, :1].expand(-1, x.shape[1], 12), aten.expand.default, Dim(1), [-1, 3, 12]),
     ],
 )
-def test_no_body_argument_carries_the_length(
+def test_no_argument_in_a_body_contains_the_length(
     function: Callable[..., Any], target: Any, dim: Dim, expected: list[int]
 ) -> None:
     node = find(capture(function, 2, 7, 12), target)

@@ -1,4 +1,4 @@
-"""Scans over the tokens: the last row so far is handed from mini-sequence to mini-sequence."""
+"""Scans over tokens: each mini-sequence passes its last row to the next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCANS = {
 }
 
 
-def test_a_scan_has_a_claim_only_for_rows_in_order() -> None:
+def test_a_scan_has_a_claim_only_if_rows_are_computed_in_order() -> None:
     node = node_of(Call(aten.cumsum.default, (floats(2, 6, 5), 1)))
     assert not claim_for(node, Dim(0)).carries
     with pytest.raises(CannotChunk, match="accumulates along it"):
@@ -36,7 +36,7 @@ def test_a_scan_has_a_claim_only_for_rows_in_order() -> None:
         claim_for(node, Dim(1, outer=2), in_order=True)
 
 
-def test_half_precision_would_be_rounded_for_every_mini_sequence() -> None:
+def test_scans_in_half_precision_are_refused() -> None:
     node = node_of(Call(aten.cumsum.default, (floats(2, 6, 5).bfloat16(), 1)))
     with pytest.raises(CannotChunk, match="rounded"):
         claim_for(node, Dim(1), in_order=True)
@@ -62,8 +62,8 @@ def program(names: list[str]) -> Any:
     st.integers(2, 7),
     st.booleans(),
 )
-def test_any_program_keeps_its_meaning(names: list[str], last: str, tokens: int, mini: int, dynamic: bool) -> None:
-    """Every scan is in a loop, whatever stands before it and behind."""
+def test_programs_with_scans_are_equal(names: list[str], last: str, tokens: int, mini: int, dynamic: bool) -> None:
+    """Every scan is in a loop, for any operators before and after it."""
     weights = weights_of(torch.float64)
     x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
     gm = trace(program(["mlp", "causal", *names, "mlp", last]), x, *weights, dynamic=dynamic)
@@ -75,7 +75,7 @@ def test_any_program_keeps_its_meaning(names: list[str], last: str, tokens: int,
 
 
 def test_a_scan_is_no_barrier() -> None:
-    """Four of them are one loop, which stores nothing but what is returned."""
+    """Four scans are in one loop, which stores only the returned value."""
     weights = weights_of(torch.float64)
     names = ["causal", *["mlp", "cumsum"] * 4]
     gm = trace(program(names), torch.randn(2, 17, HIDDEN, dtype=torch.float64), *weights)
@@ -87,7 +87,7 @@ def test_a_scan_is_no_barrier() -> None:
 
 
 def test_a_scan_of_an_input_is_computed_once() -> None:
-    """Positions counted from padding: as cheap as an input, and read by every layer."""
+    """Positions computed from padding are as cheap as an input, and every layer reads them."""
 
     def run(x: torch.Tensor, mask: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
         w = Weights(*parameters)
@@ -104,12 +104,12 @@ def test_a_scan_of_an_input_is_computed_once() -> None:
     torch.testing.assert_close(rewritten(x, mask, *weights)[0], gm(x, mask, *weights)[0], rtol=0, atol=1e-10)
 
 
-def test_compiled_for_every_length() -> None:
+def test_compiled_scans_are_equal_for_every_length() -> None:
     check_every_length(program(["mlp", "causal", "cumsum", "mlp", "cumprod"]))
 
 
-def test_a_running_sum_may_be_read_again_where_it_is_made():
-    """Compiled: what is handed on must not be there before everything has read what was handed over."""
+def test_a_compiled_body_reads_a_carry_after_computing_the_next_value():
+    """The next value must not overwrite the received one while other operators still read it."""
     torch._dynamo.reset()
 
     def program(x: torch.Tensor) -> torch.Tensor:

@@ -325,6 +325,10 @@ def largest_and_where(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.max(-1))
 
 
+def entropies_of_two_kinds(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    return likely_entropy(x, t), (x.softmax(-1) * x.log_softmax(-1)).sum(-1)
+
+
 def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     return ((x - x.softmax(-1)[:, :1]).amax(-1),)
 
@@ -335,12 +339,13 @@ def moved_by_column(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         (returned, "logits are returned"),
         (smoothed, "aten.sum"),
         (best_five, "aten.topk"),
-        (of_the_largest, "chosen by what the logits are"),
+        (of_the_largest, "a chosen column depends on the logits"),
         (over_tokens, None),
-        (of_some_rows, "of some rows alone"),
+        (of_some_rows, "of some rows only"),
         (of_many_columns, "70 columns"),
         (largest_and_where, None),
         (moved_by_column, "reads logits"),
+        (entropies_of_two_kinds, "one sum leaves out columns of likelihood 0"),
     ],
 )
 def test_other_readers_get_all_logits(function: Callable[..., Any], reason: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Which dimension of a value carries the tokens, where that is not plain to see."""
+"""The choice of the token dimension in ambiguous graphs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def check(run: Callable[..., torch.Tensor], x: torch.Tensor, mini: int = 4, dyna
 
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("tokens", [17, HIDDEN], ids=["", "as wide as long"])
-def test_scores_of_every_key_are_made_for_the_queries_of_a_mini_sequence(name: str, tokens: int) -> None:
-    """Nothing is kept that has a row for each query and a column for each key."""
+def test_scores_are_computed_per_mini_sequence_of_queries(name: str, tokens: int) -> None:
+    """No stored value has a row per query and a column per key."""
     step = ATTENTION[name]
     rewritten = check(program(step, STEPS["mlp"], step, STEPS["mlp"]), example(tokens))
     stored = [out.type.shape for _, m in loop_nodes(rewritten) for out in m.loop.outputs if isinstance(out, Stored)]
@@ -59,7 +59,7 @@ def test_scores_of_every_key_are_made_for_the_queries_of_a_mini_sequence(name: s
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_for_the_last_token_alone_they_are_made_for_its_query(name: str) -> None:
+def test_scores_for_the_last_token_are_computed_for_its_query_only(name: str) -> None:
     def last(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         return program(STEPS["mlp"], ATTENTION[name], STEPS["mlp"], ATTENTION[name])(x, *parameters)[:, -1:]
 
@@ -72,15 +72,15 @@ def test_for_the_last_token_alone_they_are_made_for_its_query(name: str) -> None
 
 
 @pytest.mark.parametrize("name", sweep(SPARSE, quick=["indexed"]))
-def test_compiled_for_every_length(name: str) -> None:
+def test_compiled_scores_are_equal_for_every_length(name: str) -> None:
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
         return (program(ATTENTION[name], STEPS["mlp"])(x, *parameters),)
 
     check_every_length(run)
 
 
-def test_for_most_of_the_tokens_they_are_made_for_their_queries() -> None:
-    """A bias for each pair, made once for two layers; of the second layer the first rows are not asked for."""
+def test_scores_for_a_slice_of_tokens_are_computed_for_their_queries_only() -> None:
+    """Two layers share a bias per pair of tokens; of the second layer, only a slice of rows is needed."""
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         w = Weights(*parameters)
@@ -98,8 +98,8 @@ def test_for_most_of_the_tokens_they_are_made_for_their_queries() -> None:
     assert not any(list(shape).count(17) > 1 or (17 in shape and 14 in shape) for shape in stored)
 
 
-def test_rows_of_both_kinds_are_right() -> None:
-    """Scores of which one reader takes the queries' rows and another the keys'."""
+def test_scores_read_by_rows_of_queries_and_of_keys_are_equal() -> None:
+    """One reader needs the scores by rows of queries, another by rows of keys."""
 
     def run(x: torch.Tensor, w: Weights) -> torch.Tensor:
         scores = torch.tanh((x @ w.square) @ x.mT)
@@ -112,22 +112,22 @@ def test_rows_of_both_kinds_are_right() -> None:
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
 
 
-# Tokens or batch, where no attention tells
+# Tokens or batch, without an attention
 
 
 def per_token_product(x: torch.Tensor, w: Weights) -> torch.Tensor:
-    """Of two activations, each token by itself: streams of a residual that are mixed by weights of their own."""
+    """A product of two activations within each token, as in residual streams mixed by computed weights."""
     streams = x.unflatten(-1, (2, -1))
     mixed = torch.tanh(x @ w.square)[..., :4].unflatten(-1, (2, 2)) @ streams
     return x + mixed.flatten(-2)
 
 
-def test_products_within_tokens_are_no_sign_of_a_batch() -> None:
+def test_products_within_tokens_do_not_mark_a_dimension_as_batch() -> None:
     check(program(per_token_product, STEPS["mlp"]), example(17))
     assert token_dim(program(per_token_product, STEPS["mlp"]), example(17)) == 1
 
 
-def test_a_step_of_many_sequences_is_not_cut_between_them() -> None:
+def test_a_decode_step_of_many_sequences_is_not_split_along_the_batch() -> None:
     weights, x = weights_of(torch.float64), example(1, batch=17)
     past = torch.randn(17, 9, HIDDEN, dtype=torch.float64)
 
@@ -151,8 +151,8 @@ def wide_step(x: torch.Tensor, past: torch.Tensor, w: Weights) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch", [2, 4, 8, 9, 10])
-def test_a_step_whose_batch_is_as_large_as_something_else_is_one(batch: int) -> None:
-    """As there are heads, groups of them, channels, or rows of the past."""
+def test_a_batch_of_the_same_size_as_another_dimension_is_recognised(batch: int) -> None:
+    """The batch is as large as the heads, groups of heads, channels or rows of the KV cache."""
     weights, x = weights_of(torch.float64), example(1, batch)
     rows = torch.randn(2, batch, 2, 9, 2, dtype=torch.float64)
     gm = trace(lambda x, rows, *parameters: wide_step(x, rows, Weights(*parameters)), x, rows, *weights)
@@ -162,8 +162,8 @@ def test_a_step_whose_batch_is_as_large_as_something_else_is_one(batch: int) -> 
 
 @pytest.mark.parametrize("given", ["a bias for each head", "weights"])
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 17), (17, 5), (8, 8)])
-def test_what_all_sequences_share_is_no_barrier_between_them(batch: int, tokens: int, given: str) -> None:
-    """Of inputs that are no parameters, a product along the batch needs all, too."""
+def test_an_input_shared_by_all_sequences_is_no_barrier_along_the_batch(batch: int, tokens: int, given: str) -> None:
+    """A product along the batch needs all of an input that is no parameter, too."""
     weights, x = weights_of(torch.float64), example(tokens, batch)
     bias = torch.randn(1, HEADS, tokens, tokens, dtype=torch.float64)
 
@@ -181,8 +181,8 @@ def test_what_all_sequences_share_is_no_barrier_between_them(batch: int, tokens:
     torch.testing.assert_close(rewritten(x, bias, *weights), gm(x, bias, *weights), rtol=0, atol=1e-10)
 
 
-def test_one_query_that_reads_every_row_tells_the_tokens() -> None:
-    """Products within tokens before it, and none between two of them but this."""
+def test_an_attention_of_one_query_marks_its_keys_as_tokens() -> None:
+    """Other products are within tokens; only this one combines several."""
 
     def pooled(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         x = program(per_token_product, STEPS["mlp"])(x, *parameters)
@@ -197,8 +197,8 @@ def test_one_query_that_reads_every_row_tells_the_tokens() -> None:
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
 
 
-def test_a_weight_that_is_an_argument_and_used_twice_is_not_the_tokens() -> None:
-    """Its columns meet a product that needs all of them. They carry half of the work, the rows of `x` carry all."""
+def test_a_weight_that_is_an_input_used_twice_does_not_carry_tokens() -> None:
+    """A product needs all of its columns, but they carry half of the work, and the rows of `x` carry all of it."""
 
     def tied(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.relu(torch.relu(x @ w) @ w.t())

@@ -2,17 +2,17 @@
 
 Terms
 -----
-members   The instances a loop computes or reads, from what it stores back to what is at hand.
-sizes     SymInt arguments. In a graph of fixed sizes the length is a literal; it becomes an argument here too.
-operand   What the loop's node passes to a port: an instance of the outer graph, the length, or a new tensor that is
-          the first value of a carry.
+members   The instances that a loop computes or reads, from the stored ones back to the available ones.
+sizes     SymInt arguments. In a graph with static sizes, the literal length becomes an argument of the body, too.
+operand   What the loop's node passes to a port: an instance of the outer graph, the length, or a new tensor with the
+          first value of a carry.
 
     def body(start, count, *sizes, *rows, *whole, *carries):
         for instance in members:                       # in graph order
-            result = its operator on what its claim needs, with the arguments that its rule's edit gives
-            for carry in its claim's carries:          # rows ahead, the total of a fold, the state of a scan
-                join the result with the carry, and hand on the next value
-        return (*stored rows, *the next value of each carry)
+            result = its operator on what its claim needs, with arguments from the claim's edit
+            for carry in its claim's carries:          # rows before the mini-sequence, total of a fold, state of a scan
+                join the result with the carry, and compute the carry's next value
+        return (*stored rows, *next value of each carry)
 """
 
 from __future__ import annotations
@@ -50,22 +50,21 @@ class TheLength:
 
 @dataclass(frozen=True)
 class First:
-    """What a carry begins with: a tensor of a type, filled with a number."""
+    """The first value of a carry: a tensor filled with a number."""
 
     type: TensorType
     fill: int | float | bool
 
 
 Operand = Instance | TheLength | First
-#: An instance and the number of a carry of its claim.
+#: An instance and an index into its claim's `all_carries`.
 CarryKey = tuple[Instance, int]
 
 
 class Body:
-    """Builds one iteration: `module`, the ports `inputs` and the operand that each wants.
+    """Builds the body of a loop: `module`, its ports `inputs`, and `operands`, what the loop's node passes to each.
 
-    `widest` is the most bytes that one token of a value made here takes, `spread` how many tokens give each of its
-    experts a row, `work` the multiply-adds of all its iterations.
+    `widest`, `spread` and `work`: see `Loop`.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Body:
         numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
         self.sizes += [i for i in numbers if i not in self.sizes]
         carrying = [i for i in members if i in computed and i in demands.claims]
-        self.carries = [(i, k) for i in carrying for k, _ in enumerate(demands.claims[i].handed_on)]
+        self.carries = [(i, k) for i in carrying for k, _ in enumerate(demands.claims[i].all_carries)]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(meta_value(i.node), torch.Tensor)]
         self.widest = max(map(widest_per_token, made), default=1)
         self.spread = max((i.node.target.spread for i in made if isinstance(i.node.target, Region)), default=1)
@@ -95,20 +94,20 @@ class Body:
         for instance in members:
             if instance not in self.env:
                 self.env[instance] = self._emit(instance)
-        self.graph.output((*(self.env[i] for i in stored), *(self.handed_on[i] for i in self.carries)))
+        self.graph.output((*(self.env[i] for i in stored), *(self.next_values[i] for i in self.carries)))
         self._drop_unused()
         self.stored = len(stored)
         self.inputs, self.operands = self._ports()
         self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
 
     def _order_by_use(self, members: list[Instance]) -> None:
-        """What is read first comes first: alike layers have alike bodies, in whatever order their operands are made.
+        """Sort operands by their first reader, so that identical layers have identical bodies.
 
-        One layer's hidden states are an embedding, which is there before the angles of positions that all layers read;
-        another's are made behind those.
+        The order in which operands are computed differs between layers: the embedding, the first layer's hidden states,
+        is computed before the rotary angles that all layers read, the hidden states of other layers after them.
         """
-        given = {*self.rows, *self.whole}
-        reads = (operand for i in members if i not in given for operand in self.demands.inputs.get(i, ()))
+        operands = {*self.rows, *self.whole}
+        reads = (operand for i in members if i not in operands for operand in self.demands.inputs.get(i, ()))
         first = {operand: number for number, operand in enumerate(dict.fromkeys(reads))}
         for instances in (self.rows, self.whole):
             instances.sort(key=lambda i: first.get(i, len(first)))
@@ -125,20 +124,20 @@ class Body:
             own = isinstance(instance.need, Rows)
             placeholder = add_input(self.graph, f"{instance.node.name}_rows" if own else instance.node.name)
             self.env[instance] = self._typed(placeholder, instance)
-        #: The value of each carry that the mini-sequence receives, and the one that it hands on.
-        self.received = {carry: self._received(*carry) for carry in self.carries}
-        self.handed_on: dict[CarryKey, fx.Node] = {}
+        #: The value of each carry that the mini-sequence receives, and the next value that it returns.
+        self.received = {carry: self._add_carry_input(*carry) for carry in self.carries}
+        self.next_values: dict[CarryKey, fx.Node] = {}
 
-    def _received(self, instance: Instance, number: int) -> fx.Node:
+    def _add_carry_input(self, instance: Instance, number: int) -> fx.Node:
         placeholder = add_input(self.graph, f"{instance.node.name}_{'ahead' if _is_ahead(instance) else 'carry'}")
         placeholder.meta["type"] = self._carry_type(instance, self._carry(instance, number))
         return placeholder
 
     def _carry(self, instance: Instance, number: int) -> Carry:
-        return self.demands.claims[instance].handed_on[number]
+        return self.demands.claims[instance].all_carries[number]
 
     def _ports(self) -> tuple[tuple[In, ...], tuple[Operand, ...]]:
-        """In the order of the placeholders behind `start` and `count`."""
+        """Return ports and operands in the order of the placeholders after `start` and `count`."""
         ports: list[tuple[In, Operand]] = [(SizeIn(meta_value(i.node)), i) for i in self.sizes]
         if self.literal is not None:
             ports.append((SizeIn(self.length), TheLength()))
@@ -153,7 +152,7 @@ class Body:
         return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
 
     def _carry_type(self, instance: Instance, carry: Carry) -> TensorType:
-        """The type of a carry: that of some rows of result 0, or of a result without rows."""
+        """Return the type of a carry: that of the last rows of result 0, or of a result without rows."""
         results = meta_value(instance.node)
         several = isinstance(results, (tuple, list))
         value = results[0 if isinstance(carry.next, Last) else carry.next] if several else results
@@ -164,7 +163,7 @@ class Body:
         return TensorType(shape, carry.dtype or value.dtype, value.device, order)
 
     def port_of(self, instance: Instance) -> int:
-        """The number of the input that receives a carry whose final value is needed."""
+        """Return the number of the input that receives the carry of an instance."""
         assert isinstance(instance.need, Carried)
         carrying = instance if instance in self.demands.claims else self.demands.inputs[instance][0]
         out = self.stored + self.carries.index((carrying, instance.need.carry))
@@ -178,81 +177,84 @@ class Body:
         kwargs: dict[str, Any]
         node, claim = instance.node, self.demands.claims.get(instance)
         if isinstance(instance.need, Carried) and claim is None:
-            return self.handed_on[self.demands.inputs[instance][0], instance.need.carry]
+            return self.next_values[self.demands.inputs[instance][0], instance.need.carry]
         if _is_ahead(instance):
             rows = self.env[self.demands.inputs[instance][0]]
             target, args, kwargs = aten.cat.default, ([self.received[instance, 0], rows], instance.dim.index), {}
         elif claim is None:
             target = node.target
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self._own)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._whole_value)
         else:
             given = [i for i in self.demands.inputs[instance] if is_tensor(i.node)]
             window = Window(self.start, self.count, tuple(self._first_row(i) for i in given))
-            target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._own)
+            target, args, kwargs = call_on_rows(node, claim, window, [self.env[i] for i in given], self._whole_value)
             received = {c.operand: self.received[instance, k] for k, c in enumerate(claim.carries) if c.operand}
             args, kwargs = replace(target, args, kwargs, **received)
         if isinstance(target, Region):
-            return self._inlined(instance, target, args)
+            return self._inline(instance, target, args)
         if isinstance(self.length, int):
             args, kwargs = self._without_literals(target, args, kwargs)
         emitted = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         emitted.meta = {k: v for k, v in node.meta.items() if k != "val"}
         self._typed(emitted, instance)
-        for number, carry in enumerate(claim.handed_on if claim is not None else ()):
-            emitted = self._hand_on(instance, number, carry, emitted)
-        return self.handed_on[instance, 0] if isinstance(instance.need, Carried) else emitted
+        for number, carry in enumerate(claim.all_carries if claim is not None else ()):
+            emitted = self._update_carry(instance, number, carry, emitted)
+        return self.next_values[instance, 0] if isinstance(instance.need, Carried) else emitted
 
-    def _inlined(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
-        """A region's operators, for the rows that the mini-sequence has."""
+    def _inline(self, instance: Instance, region: Region, operands: tuple[Any, ...]) -> fx.Node:
+        """Emit the operators of a region for the rows of the mini-sequence. Return its result."""
         dim = region.dim_of_rows(instance.dim)
 
-        def describe(new: fx.Node, inner: fx.Node) -> None:
-            of_rows = inner.meta["per_row"]
+        def set_type(new: fx.Node, inner: fx.Node) -> None:
+            per_row = inner.meta["per_row"]
             values = meta_value(inner)
             types = [TensorType.of(value) for value in (values if isinstance(values, (tuple, list)) else [values])]
-            if of_rows is not None:
-                need = Rows(Dim(0, dim.outer, product([dim.inner, of_rows])))
+            if per_row is not None:
+                need = Rows(Dim(0, dim.outer, product([dim.inner, per_row])))
                 types = [rows_type(type, need) for type in types]
             new.meta["type"] = tuple(types) if isinstance(values, (tuple, list)) else types[0]
 
-        return region.inline(self.graph, operands, describe)
+        return region.inline(self.graph, operands, set_type)
 
     def _first_row(self, instance: Instance) -> Any:
-        """The row of the sequence at which an operand begins. Rows ahead of the first row have negative numbers."""
+        """Return the row of the sequence at which an operand begins. Rows before the sequence are negative."""
         if not isinstance(instance.need, Rows):
             return 0
         return add(self.start, -instance.need.before) if instance.need.before else self.start
 
-    def _hand_on(self, instance: Instance, number: int, carry: Carry, result: fx.Node) -> fx.Node:
-        """Emit the next value of a carry, which is joined with the call's result if the call did not receive it."""
+    def _update_carry(self, instance: Instance, number: int, carry: Carry, result: fx.Node) -> fx.Node:
+        """Emit the next value of a carry, joined with the result if the carry has no operand. Return the result."""
         received = self.received[instance, number]
         if isinstance(carry.next, Last):
             if carry.join is not None:
-                result = self._like(result, carry.join, received, result)
+                result = self._emit_like(result, carry.join, received, result)
             at = (instance.dim.index, -carry.next.count, TO_THE_END)
-            self.handed_on[instance, number] = self._like(received, aten.slice.Tensor, result, *at)
+            self.next_values[instance, number] = self._emit_like(received, aten.slice.Tensor, result, *at)
             return result
         several = isinstance(meta_value(instance.node), (tuple, list))
-        part = self._like(received, operator.getitem, result, carry.next) if several else result
+        part = self._emit_like(received, operator.getitem, result, carry.next) if several else result
         part.meta["type"] = received.meta["type"]
-        following = part if carry.join is None else self._like(received, carry.join, received, part)
-        self.handed_on[instance, number] = following
+        joined = part if carry.join is None else self._emit_like(received, carry.join, received, part)
+        self.next_values[instance, number] = joined
         return result
 
-    def _like(self, typed: fx.Node, target: Any, *args: Any) -> fx.Node:
-        """A call whose value has the type of another."""
-        node: fx.Node = self.graph.call_function(target, args)
+    def _emit_like(self, typed: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """Emit a call whose value has the type of `typed`."""
+        node = self.graph.call_function(target, args)
         node.meta["type"] = typed.meta["type"]
         return node
 
-    def _own(self, arg: fx.Node) -> fx.Node:
-        """The body's value for all of an outer one."""
-        value: fx.Node = self.env[Instance(arg, All())]
-        return value
+    def _whole_value(self, node: fx.Node) -> fx.Node:
+        """Return the body's node for all of a value of the outer graph."""
+        found: fx.Node = self.env[Instance(node, All())]
+        return found
 
     def _typed(self, node: fx.Node, instance: Instance) -> fx.Node:
-        """Rows are as the value at full length, with as many tokens as the mini-sequence has. Of several values that
-        an operator returns at once, one without rows (a seed, say) has no type."""
+        """Set the type of a node of the body and return the node.
+
+        Rows have the type of the full value with the number of tokens replaced. In a tuple, results without rows (a
+        random seed) have no type.
+        """
         value, need, claim = meta_value(instance.node), instance.need, self.demands.claims.get(instance)
         if isinstance(value, torch.Tensor):
             full = TensorType.of(value)
@@ -267,9 +269,9 @@ class Body:
     def _without_literals(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """In a graph of fixed sizes, a size equal to the length becomes an argument of the body.
+        """Replace size arguments equal to the static length by an argument of the body.
 
-        That keeps the body good for every length. It cannot make this graph wrong: the argument has that value.
+        The body then works for every length. The replacement is safe: the argument has this value in the graph.
         """
 
         def lift(arg: Any) -> Any:
@@ -287,8 +289,11 @@ class Body:
         return self.literal
 
     def _drop_unused(self) -> None:
-        """Remove sizes that only stood for the rows, so that the body is the same for fixed and for dynamic lengths.
-        Remove values that only are the first value of a carry: the loop reads them, and no mini-sequence does."""
+        """Remove unused inputs of the body.
+
+        Without sizes that only the edits have replaced, the body is the same for static and dynamic lengths. The first
+        value of a carry is an operand of the loop; the body does not read it.
+        """
         if any(self._carry(*carry).operand is not None for carry in self.carries):
             self.graph.eliminate_dead_code()
         for inputs in (self.sizes, self.whole):
@@ -302,7 +307,7 @@ def _is_ahead(instance: Instance) -> bool:
 
 
 def _output_type(value: Any, output: Output) -> TensorType | None:
-    """The type of one of a call's results in a body; None for one that must not be read."""
+    """Return the type of one result of a call in a body, None if it must not be read."""
     if not isinstance(value, torch.Tensor) or output is None:
         return None
     full = TensorType.of(value)

@@ -2,21 +2,21 @@
 
 Terms
 -----
-instance   A value as its readers need it: `(node, Rows(dim))` is rows of it, `(node, Rows(dim, before=n))` rows and n
-           rows ahead of them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call.
-barrier    A whole instance of a value that a loop produces: it must be complete before its reader starts.
+instance   A value as its readers need it: `(node, Rows(dim))` is its rows, `(node, Rows(dim, before=n))` its rows and n
+           rows before them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call.
+barrier    A whole instance of a value that a loop computes: the loop must be complete before a reader starts.
 
 Kinds of instances
 ------------------
-SOURCE     a placeholder or constant, whole or sliced: always at hand
-ROWS       rows computed from rows (and whole values) by the node's own claim
-ENTRY      rows cut from a whole value, because the operator cannot be run on rows
-AHEAD      rows and a bounded number ahead of them, which each mini-sequence hands to the next
-BARRIER    the complete value that a loop wrote, row by row, or the final value of a carry
+SOURCE     a placeholder or constant, whole or sliced: always available
+ROWS       rows computed from rows (and whole values) by the node's own claim, or the carry of such a claim
+ENTRY      rows sliced from a whole value, because the operator cannot be run on rows
+AHEAD      rows and the n rows before them, which each mini-sequence passes to the next
+BARRIER    a complete value whose rows a loop stores, or the final value of a carry
 WHOLE      an operator run once on the full sequence, between loops
-INLINE     a view or some rows of a whole value, or a scalar constant: free, repeated wherever it is needed; and a
-           copy n times as large as its source (repeat_kv): made for one iteration at a time rather than kept
-SIZE       a SymInt: arithmetic on sizes, done outside
+INLINE     a view, a token slice of a whole value, or a one-element constant: free, repeated where it is needed. Also
+           a copy larger than its source (repeat_kv): made for one iteration at a time rather than kept
+SIZE       a SymInt: arithmetic on sizes, computed outside the loops
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Instance:
-    """A node, and what is needed of it."""
+    """A node and the need of its readers."""
 
     node: fx.Node
     need: All | Rows | Carried
 
     def __hash__(self) -> int:
-        # Of one node few instances differ, and hashing what is needed of it costs more than to compare it.
+        # A node has few instances, and hashing a need is slower than comparing it.
         return hash(self.node)
 
     @property
     def dim(self) -> Dim:
-        """Where an instance of rows has its tokens."""
-        assert isinstance(self.need, Rows), f"{self} is not of rows"
+        """The dim of an instance with rows."""
+        assert isinstance(self.need, Rows), f"{self} has no rows"
         return self.need.dim
 
     def __str__(self) -> str:
@@ -98,13 +98,13 @@ class DemandGraph:
     position: dict[Instance, int] = field(default_factory=dict)
 
     def length(self, instance: Instance) -> Size:
-        """How many tokens a sliced instance has, or the rows that a carry is made of."""
+        """Return the number of tokens of an instance with rows, or of the rows that a carry accumulates."""
         while isinstance(instance.need, Carried):
             instance = next(one for one in self.inputs[instance] if not isinstance(one.need, All))
         return instance_length(instance)
 
     def fold(self, instance: Instance) -> Fold | None:
-        """The fold whose total is the carry of an instance, or None for another carry."""
+        """Return the fold whose total is the carry of an instance, None for another carry."""
         assert isinstance(instance.need, Carried)
         claim = self.claims.get(instance if instance in self.claims else self.inputs[instance][0])
         outputs = enumerate(claim.outputs or () if claim is not None else ())
@@ -120,7 +120,7 @@ class DemandGraph:
 
 
 def instance_length(instance: Instance) -> Size:
-    """How many tokens a sliced instance has."""
+    """Return the number of tokens of an instance with rows."""
     dim = instance.dim
     value = meta_value(instance.node)
     first = value[0] if isinstance(value, (tuple, list)) else value
@@ -130,7 +130,7 @@ def instance_length(instance: Instance) -> Size:
 
 
 def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
-    """Walk demands from the outputs and from operators with side effects (writes, assertions) to the inputs."""
+    """Build the demand graph from the outputs and the operators with side effects (writes, assertions)."""
     graph = DemandGraph()
     roots, shared = _roots(gm), shared_views(gm)
     graph.outputs = tuple(roots)
@@ -154,7 +154,7 @@ def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
 
 
 def _whole_last(instance: Instance, graph: DemandGraph) -> int:
-    """Order one node's instances: rows, their carries, the whole value, rows cut from that, rows with others ahead."""
+    """Return a key that orders a node's instances: rows, carries, whole value, its slices, rows with `before`."""
     if graph.kinds[instance] in (Kind.ENTRY, Kind.AHEAD):
         return 3 + (graph.kinds[instance] is Kind.AHEAD)
     if isinstance(instance.need, Carried):
@@ -174,7 +174,7 @@ def _roots(gm: fx.GraphModule) -> list[Instance]:
 
 
 def is_inline(node: fx.Node) -> bool:
-    """A view, or a constant of one element: repeated where it is needed rather than kept."""
+    """Whether a node is a view or a constant of one element, which is repeated where it is needed rather than kept."""
     if is_view(node):
         return True
     value = meta_value(node)
@@ -184,7 +184,7 @@ def is_inline(node: fx.Node) -> bool:
 
 
 def repeats(node: fx.Node) -> bool:
-    """Whether a copy is larger than what it copies: keys repeated for all query heads, say."""
+    """Whether a node copies an expanded view, as `repeat_kv` does to repeat keys for all query heads."""
     if node.target is not aten.clone.default:
         return False
     (source,) = operands(node)
@@ -229,20 +229,20 @@ def _classify(
 
 
 def _reads(node: fx.Node, claim: Claim) -> tuple[Instance, ...]:
-    """What a call on rows reads: what its claim needs of each operand, and sizes."""
+    """Return the instances that a call on rows reads: operands as the claim needs them, and sizes."""
     inputs = [Instance(n, need) for n, need in zip(operands(node), claim.needs, strict=True)]
     return (*inputs, *_sizes_read(node))
 
 
 def _ahead(need: Rows) -> Carry:
-    """The carry of a need for rows ahead of others: the last rows of a mini-sequence, zeros before the first."""
+    """Return the carry of rows with `before`: the last rows of a mini-sequence, zeros before the first one."""
     return Carry(0, Last(need.before))
 
 
 def _classify_carried(
     instance: Instance, carry: int, dims: TokenDims
 ) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
-    """Carry 0 of a fold is computed by its own claim. Every other carry is computed with that one, or with rows."""
+    """Carry 0 of a fold is computed by the fold's claim, any other carry together with carry 0 or with rows."""
     node = instance.node
     if node in dims.rowwise:
         return Kind.ROWS, (Instance(node, Rows(dims.carriers[node].dim)),), None
@@ -266,7 +266,7 @@ def _classify_whole(node: fx.Node, dims: TokenDims, shared: bool) -> tuple[Kind,
     free = is_inline(node) or slices_tokens or repeats(node)
     if shared or (free and all(_plain(n, dims) for n in operands(node))):
         return Kind.INLINE, whole, None
-    # What is as cheap as an input needs no loop of its own.
+    # Values computed without a product, attention or look-up need no loop of their own.
     if carrier is not None and node in dims.rowwise and node in dims.worked:
         return Kind.BARRIER, (Instance(node, Rows(carrier.dim)),), None
     final = _final_carry(node, dims)
@@ -274,7 +274,7 @@ def _classify_whole(node: fx.Node, dims: TokenDims, shared: bool) -> tuple[Kind,
 
 
 def _final_carry(node: fx.Node, dims: TokenDims) -> Instance | None:
-    """The carry whose final value is all of a value: a fold of rows that a loop computes, or a state that it leaves."""
+    """Return the carry whose final value is this value: the total of a fold or the final state of a scan; or None."""
     call, output = (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)
     assert isinstance(call, fx.Node) and isinstance(output, int)
     try:
@@ -300,5 +300,5 @@ def _sizes_read(node: fx.Node) -> list[Instance]:
 
 
 def _is_size_of(node: fx.Node) -> bool:
-    """`sym_size(tensor, i)` reads metadata, not data: it does not need the tensor."""
+    """Whether a node is `sym_size(tensor, i)`, which reads metadata only and does not need the tensor."""
     return "sym_" in str(node.target)

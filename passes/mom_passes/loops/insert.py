@@ -3,7 +3,7 @@
     for stage in stages:
         emit its whole operators into the new graph
         for length in lengths of its stored values:            # nearly always one
-            body   = the stored rows, computed from what is at hand, by the claims of the rules
+            body   = the stored rows, computed from available values by their claims
             loop   = body and ports
             stored = loop(length, *operands)
 
@@ -36,7 +36,7 @@ from mom_passes.rules import All
 
 
 def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
-    """A new graph module with the same placeholders and outputs, in which every stage's rows are computed by loops."""
+    """Return a graph module with the same placeholders and outputs in which loops compute the rows of every stage."""
     return _Rewriter(gm, stages, limit).run()
 
 
@@ -71,15 +71,17 @@ class _Rewriter:
         return rewritten
 
     def _emit_writes(self, output: fx.Node) -> None:
-        """Writes to the inputs, in their order, behind all that reads the old contents: some values are emitted only
-        when they are asked for, and the outputs are asked last. Assertions behind a write stay behind it."""
-        behind = set(self.last)
+        """Emit writes to inputs, and the assertions after them, in order and after all readers of the old contents.
+
+        Views and sizes are emitted at their first use. Those that the writes and the output read are emitted here.
+        """
+        after_writes = set(self.last)
         for node in self.gm.graph.nodes:
-            if not behind.isdisjoint(node.all_input_nodes):
-                behind.add(node)
+            if not after_writes.isdisjoint(node.all_input_nodes):
+                after_writes.add(node)
         for reader in (*self.last, output):
             for node in reader.all_input_nodes:
-                if node not in behind:
+                if node not in after_writes:
                     self._whole_value(node)
         for effect in self.last:
             self._emit_whole(effect)
@@ -87,7 +89,7 @@ class _Rewriter:
     # --- whole values in the outer graph ---
 
     def _whole_value(self, node: fx.Node) -> fx.Node:
-        """The outer graph's node for all of a value; views and sizes are emitted when first asked for."""
+        """Return the outer graph's node for all of a value. Views and sizes are emitted at their first use."""
         if node not in self.whole:
             if node.op == "get_attr":
                 self._copy_attribute(node)
@@ -156,7 +158,7 @@ class _Rewriter:
         node.meta["val"] = tuple(meta_value(item) for item in items)
 
     def _final(self, body: Body, instance: Instance) -> CarryOut:
-        """The loop's output for the final value of a carry."""
+        """Return the loop's output for the final value of a carry."""
         at = body.port_of(instance)
         port = body.inputs[at]
         assert isinstance(port, CarryIn)
@@ -177,7 +179,7 @@ class _Rewriter:
         return item
 
     def _lay_out(self, item: fx.Node, output: Stored) -> None:
-        """The strides a stored value really has."""
+        """Set the strides of a stored value to those of its dense storage."""
         value = meta_value(item)
         with fake_mode(self.graph):
             dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
@@ -185,7 +187,7 @@ class _Rewriter:
             item.meta["val"] = dense
 
     def _finished(self, loop: fx.Node, index: int, instance: Instance, output: Out) -> fx.Node:
-        """Emit the final value of a carry, and the result made of it: a mean is divided, a wide total rounded."""
+        """Emit the final value of a carry and the result: `finish` divides a mean, a float32 total is rounded."""
         readers = [one.node for one in self.demands.readers[instance] if isinstance(one.need, All)]
         value = value_of(readers[0])
         final = self.graph.call_function(operator.getitem, (loop, index))
@@ -200,7 +202,7 @@ class _Rewriter:
 
 
 def _effects_from_the_first_write(graph: fx.Graph) -> dict[fx.Node, None]:
-    """Writes to the inputs, and the assertions behind the first of them, in order."""
+    """Return writes to inputs, and the assertions after the first write, in order."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (is_mutation(node) or (found and returns_nothing(node))):

@@ -1,12 +1,12 @@
-"""A loop over mini-sequences as a value, and a module that runs it as it stands.
+"""A loop over mini-sequences, and a module that runs it eagerly.
 
 Terms
 -----
-mini-sequence   A run of consecutive tokens that one iteration works on. All have the same length but the last, which
-                may be shorter; none is a single row (compiled code specialises on size one).
+mini-sequence   The consecutive tokens of one iteration. All have the same length except the last ones, which may be
+                shorter. None is a single row, because compiled code specialises on size one.
 body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *carries)` (see `ports`).
 
-    stored, total = loop(length, *operands)         one operand for each input
+    stored, total = loop(length, *operands)         one operand per input
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ from mom_passes.loops.ports import CarryIn, CarryOut, In, Out, RowsIn, Stored
 from mom_passes.rules import Dim
 from mom_passes.rules.slicing import put, take
 
-#: Fewer rows than this, of all sequences together, starve the products of any device: no loop is given fewer.
+#: The fewest rows per mini-sequence, over all sequences of a batch: smaller matrix products are slow on any device.
 FEWEST_ROWS = 128
 
-#: Fewer rows of one sequence than this are mostly copies: of several sequences they are no matrix with one stride.
+#: The fewest rows per sequence of a batch. Rows of several sequences are no matrix with one row stride, so they are
+#: copied; with fewer rows per sequence the copies dominate.
 FEWEST_OF_A_SEQUENCE = 8
 
 
 @dataclass(frozen=True)
 class RowLimit:
-    """How long a mini-sequence may be: `rows` of each sequence at most.
+    """The number of rows per mini-sequence.
 
-    Where they are only the `fewest`, counted over all sequences of a batch, loops are made of whatever has more, and
-    their rows are for who knows what they hold: the memory model, once the graph is rewritten.
+    rows      at most this many rows of each sequence
+    fewest    `rows` is instead the minimum, counted over all sequences of a batch. Graphs with at least twice as many
+              rows get loops, and the memory model chooses their rows once the graph is rewritten
     """
 
     rows: int
     fewest: bool = False
 
     def fits(self, length: int, sequences: int = 1) -> bool:
-        """Whether so many tokens of each sequence are one mini-sequence: there is nothing to cut."""
+        """Whether `length` tokens of each sequence fit into one mini-sequence, so that no loop is needed."""
         if not self.fewest:
             return length <= self.rows
         return length < 2 * max(FEWEST_OF_A_SEQUENCE, self.rows / max(1, sequences))
 
 
 def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into mini-sequences `(start, count)` at multiples of `mini_seq_len`, none of a single row.
+    """Return mini-sequences `(start, count)` of `length` tokens, cut at multiples of `mini_seq_len`.
 
-    Their shapes do not depend on the length, but for the last: libraries that plan for a shape plan once. A row that
-    would be alone at the end gets another one from before it or, where that had but two, joins them.
+    Only the last shapes depend on the length, so libraries that cache a plan per shape reuse it. A single row at the
+    end takes a row from the mini-sequence before it, or joins it if that one has two rows.
 
     >>> split_rows(11, 4)
     [(0, 4), (4, 4), (8, 3)]
@@ -72,11 +74,13 @@ def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """One loop: `length` tokens in mini-sequences of at most `rows`.
+    """A loop over `length` tokens in mini-sequences of at most `rows`.
 
-    `inputs` follow the body's placeholders behind `start` and `count`, `outputs` are what the loop returns.
-    `widest` is the most bytes per token that one value of the body takes, `spread` how many tokens give each of its
-    experts a row (1: it has none), `work` the multiply-adds of all of it at the captured sizes.
+    inputs    ports of the body's placeholders after `start` and `count`
+    outputs   results of the loop
+    widest    bytes per token of the widest value that the body computes
+    spread    how many tokens give each expert one row on average; 1 without experts
+    work      multiply-adds of all iterations at the captured sizes
     """
 
     stage: int
@@ -91,7 +95,7 @@ class Loop:
 
     @property
     def carries(self) -> dict[int, CarryIn]:
-        """The carries among the inputs, by number."""
+        """The carries by input number."""
         return {i: port for i, port in enumerate(self.inputs) if isinstance(port, CarryIn)}
 
     @property
@@ -103,21 +107,26 @@ class Loop:
         return tuple(output for output in self.outputs if isinstance(output, CarryOut))
 
     def bind(self, node: fx.Node) -> tuple[Any, ...]:
-        """What the loop's node gives each input: a node, or a number for a size. A carry is given its first value."""
+        """Return the operand of each input: a node or, for a size, a number. A carry's operand is its first value."""
         return tuple(node.args[1:])
 
     def rows_of(self, node: fx.Node) -> dict[int, fx.Node]:
-        """The operands of which each mini-sequence is given its own rows, by the input's number."""
+        """Return the operands that are sliced per mini-sequence, by input number."""
         operands = enumerate(self.bind(node))
         return {i: operand for i, operand in operands if isinstance(self.inputs[i], RowsIn)}
 
     def results(self, node: fx.Node) -> dict[int, fx.Node]:
-        """The nodes that stand for what the loop returns, by the output's number. What nobody reads has none."""
-        items: list[Any] = [(user.args[1], user) for user in node.users if user.target is operator.getitem]
-        return dict(items)
+        """Return the `getitem` nodes of the loop's results, by output number. An unused result has none."""
+        found: dict[int, fx.Node] = {}
+        for user in node.users:
+            if user.target is operator.getitem:
+                index = user.args[1]
+                assert isinstance(index, int)
+                found[index] = user
+        return found
 
     def overwritten_by(self, result: fx.Node) -> fx.Node | None:
-        """The operand in whose storage a result stands, or None if it has its own."""
+        """Return the operand whose storage a result overwrites, None if it has storage of its own."""
         node, index = result.args
         assert isinstance(node, fx.Node) and isinstance(index, int)
         output = self.outputs[index]
@@ -126,9 +135,9 @@ class Loop:
 
 
 class MiniSequence(nn.Module):
-    """A loop that runs as it stands; a runtime replaces it by a faster one.
+    """Runs a loop eagerly. The runtime replaces it by compiled code.
 
-    `forward(length, *operands)` returns one tensor for each of the loop's outputs.
+    `forward(length, *operands)` returns one tensor per output of the loop.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -141,11 +150,11 @@ class MiniSequence(nn.Module):
         values = list(operands)
         full: list[torch.Tensor] = []
         for start, count in split_rows(length, loop.rows):
-            given = [_given(port, value, length, start, count) for port, value in zip(loop.inputs, values, strict=True)]
-            made = self.body(start, count, *given)
+            bound = zip(loop.inputs, values, strict=True)
+            returned = self.body(start, count, *(_slice(port, value, length, start, count) for port, value in bound))
             for i, carry in loop.carries.items():
-                values[i] = made[carry.out]
-            pieces = self._detached(made[: len(loop.stored)], operands)
+                values[i] = returned[carry.out]
+            pieces = self._detach(returned[: len(loop.stored)], operands)
             full = full or [
                 _allocate(piece, output, length, count) if output.over is None else operands[output.over]
                 for piece, output in zip(pieces, loop.stored, strict=True)
@@ -155,14 +164,14 @@ class MiniSequence(nn.Module):
         stored = iter(full)
         return tuple(next(stored) if isinstance(output, Stored) else values[output.carry] for output in loop.outputs)
 
-    def _detached(self, pieces: Sequence[torch.Tensor], operands: Sequence[Any]) -> list[torch.Tensor]:
-        """Copies of pieces that are views of an operand which is about to be overwritten."""
+    def _detach(self, pieces: Sequence[torch.Tensor], operands: Sequence[Any]) -> list[torch.Tensor]:
+        """Copy pieces that are views of an operand that will be overwritten."""
         over = {operands[o.over].untyped_storage().data_ptr() for o in self.loop.stored if o.over is not None}
         return [p.clone() if p.untyped_storage().data_ptr() in over else p for p in pieces]
 
 
-def _given(port: In, value: Any, length: int, start: int, count: int) -> Any:
-    """What one mini-sequence is given of an operand."""
+def _slice(port: In, value: Any, length: int, start: int, count: int) -> Any:
+    """Return the input of one mini-sequence for an operand."""
     return take(value, _numeric(port.dim, value, length), start, count) if isinstance(port, RowsIn) else value
 
 
@@ -173,16 +182,17 @@ def _allocate(piece: torch.Tensor, output: Stored, length: int, count: int) -> t
 
 
 def _numeric(dim: Dim, tensor: torch.Tensor, length: int) -> Dim:
-    """A dim whose symbolic layout is read off a real tensor."""
-    if dim.plain or (isinstance(dim.outer, int) and isinstance(dim.inner, int)):
+    """Return a dim with symbolic layout factors replaced by those of a tensor."""
+    outer, inner = dim.outer, dim.inner
+    if dim.plain or (isinstance(outer, int) and isinstance(inner, int)):
         return dim
-    around = tensor.shape[dim.index] // length
-    inner = dim.inner if isinstance(dim.inner, int) else around // dim.outer
-    return Dim(dim.index, around // inner, inner)
+    factor = tensor.shape[dim.index] // length
+    known = inner if isinstance(inner, int) else factor // outer
+    return Dim(dim.index, factor // known, known)
 
 
 def loop_nodes(gm: fx.GraphModule) -> list[tuple[fx.Node, MiniSequence]]:
-    """The loops of a rewritten graph in the order they run, each with its node."""
+    """Return the loops of a rewritten graph with their nodes, in the order they run."""
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_module":
@@ -193,5 +203,5 @@ def loop_nodes(gm: fx.GraphModule) -> list[tuple[fx.Node, MiniSequence]]:
 
 
 def loops(gm: fx.GraphModule) -> list[tuple[str, Loop]]:
-    """The loops of a rewritten graph in the order they run, by name."""
+    """Return the loops of a rewritten graph with their names, in the order they run."""
     return [(str(node.target), module.loop) for node, module in loop_nodes(gm)]

@@ -1,15 +1,14 @@
-"""How a loop over mini-sequences is connected: what its body is given, and what becomes of what it returns.
+"""Ports of a loop over mini-sequences: the typed inputs of its body and the typed outputs of the loop.
 
 Terms
 -----
-port     One value that goes into a body or comes out of a loop, with its type.
-rows     Each mini-sequence is given its own rows of a value, or returns rows that are stored at full length.
-whole    All of a value, the same for each mini-sequence: weights, keys, values.
-carry    What a mini-sequence hands to the next: the total of a reduction so far, the last rows of a value, a state.
+rows     Each mini-sequence reads its own rows of a value, or returns rows that are stored at full length.
+whole    All of a value, the same for every mini-sequence: weights, keys, values.
+carry    A value that a mini-sequence passes to the next: the total of a reduction, the last rows of a value, a state.
 
-    body(start, count, *inputs) -> (*rows of what is stored, *the next value of each carry)
+    body(start, count, *inputs) -> (*stored rows, *next value of each carry)
 
-This is `scan` as JAX has it, `(consts, carry, xs) -> (carry, ys)`, with rows in place of single elements.
+This is `scan` in JAX, `(consts, carry, xs) -> (carry, ys)`, with slices of rows instead of single elements.
 """
 
 from __future__ import annotations
@@ -23,14 +22,16 @@ import torch
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
 from mom_passes.rules import Dim, Rows
 
-#: The row a mini-sequence begins at and how many it has, in the types of its values.
+#: First row and number of rows of a mini-sequence, as symbols in the types of a body's values.
 START, COUNT = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("start", "count"))
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """Shape, dtype and device; `order` are the dimensions from the outermost in storage to the innermost if the value
-    is dense, None where nothing is said of its strides."""
+    """Shape, dtype and device of a tensor.
+
+    `order` lists the dimensions of a dense tensor from outermost to innermost in storage. None: unknown strides.
+    """
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -43,31 +44,31 @@ class TensorType:
 
     @property
     def bytes(self) -> int:
-        """At the captured sizes."""
+        """Size in bytes at the captured sizes."""
         return count_hint(self.shape) * self.dtype.itemsize
 
     @property
     def dense(self) -> tuple[int, ...]:
-        """The order in which it lies in a dense storage of its own."""
-        assert self.order is not None, "nothing is said of its strides"
+        """`order`, which must be known."""
+        assert self.order is not None, "the strides are unknown"
         return self.order
 
     def other_than(self, other: TensorType) -> str | None:
-        """What is wrong with a type that should be this one, strides apart, or None. Adds no guards."""
+        """Return how `other` differs from this type, or None. Ignores strides. Adds no guards."""
         if (other.dtype, other.device) != (self.dtype, self.device):
-            return f"is {other.dtype} on {other.device} in place of {self.dtype} on {self.device}"
-        alike = len(other.shape) == len(self.shape) and all(map(same, other.shape, self.shape))
-        return None if alike else f"has shape {list(other.shape)} in place of {list(self.shape)}"
+            return f"is {other.dtype} on {other.device}, expected {self.dtype} on {self.device}"
+        equal = len(other.shape) == len(self.shape) and all(map(same, other.shape, self.shape))
+        return None if equal else f"has shape {list(other.shape)}, expected {list(self.shape)}"
 
     def difference(self, value: Any) -> str | None:
-        """The same of a fake value."""
+        """Return how a fake value differs from this type, or None."""
         if not isinstance(value, torch.Tensor):
             return f"expected a Tensor, got {type(value).__name__}"
         return self.other_than(TensorType.of(value))
 
 
 def rows_type(full: TensorType, need: Rows) -> TensorType:
-    """The type of what one mini-sequence has of a value at full length."""
+    """Return the type of a mini-sequence's rows of a value."""
     count = expr(product([need.dim.outer, COUNT + need.before, need.dim.inner]))
     shape = tuple(count if d == need.dim.index else size for d, size in enumerate(full.shape))
     return TensorType(shape, full.dtype, full.device)
@@ -82,7 +83,7 @@ class SizeIn:
 
 @dataclass(frozen=True)
 class RowsIn:
-    """The mini-sequence's own rows of a value of this type at full length, along `dim`."""
+    """The mini-sequence's rows, along `dim`, of a value with this type at full length."""
 
     type: TensorType
     dim: Dim
@@ -90,14 +91,16 @@ class RowsIn:
 
 @dataclass(frozen=True)
 class WholeIn:
+    """All of a value."""
+
     type: TensorType
 
 
 @dataclass(frozen=True)
 class CarryIn:
-    """What the mini-sequence before has left; the first is given the loop's operand, which stays as it is.
+    """A value from the previous mini-sequence. The first one reads the loop's operand, which is not modified.
 
-    The body returns the value for the next one, of the same type, as its output number `out`.
+    The body returns the next value, of the same type, as output number `out`.
     """
 
     type: TensorType
@@ -109,9 +112,9 @@ In = SizeIn | RowsIn | WholeIn | CarryIn
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows that are stored along `dim` of a value of this type.
+    """Rows that are stored, along `dim`, in a value with this type.
 
-    With `over`, it is written to where the rows of that input were, which dies there (`mom_passes.program.in_place`).
+    With `over`, they overwrite the rows of that input, which is not read later (`mom_passes.program.in_place`).
     """
 
     name: str
@@ -122,7 +125,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class CarryOut:
-    """The value of the carry that is input number `carry`, after the last mini-sequence. `operator` made it."""
+    """The final value of the carry with input number `carry`. `operator` is the operator that computes the carry."""
 
     name: str
     type: TensorType

@@ -1,18 +1,18 @@
-"""Which views have to share the storage of what they are views of. An analysis.
+"""Find the views that must share storage with their source. An analysis.
 
-A cut across the tokens, some channels or a head, is computed row by row like anything else and may be stored by itself.
-The rest of its source then need not exist. Not so where the difference can be seen:
+A view of some channels or heads is computed row by row like other values and may have storage of its own, so that the
+rest of its source need not exist. A view must share storage if a caller or an operator can see the difference:
 
-    outputs that show the same elements     -> a write to one is seen in the other
-    operands of an operator from elsewhere  -> it is given the strides that eager mode gives it
+    outputs that overlap                    a write to one changes the other
+    operands of an external operator        it must get the strides that it gets in eager mode
 
 Terms
 -----
-chain    An output, what it is a view of, and so on down to the value that owns the storage.
-apart    Two outputs of one storage that have no element in common: pieces of a split, ranges of a dimension.
+chain      The value that owns a storage, a view of it, a view of that view, ..., up to a given value.
+disjoint   Two outputs with one storage and no common element: items of a split, ranges of a dimension.
 
-    for each storage: outputs that are not apart    -> the views of their chains that they do not have in common
-    for each operand of an operator from elsewhere  -> the views of its chain
+    for each storage, outputs that are not disjoint    -> the views that are in only one of their chains
+    for each operand of an external operator           -> the views of its chain
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from mom_passes.torch_compat import is_from_elsewhere
 
 
 def shared_views(gm: fx.GraphModule) -> frozenset[fx.Node]:
-    """The views of a graph that are not to be stored by themselves."""
-    found = _of_outputs(next(iter(reversed(gm.graph.nodes))))
+    """Return the views of a graph that must not have storage of their own."""
+    found = _views_of_outputs(gm.graph.output_node())
     for node in gm.graph.nodes:
         if is_from_elsewhere(node.target) and not has_own_rule(node.target):
             for operand in operands(node):
@@ -44,7 +44,8 @@ def shared_views(gm: fx.GraphModule) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _of_outputs(output: fx.Node) -> set[fx.Node]:
+def _views_of_outputs(output: fx.Node) -> set[fx.Node]:
+    """Return the views that are in only one of the chains of two overlapping outputs."""
     by_storage: dict[fx.Node, list[list[fx.Node]]] = {}
     for node in output.all_input_nodes:
         if isinstance(meta_value(node), torch.Tensor):
@@ -53,32 +54,32 @@ def _of_outputs(output: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for chains in by_storage.values():
         for one, other in itertools.combinations(chains, 2):
-            if not _apart(one, other):
+            if not _are_disjoint(one, other):
                 found.update(set(one) ^ set(other))
     return found
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:
-    """The value that owns the storage, and the views through which a node is seen, itself last."""
+    """Return the chain of views from the owner of the storage to a node."""
     return operand_chain(node, is_a_view)[::-1]
 
 
-def _apart(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> bool:
-    """Whether two chains are known to end in views that have no element in common."""
+def _are_disjoint(one: Sequence[fx.Node], other: Sequence[fx.Node]) -> bool:
+    """Whether the last views of two chains are known to have no common element."""
     for a, b in zip(one, other, strict=False):
-        if not (a is b or _views_alike(a, b)):
-            return _cuts_apart(a, b)
+        if not (a is b or _is_same_view(a, b)):
+            return _are_disjoint_cuts(a, b)
     return False
 
 
-def _views_alike(a: fx.Node, b: fx.Node) -> bool:
-    """Of two views of values that are alike: whether they are alike, too."""
+def _is_same_view(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two views of equal values are equal."""
     return a.target == b.target and a.args[1:] == b.args[1:] and a.kwargs == b.kwargs
 
 
-def _cuts_apart(a: fx.Node, b: fx.Node) -> bool:
+def _are_disjoint_cuts(a: fx.Node, b: fx.Node) -> bool:
     if a.target is b.target is operator.getitem:
-        return True  # other pieces of a split
+        return True  # different items of a split
     if not (is_cut(a) and is_cut(b)):
         return False
     (source,), rank = operands(a), value_of(operands(a)[0]).dim()

@@ -1,19 +1,19 @@
-"""Cut a graph at its barriers into stages, and choose what crosses between them. An analysis.
+"""Split a graph at its barriers into stages, and choose the values that cross between stages. An analysis.
 
 Terms
 -----
-barrier    A whole operand that a loop produces (keys and values of an attention): it must be complete first.
+barrier    A whole operand that a loop computes (keys and values of an attention): it must be complete first.
 stage      Everything between two barriers: operators run once on the full sequence, then loops over rows.
-earliest   The first stage in which a value can be had: one more than its operands' where a barrier lies between.
-latest     The last stage in which it may be computed: its readers' (one less across a barrier).
-late       At boundary `k`: certainly computed after stage `k`.
-crossing   A value kept at full length from the stage that makes it to a later one that reads it.
+earliest   The first stage in which a value can be computed: that of its operands, plus one across a barrier.
+latest     The last stage in which it can be computed: that of its readers, minus one across a barrier.
+late       At boundary `k` (after stage `k`): only computed after it.
+crossing   A value kept at full length from the stage that computes it to a later stage that reads it.
 
-    number the stages by barriers crossed
-    compute matmuls and attention as late as their readers allow, once
+    number the stages by the barriers before them
+    compute matrix products and attentions once, as late as their readers allow
     at each boundary: min-cut between what is computed before and what is needed after
-        capacity of a value = its bytes per token; nothing where it is kept anyway (a barrier, an output)
-        cheap work (norms, rope, masks) may be repeated below the cut
+        capacity of a value = its bytes per token; 0 if it is kept in any case (a barrier, an output)
+        cheap operators (norms, rope, masks) may be repeated after the boundary
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ FINE = 1 << 20
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What runs in one stage: `whole` operators first, then loops that store `stored` rows.
+    """One stage: `whole` operators run first, then loops store the rows of `stored`.
 
-    `available` are the row instances that earlier stages stored and this one may read.
+    `available` are the row instances that earlier stages have stored and this stage may read.
     """
 
     index: int
@@ -54,6 +54,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Stages:
+    """The stages of a demand graph, in order."""
+
     demands: DemandGraph
     plans: tuple[StagePlan, ...]
 
@@ -82,7 +84,7 @@ class _Planner:
             below = max((earliest[i] for i in self.demands.inputs[instance]), default=0)
             earliest[instance] = below + (self.demands.kinds[instance] is Kind.BARRIER)
             if returns_nothing(instance.node):
-                # Assertions run in their order.
+                # Assertions run in graph order.
                 effects = earliest[instance] = max(effects, earliest[instance])
         return earliest
 
@@ -90,20 +92,20 @@ class _Planner:
         latest: dict[Instance, int] = {}
         outputs = set(self.demands.outputs)
         for instance in reversed(self.demands.order):
-            # An output is kept from the moment it exists, so it may as well be made at once.
+            # An output is kept once it is computed, so computing it early costs no memory.
             limit = self.earliest[instance] if instance in outputs and not is_mutation(instance.node) else self.last
             for reader in self.demands.readers.get(instance, ()):
                 limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
             latest[instance] = limit
         for instance in self.demands.order:
-            # One call makes its results and its carries at once: its tuple cannot be kept, the items can.
+            # One call computes all its results and carries. Its tuple cannot be stored, the items can.
             item = instance.node.target is operator.getitem and self.demands.kinds[instance] is Kind.ROWS
             if item or (isinstance(instance.need, Carried) and instance not in self.demands.claims):
                 latest[instance] = latest[self.demands.inputs[instance][0]]
         return latest
 
     def _ready(self) -> dict[Instance, int]:
-        """The first stage that may read a whole value, given where it is computed."""
+        """Return the first stage that may read each whole value."""
         ready: dict[Instance, int] = {}
         for instance in self.demands.order:
             kind = self.demands.kinds[instance]
@@ -114,11 +116,11 @@ class _Planner:
         return ready
 
     def fixed(self, instance: Instance) -> bool:
-        """Computed exactly once, in its latest stage: matmuls, attention, and what a barrier waits for."""
+        """Whether an instance is computed once, in its latest stage: products, attentions, rows of a barrier."""
         return not self.demands.recomputable(instance) or instance in self.barriers
 
     def _late_until(self) -> dict[Instance, int]:
-        """For row instances: at the boundaries before this one they cannot be had, or may not be computed."""
+        """Return the first stage in which each row instance is available: at earlier boundaries it is late."""
         until: dict[Instance, int] = {}
         for instance in self.demands.order:
             kind = self.demands.kinds[instance]
@@ -131,7 +133,7 @@ class _Planner:
         return until
 
     def _needed(self) -> list[set[Instance]]:
-        """At each boundary, the instances of rows that are had by then and read by others that are late there."""
+        """Return, for each boundary, the row instances that are not late there and are read by late ones."""
         needed: list[set[Instance]] = [set() for _ in range(self.last)]
         for reader, last in self.late_until.items():
             for operand in self.demands.inputs[reader]:
@@ -141,7 +143,7 @@ class _Planner:
         return needed
 
     def crossing(self, k: int) -> set[Instance]:
-        """The row instances that cross from stage `k` to `k + 1`, by min-cut."""
+        """Return the row instances that cross from stage `k` to `k + 1`, by min-cut."""
         needed = self._ordered(self.needed[k])
         return cheapest_cut(
             self._computed(needed),
@@ -150,46 +152,46 @@ class _Planner:
         )
 
     def _made_from(self, instance: Instance, k: int) -> list[Instance] | None:
-        """What an instance may be computed from once more; None where that cannot be cheaper than to keep it.
+        """Return the instances to recompute this one from, None if recomputing cannot be cheaper than keeping.
 
-        A residual stream is made from the one before it and a product that nobody else reads, as wide as itself.
-        Without that every boundary would look at all layers before it.
+        A residual stream is computed from the previous one and a product of the same width with no other reader.
+        Without this bound, the min-cut of every boundary would include all earlier layers.
         """
         if not self.demands.recomputable(instance):
             return None
         inputs, own = self._computed(self.demands.inputs[instance]), self._cost(instance, k)
-        return inputs if own is None or self._of_their_own(inputs, k) < own else None
+        return inputs if own is None or self._exclusive_cost(inputs, k) < own else None
 
-    def _of_their_own(self, inputs: Iterable[Instance], k: int) -> float:
-        """The least that those of some operands cost which nobody else reads."""
-        return sum(self._least(i, k) for i in dict.fromkeys(inputs) if len(set(self.demands.readers[i])) == 1)
+    def _exclusive_cost(self, inputs: Iterable[Instance], k: int) -> float:
+        """Return a lower bound of the cost of those inputs that have no other reader."""
+        return sum(self._least_cost(i, k) for i in dict.fromkeys(inputs) if len(set(self.demands.readers[i])) == 1)
 
-    def _least(self, instance: Instance, k: int) -> float:
+    def _least_cost(self, instance: Instance, k: int) -> float:
         cost = self._cost(instance, k)
         kept = math.inf if cost is None else cost
         if not self.demands.recomputable(instance):
             return kept
-        return min(kept, self._of_their_own(self._computed(self.demands.inputs[instance]), k))
+        return min(kept, self._exclusive_cost(self._computed(self.demands.inputs[instance]), k))
 
     def _computed(self, instances: Iterable[Instance]) -> list[Instance]:
-        """Of some instances, those of rows that are not an input's."""
+        """Return the instances that are computed from rows: neither whole values nor inputs of the graph."""
         return [i for i in instances if not isinstance(i.need, All) and self.demands.kinds[i] is not Kind.SOURCE]
 
     def _cost(self, instance: Instance, k: int) -> int | None:
-        """Bytes per token, in 1/FINE; 0 for what is at full length after stage `k` anyway; None: never cut here."""
+        """Return bytes per token in 1/FINE, 0 for a value kept after stage `k` in any case, None if it cannot cross."""
         value = meta_value(instance.node)
-        # Rows with others ahead are made from rows, else one storage would be priced twice.
+        # Rows with `before` are computed from rows. If both could cross, one storage would be counted twice.
         if not isinstance(value, torch.Tensor) or self.demands.kinds[instance] is Kind.AHEAD:
             return None
         if self.kept(instance, k):
             return 0
-        # Ties: a plain layout before a merged one, and the value nearest to its readers.
-        awkward = 0 if instance.dim.plain else FINE // 2
+        # Ties: prefer plain dims to composite ones, then the value nearest to its readers.
+        composite = 0 if instance.dim.plain else FINE // 2
         depth = len(self.demands.order) - self.demands.position[instance]
-        return bytes_per_token(instance) * FINE + awkward + depth
+        return bytes_per_token(instance) * FINE + composite + depth
 
     def kept(self, instance: Instance, k: int) -> bool:
-        """Whether the value is at full length after stage `k` whatever the cut says."""
+        """Whether the value is at full length after stage `k` in any case."""
         whole = Instance(instance.node, All())
         kind = self.demands.kinds.get(whole)
         if kind is Kind.SOURCE:
@@ -228,17 +230,17 @@ class _Planner:
         )
 
     def _complete(self, stored: list[set[Instance]], available: list[set[Instance]]) -> None:
-        """What a loop would have to repeat and may not (a matmul of an earlier stage) is stored there after all.
+        """Store fixed instances of earlier stages (matrix products) that a loop would otherwise have to repeat.
 
-        Of what returns several values, those that are read; their tuple cannot be kept.
+        Of a call with several results, the items are stored: a tuple cannot be.
         """
         for k in reversed(range(len(stored))):
             for instance in body_instances(self.demands, stored[k], available[k]):
-                home = self.latest[instance]
-                kept = self.demands.kinds[instance] is Kind.ROWS and isinstance(meta_value(instance.node), torch.Tensor)
-                if kept and self.fixed(instance) and home < k:
-                    stored[home].add(instance)
-                    for later in range(home + 1, k + 1):
+                made = self.latest[instance]
+                rows = self.demands.kinds[instance] is Kind.ROWS and isinstance(meta_value(instance.node), torch.Tensor)
+                if rows and self.fixed(instance) and made < k:
+                    stored[made].add(instance)
+                    for later in range(made + 1, k + 1):
                         available[later].add(instance)
 
     def _wholes(self) -> list[Instance]:
@@ -249,11 +251,11 @@ class _Planner:
 
 
 def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: Iterable[Instance]) -> list[Instance]:
-    """Every instance that a loop storing `stored` computes or reads, in graph order.
+    """Return every instance that a loop storing `stored` computes or reads, in graph order.
 
-    The walk ends at what is `available`, at whole values and at rows cut from them.
+    The walk ends at `available` instances, at whole values and at rows sliced from them.
     """
-    at_hand = set(available)
+    ends = set(available)
     found: set[Instance] = set()
     pending = list(stored)
     while pending:
@@ -261,13 +263,13 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
         if instance in found:
             continue
         found.add(instance)
-        if instance not in at_hand and demands.kinds[instance] in (Kind.ROWS, Kind.AHEAD, Kind.INLINE):
+        if instance not in ends and demands.kinds[instance] in (Kind.ROWS, Kind.AHEAD, Kind.INLINE):
             pending.extend(demands.inputs[instance])
     return sorted(found, key=demands.position.__getitem__)
 
 
 def bytes_per_token(instance: Instance) -> int:
-    """Bytes that one token of a row instance takes at full length (at the captured sizes)."""
+    """Return the bytes per token of a row instance at the captured sizes."""
     value = meta_value(instance.node)
     assert isinstance(value, torch.Tensor)
     dim = instance.dim
@@ -276,7 +278,7 @@ def bytes_per_token(instance: Instance) -> int:
 
 
 def widest_per_token(instance: Instance) -> int:
-    """The same of the widest value that is made for it: a region makes more than its result."""
+    """Return the bytes per token of the widest value computed for a row instance, inside its region if it has one."""
     target: Any = instance.node.target
     own = bytes_per_token(instance)
     if not isinstance(target, Region):

@@ -1,4 +1,4 @@
-"""The table of operator facts. Importing this package fills it."""
+"""Chunk rules and other operator facts. Importing this package fills the table."""
 
 from mom_passes.rules import (
     attention,

@@ -1,7 +1,7 @@
-"""Arithmetic on row numbers that are graph nodes inside a body and plain integers in a test.
+"""Arithmetic on row numbers: graph nodes inside a loop body, plain integers in tests.
 
-An edit may need `start + offset` for an argument. Bodies are built in order, so a new node belongs
-where the graph's insertion point stands: right before the call whose argument it becomes.
+An edit may need `start + offset` for an argument. New nodes go to the graph's insertion point. Bodies are built in
+order, so this is right before the call that takes the argument.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mom_passes.graph.meta import meta_value
 
 
 def add(a: Any, b: Any) -> Any:
-    """`a + b`; emits a node when either is one."""
+    """Return `a + b`. Emit a node if either operand is a node."""
     if _is_number(a, 0):
         return b
     return a if _is_number(b, 0) else _apply(operator.add, a, b)
 
 
 def mul(a: Any, b: Any) -> Any:
-    """`a * b`; emits a node when either is one."""
+    """Return `a * b`. Emit a node if either operand is a node."""
     if _is_number(a, 1):
         return b
     return a if _is_number(b, 1) else _apply(operator.mul, a, b)

@@ -1,14 +1,13 @@
 """Chunk rules of attention operators.
 
-A query row needs its own row of the mask, and all keys and values: those two `All` needs are what
-makes attention a barrier between stages. Batch entries are independent, and so are heads unless
-several query heads share a key head.
+A query row needs its own mask row, all keys and all values. The two `All` needs make attention a barrier between
+stages. Batch entries are independent. Heads are independent unless several query heads share a key head.
 
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
-    mom.attention(..., start)       ->  start + window.start, since rows say where they stand
-    what is said of each key        whole along the queries; along the batch, each entry its own
-    sinks                           each head its own
-    SDPA(is_causal=True)            refused along the queries: rows would need an offset, which it lacks
+    mom.attention(..., start)       ->  start + window.start: the position of the first query
+    per-key vectors                 All along the queries; Rows along the batch, if the vector has the batch dimension
+    sinks                           Rows along the heads
+    SDPA(is_causal=True)            refused along the queries: the operator takes no row offset
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ BATCH, HEADS, QUERY, CHANNELS = range(4)
 
 
 def attention_work(node: fx.Node) -> int:
-    """Products of all queries with all keys, and of their weights with all values."""
+    """Multiply-adds of queries with keys and of attention weights with values."""
     query, key = meta_value(argument(node, "query")), meta_value(argument(node, "key"))
     return count_hint(query.shape) * hint(key.shape[-2]) * 2
 
@@ -45,12 +44,12 @@ _MASK_NAMES: dict[str, str | None] = {
     "_scaled_dot_product_fused_attention_overrideable": "attn_bias",
     "_scaled_dot_product_attention_math": "attn_mask",
 }
-#: Raw SDPA operator -> the name of its mask argument (None: it takes no mask).
+#: SDPA operator of ATen -> the name of its mask argument, None if it takes no mask.
 SDPA: dict[Any, str | None] = {
     getattr(aten, name).default: mask for name, mask in _MASK_NAMES.items() if hasattr(aten, name)
 }
 
-#: Those of them that have a rule, for graphs in which they are left as they are.
+#: The SDPA operators with a chunk rule, for graphs in which they are not replaced by `mom.attention`.
 WITH_RULE = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -58,12 +57,12 @@ WITH_RULE = (
     aten._scaled_dot_product_cudnn_attention.default,
 )
 
-#: Its log-sum-exp is padded to whole tiles of queries, so rows of it are not rows of the whole.
+#: Pads its log-sum-exp to full tiles of queries, so the log-sum-exp of a slice is not a slice of the log-sum-exp.
 PADDED = aten._scaled_dot_product_efficient_attention.default
 
 
 def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str, Need]:
-    """What rows of the attention's result need of query, key, value and mask."""
+    """Return the needs of query, key, value and mask for rows of the result along `dim`."""
     if checked(node, dim).index == CHANNELS:
         raise CannotChunk(node, dim, "a fused attention needs all channels of a head")
     query, key = argument(node, "query"), argument(node, "key")
@@ -73,7 +72,7 @@ def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str,
     needs: dict[str, Need] = {"query": Rows(dim), "key": others, "value": others}
     mask = argument(node, mask_name) if mask_name is not None else None
     if mask is not None:
-        # The mask's last dimension counts keys, not channels, but no rule cuts either.
+        # The mask's last dimension is keys and the result's is channels. `dim` is neither.
         needs[mask_name or ""] = broadcast_need(node, mask, output_shape(node), dim)
     return needs
 
@@ -82,20 +81,20 @@ def attention_needs(node: fx.Node, dim: Dim, mask_name: str | None) -> dict[str,
 def sdpa(node: fx.Node, dim: Dim) -> Claim:
     needs = attention_needs(node, dim, SDPA[node.target])
     if argument(node, "dropout_p") != 0:
-        raise CannotChunk(node, dim, "dropout draws other random numbers for rows than for the whole")
+        raise CannotChunk(node, dim, "dropout draws other random numbers for a slice than for the whole")
     if dim.index == QUERY and argument(node, "is_causal"):
-        raise CannotChunk(node, dim, "causal rows need an offset, which this operator does not take")
+        raise CannotChunk(node, dim, "causal rows need an offset, and this operator has no offset argument")
     return claim(node, needs, _sdpa_outputs(node, dim))
 
 
 def _sdpa_outputs(node: fx.Node, dim: Dim) -> tuple[Output, ...]:
-    """The result and the log-sum-exp `[B, H, S]` carry rows; seeds and sequence offsets do not."""
+    """Return the outputs of a claim. Only the result and the log-sum-exp `[B, H, S]` have rows."""
     _, log_sum_exp, *others = outputs_of(node)
     without_rows = log_sum_exp is None or (dim.index == QUERY and node.target is PADDED)
     return (Rows(dim), None if without_rows else Rows(dim), *(None for _ in others))
 
 
-#: What `mom.attention` takes of each key by itself, `[B or 1, T]`, and what was found in that.
+#: Arguments of `mom.attention` with one value per key, `[B or 1, T]`, and the spans found in them.
 PER_KEY = ("keys", "segments", "positions", "spans")
 
 
@@ -118,7 +117,7 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
 
 
 def _per_key_needs(node: fx.Node, dim: Dim) -> dict[str, Need]:
-    """Of a vector for each batch entry, that entry's; of one for all, all of it."""
+    """Return the needs of the per-key arguments: `Rows` along the batch if the argument has the batch dimension."""
     batch = output_shape(node)[BATCH]
     found = {name: argument(node, name) for name in PER_KEY}
     own = {name for name, operand in found.items() if operand is not None and same(shape_of(operand)[BATCH], batch)}

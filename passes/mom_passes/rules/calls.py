@@ -1,7 +1,7 @@
-"""Between claims and calls: a claim from needs by argument name, and a call on rows from a claim.
+"""Build a claim from needs by argument name, and a call on rows from a claim.
 
-claim(node, {"self": Rows(dim)})                 needs by argument name, in the order of `operands(node)`
-call_on_rows(node, claim, rows, operands, ..)    the operator's target and arguments, for rows only
+claim(node, {"self": Rows(dim)})                 a claim with one need for each of `operands(node)`
+call_on_rows(node, claim, window, operands, ..)  target and arguments of a call that computes the rows of a window
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mom_passes.rules.registry import Claim, Edit
 def call_on_rows(
     node: fx.Node, claim: Claim, window: Window, operands: Iterable[fx.Node], other: Callable[[fx.Node], Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Target and arguments of an operator that computes rows only.
+    """Return target, args and kwargs of a call that computes the rows of a window.
 
-    `operands` are what the claim needs, in its order; `other` gives the new graph's node for anything else
-    (sizes), also where a rule takes one from the node it was asked about.
+    `operands` are the new graph's tensor operands, in the order of the claim's needs. `other` maps a node that is no
+    tensor (a size) to the new graph; an edit may refer to such nodes of the old graph.
     """
     values = iter(operands)
-    # A claim's needs follow the tensor operands in order of appearance, and so does this visit.
+    # Needs are ordered like the tensor operands in args and kwargs, and map_arg visits them in the same order.
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else other(arg))
     if claim.edit is not None:
         args, kwargs = claim.edit(args, kwargs, window)
@@ -42,7 +42,7 @@ def claim(
     target: Any = None,
     carries: tuple[Carry, ...] = (),
 ) -> Claim:
-    """A claim from needs by argument name; an operand that is not named is needed whole."""
+    """Return a claim from needs by argument name. Operands without a name in `needs` get `All()`."""
     names = {position: name for name, (position, _) in arguments_of(node.target).items()}
     ordered: list[Need] = []
     for position, value in enumerate(node.args):

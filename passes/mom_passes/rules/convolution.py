@@ -1,4 +1,4 @@
-"""Chunk rules of `mom::causal_conv1d`, which reads rows ahead of its own, and of `mom::last_rows`, a state."""
+"""Chunk rules of `mom::causal_conv1d`, which reads rows before its own, and of `mom::last_rows`, its final state."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BATCH, CHANNELS, TOKENS = range(3)
 
 
 def convolution_work(node: fx.Node) -> int:
-    """Multiply-adds: each element of the result over the channels of its group and the kernel."""
+    """Multiply-adds: result elements times the channels of a group times the kernel size."""
     return count_hint(value_of(node).shape) * count_hint(value_of(argument(node, "weight")).shape[1:])
 
 
 def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
-    """The operand with zeros ahead of it, which is held beside the result."""
+    """Bytes of the operand with zeros before its first row, which the kernel holds in addition to the result."""
     x, weight = (value_of(argument(node, name)) for name in ("x", "weight"))
     rows = expr(x.shape[TOKENS]) + rows_ahead(weight, argument(node, "dilation"))
     return product(x.shape[:TOKENS]) * rows * hint(x.element_size())
@@ -36,7 +36,7 @@ def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
 @register(CAUSAL_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
 def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == CHANNELS:
-        raise CannotChunk(node, dim, "a channel of the result reads several of the operand")
+        raise CannotChunk(node, dim, "an output channel reads several input channels")
     if dim.index == BATCH:
         return claim(node, {"x": Rows(dim)})
     ahead = rows_ahead(value_of(argument(node, "weight")), argument(node, "dilation"))
@@ -55,5 +55,5 @@ def last_rows(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
     before, rows = dims
     along = axis(argument(node, "dim"), value_of(node).dim())
     if before is not None or rows is None or rows != Dim(along):
-        raise CannotChunk(node, rows or before or Dim(along), "only rows along its own dimension follow one another")
+        raise CannotChunk(node, rows or before or Dim(along), "only `rows` can be split, along its own `dim`")
     return Claim((All(), Rows(rows)), (Final(0),), carries=(Carry(0, 0, operand="before"),))

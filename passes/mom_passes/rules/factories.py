@@ -2,17 +2,16 @@
 
 Terms
 -----
-broadcast   Shapes aligned at their last dimension; a dimension of size 1 is repeated, so it is needed whole.
-origin      Where an output dimension comes from: the number of the operand's dimension that it is,
-            or, as text, the reason why it cannot be cut. A view, a reduction, a softmax is one
-            origin per output dimension:
+broadcast   Shapes are aligned at the last dimension. A dimension of size 1 is repeated, so it is needed whole.
+origin      Of an output dimension: the index of the operand dimension it comes from, or a string, the reason why it
+            cannot be split. A list with one origin per output dimension describes a view, a reduction or a softmax:
 
                 permute(x, [1, 0, 2])    [1, 0, 2]
                 sum(x, dim=1)            [0, 2]
                 softmax(x, dim=-1)       [0, 1, "normalises over it"]
 
     rule(node, dim):  origin = origins(node)[dim.index]
-                      refuse if it is text, else need rows of the operand's dimension `origin` in the same layout
+                      refuse if it is a string, else need rows of dimension `origin` of the operand in the same layout
 """
 
 from __future__ import annotations
@@ -35,23 +34,24 @@ Origins = Callable[[fx.Node], Sequence[Origin]]
 
 
 def shape_of(node: fx.Node) -> torch.Size:
-    return value_of(node).shape
+    shape: torch.Size = value_of(node).shape
+    return shape
 
 
 def outputs_of(node: fx.Node) -> list[Any]:
-    """The values a node returns: of a tuple its items, else the one value."""
+    """Return the values of a node: the items of a tuple, else a list of the one value."""
     value = meta_value(node)
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def output_shape(node: fx.Node) -> torch.Size:
-    """The shape of output 0, which a rule's `dim` refers to."""
+    """Return the shape of output 0. The `dim` of a rule refers to it."""
     shape: torch.Size = outputs_of(node)[0].shape
     return shape
 
 
 def checked(node: fx.Node, dim: Dim) -> Dim:
-    """The dim itself, once the output is known to have it."""
+    """Return `dim`. Raise `CannotChunk` if the output has no such dimension."""
     rank = len(output_shape(node))
     if not 0 <= dim.index < rank:
         raise CannotChunk(node, dim, f"the output has {rank} dimensions")
@@ -59,7 +59,7 @@ def checked(node: fx.Node, dim: Dim) -> Dim:
 
 
 def broadcast_need(node: fx.Node, operand: fx.Node, shape: Sequence[Any], dim: Dim) -> Need:
-    """What a broadcasting operator needs of one operand for rows of an output of the given shape."""
+    """Return the need of one operand of a broadcasting operator for rows of an output of this shape."""
     sizes = shape_of(operand)
     index = dim.index - (len(shape) - len(sizes))
     if index < 0:
@@ -72,7 +72,7 @@ def broadcast_need(node: fx.Node, operand: fx.Node, shape: Sequence[Any], dim: D
 
 
 def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
-    """The claim of every operator that computes each element by itself."""
+    """Return the claim of a pointwise operator."""
     checked(node, dim)
     shape = output_shape(node)
     count = len(outputs_of(node))
@@ -81,7 +81,7 @@ def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
 
 
 def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
-    """Every operand sliced where the output dimension comes from; every output alike."""
+    """Return a claim for rows of every operand along the origin of `dim`, and rows of every output along `dim`."""
     checked(node, dim)
     origin = origins[dim.index]
     if isinstance(origin, str):
@@ -91,7 +91,7 @@ def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:
 
 
 def rule_from(origins: Origins) -> Rule:
-    """The rule of an operator that is described by the origins of its output dimensions."""
+    """Return the chunk rule of an operator from the origins of its output dimensions."""
 
     def rule(node: fx.Node, dim: Dim) -> Claim:
         return origin_claim(node, dim, origins(node))
@@ -100,8 +100,10 @@ def rule_from(origins: Origins) -> Rule:
 
 
 def follows(*targets: Any, **others: Any) -> Callable[[Origins], Origins]:
-    """Decorator: registers a function that gives the origins of an operator's output dimensions; `others` as in
-    `register`."""
+    """Register the function that returns the origins of an operator's output dimensions. Decorator.
+
+    `others` are passed to `register`.
+    """
 
     def decorate(origins: Origins) -> Origins:
         register(*targets, **others)(rule_from(origins))
@@ -111,5 +113,5 @@ def follows(*targets: Any, **others: Any) -> Callable[[Origins], Origins]:
 
 
 def all_but(rank: int, forbidden: Sequence[int], reason: str) -> list[Origin]:
-    """Every dimension comes from itself, except some that cannot be cut."""
+    """Return origins for which every dimension comes from itself, except `forbidden` ones."""
     return [reason if index in forbidden else index for index in range(rank)]

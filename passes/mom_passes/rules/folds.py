@@ -1,10 +1,10 @@
-"""Fold rules of reductions over the tokens: a mini-sequence reduces its own rows, and a total collects the parts.
+"""Fold rules of reductions over tokens: each mini-sequence reduces its rows, and a total combines the parts.
 
     sum(x)   total = total + sum(x[rows])                        from 0
     mean(x)  total = total + sum(x[rows]); total / elements      from 0
     amax(x)  total = maximum(total, amax(x[rows]))               from -inf
 
-Sums and products of half precision are carried in float32 and rounded once, as PyTorch does inside its own kernels.
+Totals of half-precision sums and products are float32 and rounded once, as in PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mom_passes.rules.needs import Dim, Fold, Number, Rows, Window
 from mom_passes.rules.reduction import HALF, reduced
 from mom_passes.rules.registry import Claim, register_fold
 
-#: Reduction -> the operator that adds a part to the total.
+#: Reduction -> the operator that combines a part with the total.
 COMBINE: dict[Any, Any] = {
     **dict.fromkeys(overloads(aten, "sum.default sum.dim_IntList mean.default mean.dim"), aten.add.Tensor),
     **dict.fromkeys(overloads(aten, "prod.default prod.dim_int"), aten.mul.Tensor),
@@ -33,7 +33,7 @@ COMBINE: dict[Any, Any] = {
     **dict.fromkeys(overloads(aten, "any.default any.dim any.dims"), aten.logical_or.default),
     **dict.fromkeys(overloads(aten, "all.default all.dim all.dims"), aten.logical_and.default),
 }
-#: Means -> the operator that makes a part: a sum.
+#: Mean -> the operator that computes a part: a sum.
 PARTS: dict[Any, Any] = {aten.mean.default: aten.sum.default, aten.mean.dim: aten.sum.dim_IntList}
 
 
@@ -60,13 +60,13 @@ def reduction(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
 
 
 def folded_dims(node: fx.Node) -> list[int]:
-    """The dimensions of its operand that a reduction runs over."""
+    """Return the operand dimensions that a reduction reduces over."""
     rank = len(shape_of(operands(node)[0]))
     return reduced(node, rank) if has_argument(node, "dim") else list(range(rank))
 
 
 def identity(combine: Any, dtype: torch.dtype) -> Number:
-    """The total of no rows: combined with it, a part stays as it is."""
+    """Return the identity element of `combine`: the total of no rows."""
     if combine in (aten.add.Tensor, aten.mul.Tensor):
         return int(combine is aten.mul.Tensor)
     if combine in (aten.logical_or.default, aten.logical_and.default) or dtype == torch.bool:

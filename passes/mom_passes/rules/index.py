@@ -1,12 +1,11 @@
-"""Chunk rules of operators that look up or write elements by index, and of tuples' items.
+"""Chunk rules of gather, scatter and index operators, and of tuple items.
 
 Terms
 -----
-source    The operand that is looked into. Rows along the looked-up dimension may point anywhere, so the
-          source is needed whole; along its other dimensions it is sliced like the output.
-indexed   Dimensions of the source that `x[i, :, j]` replaces by the shape of the index tensors,
-          broadcast together. The result puts that shape where the indexed dimensions were, or first
-          if they were not neighbours.
+source    The operand that is indexed. An index may point to any entry of the indexed dimension, so the source is needed
+          whole for rows of the index. Along its other dimensions it is sliced like the output.
+indexed   Dimensions of the source that `x[i, :, j]` replaces by the broadcast shape of the index tensors. That shape
+          takes the place of the indexed dimensions in the result, or comes first if they are not adjacent.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from mom_passes.rules.needs import All, Dim, Rows
 from mom_passes.rules.registry import Claim, claim_for, register
 
 
-# Cheap, but repeating the gather below the first barrier would make the first layer's loop a graph of its own,
-# to be compiled apart from all the other layers', to save rows that the next loop keeps anyway.
+# Cheap, but not repeated: with the look-up repeated after the first barrier, the first layer's loop would differ from
+# those of the other layers and need a compilation of its own. The next loop keeps these rows in any case.
 @register(aten.embedding.default, recompute=False)
 def embedding(node: fx.Node, dim: Dim) -> Claim:
     rank = len(shape_of(argument(node, "indices")))
@@ -87,14 +86,14 @@ def index(node: fx.Node, dim: Dim) -> Claim:
 
 @register(aten.isin.Tensor_Tensor, aten.bucketize.Tensor)
 def among(node: fx.Node, dim: Dim) -> Claim:
-    """Each element is compared with all of the other operand."""
+    """Compares each element with all elements of the other operand."""
     checked(node, dim)
     return Claim((Rows(dim), All()))
 
 
 @register(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
 def scatter(node: fx.Node, dim: Dim) -> Claim:
-    """Rows that are written and rows that are kept stay in place along every dimension but one."""
+    """Writes move elements along `dim` only; every other dimension can be split."""
     index, rank = argument(node, "index"), len(output_shape(node))
     if checked(node, dim).index == axis(argument(node, "dim"), rank):
         raise CannotChunk(node, dim, "writes anywhere along it")
@@ -119,14 +118,14 @@ def select_scatter(node: fx.Node, dim: Dim) -> Claim:
 
 @register(operator.getitem)
 def getitem(node: fx.Node, dim: Dim) -> Claim:
-    """One output of a tuple: ask the tuple's rule which dim of output 0 gives this output the rows."""
+    """One item of a tuple: find the dim of output 0 for which the producer's claim gives this item rows along `dim`."""
     producer, item = node.args
     assert isinstance(producer, fx.Node)
     assert isinstance(item, int)
     checked(node, dim)
     first = outputs_of(producer)[0]
     if not isinstance(first, torch.Tensor):
-        raise CannotChunk(node, dim, f"{producer.target} ({producer.name}) returns no tensor first")
+        raise CannotChunk(node, dim, f"{producer.target} ({producer.name}) returns no tensor as output 0")
     refusals = []
     for index in _nearest(dim.index, first.dim()):
         try:
@@ -141,5 +140,5 @@ def getitem(node: fx.Node, dim: Dim) -> Claim:
 
 
 def _nearest(index: int, rank: int) -> list[int]:
-    """All dimensions, the given one first: it nearly always is the right one."""
+    """Return all dimensions by distance from `index`, which nearly always is the right one."""
     return sorted(range(rank), key=lambda other: abs(other - index))

@@ -1,7 +1,7 @@
-"""Chunk rules of `mom::laid_out` and `mom::copy_rows`. A result is laid out where its operator runs.
+"""Chunk rules of `mom::laid_out` and `mom::copy_rows`.
 
-If an operator computes its result whole, rows of the result would be read with the claimed strides, before they are
-laid out.
+`mom::laid_out` must run where its operand is computed. If the operand were computed on the full sequence, a loop would
+read rows of it with the strides claimed for the result, before the operator makes them true.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mom_passes.rules.registry import Alias, Claim, claim_for, register
 
 @register(LAID_OUT, alias=Alias.COPY)
 def laid_out(node: fx.Node, dim: Dim) -> Claim:
-    """Rows of the operand, if its own operator computes them. Raises `CannotChunk` otherwise."""
+    """Rows of the operand, if the operand's own operator can compute them."""
     (operand,) = operands(node)
     claim_for(operand, dim)
     return Claim((Rows(dim),))
@@ -26,7 +26,7 @@ def laid_out(node: fx.Node, dim: Dim) -> Claim:
 
 @register(COPY_ROWS, alias=Alias.COPY)
 def copy_rows(node: fx.Node, dim: Dim) -> Claim:
-    """Rows of the operand."""
+    """Rows of the operand, if the copy reserves no further row."""
     if argument(node, "room") is not None:
-        raise CannotChunk(node, dim, "its result has a row that its operand has not")
+        raise CannotChunk(node, dim, "its result has more rows than its operand")
     return Claim((Rows(dim),))

@@ -1,11 +1,10 @@
-"""Chunk rules of matrix products, each from its einsum string.
+"""Chunk rules of matrix products, each from its einsum equation.
 
 Terms
 -----
-label    A letter of the einsum string. An output label can be cut: operands that have it are sliced
-         there, the others are needed whole. `"mk,kn->mn"`: rows m slice the first operand, columns n
-         the second; k is summed and appears in no output dimension.
-bias     An extra operand that broadcasts against the output.
+label    A letter of the equation. The output can be split along each of its labels: operands with the label are sliced,
+         the others are needed whole. In `"mk,kn->mn"`, m slices the first operand, n the second; k is contracted.
+bias     An additional operand that broadcasts to the output.
 
     baddbmm = contract("bmk,bkn->bmn", bias=True):  args (bias, batch1, batch2)
 """
@@ -25,7 +24,7 @@ from mom_passes.rules.registry import Claim, FoldRule, Rule, facts, register, re
 
 
 def contract(equation: str, bias: bool = False) -> Rule:
-    """The rule of a product; with `bias`, the first operand is added to the result."""
+    """Return the chunk rule of a product. With `bias`, operand 0 is added to the result."""
     inputs, output = equation.split("->")
     terms = inputs.split(",")
 
@@ -39,13 +38,13 @@ def contract(equation: str, bias: bool = False) -> Rule:
     return rule
 
 
-#: Products of rows with one of several matrices each. Which one follows from where the row stands: rows `[ends[g-1],
-#: ends[g])` with matrix `g`. `(rows [N, K], matrices [G, K, M], ends [G]) -> [N, M]`
+#: Grouped products `(rows [N, K], matrices [G, K, M], ends [G]) -> [N, M]`. Rows `[ends[g-1], ends[g])` are multiplied
+#: with matrix `g`.
 GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 def contract_tokens(equation: str) -> FoldRule:
-    """The fold rule of a product that contracts the tokens: the products of parts are summed."""
+    """Return the fold rule of a product that contracts tokens: partial products are summed."""
     terms = equation.split("->")[0].split(",")
     (label,) = set(terms[0]) & set(terms[1]) - set(equation.split("->")[1])
 
@@ -56,8 +55,8 @@ def contract_tokens(equation: str) -> FoldRule:
         if len({dim.at(0) for dim in dims if dim is not None}) > 1:
             raise CannotChunk(node, first, "its operands have tokens in different layouts")
         if value_of(node).dtype in HALF:
-            raise CannotChunk(node, first, "a partial product would be rounded for every mini-sequence")
-        # An operand that carries no tokens, positions say, has as many entries in the contracted dimension.
+            raise CannotChunk(node, first, "each partial product would be rounded to half precision")
+        # An operand without tokens, such as positions, has as many entries in the contracted dimension.
         return Claim(tuple(Rows(first.at(term.index(label))) for term in terms), (Fold(aten.add.Tensor, 0),))
 
     return rule
@@ -67,7 +66,7 @@ def grouped_work(node: fx.Node) -> int:
     return count_hint(value_of(node).shape) * hint(value_of(operands(node)[0]).shape[-1])
 
 
-# By itself it has no rows that can be cut. Among what sorts rows and puts them back it has: `tokens.experts`.
+# A grouped product cannot be split by itself, but with the sort before and the inverse after it (`tokens.experts`).
 register_work(*GROUPED, work=grouped_work)
 
 

@@ -1,14 +1,13 @@
-"""The vocabulary of chunk rules: what rows of a call need, what they return, and what they hand to the next rows.
+"""Types of chunk rules: what a call on rows needs, what it returns, and what it passes to the call on the next rows.
 
 Terms
 -----
-dim      The dimension that carries tokens, `Dim(index, outer, inner)`. Mostly just an index. A `view` may merge it with
-         its neighbours: `[B, S, H] -> [B*S, H]` leaves the tokens in dimension 0 with `outer=B`; `[S, K] -> [S*K]`
-         leaves them with `inner=K`.
-need     Of one operand: all of it, or its rows along one of its dims, with a number of rows before them.
+dim      The dimension that holds tokens, `Dim(index, outer, inner)`. A `view` may merge it with its neighbours:
+         `[B, S, H] -> [B*S, H]` puts the tokens in dimension 0 with `outer=B`, `[S, K] -> [S*K]` with `inner=K`.
+need     Of one operand: all of it, or its rows along a dim and a number of rows before them.
 output   Of one result: rows, a part of a fold over all rows, or the final value of a carry.
-carry    What one mini-sequence hands to the next. Rows with a carry are computed in order.
-window   Where the computed rows are in the sequence, and where each operand begins.
+carry    A value that one mini-sequence passes to the next. Rows with a carry are computed in order.
+window   The position of the computed rows in the sequence, and the first row of each operand.
 
     attention               query Rows(2), key All(), value All()           -> Rows
     causal convolution      input Rows(2, before=3), weight All()           -> Rows
@@ -69,7 +68,7 @@ class Dim:
 
     @property
     def plain(self) -> bool:
-        """Whether the dimension holds tokens alone, so that rows are a simple slice."""
+        """Whether the dimension holds tokens only, so that rows are one slice."""
         return is_one(self.outer) and is_one(self.inner)
 
     def __str__(self) -> str:
@@ -81,7 +80,7 @@ class Dim:
         return self.index == other.index and same(self.outer, other.outer) and same(self.inner, other.inner)
 
     def __hash__(self) -> int:
-        # Layouts that differ mostly differ in the index too, and hashing a sympy expression is slow.
+        # Unequal dims mostly have unequal indices, and hashing a sympy expression is slow.
         return self.index
 
 
@@ -119,25 +118,25 @@ Need = All | Rows
 
 
 def find_fault(need: Need) -> str | None:
-    """Return what is wrong with a need, whatever the operator, or None."""
+    """Return why a need is invalid for any operator, or None."""
     if isinstance(need, Rows) and need.before < 0:
-        return "the number of rows before others is not negative"
+        return "`before` must not be negative"
     return None
 
 
 def dim_of(need: Need) -> Dim | None:
-    """Return the dim of a need for rows; None for all of an operand."""
+    """Return the dim of a need for rows, None for `All`."""
     return None if isinstance(need, All) else need.dim
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A result without rows: `combine(total, part)` adds the result for some rows to the total of the rows before them.
+    """A result without rows: `combine(total, part)` combines the result for some rows with the total of earlier rows.
 
-    combine    an operator of two tensors
+    combine    an operator on two tensors
     identity   the total of no rows
-    dtype      the total's dtype, if it is not the result's: half precision is summed in float32 and rounded once
-    finish     emits, after a node with the total of all rows, the nodes that make the result of it (a mean divides)
+    dtype      dtype of the total, if it differs from the result's: half precision is summed in float32, rounded once
+    finish     takes the node of the total of all rows and emits the result (a mean divides); None: the total itself
     """
 
     combine: Any
@@ -165,13 +164,14 @@ class Last:
 
 @dataclass(frozen=True)
 class Carry:
-    """What a call hands to the call for the next rows.
+    """A value that a call passes to the call for the next rows.
 
-    init      the value before the first row: a tensor filled with this number, or what the graph passes as `operand`
-    next      which result of the call is the value for the next rows: an output's number, or its last rows
-    operand   the argument that receives the value
-    join      without an operand: `join(value, result)` takes the place of result 0
-    dtype     the value's dtype, if it is not that of the result
+    init      the value before the first row: a tensor filled with this number; with `operand`, what the graph passes
+    next      the value for the next rows: the number of an output, or the last rows of output 0
+    operand   name of the argument that receives the value
+    join      without an operand: the operator that joins the value with the result. `Last`: its result replaces result
+              0; the number of an output: its result is the next value
+    dtype     dtype of the value, if it differs from the result's
     """
 
     init: Number
@@ -183,12 +183,14 @@ class Carry:
 
 @dataclass(frozen=True)
 class Window:
-    """Where a body stands in the sequence: values that an operator's arguments may be built from.
+    """The rows that a call computes. Edits compute an operator's arguments from it.
 
-    `start` is the index of the first row that is computed and `count` the number of them. `first` says for each tensor
-    operand at which row of the sequence it begins: 0 for all of it, `start` for rows, and `before` less for rows with
-    others before them, which is negative for the first rows. All are graph nodes (SymInts) inside a body, plain
-    integers in a test.
+    start   index of the first row in the sequence
+    count   number of rows
+    first   for each tensor operand, the row of the sequence at which it begins: 0 for `All`, `start - before` for
+            `Rows`, which is negative before the first row of the sequence
+
+    All are graph nodes (SymInts) inside a body and plain integers in tests.
     """
 
     start: Any

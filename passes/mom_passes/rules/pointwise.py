@@ -1,9 +1,9 @@
-"""Chunk rules of operators that compute each element of the output by itself.
+"""Chunk rules of pointwise operators.
 
-Any dimension can be cut. Operands broadcast: aligned at their last dimension, a dimension of
-size 1 is needed whole. None of these operators names a size in its arguments, so none needs an edit.
+Any dimension can be split. Operands broadcast: shapes are aligned at the last dimension, and a dimension of size 1 is
+needed whole. No argument is a size, so no rule has an edit.
 
-Operators that draw random numbers have no rule: rows would get other numbers than the whole.
+Operators that draw random numbers have no rule: a slice would get other numbers than the whole.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ FILLS = "copy fill.Scalar fill.Tensor"
 COPIES = "clone lift_fresh_copy"
 VIEWS = "alias detach"
 
-#: The element-wise primitives; they take operands of one shape, which is a special case of broadcasting.
+#: Pointwise primitives. Their operands have the same shape, a special case of broadcasting.
 PRIMITIVES = """
     abs acos acosh add asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor ceil clone
     cos cosh device_put div eq erf erfc exp exp2 expm1 floor fmax fmin fmod ge gt hypot
@@ -78,7 +78,7 @@ register(*overloads(prims, PRIMITIVES))(pointwise_claim)
 
 @follows(aten.view.dtype)
 def view_dtype(node: fx.Node) -> list[Origin]:
-    """Reading the bytes as another type: element by element, unless elements change their size."""
+    """Reinterprets the bytes as another dtype: pointwise unless the element size changes."""
     operand: Any = argument(node, "self")
     value: torch.Tensor = meta_value(operand)
     rank = len(shape_of(operand))

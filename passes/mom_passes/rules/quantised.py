@@ -2,15 +2,15 @@
 
 Terms
 -----
-packed    Weights in a layout of their kernel's own, several to a byte: no range of rows of them is a range of bytes, so
-          the columns of a product are not cut.
-scales    Of weights, needed whole; of activations one for each row, `[M]` beside rows `[M, K]`.
+packed    Weights in a layout specific to the kernel, several to a byte. A range of weight rows is no range of bytes, so
+          products are not split along their columns.
+scales    Scales of weights are needed whole. Activations `[M, K]` have one scale per row, `[M]`.
 
     gemm_4bit(A [.., K], B packed, ..) -> [.., N]                 rows of A
-    int8_vectorwise_quant(A [M, K]) -> int8 [M, K], scales [M]    rows of A, of both results
+    int8_vectorwise_quant(A [M, K]) -> int8 [M, K], scales [M]    rows of A, rows of both results
     int8_scaled_mm(A [M, K], B [N, K], row_stats [M], ..)         rows of A and of row_stats
 
-Operators of packages are named by text: nothing is imported, and what is not defined is not there.
+Operators of optional packages are registered by name, without an import.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from mom_passes.rules.registry import Claim, Rule, register
 
 
 def rows_of(name: str, *scales: str) -> Rule:
-    """The rule of a product: rows of one operand, with the scales that are one for each of them."""
+    """Return the rule of a product that needs rows of one operand and of its per-row scales."""
 
     def rule(node: fx.Node, dim: Dim) -> Claim:
         rank = len(output_shape(node))
         if checked(node, dim).index == rank - 1:
             raise CannotChunk(node, dim, "its columns are those of packed weights")
         if scales and rank != 2:
-            raise CannotChunk(node, dim, "its scales are not counted as its rows are")
+            raise CannotChunk(node, dim, "its scales and its rows have different dimensions")
         return claim(node, {one: Rows(dim) for one in (name, *scales)})
 
     return rule
 
 
 def _work(name: str) -> Callable[[fx.Node], int]:
-    """Multiply-adds: all elements of the result, each over the last dimension of this operand."""
+    """Return a function for the multiply-adds: result elements times the last dimension of this operand."""
     return lambda node: count_hint(output_shape(node)) * hint(shape_of(argument(node, name))[-1])
 
 
@@ -59,19 +59,19 @@ _product(aten._weight_int4pack_mm_for_cpu.default, aten._weight_int8pack_mm.defa
 
 @register("bitsandbytes::int8_mm_dequant")
 def dequantised(node: fx.Node, dim: Dim) -> Claim:
-    """Each element by the scales of its row and its column."""
+    """Multiplies each element with the scales of its row and its column."""
     by = ("row_stats", "col_stats")[checked(node, dim).index]
     if len(output_shape(node)) != 2:
-        raise CannotChunk(node, dim, "its scales are not counted as its rows are")
+        raise CannotChunk(node, dim, "its scales and its rows have different dimensions")
     columns = {"bias": Rows(dim.at(0))} if by == "col_stats" else {}
     return claim(node, {"A": Rows(dim), by: Rows(dim.at(0)), **columns})
 
 
 @register("bitsandbytes::int8_vectorwise_quant")
 def quantised(node: fx.Node, dim: Dim) -> Claim:
-    """A scale for each row. With a threshold, columns in which any row has an outlier are zeroed in every row."""
+    """Computes one scale per row. With a threshold, it zeroes every column in which any row has an outlier."""
     if argument(node, "threshold") != 0.0:
         raise CannotChunk(node, dim, "looks for outliers in all rows")
     if len(output_shape(node)) != 2 or checked(node, dim).index != 0:
-        raise CannotChunk(node, dim, "has one scale for all of it")
+        raise CannotChunk(node, dim, "has one scale for all its rows")
     return claim(node, {"A": Rows(dim)}, tuple(None if one is None else Rows(dim) for one in outputs_of(node)))

@@ -1,12 +1,10 @@
-"""Chunk rules of operators that run over some dimensions: reductions, softmax, norms, scans, sorts.
+"""Chunk rules of operators that combine elements along some dimensions: reductions, softmax, norms, scans, sorts.
 
-Rows along any dimension they do not run over are independent. All but a few are one line of origins
-(see `mom_passes.rules.factories`); what differs is how the dimensions are named.
+Rows along any other dimension are independent. Most rules are a list of origins (see `mom_passes.rules.factories`).
 
 Terms
 -----
-over     The dimensions an operator runs over. A reduction drops them or keeps them with size 1; none
-         of the two can be cut.
+over     The dimensions along which an operator combines elements. A reduction removes them or keeps them with size 1.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ REDUCTIONS = """
 HALF = (torch.float16, torch.bfloat16)
 
 SOFTMAXES = "_log_softmax _softmax log_softmax.int softmax.int"
-#: Scan -> its value before the first row, and the operator that adds the value of the rows before to a row's.
+#: Scan -> its carry: the value before the first row, and the operator that joins the carry with a row.
 SCANS: dict[Any, Carry] = {
     aten.cumsum.default: Carry(0, Last(), join=aten.add.Tensor),
     aten.cumprod.default: Carry(1, Last(), join=aten.mul.Tensor),
@@ -51,7 +49,7 @@ def reduction(node: fx.Node) -> list[Origin]:
 
 
 def reduced(node: fx.Node, rank: int) -> list[int]:
-    """The dimensions a reduction runs over; none named means all of them."""
+    """Return the dimensions that a reduction reduces over: all of them if its `dim` is None or empty."""
     dims = argument(node, "dim")
     return axes(dims, rank) if dims is not None and dims != [] else list(range(rank))
 
@@ -67,7 +65,7 @@ def scan(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index != along:
         return Claim((Rows(dim),))
     if value_of(node).dtype in HALF:
-        raise CannotChunk(node, dim, "the accumulated value would be rounded for every mini-sequence")
+        raise CannotChunk(node, dim, "the accumulated value would be rounded to half precision in every mini-sequence")
     return Claim((Rows(dim),), carries=(SCANS[node.target],))
 
 
@@ -88,7 +86,7 @@ def _along(node: fx.Node, reason: str) -> list[Origin]:
 
 @register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
 def norm(node: fx.Node, dim: Dim) -> Claim:
-    """Rows of the input; the weights, and the statistics with their trailing ones, follow."""
+    """Rows of the input, all of the weights. The statistics keep the rank of the input, so they have the same rows."""
     operand = argument(node, "input")
     count = len(shape_of(operand)) - len(argument(node, "normalized_shape"))
     if checked(node, dim).index >= count:

@@ -1,15 +1,13 @@
-"""What is known of each operator, in one record: its chunk rule, and what planning asks beside it.
+"""The table of operator facts: chunk rules, and what planning needs to know of an operator.
 
 Terms
 -----
-claim       A rule's answer for (node, dim): one need per tensor operand, which dim of every output carries the
-            rows, and how the operator's own arguments change in a body.
-edit        `(args, kwargs, window) -> (args, kwargs)`: arguments inside a loop body. Arguments that
-            mention the sequence length must not survive into a body.
-facts       An operator's rule, whether its work may be repeated, whether it only relabels storage, how much it
-            computes and takes for itself, and which of its arguments are sizes.
+claim       The result of a rule for (node, dim): one need per tensor operand, one output per result, and how the
+            arguments of the operator change in a body.
+edit        `(args, kwargs, window) -> (args, kwargs)`: the arguments inside a loop body, free of the sequence length.
+facts       Chunk rule, fold rule, aliasing, cost and size arguments of one operator.
 
-The law every rule must keep, for any cut of the rows [0, S) into pieces:
+The law of every rule, for any split of the rows [0, S) into pieces:
 
     cat([op(edit(slice(operands)))  for piece], dim)  ==  op(operands)
 
@@ -19,15 +17,11 @@ The law every rule must keep, for any cut of the rows [0, S) into pieces:
 from __future__ import annotations
 
 import enum
-import inspect
-import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk, NoRule, RuleError
@@ -35,6 +29,7 @@ from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.values import operands
 from mom_passes.rules.needs import Carry, Dim, Final, Fold, Need, Output, Rows, Window, find_fault
+from mom_passes.rules.targets import EXAMPLE, OVERLOAD, check_rule, check_target, key_of, overload_of
 
 Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -65,13 +60,13 @@ class Claim:
     carries: tuple[Carry, ...] = ()
 
     @property
-    def handed_on(self) -> tuple[Carry, ...]:
-        """The carries, and one for the total of each fold."""
+    def all_carries(self) -> tuple[Carry, ...]:
+        """The carries, followed by one for the total of each fold."""
         folds = [(i, one) for i, one in enumerate(self.outputs or ()) if isinstance(one, Fold)]
         return self.carries + tuple(Carry(f.identity, i, join=f.combine, dtype=f.dtype) for i, f in folds)
 
     def carry_of(self, output: int) -> int | None:
-        """The number, in `handed_on`, of the carry whose final value is an output; None for rows."""
+        """Return the index in `all_carries` of the carry whose final value is this output, None for other outputs."""
         found = (self.outputs or ())[output : output + 1]
         if found and isinstance(found[0], Final):
             return found[0].carry
@@ -81,25 +76,24 @@ class Claim:
 
 
 Rule = Callable[[fx.Node, Dim], Claim]
-#: The same for results without rows: asked with the token dim of each operand, None for one that carries no tokens.
+#: A rule for results without rows. Takes the token dim of each operand, None for an operand without tokens.
 FoldRule = Callable[[fx.Node, tuple[Dim | None, ...]], Claim]
-#: Guesses for the token dim of the output, given those of the operands (None: it carries none). Only `view` needs its
-#: own.
+#: Candidates for the token dim of the output, from the token dims of the operands (None: no tokens).
 Candidates = Callable[[fx.Node, tuple[Dim | None, ...]], list[Dim]]
 #: Multiply-adds of a call at the captured sizes.
 Work = Callable[[fx.Node], int]
-#: Bytes that a call's kernel takes on a type of device beside operands and results, in the graph's sizes.
+#: Workspace of a call's kernel on a device type, in bytes, as an expression in the graph's sizes.
 Scratch = Callable[[fx.Node, str], sympy.Expr]
 
 
 class Alias(enum.Enum):
-    """How an operator's result lies to its first operand's storage.
+    """How an operator's result relates to its first operand.
 
-    NONE   it has its own
-    VIEW   all of it, relabelled: repeating one costs nothing
-    CUT    a range of rows of it
-    COPY   the same elements, mostly in a storage of their own
-    CAST   likewise, in another dtype
+    NONE   new values in new storage
+    VIEW   a view of all elements
+    CUT    a view of a part along one dimension
+    COPY   the same elements, mostly in new storage
+    CAST   the same elements in another dtype, mostly in new storage
     """
 
     NONE = enum.auto()
@@ -111,18 +105,18 @@ class Alias(enum.Enum):
 
 @dataclass(frozen=True)
 class OperatorFacts:
-    """What is known of one operator.
+    """Facts of one operator.
 
-    rule             what rows of its result need, or None
-    fold             what a result without rows needs of rows of its operands, or None
-    recompute        cheap enough to run again in another loop instead of keeping its result at full length (pointwise
-                     work, norms, rope, masks; never a matmul, an attention, a sort)
-    candidates       where its result may carry tokens, if not where the sizes say so
-    alias            how its result lies to its operand's storage
-    work             multiply-adds, for what is not `recompute`; None: those of a matrix product
-    size_arguments   names of arguments that are sizes: there, and only there, a literal equal to a length means it
-    apart            dims along which its rows have nothing to do with each other, although they cannot be cut
-    scratch          what its kernel takes for itself, where that is worth counting
+    rule             chunk rule, or None
+    fold             fold rule: a result without rows, computed from rows of the operands; or None
+    recompute        cheap enough to run again in a later loop instead of keeping its result at full length: pointwise
+                     operators, norms, rope, masks; never a matrix product, an attention or a sort
+    candidates       candidates for the token dim of the result; None: dimensions of the same size
+    alias            whether the result is a view or a copy of operand 0
+    work             multiply-adds if not `recompute`; None: those of a matrix product
+    size_arguments   names of arguments that are sizes. Only there, a literal equal to the length is the length
+    apart            dims along which rows are independent, although no rule can split them
+    scratch          workspace of its kernel; None: negligible
     """
 
     rule: Rule | None = None
@@ -136,13 +130,13 @@ class OperatorFacts:
     scratch: Scratch | None = None
 
     def claim(self, node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
-        """The rule's claim, checked; `in_order` takes one that has carries.
+        """Return the checked claim of the chunk rule. A claim with carries requires `in_order`.
 
-        Raises `CannotChunk`, and `RuleError` for a rule that answers otherwise.
+        Raises `CannotChunk` if rows cannot be computed, and `RuleError` if the rule fails or returns no valid claim.
         """
         if self.rule is None:
             raise NoRule(node, dim)
-        claim = _asked(self.rule, node, dim, dim)
+        claim = _call_rule(self.rule, node, dim, dim)
         ahead = [need.dim for need in claim.needs if isinstance(need, Rows) and need.before]
         if not all(one.plain for one in ahead) or (claim.carries and not dim.plain):
             raise CannotChunk(node, dim, "hands rows on along a dimension that holds more than tokens")
@@ -151,20 +145,19 @@ class OperatorFacts:
         return claim
 
     def fold_claim(self, node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
-        """The claim of the fold rule for operands with these token dims, checked. Raises as `claim` does."""
+        """Return the checked claim of the fold rule for operands with these token dims. Raises like `claim`."""
         first = next((dim for dim in dims if dim is not None), Dim(0))
         if self.fold is None:
             raise CannotChunk(node, first, "no rule computes its result from parts of its operands")
-        claim = _asked(self.fold, node, dims, first)
+        claim = _call_rule(self.fold, node, dims, first)
         if any(isinstance(output, Rows) for output in claim.outputs or (Rows(first),)):
-            raise RuleError(node, first, "has rows in a result of a fold; return Fold or Final for each output")
+            raise RuleError(node, first, "returns rows for a fold; return Fold or Final for each output")
         return claim
 
 
-def _asked(rule: Callable[[fx.Node, Any], Claim], node: fx.Node, asked: Any, dim: Dim) -> Claim:
-    """A rule's answer, checked."""
+def _call_rule(rule: Callable[[fx.Node, Any], Claim], node: fx.Node, argument: Any, dim: Dim) -> Claim:
     try:
-        claim = rule(node, asked)
+        claim = rule(node, argument)
     except (CannotChunk, RuleError):
         raise
     except Exception as error:
@@ -176,13 +169,16 @@ def _asked(rule: Callable[[fx.Node, Any], Claim], node: fx.Node, asked: Any, dim
 
 
 class Described:
-    """A call's target that says itself what is known of it: part of a graph that was outlined (`tokens.region`)."""
+    """A call target with facts of its own, which are not in the table: an outlined region (`tokens.region`)."""
 
     facts: OperatorFacts
 
 
+DATA_DEPENDENT = "a size, or a number that it takes, depends on data"
+
+
 def _fault(claim: Any, node: fx.Node) -> str | None:
-    """What is wrong with a rule's answer, or None."""
+    """Return what is wrong with the result of a rule, or None."""
     if not isinstance(claim, Claim):
         return f"returned {claim!r}; return a Claim, or raise CannotChunk"
     needs, count = claim.needs, len(operands(node))
@@ -218,10 +214,6 @@ def _fault_of_carry(carry: Any, node: fx.Node) -> str | None:
 
 _FACTS: dict[Any, OperatorFacts] = {}
 _UNKNOWN = OperatorFacts(recompute=False, work=lambda node: 0)
-
-_OVERLOAD = type(torch.ops.aten.add.Tensor)
-_PACKET = type(torch.ops.aten.add)
-_EXAMPLE = "pass torch.ops.mylib.scale_rows.default, say, for an operator mylib::scale_rows"
 
 
 def register(
@@ -276,15 +268,16 @@ def register(
     """
 
     if not targets:
-        raise TypeError(f"a chunk rule is for at least one operator overload; {_EXAMPLE}")
+        raise TypeError(f"a chunk rule needs at least one operator overload; {EXAMPLE}")
     for target in targets:
-        _check_target(target)
+        check_target(target)
 
     def decorate(rule: Rule) -> Rule:
-        _check_rule(rule)
-        for target in targets:
-            _FACTS[_key(target)] = OperatorFacts(
-                rule, None, recompute, candidates, alias, work, size_arguments, scratch=scratch
+        check_rule(rule)
+        for key in map(key_of, targets):
+            fold = _FACTS.get(key, _UNKNOWN).fold
+            _FACTS[key] = OperatorFacts(
+                rule, fold, recompute, candidates, alias, work, size_arguments, scratch=scratch
             )
         return rule
 
@@ -292,8 +285,10 @@ def register(
 
 
 def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
-    """Decorator: the rule of one or more operator overloads for results without rows: reductions over the tokens,
-    products that contract them, final states. Other facts of an operator stay. Public, for custom operators::
+    """Register the fold rule of operators: their results without rows. Decorator; public, for custom operators.
+
+    Folds are reductions over tokens, products that contract tokens, and final states. The other facts of the operators
+    do not change. Targets and errors as in `register`::
 
         @register_fold(torch.ops.mylib.total.default)
         def total(node, dims):                      # the token dim of each operand, or None
@@ -302,71 +297,38 @@ def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
             return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
     """
     for target in targets:
-        _check_target(target)
+        check_target(target)
 
     def decorate(rule: FoldRule) -> FoldRule:
-        _check_rule(rule)
+        check_rule(rule)
         for target in targets:
-            _FACTS[_key(target)] = replace(_FACTS.get(_key(target), _UNKNOWN), fold=rule)
+            _FACTS[key_of(target)] = replace(_FACTS.get(key_of(target), _UNKNOWN), fold=rule)
         return rule
 
     return decorate
 
 
 def register_work(*targets: Any, work: Work) -> None:
-    """How much operators compute that have no chunk rule. Named as in `register`; raises `TypeError` likewise."""
+    """Register the multiply-adds of operators without a chunk rule. Targets and errors as in `register`."""
     for target in targets:
-        _check_target(target)
-        _FACTS[_key(target)] = OperatorFacts(recompute=False, work=work)
-
-
-def _key(target: Any) -> Any:
-    """What an operator's facts stand under: itself, or for one that may be defined later the name it will print."""
-    if not isinstance(target, str):
-        return target
-    name = target.replace("::", ".")
-    return name if name.count(".") == 2 else f"{name}.default"
-
-
-def _check_target(target: Any) -> None:
-    named = isinstance(target, str) and re.fullmatch(r"\w+::\w+(\.\w+)?", target)
-    if isinstance(target, _OVERLOAD) or target is operator.getitem or named:
-        return
-    if isinstance(target, _PACKET):
-        packet: Any = target  # `overloads` is not typed
-        names = ", ".join(f"torch.ops.{target}.{name}" for name in packet.overloads())
-        raise TypeError(f"torch.ops.{target} is a packet of overloads; a chunk rule is for one or more of {names}")
-    raise TypeError(f"a chunk rule is for operator overloads, and {target!r} is none; {_EXAMPLE}")
-
-
-def _check_rule(rule: Any) -> None:
-    """A rule is called with a node and a dim; what it returns can only be seen when it is asked."""
-    if not callable(rule):
-        raise TypeError(f"a chunk rule is a function of a node and a dim, and {rule!r} cannot be called")
-    try:
-        signature = inspect.signature(rule)
-    except ValueError:  # some built-in functions have none
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise TypeError(f"a chunk rule is called with a node and a dim; {rule!r} takes {signature}") from error
+        check_target(target)
+        _FACTS[key_of(target)] = OperatorFacts(recompute=False, work=work)
 
 
 def registered() -> dict[Any, OperatorFacts]:
-    """A copy of the table: operator overload -> facts. What is registered by name counts once it is defined."""
-    known = ((_defined(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
+    """Return a copy of the table: operator overload -> facts. Operators given by name are included if defined."""
+    known = ((overload_of(target) if isinstance(target, str) else target, facts) for target, facts in _FACTS.items())
     return {target: facts for target, facts in known if target is not None}
 
 
 def foreign_rules() -> list[Any]:
-    """Operators of which something is known from elsewhere than this package."""
+    """Return the operators with a function that was registered outside this package."""
     functions = {target: (known.rule, known.fold, known.candidates, known.work) for target, known in _FACTS.items()}
     return [target for target, given in functions.items() if not all(one is None or _is_own(one) for one in given)]
 
 
 def has_own_rule(target: Any) -> bool:
-    """Whether an operator has a chunk rule from this package, whose tests also hold it to the strides it claims."""
+    """Whether an operator's chunk rule is from this package, whose tests also check the strides of the results."""
     rule = facts_of(target).rule
     return rule is not None and _is_own(rule)
 
@@ -376,39 +338,34 @@ def _is_own(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
-def _defined(name: str) -> Any:
-    """The operator overload that prints as `name`, or None."""
-    namespace, operator_name, overload = name.split(".")
-    packet = getattr(getattr(torch.ops, namespace), operator_name, None)
-    return getattr(packet, overload, None)
-
-
 def facts_of(target: Any) -> OperatorFacts:
-    """What is known of an operator; of one that nobody registered, nothing."""
+    """Return the facts of an operator. An unregistered one has no rule and is not recomputed."""
     if isinstance(target, Described):
         return target.facts
     found = _FACTS.get(target)
-    if found is None and isinstance(target, _OVERLOAD):
+    if found is None and isinstance(target, OVERLOAD):
         found = _FACTS.get(str(target))
     return found or _UNKNOWN
 
 
 def facts(node: fx.Node) -> OperatorFacts:
-    """What is known of the operator that a node calls."""
+    """Return the facts of the operator that a node calls."""
     return facts_of(node.target) if node.op == "call_function" else _UNKNOWN
 
 
 def claim_for(node: fx.Node, dim: Dim, *, in_order: bool = False) -> Claim:
-    """The claim of the node's rule. Raises `CannotChunk`, also for an operator without one, and for a scan along its
-    rows unless they are computed `in_order`: who asks of some rows alone has nothing to hand to them. Nor is there one
-    where a number or a size depends on data (see `graph.data_dependent`)."""
+    """Return the checked claim of the node's chunk rule for rows along `dim`.
+
+    `in_order`: all rows are computed in order, so the claim may have carries. Raises `CannotChunk` if there is no rule,
+    the rule refuses, or a size or number that the node takes depends on data (see `graph.data_dependent`).
+    """
     if touches_unknown_numbers(node):
-        raise CannotChunk(node, dim, "a size, or a number that it takes, depends on data")
+        raise CannotChunk(node, dim, DATA_DEPENDENT)
     return facts(node).claim(node, dim, in_order=in_order)
 
 
 def fold_for(node: fx.Node, dims: tuple[Dim | None, ...]) -> Claim:
-    """The claim of the node's fold rule for operands with these token dims. Raises `CannotChunk`."""
+    """Return the checked claim of the node's fold rule for operands with these token dims. Raises `CannotChunk`."""
     if touches_unknown_numbers(node):
-        raise CannotChunk(node, Dim(0), "a size, or a number that it takes, depends on data")
+        raise CannotChunk(node, Dim(0), DATA_DEPENDENT)
     return facts(node).fold_claim(node, dims)

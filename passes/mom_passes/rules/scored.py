@@ -1,4 +1,4 @@
-"""The chunk rule of `mom::scored`: rows are independent, all columns of the matrix are needed."""
+"""The chunk rule of `mom::scored`: rows are independent, and each needs all columns of the matrix."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from mom_passes.rules.registry import Claim, register
 
 
 def scored_work(node: fx.Node) -> int:
+    """Multiply-adds of the product of hidden states and matrix."""
     rows = count_hint(value_of(argument(node, "hidden")).shape)
     return rows * hint(value_of(argument(node, "matrix")).shape[-1])
 
 
 def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
-    """A block of logits, or all of them where these are fewer."""
+    """Bytes of one block of logits, or of all logits if these are fewer."""
     hidden, matrix = (_type(argument(node, name)) for name in ("hidden", "matrix"))
     wants = argument(node, "wants")
     dtypes = dtypes_on_the_way(argument(node, "steps"), hidden.dtype)
@@ -34,7 +35,7 @@ def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
 
 
 def _type(operand: fx.Node) -> torch.Tensor:
-    """Shape and dtype of an operand, in a body or in a graph."""
+    """Return what has the shape and dtype of an operand: its `TensorType` in a loop body, else its fake tensor."""
     found: torch.Tensor = operand.meta["type"] if "type" in operand.meta else meta_value(operand)
     return found
 
@@ -42,5 +43,5 @@ def _type(operand: fx.Node) -> torch.Tensor:
 @register(SCORED, recompute=False, work=scored_work, scratch=scored_scratch)
 def scored(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == len(output_shape(node)) - 1:
-        raise CannotChunk(node, dim, "it is of all columns")
+        raise CannotChunk(node, dim, "its results combine all columns")
     return claim(node, {"hidden": Rows(dim), "targets": Rows(dim)}, (Rows(dim),) * len(outputs_of(node)))

@@ -1,7 +1,7 @@
-"""Chunk rules of operators that make values out of sizes: constants, ranges, triangles.
+"""Chunk rules of constants, ranges and triangles, whose values depend on sizes.
 
-They read nothing row by row; a body makes just its own rows. The length along the tokens becomes
-the number of rows, and a value that depends on its position starts where the body stands:
+A body creates its own rows only. The sequence length in the arguments becomes the number of rows, and values that
+depend on the position are offset by the body's first row:
 
     full([B, S], 0)              ->  full([B, window.count], 0)
     iota(S, start=a, step=k)     ->  iota(window.count, start=a + window.start * k, step=k)
@@ -25,12 +25,12 @@ from mom_passes.rules.registry import Claim, register
 
 
 def tokens(node: fx.Node, dim: Dim, window: Window) -> Any:
-    """The size of a token dimension inside a body."""
+    """Return the size of a token dimension inside a body."""
     return mul(mul(_integer(node, dim, dim.outer), window.count), _integer(node, dim, dim.inner))
 
 
 def require_static_layout(node: fx.Node, dim: Dim) -> None:
-    """Refuses, while the claim is made, a layout for which `tokens` could not be computed."""
+    """Raise `CannotChunk` if `tokens` could not be computed for this layout. For rules, since an edit cannot refuse."""
     _integer(node, dim, dim.outer)
     _integer(node, dim, dim.inner)
 
@@ -47,7 +47,7 @@ def _integer(node: fx.Node, dim: Dim, size: Any) -> int:
     size_arguments=("size",),
 )
 def sized(node: fx.Node, dim: Dim) -> Claim:
-    """Every row alike: only the length changes. An operand of `new_full` lends its dtype, never its rows."""
+    """All rows are equal, so only the size changes. The operand of `new_full` determines dtype and device only."""
     checked(node, dim)
     require_static_layout(node, dim)
 
@@ -97,7 +97,7 @@ def arange(node: fx.Node, dim: Dim) -> Claim:
 
 @register(aten.tril.default, aten.triu.default)
 def triangle(node: fx.Node, dim: Dim) -> Claim:
-    """Row r keeps columns around `r + diagonal`, so the diagonal moves by the row offset."""
+    """Row r is cut off at column `r + diagonal`, so the diagonal moves by the row offset."""
     rank = len(output_shape(node))
     checked(node, dim)
     if dim.index < rank - 2:

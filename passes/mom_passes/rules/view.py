@@ -1,13 +1,12 @@
-"""Chunk rules of operators that only move elements: views, joins, pads.
+"""Chunk rules of operators that only move elements: views, concatenations, pads.
 
-Most are described by the origin of each output dimension (see `mom_passes.rules.factories`). The exceptions
-are those whose arguments name sizes: inside a body these must not carry the sequence length.
+Most are a list of origins, one per output dimension (see `mom_passes.rules.factories`). Operators with size arguments
+need an edit: inside a body, these must not contain the sequence length.
 
 Terms
 -----
-prefix, suffix   Of a dim in a shape: how many tokens-sized groups lie before it, and how many elements
-                 after each token, counted in row-major order over the whole tensor. A reshape changes
-                 neither, so they say where the tokens are in the other shape:
+prefix, suffix   Of a dim in a shape: the product of the sizes before the tokens and of those after them, `outer` and
+                 `inner` included. A reshape changes neither, so they locate the tokens in the other shape:
 
                      [B, S, H], dim 1                 prefix B, suffix H
                      [B*S, H],  dim 0, outer B        prefix B, suffix H
@@ -22,7 +21,7 @@ from typing import Any
 from torch import fx
 
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.arguments import argument, aten, axes, axis, overloads, prims, replace
+from mom_passes.graph.arguments import argument, aten, axes, axis, has_argument, overloads, prims, replace
 from mom_passes.graph.sizes import is_one, product, quotient, same
 from mom_passes.graph.values import operands
 from mom_passes.rules.factories import (
@@ -39,7 +38,7 @@ from mom_passes.rules.needs import All, Dim, Rows, Window
 from mom_passes.rules.registry import Alias, Claim, register
 from mom_passes.rules.source import require_static_layout, tokens
 
-#: An end beyond any size: "to the last row", whatever the number of rows.
+#: The `end` of a slice up to the last row.
 TO_THE_END = 2**63 - 1
 
 
@@ -83,7 +82,7 @@ def _inserted(rank: int, at: int, reason: str) -> list[Origin]:
 @follows(aten.unbind.int)
 @follows(aten.select.int, alias=Alias.CUT)
 def select(node: fx.Node) -> list[Origin]:
-    """The dimension that is selected from is no longer there to be cut."""
+    """The selected dimension is not in the output."""
     rank = len(shape_of(operands(node)[0]))
     gone = axis(argument(node, "dim"), rank)
     return [index for index in range(rank) if index != gone]
@@ -91,7 +90,7 @@ def select(node: fx.Node) -> list[Origin]:
 
 @register(*overloads(aten, "squeeze squeeze.dim squeeze.dims"), alias=Alias.VIEW)
 def squeeze(node: fx.Node, dim: Dim) -> Claim:
-    """Names what it removes: a body may hold a single row, and that dimension must stay."""
+    """The edit names the removed dimensions: with a single row, the token dimension has size 1 and must stay."""
     shape = shape_of(operands(node)[0])
     named = range(len(shape)) if node.target is aten.squeeze.default else axes(argument(node, "dim"), len(shape))
     removed = [index for index in named if index < len(shape) and is_one(shape[index])]
@@ -143,7 +142,7 @@ def cat(node: fx.Node, dim: Dim) -> Claim:
     rank = len(output_shape(node))
     if checked(node, dim).index == axis(argument(node, "dim"), rank):
         raise CannotChunk(node, dim, "concatenates along it")
-    # PyTorch lets an empty vector be concatenated with anything; it has no rows to slice.
+    # PyTorch concatenates an empty vector with a tensor of any rank. It has no rows to slice.
     return Claim(tuple(Rows(dim) if len(shape_of(operand)) == rank else All() for operand in operands(node)))
 
 
@@ -171,7 +170,7 @@ def roll(node: fx.Node) -> list[Origin]:
     return all_but(rank, axes(dims, rank) if dims else range(rank), "rotates it")
 
 
-# Operators that name sizes
+# Operators with size arguments
 
 
 @register(aten.expand.default, alias=Alias.VIEW, size_arguments=("size",))
@@ -180,7 +179,7 @@ def expand(node: fx.Node, dim: Dim) -> Claim:
 
 
 def repeat_candidates(node: fx.Node, carriers: tuple[Dim | None, ...]) -> list[Dim]:
-    """Tokens that are repeated n times lie in n groups, one behind the other."""
+    """Return the dim of the output in which the n copies of the tokens follow each other."""
     (dim,) = carriers
     assert dim is not None
     index = dim.index + len(output_shape(node)) - len(shape_of(operands(node)[0]))
@@ -195,12 +194,12 @@ def repeat(node: fx.Node, dim: Dim) -> Claim:
         return _repeating(node, dim, "repeats", unchanged=1)
     outer = quotient(dim.outer, times) if isinstance(times, int) else None
     if outer is None:
-        raise CannotChunk(node, dim, "repeats it, and these are rows of one repetition")
+        raise CannotChunk(node, dim, "repeats it, and the rows do not include every copy")
     return Claim((Rows(Dim(need.dim.index, outer, dim.inner)),))
 
 
 def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> All | Rows:
-    """What rows of the output need of an operand that is repeated up to them."""
+    """Return the need of an operand that is expanded to the shape of the output."""
     shape = shape_of(operand)
     index = dim.index - (len(output_shape(node)) - len(shape))
     repeated = index < 0 or (is_one(shape[index]) and not is_one(output_shape(node)[dim.index]))
@@ -208,7 +207,7 @@ def _repeated_need(node: fx.Node, operand: fx.Node, dim: Dim) -> All | Rows:
 
 
 def _repeating(node: fx.Node, dim: Dim, name: str, unchanged: int) -> Claim:
-    """Either the operand has the rows, or it is one row, repeated as often as the body has rows."""
+    """Return the claim of an expansion. The operand has the rows, or it is one row, repeated for each row of a body."""
     need = _repeated_need(node, operands(node)[0], checked(node, dim))
     if isinstance(need, All):
         require_static_layout(node, dim)
@@ -225,11 +224,11 @@ def _repeating(node: fx.Node, dim: Dim, name: str, unchanged: int) -> Claim:
 
 
 def locate(dim: Dim, here: Sequence[Any], there: Sequence[Any]) -> Dim | None:
-    """Where the tokens of `dim`, a dim of shape `here`, are in the shape `there` of the same elements."""
+    """Return the dim of shape `there` that holds the tokens of `dim`, a dim of shape `here`, or None."""
     prefix = product([*here[: dim.index], dim.outer])
     suffix = product([dim.inner, *here[dim.index + 1 :]])
     if prefix == 0 or suffix == 0:
-        return None  # no elements, so nothing says where the tokens are
+        return None  # no elements: any dim would fit
     for index in range(len(there)):
         outer = quotient(prefix, product(there[:index]))
         inner = quotient(suffix, product(there[index + 1 :]))
@@ -241,7 +240,7 @@ def locate(dim: Dim, here: Sequence[Any], there: Sequence[Any]) -> Dim | None:
 
 
 def view_candidates(node: fx.Node, dims: tuple[Dim | None, ...]) -> list[Dim]:
-    """The dim of the output that holds the rows of the operand."""
+    """Return the dim of the output that holds the rows of the operand, if there is one."""
     (dim,) = dims
     if dim is None:
         return []
@@ -254,7 +253,7 @@ def view_candidates(node: fx.Node, dims: tuple[Dim | None, ...]) -> list[Dim]:
 @register(aten.reshape.default, candidates=view_candidates, alias=Alias.COPY, size_arguments=("shape",))
 @register(prims.reshape.default, candidates=view_candidates, alias=Alias.COPY, size_arguments=("shape",))
 def view(node: fx.Node, dim: Dim) -> Claim:
-    """A `reshape` in a body: rows of a tensor are not always viewable, even where the whole is."""
+    """Becomes a `reshape` in a body: rows of a tensor may need a copy where the whole tensor has the view."""
     operand = shape_of(operands(node)[0])
     origin = locate(checked(node, dim), output_shape(node), operand)
     if origin is None:
@@ -273,13 +272,11 @@ def view(node: fx.Node, dim: Dim) -> Claim:
 
 
 def _sizes_without_tokens(node: fx.Node, dim: Dim) -> tuple[list[Any], bool]:
-    """The shape argument with static sizes written out, and whether the token dimension can be left as -1.
+    """Return the shape argument with static sizes filled in, and whether the token dimension can be -1.
 
-    It cannot where another size is a -1 that is only known symbolically, nor where one is zero:
-    then any number of rows would fit.
+    It cannot be -1 if another size is a -1 with a symbolic value, or if another size is zero, which makes -1 ambiguous.
     """
-    shape: Any = node.args[1]
-    sizes = list(shape)
+    sizes = list(argument(node, "shape" if has_argument(node, "shape") else "size"))
     for index, size in enumerate(outputs_of(node)[0].shape):
         if index != dim.index and isinstance(size, int):
             sizes[index] = size

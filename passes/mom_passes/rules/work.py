@@ -1,4 +1,4 @@
-"""How much an operator computes."""
+"""Multiply-adds of operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mom_passes.rules.registry import facts
 
 
 def matmul_work(node: fx.Node) -> int:
-    """Multiply-adds of a matmul or attention at the captured sizes; 0 for anything else."""
+    """Return the multiply-adds of a matrix product or attention at the captured sizes, 0 for most other operators.
+
+    Scans and sorts, which are not recomputed either, count like a product, so that they rank as work.
+    """
     known, inputs = facts(node), operands(node)
     if known.recompute or not inputs:
         return 0
@@ -25,13 +28,15 @@ def matmul_work(node: fx.Node) -> int:
 
 
 def products(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The nodes that multiply, with their multiply-adds. What has one operand, a scan or a sort, multiplies nothing,
-    whatever `matmul_work` says of it for the sake of ranking."""
+    """Return the matrix products and attentions of a graph with their multiply-adds.
+
+    Scans and sorts have one operand and are left out, although `matmul_work` is positive for them.
+    """
     return {node: work for node in graph.nodes if len(operands(node)) > 1 and (work := matmul_work(node))}
 
 
 def _product_work(node: fx.Node) -> int:
-    """Of a matrix product: all elements of the result, each over the contracted dimension."""
+    """Return result elements times the contracted dimension."""
     out, inputs = meta_value(node), operands(node)
     if not isinstance(out, torch.Tensor) or out.dim() < 2:
         return 0

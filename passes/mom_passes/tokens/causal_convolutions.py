@@ -1,9 +1,9 @@
-"""Causal convolutions as one operator each, whichever way a model pads them, and the states that a cache keeps of them.
+"""Replace each causal convolution, however it is padded, and each of its states that a cache keeps by one operator.
 
 Before:  y = convolution(x, w, padding=K-1)[..., :S]        y = convolution(pad(x, (K-1, 0)), w)
 After:   y = causal_conv1d(x, w)
 
-Before:  state = pad(x, (K - S, 0))                         the last K columns, zeros ahead where there are fewer
+Before:  state = pad(x, (K - S, 0))                         the last K columns, with zeros before them if S < K
 After:   state = last_rows(zeros(B, C, K), x)
 """
 
@@ -20,12 +20,12 @@ from mom_passes.graph.sizes import hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
 
-#: A state has at most this many rows: mini-sequences hand them on.
+#: A state has at most this many rows, since mini-sequences pass them on as a carry.
 MOST_ROWS = 64
 
 
 def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
-    """Replace causal convolutions and the states of them, in place. Return the new calls."""
+    """Replace causal convolutions and their states in place. Return the new calls."""
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     pads = gm.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
     new = [*map(_replace_convolution, convolutions), *map(_replace_state, pads)]
@@ -37,9 +37,9 @@ def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _replace_convolution(node: fx.Node) -> fx.Node | None:
-    """Replace a convolution whose rows read no rows after their own, whether these are never made or cut off."""
+    """Replace a convolution that pads before the first row only, or pads both sides and drops the rows at the end."""
     x, weight = argument(node, "input"), argument(node, "weight")
-    if value_of(node).dim() != 3 or argument(node, "transposed") or not _is_plain(argument(node, "stride")):
+    if value_of(node).dim() != 3 or argument(node, "transposed") or any(n != 1 for n in argument(node, "stride")):
         return None
     (dilation,), (padding,) = argument(node, "dilation"), argument(node, "padding")
     ahead = rows_ahead(value_of(weight), dilation)
@@ -55,15 +55,11 @@ def _replace_convolution(node: fx.Node) -> fx.Node | None:
         return None
     with node.graph.inserting_before(node):
         args = (source, weight, argument(node, "bias"), dilation, argument(node, "groups"))
-        return _put(results, node.graph.call_function(CAUSAL_CONV1D, args))
-
-
-def _is_plain(strides: Sequence[Any]) -> bool:
-    return all(stride == 1 for stride in strides)
+        return _substitute(results, node.graph.call_function(CAUSAL_CONV1D, args))
 
 
 def _zeros_ahead(node: fx.Node) -> Any:
-    """How many columns of zeros a pad adds ahead of the others and nowhere else; None for another operator."""
+    """Return how many zero columns a pad adds before the first column, None if it adds others or is no such pad."""
     if node.target is not aten.constant_pad_nd.default or argument(node, "value") != 0:
         return None
     ahead, *others = argument(node, "pad")
@@ -71,14 +67,14 @@ def _zeros_ahead(node: fx.Node) -> Any:
 
 
 def _takes_first_rows(user: fx.Node, length: Any) -> bool:
-    """Whether an operator cuts off what a convolution computes after the last row of its operand."""
+    """Whether a slice keeps the first `length` rows of a convolution, so that none reads padding after the last row."""
     if user.target is not aten.slice.Tensor or axis(argument(user, "dim"), 3) != 2 or argument(user, "step") != 1:
         return False
     return argument(user, "start") in (None, 0) and same(value_of(user).shape[-1], length)
 
 
 def _replace_state(node: fx.Node) -> fx.Node | None:
-    """Replace a pad that keeps the last columns of a value, a few in number, or puts zeros ahead of fewer ones."""
+    """Replace a pad that crops a value to its last few columns, or adds zeros before them if there are fewer."""
     ahead, shape = _zeros_ahead(node), value_of(node).shape
     may_crop = ahead is not None and (not isinstance(ahead, int) or ahead < 0)
     if not may_crop or not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
@@ -91,11 +87,11 @@ def _replace_state(node: fx.Node) -> fx.Node | None:
         options: Any = {"dtype": value_of(source).dtype, "device": value_of(source).device, "pin_memory": False}
         zeros = node.graph.call_function(aten.full.default, (sizes, 0), options)
         zeros.meta["val"] = fake_value(zeros)
-        return _put([node], node.graph.call_function(LAST_ROWS, (zeros, source, len(shape) - 1)))
+        return _substitute([node], node.graph.call_function(LAST_ROWS, (zeros, source, len(shape) - 1)))
 
 
-def _put(results: Sequence[fx.Node], new: fx.Node) -> fx.Node:
-    """Put a call in the place of values of its shape."""
+def _substitute(results: Sequence[fx.Node], new: fx.Node) -> fx.Node:
+    """Replace values by a new call of the same shape. Return the call."""
     new.meta = {**results[0].meta, "val": fake_value(new)}
     for result in results:
         result.replace_all_uses_with(new)

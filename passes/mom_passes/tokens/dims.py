@@ -1,22 +1,22 @@
-"""Which dimension of each value is the token dimension? An analysis; it changes nothing.
+"""Find the token dimension of each value. An analysis.
 
 Terms
 -----
-seed       A dimension of a graph input that is not a parameter: a candidate for the tokens. Where no input's will do,
-           one that begins inside the graph, behind a strided convolution say (see `tokens.seeds`).
+seed       A dimension of a graph input that is not a parameter: a candidate for the tokens. If no input has one, a
+           dimension that begins inside the graph, for example after a strided convolution (see `tokens.seeds`).
 carries    A value carries tokens along a `Dim` if its rows can be computed from rows of other carriers.
-mixes      An operator without a claim that keeps rows apart (a cumsum over tokens, a roll). Its result may
-           still have one row per token; the sweep goes on from there, and the planner runs it on the whole sequence.
-option     A value with the sequence in two dimensions, scores of every key for every query, may carry tokens along
-           either. It is settled on the one that its readers' rows ask for.
+mixes      An operator without such a claim (a roll over tokens). Its result may still have one row per token: the
+           sweep continues with it, and the planner runs the operator on the whole sequence.
+option     A value with the sequence in two dimensions, such as scores of every query and key, may carry tokens along
+           either. The dim that its readers need is chosen.
 
     for seed in every dimension of every input that is no parameter:
         for node in graph order:
-            dims[node] = the dim whose claim asks carriers for their own rows, or for all of them
-        for node in reverse, of those with several options:
-            dims[node] = the one that most readers ask for
-    keep the seed that carries most matmul work and meets barriers: products that take rows of one activation and
-        all of another, or rows before these (attention's keys). Along the batch there are none.
+            dims[node] = a dim whose claim needs the operands' rows along their own dims, or all of them
+        for node with several options, in reverse order:
+            dims[node] = the dim that most readers need
+    choose the seed that carries most matmul work and meets barriers: products that need rows of one activation and
+        all of another (keys of an attention), rows before others, or carries. Along the batch there are none.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ from mom_passes.graph.values import value_of
 from mom_passes.rules import Dim
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.seeds import activations_of, inner_seeds, seed_inputs
-from mom_passes.tokens.sweep import Carrier, Sweep, settled
+from mom_passes.tokens.sweep import Carrier, Sweep, choose_options
 
-#: A seed that carries less than this share of the most work is no candidate, whatever barriers it meets: a weight that
-#: is an argument and is used twice meets some, too.
-MUCH = 0.75
+#: A seed that carries less than this share of the most work is no candidate, even with barriers. A weight that is a
+#: graph input and is used twice has barriers, too.
+WORK_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class TokenDims:
-    """The sweep's result for the chosen seed.
+    """The token dimension of every value, for one seed.
 
-    `carriers` has every value with a token dimension; `rowwise` those whose operator can also be
-    run on rows alone, `worked` those of them that took a product, an attention or a look-up: what did not is as cheap
-    as an input. `mixing` says of each operator that must see the whole sequence why. `work` is in multiply-adds;
-    `barriers` counts the products that need all of an activation; `batched` says that there are products of two
-    activations and none of them does.
+    carriers   every value with a token dimension
+    rowwise    the carriers whose operator can run on rows
+    worked     the carriers that depend on a product, an attention or a look-up; others are as cheap as an input
+    mixing     the operators that need the whole sequence, with the reason
+    work       multiply-adds that are carried
+    barriers   the number of operators that need all of an activation, rows before their own or a carry
+    batched    whether there are products of two activations and no barriers, as along a batch dimension
     """
 
     seed: fx.Node
@@ -64,9 +66,10 @@ class TokenDims:
 def analyse_token_dims(
     gm: fx.GraphModule, *, static_inputs: Collection[fx.Node] = (), inside: bool = True
 ) -> TokenDims | None:
-    """The token dimension of every value, or None where no dimension carries the matmul work.
+    """Return the token dimension of every value, or None if no dimension carries half of the matmul work.
 
-    `static_inputs` are the placeholders that hold parameters and buffers. `inside` allows for a seed inside the graph.
+    `static_inputs` are the placeholders of parameters and buffers. With `inside`, dimensions that begin inside the
+    graph are tried if no input has a token dimension.
     """
     static = set(static_inputs)
     activations = activations_of(gm, static)
@@ -78,45 +81,45 @@ def analyse_token_dims(
 def _best(
     gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node]
 ) -> TokenDims | None:
-    """What follows from the best of some values' dimensions; None where none carries half of the matmul work."""
+    """Return the token dims of the best seed, None if none carries half of the matmul work."""
     total = sum(matmul_work(node) for node in gm.graph.nodes)
     candidates: list[TokenDims] = []
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
-        several = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
-        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in several]
-        candidates += [found for found in _no_batches(sweeps) if found.work * 2 >= total > 0]
+        larger = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
+        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in larger]
+        candidates += [found for found in _without_batch(sweeps) if found.work * 2 >= total > 0]
     most = max((found.work for found in candidates), default=0)
-    return max((found for found in candidates if found.work >= MUCH * most), key=_score, default=None)
+    return max((found for found in candidates if found.work >= WORK_SHARE * most), key=_score, default=None)
 
 
 def _score(found: TokenDims) -> tuple[bool, int, int]:
     return (found.barriers > 0, found.work, hint(found.length))
 
 
-def _no_batches(sweeps: list[TokenDims]) -> list[TokenDims]:
-    """Those of an input's dimensions that are not the batch's.
+def _without_batch(sweeps: list[TokenDims]) -> list[TokenDims]:
+    """Return the dimensions of an input that are not the batch.
 
-    Along the batch, products of activations stay within its rows, an attention's too; along the tokens some needs all
-    rows of another. Where none does along either, products are each token's own (what mixes tokens is in another
-    graph), and any of the dimensions that carry all of them will do.
+    Along the batch, every product of activations takes rows of both. Along the tokens, some product needs all rows of
+    an activation. If none does along any dimension, tokens are mixed in another graph only, and any dimension that
+    carries all the work is valid.
     """
     tokens = [found for found in sweeps if not found.batched]
     if any(found.work for found in tokens):
         return tokens
     most = max((found.work for found in sweeps), default=0)
-    alike = [found for found in sweeps if found.work == most]
-    return alike if len(alike) > 1 else tokens
+    equal = [found for found in sweeps if found.work == most]
+    return equal if len(equal) > 1 else tokens
 
 
 def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
-    """What follows from one dimension of a value."""
+    """Return the token dims that follow from one seed."""
     sweep = Sweep(length, activations, {seed}, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
         if node.op == "call_function" and node is not seed:
             sweep.visit(node)
     if sweep.options:
-        sweep.carriers.update(settled(gm, sweep))
+        sweep.carriers.update(choose_options(gm, sweep))
     rowwise, worked = frozenset(sweep.rowwise), frozenset(sweep.worked)
     batched = sweep.batched > 0 and not sweep.barriers
     return TokenDims(

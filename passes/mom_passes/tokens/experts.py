@@ -1,7 +1,7 @@
 """Outline mixtures of experts as regions.
 
-    for every sort of keys by which rows are multiplied in groups:
-        members  = what its result is made of, if that is proved to be row-wise (`tokens.sorted_rows`)
+    for every sort of keys whose order is used by a grouped product:
+        members  = the nodes that compute the result, if they are proved to be row-wise together (`tokens.sorted_rows`)
         template = the members, with the number of rows as an argument
         result   = region(template)(rows of tokens and slots, matrices)
 
@@ -31,33 +31,33 @@ from mom_passes.tokens.sorted_rows import PLACE, SORTS, NotSeparable, Role, Sort
 
 
 def outline_experts(gm: fx.GraphModule) -> dict[str, str]:
-    """Replace every region that is proved by one call, in place. Returns why others were left, by their sort's name."""
+    """Replace every proved region by one call, in place. Return the reasons for the others, by the name of the sort."""
     refused: dict[str, str] = {}
-    gone: set[fx.Node] = set()
+    outlined: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
-        if node in gone or node.target not in SORTS or not sorts_keys(node):
+        if node in outlined or node.target not in SORTS or not sorts_keys(node):
             continue
         found = Sorting(node)
         found.read()
         try:
-            gone |= _outline(gm, found) if found.multiplies else set()
+            outlined |= _outline(gm, found) if found.multiplies else set()
         except NotSeparable as reason:
             refused[node.name] = str(reason)
     return refused
 
 
 def _outline(gm: fx.GraphModule, found: Sorting) -> set[fx.Node]:
-    """Put one call in place of a region's result. Returns its members, of which those go that nobody else reads."""
+    """Replace the result of a region by one call and erase unused members. Return all members."""
     result = found.result()
-    members = found.behind(result)
+    members = found.members_of(result)
     if not any(map(is_grouped_product, members)):
-        raise NotSeparable("what is put back is no product")
+        raise NotSeparable("the rows that are put back are not a grouped product")
     region, given = _Template(found, members, result).build()
     with gm.graph.inserting_before(result):
         call = gm.graph.create_node("call_function", region, tuple(given), name=region.name)
         call.meta = dict(result.meta)
     result.replace_all_uses_with(call)
-    constants = [n for node in members for n, use in found.outside(node) if use is Use.CONSTANT]
+    constants = [n for node in members for n, use in found.inputs_of(node) if use is Use.CONSTANT]
     for node in (*reversed(members), *dict.fromkeys(constants)):
         if not node.users:
             gm.graph.erase_node(node)
@@ -75,38 +75,38 @@ class _Template:
         self.rows.meta["val"] = quotient(found.slots, self.per_token)
 
     def build(self) -> tuple[Region, list[fx.Node]]:
-        wanted = dict.fromkeys(
-            (operand, use) for node in self.members for operand, use in self.found.outside(node)
+        inputs = dict.fromkeys(
+            (operand, use) for node in self.members for operand, use in self.found.inputs_of(node)
             if use is not Use.CONSTANT
         )  # fmt: skip
         env: dict[tuple[fx.Node, Use | None], fx.Node] = {}
         per_row = {Use.ALL: None, Use.OF_SLOTS: self.per_token, Use.OF_TOKENS: 1}
-        for operand, use in wanted:
+        for operand, use in inputs:
             env[operand, use] = add_input(self.graph, operand.name)
             env[operand, use].meta["val"] = meta_value(operand)
         for node in self.members:
             env[node, None] = self._emit(node, env)
         self.graph.output(env[self.result, None])
-        # What is summed over a token's slots has one row for it.
+        # A sum over the slots of a token has one row per token.
         out = 1 if Use.OF_TOKENS in self.found.members[self.result].uses else self.per_token
         groups = [hint(value_of(operands(n)[1]).shape[0]) for n in self.members if is_grouped_product(n)]
         spread = max(groups) / self.per_token
-        region = Region("experts", self.graph, tuple(per_row[use] for _, use in wanted), out, spread)
-        return region, [operand for operand, _ in wanted]
+        region = Region("experts", self.graph, tuple(per_row[use] for _, use in inputs), out, spread)
+        return region, [operand for operand, _ in inputs]
 
     def _emit(self, node: fx.Node, env: dict[tuple[fx.Node, Use | None], fx.Node]) -> fx.Node:
         member = self.found.members[node]
         pairs = zip(operands(node), member.uses, strict=True)
         given = [self._constant(n) if use is Use.CONSTANT else env[n, use] for n, use in pairs]
-        if member.role is Role.PLACED and not self._is_special(node):
+        if member.role is Role.PLACED and self._has_claim(node):
             window = Window(0, mul(self.rows, self.per_token), (0,) * len(given))
             claim = claim_for(node, PLACE)
-            target, args, kwargs = call_on_rows(node, claim, window, given, _no_size)
+            target, args, kwargs = call_on_rows(node, claim, window, given, _refuse_size)
         else:
             values: Iterator[fx.Node] = iter(given)
             target = node.target
             args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else _no_size(arg)
+                (node.args, node.kwargs), lambda arg: next(values) if is_tensor(arg) else _refuse_size(arg)
             )
         new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
         new.meta = dict(node.meta)
@@ -114,12 +114,13 @@ class _Template:
         new.meta["per_row"] = 1 if summed else None if member.role in (Role.COUNTS, Role.ENDS) else self.per_token
         return new
 
-    def _is_special(self, node: fx.Node) -> bool:
+    def _has_claim(self, node: fx.Node) -> bool:
+        """Whether PLACED rows are computed by a chunk rule, not by a grouped product or a look-up."""
         uses = self.found.members[node].uses
-        return is_grouped_product(node) or Use.OF_SLOTS in uses or Use.OF_TOKENS in uses
+        return not (is_grouped_product(node) or Use.OF_SLOTS in uses or Use.OF_TOKENS in uses)
 
     def _constant(self, node: fx.Node) -> fx.Node:
-        """As many elements as there are slots."""
+        """Emit a constant or range with one element per slot."""
         slots = mul(self.rows, self.per_token)
         if facts(node).rule is sized:
             size = [slots, *argument(node, "size")[1:]]
@@ -133,5 +134,5 @@ class _Template:
         return new
 
 
-def _no_size(node: fx.Node) -> Any:
-    raise NotSeparable(f"an argument of the region depends on {node.name}, a size")
+def _refuse_size(node: fx.Node) -> Any:
+    raise NotSeparable(f"an argument of the region depends on the size {node.name}")

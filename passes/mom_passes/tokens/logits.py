@@ -1,17 +1,17 @@
-"""What values are that have a number for each column of a wide product: logits, and what is made of them.
+"""Logits and the values computed from them, as formulas.
 
 Terms
 -----
-head      A product of rows with a matrix, of more columns than a row has numbers, and the bias that is added.
-chain     From the head to its logits: views, conversions and arithmetic with a number, each the only reader of the one
-          before.
-column    One of the head's. A wide value has one number for each, in its last dimension; a row value has 1 there, or
-          is a number.
-form      What a wide value is of the logits x, with row values a, b and f:
+head      A product of hidden states with a matrix that has more columns than rows, and its bias.
+chain     From the head to its logits: views, conversions and arithmetic with a number, each the only reader of the
+          previous one.
+wide      A value with one element per column of the head in its last dimension.
+row value A value with size 1 in its last dimension, or a number.
+form      The formula of a wide value in the logits x, with row values a, b and f:
 
               f * (x - a)        linear      logits, log-softmax
               f * exp(x - b)     exponent    softmax
-              f * (x - a) * exp(x - b)       what an entropy sums up
+              f * (x - a) * exp(x - b)       the terms of an entropy
 
     softmax(x)  =  exp(x - amax(x)) / sum(exp(x - amax(x)))        exponent (amax,), factors 1 / sum
 """
@@ -42,16 +42,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class NotScored(Exception):
-    """Why logits are made."""
+    """Why the logits of a head must be computed in full."""
 
 
 class NoReductions(NotScored):
-    """Nothing is known to be asked of the columns of a product: it is none of logits."""
+    """No known reduction reads the columns of a product, so its columns are no logits."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A row value that is multiplied with, or divided by."""
+    """A row value that a wide value is multiplied or divided by."""
 
     value: Any
     divides: bool = False
@@ -59,14 +59,20 @@ class Factor:
 
 @dataclass(frozen=True)
 class Form:
-    """See above. `linear` and `exponent` are what is subtracted, None where there is no such part. `likely`: columns of
-    likelihood 0 add nothing, whatever their logits. `asks`: whether the likelihood is above 0, a bool."""
+    """The form of a wide value.
+
+    linear     the row values `a` that are subtracted, None without the part `x - a`
+    exponent   the row values `b` that are subtracted, None without the part `exp(x - b)`
+    factors    `f`
+    likely     columns with likelihood 0 have value 0, even for infinite logits
+    is_mask    a boolean value: whether the likelihood is above 0
+    """
 
     linear: tuple[Any, ...] | None = ()
     exponent: tuple[Any, ...] | None = None
     factors: tuple[Factor, ...] = ()
     likely: bool = False
-    asks: bool = False
+    is_mask: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -74,17 +80,17 @@ class Form:
 
     @property
     def is_shifted(self) -> bool:
-        """Whether it is the logits less something, which is largest where these are."""
+        """Whether it is the logits minus a row value, so that the maximum is at the same column."""
         return self.is_linear and not self.factors
 
     @property
     def is_likelihood(self) -> bool:
-        return self.linear is None and not self.asks
+        return self.linear is None and not self.is_mask
 
 
 @dataclass(frozen=True)
 class Head:
-    """`logits` are `steps` of `hidden @ matrix + bias`, seen through the views of the chain."""
+    """`logits` are `hidden @ matrix + bias` after the views and the arithmetic `steps` of the chain."""
 
     product: fx.Node
     chain: tuple[fx.Node, ...]
@@ -112,7 +118,7 @@ class Head:
 
 
 def head_of(node: fx.Node) -> Head | None:
-    """The head that a node is, with its chain."""
+    """Return the head of a product with more columns than matrix rows, with its chain, or None."""
     if node.target not in _PRODUCTS or not value_of(node).is_floating_point():
         return None
     found = Head(node, (), ())
@@ -131,12 +137,12 @@ def head_of(node: fx.Node) -> Head | None:
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
-    """Who reads more of a value than its sizes."""
+    """Return the readers of a value's elements."""
     return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
 def _adds_a_bias(head: Head) -> bool:
-    """Whether what is added, if anything, is one number for each column."""
+    """Whether a head has no bias, or one with an element per column."""
     if head.bias is None:
         return True
     once = all(argument(head.product, name) == 1 for name in ("alpha", "beta"))
@@ -145,7 +151,7 @@ def _adds_a_bias(head: Head) -> bool:
 
 
 def _step(node: fx.Node) -> tuple[str, float] | None:
-    """Arithmetic of each element by itself, as `mom.scored` knows it."""
+    """Return a pointwise operator with a number as a step of `mom.scored`, None if it is none."""
     if node.target is _CONVERT:
         name = _NAMES.get(argument(node, "dtype"))
         return None if name is None else (name, 0.0)
@@ -158,7 +164,7 @@ def _step(node: fx.Node) -> tuple[str, float] | None:
 
 
 def keeps_columns(node: fx.Node, columns: Size) -> bool:
-    """Whether a node shows rows of its operand otherwise, or some of them, and each with all its columns; or copies."""
+    """Whether a node is a view or copy of its operand that keeps all columns of each row in the last dimension."""
     if node.op != "call_function" or not isinstance(meta_value(node), torch.Tensor):
         return False
     if node.target is aten.clone.default:
@@ -175,7 +181,7 @@ def keeps_columns(node: fx.Node, columns: Size) -> bool:
 
 
 def with_columns(node: fx.Node, of: fx.Node, columns: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """The call that shows another value's rows as `node` shows those of a wide one; None: as they are."""
+    """Return the call that applies the view `node` of a wide value to `of`, which has `columns`; None for a copy."""
     if node.target is aten.clone.default:
         return None
     kwargs = dict(node.kwargs)
@@ -185,13 +191,10 @@ def with_columns(node: fx.Node, of: fx.Node, columns: Any) -> tuple[Any, tuple[A
     return node.target, (of, *node.args[1:]), kwargs
 
 
-# ---------------------------------------------------------------------------------------------------- forms
-
-
 def form_of(node: fx.Node, forms: Mapping[fx.Node, Form], columns: Size) -> Form:
-    """What a node is that reads wide values and is one. Raises `NotScored` where it is none of the forms."""
+    """Return the form of a wide value. Raise `NotScored` if it has none."""
     if not isinstance(meta_value(node), torch.Tensor):
-        raise NotScored(f"{node.target} ({node.name}) reads logits or what is made of them")
+        raise _unknown_reader(node)
     if keeps_columns(node, columns):
         return forms[operands(node)[0]]
     if node.target is _CONVERT:
@@ -200,43 +203,42 @@ def form_of(node: fx.Node, forms: Mapping[fx.Node, Form], columns: Size) -> Form
             return forms[operands(node)[0]]
     form = _elementwise(node, forms)
     if form is None:
-        raise NotScored(f"{node.target} ({node.name}) reads logits or what is made of them")
+        raise _unknown_reader(node)
     return form
+
+
+def _unknown_reader(node: fx.Node) -> NotScored:
+    return NotScored(f"{node.target} ({node.name}) reads logits or values computed from them")
 
 
 def _elementwise(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
     wide = [operand for operand in operands(node) if operand in forms]
-    if not all(_alike(node, one) for one in wide) or not _in_float32(node):
+    if not all(_same_shape(node, one) for one in wide) or not _in_float32(node):
         return None
     if node.target is aten.where.self:
         return _where(node, forms)
     if node.kwargs or any(isinstance(arg, (list, tuple)) for arg in node.args):
         return None
     given = [forms.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
-    if not all(isinstance(arg, Form) or is_row(arg) for arg in given) or any(_asks(arg) for arg in given):
+    if not all(not arg.is_mask if isinstance(arg, Form) else is_row(arg) for arg in given):
         return None
     rule: Any = _RULES.get(node.target)
     return None if rule is None else rule(*given)
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values have the same shape."""
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     one, other = value_of(a).shape, value_of(b).shape
     return len(one) == len(other) and all(map(same, one, other))
 
 
 def _in_float32(node: fx.Node) -> bool:
-    """At least: what is made of logits in half precision is rounded element by element."""
+    """Whether a value has at least float32. Half-precision values are rounded element by element, which no form has."""
     dtype = value_of(node).dtype
     return dtype in (torch.float32, torch.float64, torch.bool)
 
 
-def _asks(arg: Any) -> bool:
-    return isinstance(arg, Form) and arg.asks
-
-
 def is_row(arg: Any) -> bool:
-    """Whether something is one number for all columns of a row."""
+    """Whether an argument is a row value."""
     if not isinstance(arg, fx.Node):
         return isinstance(arg, (int, float))
     if not isinstance(meta_value(arg), torch.Tensor):
@@ -279,7 +281,7 @@ def _scaled(form: Form, factor: Factor) -> Form:
 
 def _gt(form: Form, number: Any) -> Form | None:
     plain = isinstance(form, Form) and form.is_likelihood and not form.factors and number == 0
-    return replace(form, asks=True) if plain else None
+    return replace(form, is_mask=True) if plain else None
 
 
 _RULES: dict[Any, Any] = {
@@ -293,12 +295,12 @@ _RULES: dict[Any, Any] = {
 
 
 def _where(node: fx.Node, forms: Mapping[fx.Node, Form]) -> Form | None:
-    """What is weighted, where the likelihood is above 0, and 0 elsewhere."""
+    """Return the form of `where(likelihood > 0, value, 0)`."""
     condition, value, otherwise = (argument(node, name) for name in ("condition", "self", "other"))
-    asked, form = forms.get(condition), forms.get(value)
-    if asked is None or form is None or not asked.asks or form.is_linear or form.linear is None:
+    mask, form = forms.get(condition), forms.get(value)
+    if mask is None or form is None or not mask.is_mask or form.is_linear or form.linear is None:
         return None
-    same_likelihood = asked.exponent == form.exponent
+    same_likelihood = mask.exponent == form.exponent
     return replace(form, likely=True) if same_likelihood and _is_zero(otherwise) else None
 
 
@@ -309,24 +311,21 @@ def _is_zero(value: Any) -> bool:
     return filled and argument(value, "fill_value" if value.target is aten.full.default else "s") == 0
 
 
-# ----------------------------------------------------------------------------------------------- what is asked
-
-
-#: Reductions over the columns that are known, by what they are called here.
+#: Supported reductions over columns.
 REDUCTIONS: dict[Any, str] = {aten.amax.default: "amax", aten.argmax.default: "argmax", aten.sum.dim_IntList: "sum"}
 
 
 def reduction_by(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
-    """What a node asks of the columns of a wide value: "amax", "argmax", "sum" or "gather"; None where nothing.
+    """Return the reduction of a wide value's columns that a node computes: "amax", "argmax", "sum", "gather" or None.
 
-    Raises `NotScored` where that cannot be had of all columns' blocks.
+    Raises `NotScored` if it cannot be computed from blocks of columns.
     """
     if node.op != "call_function" or not is_tensor(node) or operands(node)[0] not in forms:
         return None
     wide = operands(node)[0]
     rank = value_of(wide).dim()
     if node.target is aten.gather.default and axis(argument(node, "dim"), rank) == rank - 1:
-        known = argument(node, "index") not in forms and not forms[wide].asks and not forms[wide].likely
+        known = argument(node, "index") not in forms and not forms[wide].is_mask and not forms[wide].likely
         return _checked("gather", node, forms[wide], known)
     name = REDUCTIONS.get(node.target)
     if name is None:
@@ -334,11 +333,11 @@ def reduction_by(node: fx.Node, forms: Mapping[fx.Node, Form]) -> str | None:
     dims = argument(node, "dim")
     last = dims is not None and dims != [] and axes(dims, rank) == [rank - 1]
     form = forms[wide]
-    fits = (form.exponent is not None and not form.asks) if name == "sum" else form.is_shifted
+    fits = (form.exponent is not None and not form.is_mask) if name == "sum" else form.is_shifted
     return _checked(name, node, form, last and fits)
 
 
 def _checked(name: str, node: fx.Node, form: Form, fits: bool) -> str:
     if not fits:
-        raise NotScored(f"{node.target} ({node.name}) asks for something else of {form}")
+        raise NotScored(f"{node.target} ({node.name}) is no supported reduction of {form}")
     return name

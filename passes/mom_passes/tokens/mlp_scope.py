@@ -1,14 +1,14 @@
-"""Only MLPs and the LM head in loops, attention on the whole sequence: what mini-sequence inference did before.
+"""Restrict loops to MLPs and the LM head and run attention on the whole sequence, as in mini-sequence inference.
 
 Terms
 -----
 linear     A product of rows of one activation with a weight.
-widening   A linear whose rows are wider than those it reads, and whose result reaches linears or outputs only, never
-           an attention: gate and up projections, the LM head.
+widening   A linear whose result is larger than its input and is read by linears or outputs only, never by an
+           attention: gate and up projections, the LM head.
 
-    keep row-wise: what lies between a widening linear and the linears it feeds, both included
-                   experts, and what makes one row for each token of theirs
-                   what is asked of logits (`mom::scored`)
+    row-wise:  the operators from a widening linear to the linears that it feeds, both included
+               experts, and the operators that reduce their results to one row per token
+               reductions of logits (`mom::scored`)
     everything else runs on the full sequence
 """
 
@@ -29,7 +29,7 @@ from mom_passes.tokens.region import Region
 
 
 def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
-    """The same token dimensions with fewer values row-wise. An analysis; it changes nothing."""
+    """Return the token dimensions with fewer row-wise values."""
     kept: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.target is not SCORED and is_linear(node, dims) and _widens(node):
@@ -37,12 +37,12 @@ def mlp_only(gm: fx.GraphModule, dims: TokenDims) -> TokenDims:
         elif node.target is SCORED and node in dims.rowwise:
             kept |= {node, *node.users}
         elif isinstance(node.target, Region) and node in dims.rowwise:
-            kept |= _until_as_narrow_as(node, max(map(bytes_of, _activations(node, dims))), dims)
+            kept |= _larger_results(node, max(map(bytes_of, _activations(node, dims))), dims)
     return replace(dims, rowwise=dims.rowwise & kept)
 
 
 def is_linear(node: fx.Node, dims: TokenDims) -> bool:
-    """Whether a product takes rows of one activation, and no activation whole."""
+    """Whether a product needs rows of one activation and no activation whole."""
     if node not in dims.rowwise or not matmul_work(node):
         return False
     needed = zip(operands(node), claim_for(node, dims.carriers[node].dim).needs, strict=True)
@@ -62,7 +62,7 @@ def _widens(node: fx.Node) -> bool:
 
 
 def _until_the_next_product(node: fx.Node, dims: TokenDims) -> set[fx.Node]:
-    """The node, the linears it feeds and what lies between; nothing if it feeds an attention or leaves the rows."""
+    """Return a node, the linears that it feeds and the operators between; nothing if it feeds any other product."""
     reached = _closure([node], lambda n: [] if n is not node and matmul_work(n) else list(n.users))
     products = [n for n in reached if n is not node and matmul_work(n)]
     if not all(is_linear(product, dims) for product in products):
@@ -78,8 +78,8 @@ def _activations(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
     return [n for n, need in zip(operands(node), needs, strict=True) if not isinstance(need, All)]
 
 
-def _until_as_narrow_as(node: fx.Node, size: int, dims: TokenDims) -> set[fx.Node]:
-    """A value and what is made of it row by row, as long as that is larger."""
+def _larger_results(node: fx.Node, size: int, dims: TokenDims) -> set[fx.Node]:
+    """Return a node and the row-wise operators after it, up to the first results of at most `size` bytes."""
     larger = _closure([node], lambda n: [u for u in n.users if u in dims.rowwise] if bytes_of(n) > size else [])
     return {n for n in larger if n in dims.rowwise and not (matmul_work(n) and n is not node)}
 

@@ -1,20 +1,20 @@
-"""Compute only the rows that are picked by an index tensor: picks move up to where rows are cheapest to pick.
+"""Compute only the rows that an index tensor picks: move picks up to where rows are cheapest to gather.
 
 Terms
 -----
-pick      `x[arange(B), last]` and the like (`tokens.picks`): rows of which only the run knows the numbers.
-picked    A value of which everybody needs the same picks, and whose operator can be run on any rows alone.
-piece     Picks of a value: along its tokens, for each entry along its batch dim. A value that has none (positions,
-          rotary tables) is picked *flat*: the rows of all entries, one behind the other, along its tokens.
-cut       Where a picked operator reads a value of which others need every row: rows are gathered from it, or, where
-          it is cheap, it is made once more from gathered rows. By min-cut, as in `demanded_rows`.
+pick      `x[arange(B), last]` and similar (`tokens.picks`): rows with numbers that are known at run time only.
+picked    A value whose readers all need the same picks, and whose operator can run on any rows.
+piece     Picks of a value: along its tokens, for each entry along its batch dim. A value without a batch dim (rotary
+          tables) is picked *flat*: the rows of all entries are concatenated along its tokens.
+cut       A picked operator may read a value that another reader needs whole. Rows are then gathered from it or, if it
+          is cheap, it is computed again from gathered rows. Chosen by min-cut, as in `demanded_rows`.
 
 Before:  q = mm(n, wq); a = attention(q, k, v); y = mlp(x + a); logits = mm(norm(y), w)[arange(B), last]
 After:   r = gather(x, 1, last); q = mm(norm(r), wq); a = attention(q, k, v, mask=key <= last); y = mlp(r + a); ...
 
-An operator may be run on any rows, in any order, if rows are independent along the tokens and along the batch, and if
-none of its arguments says where in the sequence its rows stand. An attention's does: few queries get a mask instead
-(`tokens.picked_queries`). A gather checks its index; so a number that is out of range raises, wherever the pick stands.
+An operator can run on any rows, in any order, if rows are independent along tokens and batch, and if no argument
+depends on the position of the rows. The arguments of an attention do, so a few queries get a mask instead
+(`tokens.picked_queries`). A gather checks its index, so a row number out of range raises an error after the move, too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import overloads, prims
-from mom_passes.graph.edit import emit, fake_value, size_node
+from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, expr, is_one, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.ops.attention import MOM_ATTENTION
@@ -39,15 +38,14 @@ from mom_passes.rules import All, Claim, Dim, Rows, Window, claim_for, facts
 from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.factories import pointwise_claim
 from mom_passes.rules.view import locate
-from mom_passes.tokens.demanded_rows import bytes_per_row
 from mom_passes.tokens.dims import TokenDims
 from mom_passes.tokens.in_part import InPart, dead
-from mom_passes.tokens.picked_queries import masked_call, may_be_masked
+from mom_passes.tokens.picked_queries import check_maskable, masked_call
 from mom_passes.tokens.picks import Pick, Picks, pick_of
 
 aten = torch.ops.aten
 
-#: Operators whose arguments change with the number of rows, and not with where these stand.
+#: Operators whose arguments depend on the number of rows but not on their position.
 COUNTING = frozenset([
     *overloads(aten, "empty.memory_format expand full new_empty new_full new_ones new_zeros ones repeat reshape"),
     *overloads(aten, "slice.Tensor squeeze squeeze.dim squeeze.dims view _unsafe_view zeros"),
@@ -57,7 +55,7 @@ COUNTING = frozenset([
 
 @dataclass(frozen=True)
 class Piece:
-    """Picks of a value along `dim`, for each entry along `batch`, or flat where that is None."""
+    """Picks of a value along `dim`, for each entry along `batch`, or flat if `batch` is None."""
 
     node: fx.Node
     dim: Dim
@@ -66,18 +64,18 @@ class Piece:
 
     @property
     def count(self) -> sympy.Expr:
-        """How many rows it has along `dim`."""
+        """The number of rows along `dim`."""
         return self.picks.flat_count if self.batch is None else self.picks.count
 
 
 def read_by(piece: Piece) -> list[Piece | None]:
-    """What the operator of a piece reads of each operand: a piece, or None for all of it.
+    """Return the piece of each operand that the operator of a piece reads, None for all of the operand.
 
-    Raises `CannotChunk` where it cannot be run on picked rows alone.
+    Raises `CannotChunk` if the operator cannot run on picked rows.
     """
     node, picks = piece.node, piece.picks
     tokens = claim_for(node, piece.dim)
-    _check_runs_anywhere(piece, tokens)
+    _check_is_position_free(piece, tokens)
     if piece.batch is None:
         along: list[Any] = [None] * len(tokens.needs)
     else:
@@ -88,45 +86,46 @@ def read_by(piece: Piece) -> list[Piece | None]:
             found.append(None)
             continue
         if entries is not None and not isinstance(entries, Rows) and not _may_spread(node, piece):
-            raise CannotChunk(node, piece.dim, f"{operand.name} has no rows of each entry's own")
+            raise CannotChunk(node, piece.dim, f"{operand.name} has no rows per batch entry")
         batch = entries.dim if isinstance(entries, Rows) else None
         wanted = Piece(operand, rows.dim, batch, picks)
         if node.target is not operator.getitem and _unfolded(wanted) is None:
-            raise CannotChunk(node, piece.dim, f"rows of {operand.name} are folded in a way that none can be picked")
+            raise CannotChunk(node, piece.dim, f"rows of {operand.name} cannot be unfolded from its other dimensions")
         found.append(wanted)
     return found
 
 
-def _check_runs_anywhere(piece: Piece, claim: Claim) -> None:
+def _check_is_position_free(piece: Piece, claim: Claim) -> None:
+    """Raise `CannotChunk` if an operator depends on the position of its rows."""
     node = piece.node
     if any(isinstance(need, Rows) and need.before for need in claim.needs):
         raise CannotChunk(node, piece.dim, "needs rows before its own")
     if node.target is MOM_ATTENTION:
-        may_be_masked(node, piece.dim, piece.batch, piece.picks)
+        check_maskable(node, piece.dim, piece.batch, piece.picks)
     elif claim.edit is not None and node.target not in COUNTING:
-        raise CannotChunk(node, piece.dim, "its arguments say where its rows stand")
+        raise CannotChunk(node, piece.dim, "its arguments depend on the position of its rows")
 
 
 def _may_spread(node: fx.Node, piece: Piece) -> bool:
-    """Whether an operand without entries can be given those of the others: a broadcasting operator repeats it."""
+    """Whether an operand without a batch dim can be picked per entry: a broadcasting operator repeats it."""
     plain = piece.dim.plain and piece.batch is not None and piece.batch.plain and piece.batch.index < piece.dim.index
     return plain and (facts(node).rule is pointwise_claim or node.target is MOM_ATTENTION)
 
 
 @dataclass
 class PickedValues:
-    """Which rows of each value its readers pick; None for every row. Values nobody reads are absent."""
+    """The piece of each value that its readers pick, None for every row. Values without readers are absent."""
 
     dims: TokenDims
     found: dict[fx.Node, Piece | None]
     picks: dict[fx.Node, Pick]
 
     def picked(self, node: fx.Node) -> Piece | None:
-        """The piece that a value is computed in, alone."""
+        """Return the only piece of a value that is computed, None if all of it is."""
         return self.found.get(node)
 
     def reads(self, node: fx.Node) -> list[Piece | None]:
-        """What a node reads of each operand, if it is picked itself or a pick."""
+        """Return the piece of each operand that a node reads, None for all of it."""
         if node in self.picks:
             pick = self.picks[node]
             own = Piece(pick.source, pick.dim, pick.batch, pick.picks)
@@ -136,7 +135,7 @@ class PickedValues:
 
 
 def picked_values(gm: fx.GraphModule, dims: TokenDims) -> PickedValues:
-    """From the outputs of the graph back."""
+    """Return the picked pieces of all values, from the outputs of the graph to its inputs."""
     picks = {node: pick for node in gm.graph.nodes if (pick := pick_of(node, dims)) is not None}
     values = PickedValues(dims, {}, picks)
     if not picks:
@@ -150,7 +149,7 @@ def picked_values(gm: fx.GraphModule, dims: TokenDims) -> PickedValues:
             known = values.found.get(operand, piece)
             values.found[operand] = piece if known == piece else None
     for node in gm.graph.nodes:
-        # What one operator returns at once is made at once.
+        # One call computes all items of a tuple.
         if node.target is operator.getitem and values.picked(node.args[0]) is None:
             values.found[node] = None
     return values
@@ -169,7 +168,7 @@ def _may_be_picked(values: PickedValues, node: fx.Node) -> bool:
 
 
 def picked_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
-    """A new graph in which picks have moved up; the same graph where there are none, or nothing to gain."""
+    """Return a new graph in which picks have moved up, or the same graph if none can move."""
     values = picked_values(gm, dims)
     if not any(values.picked(node) is not None for node in values.found):
         return gm
@@ -180,71 +179,70 @@ class _Mover(InPart[Piece]):
     def __init__(self, gm: fx.GraphModule, values: PickedValues) -> None:
         super().__init__(gm)
         self.values = values
-        self.gathered = _where_to_gather(gm, values)
         self.numbers: dict[Picks, fx.Node] = {}
 
     def is_in_part(self, node: fx.Node) -> bool:
         return self.values.picked(node) is not None
 
     def taken(self, node: fx.Node) -> fx.Node | None:
-        """A pick of a picked value: that value, in the shape that the pick gave its rows."""
+        """Return the rows of a picked source in the shape of the pick, None if the source is not picked."""
         pick = self.values.picks.get(node)
         if pick is None or not self.is_in_part(pick.source):
             return None
         rows = self.rows(Piece(pick.source, pick.dim, pick.batch, pick.picks))
-        return self._reshape(rows, list(value_of(node).shape))
+        return self.reshape(rows, list(value_of(node).shape))
+
+    def reads(self, piece: Piece) -> list[Piece | None]:
+        return read_by(piece)
+
+    def reads_of_node(self, node: fx.Node) -> list[Piece | None]:
+        return self.values.reads(node)
 
     def make(self, piece: Piece) -> fx.Node:
-        again = self.is_in_part(piece.node) or piece not in self.gathered
-        return self._run_on_pieces(piece) if again else self._gather(piece)
+        computed = self.is_in_part(piece.node) or piece not in self.cut
+        return self._run_on_pieces(piece) if computed else self._gather(piece)
 
     def _run_on_pieces(self, piece: Piece) -> fx.Node:
-        """The piece's operator, run on pieces."""
+        """Emit the operator of a piece on pieces of its operands."""
         node = piece.node
         claim = claim_for(node, piece.dim)
         values = [
-            self._whole(operand) if read is None else self._spread(self.rows(read), read, piece)
+            self.whole_value(operand) if read is None else self._spread(self.rows(read), read, piece)
             for operand, read in zip(operands(node), read_by(piece), strict=True)
         ]
         if node.target is MOM_ATTENTION:
-            args: tuple[Any, ...]
-            kwargs: dict[str, Any]
-            target, args, kwargs = masked_call(node, self.graph, values, self._whole, self.row_numbers(piece.picks))
-        else:
-            count = size_node(self.graph, piece.count)
-            at = Window(0, count, (0,) * len(claim.needs))
-            target, args, kwargs = call_on_rows(node, claim, at, values, self._whole)
-        new = self.graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_rows")
-        new.meta = {**node.meta, "val": fake_value(new)}
-        return new
+            numbers = self.row_numbers(piece.picks)
+            return self.emit_rows(node, *masked_call(node, self.graph, values, self.whole_value, numbers))
+        window = Window(0, size_node(self.graph, piece.count), (0,) * len(claim.needs))
+        return self.emit_rows(node, *call_on_rows(node, claim, window, values, self.whole_value))
 
     def _spread(self, value: fx.Node, read: Piece, piece: Piece) -> fx.Node:
-        """Flat rows `[1, entries * count, D]` as each entry's, `[entries, count, D]`, where the reader has entries."""
+        """Reshape flat rows `[1, entries * count, D]` to `[entries, count, D]` if the reader has a batch dim."""
         if read.batch is not None or piece.batch is None or piece.picks.entries is None:
             return value
         rank, shape = value_of(piece.node).dim(), list(value_of(value).shape)
         shape = [*[1] * (rank - len(shape)), *shape]
         at, batch = piece.dim.index, piece.batch.index
-        apart = [*shape[:at], piece.picks.entries, piece.picks.count, *shape[at + 1 :]]
-        order = [*range(len(apart))]
+        separate = [*shape[:at], piece.picks.entries, piece.picks.count, *shape[at + 1 :]]
+        order = [*range(len(separate))]
         order[batch], order[at] = at, batch
-        turned = emit(self.graph, aten.permute.default, (self._reshape(value, apart), order))
+        permuted = emit(self.graph, aten.permute.default, (self.reshape(value, separate), order))
         shape[batch], shape[at] = piece.picks.entries, piece.picks.count
-        return self._reshape(turned, shape)
+        return self.reshape(permuted, shape)
 
     def _gather(self, piece: Piece) -> fx.Node:
-        """The rows, from the whole value. Tokens and entries folded with others are unfolded first."""
-        value = self._whole(piece.node)
+        """Gather rows from the whole value. Tokens and entries folded with other dimensions are unfolded first."""
+        value = self.whole_value(piece.node)
         unfolded = _unfolded(piece)
         assert unfolded is not None
         shape, at, batch = unfolded
-        value = self._reshape(value, shape)
+        value = self.reshape(value, shape)
         numbers = self.row_numbers(piece.picks)
         spread: list[Any] = [1] * len(shape)
         spread[at] = piece.count
         if batch is not None:
             spread[batch] = piece.picks.entries
-        numbers = self._reshape(numbers, spread)
+        numbers = self.reshape(numbers, spread)
         size = [*shape[:at], piece.count, *shape[at + 1 :]]
         index = emit(self.graph, aten.expand.default, (numbers, [size_node(self.graph, n) for n in size]))
         rows = emit(self.graph, aten.gather.default, (value, at, index))
@@ -253,12 +251,12 @@ class _Mover(InPart[Piece]):
             expr(n) / length * piece.count if d == piece.dim.index else n
             for d, n in enumerate(value_of(piece.node).shape)
         ]
-        return self._reshape(rows, [sympy.cancel(n) if isinstance(n, sympy.Expr) else n for n in folded])
+        return self.reshape(rows, [sympy.cancel(n) if isinstance(n, sympy.Expr) else n for n in folded])
 
     def row_numbers(self, picks: Picks) -> fx.Node:
-        """`[entries, count]`, or `[count]` where they are the same for all; negative are only those out of range."""
+        """Emit row numbers `[entries, count]`, or `[count]` if all entries share them. Valid ones are nonnegative."""
         if picks not in self.numbers:
-            numbers = self._whole(picks.index)
+            numbers = self.whole_value(picks.index)
             if value_of(numbers).dtype != torch.int64:
                 numbers = emit(self.graph, torch.ops.prims.convert_element_type.default, (numbers, torch.int64))
             if picks.wraps:
@@ -266,63 +264,32 @@ class _Mover(InPart[Piece]):
                 negative = emit(self.graph, aten.lt.Scalar, (numbers, 0))
                 numbers = emit(self.graph, aten.where.self, (negative, beyond, numbers))
             shape = [picks.count] if picks.entries is None else [picks.entries, picks.count]
-            self.numbers[picks] = self._reshape(numbers, shape)
+            self.numbers[picks] = self.reshape(numbers, shape)
         return self.numbers[picks]
-
-    def _reshape(self, value: fx.Node, shape: list[Size]) -> fx.Node:
-        known = list(value_of(value).shape)
-        if len(known) == len(shape) and all(map(same, known, shape)):
-            return value
-        return emit(self.graph, aten.reshape.default, (value, [size_node(self.graph, size) for size in shape]))
 
 
 def _unfolded(piece: Piece) -> tuple[list[Size], int, int | None] | None:
-    """A shape of the whole value in which tokens and entries are dimensions of their own, and which; None if there is
-    none."""
+    """Return a shape of the whole value in which tokens and entries are separate dimensions, and the indices of these.
+
+    None if there is no such shape. The second index is None for flat picks and for picks shared by all entries.
+    """
     value = meta_value(piece.node)
     if not isinstance(value, torch.Tensor):
         return None
     shape, at, length = list(value.shape), piece.dim.index, piece.picks.length
-    apart: list[Size] = [*shape[:at], *([] if is_one(piece.dim.outer) else [piece.dim.outer]), length]
-    place = len(apart) - 1
-    apart += [*([] if is_one(piece.dim.inner) else [piece.dim.inner]), *shape[at + 1 :]]
+    separate: list[Size] = [*shape[:at], *([] if is_one(piece.dim.outer) else [piece.dim.outer]), length]
+    place = len(separate) - 1
+    separate += [*([] if is_one(piece.dim.inner) else [piece.dim.inner]), *shape[at + 1 :]]
     if piece.batch is None or piece.picks.entries is None:
-        return apart, place, None
-    batch = locate(piece.batch, shape, apart)
+        return separate, place, None
+    batch = locate(piece.batch, shape, separate)
     if batch is None or batch.index == place:
         return None
     if not batch.plain:
         index = batch.index
         own = [n for n in (batch.outer, piece.picks.entries, batch.inner) if not is_one(n)]
-        apart = [*apart[:index], *own, *apart[index + 1 :]]
+        separate = [*separate[:index], *own, *separate[index + 1 :]]
         place += (len(own) - 1) * (index < place)
         index += not is_one(batch.outer)
-        return apart, place, index
-    return (apart, place, batch.index) if same(apart[batch.index], piece.picks.entries) else None
-
-
-def _where_to_gather(gm: fx.GraphModule, values: PickedValues) -> set[Piece]:
-    """Of the pieces that picked operators read of values needed whole: which are gathered. The others are made once
-    more, from what is gathered further up."""
-    borders: dict[Piece, None] = {}
-    for node in gm.graph.nodes:
-        if values.picked(node) is None:
-            continue
-        for read in values.reads(node):
-            if read is not None and values.picked(read.node) is None:
-                borders[read] = None
-    return cheapest_cut(borders, _cost, lambda piece: _made_again_from(piece, values))
-
-
-def _made_again_from(piece: Piece, values: PickedValues) -> list[Piece] | None:
-    """The pieces from which a cheap operator makes this one once more; None if it is not cheap."""
-    if values.picked(piece.node) is not None or not facts(piece.node).recompute:
-        return None
-    try:
-        return [read for read in read_by(piece) if read is not None]
-    except CannotChunk:
-        return None
-
-
-def _cost(piece: Piece, order: int) -> int | None:
-    return bytes_per_row(piece.node, piece.dim, order)
+        return separate, place, index
+    return (separate, place, batch.index) if same(separate[batch.index], piece.picks.entries) else None

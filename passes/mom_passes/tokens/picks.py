@@ -1,11 +1,10 @@
-"""Which operators take rows of the tokens by an index tensor, and which rows these are.
+"""Recognise operators that index the token dimension with a tensor.
 
 Terms
 -----
 pick      `x[arange(B), last]`, `x[:, rows]`, `x.gather(1, rows.expand(..))`, `index_select`, `embedding(rows, x)`: rows
-          of `x` along its tokens whose numbers are only known at run time.
-picks     The rows: `index` holds their numbers, as many (`count`) for each entry of the batch of their own, or the same
-          for all. Any order, any number of times.
+          of `x` along its tokens with numbers that are known at run time only.
+picks     The row numbers: `count` per batch entry, or `count` that all entries share. In any order, with repetitions.
 
     hidden[arange(B), last]      source hidden, tokens 1, batch 0, count 1
     logits[:, rows]              source logits, tokens 1, the same rows for all
@@ -31,9 +30,9 @@ from mom_passes.tokens.sweep import Carrier
 
 aten = torch.ops.aten
 IOTA = torch.ops.prims.iota.default
-#: Operators that give their operand's elements again and again.
+#: Operators that repeat their operand's elements.
 SPREADING = (aten.expand.default, aten.repeat.default)
-#: Operators that give their operand's elements in the same order.
+#: Operators that keep their operand's elements in order.
 RESHAPING = (
     *overloads(aten, "alias clone reshape squeeze.dim squeeze.dims unsqueeze view _unsafe_view _to_copy"),
     torch.ops.prims.convert_element_type.default,
@@ -42,9 +41,9 @@ RESHAPING = (
 
 @dataclass(frozen=True)
 class Picks:
-    """Row numbers: `index` holds `entries x count` of them, or `count` for all entries alike where `entries` is None.
+    """Row numbers: `index` holds `entries x count` of them, or `count` for all entries if `entries` is None.
 
-    `length` is the number of rows they are picked from; `wraps` says that -1 means the last.
+    `length` is the number of rows to pick from. With `wraps`, -1 is the last row.
     """
 
     index: fx.Node
@@ -55,13 +54,13 @@ class Picks:
 
     @property
     def flat_count(self) -> sympy.Expr:
-        """How many row numbers there are in all."""
+        """The number of row numbers of all entries."""
         return self.count if self.entries is None else sympy.expand(self.entries * self.count)
 
 
 @dataclass(frozen=True)
 class Pick:
-    """`source` by rows along `dim`; each entry along `batch` has its own, or all the same where that is None."""
+    """Rows of `source` along `dim`, different ones for each entry along `batch`, or the same if `batch` is None."""
 
     source: fx.Node
     dim: Dim
@@ -70,7 +69,7 @@ class Pick:
 
 
 def pick_of(node: fx.Node, dims: TokenDims) -> Pick | None:
-    """What an operator picks, if it does and it is less than half of the rows; else None."""
+    """Return the pick that an operator computes, None if it is none or picks more than half of the rows."""
     find = _KINDS.get(node.target) if node.op == "call_function" else None
     if find is None:
         return None
@@ -90,7 +89,7 @@ def _shared(source: fx.Node, carrier: Carrier, index: fx.Node, *, wraps: bool) -
 
 
 def _own(source: fx.Node, carrier: Carrier, index: fx.Node, batch: int, count: Any, *, wraps: bool) -> Pick:
-    """Rows for each entry along `batch`. One entry's are everybody's."""
+    """Return a pick with rows per entry along `batch`, or a shared one if there is one entry."""
     entries = value_of(source).shape[batch]
     if is_one(entries):
         return _shared(source, carrier, index, wraps=wraps)
@@ -119,7 +118,7 @@ def _by_index(node: fx.Node, source: fx.Node, carrier: Carrier) -> Pick | None:
 
 
 def _of_entries(source: fx.Node, carrier: Carrier, rows: fx.Node, batch: int, shape: list[sympy.Expr]) -> Pick | None:
-    """Rows that are broadcast to `[B]` or `[B, K]`: each entry's own, or the same for all."""
+    """Return the pick of row numbers that are broadcast to `[B]` or `[B, K]`."""
     count = shape[1] if len(shape) == 2 else sympy.Integer(1)
     given = [*[1] * (len(shape) - value_of(rows).dim()), *value_of(rows).shape]
     total = product(given)
@@ -131,7 +130,7 @@ def _of_entries(source: fx.Node, carrier: Carrier, rows: fx.Node, batch: int, sh
 
 
 def _by_gather(node: fx.Node, source: fx.Node, carrier: Carrier) -> Pick | None:
-    """`x.gather(1, rows[:, :, None].expand(-1, -1, H))`: the same rows all along the other dimensions."""
+    """`x.gather(1, rows[:, :, None].expand(-1, -1, H))`: the same rows along all other dimensions."""
     index, at = argument(node, "index"), carrier.dim.index
     shape, rank = value_of(source).shape, value_of(source).dim()
     if rank == 0 or axis(argument(node, "dim"), rank) != at:
@@ -169,7 +168,7 @@ def _is_integer(node: fx.Node) -> bool:
 
 
 def _before_spreading(node: fx.Node) -> fx.Node:
-    """What a value repeats along dimensions of size one, of as many dimensions; the value itself if it does not."""
+    """Return the value of the same rank that a value repeats along dimensions of size one, or the value itself."""
     source = node
     while source.op == "call_function" and (source.target in SPREADING or source.target is aten.clone.default):
         operand = operands(source)[0]
@@ -181,8 +180,7 @@ def _before_spreading(node: fx.Node) -> fx.Node:
 
 
 def _counts_along(node: fx.Node, length: Any) -> int | None:
-    """The dimension along which an index is 0, 1, .., `length - 1`, and the same along all others; None if it is not
-    known to be."""
+    """Return the dimension along which an index is 0, 1, .., `length - 1` and otherwise constant, or None."""
     if node.op != "call_function":
         return None
     if node.target is IOTA:
@@ -202,6 +200,6 @@ def _counts_along(node: fx.Node, length: Any) -> int | None:
 
 
 def _only_adds_ones(operand: fx.Node, node: fx.Node) -> bool:
-    """Whether a value differs from its operand by dimensions of size one alone."""
+    """Whether a value differs from its operand by dimensions of size one only."""
     before, after = ([expr(n) for n in value_of(one).shape if not is_one(n)] for one in (operand, node))
     return before == after

@@ -1,17 +1,17 @@
-"""A region: part of a graph outlined as one operator that answers for itself.
+"""A region: a part of a graph outlined as one operator with a chunk rule of its own.
 
 Terms
 -----
-row        What a region works on independently, along dimension 0 of its operands and of its result. A token, mostly.
-per row    How many rows of an operand along its dimension 0 belong to one row of the region: 1 for the hidden states,
-           k where each token has k of them; None: the operand is needed whole.
-template   The region's graph, `(rows, *operands) -> result`, good for any number of rows.
+row        The unit that a region computes independently, usually a token, along dimension 0 of operands and result.
+per row    How many entries of an operand's dimension 0 belong to one row: 1 for hidden states, k for slots of k
+           experts; None if the operand is needed whole.
+template   The region's graph, `(rows, *operands) -> result`, for any number of rows.
 
     hidden [T, H], keys [T * k], weights [E, H, I]    per row 1, k, None      result [T * k, H], k per row
 
-Operators whose rows depend on each other one by one may be independent together: tokens sorted by their experts,
-multiplied in groups and put back. A region says what holds of them together, and nothing outside looks in. A body
-inlines it with the rows it has.
+Rows may be independent for a group of operators, but not for each of them: tokens sorted by expert, multiplied in
+groups and put back. A region has one claim for the group, and no other pass reads its template. A loop body inlines it
+for its own rows.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ aten = torch.ops.aten
 
 
 class Region(Described):
-    """`template` as an operator with one result, `out` rows of it for each of the region's. It takes `spread` rows, on
-    average, for each of its products to have one.
+    """`template` as a callable operator with one result.
 
-    The template's nodes have their captured values as `meta["val"]`, and those that hold rows how many for each of the
-    region's as `meta["per_row"]`. Called, it runs on the rows that its operands have.
+    template   its nodes have `meta["val"]`, the captured value, and `meta["per_row"]`, entries per row or None
+    per_row    entries per row of each operand, or None
+    out        entries per row of the result
+    spread     how many rows the region needs, on average, for each of its products to get one
     """
 
     def __init__(
         self, name: str, template: fx.Graph, per_row: tuple[int | None, ...], out: int, spread: float = 1
     ) -> None:
-        assert any(per_row), "a region has rows of some operand"
-        self.__name__ = self.__qualname__ = self.name = name  # FX names a call by these
+        assert any(per_row), "a region needs rows of an operand"
+        self.__name__ = self.__qualname__ = self.name = name  # FX prints these
         self.template = template
         self.per_row = per_row
         self.out = out
@@ -65,31 +66,30 @@ class Region(Described):
         return self._run(next(v.shape[0] // n for v, n in zip(given, self.per_row, strict=True) if n), *given)
 
     def _captured_rows(self, given: Sequence[fx.Node]) -> int:
-        """How many rows the region had with these operands when the graph was captured. Of their quotient, an
-        expression, nobody knows the values of its symbols."""
+        """Return the number of rows at capture. Take the hint first: a symbolic quotient has no hint."""
         value, per_row = next((value_of(node), n) for node, n in zip(given, self.per_row, strict=True) if n)
         return hint(value.shape[0]) // per_row
 
     @property
     def widest(self) -> int:
-        """The most bytes that one row of a value inside takes."""
+        """Bytes per row of the widest value in the template."""
         inner = (meta_value(node) for node in self.template.nodes if node.meta.get("per_row"))
         tensors = (value for value in inner if isinstance(value, torch.Tensor))
         return max(count_hint(value.shape) * value.element_size() for value in tensors) // self.rows
 
     def _claim(self, node: fx.Node, dim: Dim) -> Claim:
         if checked(node, dim).index != 0:
-            raise CannotChunk(node, dim, f"{self.name} is independent along its rows alone")
+            raise CannotChunk(node, dim, f"{self.name} is independent along its rows only")
         if quotient(dim.inner, self.out) is None:
-            raise CannotChunk(node, dim, f"{self.name} has {self.out} results for each row, which stay together")
+            raise CannotChunk(node, dim, f"{self.name} has {self.out} results per row, which cannot be separated")
         own = self.dim_of_rows(dim)
         needs = (All() if n is None else Rows(Dim(0, own.outer, product([own.inner, n]))) for n in self.per_row)
         return Claim(tuple(needs))
 
     def dim_of_rows(self, dim: Dim) -> Dim:
-        """Where the tokens are among the region's rows, if they are along `dim` in its result."""
+        """Return the dim of the tokens in the region's rows for a dim of its result."""
         inner = quotient(dim.inner, self.out)
-        assert inner is not None, f"{dim} does not hold {self.out} results for each row"
+        assert inner is not None, f"{dim} does not hold {self.out} results per row"
         return Dim(0, dim.outer, inner)
 
     def _work(self, node: fx.Node) -> int:
@@ -98,9 +98,9 @@ class Region(Described):
     def inline(
         self, graph: fx.Graph, given: Sequence[fx.Node], describe: Callable[[fx.Node, fx.Node], None]
     ) -> fx.Node:
-        """Its operators at the end of `graph`, for the rows that the operands have; returns the result's node.
+        """Append the operators to `graph` for the rows of the operands. Return the result's node.
 
-        `describe(new, node)` gives each new tensor its metadata.
+        `describe(new, node)` sets the metadata of each new tensor.
         """
         rows, *placeholders = (node for node in self.template.nodes if node.op == "placeholder")
         env: dict[fx.Node, Any] = dict(zip(placeholders, given, strict=True))
@@ -117,7 +117,7 @@ class Region(Described):
         return result
 
     def _rows_read(self, graph: fx.Graph, given: Sequence[fx.Node]) -> fx.Node:
-        """Read off an operand, so that nobody need say how many there are."""
+        """Emit the number of rows from the size of an operand."""
         of_rows = [(operand, n) for operand, n in zip(given, self.per_row, strict=True) if n]
         operand, per_row = min(of_rows, key=lambda pair: pair[1])
         rows = graph.call_function(aten.sym_size.int, (operand, 0))
@@ -125,14 +125,14 @@ class Region(Described):
 
 
 def regions(graph: fx.Graph) -> Iterator[tuple[fx.Node, Region]]:
-    """The calls of regions in a graph."""
+    """Yield the calls of regions in a graph."""
     for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, Region):
             yield node, node.target
 
 
 def inline_regions(gm: fx.GraphModule) -> int:
-    """Put what was outlined back where no loop took it, in place; how many regions that were."""
+    """Inline the regions that are outside of loops, in place. Return their number."""
     found = list(regions(gm.graph))
     for node, region in found:
         new = node.prev
@@ -140,7 +140,7 @@ def inline_regions(gm: fx.GraphModule) -> int:
             result = region.inline(gm.graph, operands(node), lambda new, _: None)
         while (new := new.next) is not node:
             new.meta["val"] = fake_value(new)
-            if isinstance(meta_value(new), int):  # a number to be computed would end a compiled piece
+            if isinstance(meta_value(new), int):  # a computed number would split a compiled piece
                 known, new = new, new.prev
                 known.replace_all_uses_with(meta_value(known))
                 gm.graph.erase_node(known)

@@ -1,13 +1,13 @@
-"""Where the tokens may come from: dimensions of inputs, and dimensions that begin inside a graph. An analysis.
+"""Candidates for the token dimension: dimensions of inputs, and dimensions that begin inside a graph. An analysis.
 
 Terms
 -----
-reach    The matmul work behind a value.
-begins   A dimension begins at a value if rows along it cannot be made of as many rows of an operand, and no operand
-         has as many entries there. A strided convolution begins one, and so do pooling, `repeat_interleave` and a view
-         that joins patches or frames to rows.
+reach    The matmul work of all values that depend on a value.
+begins   A dimension begins at a value if its rows cannot be computed from equally many rows of an operand, and no
+         operand has the same size there. A strided convolution begins one; so do pooling, `repeat_interleave` and a
+         view that merges patches or frames.
 
-A front that changes the number of rows is computed whole. The rows that loops work on begin behind it.
+A model front that changes the number of rows runs on the whole input. Loops start after it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, claim_for, dim_of
 from mom_passes.rules.work import matmul_work
 
-#: At most this many inputs are tried as seeds, those that reach most of the matmul work first.
+#: The number of inputs to try as seeds, by reach.
 MAX_SEED_INPUTS = 4
-#: At most this many values inside a graph are tried, the first in graph order: a front stands before the layers.
+#: The number of values inside a graph to try, in graph order: a model front precedes the layers.
 MAX_INNER_SEEDS = 24
 
 
 def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
-    """Values that depend on an input other than a parameter."""
+    """Return the values that depend on an input other than a parameter."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -43,7 +43,7 @@ def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
 
 
 def seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
-    """User inputs by the matmul work they reach, most first: an old layer's cache reaches less than the ids."""
+    """Return user inputs by reach, largest first: the KV cache of a layer reaches less than the token ids."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static]
     inputs = [n for n in inputs if isinstance(meta_value(n), torch.Tensor) and value_of(n).dim() > 0]
     reach: dict[fx.Node, int] = {}
@@ -58,7 +58,7 @@ def seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
 
 
 def inner_seeds(gm: fx.GraphModule, activations: set[fx.Node]) -> list[tuple[fx.Node, list[Dim]]]:
-    """Values at which dimensions begin and that reach at least half of the matmul work, with these dimensions."""
+    """Return values at which dimensions begin and that reach half of the matmul work, with these dimensions."""
     total = sum(matmul_work(node) for node in gm.graph.nodes)
     found: list[tuple[fx.Node, list[Dim]]] = []
     for node in gm.graph.nodes:
@@ -83,17 +83,17 @@ def _beginning(node: fx.Node, activations: set[fx.Node]) -> list[Dim]:
 
 
 def _has_no_rows_before(node: fx.Node, dim: Dim) -> bool:
-    """Whether rows along a dim are not made of as many rows of operands: there are none, or several are joined."""
+    """Whether rows along a dim need no operand's rows, or several rows each."""
     try:
         claim = claim_for(node, dim, in_order=True)
     except CannotChunk:
         return True
-    asked = [dim_of(need) for need in claim.needs]
-    return any(along is not None and not is_one(along.inner) for along in asked)
+    needed = [dim_of(need) for need in claim.needs]
+    return any(along is not None and not is_one(along.inner) for along in needed)
 
 
 def _reach(seed: fx.Node) -> int:
-    """The matmul work of everything that depends on a value."""
+    """Return the matmul work of everything that depends on a value."""
     found, pending = {seed}, [seed]
     while pending:
         new = [user for user in pending.pop().users if user not in found]

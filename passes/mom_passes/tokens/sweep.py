@@ -1,4 +1,4 @@
-"""What follows from one dimension with tokens: which values carry them, and along which dim. See `tokens.dims`."""
+"""Propagate one token dimension through a graph: which values carry tokens, and along which dim. See `tokens.dims`."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from mom_passes.rules.work import matmul_work
 
 @dataclass(frozen=True)
 class Carrier:
-    """A value's token dimension and how many tokens it holds (after `hidden[:, 1:]`, one fewer)."""
+    """A value's token dimension and its number of tokens (one fewer after `hidden[:, 1:]`)."""
 
     dim: Dim
     length: Size
 
 
-#: A dim of a result, the claim for its rows along it, and how many there are. Without a claim, rows are cut from the
-#: whole value.
+#: A dim of a result, the claim for its rows, and their number. Without a claim, rows are sliced from the whole value.
 Option = tuple[Dim, Claim | None, Size]
 
 
 @dataclass
 class Sweep:
+    """State of the propagation. See `tokens.dims.TokenDims` for the results."""
+
     length: Size
     activations: set[fx.Node]
-    #: What depends on the seed.
+    #: Values that depend on the seed.
     reached: set[fx.Node]
     carriers: dict[fx.Node, Carrier] = field(default_factory=dict)
     rowwise: set[fx.Node] = field(default_factory=set)
     worked: set[fx.Node] = field(default_factory=set)
     mixing: dict[fx.Node, str] = field(default_factory=dict)
-    #: Of values that may carry tokens along several dims, each with its claim, the likeliest first.
+    #: The options of values that may carry tokens along several dims, the likeliest first.
     options: dict[fx.Node, list[Option]] = field(default_factory=dict)
-    #: Dims along which rows of a value cannot be had.
+    #: Dims along which rows of a value cannot be computed.
     refused: set[tuple[fx.Node, Dim]] = field(default_factory=set)
     barriers: int = 0
     batched: int = 0
@@ -59,10 +60,10 @@ class Sweep:
         if node.target is operator.getitem:
             self._visit_getitem(node)
             return
-        found = self._claims(node, inputs)
+        found = self._find_options(node, inputs)
         if isinstance(found, CannotChunk):
             self.mixing[node] = found.reason
-            # One query that reads every key is such a product, too.
+            # A product without rows, such as an attention of one query to all keys, is a barrier, too.
             if not isinstance(found, NoRule) and matmul_work(node) > 0 and sum(map(self._is_reached, inputs)) > 1:
                 factors = [self.carriers[n].dim for n in inputs if n in self.carriers and self._is_reached(n)]
                 apart = bool(factors) and all(dim.index in facts(node).apart for dim in factors)
@@ -78,20 +79,20 @@ class Sweep:
         if len(found) > 1:
             self.options[node] = found
         needed = list(zip(inputs, claim.needs, strict=True))
-        # A scan of what is as cheap as an input (padding, say) is so, too.
+        # A scan of values that are as cheap as an input (padding) is cheap, too.
         heavy = not facts(node).recompute and not claim.carries
         if heavy or any(n in self.worked for n in inputs):
             self.worked.add(node)
-            # Rows that need rows before them, or what these hand on, are tokens: entries of a batch are independent.
+            # Rows that need rows before them, or a carry, are tokens: batch entries are independent.
             self.barriers += bool(claim.carries) or any(need.before for need in claim.needs if isinstance(need, Rows))
-        # A product whose rows are those of a weight says nothing: that is how features look.
+        # A product that needs rows of weights only does not count: the dimension may be features.
         if matmul_work(node) and any(n in self.carriers and not isinstance(need, All) for n, need in needed):
             self.work += matmul_work(node)
-            # Only factors count. Flags and ranges that describe an attention's keys are no factors.
+            # Count floating-point factors only, not the masks and positions of an attention's keys.
             activations = [need for n, need in needed if self._is_activation(n)]
             self.batched += len(activations) > 1 and all(isinstance(need, Rows) for need in activations)
-            # A factor that does not depend on the seed, a weight that is no parameter or a bias for each head, is
-            # needed whole along a batch, too.
+            # A factor that does not depend on the seed (a weight that is a graph input, a bias per head) is needed
+            # whole along a batch, too.
             self.barriers += any(not isinstance(need, Rows) for n, need in needed if self._is_reached(n))
 
     def _is_activation(self, node: fx.Node) -> bool:
@@ -118,15 +119,15 @@ class Sweep:
                 self.options[node] = found
 
     def _dims(self, node: fx.Node) -> list[tuple[Dim, Size]]:
-        """Where a value may carry tokens and how many of them, what is likeliest first."""
+        """Return the dims along which a value may carry tokens, with their lengths, the likeliest first."""
         if node not in self.carriers:
             return []
         if node in self.options:
             return [(dim, length) for dim, _, length in self.options[node]]
         return [(self.carriers[node].dim, self.carriers[node].length)]
 
-    def _claims(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | CannotChunk:
-        """What its rows may be, that which asks most carriers for their own rows first; or why there is none."""
+    def _find_options(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | CannotChunk:
+        """Return the options of a result, those that need rows of most carriers first, or why there is none."""
         found: list[tuple[int, tuple[Dim, Claim, Size]]] = []
         refused: CannotChunk = NoRule(node, None)
         if facts(node).rule is not None:
@@ -138,22 +139,22 @@ class Sweep:
             except CannotChunk as refusal:
                 refused = refusal
                 continue
-            asked = self._asked(inputs, claim)
-            if all(self._may_carry(operand, along, length) for operand, along in asked):
-                found.append((len(asked), (dim, claim, length)))
+            needed = self._needed_dims(inputs, claim)
+            if all(self._may_carry(operand, along, length) for operand, along in needed):
+                found.append((len(needed), (dim, claim, length)))
         if not found:
             return refused
         return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
 
-    def _asked(self, inputs: Sequence[fx.Node], claim: Claim) -> list[tuple[fx.Node, Dim]]:
-        """The operands with tokens of which rows are needed, and along which dim."""
+    def _needed_dims(self, inputs: Sequence[fx.Node], claim: Claim) -> list[tuple[fx.Node, Dim]]:
+        """Return the carriers among the operands of which a claim needs rows, with the dims of these rows."""
         needed = ((operand, dim_of(need)) for operand, need in zip(inputs, claim.needs, strict=True))
         return [(operand, along) for operand, along in needed if operand in self.carriers and along is not None]
 
     def _may_carry(self, node: fx.Node, dim: Dim, length: Size) -> bool:
-        """Whether a value can be had by rows along this dim, and so can all that it is then made from.
+        """Whether rows of a value along this dim can be computed, back to values that carry tokens along theirs.
 
-        A mask that was spread out over the queries can, say. That is one of its options from now on.
+        Example: a mask that is expanded over queries and keys. The dims found become options of the values.
         """
         if self.carriers[node].dim == dim and same(self.carriers[node].length, length):
             return True
@@ -168,11 +169,11 @@ class Sweep:
                 self.refused.add((node, dim))
                 return False
             found.append((value, option))
-            more = self._asked(operands(value), option[1]) if option[1] is not None else []
+            more = self._needed_dims(operands(value), option[1]) if option[1] is not None else []
             pending += [pair for pair in more if pair not in seen]
             seen.update(more)
         for value, option in found:
-            self.options.setdefault(value, [self._first(value)]).append(option)
+            self.options.setdefault(value, [self._current_option(value)]).append(option)
         return True
 
     def _option(self, node: fx.Node, dim: Dim, length: Size) -> Option | None:
@@ -186,12 +187,12 @@ class Sweep:
         except CannotChunk:
             return None
 
-    def _first(self, node: fx.Node) -> Option:
+    def _current_option(self, node: fx.Node) -> Option:
         carrier = self.carriers[node]
         return carrier.dim, _claim_of(node, carrier.dim), carrier.length
 
     def _cuts(self, node: fx.Node) -> list[Option]:
-        """What is cut along one of two dimensions with tokens may be rows along either."""
+        """Return options of a slice or concatenation along a token dim: a value with two may have rows along either."""
         if node.target not in (aten.slice.Tensor, aten.cat.default):
             return []
         dims = [dim for dim, _ in self._dims(operands(node)[0]) if dim.plain and _cuts_or_adds_rows(node, dim.index)]
@@ -199,7 +200,7 @@ class Sweep:
         return [(dim, None, size) for dim, size in sizes if hint(size) > 1]
 
     def _restart_after(self, node: fx.Node, carried: list[Carrier]) -> None:
-        """The result of a mixing operator may still have one row per token: carry on from there."""
+        """Make the result of a mixing operator a carrier if it has one row per token."""
         value = meta_value(node)
         if not isinstance(value, torch.Tensor):
             self._restart_with_items(node)
@@ -209,28 +210,29 @@ class Sweep:
         for carrier in carried:
             index = carrier.dim.index
             if carrier.dim.plain and _cuts_or_adds_rows(node, index):
-                # `hidden[:, 1:]` is still the sequence, and so is one with a prompt of embeddings before it.
+                # `hidden[:, 1:]` still carries tokens, and so does a sequence after a prefix of embeddings.
                 if hint(value.shape[index]) > 1:
                     self.carriers[node] = Carrier(carrier.dim, value.shape[index])
                 return
-            sizes = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]
-            sizes = [i for i in sizes if not self._is_another(node, Dim(i))]
-            if sizes:
-                self.carriers[node] = Carrier(Dim(index if index in sizes else sizes[0]), carrier.length)
+            fits = [i for i, size in enumerate(value.shape) if same(size, carrier.length)]
+            fits = [i for i in fits if not self._has_no_tokens(node, Dim(i))]
+            if fits:
+                self.carriers[node] = Carrier(Dim(index if index in fits else fits[0]), carrier.length)
                 return
 
-    def _is_another(self, node: fx.Node, dim: Dim) -> bool:
-        """Whether a dim of a result comes from dims of the carriers that hold no tokens: a batch as large as there are
-        heads, say."""
+    def _has_no_tokens(self, node: fx.Node, dim: Dim) -> bool:
+        """Whether a dim of a result comes from dims of the carriers without tokens, such as an equally large batch."""
         try:
-            asked = self._asked(operands(node), claim_for(node, dim, in_order=True))
+            needed = self._needed_dims(operands(node), claim_for(node, dim, in_order=True))
         except CannotChunk:
             return False
-        return bool(asked) and all(self.carriers[operand].dim != along for operand, along in asked)
+        return bool(needed) and all(self.carriers[operand].dim != along for operand, along in needed)
 
     def _restart_with_items(self, node: fx.Node) -> None:
-        """Of what an attention returns at once, go on with what has a row for each query; its work is these rows'."""
-        query = self.carriers.get(operands(node)[0]) if matmul_work(node) else None
+        """Make the results of an attention that have one row per query carriers, and count its work."""
+        query = self.carriers.get(operands(node)[0])
+        if query is None or not matmul_work(node):
+            return
         items = [user for user in node.users if user.target is operator.getitem]
         found = [item for item in items if query is not None and _has_rows(item, query)]
         if query is not None:
@@ -269,17 +271,19 @@ def _candidates(node: fx.Node, dims: list[list[tuple[Dim, Size]]]) -> list[tuple
     return found
 
 
-def settled(gm: fx.GraphModule, sweep: Sweep) -> dict[fx.Node, Carrier]:
-    """Of values that may carry tokens along several dims, the one that their readers' rows ask for: scores `[S, S]` are
-    rows of the queries to a softmax, and of the keys to nobody."""
+def choose_options(gm: fx.GraphModule, sweep: Sweep) -> dict[fx.Node, Carrier]:
+    """Choose the dim of each value with several options: the one that most readers need rows along.
+
+    Example: a softmax needs scores `[S, S]` by rows of queries, and no reader needs them by rows of keys.
+    """
     found: dict[fx.Node, Carrier] = {}
-    asked: dict[fx.Node, list[Dim]] = {}
+    needed: dict[fx.Node, list[Dim]] = {}
     for node in reversed(gm.graph.nodes):
         if node not in sweep.rowwise:
             continue
         options = sweep.options.get(node, [])
         if options:
-            votes = asked.get(node, [])
+            votes = needed.get(node, [])
             dim, claim, length = max(options, key=lambda option: votes.count(option[0]))
             found[node] = Carrier(dim, length)
             if claim is None:
@@ -293,7 +297,7 @@ def settled(gm: fx.GraphModule, sweep: Sweep) -> dict[fx.Node, Carrier]:
         for operand, need in zip(operands(node), claim.needs, strict=True):
             along = dim_of(need)
             if operand in sweep.options and along is not None:
-                asked.setdefault(operand, []).append(along)
+                needed.setdefault(operand, []).append(along)
     return found
 
 
