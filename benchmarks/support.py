@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Column -> the test whose parameters are the families that it was tested with.
 ON_HOST = {
     "cache on the host": "test_kv_offload.test_a_family_generates_the_same_tokens_with_its_cache_on_the_host",
-    "weights on the host": "test_weights_models.test_a_text_is_the_same",
+    "weights on the host": "test_weights_models.test_generated_tokens_are_equal",
 }
 
 YES, NO, NONE = "yes", "**no**", "–"

@@ -104,12 +104,13 @@ def _faults_of(value: Any, members: list[str]) -> Iterator[str]:
     if not inspect.isclass(value):
         yield from _function_faults(value, raises=True)
         return
-    doc = "\n".join(inspect.cleandoc(base.__doc__ or "") for base in value.__mro__ if base.__module__ != "builtins")
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in value.__mro__ if base.__module__ != "builtins"]
     if not value.__dict__.get("__doc__"):
         yield " has no docstring"
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
-        yield from _differences(fields, _names(doc, "Attributes"), "Attributes")
+        described = [name for doc in docs for name in _names(doc, "Attributes")]
+        yield from _differences(fields, described, "Attributes")
     for name in members:
         member = inspect.getattr_static(value, name, None)
         if member is None:

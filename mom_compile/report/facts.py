@@ -35,29 +35,33 @@ class PassReport:
 class Facts:
     """What is known of one graph after the passes.
 
-    Parameters
+    Attributes
     ----------
-    kind
-        `PREFILL`, `DECODE_STEP` (one token of each sequence), `SCORING` (logits of all tokens, no cache) or `GRAPH`.
-    keys_and_values
+    kind : str
+        `"prefill"`, `"decode step"` (one token of each sequence), `"scoring"` (logits of all tokens, no cache),
+        or `"graph"` for a graph without attention.
+    keys_and_values : frozenset of str
         Names of all values that attentions read as keys or values.
-    growing
-        Positions of the outputs that a cache keeps, with the dimension in which the next call finds them longer.
-    token_dimension
-        The token dimension of the value that it was found by, in words; empty if there is none.
-    left_out
-        Operators that run on the full sequence, with the reason.
-    work, work_outside
-        Multiply-adds of all matrix products and attentions, at the captured sizes; those on the full sequence, by
-        operator.
-    on_host, on_device
-        Keys and values that leave for the host; those that stay, by name, with the reason.
-    own_rows
-        Outputs, such as windows of a cache, whose rows were copied out of a larger value that then dies.
-    source_lines
+    growing : tuple of (int, int)
+        Positions of outputs that a cache keeps, with the dimension in which the next call finds them longer.
+    token_dimension : str
+        The dimension that carries tokens, in words.
+    left_out : mapping of str to str
+        Operator to the reason why it runs on the full sequence.
+    work : int
+        Multiply-adds of all matrix products and attentions, at the captured sizes.
+    work_outside : mapping of str to int
+        Multiply-adds of these that run on the full sequence, by operator as in `left_out`.
+    on_host : tuple of KVReport
+        Keys and values that leave for the host.
+    on_device : mapping of str to str
+        Keys and values that stay on the device, by name, with the reason.
+    own_rows : tuple of OwnRows
+        Outputs, such as windows of a cache, whose rows were copied out of a larger value that is then freed.
+    source_lines : mapping of str to str
         The user's line, by the names in `left_out` and `on_device`, where it is known.
-    passes
-        The steps that ran, in order.
+    passes : tuple of PassReport
+        Name, seconds and effect of each pass.
     """
 
     kind: str = GRAPH

@@ -14,10 +14,10 @@ from mom_passes.rules import (
     source,
     view,
 )
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.needs import All, Carry, Dim, Final, Fold, Last, Need, Output, Rows, Window, dim_of
 from mom_passes.rules.registry import (
     Alias,
-    Claim,
     Described,
     OperatorFacts,
     claim_for,

@@ -23,9 +23,10 @@ from mom_passes.graph.sizes import count_hint, hint, same
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import broadcast_need, checked, output_shape, outputs_of, shape_of
 from mom_passes.rules.needs import All, Dim, Need, Output, Rows, Window
-from mom_passes.rules.registry import Claim, register
+from mom_passes.rules.registry import register
 
 BATCH, HEADS, QUERY, CHANNELS = range(4)
 

@@ -13,8 +13,8 @@ from torch import fx
 
 from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.values import is_tensor, operands
+from mom_passes.rules.claim import Claim, Edit
 from mom_passes.rules.needs import All, Carry, Need, Output, Window
-from mom_passes.rules.registry import Claim, Edit
 
 
 def call_on_rows(

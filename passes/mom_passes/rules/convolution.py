@@ -13,9 +13,10 @@ from mom_passes.graph.sizes import count_hint, expr, hint, product
 from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import checked
 from mom_passes.rules.needs import All, Carry, Dim, Final, Rows, Window
-from mom_passes.rules.registry import Claim, register, register_fold
+from mom_passes.rules.registry import register, register_fold
 
 #: The dimensions of an operand `[B, C, S]`.
 BATCH, CHANNELS, TOKENS = range(3)

@@ -26,8 +26,9 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.graph.values import operands, value_of
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.needs import All, Dim, Need, Rows
-from mom_passes.rules.registry import Claim, Rule, register
+from mom_passes.rules.registry import Rule, register
 
 Origin = int | str
 Origins = Callable[[fx.Node], Sequence[Origin]]

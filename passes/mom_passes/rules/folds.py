@@ -19,10 +19,11 @@ from mom_passes.graph.arguments import aten, has_argument, overloads
 from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.sizes import product
 from mom_passes.graph.values import operands, value_of
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import shape_of
 from mom_passes.rules.needs import Dim, Fold, Number, Rows, Window
 from mom_passes.rules.reduction import HALF, reduced
-from mom_passes.rules.registry import Claim, register_fold
+from mom_passes.rules.registry import register_fold
 
 #: Reduction -> the operator that combines a part with the total.
 COMBINE: dict[Any, Any] = {

@@ -21,6 +21,7 @@ from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.sizes import same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import (
     Origin,
     all_but,
@@ -32,7 +33,7 @@ from mom_passes.rules.factories import (
     shape_of,
 )
 from mom_passes.rules.needs import All, Dim, Rows
-from mom_passes.rules.registry import Claim, claim_for, register
+from mom_passes.rules.registry import claim_for, register
 
 
 # Cheap, but not repeated: with the look-up repeated after the first barrier, the first layer's loop would differ from

@@ -12,8 +12,9 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.values import operands
 from mom_passes.ops.rows import COPY_ROWS, LAID_OUT
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.needs import Dim, Rows
-from mom_passes.rules.registry import Alias, Claim, claim_for, register
+from mom_passes.rules.registry import Alias, claim_for, register
 
 
 @register(LAID_OUT, alias=Alias.COPY)

@@ -17,10 +17,11 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import aten
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import operands, value_of
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import broadcast_need, checked, output_shape
 from mom_passes.rules.needs import All, Dim, Fold, Need, Rows
 from mom_passes.rules.reduction import HALF
-from mom_passes.rules.registry import Claim, FoldRule, Rule, facts, register, register_fold, register_work
+from mom_passes.rules.registry import FoldRule, Rule, facts, register, register_fold, register_work
 
 
 def contract(equation: str, bias: bool = False) -> Rule:

@@ -133,10 +133,16 @@ def dim_of(need: Need) -> Dim | None:
 class Fold:
     """A result without rows: `combine(total, part)` combines the result for some rows with the total of earlier rows.
 
-    combine    an operator on two tensors
-    identity   the total of no rows
-    dtype      dtype of the total, if it differs from the result's: half precision is summed in float32, rounded once
-    finish     takes the node of the total of all rows and emits the result (a mean divides); None: the total itself
+    Attributes
+    ----------
+    combine : OpOverload
+        An operator on two tensors.
+    identity : int, float or bool
+        The total of no rows.
+    dtype : torch.dtype, optional
+        Dtype of the total, if it differs from the result's: half precision is summed in float32, and rounded once.
+    finish : callable, optional
+        Takes the node of the total of all rows and emits the result: a mean divides. By default, the total itself.
     """
 
     combine: Any
@@ -147,7 +153,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Final:
-    """A result without rows: the value of carry number `carry` after the last row."""
+    """A result without rows: the value of a carry after the last row.
+
+    Attributes
+    ----------
+    carry : int
+        The number of the carry in `Claim.carries`.
+    """
 
     carry: int
 
@@ -157,7 +169,13 @@ Output = Rows | Fold | Final | None
 
 @dataclass(frozen=True)
 class Last:
-    """The last `count` rows of result 0."""
+    """The last rows of result 0.
+
+    Attributes
+    ----------
+    count : int
+        The number of rows.
+    """
 
     count: int = 1
 
@@ -166,12 +184,20 @@ class Last:
 class Carry:
     """A value that a call passes to the call for the next rows.
 
-    init      the value before the first row: a tensor filled with this number; with `operand`, what the graph passes
-    next      the value for the next rows: the number of an output, or the last rows of output 0
-    operand   name of the argument that receives the value
-    join      without an operand: the operator that joins the value with the result. `Last`: its result replaces result
-              0; the number of an output: its result is the next value
-    dtype     dtype of the value, if it differs from the result's
+    Attributes
+    ----------
+    init : int, float or bool
+        The value before the first row is a tensor filled with this number, or the argument `operand` of the call in
+        the graph, unless that is None.
+    next : int or Last
+        The value for the next rows: the number of an output, or the last rows of output 0.
+    operand : str, optional
+        Name of the argument that receives the value.
+    join : OpOverload, optional
+        Without `operand`, the operator that joins the value with the result. With `Last` the joined value replaces
+        output 0; with the number of an output it is the value for the next rows.
+    dtype : torch.dtype, optional
+        Dtype of the value, if it differs from the result's.
     """
 
     init: Number
@@ -185,12 +211,17 @@ class Carry:
 class Window:
     """The rows that a call computes. Edits compute an operator's arguments from it.
 
-    start   index of the first row in the sequence
-    count   number of rows
-    first   for each tensor operand, the row of the sequence at which it begins: 0 for `All`, `start - before` for
-            `Rows`, which is negative before the first row of the sequence
+    All numbers are graph nodes (SymInts) inside a body and plain integers in tests.
 
-    All are graph nodes (SymInts) inside a body and plain integers in tests.
+    Attributes
+    ----------
+    start : int or fx.Node
+        Index of the first row in the sequence.
+    count : int or fx.Node
+        Number of rows.
+    first : tuple of int or fx.Node
+        For each tensor operand, the row of the sequence at which it begins: 0 for `All`, `start - before` for `Rows`,
+        which is negative before the first row of the sequence.
     """
 
     start: Any

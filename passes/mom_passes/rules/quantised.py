@@ -24,9 +24,10 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten
 from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import checked, output_shape, outputs_of, shape_of
 from mom_passes.rules.needs import Dim, Rows
-from mom_passes.rules.registry import Claim, Rule, register
+from mom_passes.rules.registry import Rule, register
 
 
 def rows_of(name: str, *scales: str) -> Rule:

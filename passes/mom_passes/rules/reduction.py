@@ -19,9 +19,10 @@ from mom_passes.graph.arguments import argument, aten, axes, axis, has_argument,
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import Origin, all_but, checked, follows, shape_of
 from mom_passes.rules.needs import All, Carry, Dim, Last, Rows
-from mom_passes.rules.registry import Claim, register
+from mom_passes.rules.registry import register
 
 REDUCTIONS = """
     all.dim all.dims amax amin any.dim any.dims argmax argmin count_nonzero.dim_IntList linalg_vector_norm

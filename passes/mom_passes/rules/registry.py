@@ -25,55 +25,10 @@ import sympy
 from torch import fx
 
 from mom_passes.errors import CannotChunk, NoRule, RuleError
-from mom_passes.graph.arguments import arguments_of
 from mom_passes.graph.data_dependent import touches_unknown_numbers
-from mom_passes.graph.values import operands
-from mom_passes.rules.needs import Carry, Dim, Final, Fold, Need, Output, Rows, Window, find_fault
+from mom_passes.rules.claim import Claim, find_fault_of
+from mom_passes.rules.needs import Dim, Rows
 from mom_passes.rules.targets import EXAMPLE, OVERLOAD, check_rule, check_target, key_of, overload_of
-
-Edit = Callable[[tuple[Any, ...], dict[str, Any], Window], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The answer of a chunk rule: what rows of a call need, what they return, and what they hand to the next rows.
-
-    Attributes
-    ----------
-    needs : tuple of All or Rows
-        One need for each tensor operand of the node, in order, duplicates included.
-    outputs : tuple of Rows, Fold, Final or None, optional
-        One output for each result of the call. `None` for a result that must not be read. Without it every result has
-        rows along the dimension that the rule was asked about.
-    edit : callable, optional
-        `(args, kwargs, window) -> (args, kwargs)`: the arguments of the call in a loop body.
-    target : callable, optional
-        Another operator to call in the body, for instance one that takes a row offset.
-    carries : tuple of Carry, optional
-        The values that a mini-sequence passes to the next, so that they run in order.
-    """
-
-    needs: tuple[Need, ...]
-    outputs: tuple[Output, ...] | None = None
-    edit: Edit | None = None
-    target: Any = None
-    carries: tuple[Carry, ...] = ()
-
-    @property
-    def all_carries(self) -> tuple[Carry, ...]:
-        """The carries, followed by one for the total of each fold."""
-        folds = [(i, one) for i, one in enumerate(self.outputs or ()) if isinstance(one, Fold)]
-        return self.carries + tuple(Carry(f.identity, i, join=f.combine, dtype=f.dtype) for i, f in folds)
-
-    def carry_of(self, output: int) -> int | None:
-        """Return the index in `all_carries` of the carry whose final value is this output, None for other outputs."""
-        found = (self.outputs or ())[output : output + 1]
-        if found and isinstance(found[0], Final):
-            return found[0].carry
-        if found and isinstance(found[0], Fold):
-            return len(self.carries) + sum(isinstance(one, Fold) for one in (self.outputs or ())[:output])
-        return None
-
 
 Rule = Callable[[fx.Node, Dim], Claim]
 #: A rule for results without rows. Takes the token dim of each operand, None for an operand without tokens.
@@ -162,7 +117,7 @@ def _call_rule(rule: Callable[[fx.Node, Any], Claim], node: fx.Node, argument: A
         raise
     except Exception as error:
         raise RuleError(node, dim, f"raised {type(error).__name__}: {error}") from error
-    fault = _fault(claim, node)
+    fault = find_fault_of(claim, node)
     if fault is not None:
         raise RuleError(node, dim, fault)
     return claim
@@ -175,41 +130,6 @@ class Described:
 
 
 DATA_DEPENDENT = "a size, or a number that it takes, depends on data"
-
-
-def _fault(claim: Any, node: fx.Node) -> str | None:
-    """Return what is wrong with the result of a rule, or None."""
-    if not isinstance(claim, Claim):
-        return f"returned {claim!r}; return a Claim, or raise CannotChunk"
-    needs, count = claim.needs, len(operands(node))
-    if not isinstance(needs, tuple) or not all(isinstance(need, Need) for need in needs):
-        return f"needs {needs!r}; expected a tuple of Rows(dim, before) and All(), one per tensor operand"
-    if len(needs) != count:
-        return f"has {len(needs)} needs for {count} tensor operands"
-    wrong = next(filter(None, map(find_fault, needs)), None)
-    if wrong is not None:
-        return f"needs {needs!r}; {wrong}"
-    return _fault_of_outputs(claim) or next(filter(None, (_fault_of_carry(one, node) for one in claim.carries)), None)
-
-
-def _fault_of_outputs(claim: Claim) -> str | None:
-    outputs = claim.outputs if claim.outputs is not None else ()
-    if not isinstance(outputs, tuple) or not all(one is None or isinstance(one, Output) for one in outputs):
-        return f"returns {outputs!r}; expected a tuple of Rows(dim), Fold, Final(carry) and None, one per output"
-    finals = [one.carry for one in outputs if isinstance(one, Final)]
-    if any(not 0 <= number < len(claim.carries) for number in finals):
-        return f"returns {outputs!r}, but has {len(claim.carries)} carries"
-    return None
-
-
-def _fault_of_carry(carry: Any, node: fx.Node) -> str | None:
-    if not isinstance(carry, Carry):
-        return f"carries {carry!r}; expected Carry(init, next, ...)"
-    if (carry.operand is None) == (carry.join is None):
-        return f"carries {carry!r}; name either the operand that receives it or the operator that joins it"
-    if carry.operand is not None and carry.operand not in arguments_of(node.target):
-        return f"carries {carry!r}; {node.target} has no argument {carry.operand}"
-    return None
 
 
 _FACTS: dict[Any, OperatorFacts] = {}
@@ -285,16 +205,34 @@ def register(
 
 
 def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
-    """Register the fold rule of operators: their results without rows. Decorator; public, for custom operators.
+    """Decorator that registers the fold rule of one or more operator overloads, for results without rows.
 
-    Folds are reductions over tokens, products that contract tokens, and final states. The other facts of the operators
-    do not change. Targets and errors as in `register`::
+    Folds are reductions over tokens, products that contract tokens, and final states. A fold rule is a function
+    `(node, dims) -> Claim`, where `dims` has the token dimension of each tensor operand, or None. Other facts of the
+    operators do not change.
 
-        @register_fold(torch.ops.mylib.total.default)
-        def total(node, dims):                      # the token dim of each operand, or None
-            if dims[0] is None or dims[0].index != 0:
-                raise CannotChunk(node, Dim(0), "only a total over rows can be folded")
-            return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
+    Parameters
+    ----------
+    *targets : OpOverload or str
+        As in `chunk_rule`.
+
+    Returns
+    -------
+    callable
+        The decorator, which returns the rule unchanged.
+
+    Raises
+    ------
+    TypeError
+        If a target is not an operator overload.
+
+    Examples
+    --------
+    >>> @fold_rule(torch.ops.mylib.total.default)  # doctest: +SKIP
+    ... def total(node, dims):
+    ...     if dims[0] is None or dims[0].index != 0:
+    ...         raise CannotChunk(node, Dim(0), "only a total over rows can be folded")
+    ...     return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
     """
     for target in targets:
         check_target(target)

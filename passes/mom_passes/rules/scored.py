@@ -13,9 +13,10 @@ from mom_passes.graph.sizes import count_hint, expr, hint, product
 from mom_passes.graph.values import value_of
 from mom_passes.ops.scored import LIKELY, SCORED, WEIGHTED, block_bytes, dtypes_on_the_way, element_bytes
 from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import checked, output_shape, outputs_of
 from mom_passes.rules.needs import Dim, Rows
-from mom_passes.rules.registry import Claim, register
+from mom_passes.rules.registry import register
 
 
 def scored_work(node: fx.Node) -> int:

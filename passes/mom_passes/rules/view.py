@@ -24,6 +24,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axes, axis, has_argument, overloads, prims, replace
 from mom_passes.graph.sizes import is_one, product, quotient, same
 from mom_passes.graph.values import operands
+from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import (
     Origin,
     all_but,
@@ -35,7 +36,7 @@ from mom_passes.rules.factories import (
     shape_of,
 )
 from mom_passes.rules.needs import All, Dim, Rows, Window
-from mom_passes.rules.registry import Alias, Claim, register
+from mom_passes.rules.registry import Alias, register
 from mom_passes.rules.source import require_static_layout, tokens
 
 #: The `end` of a slice up to the last row.

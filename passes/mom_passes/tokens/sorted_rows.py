@@ -40,8 +40,8 @@ from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import product, quotient, same
 from mom_passes.graph.values import input_node, operands, value_of
 from mom_passes.rules import Dim, Rows, Window, claim_for
+from mom_passes.rules.claim import Edit
 from mom_passes.rules.matmul import is_grouped_product
-from mom_passes.rules.registry import Edit
 from mom_passes.tokens.key_bounds import CASTS, KEY_DTYPES, is_constant, is_range, uncast, upper_bound
 
 
