@@ -7,11 +7,12 @@
 
 from mom_compile.backend import reports
 from mom_compile.compile import compile
-from mom_compile.explain import Explanation, explain
+from mom_compile.explain import explain
 from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import MomWarning
 from mom_compile.planning import DecodeEstimate, Estimate, Plan, PlanError, plan
 from mom_compile.report import Report
+from mom_compile.report.explanation import Explanation
 from mom_compile.report.usage import HostMemory, host_memory
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.store import empty_host_pool

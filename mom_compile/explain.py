@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from mom_compile.config import Options, joined_options, meant_as_option, option_
 from mom_compile.memory.decide import why_below_weights
 from mom_compile.planning.prompt import prompt_of
 from mom_compile.report import Report
+from mom_compile.report.explanation import Explanation
 from mom_compile.report.facts import NOTHING_FOUND
-from mom_compile.report.notebook import html_of_table
-from mom_compile.report.units import counted
 from mom_compile.skip import why_stock
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
 from mom_compile.torch_compat.dynamo import trace_whole, undisturbed
@@ -41,86 +39,6 @@ from mom_passes.program.program import Call, Compute, LoopStep, Transfer
 from mom_passes.program.schedule import schedule
 
 log = logging.getLogger(__name__)
-
-#: Graphs that a `repr` names.
-_MOST_SHOWN = 3
-
-
-@dataclass
-class Explanation:
-    """The result of `explain`: one `Report` for each captured graph.
-
-    `str()` gives a short text, `print` with rich a table, `details()` the full text. `explanation[i]` is the report of
-    graph `i`, `len(explanation)` the number of graphs.
-
-    Attributes
-    ----------
-    reports : list of Report
-        Reports in the order of capture. Most models have one graph.
-    notes : list of str
-        Why there are several graphs, and whether the call was really executed.
-    title : str
-        The name of the config where a config was explained; else empty.
-    """
-
-    reports: list[Report] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    title: str = ""
-
-    def __getitem__(self, index: int) -> Report:
-        return self.reports[index]
-
-    def __len__(self) -> int:
-        return len(self.reports)
-
-    def code(self) -> str:
-        """Return the rewritten graphs as readable Python.
-
-        Returns
-        -------
-        str
-            Python source, one graph after the other, loop bodies included.
-        """
-        return "\n".join(report.code() for report in self.reports)
-
-    def details(self) -> str:
-        """Return the full text: every stage, value at full length and operator outside loops, with the reason.
-
-        Returns
-        -------
-        str
-            Lines for all graphs.
-        """
-        return "\n".join([*self._title, *self.notes, *(report.details() for report in self.reports)])
-
-    def __str__(self) -> str:
-        if not self.reports:
-            return "no graph was captured: did the call compute nothing?"
-        counts = Counter(str(report) for report in self.reports)
-        graphs = [text if count == 1 else f"{count} graphs alike: {text}" for text, count in counts.items()]
-        return "\n".join([*self._title, *self.notes, *graphs])
-
-    def __repr__(self) -> str:
-        """Return one line, with the headlines of the first graphs."""
-        shown = "; ".join(report.headline for report in self.reports[:_MOST_SHOWN])
-        more = f"; {len(self) - _MOST_SHOWN} more" if len(self) > _MOST_SHOWN else ""
-        return f"<Explanation of {counted(len(self), 'graph')}: {shown}{more}>"
-
-    def _repr_html_(self) -> str:
-        return html_of_table(self)
-
-    @property
-    def _title(self) -> list[str]:
-        return [self.title] if self.title else []
-
-    def __rich__(self) -> Any:
-        from mom_compile.report.rendered import rendered_graphs  # rich is only needed where it prints
-
-        alike: dict[str, list[Report]] = {}
-        for report in self.reports:
-            alike.setdefault(str(report), []).append(report)
-        graphs = [(len(reports), reports[0].table()) for reports in alike.values()]
-        return rendered_graphs(self._title, self.notes, graphs)
 
 
 @dataclass(frozen=True)
