@@ -163,7 +163,7 @@ def _token_dims(gm: fx.GraphModule, static: Collection[str], inside: bool) -> To
 def rows_on_demand(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:
     """Move slices along the tokens up: the last layer runs on the rows that are read."""
     gm = demanded_rows(tokens.gm, tokens.dims)
-    return _narrowed(tokens, gm, static, "every row is needed", "that somebody needs")
+    return _narrowed(tokens, gm, static, "every row is needed", "that are read")
 
 
 def picks_on_demand(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:

@@ -42,7 +42,7 @@ def rendered_graphs(title: Sequence[str], notes: Sequence[str], graphs: Sequence
     """Return all graphs of a call, identical ones once with their number."""
     parts = [*lines_of(title), *lines_of(notes, "yellow")]
     for count, report in graphs:
-        parts += [Text(f"{count} graphs alike:")] if count > 1 else []
+        parts += [Text(f"{count} identical graphs:")] if count > 1 else []
         parts.append(rendered(report))
     return Group(*parts) if graphs else Group(*parts, Text("no graph was captured: did the call compute nothing?"))
 

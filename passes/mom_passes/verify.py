@@ -29,7 +29,7 @@ class Contract:
     """The interface of a graph.
 
     inputs     names of the placeholders
-    outputs    types of the results; the Python type of one that is no tensor
+    outputs    types of the results; the Python type of a result that is not a tensor
     written    names of the inputs that it writes to, one for each write
     effects    the operators that return nothing (assertions), in order
     """

@@ -30,15 +30,15 @@ def _meminfo(name: str) -> int | None:
 
 def _cgroup_free_bytes() -> list[int]:
     """Return the bytes left under the limits of control groups v1 and v2. Cached files count as free."""
-    rooms = []
+    free = []
     for folder, limit, used in (
         (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            available = int((folder / limit).read_text()) - int((folder / used).read_text())
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        rooms.append(room + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
-    return rooms
+        free.append(available + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
+    return free

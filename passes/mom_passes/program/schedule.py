@@ -11,7 +11,7 @@
     a run of views is no piece: each runs eagerly
 
 Compiled code may return a copy for a view, with other strides. A view that runs eagerly shares its operand's storage
-and has the strides of a view. A dense view that is alone in its storage cannot be told from a dense copy, and one call
+and has the strides of a view. A dense view that is alone in its storage looks like a dense copy, and one call
 less saves time in a decode step.
 """
 
