@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import mom_compile
-from mom_compile.rules import All, CannotChunk, Carry, Claim, Dim, Final, Rows, chunk_rule
+from mom_compile.rules import All, CannotChunk, Carry, Claim, Dim, Final, Last, Rows, chunk_rule
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import CarryIn, CarryOut
 from mom_passes.rules import registered
@@ -163,3 +163,44 @@ def test_the_last_row_after_a_recurrence_needs_every_row_before_it(keeps: bool) 
     assert not report.left_out
     for expected, actual in zip(gm(x, *weights), rewritten(x, *weights), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@torch.library.custom_op("mom_tests::plus_the_third_before", mutates_args=())
+def plus_the_third_before(x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """`x` plus half of the result three rows before, `[B, S, H]`; `before` has the results of three rows ahead."""
+    rows = [*before.unbind(1)]
+    for i in range(x.shape[1]):
+        rows.append(x[:, i] + rows[i] / 2)
+    return torch.stack(rows[3:], 1)
+
+
+@plus_the_third_before.register_fake
+def _(x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_carry_of_several_rows_is_handed_through_shorter_mini_sequences() -> None:
+    """Mini-sequences of two rows hand on three: one of them is from the mini-sequence before."""
+    target = torch.ops.mom_tests.plus_the_third_before.default
+    weights = weights_of(torch.float64)
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
+        x = STEPS["mlp"](x, Weights(*parameters))
+        return (plus_the_third_before(x, x.new_zeros(x.shape[0], 3, x.shape[2])),)
+
+    @chunk_rule(target, recompute=False, work=lambda node: 1)
+    def rule(node: fx.Node, dim: Dim) -> Claim:
+        if dim.index != 1:
+            raise CannotChunk(node, dim, "only along the tokens")
+        return Claim((Rows(dim), All()), carries=(Carry(0, Last(3), operand="before"),))
+
+    try:
+        assert check_call(Call(target, (floats(2, 7, 5), floats(2, 3, 5)))) == 1
+        x = torch.randn(2, 13, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        gm = trace(run, x, *weights)
+        for mini in (2, 3, 5):
+            rewritten, report = rewrite(gm, mini, parameter_names(gm))
+            assert report.stages and not report.left_out
+            torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+    finally:
+        del _FACTS[target]

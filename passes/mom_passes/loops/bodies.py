@@ -228,8 +228,14 @@ class Body:
         if isinstance(carry.next, Last):
             if carry.join is not None:
                 result = self._emit_like(result, carry.join, received, result)
-            at = (instance.dim.index, -carry.next.count, TO_THE_END)
-            self.next_values[instance, number] = self._emit_like(received, aten.slice.Tensor, result, *at)
+            dim, rows = instance.dim.index, result
+            # A mini-sequence may have fewer rows than it passes on. Rows ahead are joined with the received ones.
+            if carry.next.count > 1 and not _is_ahead(instance):
+                rows = self.graph.call_function(aten.cat.default, ([received, result], dim))
+                full = TensorType(result.meta["type"].shape, received.meta["type"].dtype, received.meta["type"].device)
+                rows.meta["type"] = rows_type(full, Rows(instance.dim, carry.next.count))
+            last = self._emit_like(received, aten.slice.Tensor, rows, dim, -carry.next.count, TO_THE_END)
+            self.next_values[instance, number] = last
             return result
         several = isinstance(meta_value(instance.node), (tuple, list))
         part = self._emit_like(received, operator.getitem, result, carry.next) if several else result
