@@ -48,5 +48,5 @@ def quantisation_notes(scheme: Scheme | None, weights: Weights, subject: Subject
     parts = [f"{count / 1e9:.3g}e9 of {subject.parameters / 1e9:.3g}e9 parameters have {fmt}"
              for fmt, count in weights.stored]  # fmt: skip
     text = f"weights are quantised ({scheme.method}): {', '.join(parts)}; all others are in {subject.dtype}"
-    copy = f"includes a {subject.dtype} copy of the largest such matrix, {in_units(weights.copy)}"
+    copy = f"the plan includes a {subject.dtype} copy of the largest such matrix, {in_units(weights.copy)}"
     return [f"{text}; {copy}" if weights.copy else text]
