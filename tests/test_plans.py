@@ -281,7 +281,8 @@ def test_a_plan_of_quantised_weights_counts_their_bytes():
     ours, plain = plans[None], plans[16]
     copy = 256 * 896 * 4  # the largest matrix, dequantised for a product
     assert plain.peak_bytes() - ours.peak_bytes() == sizes[16] - sizes[None] - copy
-    assert re.search(r"quantised \(gptq\): .* have 4 bits, .*; all others are in float32; the plan includes a float32 copy", str(ours))
+    note = r"quantised \(gptq\): .* have 4 bits, .*; all others are in float32; the plan includes a float32 copy"
+    assert re.search(note, str(ours))
     assert "the plan uses weight_bits=16 instead" in plain.notes[0] and len(plain.notes) == 1
 
 
