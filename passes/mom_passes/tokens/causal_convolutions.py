@@ -43,9 +43,9 @@ def _replace_convolution(node: fx.Node) -> fx.Node | None:
         return None
     (dilation,), (padding,) = argument(node, "dilation"), argument(node, "padding")
     ahead = rows_ahead(value_of(weight), dilation)
-    if ahead == 0:
-        return None
-    if padding == 0 and _zeros_ahead(x) == ahead:
+    if padding == ahead == 0:
+        source, results = x, [node]
+    elif padding == 0 and _zeros_ahead(x) == ahead:
         source, results = argument(x, "self"), [node]
     elif padding == ahead:
         source, results = x, list(node.users)
