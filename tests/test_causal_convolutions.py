@@ -172,6 +172,23 @@ def test_a_pad_that_keeps_many_rows_stays() -> None:
         assert torch.equal(gm(x)[0], F.pad(x, (4 - tokens, 0)))
 
 
+def test_a_state_of_as_many_rows_as_the_captured_prompt(eager_pieces: None) -> None:
+    """The last three rows are dense for three tokens only. Other lengths share the graph."""
+
+    def run(x: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = STEPS["mlp"](x, Weights(*p))
+        state = torch.zeros_like(x.mT[..., -3:]).copy_(x.mT[..., -3:])
+        return STEPS["mlp"](x, Weights(*p)), state
+
+    model = Weighted(run)
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8}, dynamic=True)
+    for tokens in (3, 5, 40):
+        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            for expected, actual in zip(model(x), compiled(x), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_convolutions_compile_for_every_length() -> None:
     """Outside of loops, too: the last length is one mini-sequence."""
     model = Weighted(program(["mlp", "cut off", "causal", "padded", "mlp"], keeps=True))
