@@ -164,7 +164,12 @@ def test_a_state_of_a_prompt_shorter_than_the_kernel_has_zeros_ahead() -> None:
 def test_a_pad_that_keeps_many_rows_stays() -> None:
     gm = trace(lambda x: (F.pad(x, (-3, 0)),), torch.randn(2, 4, 9))
     assert causal_convolutions(gm) == []
-    gm = trace(lambda x: (F.pad(x, (4 - x.shape[2], 0)),), torch.randn(2, 4, 9), dynamic=True)
+
+
+@pytest.mark.parametrize("captured", [3, 9])
+def test_a_pad_by_a_symbolic_size_is_a_state(captured: int) -> None:
+    """Also if the captured prompt is shorter than the kernel."""
+    gm = trace(lambda x: (F.pad(x, (4 - x.shape[2], 0)),), torch.randn(2, 4, captured), dynamic=True)
     (state,) = causal_convolutions(gm)
     assert state.target is LAST_ROWS
     for tokens in (2, 4, 9, 30):

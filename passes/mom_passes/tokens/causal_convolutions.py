@@ -80,7 +80,8 @@ def _replace_state(node: fx.Node) -> fx.Node | None:
     if not may_crop or not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
         return None
     source = argument(node, "self")
-    if 2 * shape[-1] > hint(value_of(source).shape[-1]):
+    # A pad by a symbolic size is a state for every length, also if the captured prompt is short.
+    if isinstance(ahead, int) and 2 * shape[-1] > hint(value_of(source).shape[-1]):
         return None
     with node.graph.inserting_before(node):
         sizes = [size_node(node.graph, size, node) for size in shape]
