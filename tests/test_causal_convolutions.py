@@ -111,6 +111,50 @@ def test_a_convolution_that_is_not_causal_stays(convolution: Any) -> None:
     assert causal_convolutions(gm) == []
 
 
+def test_a_kernel_of_one_row_is_in_the_loop() -> None:
+    weights = weights_of(torch.float64)
+
+    def run(x: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        w = Weights(*p)
+        return (STEPS["mlp"](x + F.conv1d(STEPS["mlp"](x, w).mT, w.square[..., None], w.bias).mT, w),)
+
+    x = torch.randn(2, 33, HIDDEN, dtype=torch.float64)
+    gm = trace(run, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert len(loop_nodes(rewritten)) == 1 and not report.left_out
+    torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+
+
+def test_a_pad_that_crops_features_is_in_the_loop() -> None:
+    weights = weights_of(torch.float64)
+
+    def run(x: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = STEPS["mlp"](x, Weights(*p))
+        return (STEPS["mlp"](x + F.pad(x, (-4, 0)).repeat(1, 1, 2), Weights(*p)),)
+
+    x = torch.randn(2, 33, HIDDEN, dtype=torch.float64)
+    gm = trace(run, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert len(loop_nodes(rewritten)) == 1 and not report.left_out
+    torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+
+
+def test_a_convolution_of_folded_rows_is_in_the_loop() -> None:
+    """Each row is a batch entry of the convolution, which goes over its features. The kernel holds padded rows."""
+    weights = weights_of(torch.float64)
+
+    def run(x: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = STEPS["mlp"](x, Weights(*p))
+        rows = F.conv1d(F.pad(x.reshape(-1, 1, HIDDEN), (3, 0)), Weights(*p).square[:1, None, :4])
+        return (STEPS["mlp"](x + rows.reshape(x.shape), Weights(*p)),)
+
+    x = torch.randn(2, 33, HIDDEN, dtype=torch.float64)
+    gm = trace(run, x, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert len(loop_nodes(rewritten)) == 1 and not report.left_out
+    torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-10)
+
+
 def test_a_state_of_a_prompt_shorter_than_the_kernel_has_zeros_ahead() -> None:
     x = torch.randn(2, 3, 2)
     expected = F.pad(x, (3, 0))[..., -4:]
@@ -120,12 +164,34 @@ def test_a_state_of_a_prompt_shorter_than_the_kernel_has_zeros_ahead() -> None:
 def test_a_pad_that_keeps_many_rows_stays() -> None:
     gm = trace(lambda x: (F.pad(x, (-3, 0)),), torch.randn(2, 4, 9))
     assert causal_convolutions(gm) == []
-    gm = trace(lambda x: (F.pad(x, (4 - x.shape[2], 0)),), torch.randn(2, 4, 9), dynamic=True)
+
+
+@pytest.mark.parametrize("captured", [3, 9])
+def test_a_pad_by_a_symbolic_size_is_a_state(captured: int) -> None:
+    """Also if the captured prompt is shorter than the kernel."""
+    gm = trace(lambda x: (F.pad(x, (4 - x.shape[2], 0)),), torch.randn(2, 4, captured), dynamic=True)
     (state,) = causal_convolutions(gm)
     assert state.target is LAST_ROWS
     for tokens in (2, 4, 9, 30):
         x = torch.randn(2, 4, tokens)
         assert torch.equal(gm(x)[0], F.pad(x, (4 - tokens, 0)))
+
+
+def test_a_state_of_as_many_rows_as_the_captured_prompt(eager_pieces: None) -> None:
+    """The last three rows are dense for three tokens only. Other lengths share the graph."""
+
+    def run(x: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = STEPS["mlp"](x, Weights(*p))
+        state = torch.zeros_like(x.mT[..., -3:]).copy_(x.mT[..., -3:])
+        return STEPS["mlp"](x, Weights(*p)), state
+
+    model = Weighted(run)
+    compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 8}, dynamic=True)
+    for tokens in (3, 5, 40):
+        x = torch.randn(2, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            for expected, actual in zip(model(x), compiled(x), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_convolutions_compile_for_every_length() -> None:

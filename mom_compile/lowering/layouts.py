@@ -21,6 +21,7 @@ from mom_compile.torch_compat.symbolic_sizes import least_value
 from mom_passes.errors import PassError
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, hint, product
+from mom_passes.graph.strides import is_dense_in
 from mom_passes.loops.ports import COUNT, START, CarryIn, In, RowsIn, SizeIn, Stored
 from mom_passes.rules import Dim
 
@@ -148,10 +149,9 @@ def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[sympy.Exp
 
 
 def order_if_dense(value: torch.Tensor) -> tuple[int, ...] | None:
-    """Return a dense tensor's dimensions, from outermost in storage to innermost; None if it is not dense."""
+    """Return the dimensions of a tensor that is dense for all sizes, from outermost in storage to innermost, or None.
+
+    `x[:, -3:]` has dense strides if three tokens are captured, but not for other numbers of tokens.
+    """
     order = tuple(sorted(range(value.dim()), key=lambda i: (-hint(value.stride(i)), i)))
-    expected = dense_strides([hint(size) for size in value.shape], order)
-    dense = all(
-        hint(n) == 1 or int(e) == hint(s) for n, s, e in zip(value.shape, value.stride(), expected, strict=True)
-    )
-    return order if dense else None
+    return order if is_dense_in(value, order) else None

@@ -27,7 +27,8 @@ LAST_ROWS = define("last_rows(Tensor before, Tensor rows, int dim) -> Tensor")
 def causal_conv1d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dilation: int = 1, groups: int = 1
 ) -> torch.Tensor:
-    padded = torch.ops.aten.constant_pad_nd(x, [rows_ahead(weight, dilation), 0])
+    ahead = rows_ahead(weight, dilation)
+    padded = torch.ops.aten.constant_pad_nd(x, [ahead, 0]) if ahead else x
     rows: torch.Tensor = torch.ops.aten.convolution(padded, weight, bias, [1], [0], [dilation], False, [0], groups)
     return rows.contiguous()
 

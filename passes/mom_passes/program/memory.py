@@ -21,7 +21,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from mom_passes.graph.meta import meta_value
+from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import expr, hint, product, symbol_hints
 from mom_passes.graph.values import bytes_of, returned_values, value_of
 from mom_passes.loops.loop import Loop
@@ -152,9 +152,7 @@ def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
 
 def _device_of(node: fx.Node) -> str:
     """The type of device of an operator's first operand, in a body or in a graph."""
-    first = node.all_input_nodes[0]
-    value = first.meta["type"] if "type" in first.meta else meta_value(first)
-    return str(value.device.type)
+    return str(typed_value(node.all_input_nodes[0]).device.type)
 
 
 def _typed_bytes(node: fx.Node) -> sympy.Expr:

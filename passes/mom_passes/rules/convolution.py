@@ -9,7 +9,8 @@ from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis, given
-from mom_passes.graph.sizes import count_hint, expr, hint, product
+from mom_passes.graph.meta import typed_value
+from mom_passes.graph.sizes import count_hint, expr, product
 from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
 from mom_passes.rules.calls import claim
@@ -29,9 +30,9 @@ def convolution_work(node: fx.Node) -> int:
 
 def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
     """Bytes of the operand with zeros before its first row, which the kernel holds in addition to the result."""
-    x, weight = (value_of(argument(node, name)) for name in ("x", "weight"))
+    x, weight = (typed_value(argument(node, name)) for name in ("x", "weight"))
     rows = expr(x.shape[TOKENS]) + rows_ahead(weight, argument(node, "dilation"))
-    return product(x.shape[:TOKENS]) * rows * hint(x.element_size())
+    return expr(product(x.shape[:TOKENS])) * rows * x.dtype.itemsize
 
 
 @register(CAUSAL_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
@@ -49,6 +50,14 @@ def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
         return (x, weight, bias, [1], [0], [dilation], False, [0], groups), {}
 
     return claim(node, {"x": Rows(dim, ahead)}, edit=edit, target=aten.convolution.default)
+
+
+@register(LAST_ROWS)
+def crop(node: fx.Node, dim: Dim) -> Claim:
+    """Rows along any dimension but that of the call are independent, where a pad crops features."""
+    if checked(node, dim).index == axis(argument(node, "dim"), value_of(node).dim()):
+        raise CannotChunk(node, dim, "keeps the last entries along it")
+    return claim(node, {"before": Rows(dim), "rows": Rows(dim)})
 
 
 @register_fold(LAST_ROWS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sympy
-import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
-from mom_passes.graph.meta import meta_value
+from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import count_hint, expr, hint, product
 from mom_passes.graph.values import value_of
 from mom_passes.ops.scored import LIKELY, SCORED, WEIGHTED, block_bytes, dtypes_on_the_way, element_bytes
@@ -27,18 +26,12 @@ def scored_work(node: fx.Node) -> int:
 
 def scored_scratch(node: fx.Node, device: str) -> sympy.Expr:
     """Bytes of one block of logits, or of all logits if these are fewer."""
-    hidden, matrix = (_type(argument(node, name)) for name in ("hidden", "matrix"))
+    hidden, matrix = (typed_value(argument(node, name)) for name in ("hidden", "matrix"))
     wants = argument(node, "wants")
     dtypes = dtypes_on_the_way(argument(node, "steps"), hidden.dtype)
     each = element_bytes(dtypes, WEIGHTED in wants or LIKELY in wants)
     rows = expr(product(hidden.shape[:-1]))
     return sympy.Min(rows * expr(matrix.shape[-1]) * each, block_bytes(device))
-
-
-def _type(operand: fx.Node) -> torch.Tensor:
-    """Return what has the shape and dtype of an operand: its `TensorType` in a loop body, else its fake tensor."""
-    found: torch.Tensor = operand.meta["type"] if "type" in operand.meta else meta_value(operand)
-    return found
 
 
 @register(SCORED, recompute=False, work=scored_work, scratch=scored_scratch)

@@ -43,9 +43,9 @@ def _replace_convolution(node: fx.Node) -> fx.Node | None:
         return None
     (dilation,), (padding,) = argument(node, "dilation"), argument(node, "padding")
     ahead = rows_ahead(value_of(weight), dilation)
-    if ahead == 0:
-        return None
-    if padding == 0 and _zeros_ahead(x) == ahead:
+    if padding == ahead == 0:
+        source, results = x, [node]
+    elif padding == 0 and _zeros_ahead(x) == ahead:
         source, results = argument(x, "self"), [node]
     elif padding == ahead:
         source, results = x, list(node.users)
@@ -80,7 +80,8 @@ def _replace_state(node: fx.Node) -> fx.Node | None:
     if not may_crop or not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
         return None
     source = argument(node, "self")
-    if 2 * shape[-1] > hint(value_of(source).shape[-1]):
+    # A pad by a symbolic size is a state for every length, also if the captured prompt is short.
+    if isinstance(ahead, int) and 2 * shape[-1] > hint(value_of(source).shape[-1]):
         return None
     with node.graph.inserting_before(node):
         sizes = [size_node(node.graph, size, node) for size in shape]
