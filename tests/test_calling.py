@@ -61,7 +61,7 @@ def test_an_option_does_not_go_to_a_model_that_takes_anything() -> None:
     for given, message in (
         ({"kv_offload": "maybe"}, "kv_offload='maybe' is not valid"),
         ({"kv_ofload": True}, "did you mean 'kv_offload'"),
-        ({"max_autotune": True}, "it is one of Inductor's"),
+        ({"max_autotune": True}, "it is an Inductor option"),
         ({"options": {"kv_offload": True}, "kv_offload": True}, "given twice"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -122,7 +122,7 @@ def test_a_config_is_explained_as_on_the_command_line(folder: Path) -> None:
         (("Llama-3-8B",), {"logits_to_keep": 1}, "unknown option 'logits_to_keep'"),
         (("Llama-4-8B",), {}, "or a shipped shape"),
         (("Llama-3-8B", torch.ones(2)), {}, "takes no arguments of a call"),
-        ((3,), {}, "int cannot be planned"),
+        ((3,), {}, "cannot plan a value of type int"),
     ],
 )
 def test_what_cannot_be_explained_of_a_config(arguments: Any, named: dict[str, Any], message: str) -> None:
