@@ -130,8 +130,8 @@ def of_config(config: Any, name: str) -> Found:
     library = _transformers()
     if not isinstance(config, library.PretrainedConfig):
         raise PlanError(
-            f"cannot plan a value of type {type(config).__name__}: give a folder, a config.json, the name of a shipped shape, a "
-            f"transformers config or a model that has one"
+            f"cannot plan a value of type {type(config).__name__}: give a folder, a config.json, the name of a shipped "
+            "shape, a transformers config or a model that has one"
         )
     text = _text_part(config, name)
     notes = [] if text is config else [f"the plan is for its text model only, {text.model_type}"]
