@@ -206,7 +206,7 @@ def test_verify_rejects_overwriting_an_input():
         loop = loop_nodes(gm)[0][1]
         loop.loop = written_over(loop.loop, next(iter(loop.loop.rows_of(loop_nodes(gm)[0][0]))))
 
-    with pytest.raises(PassError, match="not its own"):
+    with pytest.raises(PassError, match="is or aliases an input"):
         verify(spoiled(change))
 
 
