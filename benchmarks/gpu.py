@@ -5,8 +5,8 @@
    weights on the host. 8 of 32 layers suffice for these (`--question-layers`);
 2. `PARTS`, each a process: Llama-3-8B's shape in bf16 by one method (`benchmarks/methods.py`) at increasing lengths,
    the most important first: what the MOM paper measured (144k, then 155k to 455k), under 80 GiB, then under 24 GiB,
-   then without a limit. Peak above the weights (`torch.cuda.max_memory_allocated`), reserved memory (`max_memory_reserved`),
-   time to first token, decode steps and the bytes that they move;
+   then without a limit. Peak above the weights (`torch.cuda.max_memory_allocated`), reserved memory
+   (`max_memory_reserved`), time to first token, decode steps and the bytes that they move;
 3. the tests marked `gpu`, eight in parallel, for which `TESTS` seconds are reserved.
 
 All of it has one time budget (`--budget`). Every figure is a line of `gpu-NAME.jsonl` as soon as it is known, so an

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -20,6 +19,7 @@ from mom_passes.rules.registry import _FACTS
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.rule_law import Call, check_call
 from tests.rule_samples import floats
+from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import Weighted, rewrite, trace
 
@@ -92,8 +92,10 @@ def program(names: list[str], initial: bool, keeps: bool) -> Any:
     return run
 
 
-@settings(RANDOM_PROGRAMS, max_examples=30)
-@given(
+@random_examples(
+    12,
+    60,
+    RANDOM_PROGRAMS,
     st.lists(st.sampled_from(["recurrence", "recurrence", "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),
     st.integers(8, 23),
     st.integers(2, 7),
