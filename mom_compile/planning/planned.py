@@ -83,7 +83,7 @@ class Plan:
         int
             Bytes.
         """
-        return self.ways[self.way].peak_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
+        return self.ways[self.way].peak_bytes(self._tokens(seq_len))
 
     def max_seq_len(self, budget: int | str | None = None) -> int:
         """Return the longest context whose prefill and first decode step fit.
@@ -143,7 +143,7 @@ class Plan:
         int
             Bytes.
         """
-        return self.ways[self.way].host_bytes(self.seq_len if seq_len is None else parse_tokens(seq_len))
+        return self.ways[self.way].host_bytes(self._tokens(seq_len))
 
     @property
     def memory(self) -> int | None:
@@ -246,6 +246,10 @@ class Plan:
             stays = "" if self.resident_layers is None else f", keys and values of {self.resident_layers} layers stay"
             lines.append(f"longest context in {in_units(self.budget)}: {self.max_seq_len():,} tokens{stays}")
         return "\n".join(lines)
+
+    def _tokens(self, seq_len: int | str | None) -> int:
+        """Return a number of tokens, by default that of the plan."""
+        return self.seq_len if seq_len is None else parse_tokens(seq_len)
 
     def _way_line(self) -> str:
         """Return a line on the plan's way: host memory and times or, if it does not fit, the bytes that it needs."""

@@ -232,8 +232,7 @@ class Body:
             # A mini-sequence may have fewer rows than it passes on. Rows ahead are joined with the received ones.
             if carry.next.count > 1 and not _is_ahead(instance):
                 rows = self.graph.call_function(aten.cat.default, ([received, result], dim))
-                full = TensorType(result.meta["type"].shape, received.meta["type"].dtype, received.meta["type"].device)
-                rows.meta["type"] = rows_type(full, Rows(instance.dim, carry.next.count))
+                rows.meta["type"] = rows_type(result.meta["type"], Rows(instance.dim, carry.next.count))
             last = self._emit_like(received, aten.slice.Tensor, rows, dim, -carry.next.count, TO_THE_END)
             self.next_values[instance, number] = last
             return result

@@ -28,7 +28,7 @@ from mom_passes.errors import CannotChunk, NoRule, RuleError
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.rules.claim import Claim, find_fault_of
 from mom_passes.rules.needs import Dim, Rows
-from mom_passes.rules.targets import EXAMPLE, OVERLOAD, check_rule, check_target, key_of, overload_of
+from mom_passes.rules.targets import OVERLOAD, check_rule, check_targets, key_of, overload_of
 
 Rule = Callable[[fx.Node, Dim], Claim]
 #: A rule for results without rows. Takes the token dim of each operand, None for an operand without tokens.
@@ -92,8 +92,8 @@ class OperatorFacts:
         if self.rule is None:
             raise NoRule(node, dim)
         claim = _call_rule(self.rule, node, dim, dim)
-        ahead = [need.dim for need in claim.needs if isinstance(need, Rows) and need.before]
-        if not all(one.plain for one in ahead) or (claim.carries and not dim.plain):
+        folded_ahead = any(isinstance(n, Rows) and n.before and not n.dim.plain for n in claim.needs)
+        if folded_ahead or (claim.carries and not dim.plain):
             raise CannotChunk(node, dim, "hands rows on along a dimension that holds more than tokens")
         if claim.carries and not in_order:
             raise CannotChunk(node, dim, "accumulates along it")
@@ -187,10 +187,7 @@ def register(
     ...     return Claim((Rows(dim), All()))
     """
 
-    if not targets:
-        raise TypeError(f"a chunk rule needs at least one operator overload; {EXAMPLE}")
-    for target in targets:
-        check_target(target)
+    check_targets(targets)
 
     def decorate(rule: Rule) -> Rule:
         check_rule(rule)
@@ -234,8 +231,7 @@ def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
     ...         raise CannotChunk(node, Dim(0), "only a total over rows can be folded")
     ...     return Claim((Rows(dims[0]),), outputs=(Fold(torch.ops.aten.add.Tensor, 0),))
     """
-    for target in targets:
-        check_target(target)
+    check_targets(targets)
 
     def decorate(rule: FoldRule) -> FoldRule:
         check_rule(rule)
@@ -248,8 +244,8 @@ def register_fold(*targets: Any) -> Callable[[FoldRule], FoldRule]:
 
 def register_work(*targets: Any, work: Work) -> None:
     """Register the multiply-adds of operators without a chunk rule. Targets and errors as in `register`."""
+    check_targets(targets)
     for target in targets:
-        check_target(target)
         _FACTS[key_of(target)] = OperatorFacts(recompute=False, work=work)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def key_of(target: Any) -> Any:
     return name if name.count(".") == 2 else f"{name}.default"
 
 
-def check_target(target: Any) -> None:
+def _check_target(target: Any) -> None:
     """Raise `TypeError` if a target is neither an operator overload nor the name of one."""
     named = isinstance(target, str) and re.fullmatch(r"\w+::\w+(\.\w+)?", target)
     if isinstance(target, OVERLOAD) or target is operator.getitem or named:
@@ -32,6 +33,14 @@ def check_target(target: Any) -> None:
         names = ", ".join(f"torch.ops.{packet}.{name}" for name in packet.overloads())
         raise TypeError(f"torch.ops.{target} is a packet of overloads; register one or more of {names}")
     raise TypeError(f"a chunk rule needs operator overloads, and {target!r} is none; {EXAMPLE}")
+
+
+def check_targets(targets: Collection[Any]) -> None:
+    """Raise `TypeError` if there is no target, or one is neither an operator overload nor the name of one."""
+    if not targets:
+        raise TypeError(f"a chunk rule needs at least one operator overload; {EXAMPLE}")
+    for target in targets:
+        _check_target(target)
 
 
 def check_rule(rule: Any) -> None:

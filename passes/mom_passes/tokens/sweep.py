@@ -129,9 +129,7 @@ class Sweep:
     def _find_options(self, node: fx.Node, inputs: Sequence[fx.Node]) -> list[Option] | CannotChunk:
         """Return the options of a result, those that need rows of most carriers first, or why there is none."""
         found: list[tuple[int, tuple[Dim, Claim, Size]]] = []
-        refused: CannotChunk = NoRule(node, None)
-        if facts(node).rule is not None:
-            refused = CannotChunk(node, None, "its rows need other rows of its operands")
+        refused: CannotChunk | None = None
         dims = [self._dims(operand) for operand in inputs]
         for dim, length in _candidates(node, dims):
             try:
@@ -143,7 +141,7 @@ class Sweep:
             if all(self._may_carry(operand, along, length) for operand, along in needed):
                 found.append((len(needed), (dim, claim, length)))
         if not found:
-            return refused
+            return refused or _why_no_options(node)
         return [option for _, option in sorted(found, key=lambda pair: -pair[0])]
 
     def _needed_dims(self, inputs: Sequence[fx.Node], claim: Claim) -> list[tuple[fx.Node, Dim]]:
@@ -250,6 +248,13 @@ def _cuts_or_adds_rows(node: fx.Node, index: int) -> bool:
 def _has_rows(item: fx.Node, carrier: Carrier) -> bool:
     shape, index = value_of(item).shape, carrier.dim.index
     return carrier.dim.plain and index < len(shape) and same(shape[index], carrier.length)
+
+
+def _why_no_options(node: fx.Node) -> CannotChunk:
+    """Return why a result has no rows, if no rule refused them."""
+    if facts(node).rule is None:
+        return NoRule(node, None)
+    return CannotChunk(node, None, "its rows need other rows of its operands")
 
 
 def _candidates(node: fx.Node, dims: list[list[tuple[Dim, Size]]]) -> list[tuple[Dim, Size]]:
