@@ -296,8 +296,10 @@ def _convolutions() -> list[Call]:
     return [
         Call(mom.causal_conv1d.default, (x, depthwise, floats(4), 1, 4)),
         Call(mom.causal_conv1d.default, (x, depthwise, None, 2, 4)),
-        Call(mom.causal_conv1d.default, (x, floats(6, 4, 2, seed=1))),
+        Call(mom.causal_conv1d.default, (x, floats(6, 4, 3), None, 2)),
+        Call(mom.causal_conv1d.default, (x, floats(4, 2, 1), None, 1, 2)),
         Call(mom.last_rows.default, (state, x, 2)),
+        Call(mom.last_rows.default, (floats(2, 9, 7), x.repeat(1, 3, 1), 1)),
     ]
 
 
@@ -362,20 +364,29 @@ CUDA_ONLY = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 
-def _convolutions() -> list[Call]:
-    x, mom = floats(2, 4, 7), torch.ops.mom
+def _scans() -> list[Call]:
+    query, key, value = floats(2, 7, 2, 3), floats(2, 7, 2, 3, seed=1), floats(2, 7, 4, 5, seed=2)
+    decay, beta, state = -floats(2, 7, 4).abs(), floats(2, 7, 4, seed=3).sigmoid(), floats(2, 4, 3, 5, seed=4)
+    each = query.repeat_interleave(2, 2), key.repeat_interleave(2, 2)
+    channels, steps, mom = -floats(2, 7, 4, 3).abs(), floats(2, 7, 4, seed=5).abs(), torch.ops.mom
+    narrow, wide, matrix = floats(2, 3, 7, seed=6), floats(2, 4, 7, seed=7), -floats(4, 3, seed=8).abs()
     return [
-        Call(mom.causal_conv1d.default, (x, floats(4, 1, 4), floats(4), 1, 4)),
-        Call(mom.causal_conv1d.default, (x, floats(6, 4, 3), None, 2)),
-        Call(mom.causal_conv1d.default, (x, floats(4, 2, 1), None, 1, 2)),
-        Call(mom.last_rows.default, (floats(2, 4, 3), x, 2)),
-        Call(mom.last_rows.default, (floats(2, 9, 7), x[:, :, :7].repeat(1, 3, 1), 1)),
+        Call(mom.gated_delta_rule.default, (query, key, value, decay, beta)),
+        Call(mom.gated_delta_rule.default, (query, key, value, decay, beta, state)),
+        Call(mom.kda.default, (*each, value, channels, beta)),
+        Call(mom.kda.default, (*each, value, channels, beta, state)),
+        Call(mom.mamba2_scan.default, (value, steps, -floats(4).abs(), query, key)),
+        Call(mom.mamba2_scan.default, (value, steps, -floats(4).abs(), query, key, state.mT.contiguous())),
+        Call(mom.selective_scan.default, (wide, wide.abs(), matrix, narrow, narrow + 1)),
+        Call(mom.selective_scan.default, (wide, wide.abs(), matrix, narrow, narrow + 1, floats(2, 4, 3))),
+        Call(mom.linear_recurrence.default, (beta, steps)),
+        Call(mom.linear_recurrence.default, (beta, steps, floats(2, 4))),
     ]
 
 
 BY_HAND: list[Callable[[], list[Call]]] = [
     _primitives, _pointwise, _reductions, _views, _sources, _indexing, _matmuls, _packed_products,
-    _bitsandbytes, _copied_rows, _convolutions, _mom_attention, _scored, _sdpa_for_cpu,
+    _bitsandbytes, _copied_rows, _convolutions, _scans, _mom_attention, _scored, _sdpa_for_cpu,
 ]  # fmt: skip
 
 

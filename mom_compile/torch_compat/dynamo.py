@@ -8,6 +8,8 @@ get_code_state                   sizes seen so far by code object, from which Dy
 cached_backends                  backends by id, as guards on the backend refer to them
 TORCH_DYNAMO_RESUME_IN_PREFIX    begins the name of a function that Dynamo makes of the code after a graph break
 maybe_mark_dynamic               marks a dimension that may be traced as a symbol
+current_tx                       the translator of the frame that Dynamo traces; its `output` knows the backend
+PolyfilledFunctionVariable       the functions that Dynamo traces in place of others
 mark_dynamo_propagated_dynamic_indices
                                  the mark that AOTAutograd sets on outputs with symbolic sizes
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import sys
 import types
@@ -31,6 +34,8 @@ from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_cod
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import PolyfilledFunctionVariable
 from torch._functorch._aot_autograd import runtime_wrappers
 
 from mom_passes.torch_compat import is_wrapper
@@ -66,6 +71,7 @@ def trace_whole(
     called.
     """
 
+    @functools.wraps(backend)
     def stopping(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         backend(gm, example_inputs)
         raise _GraphIsKnown("the graph is known", first_useful_frame=None)
@@ -118,6 +124,31 @@ def is_cut_apart(library: str) -> bool:
         frame = frame.f_back
     resumed = [name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for name in names]
     return bool(resumed) and not resumed[0] and any(resumed)
+
+
+# --- one function traced in place of another ---
+
+#: Attributes in which PyTorch's wrappers of a backend hold the wrapped one.
+_WRAPPED = ("compiler_fn", "_torchdynamo_orig_backend", "func", "__wrapped__")
+
+
+def substitute(function: types.FunctionType, traced: types.FunctionType) -> None:
+    """Have Dynamo trace `traced` wherever it would trace `function`, for every backend. Raises `ValueError` if it
+    traces another function already."""
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)
+
+
+def is_substituted(function: Any) -> bool:
+    """Return whether Dynamo traces another function in place of this one."""
+    return function in PolyfilledFunctionVariable._get_polyfill_handlers()
+
+
+def backend_of_trace(mark: str) -> Any:
+    """Return the backend of the frame that Dynamo is tracing: the wrapped backend with an attribute `mark`, if any."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None and not hasattr(backend, mark):
+        backend = next((getattr(backend, name) for name in _WRAPPED if hasattr(backend, name)), None)
+    return backend
 
 
 # --- dynamic sizes ---

@@ -10,6 +10,7 @@ from mom_passes.rules import (
     pointwise,
     quantised,
     reduction,
+    scans,
     scored,
     source,
     view,
@@ -34,5 +35,5 @@ __all__ = [
     "Alias", "All", "Carry", "Claim", "Described", "Dim", "Final", "Fold", "Last", "Need", "OperatorFacts",
     "Output", "Rows", "Window", "attention", "claim_for", "convolution", "dim_of", "facts", "facts_of",
     "fold_for", "folds", "has_own_rule", "index", "layout", "matmul", "pointwise", "quantised", "reduction",
-    "register", "register_fold", "registered", "scored", "source", "view",
+    "register", "register_fold", "registered", "scans", "scored", "source", "view",
 ]  # fmt: skip

@@ -1,0 +1,145 @@
+"""Chunk rules of recurrences over tokens: rows in order, with the state as a carry.
+
+    gated_delta_rule(q, k, v, g, beta, state)[rows]  =  gated_delta_rule(q[rows], ..., state after the rows before)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import fx
+
+from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument
+from mom_passes.graph.meta import typed_value
+from mom_passes.graph.sizes import expr, hint
+from mom_passes.graph.values import value_of
+from mom_passes.ops import scans
+from mom_passes.rules.calls import claim
+from mom_passes.rules.claim import Claim
+from mom_passes.rules.factories import checked
+from mom_passes.rules.needs import Carry, Dim, Final, Rows
+from mom_passes.rules.registry import register
+
+BATCH = 0
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The operands of a recurrence with rows, the index of their token dimension, and the costs of a call.
+
+    products    multiply-adds per row and batch entry
+    workspace   entries of the values that the reference allocates in addition to its results
+    """
+
+    rows: tuple[str, ...]
+    tokens: int
+    products: Callable[[fx.Node], int]
+    workspace: Callable[[fx.Node], sympy.Expr]
+
+
+def _shape(node: fx.Node, name: str) -> list[sympy.Expr]:
+    return [expr(size) for size in typed_value(argument(node, name)).shape]
+
+
+def _hints(node: fx.Node, name: str) -> list[int]:
+    return [hint(size) for size in value_of(argument(node, name)).shape]
+
+
+def _delta_products(node: fx.Node) -> int:
+    """Products in a chunk (two of keys, one with values, a triangular solve) and three with the state."""
+    (*_, heads, width), (*_, keys) = _hints(node, "value"), _hints(node, "key")
+    return heads * (scans.CHUNK * (2 * keys + width) + scans.CHUNK * (keys + width) // 2 + 3 * keys * width)
+
+
+def _mamba2_products(node: fx.Node) -> int:
+    (*_, heads, width), (*_, groups, entries) = _hints(node, "x"), _hints(node, "B")
+    return groups * scans.CHUNK * entries + heads * (scans.CHUNK * width + 2 * width * entries)
+
+
+def _selective_products(node: fx.Node) -> int:
+    return 3 * math.prod(_hints(node, "A"))
+
+
+def _linear_products(node: fx.Node) -> int:
+    return _hints(node, "b")[-1]
+
+
+def _delta_workspace(node: fx.Node) -> sympy.Expr:
+    (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
+    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
+    return batch * at_once * heads * (2 * scans.CHUNK + 6 * keys + 4 * width)
+
+
+def _kda_workspace(node: fx.Node) -> sympy.Expr:
+    (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
+    widest = sympy.Max(scans.CHUNK, scans.SUBCHUNK * keys)
+    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK * widest)
+    return batch * at_once * heads * (2 * scans.CHUNK + 7 * keys + 4 * width)
+
+
+def _mamba2_workspace(node: fx.Node) -> sympy.Expr:
+    (batch, rows, heads, width), (*_, groups, entries) = _shape(node, "x"), _shape(node, "B")
+    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
+    return batch * at_once * (heads * (scans.CHUNK + 3 * width) + groups * (scans.CHUNK + 2 * entries))
+
+
+def _rows_at_once(rows: sympy.Expr, entries_per_chunk: sympy.Expr) -> sympy.Expr:
+    """Rows of the chunks that the reference computes at a time."""
+    return sympy.Min(rows, scans.CHUNK * sympy.Max(1, sympy.floor(scans.WORKSPACE / entries_per_chunk)))
+
+
+def _selective_workspace(node: fx.Node) -> sympy.Expr:
+    (batch, width, rows), (_, entries) = _shape(node, "x"), _shape(node, "A")
+    return 2 * _state_rows(rows, batch * width * entries)
+
+
+def _linear_workspace(node: fx.Node) -> sympy.Expr:
+    batch, rows, width = _shape(node, "b")
+    return _state_rows(rows, batch * width)
+
+
+def _state_rows(rows: sympy.Expr, state: sympy.Expr) -> sympy.Expr:
+    """Entries of the states of the rows that the reference computes at a time."""
+    return state * sympy.Min(rows, sympy.Max(1, sympy.floor(scans.WORKSPACE / state)))
+
+
+_DELTA = ("query", "key", "value", "decay", "beta")
+SCANS: dict[Any, Scan] = {
+    scans.GATED_DELTA_RULE: Scan(_DELTA, 1, _delta_products, _delta_workspace),
+    scans.KDA: Scan(_DELTA, 1, _delta_products, _kda_workspace),
+    scans.MAMBA2_SCAN: Scan(("x", "dt", "B", "C"), 1, _mamba2_products, _mamba2_workspace),
+    scans.SELECTIVE_SCAN: Scan(("x", "dt", "B", "C"), 2, _selective_products, _selective_workspace),
+    scans.LINEAR_RECURRENCE: Scan(("a", "b"), 1, _linear_products, _linear_workspace),
+}
+
+
+def scan_work(node: fx.Node) -> int:
+    """Return the multiply-adds of a recurrence at the captured sizes."""
+    scan = SCANS[node.target]
+    shape = _hints(node, scan.rows[0])
+    return shape[BATCH] * shape[scan.tokens] * scan.products(node)
+
+
+def scan_workspace(node: fx.Node, device: str) -> sympy.Expr:
+    """Return the bytes that the reference allocates in addition to its results."""
+    scan = SCANS[node.target]
+    return scan.workspace(node) * scans.state_dtype(typed_value(argument(node, scan.rows[0]))).itemsize
+
+
+@register(*SCANS, recompute=False, work=scan_work, scratch=scan_workspace)
+def scan(node: fx.Node, dim: Dim) -> Claim:
+    facts = SCANS[node.target]
+    if checked(node, dim).index == BATCH:
+        state = dim.at(0)
+        return claim(node, {name: Rows(dim) for name in (*facts.rows, "state")}, (Rows(dim), Rows(state)))
+    if dim.index != facts.tokens:
+        raise CannotChunk(node, dim, "only tokens and batch entries are split")
+    if not dim.plain:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not consecutive tokens")
+    carry = Carry(0, 1, operand="state")
+    return claim(node, {name: Rows(dim) for name in facts.rows}, (Rows(dim), Final(0)), carries=(carry,))
