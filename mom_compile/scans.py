@@ -67,7 +67,7 @@ def mamba2_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    chunk_size: int,
+    chunk_size: int = 64,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_states: Tensor | None = None,

@@ -34,6 +34,8 @@ KNOWN = {
 MARK = "_traces_scans_as_operators"
 #: Arguments that keep packed sequences apart, which the operators cannot.
 PACKED = ("cu_seqlens", "seq_idx")
+#: Parameters that do not change what a recurrence computes.
+WITHOUT_EFFECT = ("chunk_size", "use_mambapy", "use_associative_scan")
 
 
 def scan_operator(function: Callable[..., Any], like: str) -> None:
@@ -74,9 +76,9 @@ def substitute_in(module: types.ModuleType) -> None:
         found: Any = module
         for name in path.split("."):
             found = getattr(found, name, None)
-        if isinstance(found, types.FunctionType) and found.__module__ == module.__name__ and not is_substituted(found):
-            if not _missing_parameters(found, SCANS[like]):
-                substitute(found, _traced(found, SCANS[like]))
+        own = isinstance(found, types.FunctionType) and found.__module__ == module.__name__
+        if own and not is_substituted(found) and not _missing_parameters(found, SCANS[like]):
+            substitute(found, _traced(found, SCANS[like]))
 
 
 def watch_models() -> None:
@@ -99,13 +101,16 @@ def _is_model_file(name: str) -> bool:
 
 
 def _missing_parameters(function: Callable[..., Any], traced: Callable[..., Any]) -> list[str]:
-    """Return the parameters of the traced function that the original does not take, without those that it ignores."""
-    taken, expected = inspect.signature(function).parameters, inspect.signature(traced).parameters
-    ignored = {"use_mambapy", "use_associative_scan", "chunk_size", "self", "acc_dtype"}
-    return [name for name, one in expected.items() if one.kind is not one.VAR_KEYWORD and name not in {*taken, *ignored}]
+    """Return the parameters of the traced function that the original does not have, except those without effect."""
+    own, expected = inspect.signature(function).parameters, inspect.signature(traced).parameters
+    return [
+        name
+        for name, one in expected.items()
+        if one.kind is not one.VAR_KEYWORD and name not in own and name not in WITHOUT_EFFECT
+    ]
 
 
-def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> types.FunctionType:
+def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that Dynamo traces in place of `function`."""
     original = _copy_of(function)
 

@@ -132,7 +132,7 @@ def is_cut_apart(library: str) -> bool:
 _WRAPPED = ("compiler_fn", "_torchdynamo_orig_backend", "func", "__wrapped__")
 
 
-def substitute(function: types.FunctionType, traced: types.FunctionType) -> None:
+def substitute(function: types.FunctionType, traced: Callable[..., Any]) -> None:
     """Have Dynamo trace `traced` wherever it would trace `function`, for every backend. Raises `ValueError` if it
     traces another function already."""
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)

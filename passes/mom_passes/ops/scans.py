@@ -28,8 +28,8 @@ GATED_DELTA_RULE = define(
 )
 """Gated delta rule (Gated DeltaNet, arXiv 2412.06464).
 
-query, key `[B, S, G, D]`, value `[B, S, H, Dv]`, decay (in log space) and beta `[B, S, H]`, state `[B, H, D, Dv]`, zeros
-by default. H is a multiple of G. Returns rows `[B, S, H, Dv]` and the state after the last row.
+query, key `[B, S, G, D]`, value `[B, S, H, Dv]`, decay (in log space) and beta `[B, S, H]`, state `[B, H, D, Dv]`,
+zeros by default. H is a multiple of G. Returns rows `[B, S, H, Dv]` and the state after the last row.
 """
 
 KDA = define(
@@ -88,10 +88,13 @@ def _blocks(rows: int, entries_per_chunk: int) -> Iterator[tuple[int, int, int]]
         first += max(1, chunks) * length
 
 
-def _in_chunks(value: torch.Tensor, first: int, chunks: int, length: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
+def _in_chunks(
+    value: torch.Tensor, first: int, chunks: int, length: int, heads: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Return rows of `[B, S, G, ...]` as `[B, H, chunks, length, ...]`, contiguous and in another dtype."""
-    rows = value.narrow(1, first, chunks * length).unflatten(1, (chunks, length)).to(dtype)
-    by_head = rows.permute(0, 3, 1, 2, *range(4, rows.dim()))
+    rows = value.narrow(1, first, chunks * length).to(dtype)
+    split = rows.reshape(rows.shape[0], chunks, length, *rows.shape[2:])
+    by_head = split.permute(0, 3, 1, 2, *range(4, split.dim()))
     repeats = heads // by_head.shape[1]
     return by_head.repeat_interleave(repeats, dim=1) if repeats > 1 else by_head.contiguous()
 
@@ -189,11 +192,11 @@ def _delta_chunks(
     key: torch.Tensor,
     end: torch.Tensor,
 ) -> torch.Tensor:
-    """Run a block of chunks in order. Update `state` `[B, H, D, Dv]` in place and return `[B, H, chunks, length, Dv]`.
+    """Run a block of chunks in order. Update `state` `[B, H, D, Dv]` in place; return `[B, H, chunks, length, Dv]`.
 
-    `known` has the values `[..., Dv]` and the decayed keys `[..., D]`, which the unit triangular `system` solves for the
-    values that the rows of a chunk write (UT transform). `query` and `key` are decayed from the start and to the end
-    of the chunk, and `end` is the decay over the chunk.
+    `known` has the values `[..., Dv]` and the decayed keys `[..., D]`. The unit triangular `system` solves them for
+    the values that the rows of a chunk write (UT transform). `query` is decayed from the start of the chunk, `key` to
+    its end, and `end` is the decay over the chunk.
     """
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     values, keys = solved.split([state.shape[-1], state.shape[-2]], -1)
