@@ -30,9 +30,9 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import is_tensor, value_of
-from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
+from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind, widest_per_token
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type
-from mom_passes.loops.stages import StagePlan, body_instances, widest_per_token
+from mom_passes.loops.stages import StagePlan, body_instances
 from mom_passes.rules import All, Carry, Dim, Last, Output, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows

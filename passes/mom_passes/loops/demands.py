@@ -25,6 +25,7 @@ import enum
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,12 +34,13 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, count_hint, product, quotient
+from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
 from mom_passes.loops.shared_views import shared_views
 from mom_passes.rules import All, Carry, Claim, Dim, Fold, Last, Rows, claim_for, facts, fold_for
 from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.region import Region
 
 aten = torch.ops.aten
 
@@ -302,3 +304,22 @@ def _sizes_read(node: fx.Node) -> list[Instance]:
 def _is_size_of(node: fx.Node) -> bool:
     """Whether a node is `sym_size(tensor, i)`, which reads metadata only and does not need the tensor."""
     return "sym_" in str(node.target)
+
+
+def bytes_per_token(instance: Instance) -> int:
+    """Return the bytes per token of a row instance at the captured sizes."""
+    value = meta_value(instance.node)
+    assert isinstance(value, torch.Tensor)
+    dim = instance.dim
+    length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
+    return max(1, count_hint(value.shape) * value.element_size() // max(1, length))
+
+
+def widest_per_token(instance: Instance) -> int:
+    """Return the bytes per token of the widest value computed for a row instance, inside its region if it has one."""
+    target: Any = instance.node.target
+    own = bytes_per_token(instance)
+    if not isinstance(target, Region):
+        return own
+    dim = target.dim_of_rows(instance.dim)
+    return max(own, target.widest * hint(dim.outer) * hint(dim.inner))

@@ -6,6 +6,7 @@ barrier    A whole operand that a loop computes (keys and values of an attention
 stage      Everything between two barriers: operators run once on the full sequence, then loops over rows.
 earliest   The first stage in which a value can be computed: that of its operands, plus one across a barrier.
 latest     The last stage in which it can be computed: that of its readers, minus one across a barrier.
+segment    A part of a long stage, cut between layers (`loops.segments`): a stage of its own from then on.
 late       At boundary `k` (after stage `k`): only computed after it.
 crossing   A value kept at full length from the stage that computes it to a later stage that reads it.
 
@@ -20,23 +21,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
 
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
-from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import returns_nothing
-from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
+from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind, bytes_per_token
+from mom_passes.loops.segments import find_segments
 from mom_passes.rules import All
-from mom_passes.tokens.region import Region
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
 FINE = 1 << 20
+#: The most products, attentions and recurrences in a loop body by default: about four layers.
+MOST_PRODUCTS = 48
 
 
 @dataclass(frozen=True)
@@ -60,33 +62,49 @@ class Stages:
     plans: tuple[StagePlan, ...]
 
 
-def plan_stages(demands: DemandGraph) -> Stages:
-    """Assign every instance to a stage and choose the crossings."""
-    planner = _Planner(demands)
+def plan_stages(demands: DemandGraph, most_products: int = MOST_PRODUCTS) -> Stages:
+    """Assign every instance to a stage and choose the crossings.
+
+    A stage with more than `most_products` products is cut between layers.
+    """
+    planner = _Planner(demands, most_products)
     return Stages(demands, planner.plans())
 
 
 class _Planner:
-    def __init__(self, demands: DemandGraph) -> None:
+    def __init__(self, demands: DemandGraph, most_products: int) -> None:
         self.demands = demands
         self.barriers = {demands.inputs[i][0] for i in demands.order if demands.kinds[i] is Kind.BARRIER}
-        self.earliest = self._earliest()
+        self.earliest = self._earliest({})
+        self.segments = find_segments(demands, self.earliest, most_products)
+        if self.segments:
+            self.earliest = self._earliest(self._segments_as_stages())
         self.last = max(self.earliest.values(), default=0)
         self.latest = self._latest()
         self.ready = self._ready()
         self.late_until = self._late_until()
         self.needed = self._needed()
 
-    def _earliest(self) -> dict[Instance, int]:
+    def _earliest(self, placed: Mapping[Instance, int]) -> dict[Instance, int]:
         earliest: dict[Instance, int] = {}
         effects = 0
         for instance in self.demands.order:
             below = max((earliest[i] for i in self.demands.inputs[instance]), default=0)
-            earliest[instance] = below + (self.demands.kinds[instance] is Kind.BARRIER)
+            below += self.demands.kinds[instance] is Kind.BARRIER
+            earliest[instance] = placed.get(instance, below)
             if returns_nothing(instance.node):
                 # Assertions run in graph order.
                 effects = earliest[instance] = max(effects, earliest[instance])
         return earliest
+
+    def _segments_as_stages(self) -> dict[Instance, int]:
+        """Return the stage of each instance of a segment, if segments count as stages."""
+        after: dict[int, int] = {}
+        for instance, segment in self.segments.items():
+            after[self.earliest[instance]] = max(after.get(self.earliest[instance], 0), segment)
+        before = list(accumulate((after.get(stage, 0) for stage in range(max(after, default=0))), initial=0))
+        own = ((instance, self.earliest[instance], segment) for instance, segment in self.segments.items())
+        return {instance: stage + before[stage] + segment for instance, stage, segment in own}
 
     def _latest(self) -> dict[Instance, int]:
         latest: dict[Instance, int] = {}
@@ -96,6 +114,8 @@ class _Planner:
             limit = self.earliest[instance] if instance in outputs and not is_mutation(instance.node) else self.last
             for reader in self.demands.readers.get(instance, ()):
                 limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
+                if self.segments.get(reader) and self.earliest[instance] < self.earliest[reader]:
+                    limit = min(limit, self.earliest[reader] - 1)  # not moved into the segment that reads it
             latest[instance] = limit
         for instance in self.demands.order:
             # One call computes all its results and carries. Its tuple cannot be stored, the items can.
@@ -266,22 +286,3 @@ def body_instances(demands: DemandGraph, stored: Iterable[Instance], available: 
         if instance not in ends and demands.kinds[instance] in (Kind.ROWS, Kind.AHEAD, Kind.INLINE):
             pending.extend(demands.inputs[instance])
     return sorted(found, key=demands.position.__getitem__)
-
-
-def bytes_per_token(instance: Instance) -> int:
-    """Return the bytes per token of a row instance at the captured sizes."""
-    value = meta_value(instance.node)
-    assert isinstance(value, torch.Tensor)
-    dim = instance.dim
-    length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
-    return max(1, count_hint(value.shape) * value.element_size() // max(1, length))
-
-
-def widest_per_token(instance: Instance) -> int:
-    """Return the bytes per token of the widest value computed for a row instance, inside its region if it has one."""
-    target: Any = instance.node.target
-    own = bytes_per_token(instance)
-    if not isinstance(target, Region):
-        return own
-    dim = target.dim_of_rows(instance.dim)
-    return max(own, target.widest * hint(dim.outer) * hint(dim.inner))
