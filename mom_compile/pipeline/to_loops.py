@@ -29,6 +29,7 @@ from mom_passes.rules.work import products
 from mom_passes.source_lines import source_lines
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
+from mom_passes.tokens.last_rows import last_rows
 from mom_passes.tokens.mlp_scope import mlp_only
 from mom_passes.tokens.picked_rows import picked_rows
 
@@ -102,6 +103,7 @@ def make_loops(
         length, facts = tokens.dims.length, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
+        tokens = take(last_rows_in_loops, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
@@ -182,6 +184,12 @@ def _narrowed(
     if dims is None:
         raise NotWorthwhile(f"nearly all work is on the few rows {which}", gm)
     return replace(tokens, gm=gm, dims=dims), f"{len(dims.rowwise)} row-wise values are left"
+
+
+def last_rows_in_loops(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:
+    """Compute the last few rows of a value in the loop that computes all of them."""
+    gm = last_rows(tokens.gm, tokens.dims)
+    return _narrowed(tokens, gm, static, "no last rows are read", "that are read")
 
 
 def mlp_alone(tokens: Tokens, scope: str) -> tuple[Tokens, str]:

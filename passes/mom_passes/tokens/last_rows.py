@@ -1,0 +1,63 @@
+"""Compute the last few rows of a value in the loop that computes all of them, so that no row is stored only for them.
+
+Before:  y = mul(x, gate); last = y[:, S - 1 : S]              y at full length, for one row
+After:   y = mul(x, gate); last = last_rows(zeros(B, 1, H), y)     a carry of one row
+
+Such slices are the logits of the last token, the state of a convolution, and the keys of a short window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from mom_passes.graph.arguments import argument, aten
+from mom_passes.graph.edit import copy_graph, emit, size_node
+from mom_passes.graph.sizes import expr
+from mom_passes.graph.values import operands, value_of
+from mom_passes.ops.convolution import LAST_ROWS
+from mom_passes.tokens.demanded_rows import span_of
+from mom_passes.tokens.dims import TokenDims
+
+#: At most so many rows are handed from one mini-sequence to the next.
+MOST_ROWS = 64
+
+
+def last_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
+    """Return a new graph without slices that take the last few rows of a computed value, or the same graph if there are
+    none."""
+    names = [node.name for node in gm.graph.nodes if _takes_last_rows(node, dims)]
+    if not names:
+        return gm
+    copied = copy_graph(gm)
+    by_name = {node.name: node for node in copied.graph.nodes}
+    for node in (by_name[name] for name in names):
+        _replace(node)
+    copied.recompile()
+    return copied
+
+
+def _takes_last_rows(node: fx.Node, dims: TokenDims) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    (source,) = operands(node)
+    carrier = dims.carriers.get(source)
+    if carrier is None or source not in dims.rowwise or source not in dims.worked:
+        return False
+    span = span_of(node, carrier.dim, carrier.length)
+    few = span is not None and span.count.is_Integer and span.count <= MOST_ROWS
+    return few and span is not None and span.end == expr(carrier.length)
+
+
+def _replace(node: fx.Node) -> None:
+    (source,) = operands(node)
+    value, graph = value_of(node), node.graph
+    with graph.inserting_before(node):
+        sizes = [size_node(graph, size, node) for size in value.shape]
+        options: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        zeros = emit(graph, aten.full.default, (sizes, 0), options)
+        rows = emit(graph, LAST_ROWS, (zeros, source, argument(node, "dim")))
+    rows.meta = {**node.meta, "val": rows.meta["val"]}
+    node.replace_all_uses_with(rows)
+    graph.erase_node(node)
