@@ -33,7 +33,7 @@ from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.values import returns_nothing
 from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind, bytes_per_token
 from mom_passes.loops.segments import find_segments
-from mom_passes.rules import All
+from mom_passes.rules import All, Rows
 
 #: Capacities are bytes per token in units of 1/FINE, so that ties can be broken below one byte.
 FINE = 1 << 20
@@ -80,7 +80,7 @@ class _Planner:
         if self.segments:
             self.earliest = self._earliest(self._segments_as_stages())
         self.last = max(self.earliest.values(), default=0)
-        self.latest = self._latest()
+        self.latest = self._latest(self._latest())
         self.ready = self._ready()
         self.late_until = self._late_until()
         self.needed = self._needed()
@@ -106,7 +106,7 @@ class _Planner:
         own = ((instance, self.earliest[instance], segment) for instance, segment in self.segments.items())
         return {instance: stage + before[stage] + segment for instance, stage, segment in own}
 
-    def _latest(self) -> dict[Instance, int]:
+    def _latest(self, placed: Mapping[Instance, int] | None = None) -> dict[Instance, int]:
         latest: dict[Instance, int] = {}
         outputs = set(self.demands.outputs)
         for instance in reversed(self.demands.order):
@@ -116,6 +116,8 @@ class _Planner:
                 limit = min(limit, latest[reader] - (self.demands.kinds[reader] is Kind.BARRIER))
                 if self.segments.get(reader) and self.earliest[instance] < self.earliest[reader]:
                     limit = min(limit, self.earliest[reader] - 1)  # not moved into the segment that reads it
+            if placed is not None and limit > self.earliest[instance] and self._is_narrower(instance, placed, latest):
+                limit = self.earliest[instance]
             latest[instance] = limit
         for instance in self.demands.order:
             # One call computes all its results and carries. Its tuple cannot be stored, the items can.
@@ -123,6 +125,33 @@ class _Planner:
             if item or (isinstance(instance.need, Carried) and instance not in self.demands.claims):
                 latest[instance] = latest[self.demands.inputs[instance][0]]
         return latest
+
+    def _is_narrower(self, instance: Instance, placed: Mapping[Instance, int], latest: Mapping[Instance, int]) -> bool:
+        """Whether a product takes fewer bytes than the values that must cross a boundary to compute it later.
+
+        `placed` are the latest stages without this rule. A value with another reader after the boundary crosses anyway.
+        """
+        if not self._is_fixed_tensor(instance):
+            return False
+        after, crossing, pending = self.earliest[instance], 0, list(self.demands.inputs[instance])
+        seen = {instance}
+        while pending:
+            operand = pending.pop()
+            if operand in seen or isinstance(operand.need, All) or self.demands.kinds[operand] is not Kind.ROWS:
+                continue
+            seen.add(operand)
+            if any(latest.get(reader, 0) > after for reader in self.demands.readers[operand] if reader not in seen):
+                continue
+            if self._is_fixed_tensor(operand) and placed[operand] <= after:
+                crossing += bytes_per_token(operand)
+            else:
+                pending.extend(self.demands.inputs[operand])
+        return bytes_per_token(instance) < crossing
+
+    def _is_fixed_tensor(self, instance: Instance) -> bool:
+        rows = self.demands.kinds[instance] is Kind.ROWS and isinstance(instance.need, Rows)
+        value = meta_value(instance.node)
+        return rows and not self.demands.recomputable(instance) and isinstance(value, torch.Tensor)
 
     def _ready(self) -> dict[Instance, int]:
         """Return the first stage that may read each whole value."""

@@ -62,8 +62,10 @@ LINEAR_RECURRENCE = define("linear_recurrence(Tensor a, Tensor b, Tensor? state=
 CHUNK = 64
 #: Rows of a chunk whose pairwise decays per channel are computed explicitly (`kda`).
 SUBCHUNK = 16
-#: Entries of one workspace value: as many rows are computed at a time as stay below it, one chunk at least.
-WORKSPACE = 1 << 18
+#: Entries of the largest value of a workspace: as many chunks are computed at a time as stay below it, one at least.
+WORKSPACE = 1 << 15
+#: Rows whose states are in memory at a time, where every row has one.
+ROWS = 8
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -148,6 +150,7 @@ def gated_delta_rule(
         system = (scaled @ k.mT).mul_(pairs)
         weights = (q @ k.mT).mul_(pairs)
         known = torch.cat([v.mul_(b.unsqueeze(-1)), scaled.mul_(decayed)], -1)
+        del pairs, scaled, v
         to_end = (cumulative[..., -1:] - cumulative).exp_().unsqueeze(-1)
         end = decayed[..., -1, :].unsqueeze(-1)
         rows_out = _delta_chunks(now, known, system, weights, q.mul_(decayed), k.mul_(to_end), end)
@@ -176,6 +179,7 @@ def kda(
         system, weights = _products_per_channel(scaled, q, k, cumulative)
         decayed = cumulative.exp()
         known = torch.cat([v.mul_(b.unsqueeze(-1)), scaled.mul_(decayed)], -1)
+        del scaled, v
         to_end = (cumulative[..., -1:, :] - cumulative).exp_()
         end = decayed[..., -1, :].unsqueeze(-1)
         rows_out = _delta_chunks(now, known, system, weights, q.mul_(decayed), k.mul_(to_end), end)
@@ -285,14 +289,13 @@ def selective_scan(
     dtype = state_dtype(x)
     now = _first_state(state, x, (batch, width, A.shape[-1]))
     out = x.new_empty(x.shape)
-    at_once = max(1, WORKSPACE // max(1, now.numel()))
-    for first in range(0, rows, at_once):
-        count = min(at_once, rows - first)
+    for first in range(0, rows, ROWS):
+        count = min(ROWS, rows - first)
         u, step, b, c = (one.narrow(2, first, count).movedim(2, 1).to(dtype) for one in (x, dt, B, C))
         written = (u * step).unsqueeze(-1) * b.unsqueeze(2)
         _run((step.unsqueeze(-1) * A.to(dtype)).exp_(), written, now)
-        out.narrow(2, first, count).copy_((written @ c.unsqueeze(-1)).squeeze(-1).movedim(1, 2))
         now = written[:, -1].clone()
+        out.narrow(2, first, count).copy_(written.mul_(c.unsqueeze(2)).sum(-1).movedim(1, 2))
     return out, now
 
 
@@ -301,9 +304,8 @@ def linear_recurrence(a: torch.Tensor, b: torch.Tensor, state: torch.Tensor | No
     dtype = state_dtype(b)
     now = _first_state(state, b, (batch, width))
     out = b.new_empty(b.shape)
-    at_once = max(1, WORKSPACE // max(1, now.numel()))
-    for first in range(0, rows, at_once):
-        count = min(at_once, rows - first)
+    for first in range(0, rows, ROWS):
+        count = min(ROWS, rows - first)
         written = b.narrow(1, first, count).to(dtype, copy=True)
         _run(a.narrow(1, first, count).to(dtype), written, now)
         out.narrow(1, first, count).copy_(written)

@@ -72,25 +72,28 @@ def _linear_products(node: fx.Node) -> int:
 def _delta_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
     at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
-    return batch * at_once * heads * (2 * scans.CHUNK + 6 * keys + 4 * width)
+    return batch * at_once * heads * (2 * scans.CHUNK + 7 * keys + 4 * width)
 
 
 def _kda_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
     widest = sympy.Max(scans.CHUNK, scans.SUBCHUNK * keys)
     at_once = _rows_at_once(rows, batch * heads * scans.CHUNK * widest)
-    return batch * at_once * heads * (2 * scans.CHUNK + 7 * keys + 4 * width)
+    return batch * at_once * heads * (2 * scans.CHUNK + 18 * keys + 4 * width)
 
 
 def _mamba2_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), (*_, groups, entries) = _shape(node, "x"), _shape(node, "B")
     at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
-    return batch * at_once * (heads * (scans.CHUNK + 3 * width) + groups * (scans.CHUNK + 2 * entries))
+    by_row = heads * (scans.CHUNK + 4 * width) + groups * (scans.CHUNK + 2 * entries)
+    return batch * (at_once * by_row + heads * width * entries)
 
 
 def _rows_at_once(rows: sympy.Expr, entries_per_chunk: sympy.Expr) -> sympy.Expr:
-    """Rows of the chunks that the reference computes at a time."""
-    return sympy.Min(rows, scans.CHUNK * sympy.Max(1, sympy.floor(scans.WORKSPACE / entries_per_chunk)))
+    """Rows of the chunks that the reference computes at a time: some full chunks, or what is less than one."""
+    chunks = sympy.Max(1, sympy.floor(scans.WORKSPACE / entries_per_chunk))
+    full = scans.CHUNK * sympy.Min(chunks, sympy.floor(rows / scans.CHUNK))
+    return sympy.Max(full, sympy.Min(rows, scans.CHUNK))
 
 
 def _selective_workspace(node: fx.Node) -> sympy.Expr:
@@ -100,12 +103,12 @@ def _selective_workspace(node: fx.Node) -> sympy.Expr:
 
 def _linear_workspace(node: fx.Node) -> sympy.Expr:
     batch, rows, width = _shape(node, "b")
-    return _state_rows(rows, batch * width)
+    return 2 * _state_rows(rows, batch * width)
 
 
 def _state_rows(rows: sympy.Expr, state: sympy.Expr) -> sympy.Expr:
     """Entries of the states of the rows that the reference computes at a time."""
-    return state * sympy.Min(rows, sympy.Max(1, sympy.floor(scans.WORKSPACE / state)))
+    return state * sympy.Min(rows, scans.ROWS)
 
 
 _DELTA = ("query", "key", "value", "decay", "beta")
