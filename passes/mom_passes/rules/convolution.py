@@ -1,4 +1,4 @@
-"""Chunk rules of `mom::causal_conv1d`, which reads rows before its own, and of `mom::last_rows`, its final state."""
+"""Chunk rules of causal convolutions, which read rows before their own, and of `mom::last_rows`, their final state."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, axis, given
 from mom_passes.graph.meta import typed_value
-from mom_passes.graph.sizes import count_hint, expr, product
+from mom_passes.graph.sizes import count_hint, expr, hint, product
 from mom_passes.graph.values import value_of
-from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
+from mom_passes.ops.convolution import CAUSAL_CONV1D, CONTINUED_CONV1D, LAST_ROWS, rows_ahead
 from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import checked
@@ -24,8 +24,9 @@ BATCH, CHANNELS, TOKENS = range(3)
 
 
 def convolution_work(node: fx.Node) -> int:
-    """Multiply-adds: result elements times the channels of a group times the kernel size."""
-    return count_hint(value_of(node).shape) * count_hint(value_of(argument(node, "weight")).shape[1:])
+    """Multiply-adds: rows times the elements of the kernel."""
+    batch, _, rows = (hint(size) for size in value_of(argument(node, "x")).shape)
+    return batch * rows * count_hint(value_of(argument(node, "weight")).shape)
 
 
 def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
@@ -50,6 +51,17 @@ def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
         return (x, weight, bias, [1], [0], [dilation], False, [0], groups), {}
 
     return claim(node, {"x": Rows(dim, ahead)}, edit=edit, target=aten.convolution.default)
+
+
+@register(CONTINUED_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
+def continued_conv1d(node: fx.Node, dim: Dim) -> Claim:
+    if checked(node, dim).index == CHANNELS:
+        raise CannotChunk(node, dim, "an output channel reads several input channels")
+    if dim.index == BATCH:
+        return claim(node, {"x": Rows(dim), "state": Rows(dim)}, (Rows(dim), Rows(dim)))
+    if not dim.plain:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not consecutive tokens")
+    return claim(node, {"x": Rows(dim)}, (Rows(dim), Final(0)), carries=(Carry(0, 1, operand="state"),))
 
 
 @register(LAST_ROWS)

@@ -19,6 +19,7 @@ from mom_passes.graph.edit import fake_value, size_node
 from mom_passes.graph.sizes import hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
+from mom_passes.tokens.continued_convolutions import continue_convolutions
 from mom_passes.tokens.last_rows import MOST_ROWS
 
 
@@ -29,6 +30,7 @@ def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
     new = [*map(_replace_convolution, convolutions), *map(_replace_state, pads)]
     replaced = [node for node in new if node is not None]
     if replaced:
+        replaced += continue_convolutions(gm)
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return replaced
