@@ -19,6 +19,7 @@ from mom_compile.runtime.host.store import empty_host_pool
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.weight import HostWeight
 from mom_compile.scores import TokenScores, token_log_probs
+from mom_compile.substitutes import scan_operator
 from mom_compile.timeline import measured_steps
 from mom_compile.weights import OffloadedWeights, load_offloaded, offload_weights
 
@@ -29,5 +30,5 @@ __all__ = [
     "DecodeEstimate", "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
     "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores",
     "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
-    "plan", "reports", "token_log_probs",
+    "plan", "reports", "scan_operator", "token_log_probs",
 ]  # fmt: skip

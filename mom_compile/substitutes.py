@@ -10,6 +10,7 @@ and for packed sequences, Dynamo traces the function's own code.
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import inspect
 import sys
@@ -73,12 +74,26 @@ def scan_operator(function: Callable[..., Any], like: str) -> None:
 def substitute_in(module: types.ModuleType) -> None:
     """Trace the recurrences of a model file as operators. A function with other parameters than expected stays."""
     for path, like in KNOWN.items():
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        own = isinstance(found, types.FunctionType) and found.__module__ == module.__name__
-        if own and not is_substituted(found) and not _missing_parameters(found, SCANS[like]):
-            substitute(found, _traced(found, SCANS[like]))
+        owner, _, name = path.rpartition(".")
+        holder = getattr(module, owner, None) if owner else module
+        found = vars(holder).get(name) if holder is not None else None
+        if not isinstance(found, types.FunctionType) or found.__module__ != module.__name__:
+            continue
+        if is_substituted(found) or _missing_parameters(found, SCANS[like]):
+            continue
+        substitute(found, _traced(found, SCANS[like]))
+        if owner:
+            setattr(holder, name, _as_method(found))
+
+
+def _as_method(function: types.FunctionType) -> Callable[..., Any]:
+    """Return a method that calls the function. Dynamo looks for a substitute of functions, not of methods."""
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return method
 
 
 def watch_models() -> None:

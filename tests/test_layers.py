@@ -20,7 +20,7 @@ ROOMS = {
         "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat rules", "versions", "notices progress quantities", "runtime",
+        "torch_compat rules scans", "substitutes", "versions", "notices progress quantities", "runtime",
         "arguments timeline config report pipeline stand_ins cache_key skip", "memory trial",
         "lowering padding", "capture compiled", "backend", "compile entry scores weights", "planning", "explain", "cli",
     ),

@@ -93,12 +93,13 @@ def _blocks(rows: int, entries_per_chunk: int) -> Iterator[tuple[int, int, int]]
 def _in_chunks(
     value: torch.Tensor, first: int, chunks: int, length: int, heads: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return rows of `[B, S, G, ...]` as `[B, H, chunks, length, ...]`, contiguous and in another dtype."""
-    rows = value.narrow(1, first, chunks * length).to(dtype)
+    """Return a copy of rows of `[B, S, G, ...]` as `[B, H, chunks, length, ...]` in another dtype."""
+    rows = value.narrow(1, first, chunks * length)
     split = rows.reshape(rows.shape[0], chunks, length, *rows.shape[2:])
     by_head = split.permute(0, 3, 1, 2, *range(4, split.dim()))
+    copied = by_head.new_empty(by_head.shape, dtype=dtype).copy_(by_head)
     repeats = heads // by_head.shape[1]
-    return by_head.repeat_interleave(repeats, dim=1) if repeats > 1 else by_head.contiguous()
+    return copied.repeat_interleave(repeats, dim=1) if repeats > 1 else copied
 
 
 def _store(out: torch.Tensor, rows: torch.Tensor, first: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten
+from mom_passes.graph.claimed_layouts import correct_strides
 from mom_passes.graph.edit import copy_graph, emit, size_node
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.values import operands, value_of
@@ -32,8 +33,7 @@ def last_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
         return gm
     copied = copy_graph(gm)
     by_name = {node.name: node for node in copied.graph.nodes}
-    for node in (by_name[name] for name in names):
-        _replace(node)
+    correct_strides(copied, [_replace(by_name[name]) for name in names])
     copied.recompile()
     return copied
 
@@ -50,7 +50,7 @@ def _takes_last_rows(node: fx.Node, dims: TokenDims) -> bool:
     return few and span is not None and span.end == expr(carrier.length)
 
 
-def _replace(node: fx.Node) -> None:
+def _replace(node: fx.Node) -> fx.Node:
     (source,) = operands(node)
     value, graph = value_of(node), node.graph
     with graph.inserting_before(node):
@@ -61,3 +61,4 @@ def _replace(node: fx.Node) -> None:
     rows.meta = {**node.meta, "val": rows.meta["val"]}
     node.replace_all_uses_with(rows)
     graph.erase_node(node)
+    return rows
