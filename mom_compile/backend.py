@@ -256,6 +256,7 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
         static_inputs=static,
         limit=options.limit(device.type),
         scope=options.scope,
+        loop_products=options.loop_products,
         kv_on_host=offloads(options, device),
     )
     found, looped = passes.found, Rewriting(NOTHING_FOUND)

@@ -13,6 +13,7 @@ from mom_compile.runtime.host.placement import MEMORY, TIERS
 from mom_compile.torch_compat.errors import UserError
 from mom_compile.torch_compat.inductor import inductor_option_names, mode_options
 from mom_passes.loops.loop import FEWEST_ROWS, RowLimit
+from mom_passes.loops.stages import MOST_PRODUCTS
 
 #: No model has more tokens; a larger number is a typing error.
 MAX_MINI_SEQ_LEN = 1 << 30
@@ -40,6 +41,9 @@ class Options:
     scope : str
         `"layer"`: loops over everything between two attentions' keys and values. `"mlp"`: loops over MLPs and the LM
         head alone, as in the MOM paper, for comparison. `"none"`: stock Inductor.
+    loop_products : int
+        Matrix products, attentions and recurrences in the body of one loop. Where layers follow each other without an
+        attention to all tokens, a loop has several of them; a larger one is cut between layers.
     kv_offload : bool or str
         `True`: the KV cache is kept in host memory. `"disk"`: in a file in `kv_dir`. `"auto"`: only the layers that do
         not fit into `memory_budget`. `False`: none.
@@ -63,6 +67,7 @@ class Options:
 
     mini_seq_len: int | str = "auto"
     scope: str = "layer"
+    loop_products: int = MOST_PRODUCTS
     kv_offload: bool | str = "auto"
     kv_dir: str | None = None
     memory_budget: int | str | None = None
@@ -132,6 +137,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         raise UserError(
             f"scope={parsed.scope!r} is not valid{_meant(parsed.scope, SCOPES)}; it is one of {_listed(SCOPES)}"
         )
+    _check_loop_products(parsed.loop_products)
     _check_kv(parsed)
     for name in ("decode_cuda_graphs", "strict", "progress"):
         value = getattr(parsed, name)
@@ -148,6 +154,11 @@ def _check_mini_seq_len(value: Any) -> None:
             f"mini_seq_len={value!r} is not valid; it is 'auto' or a whole number of tokens "
             f"from 2 to {MAX_MINI_SEQ_LEN} (Dynamo would specialise on a mini-sequence of one row)"
         )
+
+
+def _check_loop_products(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"loop_products={value!r} is not valid; it is a whole number of products, at least 1")
 
 
 def _check_kv(options: Options) -> None:

@@ -25,6 +25,7 @@ from mom_passes.graph.known_symbols import substitute_known_symbols
 from mom_passes.graph.writes import read_after_write
 from mom_passes.host.kv_values import KVValues, find_kv
 from mom_passes.loops.loop import RowLimit
+from mom_passes.loops.stages import MOST_PRODUCTS
 from mom_passes.program.layers import by_layers
 from mom_passes.program.own_rows import OwnRows, own_rows
 from mom_passes.program.rewritten import Rewritten
@@ -69,6 +70,7 @@ class Pipeline:
         static_inputs: Collection[str],
         limit: RowLimit,
         scope: str = "layer",
+        loop_products: int = MOST_PRODUCTS,
         kv_on_host: bool = False,
         skip: Collection[str] = (),
         watch: Watch | None = None,
@@ -86,7 +88,7 @@ class Pipeline:
         state = State(copied, static_inputs, kv_on_host)
         self._runner.edit(TO_FORM, state)
         self.kv = self._runner.take(find_keys_and_values, state)
-        self.found = make_loops(state, self.kv, limit, scope, self._runner)
+        self.found = make_loops(state, self.kv, limit, scope, loop_products, self._runner)
         if isinstance(self.found, WithoutLoops):
             self._fetch_parts(self.found)
 

@@ -92,7 +92,7 @@ class WithLoops:
 
 
 def make_loops(
-    state: State, kv: KVValues, limit: RowLimit, scope: str, runner: Runner
+    state: State, kv: KVValues, limit: RowLimit, scope: str, loop_products: int, runner: Runner
 ) -> WithLoops | WithoutLoops:
     """Put every stage's rows into loops, or say why not. The graph of `state` stays as it is."""
     take, static = runner.take, state.static_inputs
@@ -110,7 +110,7 @@ def make_loops(
         left_out = _left_out(demands, tokens.dims)
         reasons = {_named(n): state.sorted_whole.get(n.name, tokens.dims.mixing[n]) for n in left_out}
         facts = replace(facts, left_out=reasons, source_lines=source_lines({_named(n): n for n in left_out}))
-        stages = take(cut_stages, demands)
+        stages = take(cut_stages, demands, loop_products)
         looped = take(loops_over_mini_sequences, graph, stages, limit)
         facts = replace(facts, work=looped.work, work_outside=looped.work_outside)
         if facts.kind == PREFILL and _scores_tokens(graph, kv, looped.in_loops):
@@ -227,9 +227,9 @@ def _named(node: fx.Node) -> str:
     return f"{node.target} ({node.name})"
 
 
-def cut_stages(demands: DemandGraph) -> tuple[Stages, str]:
+def cut_stages(demands: DemandGraph, loop_products: int) -> tuple[Stages, str]:
     """Cut stages between barriers, and choose by min-cut the few values that live at full length between them."""
-    stages = plan_stages(demands)
+    stages = plan_stages(demands, loop_products)
     stored = sum(len(plan.stored) for plan in stages.plans)
     if not stored:
         raise NotWorthwhile("no value would be computed in a loop")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, cached_property, partial
 
 import sympy
 
@@ -33,6 +33,8 @@ from mom_passes.program.program import LoopStep
 ID_BYTES = 8
 #: The limit of searches: no model has a longer context.
 MOST_TOKENS = 1 << 30
+#: Lengths from which memory of eager mode is extrapolated, where its number of operators grows with the length.
+LOOPED = (4096, 8192)
 CPU = "cpu"
 
 
@@ -88,14 +90,30 @@ class Planner:
         inputs = ID_BYTES * self.batch * seq_len + self.weights.copy
         if way == EAGER:
             self._report_once("calling it in eager mode, without data")
-            timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
-            return self.weights.all + inputs + extrapolated_peak(timelines, self.subject.periods)
+            return self.weights.all + inputs + self._eager_peak(seq_len)
         made = self.compiled(seq_len, way)
         if made is None:
             return self.weights.all + inputs + self._stock_peak(seq_len)
         full = self._full(made, seq_len)
         profiles = [one.profile(self.batch, seq_len, full, fewest=fewest) for one in made]
         return self.weights_on_device(way) + inputs + extrapolated_peak(profiles, self.subject.periods)
+
+    def _eager_peak(self, seq_len: int) -> int:
+        """Bytes at the peak above weights and inputs. Where eager mode runs more operators for more tokens, as loops
+        over chunks do, it is extrapolated from the lengths `LOOPED`."""
+        if seq_len <= LOOPED[1] or not self._loops_over_tokens:
+            return self._counted_peak(seq_len)
+        first, second = map(self._counted_peak, LOOPED)
+        return second + (second - first) * (seq_len - LOOPED[1]) // (LOOPED[1] - LOOPED[0])
+
+    @cached_property
+    def _loops_over_tokens(self) -> bool:
+        return len({len(eager_timeline(self.models[0], self.batch, tokens)) for tokens in (256, 512)}) > 1
+
+    @cache  # noqa: B019  the planner lives as long as its plan
+    def _counted_peak(self, seq_len: int) -> int:
+        timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
+        return extrapolated_peak(timelines, self.subject.periods)
 
     def step_peak(self, way: str, seq_len: int) -> int:
         """Bytes on the device at the peak of the first decode step after a prefill, including weights.

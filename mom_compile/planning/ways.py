@@ -140,7 +140,12 @@ def compile_for(
     gm = _with_weights_on_host(prefill, shapes) if kind.weights else prefill.graph
     type = "cpu" if gpu is None else "cuda"
     made = run_pipeline(
-        gm, static_inputs=prefill.static, limit=options.limit(type), scope=kind.scope, kv_on_host=kind.cache
+        gm,
+        static_inputs=prefill.static,
+        limit=options.limit(type),
+        scope=kind.scope,
+        loop_products=options.loop_products,
+        kv_on_host=kind.cache,
     )
     if made.program is None or made.by_layers:
         return None
