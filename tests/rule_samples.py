@@ -298,6 +298,8 @@ def _convolutions() -> list[Call]:
         Call(mom.causal_conv1d.default, (x, depthwise, None, 2, 4)),
         Call(mom.causal_conv1d.default, (x, floats(6, 4, 3), None, 2)),
         Call(mom.causal_conv1d.default, (x, floats(4, 2, 1), None, 1, 2)),
+        Call(mom.continued_conv1d.default, (x, depthwise, floats(4), 1, 4, state[:, :, 1:].contiguous())),
+        Call(mom.continued_conv1d.default, (x, floats(6, 4, 3), None, 2, 1, floats(2, 4, 4, seed=3))),
         Call(mom.last_rows.default, (state, x, 2)),
         Call(mom.last_rows.default, (floats(2, 9, 7), x.repeat(1, 3, 1), 1)),
     ]

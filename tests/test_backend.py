@@ -207,7 +207,7 @@ def test_scope_none_is_stock_inductor():
 
 @pytest.fixture
 def broken_pass(monkeypatch):
-    def cut_stages(demands):
+    def cut_stages(demands, loop_products):
         raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr("mom_compile.pipeline.to_loops.cut_stages", cut_stages)
@@ -268,7 +268,7 @@ def test_a_graph_that_stock_inductor_cannot_compile_runs_eagerly_with_a_warning(
     [
         (
             {"mini_seq_length": 8},
-            r"unknown option 'mini_seq_length'.*'mini_seq_len', 'scope', 'kv_offload', .*'strict', 'inductor'",
+            r"unknown option 'mini_seq_length'.*'mini_seq_len', 'scope', 'loop_products', 'kv_offload', .*'strict'",
         ),
         ({"mini_seq_len": 0}, "mini_seq_len=0 is not valid.*2"),
         ({"mini_seq_len": -5}, "mini_seq_len=-5 is not valid"),

@@ -103,7 +103,6 @@ def make_loops(
         length, facts = tokens.dims.length, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
-        tokens = take(last_rows_in_loops, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
@@ -111,6 +110,12 @@ def make_loops(
         reasons = {_named(n): state.sorted_whole.get(n.name, tokens.dims.mixing[n]) for n in left_out}
         facts = replace(facts, left_out=reasons, source_lines=source_lines({_named(n): n for n in left_out}))
         stages = take(cut_stages, demands, loop_products)
+        if stages.last_is_largest:
+            tokens = take(last_rows_in_loops, tokens, static)
+            if tokens.gm is not graph:
+                graph = tokens.gm
+                demands = take(follow_demands, tokens)
+                stages = take(cut_stages, demands, loop_products)
         looped = take(loops_over_mini_sequences, graph, stages, limit)
         facts = replace(facts, work=looped.work, work_outside=looped.work_outside)
         if facts.kind == PREFILL and _scores_tokens(graph, kv, looped.in_loops):
@@ -187,7 +192,11 @@ def _narrowed(
 
 
 def last_rows_in_loops(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:
-    """Compute the last few rows of a value in the loop that computes all of them."""
+    """Compute the last few rows of a value in the loop that computes all of them.
+
+    The last loop then differs from those of other layers, which otherwise share its code. So this is for graphs whose
+    last loop has more than the others at full length.
+    """
     gm = last_rows(tokens.gm, tokens.dims)
     return _narrowed(tokens, gm, static, "no last rows are read", "that are read")
 

@@ -53,6 +53,12 @@ class StagePlan:
     stored: tuple[Instance, ...]
     available: frozenset[Instance]
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token of the values that it reads or stores at full length."""
+        rows = {i for i in (*self.stored, *self.available) if isinstance(i.need, Rows)}
+        return sum(map(bytes_per_token, rows))
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -60,6 +66,12 @@ class Stages:
 
     demands: DemandGraph
     plans: tuple[StagePlan, ...]
+
+    @property
+    def last_is_largest(self) -> bool:
+        """Whether no other stage has as many bytes per token at full length as the last one with a loop."""
+        sizes = [plan.bytes_per_token for plan in self.plans if plan.stored]
+        return bool(sizes) and all(size < sizes[-1] for size in sizes[:-1])
 
 
 def plan_stages(demands: DemandGraph, most_products: int = MOST_PRODUCTS) -> Stages:

@@ -4,6 +4,7 @@ Before:  y = convolution(x, w, padding=K-1)[..., :S]        y = convolution(pad(
 After:   y = causal_conv1d(x, w)
 
 Before:  state = pad(x, (K - S, 0))                         the last K columns, with zeros before them if S < K
+         state = x[..., -K:]                                of the operand of a causal convolution
 After:   state = last_rows(zeros(B, C, K), x)
 """
 
@@ -19,7 +20,7 @@ from mom_passes.graph.edit import fake_value, size_node
 from mom_passes.graph.sizes import hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
-from mom_passes.tokens.continued_convolutions import continue_convolutions
+from mom_passes.tokens.continued_convolutions import continue_convolutions, takes_last
 from mom_passes.tokens.last_rows import MOST_ROWS
 
 
@@ -27,10 +28,12 @@ def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
     """Replace causal convolutions and their states in place. Return the new calls."""
     convolutions = gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
     pads = gm.graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default)
-    new = [*map(_replace_convolution, convolutions), *map(_replace_state, pads)]
-    replaced = [node for node in new if node is not None]
+    found = [node for node in map(_replace_convolution, convolutions) if node is not None]
+    replaced = found + continue_convolutions(gm)
+    slices = dict.fromkeys(user for node in found for user in argument(node, "x").users)
+    states = [*map(_replace_padded_state, pads), *map(_replace_sliced_state, slices)]
+    replaced += [node for node in states if node is not None]
     if replaced:
-        replaced += continue_convolutions(gm)
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return replaced
@@ -73,15 +76,26 @@ def _takes_first_rows(user: fx.Node, length: Any) -> bool:
     return argument(user, "start") in (None, 0) and same(value_of(user).shape[-1], length)
 
 
-def _replace_state(node: fx.Node) -> fx.Node | None:
+def _replace_padded_state(node: fx.Node) -> fx.Node | None:
     """Replace a pad that crops a value to its last few columns, or adds zeros before them if there are fewer."""
-    ahead, shape = _zeros_ahead(node), value_of(node).shape
-    may_crop = ahead is not None and (not isinstance(ahead, int) or ahead < 0)
-    if not may_crop or not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
+    ahead = _zeros_ahead(node)
+    if ahead is None or (isinstance(ahead, int) and ahead >= 0):
         return None
-    source = argument(node, "self")
     # A pad by a symbolic size is a state for every length, also if the captured prompt is short.
-    if isinstance(ahead, int) and 2 * shape[-1] > hint(value_of(source).shape[-1]):
+    return _replace_state(node, for_all_lengths=not isinstance(ahead, int))
+
+
+def _replace_sliced_state(node: fx.Node) -> fx.Node | None:
+    """Replace a slice that takes the last few columns of the operand of a convolution."""
+    return _replace_state(node) if takes_last(node) else None
+
+
+def _replace_state(node: fx.Node, *, for_all_lengths: bool = False) -> fx.Node | None:
+    """Replace a value by the last rows of its operand, if these are few and only a part of it."""
+    source, shape = argument(node, "self"), value_of(node).shape
+    if not isinstance(shape[-1], int) or not 0 < shape[-1] <= MOST_ROWS:
+        return None
+    if not for_all_lengths and 2 * shape[-1] > hint(value_of(source).shape[-1]):
         return None
     with node.graph.inserting_before(node):
         sizes = [size_node(node.graph, size, node) for size in shape]

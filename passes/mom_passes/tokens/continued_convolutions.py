@@ -79,10 +79,11 @@ def _find(convolution: fx.Node) -> _Region | None:
 
 def _takes_new_rows(node: fx.Node, count: Any) -> bool:
     """Whether a slice takes the last `count` rows."""
-    return _takes_last(node) and same(value_of(node).shape[TOKENS], count)
+    return takes_last(node) and same(value_of(node).shape[TOKENS], count)
 
 
-def _takes_last(node: fx.Node) -> bool:
+def takes_last(node: fx.Node) -> bool:
+    """Whether a node is a slice of a value `[B, C, S]` that ends with its last row."""
     if node.target is not aten.slice.Tensor or axis(argument(node, "dim"), 3) != TOKENS or argument(node, "step") != 1:
         return False
     end = argument(node, "end")
@@ -108,7 +109,7 @@ def _replace(region: _Region) -> list[fx.Node]:
     weight, dilation = argument(convolution, "weight"), argument(convolution, "dilation")
     ahead, kept = rows_ahead(value_of(weight), dilation), value_of(region.state).shape[TOKENS]
     joined = argument(convolution, "x")
-    states = [node for node in joined.users if _takes_last(node) and same(value_of(node).shape[TOKENS], kept)]
+    states = [node for node in joined.users if takes_last(node) and same(value_of(node).shape[TOKENS], kept)]
     with graph.inserting_before(convolution):
         last = emit(graph, aten.slice.Tensor, (region.state, TOKENS, kept - ahead, TO_THE_END))
         args = (region.x, weight, argument(convolution, "bias"), dilation, argument(convolution, "groups"), last)

@@ -3,7 +3,7 @@
 Before:  y = mul(x, gate); last = y[:, S - 1 : S]              y at full length, for one row
 After:   y = mul(x, gate); last = last_rows(zeros(B, 1, H), y)     a carry of one row
 
-Such slices are the logits of the last token, the state of a convolution, and the keys of a short window.
+Such slices are the hidden states of the last token, and values of a last layer that needs them for that token only.
 """
 
 from __future__ import annotations
