@@ -187,7 +187,8 @@ def test_bytes_are_told_in_units(size, text):
     ],
 )
 def test_a_graph_is_called_by_what_it_is_for(given, kind):
-    report = mom_compile.explain(small_model("Llama", num_hidden_layers=1), **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
+    model = small_model("Llama", num_hidden_layers=1)
+    report = mom_compile.explain(model, **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
     assert report.kind == kind and str(report).startswith(f"{kind} of 40 tokens: ")
     assert report.headline.startswith(f"{kind}, ")
 

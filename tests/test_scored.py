@@ -258,7 +258,7 @@ def askings() -> st.SearchStrategy[Asking]:
 
 
 @random_examples(
-    30, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
+    20, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
 def test_results_equal_those_from_logits(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """As one operator, and in loops with blocks that do not divide the vocabulary; no logits remain."""
