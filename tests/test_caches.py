@@ -212,7 +212,7 @@ def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, optio
     texts = []
     for _ in range(2):
         torch._dynamo.reset()
-        model = small_model("Llama")
+        model = small_model("Llama", num_hidden_layers=3 if "memory_budget" in options else 2)
         model.compile(backend="mom", options={"mini_seq_len": 8, "strict": True, **options})
         text = model.generate(ids(1, 40), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         texts.append((text.tolist(), [bool(report.on_host) for report in reports()]))
