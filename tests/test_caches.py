@@ -51,6 +51,7 @@ def test_stock_inductor_first(tmp_path):
     assert ours_again["graph_hits"] == ours["graph_misses"] > 0 and ours_again["graph_misses"] == 0
 
 
+@pytest.mark.slow
 def test_ours_first(tmp_path):
     ours, stock = (run(b, tmp_path) for b in ("mom", "inductor"))
     assert ours["loops"] == 1
@@ -111,6 +112,26 @@ def test_a_graph_is_read_with_its_report(cache):
     assert len(read.stages) == 1 and str(read.stages) == str(compiled.stages)
     assert str(read) == str(compiled) and read.expected_peak_bytes == compiled.expected_peak_bytes > 0
     assert not read.passes and "explain" in read.code() and "compile cache" in read.details()
+
+
+def test_neither_backend_reads_what_the_other_stored(compiled_cache):
+    """Each reads its own. The slow tests have a process for each backend."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 8)).eval()
+    x = torch.randn(2, 40, 8)
+
+    def run(backend: str) -> tuple[int, int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = {"mini_seq_len": 8, "strict": True} if backend == "mom" else None
+        with torch.no_grad():
+            found = torch.compile(model, backend=backend, options=options)(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+        assert bool(reports()) == (backend == "mom") and all(report.stages for report in reports())
+        counted = torch._dynamo.utils.counters["aot_autograd"]
+        return counted["autograd_cache_hit"], counted["autograd_cache_saved"]
+
+    assert [run(backend) for backend in ("mom", "inductor")] == [(0, 1), (0, 1)]
+    assert [run(backend) for backend in ("inductor", "mom")] == [(1, 0), (1, 0)]
 
 
 def test_every_length_reads_its_own_graph(cache):
@@ -191,7 +212,7 @@ def test_keys_and_values_leave_for_the_host_in_a_graph_that_is_read(cache, optio
     texts = []
     for _ in range(2):
         torch._dynamo.reset()
-        model = small_model("Llama")
+        model = small_model("Llama", num_hidden_layers=3 if "memory_budget" in options else 2)
         model.compile(backend="mom", options={"mini_seq_len": 8, "strict": True, **options})
         text = model.generate(ids(1, 40), max_new_tokens=6, min_new_tokens=6, do_sample=False)
         texts.append((text.tolist(), [bool(report.on_host) for report in reports()]))

@@ -39,6 +39,14 @@ def keys(model: Any, tokens: int) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
+#: Two layers, of each kind.
+CHANGES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "Mistral": {"sliding_window": 16},
+}
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -52,8 +60,7 @@ def keys(model: Any, tokens: int) -> list[torch.Tensor]:
 )
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 def test_decode_steps_of_all_prompts_are_one_graph(family: str, options: dict[str, Any]) -> None:
-    window = {"sliding_window": 16} if family == "Mistral" else {}
-    eager, model = (small_model(family, torch.float64, **window) for _ in range(2))
+    eager, model = (small_model(family, torch.float64, num_hidden_layers=2, **CHANGES[family]) for _ in range(2))
     model.compile(backend="mom", options=options)
     counters.clear()
     counts = ONE_FOR_STEPS if family == "Llama" or options is ON_HOST else TWO_FOR_STEPS

@@ -116,7 +116,7 @@ offload_weights = mom_compile.offload_weights
 # --- Python ---
 
 
-def with_model(layers: int = 2) -> dict[str, Any]:
+def with_model(layers: int = 1) -> dict[str, Any]:
     """A model that generates no more than a few tokens, and a prompt."""
     model, given = tiny("Llama", num_hidden_layers=layers, max_position_embeddings=2048), ids(1, 700)
     generate = model.generate

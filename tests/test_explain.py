@@ -187,7 +187,8 @@ def test_bytes_are_told_in_units(size, text):
     ],
 )
 def test_a_graph_is_called_by_what_it_is_for(given, kind):
-    report = mom_compile.explain(small_model("Llama"), **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
+    model = small_model("Llama", num_hidden_layers=1)
+    report = mom_compile.explain(model, **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
     assert report.kind == kind and str(report).startswith(f"{kind} of 40 tokens: ")
     assert report.headline.startswith(f"{kind}, ")
 
@@ -199,30 +200,30 @@ def decode_step(model):
 
 
 def test_why_a_decode_step_has_no_loops_is_said_in_a_users_words():
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=2)
     text = str(mom_compile.explain(model, **decode_step(model)))
     assert text.startswith("decode step: expected peak ")
     assert "no loops: it computes one token for each sequence" in text
     moved = str(mom_compile.explain(model, **decode_step(model), options={"kv_offload": True}))
     assert moved.startswith("decode step: expected peak ") and "no loops: it computes one token" in moved
-    assert "to the host: rows of 6 keys and values of 3 layers, " in moved
+    assert "to the host: rows of 4 keys and values of 2 layers, " in moved
 
 
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_decode_step_on_a_cache_that_is_on_the_host_already_is_explained_on_it():
     options = {"kv_offload": True, "mini_seq_len": 16}
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=2)
     model.compile(backend="mom", options=options)
     step = decode_step(model)
     keys = step["past_key_values"].layers[0].keys
     assert isinstance(keys, mom_compile.HostTensor)
     text = str(mom_compile.explain(model, **step, options=options))
-    assert "to the host: new rows of 6 keys and values of 3 layers, " in text
+    assert "to the host: new rows of 4 keys and values of 2 layers, " in text
     assert step["past_key_values"].layers[0].keys is keys and keys.shape[2] == 40
 
 
 def test_a_tokenizers_output_is_given_as_it_is():
-    model, x = small_model("Llama"), prompt(1, 40, padded=True)
+    model, x = small_model("Llama", num_hidden_layers=1), prompt(1, 40, padded=True)
     by_name = mom_compile.explain(model, **x, logits_to_keep=1, options={"mini_seq_len": 16})
     encoding = BatchEncoding(dict(x))
     assert str(mom_compile.explain(model, encoding, logits_to_keep=1, options={"mini_seq_len": 16})) == str(by_name)
@@ -367,7 +368,7 @@ def test_sizes_that_were_explained_are_not_taken_for_seen():
 
 
 def test_a_cache_that_is_given_stays_as_it_is():
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=1)
     step = decode_step(model)
     keys = step["past_key_values"].layers[0].keys
     mom_compile.explain(model, **step)
@@ -395,9 +396,9 @@ def test_a_model_that_is_compiled_already_is_explained_all_the_same():
 
 def test_a_model_on_the_meta_device_is_explained_like_a_real_one():
     x = {"input_ids": ids(1, 37), "logits_to_keep": 1}
-    expected = mom_compile.explain(tiny("Llama"), **x, options={"mini_seq_len": 8})
+    expected = mom_compile.explain(tiny("Llama", num_hidden_layers=1), **x, options={"mini_seq_len": 8})
     with torch.device("meta"):
-        model = tiny("Llama")
+        model = tiny("Llama", num_hidden_layers=1)
     tensors = [*model.parameters(), *model.buffers()]
     for function in (model, model.forward):
         torch._dynamo.reset()

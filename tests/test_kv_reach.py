@@ -69,6 +69,10 @@ class Way:
         return 1e-5 if self.family in UNUSUAL or self.attention == "eager" else 1e-6
 
 
+#: Of ways in which a third layer adds nothing.
+TWO_LAYERS = {"num_hidden_layers": 2}
+
+
 def ways(quick: list[Way], slow: list[Way]) -> list[Any]:
     marked = [pytest.param(way, id=str(way), marks=[pytest.mark.slow]) for way in slow if way not in quick]
     return [pytest.param(way, id=str(way)) for way in quick] + marked
@@ -228,7 +232,7 @@ def test_the_state_of_a_convolution_is_not_a_token_cache():
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("Llama", batch=2), Way("Mistral", batch=2)],
+        [Way("Llama", batch=2, settings=TWO_LAYERS), Way("Mistral", batch=2, settings=TWO_LAYERS)],
         [Way("Gemma3Text", batch=2), Way("Qwen3Next", batch=2), Way("Bamba", batch=2), Way("Mistral", rows=10)],
     ),
 )
@@ -293,7 +297,7 @@ def both(way: Way, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("Mistral", "eager", settings={"sliding_window": 64}, batch=2)],
+        [Way("Mistral", "eager", settings={"sliding_window": 64, **TWO_LAYERS}, batch=2)],
         [Way("DeepseekV3", batch=2)]
         + [Way("Gemma3Text", attention, settings={"sliding_window": 64}) for attention in ("sdpa", "eager")]
         + [Way(name, autocast=True) for name in ("Llama", "GPT2", "Gemma3Text")]
@@ -314,7 +318,7 @@ def test_generation_equals_eager_mode_with_the_whole_cache_on_the_host(way):
 @pytest.mark.parametrize(
     "way",
     ways(
-        [Way("Llama", batch=2)],
+        [Way("Llama", batch=2, settings=TWO_LAYERS)],
         [Way(name, batch=2) for name in ("Mistral", "Gemma3Text", "Qwen3Next", "Bamba")]
         + [Way("Mistral", batch=2, rows=10)],
     ),
@@ -368,7 +372,8 @@ def answers(model: Any, source: dict[str, torch.Tensor]) -> tuple[list[torch.Ten
 
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
-    "way", ways([Way("Llama", "eager", batch=2)], [Way("DeepseekV3", batch=2), Way("Bloom", batch=2)])
+    "way",
+    ways([Way("Llama", "eager", batch=2, settings=TWO_LAYERS)], [Way("DeepseekV3", batch=2), Way("Bloom", batch=2)]),
 )
 @pytest.mark.parametrize(
     "change",

@@ -40,7 +40,7 @@ def generate(model: Any, tokens: int) -> torch.Tensor:
 
 
 @functools.cache
-def decode_graph(layers: int = LAYERS, tokens: int = 20, family: str = "Llama") -> fx.GraphModule:
+def decode_graph(layers: int = 3, tokens: int = 20, family: str = "Llama") -> fx.GraphModule:
     """A decode step as captured, over a cache of so many tokens."""
     model = tiny(family, num_hidden_layers=layers)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_keys_and_values_cut_a_decode_step_once_in_each_layer(family: str, layer
 
 
 def test_a_step_that_writes_to_its_inputs_stays_whole() -> None:
-    model = tiny("Llama", num_hidden_layers=LAYERS)
+    model = tiny("Llama", num_hidden_layers=3)
     cache = StaticCache(config=model.config, max_cache_len=32)
     kept = keeping(cache, model)
     with torch.no_grad():

@@ -43,7 +43,7 @@ def masked_calls() -> Iterator[Calls]:
 
 def test_padding_in_batches_of_any_size(eager_pieces: None, masked_calls: Calls) -> None:
     """Ids and mask have a batch symbol each: nothing in the graph says that they are one number."""
-    model = small_model("Llama").double()
+    model = small_model("Llama", num_hidden_layers=2).double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     for batch in (1, 2, 5):
         inputs = prompt(batch, TOKENS)
@@ -94,7 +94,7 @@ def test_packed_sequences_are_attended_apart(family: str, eager_pieces: None, ma
 
 def test_a_second_turn_with_padding(eager_pieces: None, masked_calls: Calls) -> None:
     """Rows behind a past are causal from where they stand, and the padding of the first turn stays hidden."""
-    model = small_model("Llama").double()
+    model = small_model("Llama", num_hidden_layers=2).double()
     compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
     first = prompt(2, TOKENS, padded=True)
     more = prompt(2, 50, seed=1)["input_ids"]

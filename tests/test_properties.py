@@ -62,10 +62,11 @@ def parameter_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
     return tuple(n.name for n in gm.graph.nodes if n.op == "placeholder")[1:]
 
 
-def test_any_program_keeps_its_meaning():
+@some_and_many(50, 400)
+def test_any_program_keeps_its_meaning(runs):
     with at_least(0.8, "have loops") as rewritten:
 
-        @settings(RANDOM_PROGRAMS, max_examples=80)
+        @settings(RANDOM_PROGRAMS, max_examples=runs)
         @given(programs, st.sampled_from(sorted(LAST)), batches, cuts, st.booleans())
         def keeps_its_meaning(names, last, batch, cut, dynamic):
             rewritten.append(check(names, last, batch, *cut, torch.float64, dynamic) > 0)

@@ -258,7 +258,7 @@ def askings() -> st.SearchStrategy[Asking]:
 
 
 @random_examples(
-    30, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
+    20, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
 def test_results_equal_those_from_logits(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """As one operator, and in loops with blocks that do not divide the vocabulary; no logits remain."""
@@ -386,14 +386,14 @@ HEADS = {
 
 @pytest.mark.parametrize("family", sweep(sorted(HEADS), quick=["Gemma2"]))
 def test_a_loss_of_labels_equals_the_models(family: str, eager_pieces: None, stock_is_eager: None) -> None:
-    """Mean, sum and custom number of tokens; with some or all labels -100; for one length, then for any."""
-    model = small_model(family, **HEADS[family])
+    """Mean for one length, then for any; sum and custom number of tokens for one length; with some labels -100."""
+    model = small_model(family, num_hidden_layers=2, **HEADS[family])
     compiled = torch.compile(lambda **named: model(**named, use_cache=False).loss, backend="mom", options=OPTIONS)
     for tokens in (40, 57, 70):
         x = ids(2, tokens, tokens, SMALL.vocabulary)
         labels = x.clone()
         labels[0, :9] = -100
-        for named in ({}, {"num_items_in_batch": 31}):
+        for named in ({}, {"num_items_in_batch": 31}) if tokens == 40 else ({},):
             with torch.no_grad():
                 expected = model(input_ids=x, labels=labels, use_cache=False, **named).loss
                 actual = compiled(input_ids=x, labels=labels, **named)
@@ -402,9 +402,9 @@ def test_a_loss_of_labels_equals_the_models(family: str, eager_pieces: None, sto
 
 
 class Wide(torch.nn.Module):
-    """An attention and a head over a vocabulary of which 64 rows of logits are 64 MiB."""
+    """An attention and a head over a vocabulary of which 64 rows of logits are 32 MiB."""
 
-    def __init__(self, vocabulary: int = 262_144) -> None:
+    def __init__(self, vocabulary: int = 131_072) -> None:
         super().__init__()
         self.table = torch.nn.Embedding(64, 16)
         self.head = torch.nn.Linear(16, vocabulary, bias=False)
@@ -432,7 +432,7 @@ def wide() -> Wide:
 @pytest.mark.parametrize("entropy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_at_most_one_block_of_logits_exists(wide: Wide, entropy: bool) -> None:
     """For any number of rows, which equals that of a loop without logits; and the report matches what is measured."""
-    sequence = ids(1, 1400, 0, 64)
+    sequence = ids(1, 900, 0, 64)
 
     def score() -> Any:
         return mom_compile.token_log_probs(wide, sequence, entropy=entropy, options={"strict": True})

@@ -192,6 +192,7 @@ def test_results_equal_those_with_weights_on_the_device(tokens: int, kv_offload:
     assert traffic.to_device - before == on_host - table + 2 * tokens * moved.embed.weight.shape[1] * 4
 
 
+@pytest.mark.usefixtures("eager_pieces")
 def test_the_budget_left_by_weights_is_used_for_keys_and_values() -> None:
     """The backend's budget is for everything on the device: buffers of fetched weights, but not weights on the host."""
     model = small_model("Llama")

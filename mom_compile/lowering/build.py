@@ -52,6 +52,7 @@ from mom_passes.ops.rows import LAID_OUT
 from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
 from mom_passes.program.rewritten import Rewritten
+from mom_passes.torch_compat import graph_module
 
 
 class Lowering:
@@ -213,7 +214,7 @@ class Lowering:
             patches = {**patches, **NO_SIZE_ASSERTS}  # Inductor would check the strides before the layout is changed
         form = in_canonical_form(graph, templates, {**self.symbols.facts, **facts}, literals)
         keep_output_strides(graph)
-        gm = fx.GraphModule(torch.nn.Module(), graph)
+        gm = graph_module(torch.nn.Module(), graph)
         patches = {**patches, **self.patches}
         new = Piece(gm, tuple(form.templates), form.symbols, patches, strict=self.strict, orders=orders)
         piece = self.cache.begin(new, self.settings, self.report, name)

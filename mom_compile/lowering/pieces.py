@@ -40,6 +40,7 @@ from mom_passes.graph.size_values import SizeFunction, function_of
 from mom_passes.graph.structure import lines_of
 from mom_passes.loops.ports import COUNT
 from mom_passes.source_lines import source_range
+from mom_passes.torch_compat import graph_module
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Piece:
             return []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        gm = fx.GraphModule(torch.nn.Module(), state["graph"])
+        gm = graph_module(torch.nn.Module(), state["graph"])
         self.__init__(gm, state["templates"], state["symbols"], state["patches"])  # type: ignore[misc]
         self.kept, self.orders, self.strict = state["kept"], state["orders"], state["strict"]
 

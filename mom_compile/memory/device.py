@@ -28,6 +28,7 @@ wave        As many blocks of a kernel as run at once. Attention has one block f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -172,8 +173,13 @@ def rows_on(type: str, gpu: Properties | None, layer: Layer | None) -> DeviceRow
     return GpuRows(device_of(gpu)[0], layer, EXPERT_ROWS)
 
 
+@functools.lru_cache(maxsize=1024)
 def rows_for(device: Device, layer: Layer) -> int:
-    """Return the rows of a mini-sequence, of each sequence, where memory is no limit."""
+    """Return the rows of a mini-sequence, of each sequence, where memory is no limit.
+
+    Cached: each loop of a graph needs it at each length, and it compares thousands of numbers of rows for a narrow
+    layer.
+    """
     wave = BLOCK_ROWS * (max(1, 2 * device.multiprocessors // (layer.heads * layer.sequences)) if layer.heads else 1)
     need = max(for_intensity(device), for_launches(device, layer)) / layer.sequences
     first = math.ceil(need / wave)

@@ -15,8 +15,10 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: FlexAttention: a higher-order operator; a captured graph passes its graphs as attributes.
@@ -27,6 +29,15 @@ INVOKE_SUBGRAPH: Any = torch.ops.higher_order.invoke_subgraph
 
 #: Numbers that depend on sizes.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, name: str = "GraphModule") -> fx.GraphModule:
+    """Return a module of a graph that generates its Python code when it is first called or printed.
+
+    Inductor's own graphs are of the same class (`_LazyGraphModule`). A `fx.GraphModule` generates the code of all its
+    nodes when it is made and after each `recompile()`, and most graphs of the passes are never called.
+    """
+    return _LazyGraphModule(root, graph, name)
 
 
 def schema_of(target: Any) -> Any:

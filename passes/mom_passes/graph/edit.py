@@ -16,7 +16,15 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
 from mom_passes.graph.sizes import Size, expr, is_one, same
 from mom_passes.graph.values import input_node, is_size, is_tensor, tensors_of
-from mom_passes.torch_compat import SYMBOLIC, fake_mode_of, hint_of, new_number, shape_env_of, without_guards
+from mom_passes.torch_compat import (
+    SYMBOLIC,
+    fake_mode_of,
+    graph_module,
+    hint_of,
+    new_number,
+    shape_env_of,
+    without_guards,
+)
 
 aten = torch.ops.aten
 
@@ -27,7 +35,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(gm.graph, {})
     new_output = graph.output(output)
     new_output.meta = dict(gm.graph.output_node().meta)
-    copied = fx.GraphModule(gm, graph)
+    copied = graph_module(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
 

@@ -39,6 +39,7 @@ from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.view import TO_THE_END
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.region import Region
+from mom_passes.torch_compat import graph_module
 
 aten = torch.ops.aten
 
@@ -98,7 +99,7 @@ class Body:
         self._drop_unused()
         self.stored = len(stored)
         self.inputs, self.operands = self._ports()
-        self.module = fx.GraphModule(nn.Module(), self.graph, "MiniSequenceBody")
+        self.module = graph_module(nn.Module(), self.graph, "MiniSequenceBody")
 
     def _order_by_use(self, members: list[Instance]) -> None:
         """Sort operands by their first reader, so that identical layers have identical bodies.

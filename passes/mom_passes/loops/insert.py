@@ -33,6 +33,7 @@ from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
 from mom_passes.loops.ports import CarryIn, CarryOut, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
 from mom_passes.rules import All
+from mom_passes.torch_compat import graph_module
 
 
 def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
@@ -66,7 +67,7 @@ class _Rewriter:
         self._emit_writes(output)
         new = self.graph.output(fx.map_arg(output.args[0], self._whole_value))
         new.meta = dict(output.meta)
-        rewritten = fx.GraphModule(self.root, self.graph, "MiniSequences")
+        rewritten = graph_module(self.root, self.graph, "MiniSequences")
         rewritten.meta = dict(self.gm.meta)
         return rewritten
 

@@ -17,6 +17,7 @@ from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.sizes import Size, count_hint, hint, same
 from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.rules import Dim, facts
+from mom_passes.torch_compat import graph_module
 
 
 class RowsOfValue(Hashable, Protocol):
@@ -63,7 +64,7 @@ class InPart(ABC, Generic[P]):
                 taken = self.taken(node)
                 self.whole[node] = copy_call(self.graph, node, self.whole_value) if taken is None else taken
         self.graph.eliminate_dead_code()
-        made = fx.GraphModule(self.gm, self.graph)
+        made = graph_module(self.gm, self.graph)
         made.meta = dict(self.gm.meta)
         return made
 
