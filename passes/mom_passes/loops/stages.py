@@ -53,12 +53,6 @@ class StagePlan:
     stored: tuple[Instance, ...]
     available: frozenset[Instance]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes per token of the values that it reads or stores at full length."""
-        rows = {i for i in (*self.stored, *self.available) if isinstance(i.need, Rows)}
-        return sum(map(bytes_per_token, rows))
-
 
 @dataclass(frozen=True)
 class Stages:
@@ -69,9 +63,17 @@ class Stages:
 
     @property
     def last_is_largest(self) -> bool:
-        """Whether no other stage has as many bytes per token at full length as the last one with a loop."""
-        sizes = [plan.bytes_per_token for plan in self.plans if plan.stored]
+        """Whether no other stage has as many bytes per token at full length as the last one with a loop.
+
+        Values that the graph returns do not count: the later a stage, the more of a cache is there.
+        """
+        sizes = [self._bytes_per_token(plan) for plan in self.plans if plan.stored]
         return bool(sizes) and all(size < sizes[-1] for size in sizes[:-1])
+
+    def _bytes_per_token(self, plan: StagePlan) -> int:
+        returned = {instance.node for instance in self.demands.outputs}
+        rows = {i for i in (*plan.stored, *plan.available) if isinstance(i.need, Rows) and i.node not in returned}
+        return sum(map(bytes_per_token, rows))
 
 
 def plan_stages(demands: DemandGraph, most_products: int = MOST_PRODUCTS) -> Stages:
