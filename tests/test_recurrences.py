@@ -323,3 +323,18 @@ def test_programs_with_recurrences_are_equal(
     assert not any(node.target in RULES for node in rewritten.graph.nodes)
     assert any(module.loop.carries for _, module in loop_nodes(rewritten))
     torch.testing.assert_close(rewritten(x, *weights)[0], gm(x, *weights)[0], rtol=0, atol=1e-9)
+
+
+def test_a_plan_extrapolates_eager_mode_where_it_loops_over_tokens() -> None:
+    model = build(Subject("qwen3_5_text"), SMALL, torch.float32)
+    planner = mom_compile.plan(model.config, seq_len=6000, dtype="float32")._planner
+    assert planner._loops_over_tokens
+    assert planner._eager_peak(6000) == pytest.approx(planner._counted_peak(6000), rel=0.02)
+
+
+def test_the_scope_of_the_paper_leaves_recurrences_alone(eager_pieces: None) -> None:
+    model, inputs = model_of("qwen3_5_text")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.compile(backend="mom", options={"mini_seq_len": 48, "strict": True, "scope": "mlp"})
+        close(model(**inputs).logits, expected)

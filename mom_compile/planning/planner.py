@@ -34,7 +34,7 @@ ID_BYTES = 8
 #: The limit of searches: no model has a longer context.
 MOST_TOKENS = 1 << 30
 #: Lengths from which memory of eager mode is extrapolated, where its number of operators grows with the length.
-LOOPED = (4096, 8192)
+LOOPED = (1024, 2048)
 CPU = "cpu"
 
 

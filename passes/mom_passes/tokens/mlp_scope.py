@@ -45,13 +45,13 @@ def is_linear(node: fx.Node, dims: TokenDims) -> bool:
     """Whether a product needs rows of one activation and no activation whole."""
     if node not in dims.rowwise or not matmul_work(node):
         return False
-    needed = zip(operands(node), claim_for(node, dims.carriers[node].dim).needs, strict=True)
+    needed = zip(operands(node), claim_for(node, dims.carriers[node].dim, in_order=True).needs, strict=True)
     rows = [operand in dims.carriers for operand, need in needed if not isinstance(need, All)]
     return sum(rows) == 1 and not any(n in dims.carriers for n in _whole(node, dims))
 
 
 def _whole(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
-    claim = claim_for(node, dims.carriers[node].dim)
+    claim = claim_for(node, dims.carriers[node].dim, in_order=True)
     return [operand for operand, need in zip(operands(node), claim.needs, strict=True) if isinstance(need, All)]
 
 
