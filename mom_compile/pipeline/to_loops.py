@@ -31,6 +31,7 @@ from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.mlp_scope import mlp_only
 from mom_passes.tokens.picked_rows import picked_rows
+from mom_passes.tokens.window_keys import window_keys
 
 
 class NotWorthwhile(Exception):
@@ -103,6 +104,7 @@ def make_loops(
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
+        tokens = take(windows_by_rows, tokens, limit)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
         left_out = _left_out(demands, tokens.dims)
@@ -190,6 +192,13 @@ def mlp_alone(tokens: Tokens, scope: str) -> tuple[Tokens, str]:
         return tokens, "not asked for"
     dims = mlp_only(tokens.gm, tokens.dims)
     return replace(tokens, dims=dims), f"{len(dims.rowwise)} row-wise values are left"
+
+
+def windows_by_rows(tokens: Tokens, limit: RowLimit) -> tuple[Tokens, str]:
+    """Choose the window layers that are no barriers: each mini-sequence gets the keys and values ahead of its own."""
+    found = window_keys(tokens.gm, tokens.dims, limit.rows)
+    counts = f"{len(found.by_rows)} window layers by rows, {len(found.last_queries)} of the last queries"
+    return replace(tokens, dims=found.dims), f"{counts}, {found.barriers} stay barriers"
 
 
 def follow_demands(tokens: Tokens) -> tuple[DemandGraph, str]:

@@ -3,7 +3,8 @@
 Terms
 -----
 instance   A value as its readers need it: `(node, Rows(dim))` is its rows, `(node, Rows(dim, before=n))` its rows and n
-           rows before them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call.
+           rows before them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call,
+           `(node, Carried(0, of=Rows(dim, n)))` its last n rows.
 barrier    A whole instance of a value that a loop computes: the loop must be complete before a reader starts.
 
 Kinds of instances
@@ -12,7 +13,8 @@ SOURCE     a placeholder or constant, whole or sliced: always available
 ROWS       rows computed from rows (and whole values) by the node's own claim, or the carry of such a claim
 ENTRY      rows sliced from a whole value, because the operator cannot be run on rows
 AHEAD      rows and the n rows before them, which each mini-sequence passes to the next
-BARRIER    a complete value whose rows a loop stores, or the final value of a carry
+BARRIER    a complete value whose rows a loop stores, or the final value of a carry: among these the last rows of a
+           value that need not exist at full length (see `last_rows`)
 WHOLE      an operator run once on the full sequence, between loops
 INLINE     a view, a token slice of a whole value, or a one-element constant: free, repeated where it is needed. Also
            a copy larger than its source (repeat_kv): made for one iteration at a time rather than kept
@@ -35,6 +37,7 @@ from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
+from mom_passes.loops.last_rows import last_rows
 from mom_passes.loops.shared_views import shared_views
 from mom_passes.rules import All, Carry, Claim, Dim, Fold, Last, Rows, claim_for, facts, fold_for
 from mom_passes.rules.views import is_cut, is_view
@@ -45,12 +48,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Carried:
-    """The value of carry number `carry` of a call, after the last row."""
+    """The value of a carry after the last row: carry number `carry` of a call, or the last rows of `of`."""
 
     carry: int
+    of: Rows | None = None
 
     def __str__(self) -> str:
-        return f"carry {self.carry}"
+        return f"carry {self.carry}" if self.of is None else f"last {self.of.before} rows"
 
 
 class Kind(enum.Enum):
@@ -134,31 +138,82 @@ def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
     graph = DemandGraph()
     roots, shared = _roots(gm), shared_views(gm)
     graph.outputs = tuple(roots)
-    pending = list(roots)
-    while pending:
+    pending, slices = list(roots), dict[Instance, Rows]()
+    while pending or slices:
+        if not pending:
+            pending += _add_slice(graph, *slices.popitem(), slices)
+            continue
         instance = pending.pop()
         if instance in graph.kinds:
             continue
+        rows = last_rows(instance.node, dims) if isinstance(instance.need, All) else None
+        if rows is not None and instance.node not in shared:
+            slices[instance] = rows
+            continue
         kind, inputs, claim = _classify(instance, dims, shared)
-        graph.kinds[instance] = kind
-        graph.inputs[instance] = inputs
-        if claim is not None:
-            graph.claims[instance] = claim
-        for operand in inputs:
-            graph.readers.setdefault(operand, []).append(instance)
-            pending.append(operand)
+        pending += _add(graph, instance, kind, inputs, claim)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     graph.order = sorted(graph.kinds, key=lambda i: (position[i.node], _whole_last(i, graph)))
     graph.position = {instance: i for i, instance in enumerate(graph.order)}
     return graph
 
 
+def _add(
+    graph: DemandGraph, instance: Instance, kind: Kind, inputs: tuple[Instance, ...], claim: Claim | None = None
+) -> tuple[Instance, ...]:
+    """Add an instance. Return its operands."""
+    graph.kinds[instance] = kind
+    graph.inputs[instance] = inputs
+    if claim is not None:
+        graph.claims[instance] = claim
+    for operand in inputs:
+        graph.readers.setdefault(operand, []).append(instance)
+    return inputs
+
+
+def _add_slice(
+    graph: DemandGraph, instance: Instance, rows: Rows, slices: dict[Instance, Rows]
+) -> tuple[Instance, ...]:
+    """Add the slice of a value's last rows, when all other readers are known. Return the operands to add.
+
+    The last rows are the final value of a carry if the value exists at full length for this slice alone, and
+    either the carry exists anyway (the rows ahead that an attention in a window reads), or no stage before the value's
+    holds another value at full length whose storage it could take over (a residual stream).
+    """
+    (source,) = operands(instance.node)
+    own = Instance(source, Rows(rows.dim))
+    if own not in graph.kinds:
+        # Which barriers precede the rows is known once they are added, and both outcomes need them.
+        slices[instance] = rows
+        return (own,)
+    whole = Instance(source, All())
+    free = Instance(source, rows) in graph.kinds or not _follows_a_barrier(own, graph)
+    if whole in graph.kinds or not free:
+        return _add(graph, instance, Kind.INLINE, tuple(Instance(n, All()) for n in instance.node.all_input_nodes))
+    final = Instance(source, Carried(0, of=rows))
+    return _add(graph, instance, Kind.BARRIER, (final,))
+
+
+def _follows_a_barrier(instance: Instance, graph: DemandGraph) -> bool:
+    """Whether an instance is computed from a value that a loop stores."""
+    pending, seen = [instance], {instance}
+    while pending:
+        found = pending.pop()
+        if graph.kinds.get(found) is Kind.BARRIER:
+            return True
+        more = set(graph.inputs.get(found, ())) - seen
+        seen |= more
+        pending += more
+    return False
+
+
 def _whole_last(instance: Instance, graph: DemandGraph) -> int:
-    """Return a key that orders a node's instances: rows, carries, whole value, its slices, rows with `before`."""
+    """Return a key that orders a node's instances: rows, carries, whole value, its slices, rows with `before` and the
+    last of these."""
+    if isinstance(instance.need, Carried):
+        return 1 if instance.need.of is None else 5
     if graph.kinds[instance] in (Kind.ENTRY, Kind.AHEAD):
         return 3 + (graph.kinds[instance] is Kind.AHEAD)
-    if isinstance(instance.need, Carried):
-        return 1
     return 2 if isinstance(instance.need, All) else 0
 
 
@@ -217,7 +272,7 @@ def _classify(
     if isinstance(instance.need, All):
         return _classify_whole(node, dims, node in shared)
     if isinstance(instance.need, Carried):
-        return _classify_carried(instance, instance.need.carry, dims)
+        return _classify_carried(instance, instance.need, dims)
     own = dims.carriers.get(node)
     try:
         if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
@@ -240,13 +295,13 @@ def _ahead(need: Rows) -> Carry:
 
 
 def _classify_carried(
-    instance: Instance, carry: int, dims: TokenDims
+    instance: Instance, need: Carried, dims: TokenDims
 ) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     """Carry 0 of a fold is computed by the fold's claim, any other carry together with carry 0 or with rows."""
     node = instance.node
-    if node in dims.rowwise:
-        return Kind.ROWS, (Instance(node, Rows(dims.carriers[node].dim)),), None
-    if carry > 0:
+    if need.of is not None or node in dims.rowwise:
+        return Kind.ROWS, (Instance(node, need.of or Rows(dims.carriers[node].dim)),), None
+    if need.carry > 0:
         return Kind.ROWS, (Instance(node, Carried(0)),), None
     claim = fold_for(node, _token_dims(node, dims))
     return Kind.ROWS, _reads(node, claim), claim

@@ -149,7 +149,7 @@ class _Rewriter:
         node = self.graph.call_module(name, (length_node, *operands))
         items = [self._item(node, index, i.node) for index, i in enumerate(stored)]
         for instance, item in zip(stored, items, strict=False):
-            self._lay_out(item, _stored(instance))
+            self._lay_out(item, _stored(instance).type)
             self.stored[instance] = item
             if self.demands.kinds.get(Instance(instance.node, All())) is Kind.BARRIER:
                 self.whole[instance.node] = item
@@ -178,11 +178,11 @@ class _Rewriter:
         item.meta = dict(of.meta)
         return item
 
-    def _lay_out(self, item: fx.Node, output: Stored) -> None:
-        """Set the strides of a stored value to those of its dense storage."""
+    def _lay_out(self, item: fx.Node, type: TensorType) -> None:
+        """Set the strides of a result of a loop to those of its dense storage."""
         value = meta_value(item)
         with fake_mode(self.graph):
-            dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
+            dense = torch.empty_permuted(value.shape, type.dense, dtype=value.dtype, device=value.device)
         if strides_differ(dense, value):
             item.meta["val"] = dense
 
@@ -192,6 +192,7 @@ class _Rewriter:
         value = value_of(readers[0])
         final = self.graph.call_function(operator.getitem, (loop, index))
         final.meta = {**readers[0].meta, "val": value.to(output.type.dtype)}
+        self._lay_out(final, output.type)
         result, fold = final, self.demands.fold(instance)
         if fold is not None and fold.finish is not None:
             result = fold.finish(result)
