@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx
+from transformers import DynamicCache
 
+import mom_compile
+from benchmarks.models import keeping
+from mom_compile.report.facts import PREFILL
 from mom_passes.graph.arguments import argument
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import CarryOut, Stored
 from mom_passes.ops.attention import MOM_ATTENTION
+from tests.models import next_token, prompt, small_model
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
@@ -209,3 +214,57 @@ def test_rows_after_an_existing_cache_are_no_window_layer() -> None:
 def test_compiled_for_every_length() -> None:
     """One body for all lengths, among them some that its mini-sequences do not divide."""
     check_every_length(program(["mlp", 3, "causal", 4, "mlp"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "padded", "keep"),
+    [
+        ("Gemma3Text", False, 1),
+        ("Mistral", True, 1),
+        ("GptOss", False, 0),
+        pytest.param("GptOss", True, 1, marks=pytest.mark.slow),
+        pytest.param("Gemma2", True, 0, marks=pytest.mark.slow),
+        pytest.param("Mistral", False, 1, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("eager_pieces")
+def test_models_with_windows(family: str, padded: bool, keep: int) -> None:
+    """Windows of 16, two lengths that mini-sequences do not divide, then decode steps. Sinks, capped scores and
+    mixtures of experts are among the models."""
+    model, reference = small_model(family), small_model(family)
+    torch._dynamo.reset()
+    model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True})
+    for tokens in (90, 77):
+        inputs = prompt(2 if padded else 1, tokens, padded)
+        cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        with torch.no_grad():
+            for _ in range(3):
+                mine = model(**inputs, logits_to_keep=keep, **keeping(cache, model)).logits
+                logits = reference(**inputs, logits_to_keep=keep, **keeping(expected, reference)).logits
+                torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
+                inputs = next_token(inputs)
+        for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, rtol=0, atol=1e-4)
+            torch.testing.assert_close(mine.values, theirs.values, rtol=0, atol=1e-4)
+    prefill = [report for report in mom_compile.reports() if report.kind == PREFILL and report.stages]
+    assert prefill and all("window" in stage.attention for stage in prefill[0].stages[:1])
+    layers = len(model.config.layer_types) if hasattr(model.config, "layer_types") else 3
+    assert all(len(report.stages) < layers for report in prefill)
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["on the host", "on the device"])
+@pytest.mark.usefixtures("eager_pieces")
+def test_a_cache_on_the_host_gets_the_window(offload: bool) -> None:
+    model, reference = small_model("Gemma3Text"), small_model("Gemma3Text")
+    torch._dynamo.reset()
+    model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True, "kv_offload": offload})
+    inputs, shapes = prompt(1, 90), []
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for _ in range(3):
+            mine = model(**inputs, **keeping(cache, model)).logits
+            logits = reference(**inputs, **keeping(expected, reference)).logits
+            torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
+            shapes.append([tuple(layer.keys.shape) for layer in cache.layers])
+            inputs = next_token(inputs)
+    assert shapes[0][0][2] == 15 and shapes[0] == [(1, 2, n, shapes[0][0][3]) for n in (15, 15, 90)]

@@ -35,7 +35,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, count_hint, product, quotient
+from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
 from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
 from mom_passes.loops.last_rows import last_rows
 from mom_passes.loops.shared_views import shared_views
@@ -44,6 +44,10 @@ from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
 
 aten = torch.ops.aten
+
+#: A carry that only a slice of last rows needs has at most 1 / SHARE of the rows: it has two buffers, and each
+#: mini-sequence copies it.
+SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,9 @@ def _add_slice(
 ) -> tuple[Instance, ...]:
     """Add the slice of a value's last rows, when all other readers are known. Return the operands to add.
 
-    The last rows are the final value of a carry if the value exists at full length for this slice alone, and
-    either the carry exists anyway (the rows ahead that an attention in a window reads), or no stage before the value's
-    holds another value at full length whose storage it could take over (a residual stream).
+    The last rows are the final value of a carry if the value would exist at full length for this slice alone, and
+    either the carry exists anyway (the rows ahead that an attention in a window reads), or the rows are few and no
+    earlier stage stores a value at full length whose storage this one could take over (a residual stream).
     """
     (source,) = operands(instance.node)
     own = Instance(source, Rows(rows.dim))
@@ -187,8 +191,9 @@ def _add_slice(
         slices[instance] = rows
         return (own,)
     whole = Instance(source, All())
-    free = Instance(source, rows) in graph.kinds or not _follows_a_barrier(own, graph)
-    if whole in graph.kinds or not free:
+    few = SHARE * rows.before <= hint(instance_length(own))
+    carried = Instance(source, rows) in graph.kinds or (few and not _follows_a_barrier(own, graph))
+    if whole in graph.kinds or not carried:
         return _add(graph, instance, Kind.INLINE, tuple(Instance(n, All()) for n in instance.node.all_input_nodes))
     final = Instance(source, Carried(0, of=rows))
     return _add(graph, instance, Kind.BARRIER, (final,))

@@ -32,7 +32,10 @@ from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
 from mom_passes.loops.ports import CarryIn, CarryOut, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
-from mom_passes.rules import All
+from mom_passes.ops.convolution import LAST_ROWS
+from mom_passes.ops.rows import COPY_ROWS, LEAST_WITH_ROOM
+from mom_passes.rules import All, Rows
+from mom_passes.rules.view import TO_THE_END
 
 
 def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
@@ -162,7 +165,9 @@ class _Rewriter:
         at = body.port_of(instance)
         port = body.inputs[at]
         assert isinstance(port, CarryIn)
-        return CarryOut(instance.node.name, port.type, at, instance.node.target)
+        assert isinstance(instance.need, Carried)
+        target = instance.node.target if instance.need.of is None else LAST_ROWS
+        return CarryOut(instance.node.name, port.type, at, target)
 
     def _operand(self, operand: Operand, length: Any) -> Any:
         if isinstance(operand, TheLength):
@@ -198,8 +203,19 @@ class _Rewriter:
             result = fold.finish(result)
         if output.type.dtype != value.dtype:
             result = emit(self.graph, torch.ops.prims.convert_element_type.default, (result, value.dtype))
+        assert isinstance(instance.need, Carried)
+        if instance.need.of is not None and any(user.op == "output" for reader in readers for user in reader.users):
+            result = self._with_room(result, instance.need.of)
         self.whole.update(dict.fromkeys(readers, result))
         return final
+
+    def _with_room(self, rows: fx.Node, need: Rows) -> fx.Node:
+        """Emit a copy of returned last rows with room for a row before them, as `program.own_rows` makes of a window:
+        it has the strides of `cat([past, new])[-w:]`, for which a decode step is compiled."""
+        if need.before < LEAST_WITH_ROOM:
+            return rows
+        own = emit(self.graph, COPY_ROWS, (rows, list(storage_order(value_of(rows))), need.dim.index))
+        return emit(self.graph, torch.ops.aten.slice.Tensor, (own, need.dim.index, 1, TO_THE_END))
 
 
 def _effects_from_the_first_write(graph: fx.Graph) -> dict[fx.Node, None]:

@@ -12,15 +12,12 @@ from __future__ import annotations
 from torch import fx
 
 from mom_passes.graph.arguments import aten
-from mom_passes.graph.sizes import hint, is_one, same
+from mom_passes.graph.sizes import is_one, same
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Rows
 from mom_passes.tokens.demanded_rows import span_of
 from mom_passes.tokens.dims import TokenDims
-
-#: A carry has at most 1 / SHARE of the rows: it has two buffers, and each mini-sequence copies it.
-SHARE = 4
 
 
 def last_rows(node: fx.Node, dims: TokenDims) -> Rows | None:
@@ -33,9 +30,8 @@ def last_rows(node: fx.Node, dims: TokenDims) -> Rows | None:
         return None
     span = span_of(node, carrier.dim, carrier.length)
     count = value_of(node).shape[carrier.dim.index]
-    if span is None or not same(span.end, carrier.length) or not isinstance(count, int):
-        return None
-    if SHARE * count > hint(carrier.length) or not _keeps_its_views(node):
+    last = span is not None and same(span.end, carrier.length)
+    if not last or not isinstance(count, int) or not _keeps_its_views(node):
         return None
     return Rows(carrier.dim, count)
 

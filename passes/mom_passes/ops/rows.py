@@ -20,6 +20,9 @@ With `room`, the result has one more entry at the start of dimension `room`; tha
 `clone` does not serve: Inductor removes a `clone` whose result has the strides of its operand.
 """
 
+#: Fewest rows of a copy with room.
+LEAST_WITH_ROOM = 32
+
 LAID_OUT = define("laid_out(Tensor(a) value, int[] order) -> Tensor(a)")
 """`value` itself if it is dense in `order`, else a copy that is.
 
