@@ -134,6 +134,11 @@ def test_a_window_that_is_not_much_shorter_than_the_sequence_is_a_barrier(window
     assert not by_rows(check(*traced(["mlp", window, "mlp", "linear"], 33), 4))
 
 
+@pytest.mark.parametrize(("mini", "chosen"), [(2, False), (4, True)])
+def test_a_window_many_times_longer_than_a_mini_sequence_is_a_barrier(mini: int, chosen: bool) -> None:
+    assert bool(by_rows(check(*traced(["mlp", 17, "mlp", "linear"], 40), mini))) == chosen
+
+
 def test_layers_that_would_pass_on_more_than_a_layer_keeps_are_cut_by_a_barrier() -> None:
     """Two layers of eleven pass on as much as one keeps at full length."""
     rewritten = check(*traced(["mlp", *[9] * 11, "mlp"], 33), 4)
