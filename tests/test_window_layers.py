@@ -273,3 +273,16 @@ def test_a_cache_on_the_host_gets_the_window(offload: bool) -> None:
             shapes.append([tuple(layer.keys.shape) for layer in cache.layers])
             inputs = next_token(inputs)
     assert shapes[0][0][2] == 15 and shapes[0] == [(1, 2, n, shapes[0][0][3]) for n in (15, 15, 90)]
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_one_graph_serves_all_lengths(last: int) -> None:
+    """Also those of one row, and those shorter than the windows."""
+    gm, (x, *weights) = traced(["mlp", 4, "mlp", 6, "mlp"], 33, dynamic=True, last=last)
+    rewritten = check(gm, [x, *weights], 4)
+    assert by_rows(rewritten)
+    for tokens in (1, 2, 3, 5, 9, 40):
+        given = torch.cat([x, x.flip(1)], 1)[:, :tokens]
+        (expected,) = program(["mlp", 4, "mlp", 6, "mlp"], last=last)(given, *weights)
+        (actual,) = rewritten(given, *weights)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
