@@ -31,7 +31,7 @@ from mom_compile.pipeline.to_loops import Looped, Tokens
 from mom_compile.report.facts import PieceLog
 from mom_compile.runtime.host.placement import Placement
 from mom_compile.torch_compat.inductor import mark_boxed
-from mom_passes.loops.demands import DemandGraph
+from mom_passes.loops.instances import DemandGraph
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import COUNT
 from mom_passes.loops.stages import Stages

@@ -323,7 +323,22 @@ def _mom_attention() -> list[Call]:
     sinks = [(query, key, value, None, 3, True, 0.3, 4), (query, grouped, grouped, per_row, 3, True, 0.3)]
     more: list[dict[str, Any]] = [{"sinks": floats(4, seed=8)}, {"softcap": 0.5}]
     with_sinks = [Call(mom.attention.default, one, {**named}) for one in sinks for named in more]
-    return [*(Call(mom.attention.default, one) for one in arguments), *with_sinks]
+    return [*(Call(mom.attention.default, one) for one in arguments), *with_sinks, *_window_layers()]
+
+
+def _window_layers() -> list[Call]:
+    """Calls whose rows need the keys in their windows, and one whose keys begin within the sequence."""
+    query, key, value = (floats(2, heads, 9, 8, seed=seed) for seed, heads in enumerate((4, 2, 2)))
+    late = (query[:, :, :2], key[:, :, 3:], value[:, :, 3:], None, 7, True, 0.3, 4, *_of_keys()[0])
+    plain, more = (query, key, value, None, 0, True, 0.3), [{}, {"sinks": floats(4, seed=8)}, {"softcap": 0.5}]
+    sizes = (1, 3, 20)
+    alone = [Call(mom.attention.default, (*plain, window), {"first": 0, **one}) for window in sizes for one in more]
+    return [
+        *alone,
+        *(Call(mom.attention.default, (*plain, 4, *vectors), {"first": 0}) for vectors in _of_keys()),
+        Call(mom.attention.default, (*plain[:3], floats(2, 1, 9, 9) > 0.3, *plain[4:], 4), {"first": 0}),
+        Call(mom.attention.default, late, {"first": 3}),
+    ]
 
 
 def _scored() -> list[Call]:

@@ -208,6 +208,45 @@ def assert_matches_definition(case: Case) -> None:
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
 
 
+@st.composite
+def in_windows(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)) -> Case:
+    """Causal cases in a window whose rows are among the keys' tokens, with a mask, conditions on keys or neither."""
+    plain, with_conditions = cases(dtypes), conditioned()
+    case = draw(st.one_of(plain, with_conditions))
+    case = replace(case, is_causal=True, window=draw(st.integers(1, 40)), dtype=draw(st.sampled_from(dtypes)))
+    return replace(case, keys=max(case.keys, case.start + case.rows))
+
+
+def with_keys_in_windows(call: AttentionCall) -> AttentionCall:
+    """The same call on the keys and values in its windows. Ahead of the sequence these are NaN."""
+    assert call.window is not None
+    first, end = call.start - call.window + 1, call.start + call.rows
+
+    def cut(rows: torch.Tensor) -> torch.Tensor:
+        own = rows[:, :, max(0, first) : end]
+        return torch.cat([own.new_full((*own.shape[:2], max(0, -first), own.shape[3]), math.nan), own], 2)
+
+    return replace(call, key=cut(call.key), value=cut(call.value), first=first)
+
+
+@given(in_windows())
+@settings(max_examples=300, deadline=None)
+def test_keys_in_the_windows_suffice(case: Case) -> None:
+    """Masks, conditions and spans cover the whole sequence."""
+    call = case.call()
+    expected = attention_reference(in_float64(call))
+    cut = with_keys_in_windows(call)
+    for result in (run(cut), as_operator(attention_reference)(*vars(cut).values())):
+        assert result.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
+
+
+def test_a_call_with_keys_in_the_windows_has_a_fake_result() -> None:
+    cut = with_keys_in_windows(AttentionCall(*torch.randn(3, 1, 2, 9, 8), None, 0, True, 1.0, 4))
+    meta = {name: value.to("meta") for name, value in vars(cut).items() if torch.is_tensor(value)}
+    assert run(replace(cut, **meta)).shape == (1, 2, 9, 8)
+
+
 @given(cases())
 @settings(max_examples=300, deadline=None)
 def test_matches_its_definition(case: Case) -> None:

@@ -32,7 +32,7 @@ from mom_passes.program.program import LoopStep
 from mom_passes.program.schedule import schedule
 from tests.models import TinyDecoder, ids, next_token, prompt, small_model
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
-from tests.shares import at_least, some_and_many
+from tests.shares import at_least
 from tests.test_in_place import decoder, layer, taken
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
@@ -296,11 +296,10 @@ def returns_the_same_rows(names, kept, batch, loops):
     return bool(own)
 
 
-@some_and_many(50, 400)
-def test_random_programs_return_the_same_rows(runs):
+def test_random_programs_return_the_same_rows():
     with at_least(0.8, "copy rows out of a larger value") as copied:
 
-        @settings(RANDOM_PROGRAMS, max_examples=runs)
+        @settings(RANDOM_PROGRAMS, max_examples=100)
         @given(
             st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
             st.lists(st.tuples(st.integers(0, 5), st.sampled_from(sorted(CROPS))), min_size=1, max_size=4),
@@ -349,7 +348,8 @@ def assert_rows_alone(cache):
 )
 def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
     """Windows of 16. Of two lengths that are compiled the second is a symbol."""
-    model, reference = (small_model("Mistral", num_hidden_layers=2) for _ in range(2))
+    model = small_model("Mistral")
+    reference = small_model("Mistral")
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
     for length in lengths:
         inputs = prompt(batch, length)
@@ -362,7 +362,10 @@ def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, l
                 assert_rows_alone(cache)
                 inputs = next_token(inputs, seed=step)
     prefill = [report for report in reports() if report.own_rows]
-    assert prefill and all(len(report.own_rows) == 4 for report in prefill)
+    # A loop passes the windows of two layers on and returns them. One layer is a barrier, whose window is copied.
+    passed_on = [sum(len(stage.folds) for stage in report.stages) for report in prefill]
+    assert prefill and all(len(report.own_rows) + n == 6 for report, n in zip(prefill, passed_on, strict=True))
+    assert passed_on == ([4, 4] if lengths == [41, 65] else [0] * len(prefill))
     # A step drops one row of sixteen, which is not worth a copy.
     steps = [report for report in reports() if report.kind == DECODE_STEP]
     assert steps and not any(report.own_rows for report in steps) and len(prefill) <= 2
@@ -370,7 +373,7 @@ def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, l
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_step_of_many_tokens_keeps_only_the_window():
-    model = small_model("Mistral", num_hidden_layers=2)
+    model = small_model("Mistral")
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
     cache = DynamicCache(config=model.config)
@@ -378,19 +381,20 @@ def test_a_step_of_many_tokens_keeps_only_the_window():
         for tokens in (30, 21):
             model(**prompt(2, tokens), **models.keeping(cache, model))
             assert_rows_alone(cache)
-    assert [len(report.own_rows) for report in reports()] == [4, 4]
+    assert [len(report.own_rows) for report in reports()] == [6, 6]
 
 
 def test_explain_lists_the_copied_rows():
-    model, inputs = small_model("Mistral", num_hidden_layers=2), prompt(1, 41)
+    """Of one layer of three: the loops pass the windows of the others on."""
+    model, inputs = small_model("Mistral"), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
-    assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 4
-    assert "rows of their own: 4 parts (slice" in found.details()
-    assert f"{in_units(4 * 15 * 2 * 16 * 4)} of {in_units(4 * 41 * 2 * 16 * 4)}" in found.details()
-    assert "4 parts of larger values, windows of a cache say, kept without the rest: 7.5 KiB of 20 KiB" in str(found)
+    assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 2
+    assert "rows of their own: 2 parts (slice" in found.details()
+    assert f"{in_units(2 * 15 * 2 * 16 * 4)} of {in_units(2 * 41 * 2 * 16 * 4)}" in found.details()
+    assert "2 parts of larger values, windows of a cache say, kept without the rest: 3.8 KiB of 10 KiB" in str(found)
     short = mom_compile.explain(model, **inputs, options={"kv_offload": False})
-    assert short[0].no_loops is not None and len(short[0].own_rows) == 4
-    assert "rows of their own" in short.details() and "4 parts of larger values" in str(short)
+    assert short[0].no_loops is not None and len(short[0].own_rows) == 6
+    assert "rows of their own" in short.details() and "6 parts of larger values" in str(short)
 
 
 def test_a_layer_that_is_not_offloaded_keeps_only_its_rows():

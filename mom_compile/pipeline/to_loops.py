@@ -16,8 +16,9 @@ from mom_passes.attention.reads import source_of
 from mom_passes.graph.sizes import Size, count_hint, hint
 from mom_passes.graph.values import operands, tensors_of, value_of
 from mom_passes.host.kv_values import KVValues
-from mom_passes.loops.demands import DemandGraph, Kind, build_demands
+from mom_passes.loops.demands import build_demands
 from mom_passes.loops.insert import insert_loops
+from mom_passes.loops.instances import DemandGraph, Kind
 from mom_passes.loops.loop import RowLimit, loops
 from mom_passes.loops.stages import Stages, plan_stages
 from mom_passes.ops.rows import LAID_OUT
@@ -32,6 +33,7 @@ from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.last_rows import last_rows
 from mom_passes.tokens.mlp_scope import mlp_only
 from mom_passes.tokens.picked_rows import picked_rows
+from mom_passes.tokens.window_keys import window_keys
 
 
 class NotWorthwhile(Exception):
@@ -104,6 +106,7 @@ def make_loops(
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
+        tokens = take(windows_by_rows, tokens, limit)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
         left_out = _left_out(demands, tokens.dims)
@@ -207,6 +210,13 @@ def mlp_alone(tokens: Tokens, scope: str) -> tuple[Tokens, str]:
         return tokens, "not asked for"
     dims = mlp_only(tokens.gm, tokens.dims)
     return replace(tokens, dims=dims), f"{len(dims.rowwise)} row-wise values are left"
+
+
+def windows_by_rows(tokens: Tokens, limit: RowLimit) -> tuple[Tokens, str]:
+    """Choose the window layers that are no barriers: each mini-sequence gets the keys and values ahead of its own."""
+    found = window_keys(tokens.gm, tokens.dims, limit.rows)
+    counts = f"{len(found.by_rows)} window layers by rows, {len(found.last_queries)} of the last queries"
+    return replace(tokens, dims=found.dims), f"{counts}, {found.barriers} stay barriers"
 
 
 def follow_demands(tokens: Tokens) -> tuple[DemandGraph, str]:

@@ -7,6 +7,7 @@ import sympy
 from mom_compile.report.record import Record, host_share, moved_rows, own_share
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import in_units
+from mom_passes.ops.convolution import LAST_ROWS
 from mom_passes.program.program import LoopStep
 
 
@@ -66,7 +67,9 @@ def _stage_lines(stage: StageReport) -> list[str]:
             f"    at full length: {output.name} [{shape}] {output.type.dtype}, "
             f"tokens in {output.dim}: {size} B/token{place}"
         )
-    lines += [f"    reduced in the loop: {fold.name} ({fold.operator})" for fold in stage.folds]
+    for fold in stage.folds:
+        how = "last rows" if fold.operator is LAST_ROWS else "reduced in the loop"
+        lines.append(f"    {how}: {fold.name} ({fold.operator})")
     alive = ", ".join(f"{value.name} {value.bytes_per_token}" for value in stage.live if value.bytes_per_token)
     lines.append(f"    alive meanwhile, in B/token: {alive}")
     if stage.made_once:

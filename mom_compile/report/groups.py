@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mom_compile.report.stages import StageReport
 from mom_compile.report.units import counted, in_units
+from mom_passes.ops.convolution import LAST_ROWS
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def loop_groups(stages: Sequence[StageReport]) -> list[LoopGroup]:
 
 def _what(stage: StageReport) -> str:
     experts = f", experts with {stage.mini_seq_len / stage.spread:.0f} rows each" if stage.spread > 1 else ""
-    reduced = f", {counted(len(stage.folds), 'reduction')}" if stage.folds else ""
-    return f"{stage.attention or 'no attention'}{experts}{reduced}"
+    kept = sum(fold.operator is LAST_ROWS for fold in stage.folds)
+    counts = ((len(stage.folds) - kept, "reduction"), (kept, "final value"))
+    returned = "".join(f", {counted(count, what)}" for count, what in counts if count)
+    return f"{stage.attention or 'no attention'}{experts}{returned}"
 
 
 def _ranges(names: Sequence[str]) -> list[str]:

@@ -33,8 +33,8 @@ class StageReport:
 
     `spread` is how many of its tokens give each expert a row, 1 without experts. `live` are the full-length values that
     are alive while it runs, `made_once` the bytes of those without tokens, such as dequantised weights, `folds` the
-    reductions over tokens that it returns, `iteration_bytes` the bytes of one mini-sequence besides these. `attention`
-    says what its attentions see.
+    reductions over tokens and the last rows that it returns, `iteration_bytes` the bytes of one mini-sequence besides
+    these. `attention` says what its attentions see.
     """
 
     name: str

@@ -18,9 +18,17 @@ from mom_compile.runtime.attention import cuda
 from mom_compile.runtime.attention import rows as attention_rows
 from mom_compile.runtime.attention.cuda import attention_cuda
 from mom_compile.runtime.attention.rows import BLOCK_BYTES
-from mom_passes.ops.attention import AttentionCall, attention_reference
+from mom_passes.ops.attention import AttentionCall, as_operator, attention_reference
 from tests.no_gpu.attention import Calls, kernels_of_pytorch, on_device
-from tests.test_attention_kernels import TOLERANCE, Case, cases, conditioned, in_float64
+from tests.test_attention_kernels import (
+    TOLERANCE,
+    Case,
+    cases,
+    conditioned,
+    in_float64,
+    in_windows,
+    with_keys_in_windows,
+)
 
 HALF = torch.bfloat16
 
@@ -72,6 +80,20 @@ def test_conditions_on_keys_equal_masks_in_our_kernel(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         on_device(patch, (8, 0), tiles=True)
         assert_matches_definition(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["kernels of PyTorch", "our kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(in_windows())
+@settings(max_examples=40, deadline=None)
+def test_keys_in_the_windows_suffice(dtype: torch.dtype, tiles: bool, case: Case) -> None:
+    call = replace(case, dtype=dtype).call()
+    with pytest.MonkeyPatch.context() as patch:
+        on_device(patch, (8, 0), tiles=tiles)
+        kernels_of_pytorch(patch)
+        result = as_operator(attention_cuda)(*vars(with_keys_in_windows(call)).values())
+    expected = attention_reference(in_float64(call))
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def padded(dtype: torch.dtype, pads: tuple[int, ...], softcap: float | None = None) -> AttentionCall:

@@ -30,9 +30,10 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, product
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import is_tensor, value_of
-from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind, widest_per_token
+from mom_passes.loops.instances import Carried, DemandGraph, Instance, Kind, widest_per_token
 from mom_passes.loops.ports import CarryIn, In, RowsIn, SizeIn, TensorType, WholeIn, rows_type
 from mom_passes.loops.stages import StagePlan, body_instances
+from mom_passes.ops.rows import JOIN_ROWS
 from mom_passes.rules import All, Carry, Dim, Last, Output, Rows, Window, facts_of
 from mom_passes.rules.arithmetic import add
 from mom_passes.rules.calls import call_on_rows
@@ -58,6 +59,9 @@ class First:
 
 
 Operand = Instance | TheLength | First
+
+#: The fewest rows of a mini-sequence, unless it has the only row of the sequence (see `split_rows`).
+LEAST_ROWS = 2
 #: An instance and an index into its claim's `all_carries`.
 CarryKey = tuple[Instance, int]
 
@@ -119,6 +123,8 @@ class Body:
         self.start = add_input(self.graph, "start")
         self.count = add_input(self.graph, "count")
         self._length_point = self.count
+        #: The row of the sequence at which rows with `before` begin, by `before`.
+        self._first_rows: dict[int, Any] = {}
         for instance in self.sizes:
             self._length_point = self.env[instance] = add_input(self.graph, instance.node.name)
         for instance in (*self.rows, *self.whole):
@@ -180,8 +186,12 @@ class Body:
         if isinstance(instance.need, Carried) and claim is None:
             return self.next_values[self.demands.inputs[instance][0], instance.need.carry]
         if _is_ahead(instance):
-            rows = self.env[self.demands.inputs[instance][0]]
-            target, args, kwargs = aten.cat.default, ([self.received[instance, 0], rows], instance.dim.index), {}
+            rows: fx.Node = self.env[self.demands.inputs[instance][0]]
+            if self._is_last_rows(instance):
+                self.next_values[instance, 0] = self._last(instance, 0, rows)
+                return rows
+            order = list(storage_order(value_of(node)))
+            target, args, kwargs = JOIN_ROWS, (self.received[instance, 0], rows, instance.dim.index, order), {}
         elif claim is None:
             target = node.target
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._whole_value)
@@ -221,7 +231,11 @@ class Body:
         """Return the row of the sequence at which an operand begins. Rows before the sequence are negative."""
         if not isinstance(instance.need, Rows):
             return 0
-        return add(self.start, -instance.need.before) if instance.need.before else self.start
+        before = instance.need.before
+        if before not in self._first_rows:
+            self._first_rows[before] = add(self.start, -before)
+        first: Any = self._first_rows[before]
+        return first
 
     def _update_carry(self, instance: Instance, number: int, carry: Carry, result: fx.Node) -> fx.Node:
         """Emit the next value of a carry, joined with the result if the carry has no operand. Return the result."""
@@ -234,8 +248,7 @@ class Body:
             if carry.next.count > 1 and not _is_ahead(instance):
                 rows = self.graph.call_function(aten.cat.default, ([received, result], dim))
                 rows.meta["type"] = rows_type(result.meta["type"], Rows(instance.dim, carry.next.count))
-            last = self._emit_like(received, aten.slice.Tensor, rows, dim, -carry.next.count, TO_THE_END)
-            self.next_values[instance, number] = last
+            self.next_values[instance, number] = self._last(instance, number, rows)
             return result
         several = isinstance(meta_value(instance.node), (tuple, list))
         part = self._emit_like(received, operator.getitem, result, carry.next) if several else result
@@ -243,6 +256,18 @@ class Body:
         joined = part if carry.join is None else self._emit_like(received, carry.join, received, part)
         self.next_values[instance, number] = joined
         return result
+
+    def _is_last_rows(self, instance: Instance) -> bool:
+        """Whether rows ahead are not read in the body, and each mini-sequence has as many rows itself."""
+        read = any(isinstance(reader.need, Rows) for reader in self.demands.readers[instance])
+        return not read and isinstance(instance.need, Rows) and instance.need.before <= LEAST_ROWS
+
+    def _last(self, instance: Instance, number: int, rows: fx.Node) -> fx.Node:
+        """Emit the last of some rows: the next value of a carry."""
+        count = self._carry(instance, number).next
+        assert isinstance(count, Last)
+        received, dim = self.received[instance, number], instance.dim.index
+        return self._emit_like(received, aten.slice.Tensor, rows, dim, -count.count, TO_THE_END)
 
     def _emit_like(self, typed: fx.Node, target: Any, *args: Any) -> fx.Node:
         """Emit a call whose value has the type of `typed`."""

@@ -3,7 +3,8 @@
 Terms
 -----
 instance   A value as its readers need it: `(node, Rows(dim))` is its rows, `(node, Rows(dim, before=n))` its rows and n
-           rows before them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call.
+           rows before them, `(node, All())` all of it, `(node, Carried(k))` the final value of carry k of its call,
+           `(node, Carried(0, of=Rows(dim, n)))` its last n rows.
 barrier    A whole instance of a value that a loop computes: the loop must be complete before a reader starts.
 
 Kinds of instances
@@ -12,7 +13,8 @@ SOURCE     a placeholder or constant, whole or sliced: always available
 ROWS       rows computed from rows (and whole values) by the node's own claim, or the carry of such a claim
 ENTRY      rows sliced from a whole value, because the operator cannot be run on rows
 AHEAD      rows and the n rows before them, which each mini-sequence passes to the next
-BARRIER    a complete value whose rows a loop stores, or the final value of a carry
+BARRIER    a complete value whose rows a loop stores, or the final value of a carry: among these the last rows of a
+           value that need not exist at full length (see `last_rows`)
 WHOLE      an operator run once on the full sequence, between loops
 INLINE     a view, a token slice of a whole value, or a one-element constant: free, repeated where it is needed. Also
            a copy larger than its source (repeat_kv): made for one iteration at a time rather than kept
@@ -21,11 +23,8 @@ SIZE       a SymInt: arithmetic on sizes, computed outside the loops
 
 from __future__ import annotations
 
-import enum
 import operator
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -34,101 +33,20 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.data_dependent import touches_unknown_numbers
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
+from mom_passes.graph.sizes import count_hint, hint
 from mom_passes.graph.values import is_tensor, operands, returns_nothing, value_of
+from mom_passes.loops.instances import Carried, DemandGraph, Instance, Kind, instance_length
+from mom_passes.loops.last_rows import last_rows
 from mom_passes.loops.shared_views import shared_views
-from mom_passes.rules import All, Carry, Claim, Dim, Fold, Last, Rows, claim_for, facts, fold_for
+from mom_passes.rules import All, Carry, Claim, Dim, Last, Rows, claim_for, facts, fold_for
 from mom_passes.rules.views import is_cut, is_view
 from mom_passes.tokens.dims import TokenDims
-from mom_passes.tokens.region import Region
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Carried:
-    """The value of carry number `carry` of a call, after the last row."""
-
-    carry: int
-
-    def __str__(self) -> str:
-        return f"carry {self.carry}"
-
-
-class Kind(enum.Enum):
-    SOURCE = "source"
-    ROWS = "rows"
-    AHEAD = "ahead"
-    ENTRY = "entry"
-    BARRIER = "barrier"
-    WHOLE = "whole"
-    INLINE = "inline"
-    SIZE = "size"
-
-
-@dataclass(frozen=True)
-class Instance:
-    """A node and the need of its readers."""
-
-    node: fx.Node
-    need: All | Rows | Carried
-
-    def __hash__(self) -> int:
-        # A node has few instances, and hashing a need is slower than comparing it.
-        return hash(self.node)
-
-    @property
-    def dim(self) -> Dim:
-        """The dim of an instance with rows."""
-        assert isinstance(self.need, Rows), f"{self} has no rows"
-        return self.need.dim
-
-    def __str__(self) -> str:
-        return self.node.name if isinstance(self.need, All) else f"{self.node.name}[{self.need}]"
-
-
-@dataclass
-class DemandGraph:
-    """Instances in topological order, with their kinds, operands and readers."""
-
-    kinds: dict[Instance, Kind] = field(default_factory=dict)
-    inputs: dict[Instance, tuple[Instance, ...]] = field(default_factory=dict)
-    claims: dict[Instance, Claim] = field(default_factory=dict)
-    readers: dict[Instance, list[Instance]] = field(default_factory=dict)
-    outputs: tuple[Instance, ...] = ()
-    order: list[Instance] = field(default_factory=list)
-    position: dict[Instance, int] = field(default_factory=dict)
-
-    def length(self, instance: Instance) -> Size:
-        """Return the number of tokens of an instance with rows, or of the rows that a carry accumulates."""
-        while isinstance(instance.need, Carried):
-            instance = next(one for one in self.inputs[instance] if not isinstance(one.need, All))
-        return instance_length(instance)
-
-    def fold(self, instance: Instance) -> Fold | None:
-        """Return the fold whose total is the carry of an instance, None for another carry."""
-        assert isinstance(instance.need, Carried)
-        claim = self.claims.get(instance if instance in self.claims else self.inputs[instance][0])
-        outputs = enumerate(claim.outputs or () if claim is not None else ())
-        found = (one for i, one in outputs if claim is not None and claim.carry_of(i) == instance.need.carry)
-        return next((one for one in found if isinstance(one, Fold)), None)
-
-    def recomputable(self, instance: Instance) -> bool:
-        if instance.node.target is operator.getitem:
-            return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
-        return self.kinds[instance] is Kind.AHEAD or (
-            self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
-        )
-
-
-def instance_length(instance: Instance) -> Size:
-    """Return the number of tokens of an instance with rows."""
-    dim = instance.dim
-    value = meta_value(instance.node)
-    first = value[0] if isinstance(value, (tuple, list)) else value
-    length = quotient(first.shape[dim.index], product([dim.outer, dim.inner]))
-    assert length is not None, f"{instance}: rows do not divide the dimension"
-    return length
+#: A carry that only a slice of last rows needs has at most 1 / SHARE of the rows: it has two buffers, and each
+#: mini-sequence copies it.
+SHARE = 4
 
 
 def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
@@ -136,31 +54,83 @@ def build_demands(gm: fx.GraphModule, dims: TokenDims) -> DemandGraph:
     graph = DemandGraph()
     roots, shared = _roots(gm), shared_views(gm)
     graph.outputs = tuple(roots)
-    pending = list(roots)
-    while pending:
+    pending, slices = list(roots), dict[Instance, Rows]()
+    while pending or slices:
+        if not pending:
+            pending += _add_slice(graph, *slices.popitem(), slices)
+            continue
         instance = pending.pop()
         if instance in graph.kinds:
             continue
+        rows = last_rows(instance.node, dims) if isinstance(instance.need, All) else None
+        if rows is not None and instance.node not in shared:
+            slices[instance] = rows
+            continue
         kind, inputs, claim = _classify(instance, dims, shared)
-        graph.kinds[instance] = kind
-        graph.inputs[instance] = inputs
-        if claim is not None:
-            graph.claims[instance] = claim
-        for operand in inputs:
-            graph.readers.setdefault(operand, []).append(instance)
-            pending.append(operand)
+        pending += _add(graph, instance, kind, inputs, claim)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     graph.order = sorted(graph.kinds, key=lambda i: (position[i.node], _whole_last(i, graph)))
     graph.position = {instance: i for i, instance in enumerate(graph.order)}
     return graph
 
 
+def _add(
+    graph: DemandGraph, instance: Instance, kind: Kind, inputs: tuple[Instance, ...], claim: Claim | None = None
+) -> tuple[Instance, ...]:
+    """Add an instance. Return its operands."""
+    graph.kinds[instance] = kind
+    graph.inputs[instance] = inputs
+    if claim is not None:
+        graph.claims[instance] = claim
+    for operand in inputs:
+        graph.readers.setdefault(operand, []).append(instance)
+    return inputs
+
+
+def _add_slice(
+    graph: DemandGraph, instance: Instance, rows: Rows, slices: dict[Instance, Rows]
+) -> tuple[Instance, ...]:
+    """Add the slice of a value's last rows, when all other readers are known. Return the operands to add.
+
+    The last rows are the final value of a carry if the value would exist at full length for this slice alone, and
+    either the carry exists anyway (the rows ahead that an attention in a window reads), or the rows are few and no
+    earlier stage stores a value at full length whose storage this one could take over (a residual stream).
+    """
+    (source,) = operands(instance.node)
+    own = Instance(source, Rows(rows.dim))
+    if own not in graph.kinds:
+        # Which barriers precede the rows is known once they are added, and both outcomes need them.
+        slices[instance] = rows
+        return (own,)
+    whole = Instance(source, All())
+    few = SHARE * rows.before <= hint(instance_length(own))
+    carried = Instance(source, rows) in graph.kinds or (few and not _follows_a_barrier(own, graph))
+    if whole in graph.kinds or not carried:
+        return _add(graph, instance, Kind.INLINE, tuple(Instance(n, All()) for n in instance.node.all_input_nodes))
+    final = Instance(source, Carried(0, of=rows))
+    return _add(graph, instance, Kind.BARRIER, (final,))
+
+
+def _follows_a_barrier(instance: Instance, graph: DemandGraph) -> bool:
+    """Whether an instance is computed from a value that a loop stores."""
+    pending, seen = [instance], {instance}
+    while pending:
+        found = pending.pop()
+        if graph.kinds.get(found) is Kind.BARRIER:
+            return True
+        more = set(graph.inputs.get(found, ())) - seen
+        seen |= more
+        pending += more
+    return False
+
+
 def _whole_last(instance: Instance, graph: DemandGraph) -> int:
-    """Return a key that orders a node's instances: rows, carries, whole value, its slices, rows with `before`."""
+    """Return a key that orders a node's instances: rows, carries, whole value, its slices, rows with `before` and the
+    last of these."""
+    if isinstance(instance.need, Carried):
+        return 1 if instance.need.of is None else 5
     if graph.kinds[instance] in (Kind.ENTRY, Kind.AHEAD):
         return 3 + (graph.kinds[instance] is Kind.AHEAD)
-    if isinstance(instance.need, Carried):
-        return 1
     return 2 if isinstance(instance.need, All) else 0
 
 
@@ -219,7 +189,7 @@ def _classify(
     if isinstance(instance.need, All):
         return _classify_whole(node, dims, node in shared)
     if isinstance(instance.need, Carried):
-        return _classify_carried(instance, instance.need.carry, dims)
+        return _classify_carried(instance, instance.need, dims)
     own = dims.carriers.get(node)
     try:
         if own is not None and (node not in dims.rowwise or own.dim != instance.dim):
@@ -242,13 +212,13 @@ def _ahead(need: Rows) -> Carry:
 
 
 def _classify_carried(
-    instance: Instance, carry: int, dims: TokenDims
+    instance: Instance, need: Carried, dims: TokenDims
 ) -> tuple[Kind, tuple[Instance, ...], Claim | None]:
     """Carry 0 of a fold is computed by the fold's claim, any other carry together with carry 0 or with rows."""
     node = instance.node
-    if node in dims.rowwise:
-        return Kind.ROWS, (Instance(node, Rows(dims.carriers[node].dim)),), None
-    if carry > 0:
+    if need.of is not None or node in dims.rowwise:
+        return Kind.ROWS, (Instance(node, need.of or Rows(dims.carriers[node].dim)),), None
+    if need.carry > 0:
         return Kind.ROWS, (Instance(node, Carried(0)),), None
     claim = fold_for(node, _token_dims(node, dims))
     return Kind.ROWS, _reads(node, claim), claim
@@ -304,22 +274,3 @@ def _sizes_read(node: fx.Node) -> list[Instance]:
 def _is_size_of(node: fx.Node) -> bool:
     """Whether a node is `sym_size(tensor, i)`, which reads metadata only and does not need the tensor."""
     return "sym_" in str(node.target)
-
-
-def bytes_per_token(instance: Instance) -> int:
-    """Return the bytes per token of a row instance at the captured sizes."""
-    value = meta_value(instance.node)
-    assert isinstance(value, torch.Tensor)
-    dim = instance.dim
-    length = hint(value.shape[dim.index]) // (hint(dim.outer) * hint(dim.inner))
-    return max(1, count_hint(value.shape) * value.element_size() // max(1, length))
-
-
-def widest_per_token(instance: Instance) -> int:
-    """Return the bytes per token of the widest value computed for a row instance, inside its region if it has one."""
-    target: Any = instance.node.target
-    own = bytes_per_token(instance)
-    if not isinstance(target, Region):
-        return own
-    dim = target.dim_of_rows(instance.dim)
-    return max(own, target.widest * hint(dim.outer) * hint(dim.inner))

@@ -28,11 +28,14 @@ from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import returns_nothing, value_of
 from mom_passes.loops.bodies import Body, First, Operand, TheLength
-from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind
+from mom_passes.loops.instances import Carried, DemandGraph, Instance, Kind
 from mom_passes.loops.loop import Loop, MiniSequence, RowLimit
 from mom_passes.loops.ports import CarryIn, CarryOut, Out, Stored, TensorType
 from mom_passes.loops.stages import StagePlan, Stages
-from mom_passes.rules import All
+from mom_passes.ops.convolution import LAST_ROWS
+from mom_passes.ops.rows import COPY_ROWS, LEAST_WITH_ROOM
+from mom_passes.rules import All, Rows
+from mom_passes.rules.view import TO_THE_END
 from mom_passes.torch_compat import graph_module
 
 
@@ -150,7 +153,7 @@ class _Rewriter:
         node = self.graph.call_module(name, (length_node, *operands))
         items = [self._item(node, index, i.node) for index, i in enumerate(stored)]
         for instance, item in zip(stored, items, strict=False):
-            self._lay_out(item, _stored(instance))
+            self._lay_out(item, _stored(instance).type)
             self.stored[instance] = item
             if self.demands.kinds.get(Instance(instance.node, All())) is Kind.BARRIER:
                 self.whole[instance.node] = item
@@ -163,7 +166,9 @@ class _Rewriter:
         at = body.port_of(instance)
         port = body.inputs[at]
         assert isinstance(port, CarryIn)
-        return CarryOut(instance.node.name, port.type, at, instance.node.target)
+        assert isinstance(instance.need, Carried)
+        target = instance.node.target if instance.need.of is None else LAST_ROWS
+        return CarryOut(instance.node.name, port.type, at, target)
 
     def _operand(self, operand: Operand, length: Any) -> Any:
         if isinstance(operand, TheLength):
@@ -179,11 +184,11 @@ class _Rewriter:
         item.meta = dict(of.meta)
         return item
 
-    def _lay_out(self, item: fx.Node, output: Stored) -> None:
-        """Set the strides of a stored value to those of its dense storage."""
+    def _lay_out(self, item: fx.Node, type: TensorType) -> None:
+        """Set the strides of a result of a loop to those of its dense storage."""
         value = meta_value(item)
         with fake_mode(self.graph):
-            dense = torch.empty_permuted(value.shape, output.type.dense, dtype=value.dtype, device=value.device)
+            dense = torch.empty_permuted(value.shape, type.dense, dtype=value.dtype, device=value.device)
         if strides_differ(dense, value):
             item.meta["val"] = dense
 
@@ -193,13 +198,25 @@ class _Rewriter:
         value = value_of(readers[0])
         final = self.graph.call_function(operator.getitem, (loop, index))
         final.meta = {**readers[0].meta, "val": value.to(output.type.dtype)}
+        self._lay_out(final, output.type)
         result, fold = final, self.demands.fold(instance)
         if fold is not None and fold.finish is not None:
             result = fold.finish(result)
         if output.type.dtype != value.dtype:
             result = emit(self.graph, torch.ops.prims.convert_element_type.default, (result, value.dtype))
+        assert isinstance(instance.need, Carried)
+        if instance.need.of is not None and any(user.op == "output" for reader in readers for user in reader.users):
+            result = self._with_room(result, instance.need.of)
         self.whole.update(dict.fromkeys(readers, result))
         return final
+
+    def _with_room(self, rows: fx.Node, need: Rows) -> fx.Node:
+        """Emit a copy of returned last rows with room for a row before them, as `program.own_rows` makes of a window:
+        it has the strides of `cat([past, new])[-w:]`, for which a decode step is compiled."""
+        if need.before < LEAST_WITH_ROOM:
+            return rows
+        own = emit(self.graph, COPY_ROWS, (rows, list(storage_order(value_of(rows))), need.dim.index))
+        return emit(self.graph, torch.ops.aten.slice.Tensor, (own, need.dim.index, 1, TO_THE_END))
 
 
 def _effects_from_the_first_write(graph: fx.Graph) -> dict[fx.Node, None]:

@@ -18,7 +18,7 @@ from itertools import accumulate
 import torch
 
 from mom_passes.graph.meta import meta_value
-from mom_passes.loops.demands import DemandGraph, Instance, Kind, bytes_per_token
+from mom_passes.loops.instances import DemandGraph, Instance, Kind, bytes_per_token
 from mom_passes.rules import Rows
 
 #: A segment has at least this many products: about one layer.

@@ -31,7 +31,7 @@ from mom_passes.graph.aliasing import is_mutation
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.min_cut import cheapest_cut
 from mom_passes.graph.values import returns_nothing
-from mom_passes.loops.demands import Carried, DemandGraph, Instance, Kind, bytes_per_token
+from mom_passes.loops.instances import Carried, DemandGraph, Instance, Kind, bytes_per_token
 from mom_passes.loops.segments import find_segments
 from mom_passes.rules import All, Rows
 
@@ -63,7 +63,7 @@ class Stages:
 
     @property
     def last_is_largest(self) -> bool:
-        """Whether no other stage has as many bytes per token at full length as the last one with a loop.
+        """Whether no other stage stores as many bytes per token at full length as the last one with a loop.
 
         Values that the graph returns do not count: the later a stage, the more of a cache is there.
         """
@@ -72,7 +72,7 @@ class Stages:
 
     def _bytes_per_token(self, plan: StagePlan) -> int:
         returned = {instance.node for instance in self.demands.outputs}
-        rows = {i for i in (*plan.stored, *plan.available) if isinstance(i.need, Rows) and i.node not in returned}
+        rows = [i for i in plan.stored if isinstance(i.need, Rows) and i.node not in returned]
         return sum(map(bytes_per_token, rows))
 
 

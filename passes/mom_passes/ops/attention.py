@@ -1,4 +1,4 @@
-"""`mom::attention`, the one attention operator of rewritten graphs: some query rows against all keys and values."""
+"""`mom::attention`, the one attention operator of rewritten graphs: some query rows against keys and values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mom_passes.ops.library import define, implement
 MOM_ATTENTION = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt start, bool is_causal, float? scale,"
     " int? window=None, Tensor? keys=None, Tensor? segments=None, Tensor? positions=None, Tensor? spans=None,"
-    " Tensor? sinks=None, float? softcap=None) -> Tensor"
+    " Tensor? sinks=None, float? softcap=None, SymInt? first=None) -> Tensor"
 )
 """Rows `[start, start + R)` of an attention over T keys and values.
 
@@ -47,6 +47,11 @@ sinks : Tensor `[H]` or None
     `sigmoid(lse - sink)`.
 softcap : float or None
     Replaces a score `s` by `softcap * tanh(s / softcap)`, before masks and sinks.
+first : int or None
+    Keys and values are rows `[first, first + T)` of a longer sequence. `start` and the ranges of `spans` are positions
+    in that sequence, and `mask`, `keys`, `segments`, `positions` and `spans` cover all of it. Rows at negative
+    positions, ahead of the sequence, are ignored, whatever they contain. None: keys and values are the whole sequence.
+    With `first`, rows of a causal call with `window` need the keys in their windows only (`rules/attention.py`).
 
 Returns
 -------
@@ -110,6 +115,7 @@ class AttentionCall:
     spans: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     softcap: float | None = None
+    first: int | None = None
 
     @property
     def rows(self) -> int:
@@ -140,6 +146,32 @@ class AttentionCall:
             mask = mask.narrow(-2, first, count)
         return replace(self, query=self.query.narrow(2, first, count), start=self.start + first, mask=mask)
 
+    def of_own_keys(self) -> AttentionCall:
+        """The same call without `first`: on the keys of the sequence alone, numbered from zero."""
+        if self.first is None:
+            return self
+        ahead = max(0, -self.first)
+        low, count = self.first + ahead, self.tokens - ahead
+
+        def cut(value: torch.Tensor | None, dim: int) -> torch.Tensor | None:
+            return value if value is None or value.shape[dim] == 1 else value.narrow(dim, low, count)
+
+        spans = cut(self.spans, 1)
+        if spans is not None:
+            spans = torch.where(spans < 0, spans, (spans - low).clamp(0, count))
+        return replace(
+            self,
+            key=self.key.narrow(2, ahead, count),
+            value=self.value.narrow(2, ahead, count),
+            mask=cut(self.mask, -1),
+            start=self.start - low,
+            keys=cut(self.keys, 1),
+            segments=cut(self.segments, 1),
+            positions=cut(self.positions, 1),
+            spans=spans,
+            first=None,
+        )
+
     def output(self) -> torch.Tensor:
         """An uninitialised result, `[B, H, R, Dv]` stored as `[B, R, H, Dv]`."""
         batch, heads, rows, _ = self.query.shape
@@ -147,10 +179,13 @@ class AttentionCall:
 
 
 def as_operator(kernel: Kernel) -> Callable[..., torch.Tensor]:
-    """Wrap `kernel` to take the arguments of the schema. It runs without gradients, so it may write in place."""
+    """Wrap `kernel` to take the arguments of the schema, and to get a scale and no `first`.
+
+    It runs without gradients, so it may write in place.
+    """
 
     def operator(*arguments: Any, **named: Any) -> torch.Tensor:
-        call = AttentionCall(*arguments, **named)
+        call = AttentionCall(*arguments, **named).of_own_keys()
         with torch.no_grad():
             return kernel(call if call.scale is not None else replace(call, scale=call.query.shape[-1] ** -0.5))
 
@@ -185,4 +220,8 @@ def attention_reference(call: AttentionCall) -> torch.Tensor:
     return call.output().copy_((weights @ value.to(wide)).to(query.dtype))
 
 
-implement(MOM_ATTENTION, as_operator(attention_reference), as_operator(AttentionCall.output))
+def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
+    return AttentionCall(*arguments, **named).output()
+
+
+implement(MOM_ATTENTION, as_operator(attention_reference), _fake)

@@ -1,4 +1,5 @@
-"""Values in a required dense layout: `mom::copy_rows` always copies, `mom::laid_out` only where the strides differ.
+"""Values in a required dense layout: `mom::copy_rows` always copies, `mom::laid_out` only where the strides differ, and
+`mom::join_rows` joins rows with those ahead of them.
 
 A dense layout is given by its `order`: the dimensions from the outermost in storage to the innermost.
 """
@@ -19,10 +20,20 @@ With `room`, the result has one more entry at the start of dimension `room`; tha
 `clone` does not serve: Inductor removes a `clone` whose result has the strides of its operand.
 """
 
+#: Fewest rows of a copy with room.
+LEAST_WITH_ROOM = 32
+
 LAID_OUT = define("laid_out(Tensor(a) value, int[] order) -> Tensor(a)")
 """`value` itself if it is dense in `order`, else a copy that is.
 
 The real result of an operator may have other strides than its fake kernel claims; the result of this operator has not.
+"""
+
+JOIN_ROWS = define("join_rows(Tensor ahead, Tensor rows, int dim, int[] order) -> Tensor")
+"""`ahead` followed by `rows` along `dim`, dense in `order`.
+
+`cat` does not serve in a loop body: Inductor copies `ahead`, which exists from the beginning, in one of the body's
+first kernels. The results of all layers of the body would exist from there on.
 """
 
 
@@ -49,5 +60,19 @@ def laid_out(value: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     return value
 
 
+def join_rows(ahead: torch.Tensor, rows: torch.Tensor, dim: int, order: Sequence[int]) -> torch.Tensor:
+    joined = _joined_rows(ahead, rows, dim, order)
+    with torch.no_grad():
+        torch.cat([ahead, rows], dim, out=joined)
+    return joined
+
+
+def _joined_rows(ahead: torch.Tensor, rows: torch.Tensor, dim: int, order: Sequence[int]) -> torch.Tensor:
+    shape = list(rows.shape)
+    shape[dim] += ahead.shape[dim]
+    return torch.empty_permuted(shape, list(order), dtype=rows.dtype, device=rows.device)
+
+
 implement(COPY_ROWS, copy_rows, _new_rows)
 implement(LAID_OUT, laid_out, _new_rows)
+implement(JOIN_ROWS, join_rows, _joined_rows)

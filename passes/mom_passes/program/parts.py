@@ -37,6 +37,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, expr, product, same
 from mom_passes.graph.values import bytes_of, operands, rank_of, value_of
 from mom_passes.graph.writes import written_by
+from mom_passes.ops.rows import LEAST_WITH_ROOM
 from mom_passes.ops.transfers import APPEND, OFFLOAD
 from mom_passes.rules import Dim
 from mom_passes.rules.view import TO_THE_END
@@ -47,9 +48,6 @@ aten = torch.ops.aten
 
 #: At most 1 / MOST_WASTE of a base may stay allocated without readers: a copy costs time too.
 MOST_WASTE = 8
-
-#: Fewest rows of a copy with room.
-LEAST_WITH_ROOM = 32
 
 #: Operators whose results are not device storages.
 NO_BASE = frozenset({OFFLOAD, APPEND})

@@ -1,10 +1,15 @@
 """Chunk rules of attention operators.
 
 A query row needs its own mask row, all keys and all values. The two `All` needs make attention a barrier between
-stages. Batch entries are independent. Heads are independent unless several query heads share a key head.
+stages. A causal attention in a window that has the argument `first` needs the keys and values in the windows only
+(`tokens/window_keys.py` chooses these calls). Batch entries are independent. Heads are independent unless several query
+heads share a key head.
 
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
     mom.attention(..., start)       ->  start + window.start: the position of the first query
+    mom.attention(..., window=w, first)
+                                    ->  keys and values need Rows(dim, before=w - 1); `first` becomes the position of
+                                        the first of these, negative ahead of the sequence
     per-key vectors                 All along the queries; Rows along the batch, if the vector has the batch dimension
     sinks                           Rows along the heads
     SDPA(is_causal=True)            refused along the queries: the operator takes no row offset
@@ -29,6 +34,8 @@ from mom_passes.rules.needs import All, Dim, Need, Output, Rows, Window
 from mom_passes.rules.registry import register
 
 BATCH, HEADS, QUERY, CHANNELS = range(4)
+#: The number of `key` among the tensor operands of a call.
+KEY_OPERAND = 1
 
 
 def attention_work(node: fx.Node) -> int:
@@ -105,6 +112,9 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     needs["sinks"] = Rows(dim.at(0)) if dim.index == HEADS else All()
     if dim.index != QUERY:
         return claim(node, needs)
+    ahead = rows_of_window(node)
+    if ahead is not None:
+        needs["key"] = needs["value"] = Rows(dim, ahead)
     placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
     if not dim.plain and placed:
         raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
@@ -112,9 +122,23 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not placed:
             return args, kwargs
-        return replace(node.target, args, kwargs, start=add(given(node.target, args, kwargs, "start"), window.start))
+        changes = {"start": add(given(node.target, args, kwargs, "start"), window.start)}
+        if ahead is not None:
+            changes["first"] = add(given(node.target, args, kwargs, "first"), window.first[KEY_OPERAND])
+        return replace(node.target, args, kwargs, **changes)
 
     return claim(node, needs, edit=edit)
+
+
+def rows_of_window(node: fx.Node) -> int | None:
+    """Return how many keys ahead of its own a row of a causal attention in a window reads, if the call has `first` and
+    its queries are the same rows of the sequence as its keys; else None."""
+    first, window = argument(node, "first"), argument(node, "window")
+    if first is None or window is None or not argument(node, "is_causal"):
+        return None
+    start, query, key = argument(node, "start"), argument(node, "query"), argument(node, "key")
+    aligned = isinstance(start, int) and start == first and same(shape_of(query)[QUERY], shape_of(key)[QUERY])
+    return window - 1 if aligned else None
 
 
 def _per_key_needs(node: fx.Node, dim: Dim) -> dict[str, Need]:

@@ -18,6 +18,7 @@ from mom_passes.graph.arguments import argument
 from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import expr, hint
 from mom_passes.graph.values import value_of
+from mom_passes.ops import scan_references as references
 from mom_passes.ops import scans
 from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
@@ -53,12 +54,12 @@ def _hints(node: fx.Node, name: str) -> list[int]:
 def _delta_products(node: fx.Node) -> int:
     """Products in a chunk (two of keys, one with values, a triangular solve) and three with the state."""
     (*_, heads, width), (*_, keys) = _hints(node, "value"), _hints(node, "key")
-    return heads * (scans.CHUNK * (2 * keys + width) + scans.CHUNK * (keys + width) // 2 + 3 * keys * width)
+    return heads * (references.CHUNK * (2 * keys + width) + references.CHUNK * (keys + width) // 2 + 3 * keys * width)
 
 
 def _mamba2_products(node: fx.Node) -> int:
     (*_, heads, width), (*_, groups, entries) = _hints(node, "x"), _hints(node, "B")
-    return groups * scans.CHUNK * entries + heads * (scans.CHUNK * width + 2 * width * entries)
+    return groups * references.CHUNK * entries + heads * (references.CHUNK * width + 2 * width * entries)
 
 
 def _selective_products(node: fx.Node) -> int:
@@ -71,29 +72,29 @@ def _linear_products(node: fx.Node) -> int:
 
 def _delta_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
-    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
-    return batch * at_once * heads * (2 * scans.CHUNK + 7 * keys + 4 * width)
+    at_once = _rows_at_once(rows, batch * heads * references.CHUNK**2)
+    return batch * at_once * heads * (2 * references.CHUNK + 7 * keys + 4 * width)
 
 
 def _kda_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), keys = _shape(node, "value"), _shape(node, "key")[-1]
-    widest = sympy.Max(scans.CHUNK, scans.SUBCHUNK * keys)
-    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK * widest)
-    return batch * at_once * heads * (2 * scans.CHUNK + 18 * keys + 4 * width)
+    widest = sympy.Max(references.CHUNK, references.SUBCHUNK * keys)
+    at_once = _rows_at_once(rows, batch * heads * references.CHUNK * widest)
+    return batch * at_once * heads * (2 * references.CHUNK + 18 * keys + 4 * width)
 
 
 def _mamba2_workspace(node: fx.Node) -> sympy.Expr:
     (batch, rows, heads, width), (*_, groups, entries) = _shape(node, "x"), _shape(node, "B")
-    at_once = _rows_at_once(rows, batch * heads * scans.CHUNK**2)
-    by_row = heads * (scans.CHUNK + 4 * width) + groups * (scans.CHUNK + 2 * entries)
+    at_once = _rows_at_once(rows, batch * heads * references.CHUNK**2)
+    by_row = heads * (references.CHUNK + 4 * width) + groups * (references.CHUNK + 2 * entries)
     return batch * (at_once * by_row + heads * width * entries)
 
 
 def _rows_at_once(rows: sympy.Expr, entries_per_chunk: sympy.Expr) -> sympy.Expr:
     """Rows of the chunks that the reference computes at a time: some full chunks, or what is less than one."""
-    chunks = sympy.Max(1, sympy.floor(scans.WORKSPACE / entries_per_chunk))
-    full = scans.CHUNK * sympy.Min(chunks, sympy.floor(rows / scans.CHUNK))
-    return sympy.Max(full, sympy.Min(rows, scans.CHUNK))
+    chunks = sympy.Max(1, sympy.floor(references.WORKSPACE / entries_per_chunk))
+    full = references.CHUNK * sympy.Min(chunks, sympy.floor(rows / references.CHUNK))
+    return sympy.Max(full, sympy.Min(rows, references.CHUNK))
 
 
 def _selective_workspace(node: fx.Node) -> sympy.Expr:
@@ -108,7 +109,7 @@ def _linear_workspace(node: fx.Node) -> sympy.Expr:
 
 def _state_rows(rows: sympy.Expr, state: sympy.Expr) -> sympy.Expr:
     """Entries of the states of the rows that the reference computes at a time."""
-    return state * sympy.Min(rows, scans.ROWS)
+    return state * sympy.Min(rows, references.ROWS)
 
 
 _DELTA = ("query", "key", "value", "decay", "beta")
@@ -131,7 +132,7 @@ def scan_work(node: fx.Node) -> int:
 def scan_workspace(node: fx.Node, device: str) -> sympy.Expr:
     """Return the bytes that the reference allocates in addition to its results."""
     scan = SCANS[node.target]
-    return scan.workspace(node) * scans.state_dtype(typed_value(argument(node, scan.rows[0]))).itemsize
+    return scan.workspace(node) * references.state_dtype(typed_value(argument(node, scan.rows[0]))).itemsize
 
 
 @register(*SCANS, recompute=False, work=scan_work, scratch=scan_workspace)

@@ -34,6 +34,7 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, axis
 from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, expr, same
 from mom_passes.graph.values import is_tensor, operands, value_of
 from mom_passes.rules import Dim, Need, Rows, Window, claim_for
@@ -121,7 +122,9 @@ def _sliced(node: fx.Node, dim: Dim, length: Size) -> Span | None:
     start, end, step = (argument(node, name) for name in ("start", "end", "step"))
     if step != 1 or same(count, 0) or same(count, length):
         return None
-    if end is None or (isinstance(end, int) and end >= TO_THE_END):
+    if isinstance(end, fx.Node):
+        end = meta_value(end)
+    if end is None or (isinstance(end, int) and end >= TO_THE_END) or same(end, length):
         return Span(sympy.expand(expr(length) - count), count)
     if start is None or (isinstance(start, int) and start >= 0):
         return Span(expr(start or 0), count)

@@ -39,7 +39,8 @@ def last_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
 
 
 def _takes_last_rows(node: fx.Node, dims: TokenDims) -> bool:
-    if node.target is not aten.slice.Tensor:
+    # The rows that a cache keeps of a window are final values of carries that exist anyway (`loops.last_rows`).
+    if node.target is not aten.slice.Tensor or any(user.op == "output" for user in node.users):
         return False
     (source,) = operands(node)
     carrier = dims.carriers.get(source)
