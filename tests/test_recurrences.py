@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx
+from transformers.integrations import hub_kernels
 
 import mom_compile
 from benchmarks.architectures_worker import Subject, accepted, build, words
@@ -149,10 +151,13 @@ def test_packed_sequences_are_refused_as_in_eager_mode() -> None:
     layer, x = Layer(original("qwen3_5", "torch_chunk_gated_delta_rule")), torch.randn(1, 70, 32)
     packed = {"cu_seqlens": torch.tensor([0, 30, 70])}
     with torch.no_grad():
-        with pytest.raises(ValueError, match="packed"):
-            layer(x, **packed)
-        with pytest.raises(Exception, match="packed"):
-            torch.compile(layer, backend="mom")(x, **packed)
+        if "can't keep packed sequences apart" in inspect.getsource(hub_kernels):
+            with pytest.raises(ValueError, match="packed"):
+                layer(x, **packed)
+            with pytest.raises(Exception, match="packed"):
+                torch.compile(layer, backend="mom")(x, **packed)
+        else:  # older versions ignore them
+            close(torch.compile(layer, backend="mom")(x, **packed), layer(x, **packed))
 
 
 def test_model_files_that_are_imported_later_take_part() -> None:
@@ -216,7 +221,8 @@ def test_functions_that_cannot_be_recurrences_are_named() -> None:
 def model_of(name: str) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     model = build(Subject(name), SMALL, torch.float32)
-    return model, accepted(model, **words(model, 1, 203, SMALL), use_cache=True)
+    # RecurrentGemma returns no cache, and its own code for one breaks Dynamo of torch 2.11.
+    return model, accepted(model, **words(model, 1, 203, SMALL), use_cache=name != "recurrent_gemma")
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -258,6 +264,7 @@ def test_a_graph_does_not_grow_with_the_prompt(eager_pieces: None, stock_is_eage
     assert len({one.reports[0].nodes for one in found}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
 def test_a_prompt_that_follows_a_cache_continues_from_its_states(name: str, eager_pieces: None) -> None:
     model, inputs = model_of(name)
