@@ -66,7 +66,8 @@ def _widths(demands: DemandGraph, members: Sequence[Instance]) -> list[float]:
             worked.add(instance)
         last = max((index.get(reader, -1) for reader in demands.readers.get(instance, ())), default=-1)
         if instance in worked and last > i:
-            crosses = demands.kinds[instance] is Kind.ROWS and isinstance(meta_value(instance.node), torch.Tensor)
+            rows = demands.kinds[instance] is Kind.ROWS and isinstance(instance.need, Rows)
+            crosses = rows and isinstance(meta_value(instance.node), torch.Tensor)
             counts, amount = (changes, bytes_per_token(instance)) if crosses else (barred, 1)
             counts[i] += amount
             counts[last] -= amount

@@ -6,7 +6,7 @@ their workspace does not depend on the number of rows. Operands stay as they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -20,6 +20,8 @@ WORKSPACE = 1 << 15
 ROWS = 8
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+#: Scaled keys, queries, keys and cumulative decays of chunks -> products of the first two with keys, decayed.
+Products = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 
 
 def state_dtype(value: torch.Tensor) -> torch.dtype:
@@ -90,25 +92,7 @@ def gated_delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
-    batch, rows, heads, _ = value.shape
-    now, dtype = _first_state(state, value, delta_state(key, value)), state_dtype(value)
-    out = value.new_empty(value.shape)
-    for first, chunks, length in _blocks(rows, batch * heads * CHUNK * CHUNK):
-        q, k, v, g, b = (
-            _in_chunks(one, first, chunks, length, heads, dtype) for one in (query, key, value, decay, beta)
-        )
-        cumulative = g.cumsum(-1)
-        pairs = _pairwise(cumulative)
-        decayed, scaled = cumulative.exp().unsqueeze(-1), k * b.unsqueeze(-1)
-        system = (scaled @ k.mT).mul_(pairs)
-        weights = (q @ k.mT).mul_(pairs)
-        known = torch.cat([v.mul_(b.unsqueeze(-1)), scaled.mul_(decayed)], -1)
-        del pairs, scaled, v
-        to_end = (cumulative[..., -1:] - cumulative).exp_().unsqueeze(-1)
-        end = decayed[..., -1, :].unsqueeze(-1)
-        rows_out = _delta_chunks(now, known, system, weights, q.mul_(decayed), k.mul_(to_end), end)
-        _store(out, rows_out, first)
-    return out, now
+    return _delta_rule((query, key, value, decay.unsqueeze(-1), beta), state, CHUNK, _products_per_head)
 
 
 def kda(
@@ -119,24 +103,27 @@ def kda(
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
+    widest = max(CHUNK, SUBCHUNK * key.shape[-1])
+    return _delta_rule((query, key, value, decay, beta), state, widest, _products_per_channel)
+
+
+def _delta_rule(operands: Sequence[torch.Tensor], state: torch.Tensor | None, widest: int, products: Products) -> Pair:
+    """Compute a delta rule with decays `[B, S, H, 1 or D]`. A row has `widest` entries of the largest value."""
+    _, key, value, _, _ = operands
     batch, rows, heads, _ = value.shape
     now, dtype = _first_state(state, value, delta_state(key, value)), state_dtype(value)
     out = value.new_empty(value.shape)
-    widest = batch * heads * CHUNK * max(CHUNK, SUBCHUNK * key.shape[-1])
-    for first, chunks, length in _blocks(rows, widest):
-        q, k, v, g, b = (
-            _in_chunks(one, first, chunks, length, heads, dtype) for one in (query, key, value, decay, beta)
-        )
-        cumulative = g.cumsum(-2)
-        scaled = k * b.unsqueeze(-1)
-        system, weights = _products_per_channel(scaled, q, k, cumulative)
+    for first, chunks, length in _blocks(rows, batch * heads * CHUNK * widest):
+        q, k, v, g, b = (_in_chunks(one, first, chunks, length, heads, dtype) for one in operands)
+        b = b.unsqueeze(-1)
+        cumulative, scaled = g.cumsum(-2), k * b
+        system, weights = products(scaled, q, k, cumulative)
         decayed = cumulative.exp()
-        known = torch.cat([v.mul_(b.unsqueeze(-1)), scaled.mul_(decayed)], -1)
+        known = torch.cat([v.mul_(b), scaled.mul_(decayed)], -1)
         del scaled, v
         to_end = (cumulative[..., -1:, :] - cumulative).exp_()
         end = decayed[..., -1, :].unsqueeze(-1)
-        rows_out = _delta_chunks(now, known, system, weights, q.mul_(decayed), k.mul_(to_end), end)
-        _store(out, rows_out, first)
+        _store(out, _delta_chunks(now, known, system, weights, q.mul_(decayed), k.mul_(to_end), end), first)
     return out, now
 
 
@@ -165,10 +152,16 @@ def _delta_chunks(
     return out
 
 
+def _products_per_head(scaled: torch.Tensor, query: torch.Tensor, key: torch.Tensor, cumulative: torch.Tensor) -> Pair:
+    """Return the decayed products of scaled keys and of queries with keys, `[..., length, length]`."""
+    pairs = _pairwise(cumulative.squeeze(-1))
+    return (scaled @ key.mT).mul_(pairs), (query @ key.mT).mul_(pairs)
+
+
 def _products_per_channel(
     scaled: torch.Tensor, query: torch.Tensor, key: torch.Tensor, cumulative: torch.Tensor
 ) -> Pair:
-    """Return the decayed products of scaled keys and of queries with keys, `[..., length, length]`.
+    """Return the same with a decay for each channel.
 
     A decay per channel cannot be taken out of a product. For rows after a subchunk and rows of that subchunk it can be
     split at the subchunk's end, where both factors are at most 1. Within a subchunk all pairs are computed.
