@@ -73,7 +73,9 @@ def test_a_family_is_exact_in_float64(name, batch, cache):
             out = model(**inputs, use_cache=cache)
         report = reports()[before]
         assert report.fallback is None, report.fallback
-        assert len(report.stages) >= 4
+        # Three layers are four loops. Layers with a sliding window share one.
+        assert len(report.stages) >= (2 if getattr(model.config, "sliding_window", None) else 4)
+        assert not [product for product in report.work_outside if "attention" not in product]
         actual, wanted = kept(out.logits, inputs), kept(expected.logits, inputs)
         bound = 1e-6 if name in SOFTMAX_IN_FLOAT32 else 1e-10
         # Bloom itself gives NaN for a padded sequence in float64: then so must we, and nowhere else.
