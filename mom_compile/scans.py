@@ -35,7 +35,7 @@ def gated_delta_rule(
     if use_qk_l2norm_in_kernel:
         query = query * torch.rsqrt((query * query).sum(-1, keepdim=True) + 1e-6)
         key = key * torch.rsqrt((key * key).sum(-1, keepdim=True) + 1e-6)
-    rows, state = torch.ops.mom.gated_delta_rule(query * scale, key, value, g, beta, initial_state)
+    rows, state = torch.ops.mom.gated_delta_rule(query * scale, key, value, g, beta, _precise(initial_state))
     return rows.to(dtype), state if output_final_state else None
 
 
@@ -57,7 +57,7 @@ def kda(
     if use_qk_l2norm_in_kernel:
         query = query / torch.sqrt((query * query).sum(-1, keepdim=True) + 1e-6)
         key = key / torch.sqrt((key * key).sum(-1, keepdim=True) + 1e-6)
-    rows, state = torch.ops.mom.kda(query * scale, key, value, g, beta, initial_state)
+    rows, state = torch.ops.mom.kda(query * scale, key, value, g, beta, _precise(initial_state))
     return rows.to(dtype), state if output_final_state else None
 
 
@@ -83,7 +83,7 @@ def mamba2_scan(
         dt = F.softplus(dt)
     dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
     hidden_states, dt, A, B, C = _in_float32(hidden_states, dt, A, B, C)
-    rows, state = torch.ops.mom.mamba2_scan(hidden_states, dt, A, B, C, initial_states)
+    rows, state = torch.ops.mom.mamba2_scan(hidden_states, dt, A, B, C, _precise(initial_states))
     if D is not None:
         rows = rows + D[..., None] * hidden_states
     return (rows, state) if return_final_states else rows
@@ -130,9 +130,13 @@ def linear_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """Compute the linear recurrence of RecurrentGemma: `RecurrentGemmaRglru._rnn_scan` of transformers."""
     gate = (recurrent_gate * ~reset).to(acc_dtype)
-    state = None if recurrent_states is None else recurrent_states.to(gate.device)
+    state = None if recurrent_states is None else recurrent_states.to(gate.device, acc_dtype)
     rows, last = torch.ops.mom.linear_recurrence(gate, hidden_states.to(acc_dtype), state)
     return rows.to(hidden_states.dtype), last
+
+
+def _precise(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.float()
 
 
 def _in_float32(*values: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import importlib.machinery
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ def scan_operator(function: Callable[..., Any], like: str) -> None:
     Parameters
     ----------
     function : function
-        A Python function with the parameters, shapes and results of the one it is like, and with the same meaning. Its
-        code is not looked at. It still runs in eager mode, in training and with other backends.
+        A Python function with the parameters, shapes and results of the one it is like, and with the same meaning, in
+        any order and with its own defaults. Its code is not looked at. It still runs in eager mode, in training, with
+        other backends, and in calls that give another value than None to a parameter that the operator does not know.
     like : str
         `"gated_delta_rule"`, `"kda"`, `"mamba2_scan"`, `"selective_scan"` or `"linear_recurrence"`:
         `torch_chunk_gated_delta_rule`, `chunk_kimi_delta_attention`, `mamba2_chunk_scan`, `mamba_selective_scan` and
@@ -55,17 +56,17 @@ def scan_operator(function: Callable[..., Any], like: str) -> None:
     Raises
     ------
     TypeError
-        If `function` is not a Python function, or lacks a parameter.
+        If `function` is not a Python function, is a method, lacks a parameter, or needs another one.
     ValueError
         If `like` is not one of these names, or Dynamo traces another function in place of this one already.
     """
-    if like not in SCANS:
+    if not isinstance(like, str) or like not in SCANS:
         raise ValueError(f"like={like!r}; expected one of {', '.join(SCANS)}")
     if not isinstance(function, types.FunctionType):
         raise TypeError(f"expected a Python function, got {type(function).__name__}")
-    missing = _missing_parameters(function, SCANS[like])
-    if missing:
-        raise TypeError(f"{function.__qualname__} has no parameter {', '.join(missing)}, which {like} needs")
+    fault = _fault_of(function, SCANS[like])
+    if fault is not None:
+        raise TypeError(f"{function.__qualname__} {fault}")
     if is_substituted(function):
         raise ValueError(f"{function.__qualname__} is traced as another function already")
     substitute(function, _traced(function, SCANS[like]))
@@ -79,7 +80,7 @@ def substitute_in(module: types.ModuleType) -> None:
         found = vars(holder).get(name) if holder is not None else None
         if not isinstance(found, types.FunctionType) or found.__module__ != module.__name__:
             continue
-        if is_substituted(found) or _missing_parameters(found, SCANS[like]):
+        if is_substituted(found) or _fault_of(found, SCANS[like], is_method=bool(owner)):
             continue
         substitute(found, _traced(found, SCANS[like]))
         if owner:
@@ -115,6 +116,29 @@ def _is_model_file(name: str) -> bool:
     return name.startswith("transformers.models.") and ".modeling_" in name
 
 
+def _fault_of(function: types.FunctionType, traced: Callable[..., Any], *, is_method: bool = False) -> str | None:
+    """Return why a function cannot be traced as a recurrence, or None."""
+    if getattr(function, "_torchdynamo_disable", False):
+        return "is disabled for Dynamo, which does not trace it"
+    holder = function.__qualname__.rpartition(".")[0]
+    if holder and not holder.endswith("<locals>") and not is_method:
+        return "is a method, and Dynamo looks for functions only: name a function that the method calls"
+    missing = _missing_parameters(function, traced)
+    if missing:
+        return f"has no parameter {', '.join(missing)}, which the operator needs"
+    known = inspect.signature(traced).parameters
+    others = [one.name for one in inspect.signature(function).parameters.values() if _is_needed(one, known)]
+    if others:
+        return f"needs {', '.join(others)}, which the operator does not take"
+    return None
+
+
+def _is_needed(parameter: inspect.Parameter, known: Container[str]) -> bool:
+    """Whether a call must give a parameter that the operator does not know."""
+    several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return not several and parameter.default is parameter.empty and parameter.name not in known
+
+
 def _missing_parameters(function: Callable[..., Any], traced: Callable[..., Any]) -> list[str]:
     """Return the parameters of the traced function that the original does not have, except those without effect."""
     own, expected = inspect.signature(function).parameters, inspect.signature(traced).parameters
@@ -127,11 +151,19 @@ def _missing_parameters(function: Callable[..., Any], traced: Callable[..., Any]
 
 def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that Dynamo traces in place of `function`."""
-    original = _copy_of(function)
+    original, own = _copy_of(function), inspect.signature(function).parameters
+    names = [one.name for one in own.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    defaults = {one.name: one.default for one in own.values() if one.default is not one.empty}
+    known = frozenset(inspect.signature(scan).parameters)
+    # What the operator does not know must have no effect: None or the default. `**kwargs` has none, unless packed.
+    unknown = {name: defaults.get(name) for name in (*own, *PACKED) if name not in known}
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        if _wants_operators() and not _needs_gradients(args, kwargs) and not _is_packed(kwargs):
-            return scan(*args, **kwargs)
+        if len(args) <= len(names) and _wants_operators() and not _needs_gradients(args, kwargs):
+            given = {**dict(zip(names, args)), **kwargs}  # noqa: B905  Dynamo does not trace `strict`
+            if all(given.get(name, neutral) in (None, neutral) for name, neutral in unknown.items()):
+                values = {**defaults, **given}
+                return scan(**{name: value for name, value in values.items() if name in known})
         return original(*args, **kwargs)
 
     return traced
@@ -155,10 +187,6 @@ def _wants_operators() -> bool:
 def _needs_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     values = [*args, *kwargs.values()]
     return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in values)
-
-
-def _is_packed(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in PACKED)
 
 
 class _ModelFiles:

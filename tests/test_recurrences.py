@@ -7,6 +7,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_state_space_models_are_those_of_transformers(rows: int) -> None:
     more |= {"delta_bias": floats(H, seed=7).float(), "return_last_state": True}
     operands = mamba_operands(rows)
     close(SCANS["selective_scan"](*operands, **more), original("mamba", "mamba_selective_scan")(*operands, **more))
+
+
+def test_operands_of_another_shape_are_named() -> None:
+    query, key, value, decay, beta = delta_operands(10, H)
+    a = torch.rand(2, 9, 4)
+    with pytest.raises(ValueError, match=r"delta_rule: value has shape \[2, 7, 4, 24\], expected \[2, 10, h, v\]"):
+        mom.gated_delta_rule(query, key, value[:, :7], decay, beta)
+    with pytest.raises(ValueError, match=r"kda: decay has shape \[2, 10, 4\], expected \[2, 10, 4, 16\]"):
+        mom.kda(query, key, value, decay, beta)
+    with pytest.raises(ValueError, match="4 heads are no multiple of 3 groups"):
+        mom.gated_delta_rule(query[:, :, :3], key[:, :, :3], value, decay, beta)
+    with pytest.raises(ValueError, match="state has shape"):
+        mom.linear_recurrence(a, a, a[:1, 0])
+    with pytest.raises(TypeError, match=r"b is torch.int64, expected floating-point"):
+        mom.linear_recurrence(a, a.long())
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        mom.linear_recurrence(a.requires_grad_(), a.detach())
 
 
 def test_a_state_continues_where_it_was_left() -> None:
@@ -197,7 +215,7 @@ def my_rule(
 
 
 def test_a_users_function_takes_part(eager_pieces: None) -> None:
-    rule = copy.copy(my_rule)
+    rule = types.FunctionType(my_rule.__code__, my_rule.__globals__, "rule", my_rule.__defaults__)
     mom_compile.scan_operator(rule, like="gated_delta_rule")
     layer, x = Layer(rule), torch.randn(1, 70, 32)
     compiled = torch.compile(layer, backend="mom", options={"mini_seq_len": 16, "strict": True})
@@ -209,7 +227,58 @@ def test_a_users_function_takes_part(eager_pieces: None) -> None:
         mom_compile.scan_operator(rule, like="kda")
 
 
+def other_order(
+    query: Any, key: Any, value: Any, beta: Any, g: Any, scale: Any = None, initial_state: Any = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = True,
+) -> Any:  # fmt: skip
+    """The same rule with its own order of parameters, its own defaults and one more parameter."""
+    key = F.normalize(key, dim=-1) if use_qk_l2norm_in_kernel else key
+    query = F.normalize(query, dim=-1) if use_qk_l2norm_in_kernel else query
+    rows, state = my_rule(query, key, value, g, beta, None, output_final_state)
+    return rows * (1 if scale is None else scale), state
+
+
+@pytest.mark.parametrize(("scale", "operator"), [(None, True), (3.0, False)])
+def test_order_and_defaults_are_the_functions_own(scale: float | None, operator: bool, eager_pieces: None) -> None:
+    rule = types.FunctionType(other_order.__code__, other_order.__globals__, "rule", other_order.__defaults__)
+    mom_compile.scan_operator(rule, like="gated_delta_rule")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (4, 8))
+        gate = F.logsigmoid(x[..., :4])
+        return rule(heads * 3, heads * 2, heads, gate.exp(), gate, scale)[0]
+
+    x = torch.randn(1, 30, 32)
+    with torch.no_grad():
+        assert ("mom.gated_delta_rule" in str(targets_traced(run, "mom", x))) == operator
+        close(torch.compile(run, backend="mom", options={"mini_seq_len": 8, "strict": True})(x), run(x))
+
+
+def test_a_state_of_half_precision_is_computed_with_in_float32(eager_pieces: None) -> None:
+    layer, x = Layer(original("qwen3_5", "torch_chunk_gated_delta_rule")), torch.randn(1, 70, 32)
+    state = torch.randn(1, 4, 8, 8).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="mom", options={"mini_seq_len": 16, "strict": True})
+        close(compiled(x, initial_state=state), layer(x, initial_state=state))
+    assert mom_compile.reports()[-1].stages
+
+
+class Method:
+    def rule(self, query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
+             output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False) -> Any:  # fmt: skip
+        return my_rule(query, key, value, g, beta)
+
+
 def test_functions_that_cannot_be_recurrences_are_named() -> None:
+    with pytest.raises(ValueError, match="expected one of gated_delta_rule"):
+        mom_compile.scan_operator(my_rule, like=["kda"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="is a method"):
+        mom_compile.scan_operator(Method.rule, like="gated_delta_rule")
+    with pytest.raises(TypeError, match="needs lengths"):
+        mom_compile.scan_operator(
+            lambda query, key, value, g, beta, lengths, initial_state, output_final_state, use_qk_l2norm_in_kernel: 0,
+            like="gated_delta_rule",
+        )
     with pytest.raises(ValueError, match="expected one of gated_delta_rule"):
         mom_compile.scan_operator(my_rule, like="delta")
     with pytest.raises(TypeError, match="Python function, got builtin"):

@@ -143,10 +143,11 @@ def test_a_claim_of_a_tuple_item_needs_rows_of_the_tuple() -> None:
                 dim = Dim(index)
                 try:
                     (need,) = claim_for(node, dim).needs
+                    assert isinstance(need, Rows)
+                    claim = claim_for(producer, need.dim)  # refused for rows that are computed in order
                 except CannotChunk:
                     continue
-                assert isinstance(need, Rows)
-                rows = run_rows(producer, claim_for(producer, need.dim), 0, 1)[item]
+                rows = run_rows(producer, claim, 0, 1)[item]
                 torch.testing.assert_close(rows, take(value, dim, 0, 1), equal_nan=True)
                 seen.add(call.target)
     assert {aten.split.Tensor, aten.sort.default, aten.var_mean.correction, aten.native_layer_norm.default} <= seen

@@ -21,8 +21,9 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.loops.instances import DemandGraph, Instance, Kind, bytes_per_token
 from mom_passes.rules import Rows
 
-#: A segment has at least this many products: about one layer.
+#: A segment has at least this many products, about one layer, and 1 / PARTS of the most that a stage may have.
 FEWEST = 8
+PARTS = 6
 
 
 def find_segments(demands: DemandGraph, stage_of: Mapping[Instance, int], most: int) -> dict[Instance, int]:
@@ -35,20 +36,22 @@ def find_segments(demands: DemandGraph, stage_of: Mapping[Instance, int], most: 
     for members in stages.values():
         weights = [_is_product(demands, instance) for instance in members]
         if sum(weights) > most:
-            segments.update(_cut(members, weights, _widths(demands, members)))
+            segments.update(_cut(members, weights, _widths(demands, members), max(FEWEST, most // PARTS)))
     return segments
 
 
-def _cut(members: Sequence[Instance], weights: Sequence[bool], widths: Sequence[float]) -> dict[Instance, int]:
-    """Number the members of a stage. A segment ends at the first narrowest place after `FEWEST` products."""
+def _cut(
+    members: Sequence[Instance], weights: Sequence[bool], widths: Sequence[float], fewest: int
+) -> dict[Instance, int]:
+    """Number the members of a stage. A segment ends at the first narrowest place after `fewest` products."""
     total, before = sum(weights), list(accumulate(weights))
-    inner = [width for width, done in zip(widths, before, strict=True) if min(done, total - done) >= FEWEST]
+    inner = [width for width, done in zip(widths, before, strict=True) if min(done, total - done) >= fewest]
     narrowest = min(inner, default=math.inf)
     found, number, products = {}, 0, 0
     for instance, weight, width, done in zip(members, weights, widths, before, strict=True):
         found[instance] = number
         products += weight
-        if width == narrowest < math.inf and min(products, total - done) >= FEWEST:
+        if width == narrowest < math.inf and min(products, total - done) >= fewest:
             number, products = number + 1, 0
     return found
 

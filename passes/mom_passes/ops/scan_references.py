@@ -24,6 +24,29 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Products = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 
 
+#: Operands of a delta rule with their dimensions, a letter each.
+_DELTA = "query=bsgd key=bsgd value=bshv decay={decay} beta=bsh state=bhdv"
+
+
+def _check(operator: str, layouts: str, *operands: torch.Tensor | None) -> None:
+    """Raise an error that names the operand if dimensions of the same letter differ, or numbers are not floats."""
+    sizes: dict[str, int] = {}
+    for layout, operand in zip(layouts.split(), operands, strict=True):
+        name, _, dims = layout.partition("=")
+        if operand is None:
+            continue
+        if not operand.is_floating_point():
+            raise TypeError(f"mom::{operator}: {name} is {operand.dtype}, expected floating-point numbers")
+        if torch.is_grad_enabled() and operand.requires_grad:
+            raise RuntimeError(f"mom::{operator} has no derivative, and {name} requires gradients")
+        same_rank = operand.dim() == len(dims)
+        if not same_rank or any(sizes.setdefault(d, n) != n for d, n in zip(dims, operand.shape, strict=True)):
+            expected = ", ".join(str(sizes.get(d, d)) for d in dims)
+            raise ValueError(f"mom::{operator}: {name} has shape {list(operand.shape)}, expected [{expected}]")
+    if sizes.get("h", 0) % max(1, sizes.get("g", 1)):
+        raise ValueError(f"mom::{operator}: {sizes['h']} heads are no multiple of {sizes['g']} groups")
+
+
 def state_dtype(value: torch.Tensor) -> torch.dtype:
     """Return the dtype in which a recurrence is computed."""
     return torch.float64 if value.dtype is torch.float64 else torch.float32
@@ -92,6 +115,7 @@ def gated_delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
+    _check("gated_delta_rule", _DELTA.format(decay="bsh"), query, key, value, decay, beta, state)
     return _delta_rule((query, key, value, decay.unsqueeze(-1), beta), state, CHUNK, _products_per_head)
 
 
@@ -103,6 +127,7 @@ def kda(
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
+    _check("kda", _DELTA.format(decay="bshd"), query, key, value, decay, beta, state)
     widest = max(CHUNK, SUBCHUNK * key.shape[-1])
     return _delta_rule((query, key, value, decay, beta), state, widest, _products_per_channel)
 
@@ -199,6 +224,7 @@ def mamba2_scan(
     C: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
+    _check("mamba2_scan", "x=bshp dt=bsh A=h B=bsgn C=bsgn state=bhpn", x, dt, A, B, C, state)
     batch, rows, heads, _ = x.shape
     groups, dtype = B.shape[2], state_dtype(x)
     now = _first_state(state, x, (batch, heads, x.shape[-1], B.shape[-1]))
@@ -231,6 +257,7 @@ def selective_scan(
     C: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> Pair:
+    _check("selective_scan", "x=bds dt=bds A=dn B=bns C=bns state=bdn", x, dt, A, B, C, state)
     batch, width, rows = x.shape
     dtype = state_dtype(x)
     now = _first_state(state, x, (batch, width, A.shape[-1]))
@@ -246,6 +273,7 @@ def selective_scan(
 
 
 def linear_recurrence(a: torch.Tensor, b: torch.Tensor, state: torch.Tensor | None = None) -> Pair:
+    _check("linear_recurrence", "a=bsd b=bsd state=bd", a, b, state)
     batch, rows, width = b.shape
     dtype = state_dtype(b)
     now = _first_state(state, b, (batch, width))
