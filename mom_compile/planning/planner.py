@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import sympy
 
@@ -53,6 +53,7 @@ class Planner:
         self._compiled: dict[tuple[Prefill, str], Compiled | None] = {}
         self._stock: dict[Prefill, Stock] = {}
         self._work: dict[Prefill, sympy.Expr] = {}
+        self._counted: dict[int, int] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
         #: Device type.
         self.type = CPU if gpu is None else "cuda"
@@ -110,10 +111,11 @@ class Planner:
     def _loops_over_tokens(self) -> bool:
         return len({len(eager_timeline(self.models[0], self.batch, tokens)) for tokens in (256, 512)}) > 1
 
-    @cache  # noqa: B019  the planner lives as long as its plan
     def _counted_peak(self, seq_len: int) -> int:
-        timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
-        return extrapolated_peak(timelines, self.subject.periods)
+        if seq_len not in self._counted:
+            timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
+            self._counted[seq_len] = extrapolated_peak(timelines, self.subject.periods)
+        return self._counted[seq_len]
 
     def step_peak(self, way: str, seq_len: int) -> int:
         """Bytes on the device at the peak of the first decode step after a prefill, including weights.
