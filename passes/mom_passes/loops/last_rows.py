@@ -11,29 +11,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from mom_passes.graph.arguments import aten
-from mom_passes.graph.sizes import is_one, same
+from mom_passes.graph.sizes import is_one
 from mom_passes.graph.strides import storage_order
 from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Rows
-from mom_passes.tokens.demanded_rows import span_of
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.last_rows import rows_kept
 
 
 def last_rows(node: fx.Node, dims: TokenDims) -> Rows | None:
-    """Return `Rows(dim, before=n)` if a node is a slice of the last `n` rows of a value that is computed in a loop."""
-    if node.target is not aten.slice.Tensor:
-        return None
-    (source,) = operands(node)
-    carrier = dims.carriers.get(source)
-    if carrier is None or source not in dims.rowwise or source not in dims.worked:
-        return None
-    span = span_of(node, carrier.dim, carrier.length)
-    count = value_of(node).shape[carrier.dim.index]
-    last = span is not None and same(span.end, carrier.length)
-    if not last or not isinstance(count, int) or not _keeps_its_views(node):
-        return None
-    return Rows(carrier.dim, count)
+    """Return `Rows(dim, before=n)` if a node is a slice of the last `n` rows that a carry may return; else None."""
+    kept = rows_kept(node, dims)
+    return kept if kept is not None and _keeps_its_views(node) else None
 
 
 def _keeps_its_views(node: fx.Node) -> bool:

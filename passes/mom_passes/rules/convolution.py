@@ -15,12 +15,13 @@ from mom_passes.graph.values import value_of
 from mom_passes.ops.convolution import CAUSAL_CONV1D, CONTINUED_CONV1D, LAST_ROWS, rows_ahead
 from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
-from mom_passes.rules.factories import checked
+from mom_passes.rules.factories import checked, recurrence_claim
 from mom_passes.rules.needs import All, Carry, Dim, Final, Rows, Window
 from mom_passes.rules.registry import register, register_fold
 
 #: The dimensions of an operand `[B, C, S]`.
 BATCH, CHANNELS, TOKENS = range(3)
+OF_CHANNELS = "an output channel reads several input channels"
 
 
 def convolution_work(node: fx.Node) -> int:
@@ -39,7 +40,7 @@ def padded_bytes(node: fx.Node, device: str) -> sympy.Expr:
 @register(CAUSAL_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
 def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == CHANNELS:
-        raise CannotChunk(node, dim, "an output channel reads several input channels")
+        raise CannotChunk(node, dim, OF_CHANNELS)
     if dim.index == BATCH:
         return claim(node, {"x": Rows(dim)})
     ahead = rows_ahead(value_of(argument(node, "weight")), argument(node, "dilation"))
@@ -55,13 +56,7 @@ def causal_conv1d(node: fx.Node, dim: Dim) -> Claim:
 
 @register(CONTINUED_CONV1D, recompute=False, work=convolution_work, scratch=padded_bytes)
 def continued_conv1d(node: fx.Node, dim: Dim) -> Claim:
-    if checked(node, dim).index == CHANNELS:
-        raise CannotChunk(node, dim, "an output channel reads several input channels")
-    if dim.index == BATCH:
-        return claim(node, {"x": Rows(dim), "state": Rows(dim)}, (Rows(dim), Rows(dim)))
-    if not dim.plain:
-        raise CannotChunk(node, dim, "rows of a folded dimension are not consecutive tokens")
-    return claim(node, {"x": Rows(dim)}, (Rows(dim), Final(0)), carries=(Carry(0, 1, operand="state"),))
+    return recurrence_claim(node, dim, ("x",), TOKENS, OF_CHANNELS)
 
 
 @register(LAST_ROWS)

@@ -16,7 +16,7 @@ origin      Of an output dimension: the index of the operand dimension it comes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import is_one, same
 from mom_passes.graph.values import operands, value_of
+from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
-from mom_passes.rules.needs import All, Dim, Need, Rows
+from mom_passes.rules.needs import All, Carry, Dim, Final, Need, Rows
 from mom_passes.rules.registry import Rule, register
 
 Origin = int | str
@@ -79,6 +80,22 @@ def pointwise_claim(node: fx.Node, dim: Dim) -> Claim:
     count = len(outputs_of(node))
     outputs = (Rows(dim),) * count if isinstance(meta_value(node), (tuple, list)) else None
     return Claim(tuple(broadcast_need(node, operand, shape, dim) for operand in operands(node)), outputs)
+
+
+def recurrence_claim(node: fx.Node, dim: Dim, rows: Collection[str], tokens: int, why_not: str) -> Claim:
+    """Return the claim of a call with results `(rows, state)`, which computes rows in order from the operand `state`.
+
+    `rows` are the operands with rows along dimension `tokens`. Entries of dimension 0 of all operands are independent.
+    `why_not` is the reason for other dims.
+    """
+    if checked(node, dim).index == 0:
+        return claim(node, {name: Rows(dim) for name in (*rows, "state")}, (Rows(dim), Rows(dim)))
+    if dim.index != tokens:
+        raise CannotChunk(node, dim, why_not)
+    if not dim.plain:
+        raise CannotChunk(node, dim, "rows of a folded dimension are not consecutive tokens")
+    carry = Carry(0, 1, operand="state")
+    return claim(node, {name: Rows(dim) for name in rows}, (Rows(dim), Final(0)), carries=(carry,))
 
 
 def origin_claim(node: fx.Node, dim: Dim, origins: Sequence[Origin]) -> Claim:

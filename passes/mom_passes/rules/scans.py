@@ -13,17 +13,15 @@ from typing import Any
 import sympy
 from torch import fx
 
-from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import expr, hint
 from mom_passes.graph.values import value_of
 from mom_passes.ops import scan_references as references
 from mom_passes.ops import scans
-from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
-from mom_passes.rules.factories import checked
-from mom_passes.rules.needs import Carry, Dim, Final, Rows
+from mom_passes.rules.factories import recurrence_claim
+from mom_passes.rules.needs import Dim
 from mom_passes.rules.registry import register
 
 BATCH = 0
@@ -138,12 +136,4 @@ def scan_workspace(node: fx.Node, device: str) -> sympy.Expr:
 @register(*SCANS, recompute=False, work=scan_work, scratch=scan_workspace)
 def scan(node: fx.Node, dim: Dim) -> Claim:
     facts = SCANS[node.target]
-    if checked(node, dim).index == BATCH:
-        state = dim.at(0)
-        return claim(node, {name: Rows(dim) for name in (*facts.rows, "state")}, (Rows(dim), Rows(state)))
-    if dim.index != facts.tokens:
-        raise CannotChunk(node, dim, "only tokens and batch entries are split")
-    if not dim.plain:
-        raise CannotChunk(node, dim, "rows of a folded dimension are not consecutive tokens")
-    carry = Carry(0, 1, operand="state")
-    return claim(node, {name: Rows(dim) for name in facts.rows}, (Rows(dim), Final(0)), carries=(carry,))
+    return recurrence_claim(node, dim, facts.rows, facts.tokens, "only tokens and batch entries are split")

@@ -16,12 +16,12 @@ from typing import Any
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, axis
-from mom_passes.graph.edit import fake_value, size_node
+from mom_passes.graph.edit import fake_value
 from mom_passes.graph.sizes import hint, same
 from mom_passes.graph.values import value_of
-from mom_passes.ops.convolution import CAUSAL_CONV1D, LAST_ROWS, rows_ahead
+from mom_passes.ops.convolution import CAUSAL_CONV1D, rows_ahead
 from mom_passes.tokens.continued_convolutions import continue_convolutions, takes_last
-from mom_passes.tokens.last_rows import MOST_ROWS
+from mom_passes.tokens.last_rows import MOST_ROWS, emit_last_rows
 
 
 def causal_convolutions(gm: fx.GraphModule) -> list[fx.Node]:
@@ -97,12 +97,7 @@ def _replace_state(node: fx.Node, *, for_all_lengths: bool = False) -> fx.Node |
         return None
     if not for_all_lengths and 2 * shape[-1] > hint(value_of(source).shape[-1]):
         return None
-    with node.graph.inserting_before(node):
-        sizes = [size_node(node.graph, size, node) for size in shape]
-        options: Any = {"dtype": value_of(source).dtype, "device": value_of(source).device, "pin_memory": False}
-        zeros = node.graph.call_function(aten.full.default, (sizes, 0), options)
-        zeros.meta["val"] = fake_value(zeros)
-        return _substitute([node], node.graph.call_function(LAST_ROWS, (zeros, source, len(shape) - 1)))
+    return _substitute([node], emit_last_rows(node, source, len(shape) - 1, shape))
 
 
 def _substitute(results: Sequence[fx.Node], new: fx.Node) -> fx.Node:

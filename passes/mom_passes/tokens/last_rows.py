@@ -8,6 +8,7 @@ Such slices are the hidden states of the last token, and values of a last layer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,9 +16,10 @@ from torch import fx
 from mom_passes.graph.arguments import argument, aten
 from mom_passes.graph.claimed_layouts import correct_strides
 from mom_passes.graph.edit import copy_graph, emit, size_node
-from mom_passes.graph.sizes import expr
+from mom_passes.graph.sizes import Size, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.ops.convolution import LAST_ROWS
+from mom_passes.rules import Rows
 from mom_passes.tokens.demanded_rows import span_of
 from mom_passes.tokens.dims import TokenDims
 
@@ -38,27 +40,42 @@ def last_rows(gm: fx.GraphModule, dims: TokenDims) -> fx.GraphModule:
     return copied
 
 
-def _takes_last_rows(node: fx.Node, dims: TokenDims) -> bool:
-    # The rows that a cache keeps of a window are final values of carries that exist anyway (`loops.last_rows`).
-    if node.target is not aten.slice.Tensor or any(user.op == "output" for user in node.users):
-        return False
+def rows_kept(node: fx.Node, dims: TokenDims) -> Rows | None:
+    """Return `Rows(dim, before=n)` if a node is a slice of the last `n` rows of a value that a loop computes."""
+    if node.target is not aten.slice.Tensor:
+        return None
     (source,) = operands(node)
     carrier = dims.carriers.get(source)
     if carrier is None or source not in dims.rowwise or source not in dims.worked:
-        return False
+        return None
     span = span_of(node, carrier.dim, carrier.length)
-    few = span is not None and span.count.is_Integer and span.count <= MOST_ROWS
-    return few and span is not None and span.end == expr(carrier.length)
+    count = value_of(node).shape[carrier.dim.index]
+    last = span is not None and same(span.end, carrier.length)
+    return Rows(carrier.dim, count) if last and isinstance(count, int) else None
+
+
+def emit_last_rows(before: fx.Node, source: fx.Node, dim: int, shape: Sequence[Size]) -> fx.Node:
+    """Emit `mom::last_rows` of a value ahead of a node, with zeros ahead of the first row. `shape` is the result's."""
+    graph, value = source.graph, value_of(source)
+    with graph.inserting_before(before):
+        sizes = [size_node(graph, size, before) for size in shape]
+        options: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        zeros = emit(graph, aten.full.default, (sizes, 0), options)
+        return emit(graph, LAST_ROWS, (zeros, source, dim))
+
+
+def _takes_last_rows(node: fx.Node, dims: TokenDims) -> bool:
+    # The rows that a cache keeps of a window are final values of carries that exist anyway (`loops.last_rows`).
+    if any(user.op == "output" for user in node.users):
+        return False
+    kept = rows_kept(node, dims)
+    return kept is not None and kept.before <= MOST_ROWS
 
 
 def _replace(node: fx.Node) -> fx.Node:
     (source,) = operands(node)
-    value, graph = value_of(node), node.graph
-    with graph.inserting_before(node):
-        sizes = [size_node(graph, size, node) for size in value.shape]
-        options: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-        zeros = emit(graph, aten.full.default, (sizes, 0), options)
-        rows = emit(graph, LAST_ROWS, (zeros, source, argument(node, "dim")))
+    graph = node.graph
+    rows = emit_last_rows(node, source, argument(node, "dim"), value_of(node).shape)
     rows.meta = {**node.meta, "val": rows.meta["val"]}
     node.replace_all_uses_with(rows)
     graph.erase_node(node)

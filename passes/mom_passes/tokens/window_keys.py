@@ -38,17 +38,17 @@ from typing import Any
 import sympy
 from torch import fx
 
-from mom_passes.graph.arguments import argument, argument_node, aten, replace
-from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.arguments import argument, argument_node, replace
+from mom_passes.graph.edit import size_node
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, expr, hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
-from mom_passes.ops.convolution import LAST_ROWS
 from mom_passes.ops.transfers import ARRIVING
 from mom_passes.rules import Dim
 from mom_passes.rules.attention import QUERY
 from mom_passes.tokens.dims import TokenDims
+from mom_passes.tokens.last_rows import emit_last_rows
 
 #: A window has at most so many times the rows of the shortest mini-sequences. Each mini-sequence copies the keys and
 #: values ahead twice. CPU time of the copies relative to attention and a gated MLP of four times the width, on one
@@ -154,18 +154,14 @@ def _rows_of_last_queries(node: fx.Node) -> int:
 def _read_last_keys(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
     """Let an attention of the last queries read the last keys and values, with zeros ahead if there are fewer. Return
     the new nodes that have no rows."""
-    graph, rows = node.graph, _rows_of_last_queries(node)
-    changes: dict[str, Any] = {}
-    with graph.inserting_before(node):
-        for name in ("key", "value"):
-            source = argument_node(node, name)
-            value = value_of(source)
-            shape = [size_node(graph, size, node) for size in value.shape]
-            shape[QUERY] = rows
-            options: Any = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-            zeros = emit(graph, aten.full.default, (shape, 0), options)
-            changes[name] = emit(graph, LAST_ROWS, (zeros, source, QUERY))
-        first = size_node(graph, expr(dims.length) - rows, node)
+    rows, changes = _rows_of_last_queries(node), dict[str, Any]()
+    for name in ("key", "value"):
+        source = argument_node(node, name)
+        shape = list(value_of(source).shape)
+        shape[QUERY] = rows
+        changes[name] = emit_last_rows(node, source, QUERY, shape)
+    with node.graph.inserting_before(node):
+        first = size_node(node.graph, expr(dims.length) - rows, node)
     new = list(changes.values())
     node.args, node.kwargs = replace(node.target, node.args, node.kwargs, **changes, first=first)
     return new
