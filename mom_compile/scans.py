@@ -1,7 +1,7 @@
 """The recurrences of a model's code as calls of one operator each, for Dynamo to trace.
 
-Each function here has the parameters of the functions of transformers that it stands for, and of the kernels of `fla`
-and `mamba_ssm` whose parameters these follow. What is row-wise around the recurrence is traced as ordinary operators.
+Each function here has the parameters of the function of transformers that it stands for, without those that do not
+change the result. What is row-wise around the recurrence is traced as ordinary operators.
 """
 
 from __future__ import annotations
@@ -23,18 +23,15 @@ def gated_delta_rule(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
-    chunk_size: int = 64,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute a gated delta rule: `torch_chunk_gated_delta_rule` of transformers, `chunk_gated_delta_rule` of fla."""
+    """Compute a gated delta rule: `torch_chunk_gated_delta_rule` of transformers."""
     dtype, scale = query.dtype, key.shape[-1] ** -0.5
     query, key, value, g, beta = _in_float32(query, key, value, g, beta)
     if use_qk_l2norm_in_kernel:
-        query = query * torch.rsqrt((query * query).sum(-1, keepdim=True) + 1e-6)
-        key = key * torch.rsqrt((key * key).sum(-1, keepdim=True) + 1e-6)
+        query, key = (one * torch.rsqrt((one * one).sum(-1, keepdim=True) + 1e-6) for one in (query, key))
     rows, state = torch.ops.mom.gated_delta_rule(query * scale, key, value, g, beta, _precise(initial_state))
     return rows.to(dtype), state if output_final_state else None
 
@@ -45,18 +42,15 @@ def kda(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
-    chunk_size: int = 64,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute Kimi Delta Attention: `chunk_kimi_delta_attention` of transformers, `chunk_kda` of fla."""
+    """Compute Kimi Delta Attention: `chunk_kimi_delta_attention` of transformers, which divides by the norms."""
     dtype, scale = query.dtype, key.shape[-1] ** -0.5
     query, key, value, g, beta = _in_float32(query, key, value, g, beta)
     if use_qk_l2norm_in_kernel:
-        query = query / torch.sqrt((query * query).sum(-1, keepdim=True) + 1e-6)
-        key = key / torch.sqrt((key * key).sum(-1, keepdim=True) + 1e-6)
+        query, key = (one / torch.sqrt((one * one).sum(-1, keepdim=True) + 1e-6) for one in (query, key))
     rows, state = torch.ops.mom.kda(query * scale, key, value, g, beta, _precise(initial_state))
     return rows.to(dtype), state if output_final_state else None
 
@@ -67,16 +61,14 @@ def mamba2_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    chunk_size: int = 64,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_states: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
-    **kwargs: Any,
 ) -> Any:
-    """Compute the scan of Mamba-2: `mamba2_chunk_scan` of transformers, `mamba_chunk_scan_combined` of mamba_ssm."""
+    """Compute the scan of Mamba-2: `mamba2_chunk_scan` of transformers."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -100,11 +92,8 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
-    use_mambapy: bool = False,
-    use_associative_scan: bool = False,
-    **kwargs: Any,
 ) -> Any:
-    """Compute the scan of Mamba: `mamba_selective_scan` of transformers, `selective_scan_fn` of mamba_ssm."""
+    """Compute the scan of Mamba: `mamba_selective_scan` of transformers."""
     dtype = hidden_states.dtype
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]

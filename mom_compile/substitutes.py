@@ -15,7 +15,7 @@ import importlib.machinery
 import inspect
 import sys
 import types
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,30 +123,20 @@ def _fault_of(function: types.FunctionType, traced: Callable[..., Any], *, is_me
     holder = function.__qualname__.rpartition(".")[0]
     if holder and not holder.endswith("<locals>") and not is_method:
         return "is a method, and Dynamo looks for functions only: name a function that the method calls"
-    missing = _missing_parameters(function, traced)
+    own, known = inspect.signature(function).parameters, inspect.signature(traced).parameters
+    missing = [name for name in known if name not in own]
     if missing:
         return f"has no parameter {', '.join(missing)}, which the operator needs"
-    known = inspect.signature(traced).parameters
-    others = [one.name for one in inspect.signature(function).parameters.values() if _is_needed(one, known)]
+    others = [one.name for one in own.values() if _is_needed(one) and one.name not in (*known, *WITHOUT_EFFECT)]
     if others:
         return f"needs {', '.join(others)}, which the operator does not take"
     return None
 
 
-def _is_needed(parameter: inspect.Parameter, known: Container[str]) -> bool:
-    """Whether a call must give a parameter that the operator does not know."""
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    """Whether a call must give a parameter."""
     several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    return not several and parameter.default is parameter.empty and parameter.name not in known
-
-
-def _missing_parameters(function: Callable[..., Any], traced: Callable[..., Any]) -> list[str]:
-    """Return the parameters of the traced function that the original does not have, except those without effect."""
-    own, expected = inspect.signature(function).parameters, inspect.signature(traced).parameters
-    return [
-        name
-        for name, one in expected.items()
-        if one.kind is not one.VAR_KEYWORD and name not in own and name not in WITHOUT_EFFECT
-    ]
+    return not several and parameter.default is parameter.empty
 
 
 def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +146,7 @@ def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[
     defaults = {one.name: one.default for one in own.values() if one.default is not one.empty}
     known = frozenset(inspect.signature(scan).parameters)
     # What the operator does not know must have no effect: None or the default. `**kwargs` has none, unless packed.
-    unknown = {name: defaults.get(name) for name in (*own, *PACKED) if name not in known}
+    unknown = {name: defaults.get(name) for name in (*own, *PACKED) if name not in (*known, *WITHOUT_EFFECT)}
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         if len(args) <= len(names) and _wants_operators() and not _needs_gradients(args, kwargs):
