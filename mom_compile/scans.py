@@ -110,7 +110,6 @@ def selective_scan(
 
 
 def linear_recurrence(
-    self: Any,
     hidden_states: Tensor,
     recurrent_gate: Tensor,
     reset: Tensor,

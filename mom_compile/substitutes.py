@@ -36,11 +36,11 @@ MARK = "_traces_scans_as_operators"
 #: Arguments that keep packed sequences apart, which the operators cannot.
 PACKED = ("cu_seqlens", "seq_idx")
 #: Parameters that do not change what a recurrence computes.
-WITHOUT_EFFECT = ("chunk_size", "use_mambapy", "use_associative_scan")
+WITHOUT_EFFECT = ("self", "chunk_size", "use_mambapy", "use_associative_scan")
 
 
 def scan_operator(function: Callable[..., Any], like: str) -> None:
-    """Trace a function as a recurrence operator, so that mini-sequences can pass its state on.
+    """Trace a function as a recurrence operator, so that each mini-sequence can pass its state to the next.
 
     Parameters
     ----------

@@ -263,6 +263,28 @@ def test_a_state_of_half_precision_is_computed_with_in_float32(eager_pieces: Non
     assert mom_compile.reports()[-1].stages
 
 
+def my_recurrence(hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any, acc_dtype: Any) -> Any:
+    rows = []
+    state = torch.zeros_like(hidden_states[:, 0], dtype=acc_dtype)
+    for row, gate in zip(hidden_states.unbind(1), (recurrent_gate * ~reset).unbind(1), strict=True):
+        state = gate * state + row
+        rows.append(state)
+    return torch.stack(rows, 1), state
+
+
+def test_a_linear_recurrence_need_not_be_a_method(eager_pieces: None) -> None:
+    mom_compile.scan_operator(my_recurrence, like="linear_recurrence")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x @ x.new_ones(32, 32)
+        return my_recurrence(y, x.sigmoid(), x[..., :1] > 1, None, torch.float32)[0] @ x.new_ones(32, 8)
+
+    x = torch.randn(1, 30, 32)
+    with torch.no_grad():
+        assert "mom.linear_recurrence" in str(targets_traced(run, "mom", x))
+        close(torch.compile(run, backend="mom", options={"mini_seq_len": 8, "strict": True})(x) / 100, run(x) / 100)
+
+
 class Method:
     def rule(self, query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
              output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False) -> Any:  # fmt: skip

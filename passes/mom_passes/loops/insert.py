@@ -211,8 +211,10 @@ class _Rewriter:
         return final
 
     def _with_room(self, rows: fx.Node, need: Rows) -> fx.Node:
-        """Emit a copy of returned last rows with room for a row before them, as `program.own_rows` makes of a window:
-        it has the strides of `cat([past, new])[-w:]`, for which a decode step is compiled."""
+        """Emit a copy of returned last rows with room for a row before them, as `program.own_rows` does for a window.
+
+        The copy has the strides of `cat([past, new])[-w:]`, for which a decode step is compiled.
+        """
         if need.before < LEAST_WITH_ROOM:
             return rows
         own = emit(self.graph, COPY_ROWS, (rows, list(storage_order(value_of(rows))), need.dim.index))

@@ -21,7 +21,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.loops.instances import DemandGraph, Instance, Kind, bytes_per_token
 from mom_passes.rules import Rows
 
-#: A segment has at least this many products, about one layer, and 1 / PARTS of the most that a stage may have.
+#: A segment has at least this many products (about one layer), and at least 1 / PARTS of the limit for a stage.
 FEWEST = 8
 PARTS = 6
 

@@ -32,8 +32,8 @@ The real result of an operator may have other strides than its fake kernel claim
 JOIN_ROWS = define("join_rows(Tensor ahead, Tensor rows, int dim, int[] order) -> Tensor")
 """`ahead` followed by `rows` along `dim`, dense in `order`.
 
-`cat` does not serve in a loop body: Inductor copies `ahead`, which exists from the beginning, in one of the body's
-first kernels. The results of all layers of the body would exist from there on.
+A loop body must not use `cat` for this: Inductor copies `ahead`, an input of the body, in one of the first kernels, so
+that the results of all layers of the body exist at the same time.
 """
 
 
