@@ -14,6 +14,7 @@ from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.claimed_layouts import correct_strides
+from mom_passes.graph.collectives import masked_puts_as_where, outline_collectives
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import check_result_strides
@@ -57,6 +58,12 @@ def flex_attention_as_one(state: State) -> str:
 def move_fetches_to_whole_weights(state: State) -> str:
     """Fetch each weight on the host once, in its layout there, and take its views on the device."""
     return f"{whole_weights(state.gm)} weights on the host"
+
+
+def collectives_as_one(state: State) -> str:
+    """Make each collective and its wait one operator, and the masks of a sharded embedding pointwise."""
+    found, masks = outline_collectives(state.gm), masked_puts_as_where(state.gm)
+    return f"{found} collectives, {masks} masked writes"
 
 
 def hold_real_layouts(state: State) -> str:
@@ -129,6 +136,7 @@ def lay_out_to_grow(state: State) -> str:
 TO_FORM: tuple[Step, ...] = (
     flex_attention_as_one,
     move_fetches_to_whole_weights,
+    collectives_as_one,
     hold_real_layouts,
     drop_whole_slices,
     empty_parts_left_out,

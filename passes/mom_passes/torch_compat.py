@@ -131,3 +131,20 @@ def new_fake_mode() -> Any:
 def without_guards(mode: Any) -> AbstractContextManager[Any]:
     """A context in which comparisons of a fake mode's symbols add no guards."""
     return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+
+
+def collective(name: str) -> Any:
+    """The operator of PyTorch's functional collectives with this name, `all_reduce` or `wait_tensor`; None if PyTorch
+    was built without `torch.distributed`."""
+    packet = getattr(torch.ops._c10d_functional, name, None)
+    return None if packet is None else packet.default
+
+
+def begin_collective(name: str, *args: Any) -> torch.Tensor:
+    """Begin a functional collective. Its result has no defined content before `wait_for_collective`."""
+    return collective(name)(*args)  # type: ignore[no-any-return]
+
+
+def wait_for_collective(result: torch.Tensor) -> torch.Tensor:
+    """Wait for a functional collective; on a GPU, its stream waits."""
+    return collective("wait_tensor")(result)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from mom_passes.rules import (
     attention,
+    collectives,
     convolution,
     folds,
     index,
@@ -33,7 +34,7 @@ from mom_passes.rules.registry import (
 
 __all__ = [
     "Alias", "All", "Carry", "Claim", "Described", "Dim", "Final", "Fold", "Last", "Need", "OperatorFacts",
-    "Output", "Rows", "Window", "attention", "claim_for", "convolution", "dim_of", "facts", "facts_of",
+    "Output", "Rows", "Window", "attention", "claim_for", "collectives", "convolution", "dim_of", "facts", "facts_of",
     "fold_for", "folds", "has_own_rule", "index", "layout", "matmul", "pointwise", "quantised", "reduction",
     "register", "register_fold", "registered", "scans", "scored", "source", "view",
 ]  # fmt: skip

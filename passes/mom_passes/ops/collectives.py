@@ -1,0 +1,70 @@
+"""Collectives of a process group as functions that wait: `mom::all_reduce` and others.
+
+A captured graph has two operators for each collective: one that begins it, and `wait_tensor`. Between them the result
+has no defined content, so no pass may store it or compute it again. Each operator here is both, with a result that may
+be read. The runtime of a loop takes them apart again (`mom_compile.runtime.parted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mom_passes.ops.library import define, implement
+from mom_passes.torch_compat import begin_collective, wait_for_collective
+
+ALL_REDUCE = define("all_reduce(Tensor rows, str reduction, str group) -> Tensor")
+"""The sum, or another reduction, of `rows` of all ranks of a group; of the shape and dtype of `rows`."""
+
+ALL_GATHER = define("all_gather(Tensor rows, int ranks, str group) -> Tensor")
+"""`rows` of all `ranks` of a group, in the order of the ranks along dimension 0: `[N, ...] -> [ranks * N, ...]`."""
+
+REDUCE_SCATTER = define("reduce_scatter(Tensor rows, str reduction, int ranks, str group) -> Tensor")
+"""This rank's part, along dimension 0, of a reduction over a group: `[ranks * N, ...] -> [N, ...]`."""
+
+ALL_TO_ALL = define("all_to_all(Tensor rows, SymInt[] received, SymInt[] sent, str group) -> Tensor")
+"""Rows that each rank of a group sends to this one: `[sum(sent), ...] -> [sum(received), ...]`."""
+
+#: The operator that begins each collective, by its name in `_c10d_functional`. Its arguments are the same.
+BEGINS = {
+    ALL_REDUCE: "all_reduce",
+    ALL_GATHER: "all_gather_into_tensor",
+    REDUCE_SCATTER: "reduce_scatter_tensor",
+    ALL_TO_ALL: "all_to_all_single",
+}
+COLLECTIVES = frozenset(BEGINS)
+
+
+def group_of(args: Sequence[Any]) -> str:
+    """Return the name of the group from the positional arguments of a collective."""
+    return str(args[-1])
+
+
+def _reference(name: str) -> Callable[..., torch.Tensor]:
+    def run(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        return wait_for_collective(begin_collective(name, rows, *others))
+
+    return run
+
+
+def _same(rows: torch.Tensor, reduction: str, group: str) -> torch.Tensor:
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+def _gathered(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    return torch.empty((rows.shape[0] * ranks, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+
+
+def _scattered(rows: torch.Tensor, reduction: str, ranks: int, group: str) -> torch.Tensor:
+    return torch.empty((rows.shape[0] // ranks, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+
+
+def _exchanged(rows: torch.Tensor, received: Sequence[Any], sent: Sequence[Any], group: str) -> torch.Tensor:
+    return torch.empty((sum(received), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+
+
+_FAKES = {ALL_REDUCE: _same, ALL_GATHER: _gathered, REDUCE_SCATTER: _scattered, ALL_TO_ALL: _exchanged}
+for _operator, _fake in _FAKES.items():
+    implement(_operator, _reference(BEGINS[_operator]), _fake)
