@@ -258,6 +258,7 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
         scope=options.scope,
         loop_products=options.loop_products,
         kv_on_host=offloads(options, device),
+        overlap_collectives=options.overlap_collectives,
     )
     found, looped = passes.found, Rewriting(NOTHING_FOUND)
     if isinstance(found, WithLoops):

@@ -36,6 +36,7 @@ from mom_compile.report.facts import PieceLog
 from mom_compile.report.reasons import Reason
 from mom_compile.runtime.copy_steps import Append, Offload
 from mom_compile.runtime.loop import CompiledLoop
+from mom_compile.runtime.parted import PartedBody
 from mom_compile.runtime.program import Program, Step
 from mom_compile.torch_compat.compile_cache import NotStorable, Storable, loaded_stock, stored_stock
 from mom_compile.torch_compat.dynamo import expect_other_sizes, sizes_become_dynamic
@@ -197,6 +198,8 @@ def _linked(program: Program, options: Options, pieces: PieceLog, device: torch.
     choices: dict[int, Choice] = {}
 
     def piece(read: Any, name: str) -> Any:
+        if isinstance(read, PartedBody):
+            return read.with_parts(lambda part, number: piece(part, f"{name}_part_{number}"))
         if not isinstance(read, Piece):
             return read
         if id(read) not in found:

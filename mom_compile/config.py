@@ -56,6 +56,9 @@ class Options:
     decode_cuda_graphs : bool
         Whether pieces of a decode step between two attentions are recorded as CUDA graphs, if their shapes are the same
         in every step and their weights are on the device. Never run on a GPU.
+    overlap_collectives : bool
+        Whether a second mini-sequence of a loop computes while a collective of the first, such as the all-reduce of
+        tensor parallelism, is under way.
     strict : bool
         Whether an error of this package raises instead of falling back to stock Inductor, and a piece that Inductor
         cannot compile raises instead of running eagerly.
@@ -72,6 +75,7 @@ class Options:
     kv_dir: str | None = None
     memory_budget: int | str | None = None
     decode_cuda_graphs: bool = False
+    overlap_collectives: bool = True
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     #: Not in `repr`, which is part of the compile cache's keys.
@@ -139,7 +143,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         )
     _check_loop_products(parsed.loop_products)
     _check_kv(parsed)
-    for name in ("decode_cuda_graphs", "strict", "progress"):
+    for name in ("decode_cuda_graphs", "overlap_collectives", "strict", "progress"):
         value = getattr(parsed, name)
         if not isinstance(value, bool):
             raise UserError(f"{name}={value!r} is not valid; it is True or False")

@@ -28,6 +28,7 @@ from mom_compile.lowering.assemble import Called, assemble
 from mom_compile.lowering.canonical import NO_LITERALS, Literals, in_canonical_form
 from mom_compile.lowering.layouts import LENGTH, LoopLayout, Symbols, dense_strides, of_any_length, order_if_dense
 from mom_compile.lowering.loop_ports import ports_with_inputs, same_in_every_iteration, sizes_at_run_time
+from mom_compile.lowering.parted import compile_parts, has_collectives
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, Template, TensorTemplate
@@ -39,6 +40,7 @@ from mom_compile.progress import expect
 from mom_compile.report.facts import PieceLog
 from mom_compile.runtime.calls import Constant, OperatorCall
 from mom_compile.runtime.loop import CompiledLoop, Sizes
+from mom_compile.runtime.parted import PartedBody
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat.inductor import NO_SIZE_ASSERTS, codegen_settings, keep_output_strides
 from mom_passes.attention.flex import FlexAttention
@@ -143,9 +145,19 @@ class Lowering:
         templates += [layout.carry(loop.inputs[i]) for i in loop.carries]  # type: ignore[arg-type]
         graph, of_inputs = writing_body(loop), slice(2, 2 + len(loop.inputs))
         templates, transposed = transpose_once(graph, templates, same_in_every_iteration(loop, len(templates)))
-        piece, extra, left = self._compile(
-            graph, templates, step.name, {LENGTH: layout.literal}, layout.facts(), NO_LITERALS, NO_SIZE_ASSERTS
-        )
+
+        def compiled(
+            graph: fx.Graph, templates: Sequence[Template], name: str, orders: Sequence[tuple[int, ...]] = ()
+        ) -> tuple[Piece, list[Any], list[bool]]:
+            lengths = {LENGTH: layout.literal}
+            given = (lengths, layout.facts(), NO_LITERALS, NO_SIZE_ASSERTS, tuple(orders))
+            return self._compile(graph, templates, name, *given)
+
+        body: Piece | PartedBody
+        if has_collectives(graph):
+            body, extra, left = compile_parts(graph, templates, layout, loop.in_flight, step.name, compiled)
+        else:
+            body, extra, left = compiled(graph, templates, step.name)
         left, transposed = left[of_inputs], transposed[of_inputs]
         sizes = sizes_at_run_time(loop)
         values = extra + [n for n in self._symbols_of(sizes) if n not in extra]
@@ -154,14 +166,13 @@ class Lowering:
         rows = self.kv.rows.get(node, loop.rows)
         asked = self._deciding if callable(rows) else []
         ports = ports_with_inputs(loop, left)
-        compiled = CompiledLoop(
-            piece, rows, len(values), len(extra), *ports, Sizes(functions), turns, asked=len(asked)
-        )
+        sizes_of_run = Sizes(functions)
+        runtime = CompiledLoop(body, rows, len(values), len(extra), *ports, sizes_of_run, turns, asked=len(asked))
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output
         length, *operands = node.args
-        return compiled, [*values, *asked, length, *itertools.compress(operands, left)]
+        return runtime, [*values, *asked, length, *itertools.compress(operands, left)]
 
     def _symbols_of(self, sizes: Collection[sympy.Expr]) -> list[fx.Node]:
         """Return the placeholders of the symbols of some sizes."""

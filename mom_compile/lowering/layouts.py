@@ -81,6 +81,14 @@ class LoopLayout:
             return LENGTH
         return self.lowering.symbols.check(expr(size))
 
+    def size_in_body(self, size: Size) -> sympy.Expr:
+        """Return a size of a value that the body computes, in `start` and `count` too."""
+        known = expr(size)
+        if known.free_symbols.isdisjoint((START, COUNT)):
+            return self.size(size)
+        self.lowering.symbols.check(known.xreplace({START: sympy.S.One, COUNT: sympy.S.One}))
+        return known
+
     def whole(self, node: fx.Node) -> Template:
         if self.literal is None:
             return self.lowering.template(node)

@@ -72,6 +72,7 @@ class Pipeline:
         scope: str = "layer",
         loop_products: int = MOST_PRODUCTS,
         kv_on_host: bool = False,
+        overlap_collectives: bool = True,
         skip: Collection[str] = (),
         watch: Watch | None = None,
     ) -> None:
@@ -79,6 +80,7 @@ class Pipeline:
         substitute_known_symbols(copied)
         self._runner = Runner(Contract.of(copied), skip, watch)
         self._static, self._kv_on_host = static_inputs, kv_on_host
+        self._overlap_collectives = overlap_collectives
         self.kv = KVValues((), ())
         self.found: WithLoops | WithoutLoops
         out_of_order = read_after_write(gm)
@@ -100,7 +102,13 @@ class Pipeline:
 
     def finish_loops(self, found: WithLoops) -> tuple[Rewritten, Facts]:
         """Return the program of a graph with loops, and what is known of it."""
-        moves = Moves(found.gm, self._static, self.kv, self._kv_on_host)
+        moves = Moves(
+            found.gm,
+            self._static,
+            self.kv,
+            self._kv_on_host,
+            overlap_collectives=self._overlap_collectives,
+        )
         self._runner.edit((*BETWEEN_LOOPS, *STORAGE), moves)
         log.debug("rewritten graph:\n%s", moves.gm.code)
         return Rewritten.of(moves.gm, None, moves.weights), self._facts(found.facts, moves)

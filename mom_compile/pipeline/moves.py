@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -13,7 +13,8 @@ from mom_passes.host.kv_extended import extend_in_place
 from mom_passes.host.kv_offload import KVOffload, kv_offload
 from mom_passes.host.kv_values import KVValues
 from mom_passes.host.weights import weights_arrive
-from mom_passes.loops.loop import loops
+from mom_passes.loops.body_parts import may_overlap
+from mom_passes.loops.loop import loop_nodes, loops
 from mom_passes.ops.transfers import FETCH_CHOSEN, FETCH_ROWS
 from mom_passes.program.in_place import take_over_storage
 from mom_passes.program.overlap import overlap
@@ -35,6 +36,8 @@ class Moves:
     #: The waits for weights that arrive from the host.
     weights: tuple[fx.Node, ...] = ()
     own_rows: tuple[OwnRows, ...] = ()
+    #: Whether a mini-sequence computes while the collective of another is under way.
+    overlap_collectives: bool = True
 
     @property
     def matter(self) -> bool:
@@ -97,6 +100,14 @@ def residual_in_place(moves: Moves) -> str:
     return f"{len(taken)} values in place of others"
 
 
+def collectives_under_way(moves: Moves) -> str:
+    """Let two mini-sequences of each loop with collectives take turns."""
+    found = [m for _, m in loop_nodes(moves.gm) if moves.overlap_collectives and may_overlap(m.loop)]
+    for module in found:
+        module.loop = replace(module.loop, in_flight=2)
+    return f"{len(found)} loops with two mini-sequences in flight"
+
+
 BETWEEN_LOOPS: tuple[Step, ...] = (
     only_what_is_needed,
     regions_put_back,
@@ -107,4 +118,4 @@ BETWEEN_LOOPS: tuple[Step, ...] = (
     weights_in_place_of_others,
 )
 #: What decides which storage a value has, once it is known what leaves: a value that was copied out does not hold it.
-STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place)
+STORAGE: tuple[Step, ...] = (rows_of_their_own, residual_in_place, collectives_under_way)

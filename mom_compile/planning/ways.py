@@ -146,6 +146,7 @@ def compile_for(
         scope=kind.scope,
         loop_products=options.loop_products,
         kv_on_host=kind.cache,
+        overlap_collectives=options.overlap_collectives,
     )
     if made.program is None or made.by_layers:
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 
+from mom_compile.runtime.parted import PartedBody, run_in_turns
 from mom_compile.torch_compat.tensors import view_of
 from mom_passes.graph.sizes import Size
 from mom_passes.loops.loop import split_rows
@@ -35,14 +37,15 @@ class CompiledLoop:
 
     `body` takes `[*symbols, start, count, *inputs, *rows of stored outputs, *next of each carry]` and fills these rows
     and carries. An output that overwrites an operand is written to the operand's rows instead. A carry has two buffers,
-    one read and one written, which are swapped after each mini-sequence. If the body has a `check`, it is called with
-    the arguments of the first mini-sequence; those of the others have the same layout.
+    one read and one written, which are swapped for each mini-sequence. If the body has a `check`, it is called with
+    the arguments of the first mini-sequence; those of the others have the same layout. A `PartedBody` may have several
+    mini-sequences in flight.
 
     The body gets the first `body_symbols` of the loop's symbols (the others only occur in shapes), and the inputs
     `turned` are transposed for it. `rows` is the length of a mini-sequence, or a function of the run's `asked` sizes.
     """
 
-    body: Callable[[list[Any]], Any]
+    body: Callable[[list[Any]], Any] | PartedBody
     rows: int | Callable[[tuple[int, ...]], int]
     symbols: int
     body_symbols: int
@@ -75,26 +78,38 @@ class CompiledLoop:
         del operands
         new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
         places = [_Cut(*self._along(output.dim, result, symbols), length) for output, result in new]  # type: ignore[union-attr]
-        check = getattr(self.body, "check", None)
-        for start, count in split_rows(length, self.rows(asked) if callable(self.rows) else self.rows):
-            given = list(template)
-            given[first - 2], given[first - 1] = start, count
-            for at, cut in rows:
-                given[at] = cut.rows(start, count)
-            for at, (tensor, index) in folded.items():
-                given[at] = _folded(tensor, index, start, count)
-            given += [cut.rows(start, count) for cut in places]
-            given += ahead.values()
-            if check is not None:
-                check(given)
-                check = None
-            self.body(given)
-            for at in ahead:
-                template[at], ahead[at] = ahead[at], template[at]
+
+        def mini_sequences() -> Iterator[list[Any]]:
+            for start, count in split_rows(length, self.rows(asked) if callable(self.rows) else self.rows):
+                given = list(template)
+                given[first - 2], given[first - 1] = start, count
+                for at, cut in rows:
+                    given[at] = cut.rows(start, count)
+                for at, (tensor, index) in folded.items():
+                    given[at] = _folded(tensor, index, start, count)
+                given += [cut.rows(start, count) for cut in places]
+                given += ahead.values()
+                for at in ahead:
+                    template[at], ahead[at] = ahead[at], template[at]
+                yield given
+
+        self._run(mini_sequences())
         return tuple(
             template[first + output.carry] if isinstance(output, CarryOut) else result
             for output, result in zip(self.outputs, results, strict=True)
         )
+
+    def _run(self, mini_sequences: Iterator[list[Any]]) -> None:
+        if isinstance(self.body, PartedBody):
+            checks = itertools.chain([True], itertools.repeat(False))
+            run_in_turns(map(self.body.turns, mini_sequences, checks), self.body.in_flight)
+            return
+        check = getattr(self.body, "check", None)
+        for given in mini_sequences:
+            if check is not None:
+                check(given)
+                check = None
+            self.body(given)
 
     def _place(self, output: Stored, operands: Sequence[Any], symbols: tuple[int, ...]) -> torch.Tensor:
         if output.over is not None:

@@ -81,6 +81,7 @@ class Loop:
     widest    bytes per token of the widest value that the body computes
     spread    how many tokens give each expert one row on average; 1 without experts
     work      multiply-adds of all iterations at the captured sizes
+    in_flight how many mini-sequences compute in turns (see `body_parts`)
     """
 
     stage: int
@@ -92,6 +93,7 @@ class Loop:
     widest: int
     spread: float = 1
     work: int = 0
+    in_flight: int = 1
 
     @property
     def carries(self) -> dict[int, CarryIn]:

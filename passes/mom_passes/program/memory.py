@@ -24,6 +24,7 @@ from torch import fx
 from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import expr, hint, product, symbol_hints
 from mom_passes.graph.values import bytes_of, returned_values, value_of
+from mom_passes.loops.body_parts import second_in_flight
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, TensorType
 from mom_passes.ops.transfers import OFFLOAD
@@ -147,7 +148,8 @@ def _iteration(loop: Loop, costs: Costs) -> sympy.Expr:
     """Peak bytes of one mini-sequence, in `count`. Stored rows are written to their storage as they are computed."""
     nodes = [node for node in loop.body.graph.nodes if node.op == "call_function"]
     stored = [value for value in returned_values(loop.body.graph) if isinstance(value, fx.Node)]
-    return most_held(nodes, (), lambda node: False, costs, stored)
+    held = most_held(nodes, (), lambda node: False, costs, stored)
+    return held + second_in_flight(loop) if loop.in_flight > 1 else held
 
 
 def _device_of(node: fx.Node) -> str:
