@@ -26,14 +26,16 @@ from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.decide import Decision, ForLong, check_weights, decide, fits_for_long, offloads
+from mom_compile.memory.ranks import Agreement, groups_of
 from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_freezing, warn_of_hooks, warn_of_versions
 from mom_compile.pipeline import Pipeline, WithLoops, for_stock
 from mom_compile.progress import compiling
 from mom_compile.report import Report
-from mom_compile.report.facts import NOTHING_FOUND, Facts, PieceLog
+from mom_compile.report.facts import DECODE_STEP, NOTHING_FOUND, Facts, PieceLog
 from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
+from mom_compile.runtime.ranks import announce_failure
 from mom_compile.skip import why_stock
 from mom_compile.substitutes import traces_scans, watch_models
 from mom_compile.torch_compat.aot_autograd import InnerCompile
@@ -131,7 +133,24 @@ def compile_graph(
     stock: InnerCompile = stock_inner_compile,
     **kwargs: Any,
 ) -> CompiledGraph:
-    """Compile an ATen graph to a boxed callable, as Inductor's `inner_compile` hook."""
+    """Compile an ATen graph to a boxed callable, as Inductor's `inner_compile` hook.
+
+    If that fails for a graph with collectives, ranks that have compiled it raise as well.
+    """
+    try:
+        return _compile_graph(gm, example_inputs, options, stock, kwargs)
+    except Exception as error:
+        announce_failure(groups_of(gm), error)
+        raise
+
+
+def _compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    stock: InnerCompile,
+    kwargs: dict[str, Any],
+) -> CompiledGraph:
     if options.scope != "none" and kwargs.get("is_inference") and calls_nested_regions(gm):
         gm = copy_graph(gm)
         inline_nested_regions(gm)
@@ -153,7 +172,8 @@ def compile_graph(
     keep(notice)
     notice.warn()
     storable = not found.failed and not pieces.eager_pieces
-    return CompiledGraph(run, notice, Needs(found.facts.growing, found.for_long, storable))
+    agreement = None if program is not None or found.facts.kind == DECODE_STEP else Agreement.on_captured(gm)
+    return CompiledGraph(run, notice, Needs(found.facts.growing, found.for_long, storable, agreement))
 
 
 def make(
@@ -263,7 +283,7 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
     found, looped = passes.found, Rewriting(NOTHING_FOUND)
     if isinstance(found, WithLoops):
         program, facts = passes.finish_loops(found)
-        decision = decide(program, options, static, device)
+        decision = decide(program, options, static, device).agreed()
         looped = Rewriting(facts, decision, why_rows=decision.why)
         if decision.whole is None:
             return looped
@@ -273,6 +293,8 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
     last = None if made.program is None else decide(made.program, options, static, device)
     if last is not None and last.refusal and looped.decision is not None and not looped.decision.refusal:
         return looped
+    if last is not None and made.facts.kind != DECODE_STEP:
+        last = last.agreed()
     return Rewriting(
         made.facts, last, made.no_loops, made.by_layers, for_long=for_long, why_rows=looped.why_rows
     )

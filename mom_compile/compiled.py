@@ -22,6 +22,7 @@ from mom_compile.lowering.storing import dumps, loads
 from mom_compile.memory.choice import Choice, RowsOf, Stays
 from mom_compile.memory.decide import ForLong, placement_of
 from mom_compile.memory.device import budget_of
+from mom_compile.memory.ranks import Agreement, RanksAgree
 from mom_compile.notices import (
     warn_of_device_kv,
     warn_of_eager,
@@ -64,11 +65,14 @@ class Needs:
         Whether all keys and values stay on the device, where "auto" had to ask.
     storable
         Whether nothing of it failed: a failure may be this process's own.
+    agreement
+        What ranks agree on before each run of a graph that stock Inductor compiled. Programs have a step for it.
     """
 
     growing: tuple[tuple[int, int], ...]
     for_long: ForLong | None
     storable: bool
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class CompiledGraph(Storable):
         self.growing = needs.growing if sizes_become_dynamic() else ()
 
     def __call__(self, inputs: Any) -> Any:
+        if self.needs.agreement is not None:
+            self.needs.agreement.hold(tuple(value for value in inputs if type(value) is int))
         outputs = self.run(inputs)
         for position, dim in self.growing:
             expect_other_sizes(outputs[position], dim)
@@ -218,6 +224,8 @@ def _linked(program: Program, options: Options, pieces: PieceLog, device: torch.
             if isinstance(rows, RowsOf):
                 rows = replace(rows, choice=choice(rows.choice, device))
             return replace(step, run=replace(run, body=piece(run.body, step.name), rows=rows))
+        if isinstance(run, RanksAgree) and run.choice is not None:
+            return replace(step, run=replace(run, choice=choice(run.choice, device)))
         if isinstance(run, Offload | Append):
             run = replace(run, placement=placement_of(options, run.device))
         if isinstance(run, Offload) and isinstance(run.stays, Stays):

@@ -23,7 +23,9 @@ class RankFailed(AssertionError):
     """A rank raised, ended without an answer, or took too long."""
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *given: Any, seconds: float = 240, timeout: float = 60) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *given: Any, seconds: float = 240, timeout: float = 60
+) -> list[Any]:
     """Return what `function(rank, *given)` returns on each rank.
 
     Parameters

@@ -18,15 +18,18 @@ from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate, Template
 from mom_compile.memory.choice import KeepsBudget
 from mom_compile.memory.decide import Decision
+from mom_compile.memory.ranks import RanksAgree
 from mom_compile.runtime.copy_steps import KeepWeights, Settle
 from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_passes.graph.aliasing import base_of, is_mutation
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import tensors_of
 from mom_passes.ops.transfers import ARRIVING, EXTEND
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
 from mom_passes.program.program import Transfer
+from mom_passes.torch_compat import SYMBOLIC
 
 #: What a step calls, and its arguments: nodes of the graph, or constants.
 Called = tuple[Callable[[list[Any]], Any], list[Any]]
@@ -52,6 +55,11 @@ def assemble(
     """
     slots, last = _slots(plan), lives(plan).last
     steps = []
+    if kv.agreement is not None:
+        sizes = [n for n in plan.inputs if isinstance(meta_value(n), SYMBOLIC)]
+        choice = kv.choice if kv.rows else None
+        given = tuple(Slot(slots[n]) for n in (*deciding, *sizes))
+        steps.append(Step("ranks_agree", RanksAgree(kv.agreement, choice, len(deciding)), given, (), ()))
     if kv.is_for_each_run:
         assert kv.choice is not None
         steps.append(Step("memory_budget", KeepsBudget(kv.choice), tuple(Slot(slots[n]) for n in deciding), (), ()))

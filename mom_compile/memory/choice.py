@@ -106,6 +106,10 @@ class Choice:
         rows = tuple(self._most(step, sizes, low, high, room) for step, low, high in steps)
         return Chosen(rows, self.model.bytes(sizes, rows))
 
+    def settle(self, sizes: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        """Choose these rows, of each step, in a run of these sizes: the ranks of a group have agreed on them."""
+        self._last[:] = [(sizes, Chosen(rows, self.model.bytes(sizes, rows)))]
+
     def smallest(self, sizes: tuple[int, ...]) -> int:
         """Return the smallest budget that can be kept: no layer stays, and mini-sequences have the fewest rows."""
         rows = rows_of_steps(self.model, self.device, sizes)

@@ -22,6 +22,7 @@ from mom_compile.memory.device import DeviceRows, budget_of, properties_of, rows
 from mom_compile.memory.devices import Properties, device_of
 from mom_compile.memory.layer import Work, in_words, work_of
 from mom_compile.memory.model import Model, bytes_in_tokens, captured_tokens, in_tokens, input_bytes, static_bytes
+from mom_compile.memory.ranks import Agreement, has_collectives
 from mom_compile.memory.refuse import MemoryBudgetError, below_weights
 from mom_compile.memory.row_rule import rows_of_steps
 from mom_compile.runtime.host.engine_cuda import pin_for
@@ -81,6 +82,9 @@ class Decision:
         The number of tokens, if no loop has more than one mini-sequence: the graph is better off without loops.
     refusal
         Why a run of the captured sizes cannot keep the user's budget; empty if it can.
+    agreement
+        What the ranks of the graph's process groups agree on before each run; None: it has no collectives, or is a
+        decode step.
     """
 
     program: Rewritten
@@ -92,6 +96,11 @@ class Decision:
     why: str = ""
     whole: int | None = None
     refusal: str = ""
+    agreement: Agreement | None = None
+
+    def agreed(self) -> Decision:
+        """Return the same decision, on which the ranks of the graph's process groups agree before each run."""
+        return replace(self, agreement=Agreement.on_program(self.program.plan, tuple(self.rows)))
 
     @property
     def is_for_each_run(self) -> bool:
@@ -124,11 +133,14 @@ def decide(rewritten: Rewritten, options: Options, static: Collection[str], devi
         return decision
     chosen = choice.best(sizes).rows
     rows = {node: chosen[number] for node, number in numbers.items()}
-    whole = _whole(rewritten, rows)
+    together = has_collectives(rewritten.plan)
+    usual = rows_of_steps(choice.model, wants, sizes)
+    # Ranks with less memory than others must not be the only ones with loops.
+    whole = _whole(rewritten, {node: usual[number] for node, number in numbers.items()} if together else rows)
     why = _why(gpu, work, chosen)
-    if chosen != rows_of_steps(choice.model, wants, sizes):
+    if chosen != usual:
         why = ", ".join(filter(None, [why, "fewer for memory_budget"]))
-    by_run = bool(sizes) or choice.budget is not None
+    by_run = bool(sizes) or choice.budget is not None or together
     of_runs = {node: RowsOf(choice, number) for node, number in numbers.items()} if by_run else {}
     return replace(decision, program=_settled(rewritten, rows), rows=of_runs, why=why, whole=whole)
 

@@ -2,7 +2,7 @@
 
 Terms
 -----
-turn        What a mini-sequence computes at once: it waits for its collective, runs a part and begins the next collective.
+turn        What a mini-sequence does at once: wait for its collective, run a part, begin the next collective.
 in flight   Begun and not finished. With two in flight, one computes while the collective of the other is under way.
 
 All ranks take the same turns in the same order, so their collectives match.

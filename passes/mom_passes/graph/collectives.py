@@ -44,15 +44,15 @@ def masked_puts_as_where(gm: fx.GraphModule) -> int:
     found = 0
     for node in gm.graph.find_nodes(op="call_function", target=aten.index_put.default):
         source, indices, number = node.args[:3]
-        tensors = [one for one in indices if one is not None]  # type: ignore[union-attr]
-        if argument(node, "accumulate") or len(tensors) != 1 or len(indices) != 1:  # type: ignore[arg-type]
+        tensors = [one for one in indices if one is not None]
+        if argument(node, "accumulate") or len(tensors) != 1 or len(indices) != 1:
             continue
         mask = tensors[0]
-        if value_of(mask).dtype is not torch.bool or value_of(number).dim() != 0:  # type: ignore[arg-type]
+        if value_of(mask).dtype is not torch.bool or value_of(number).dim() != 0:
             continue
         with gm.graph.inserting_before(node):
             shown = value_of(mask)
-            for _ in range(value_of(source).dim() - shown.dim()):  # type: ignore[arg-type]
+            for _ in range(value_of(source).dim() - shown.dim()):
                 mask = gm.graph.call_function(aten.unsqueeze.default, (mask, -1))
                 shown = mask.meta["val"] = shown.unsqueeze(-1)
             new = gm.graph.call_function(aten.where.self, (mask, number, source))

@@ -30,6 +30,7 @@ from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import TensorType
 from mom_passes.ops.collectives import COLLECTIVES
 from mom_passes.rules import facts
+from mom_passes.torch_compat import schema_of
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,8 @@ class BodyParts:
         for node in self._part:
             if not is_mutation(node):
                 continue
-            written = {argument for argument in _written(node) if argument is not None}
             part = max(map(self.known_in, node.all_input_nodes), default=0)
-            for place in written:
+            for place in _written(node):
                 readers = [user for user in _all_readers(place) if user is not node and user in self._part]
                 part = max([part, *(self._part[user] for user in readers if not is_mutation(user))])
             self._part[node] = part
@@ -176,10 +176,9 @@ def _with_repeated(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """Return the inputs of the body that a node writes to."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    arguments = zip(schema.arguments, node.args, strict=False)
-    places = [given for described, given in arguments if described.alias_info is not None and described.alias_info.is_write]
-    return [base_of(place) for place in places if isinstance(place, fx.Node)]
+    described = zip(schema_of(node.target).arguments, node.args, strict=False)
+    written = (value for argument, value in described if argument.alias_info and argument.alias_info.is_write)
+    return [base_of(value) for value in written if isinstance(value, fx.Node)]
 
 
 def _all_readers(value: fx.Node) -> list[fx.Node]:

@@ -65,6 +65,11 @@ def _exchanged(rows: torch.Tensor, received: Sequence[Any], sent: Sequence[Any],
     return torch.empty((sum(received), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
 
 
-_FAKES = {ALL_REDUCE: _same, ALL_GATHER: _gathered, REDUCE_SCATTER: _scattered, ALL_TO_ALL: _exchanged}
+_FAKES: dict[Any, Callable[..., torch.Tensor]] = {
+    ALL_REDUCE: _same,
+    ALL_GATHER: _gathered,
+    REDUCE_SCATTER: _scattered,
+    ALL_TO_ALL: _exchanged,
+}
 for _operator, _fake in _FAKES.items():
     implement(_operator, _reference(BEGINS[_operator]), _fake)
