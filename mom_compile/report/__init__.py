@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mom_compile.report.communication import Communication
 from mom_compile.report.details import details
 from mom_compile.report.facts import DECODE_STEP, GRAPH, PREFILL, SCORING, Facts, KVReport, PassReport, PieceLog
 from mom_compile.report.notebook import html_of_table
@@ -141,6 +142,7 @@ def _of_program(program: Rewritten, facts: Facts, by_layers: bool) -> dict[str, 
         "memory": found,
         "no_loops": program.no_loops,
         "weights": program.weights,
+        "communication": Communication.of(program.plan, found),
         "stages": tuple(stage_report(moment, found) for moment in moments),
         "tokens": found.tokens,
         "peak": shares(program, facts.keys_and_values),

@@ -25,7 +25,8 @@ def details(record: Record) -> list[str]:
     if record.left_out:
         lines.append("on the full sequence, between loops:")
         lines += [f"  {name}: {reason}{_at(record, name)}" for name, reason in record.left_out.items()]
-    lines += _kv_lines(record) + _weight_lines(record) + _own_lines(record) + eager_lines(record)
+    lines += _kv_lines(record) + _weight_lines(record) + communication_lines(record)
+    lines += _own_lines(record) + eager_lines(record)
     if record.compiled_pieces or record.bodies_shared:
         compiled = f"{len(record.compiled_pieces)} pieces compiled in {record.compile_seconds:.1f} s"
         kept = "; the graph is from the compile cache" if record.from_cache else ""
@@ -109,6 +110,11 @@ def _own_lines(record: Record) -> list[str]:
     names = [f"{rows.name} of {rows.base}" for rows in record.own_rows[:4]]
     names += ["..."] if len(record.own_rows) > len(names) else []
     return [f"rows of their own: {len(record.own_rows)} parts ({', '.join(names)}), {in_units(own)} of {in_units(of)}"]
+
+
+def communication_lines(record: Record) -> list[str]:
+    """Return the line on collectives, if the graph has any."""
+    return [] if record.communication is None else [str(record.communication)]
 
 
 def eager_lines(record: Record) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from mom_compile.report.communication import Communication
 from mom_compile.report.facts import Facts
 from mom_compile.report.shares import Share
 from mom_compile.report.stages import StageReport
@@ -60,6 +61,8 @@ class Record(Facts):
         Seconds that compiling took.
     from_cache : bool
         Whether the graph was read from the compile cache. There is no code to show then.
+    communication : Communication or None
+        Collectives of the graph, if it has any.
     graphs : GraphCount or None
         The number of this graph among those of its code object, and Dynamo's limit. `None` for `explain`.
     exceeded : list
@@ -86,6 +89,7 @@ class Record(Facts):
     eager_pieces: Mapping[str, str] = field(default_factory=dict)
     layer_pieces: int = 0
     from_cache: bool = False
+    communication: Communication | None = None
     graphs: GraphCount | None = None
     exceeded: list[GraphCount] = field(default_factory=list, repr=False)
     graph: fx.GraphModule | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mom_compile.report.details import eager_lines
+from mom_compile.report.details import communication_lines, eager_lines
 from mom_compile.report.facts import DECODE_STEP
 from mom_compile.report.groups import LoopGroup, by_reason, first_line, loop_groups
 from mom_compile.report.reasons import Reason
@@ -69,7 +69,8 @@ def rest(record: Record) -> list[str]:
     """Return the lines on keys, values, weights and failures."""
     weights = _weight_lines(record) if record.fallback is None else []
     limit = limit_in_words(record)
-    return _kv_lines(record) + weights + _own_lines(record) + eager_lines(record) + ([limit] if limit else [])
+    lines = _kv_lines(record) + weights + communication_lines(record) + _own_lines(record) + eager_lines(record)
+    return lines + ([limit] if limit else [])
 
 
 def _left_alone(record: Record) -> str:

@@ -1,4 +1,9 @@
-"""Process groups by the names that captured graphs have for them."""
+"""Process groups by the names that captured graphs have for them.
+
+name      A functional collective has the name of its group as an argument. Only a private function resolves it.
+store     The key-value store that the ranks of a group share. PyTorch prefixes its keys with the group's name.
+timeout   How long a collective waits for other ranks: an option of the group's backend for a type of device.
+"""
 
 from __future__ import annotations
 

@@ -192,7 +192,8 @@ def second_in_flight(loop: Loop) -> sympy.Expr:
     """Return the bytes, in `count`, that a second mini-sequence in flight holds beside the one that computes."""
     body = BodyParts(loop.body.graph)
     sizes = [sum((_bytes(node) for node in body.crossing(n)), sympy.S.Zero) for n in range(len(body.collectives))]
-    return sympy.Max(0, *dict.fromkeys(sizes), evaluate=False) if sizes else sympy.S.Zero
+    different = list(dict.fromkeys(sizes))
+    return sympy.Max(*different, evaluate=False) if len(different) > 1 else sum(different, sympy.S.Zero)
 
 
 def _bytes(node: fx.Node) -> sympy.Expr:

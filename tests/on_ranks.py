@@ -1,0 +1,173 @@
+"""What ranks do in `test_ranks.py`: each function runs on every rank and returns what the test compares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+import mom_compile
+from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
+from mom_compile.runtime import parted
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from tests.models import TinyDecoder, ids
+from tests.parallel import ParallelDecoder
+from tests.rule_law import Call, check_call
+from tests.rule_samples import floats
+
+
+@contextlib.contextmanager
+def without_codegen() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._functorch.config.enable_autograd_cache = False  # each scenario compiles its own graphs
+    with pieces_run_eagerly(), stock_runs_eagerly(), torch.no_grad():
+        yield
+
+
+def compiled(rank: int, **options: Any) -> tuple[TinyDecoder, Callable[..., torch.Tensor]]:
+    whole = TinyDecoder(layers=2)
+    model = ParallelDecoder(whole, rank, dist.get_world_size())
+    return whole, torch.compile(model, backend="mom", options={"mini_seq_len": 16, "strict": True, **options})
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """Return the type and the text of what a call raises; empty if it raises nothing."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def waits_of(call: Callable[[], Any]) -> int:
+    before = parted.WAITED.collectives
+    call()
+    return parted.WAITED.collectives - before
+
+
+# --- one scenario each ---
+
+
+def rule_law(rank: int) -> int:
+    """The number of accepted dims of the collectives' rules, each of which obeys the law on these ranks."""
+    calls = [
+        Call(ALL_REDUCE, (floats(2, 6, 4) * (rank + 1), "sum", "0")),
+        Call(ALL_REDUCE, (floats(6, 4) * (rank + 1), "max", "0")),
+        Call(ALL_GATHER, (floats(1, 6, 3) + rank, 2, "0")),
+        Call(ALL_GATHER, (floats(6, 3) + rank, 2, "0")),
+        Call(REDUCE_SCATTER, (floats(12, 3) + rank, "sum", 2, "0")),
+        Call(ALL_TO_ALL, (floats(8, 3) + rank, [4, 4], [4, 4], "0")),
+    ]
+    return sum(map(check_call, calls))
+
+
+def lengths(rank: int) -> dict[int, float]:
+    """By length: the difference of a parallel decoder's logits from those of the whole decoder."""
+    with without_codegen():
+        whole, model = compiled(rank)
+        return {n: float((model(ids(2, n)) - whole(ids(2, n))).abs().max()) for n in (45, 17, 2, 64, 33)}
+
+
+def other_lengths(rank: int) -> tuple[str, float]:
+    """What a call with another length on each rank raises, and that the next call is right."""
+    with without_codegen():
+        whole, model = compiled(rank)
+        model(ids(1, 45)), model(ids(1, 46))
+        raised = error_of(lambda: model(ids(1, 50 + 20 * rank)))
+        return raised, float((model(ids(1, 64)) - whole(ids(1, 64))).abs().max())
+
+
+def other_options(rank: int) -> str:
+    with without_codegen():
+        _, model = compiled(rank, mini_seq_len=16 - 4 * rank)
+        return error_of(lambda: model(ids(1, 45)))
+
+
+def failed_compilation(rank: int, strict: bool) -> str:
+    """Rank 1 cannot rewrite the graph: it raises, or has no loops."""
+    with without_codegen(), warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if rank == 1:
+            broken = mock.Mock(side_effect=RuntimeError("no room for the graph"))
+            stack.enter_context(mock.patch("mom_compile.backend.rewrite", broken))
+        _, model = compiled(rank, strict=strict)
+        return error_of(lambda: model(ids(1, 45)))
+
+
+def small_budget(rank: int) -> str:
+    """Rank 1 has a budget that it cannot keep."""
+    with without_codegen():
+        _, model = compiled(rank, mini_seq_len="auto", memory_budget="1GiB" if rank == 0 else "120KiB")
+        return error_of(lambda: model(ids(1, 900)))
+
+
+def unequal_budgets(rank: int) -> tuple[int, float]:
+    """Rank 1 has a budget for fewer rows: the collectives of a run on each rank, and its difference."""
+    with without_codegen():
+        whole, model = compiled(rank, mini_seq_len="auto", memory_budget="1GiB" if rank == 0 else "1500KiB")
+        given = ids(1, 900)
+        model(given)
+        waits = waits_of(lambda: model(given))
+        return waits, float((model(given) - whole(given)).abs().max())
+
+
+def destroyed_group(rank: int) -> str:
+    """The last scenario: the group is gone afterwards."""
+    with without_codegen():
+        _, model = compiled(rank)
+        model(ids(1, 45))
+        dist.destroy_process_group()
+        return error_of(lambda: model(ids(1, 45)))
+
+
+SCENARIOS: dict[str, Callable[[int], Any]] = {
+    "rule_law": rule_law,
+    "lengths": lengths,
+    "other_lengths": other_lengths,
+    "other_options": other_options,
+    "failed_compilation": lambda rank: failed_compilation(rank, strict=True),
+    "left_to_stock": lambda rank: failed_compilation(rank, strict=False),
+    "small_budget": small_budget,
+    "unequal_budgets": unequal_budgets,
+    "destroyed_group": destroyed_group,
+}
+
+
+def scenarios(rank: int) -> dict[str, Any]:
+    """Run all of them, one after the other."""
+    return {name: scenario(rank) for name, scenario in SCENARIOS.items()}
+
+
+def killed_in_the_middle(rank: int) -> tuple[str, float, int]:
+    """Rank 1 ends while a loop runs: what rank 0 raises, after how many seconds, and the bytes on its host then."""
+    with without_codegen():
+        _, model = compiled(rank, kv_offload=True)
+        begin, begun = parted.begin_collective, []
+
+        def counted(*arguments: Any) -> torch.Tensor:
+            begun.append(arguments)
+            if rank == 1 and len(begun) == 5:
+                os._exit(1)
+            return begin(*arguments)
+
+        started = time.monotonic()
+        with mock.patch.object(parted, "begin_collective", counted):
+            raised = error_of(lambda: model(ids(1, 200)))
+        return raised, time.monotonic() - started, mom_compile.host_memory().rows
+
+
+def never_called(rank: int) -> str:
+    """Rank 1 never calls the model."""
+    if rank == 1:
+        time.sleep(6)
+        return ""
+    with without_codegen():
+        _, model = compiled(rank)
+        return error_of(lambda: model(ids(1, 45)))

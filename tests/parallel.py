@@ -1,0 +1,94 @@
+"""A decoder whose heads, MLPs and vocabulary are divided among the ranks of the default group, without DTensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import nn
+
+from tests.models import Layer, Norm, TinyDecoder
+
+
+def reduced(x: torch.Tensor, group: Any = None) -> torch.Tensor:
+    return funcol.all_reduce(x, "sum", group or dist.group.WORLD)
+
+
+class ParallelLayer(nn.Module):
+    """A rank's part of a `Layer`: an all-reduce after the attention and one after the MLP."""
+
+    def __init__(self, whole: Layer, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.size, self.norm1, self.norm2 = whole.size, whole.norm1, whole.norm2
+        self.group = dist.group.WORLD
+        self.q, self.gate, self.up = (_rows(one, rank, ranks) for one in (whole.q, whole.gate, whole.up))
+        self.o, self.down = (_columns(one, rank, ranks) for one in (whole.o, whole.down))
+        keys, values = whole.kv.weight.chunk(2)
+        own = torch.cat([keys.chunk(ranks)[rank], values.chunk(ranks)[rank]])
+        self.kv = _linear(own)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        normed = self.norm1(x)
+        q = self.q(normed).view(batch, tokens, -1, self.size).transpose(1, 2)
+        k, v = self.kv(normed).view(batch, tokens, -1, self.size).transpose(1, 2).chunk(2, dim=1)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + reduced(self.o(seen.transpose(1, 2).reshape(batch, tokens, -1)), self.group)
+        normed = self.norm2(x)
+        return x + reduced(self.down(F.silu(self.gate(normed)) * self.up(normed)), self.group)
+
+
+class ParallelDecoder(nn.Module):
+    """A rank's part of a `TinyDecoder`. The logits are gathered."""
+
+    def __init__(self, whole: TinyDecoder, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.embed, self.norm = whole.embed, whole.norm
+        self.group = dist.group.WORLD
+        self.layers = nn.ModuleList(ParallelLayer(layer, rank, ranks) for layer in whole.layers)  # type: ignore[arg-type]
+        self.head = _rows(whole.head, rank, ranks)
+
+    def forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return funcol.all_gather_tensor(self.head(self.norm(x)[:, -keep:]), 2, self.group)
+
+
+class ParallelNorms(nn.Module):
+    """Row-wise work around two all-reduces and a running sum over tokens: `[B, S, H]` to `[B, S, H]`.
+
+    `sums`: where the running sum is taken, before the first all-reduce or across it.
+    """
+
+    def __init__(self, width: int = 16, sums: str = "before") -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm, self.sums = Norm(width), sums
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.sums == "before":
+            y = y.cumsum(1)
+        y = reduced(y)
+        if self.sums == "after":
+            y = y.cumsum(1)
+        return reduced(self.second(self.norm(y))) + x
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = nn.Parameter(weight.detach().clone())
+    return made
+
+
+def _rows(whole: nn.Linear, rank: int, ranks: int) -> nn.Linear:
+    return _linear(whole.weight.chunk(ranks, 0)[rank])
+
+
+def _columns(whole: nn.Linear, rank: int, ranks: int) -> nn.Linear:
+    return _linear(whole.weight.chunk(ranks, 1)[rank])
