@@ -75,6 +75,40 @@ def lengths(rank: int) -> dict[int, float]:
         return {n: float((model(ids(2, n)) - whole(ids(2, n))).abs().max()) for n in (45, 17, 2, 64, 33)}
 
 
+class Scores(torch.nn.Module):
+    """Log-probabilities of the next ids, entropies and greedy ids, `[B, S - 1]` each, of a decoder."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = self.decoder(given)[:, :-1].float()
+        likelihoods = logits.log_softmax(-1)
+        chosen = likelihoods.gather(-1, given[:, 1:, None]).squeeze(-1)
+        return chosen, -(likelihoods.exp() * likelihoods).sum(-1), logits.argmax(-1)
+
+
+def scores(rank: int) -> dict[str, Any]:
+    """Scores of a vocabulary that is divided among the ranks, and what collectives there are."""
+    with without_codegen():
+        whole = TinyDecoder(layers=1, vocabulary=4096)
+        parallel = ParallelDecoder(whole, rank, dist.get_world_size())
+        given = ids(2, 301, vocabulary=4096)
+        model = torch.compile(Scores(parallel), backend="mom", options={"mini_seq_len": 64, "strict": True})
+        expected, found = Scores(whole)(given), model(given)
+        (report,) = mom_compile.reports()
+        code = report.code()
+        return {
+            "differences": [float((a - b).abs().max()) for a, b in zip(expected[:2], found[:2], strict=True)],
+            "greedy": torch.equal(expected[2], found[2]),
+            "gathers": code.count("gather_columns"),
+            "scored": code.count("mom.scored"),
+            "outside": report.communication.outside if report.communication is not None else None,
+            "bytes_per_token": report.communication.bytes_per_token if report.communication is not None else None,
+        }
+
+
 def other_lengths(rank: int) -> tuple[str, float]:
     """What a call with another length on each rank raises, and that the next call is right."""
     with without_codegen():
@@ -130,6 +164,7 @@ def destroyed_group(rank: int) -> str:
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     "rule_law": rule_law,
     "lengths": lengths,
+    "scores": scores,
     "other_lengths": other_lengths,
     "other_options": other_options,
     "failed_compilation": lambda rank: failed_compilation(rank, strict=True),

@@ -25,6 +25,16 @@ def test_a_parallel_decoder_equals_the_whole_one_at_every_length(found: list[dic
         assert len(rank["lengths"]) == 5 and max(rank["lengths"].values()) < 1e-5
 
 
+def test_scores_of_a_divided_vocabulary_gather_no_logits(found: list[dict[str, Any]]) -> None:
+    """Two all-reduces of a layer, `[2, 32]` float32 for a token; one of tops, one of sums and chosen columns, and one
+    of greedy columns."""
+    for rank in found:
+        scores = rank["scores"]
+        assert max(scores["differences"]) < 1e-4 and scores["greedy"]
+        assert scores["scored"] > 0 and scores["gathers"] == 0 and scores["outside"] == 0
+        assert scores["bytes_per_token"] == 2 * (2 * 32 * 4 + 4 + 3 * 8 + 8)
+
+
 def test_prompts_of_different_lengths_are_an_error_on_every_rank(found: list[dict[str, Any]]) -> None:
     for rank in found:
         raised, next_call = rank["other_lengths"]

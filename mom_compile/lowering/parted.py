@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from mom_compile.lowering.layouts import LoopLayout, dense_strides
@@ -20,9 +21,12 @@ from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import Template, TensorTemplate
 from mom_compile.runtime.parted import Collective, PartedBody, RunPart
 from mom_passes.graph.edit import add_input
+from mom_passes.graph.sizes import expr
 from mom_passes.loops.body_parts import BodyParts, Part
 from mom_passes.loops.ports import TensorType
-from mom_passes.ops.collectives import ALL_REDUCE, BEGINS, COLLECTIVES
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, BEGINS, COLLECTIVES, GATHER_COLUMNS
+
+aten = torch.ops.aten
 
 #: Compiles a graph with these templates under a name, with an order for each result. Returns the piece, the values of
 #: its symbols, and for each input whether the piece takes it.
@@ -50,6 +54,7 @@ def compile_parts(
     -------
     The body; the values of its symbols, which are its first arguments; and for each input whether the body takes it.
     """
+    separate_gathers(graph)
     body, inputs = BodyParts(graph), graph.find_nodes(op="placeholder")
     of_node: dict[fx.Node, Template] = dict(zip(inputs, templates, strict=True))
     compiled: list[tuple[Part, Piece, list[Any], list[fx.Node]] | None] = []
@@ -68,6 +73,22 @@ def compile_parts(
     left = [value in read for value in inputs]
     steps, values = _steps(body, compiled, symbols, list(itertools.compress(inputs, left)))
     return PartedBody(steps, values, in_flight), symbols, left
+
+
+def separate_gathers(graph: fx.Graph) -> None:
+    """Make each gather of columns a gather, which the runtime begins, and a `cat` in the next part, in place."""
+    for node in graph.find_nodes(op="call_function", target=GATHER_COLUMNS):
+        rows, ranks, group = node.args
+        type = rows.meta["type"]
+        with graph.inserting_before(node):
+            gathered = graph.call_function(ALL_GATHER, (rows, ranks, group))
+            gathered.meta["type"] = replace(type, shape=(expr(type.shape[0]) * ranks, *type.shape[1:]), order=None)
+            apart = graph.call_function(aten.unflatten.int, (gathered, 0, [ranks, -1]))
+            parts = [graph.call_function(aten.select.int, (apart, 0, rank)) for rank in range(ranks)]
+            joined = graph.call_function(aten.cat.default, (parts, -1))
+        joined.meta = dict(node.meta)
+        node.replace_all_uses_with(joined)
+        graph.erase_node(node)
 
 
 def template_of(value: fx.Node, layout: LoopLayout) -> TensorTemplate:

@@ -14,7 +14,7 @@ from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.claimed_layouts import correct_strides
-from mom_passes.graph.collectives import masked_puts_as_where, outline_collectives
+from mom_passes.graph.collectives import gathers_of_columns, masked_puts_as_where, outline_collectives
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import check_result_strides
@@ -62,8 +62,8 @@ def move_fetches_to_whole_weights(state: State) -> str:
 
 def collectives_as_one(state: State) -> str:
     """Make each collective and its wait one operator, and the masks of a sharded embedding pointwise."""
-    found, masks = outline_collectives(state.gm), masked_puts_as_where(state.gm)
-    return f"{found} collectives, {masks} masked writes"
+    found, gathers = outline_collectives(state.gm), gathers_of_columns(state.gm)
+    return f"{found} collectives, {gathers} gather columns, {masked_puts_as_where(state.gm)} masked writes"
 
 
 def hold_real_layouts(state: State) -> str:

@@ -148,3 +148,8 @@ def begin_collective(name: str, *args: Any) -> torch.Tensor:
 def wait_for_collective(result: torch.Tensor) -> torch.Tensor:
     """Wait for a functional collective; on a GPU, its stream waits."""
     return collective("wait_tensor")(result)  # type: ignore[no-any-return]
+
+
+def rank_in(group: str) -> int:
+    """The rank of this process in the process group with this name."""
+    return int(torch._C._distributed_c10d._resolve_process_group(group).rank())  # type: ignore[arg-type]

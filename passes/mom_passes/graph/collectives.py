@@ -1,6 +1,7 @@
 """Collectives of a captured graph as single operators, and the masks of a sharded embedding as `where`.
 
     wait_tensor(all_reduce(x, "sum", group))     ->  mom.all_reduce(x, "sum", group)
+    cat(split(all_gather(x, ranks, group)), -1)  ->  mom.gather_columns(x, ranks, group)
     index_put(x, [mask], number)                 ->  where(mask, number, x)
 
 A collective whose result has another reader than its waits stays as it is. So does an `index_put` by anything else than
@@ -12,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument, aten
+from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.values import value_of
-from mom_passes.ops.collectives import BEGINS
+from mom_passes.graph.values import operands, value_of
+from mom_passes.ops.collectives import ALL_GATHER, BEGINS, GATHER_COLUMNS
 from mom_passes.torch_compat import collective
 
 
@@ -37,6 +38,42 @@ def outline_collectives(gm: fx.GraphModule) -> int:
             gm.graph.erase_node(node)
             found += 1
     return found
+
+
+def gathers_of_columns(gm: fx.GraphModule) -> int:
+    """Replace gathers whose parts are put next to each other in the last dimension, in place. Return how many."""
+    found = 0
+    for node in gm.graph.find_nodes(op="call_function", target=ALL_GATHER):
+        rows, ranks, group = node.args
+        joined = _joined_columns(node, ranks)
+        if joined is None:
+            continue
+        with gm.graph.inserting_before(joined):
+            new = gm.graph.call_function(GATHER_COLUMNS, (rows, ranks, group))
+        new.meta = dict(joined.meta)
+        joined.replace_all_uses_with(new)
+        parts = operands(joined)
+        for old in (joined, *parts, parts[0].args[0], node):
+            gm.graph.erase_node(old)
+        found += 1
+    return found
+
+
+def _joined_columns(gathered: fx.Node, ranks: int) -> fx.Node | None:
+    """Return the `cat` that puts the parts of all ranks next to each other; None if anything else reads them."""
+    (split,) = gathered.users if len(gathered.users) == 1 else (None,)
+    if split is None or split.target is not aten.split.Tensor or argument(split, "dim") != 0:
+        return None
+    by_number = {item.args[1]: item for item in split.users}
+    items = [by_number[rank] for rank in range(ranks) if rank in by_number]
+    readers = {reader for item in items for reader in item.users}
+    if len(split.users) != ranks or len(readers) != 1:
+        return None
+    (joined,) = readers
+    last = value_of(gathered).dim() - 1
+    if joined.target is not aten.cat.default or axis(argument(joined, "dim"), last + 1) != last or last == 0:
+        return None
+    return joined if list(argument(joined, "tensors")) == items else None
 
 
 def masked_puts_as_where(gm: fx.GraphModule) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mom_passes.ops.library import define, implement
-from mom_passes.torch_compat import begin_collective, wait_for_collective
+from mom_passes.torch_compat import begin_collective, rank_in, wait_for_collective
 
 ALL_REDUCE = define("all_reduce(Tensor rows, str reduction, str group) -> Tensor")
 """The sum, or another reduction, of `rows` of all ranks of a group; of the shape and dtype of `rows`."""
@@ -27,6 +27,18 @@ REDUCE_SCATTER = define("reduce_scatter(Tensor rows, str reduction, int ranks, s
 ALL_TO_ALL = define("all_to_all(Tensor rows, SymInt[] received, SymInt[] sent, str group) -> Tensor")
 """Rows that each rank of a group sends to this one: `[sum(sent), ...] -> [sum(received), ...]`."""
 
+GATHER_COLUMNS = define("gather_columns(Tensor rows, int ranks, str group) -> Tensor")
+"""The columns of `rows` of all ranks, next to each other in the order of the ranks: `[.., N] -> [.., ranks * N]`.
+
+In a captured graph, an `all_gather` along dimension 0, a `split` and a `cat`.
+"""
+
+FIRST_COLUMN = define("first_column(Tensor matrix, str group) -> Tensor")
+"""The first of all ranks' columns that this rank has, if each has as many as `matrix` `[K, N]`: `rank * N`.
+
+An int64 tensor without dimensions on the matrix's device. A graph with this operator is the same on all ranks.
+"""
+
 #: The operator that begins each collective, by its name in `_c10d_functional`. Its arguments are the same.
 BEGINS = {
     ALL_REDUCE: "all_reduce",
@@ -34,7 +46,7 @@ BEGINS = {
     REDUCE_SCATTER: "reduce_scatter_tensor",
     ALL_TO_ALL: "all_to_all_single",
 }
-COLLECTIVES = frozenset(BEGINS)
+COLLECTIVES = frozenset({*BEGINS, GATHER_COLUMNS})
 
 
 def group_of(args: Sequence[Any]) -> str:
@@ -64,6 +76,25 @@ def _scattered(rows: torch.Tensor, reduction: str, ranks: int, group: str) -> to
 def _exchanged(rows: torch.Tensor, received: Sequence[Any], sent: Sequence[Any], group: str) -> torch.Tensor:
     return torch.empty((sum(received), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
 
+
+def _gather_columns(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    return torch.cat(ALL_GATHER(rows, ranks, group).chunk(ranks), -1)
+
+
+def _more_columns(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    return torch.empty((*rows.shape[:-1], rows.shape[-1] * ranks), dtype=rows.dtype, device=rows.device)
+
+
+def _first_column(matrix: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.full((), rank_in(group) * matrix.shape[1], dtype=torch.int64, device=matrix.device)
+
+
+def _a_number(matrix: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device=matrix.device)
+
+
+implement(GATHER_COLUMNS, _gather_columns, _more_columns)
+implement(FIRST_COLUMN, _first_column, _a_number)
 
 _FAKES: dict[Any, Callable[..., torch.Tensor]] = {
     ALL_REDUCE: _same,

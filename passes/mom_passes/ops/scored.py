@@ -40,6 +40,8 @@ WITHOUT = ("tanh", "neg")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 TOTAL, WEIGHTED, LIKELY, GREEDY = "total", "weighted", "likely", "greedy"
+#: The results, by their place.
+TOP, SHIFT, TOTALS, WEIGHTS, CHOSEN, BEST = range(6)
 
 
 @dataclass(frozen=True)

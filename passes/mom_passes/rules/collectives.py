@@ -2,6 +2,7 @@
 
     all_reduce       [B, S, H]      any dimension
     all_gather       [S, V / ranks] -> [ranks * S, V / ranks]      rows of the result have `outer=ranks`
+    gather_columns   [B, S, V / ranks] -> [B, S, V]                any dimension but the last
     reduce_scatter   [ranks * S, H] -> [S, H]                      rows of the operand have `outer=ranks`
 
 If ranks have different tokens, rows of the whole sequence are rows of all ranks, and the collective is a barrier.
@@ -9,13 +10,16 @@ If ranks have different tokens, rows of the whole sequence are rows of all ranks
 
 from __future__ import annotations
 
+import sympy
 from torch import fx
 
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
-from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from mom_passes.graph.meta import typed_value
+from mom_passes.graph.sizes import expr, product
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, GATHER_COLUMNS, REDUCE_SCATTER
 from mom_passes.rules.claim import Claim
-from mom_passes.rules.factories import checked, pointwise_claim
+from mom_passes.rules.factories import checked, output_shape, pointwise_claim
 from mom_passes.rules.needs import Dim, Rows
 from mom_passes.rules.registry import register
 
@@ -69,6 +73,19 @@ def all_gather(node: fx.Node, dim: Dim) -> Claim:
 @register(REDUCE_SCATTER, recompute=False, work=_no_work, candidates=_scattered)
 def reduce_scatter(node: fx.Node, dim: Dim) -> Claim:
     return Claim((Rows(dim if checked(node, dim).index else _times(dim, argument(node, "ranks"))),))
+
+
+def _gathered_bytes(node: fx.Node, device: str) -> sympy.Expr:
+    """The parts of all ranks exist before they are put next to each other."""
+    rows = typed_value(argument(node, "rows"))
+    return expr(product(rows.shape)) * argument(node, "ranks") * rows.dtype.itemsize
+
+
+@register(GATHER_COLUMNS, recompute=False, work=_no_work, scratch=_gathered_bytes)
+def gather_columns(node: fx.Node, dim: Dim) -> Claim:
+    if checked(node, dim).index == len(output_shape(node)) - 1:
+        raise CannotChunk(node, dim, "ranks have different columns")
+    return Claim((Rows(dim),))
 
 
 @register(ALL_TO_ALL, recompute=False, work=_no_work)

@@ -8,7 +8,8 @@ from mom_passes.graph.arguments import argument, aten
 from mom_passes.graph.sizes import product, same
 from mom_passes.graph.values import operands, value_of
 from mom_passes.ops.scored import GREEDY, LIKELY, TOTAL, WEIGHTED
-from mom_passes.tokens.logits import Form, Head, NoReductions, NotScored, form_of, reduction_by
+from mom_passes.tokens.heads import Head
+from mom_passes.tokens.logits import Form, NoReductions, NotScored, form_of, reduction_by
 
 #: The most columns per row that a gather may choose, since each block is searched for all of them.
 MOST_TARGETS = 64

@@ -39,11 +39,11 @@ from mom_passes.graph.edit import emit, size_node
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import count_hint, hint, product, same
 from mom_passes.graph.values import bytes_of, operands, value_of
-from mom_passes.ops.scored import SCORED, block_bytes
+from mom_passes.ops.scored import BEST, CHOSEN, SCORED, SHIFT, TOP, TOTALS, WEIGHTS, block_bytes
+from mom_passes.tokens.heads import Head, head_of, keeps_columns, with_columns
 from mom_passes.tokens.logit_reductions import Reductions
-from mom_passes.tokens.logits import Factor, Form, Head, NoReductions, NotScored, head_of, keeps_columns, with_columns
-
-TOP, SHIFT, TOTALS, WEIGHTS, CHOSEN, BEST = range(6)
+from mom_passes.tokens.logits import Factor, Form, NoReductions, NotScored
+from mom_passes.tokens.sharded_scores import score_in_ranks
 
 
 def outline_scores(gm: fx.GraphModule, least: int | None = None) -> dict[str, str]:
@@ -112,7 +112,7 @@ class _Outline:
         for node in [user for user in value.users if user.target is aten.sym_size.int]:
             with self.graph.inserting_before(node):
                 if node.args[1] in (-1, last):
-                    other = emit(self.graph, aten.sym_size.int, (self.head.matrix, 1))
+                    other = size_node(self.graph, self.head.columns_of(value), node)
                 else:
                     other = emit(self.graph, aten.sym_size.int, (self._rows_of(value, node), node.args[1]))
             node.replace_all_uses_with(other)
@@ -128,6 +128,9 @@ class _Outline:
         rows = self._rows_of(head.logits, self.found.first)
         steps, numbers = [step for step, _ in head.steps], [number for _, number in head.steps]
         given = (rows, head.matrix, head.bias, joined, steps, numbers, self.found.wants)
+        if head.gather is not None:
+            self.results = score_in_ranks(self.graph, given, head.gather)
+            return
         call = emit(self.graph, SCORED, given)
         self.results = {item: emit(self.graph, operator.getitem, (call, item)) for item in range(BEST + 1)}
 
@@ -137,7 +140,7 @@ class _Outline:
             return self.head.hidden
         source = self._wide_operand(value) if value in self.found.forms and value is not self.head.logits else None
         rows = self._rows_of(source or operands(value)[0], before)
-        if not keeps_columns(value, self.head.columns):
+        if not keeps_columns(value, self.head.columns_of(value)):
             return rows
         width = size_node(self.graph, value_of(self.head.hidden).shape[-1], before)
         return self._apply_view(value, rows, width)
