@@ -17,7 +17,7 @@ import mom_compile
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 from mom_compile.runtime import parted
 from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
-from tests.models import TinyDecoder, ids
+from tests.models import TinyDecoder, ids, prompt
 from tests.parallel import ParallelDecoder
 from tests.rule_law import Call, check_call
 from tests.rule_samples import floats
@@ -159,6 +159,33 @@ def destroyed_group(rank: int) -> str:
         model(ids(1, 45))
         dist.destroy_process_group()
         return error_of(lambda: model(ids(1, 45)))
+
+
+# --- transformers' own tensor parallelism ---
+
+
+def generated(rank: int, folder: str, options: dict[str, Any], new: int) -> dict[str, Any]:
+    """Generate `new` tokens with this rank's part of a checkpoint; if they are several, also score."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    with without_codegen(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
+        inputs = prompt(2, 45, padded=True)
+        model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True, **options})
+        ids = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+        prefill = next(report for report in mom_compile.reports() if report.stages)
+        scored = mom_compile.token_log_probs(model, **inputs, mini_seq_len=16).log_probs.tolist() if new > 1 else None
+        return {
+            "ids": ids.tolist(),
+            "log_probs": scored,
+            "loops": len(prefill.stages),
+            "communication": prefill.communication,
+            "failed": [report.fallback for report in mom_compile.reports() if report.failed],
+            "bytes": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()),
+        }
 
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.on_ranks import killed_in_the_middle, never_called, scenarios
+import mom_compile
+from tests.models import prompt, small_model
+from tests.on_ranks import generated, killed_in_the_middle, never_called, scenarios
 from tests.ranks import Failure, run_ranks, start_ranks
 
 
@@ -90,3 +97,54 @@ def test_a_rank_that_never_calls_is_named_after_the_timeout() -> None:
     raised, _ = run_ranks(never_called, 2, timeout=2)
     assert raised.startswith("RanksDiffer: rank 1 of process group")
     assert "did not begin within 2 s" in raised
+
+
+# --- transformers' own tensor parallelism ---
+
+#: Families, the ranks they are divided among, options, and how many tokens are generated.
+DIVIDED = [
+    pytest.param("Llama", 2, {}, 1),
+    pytest.param("Llama", 4, {}, 4, marks=pytest.mark.slow),
+    *(
+        pytest.param(family, 2, options, 4, marks=pytest.mark.slow)
+        for family in ("Llama", "Qwen3", "Gemma3Text", "Mixtral", "Qwen3Moe", "GptOss", "Qwen3Next")
+        for options in ({}, {"kv_offload": True})
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "ranks", "options", "new"), DIVIDED)
+def test_a_divided_model_generates_and_scores_as_on_one_rank(
+    family: str, ranks: int, options: dict[str, Any], new: int, tmp_path: Path, eager_pieces: None, stock_is_eager: None
+) -> None:
+    """Greedy tokens, log-probabilities and loops of one rank, with a padded batch. Collectives are in loops, and each
+    rank has its part of the weights."""
+    changes = {"num_key_value_heads": 4} if ranks == 4 else {}
+    model, inputs = small_model(family, num_hidden_layers=2, **changes), prompt(2, 45, padded=True)
+    model.save_pretrained(tmp_path)
+    found = run_ranks(generated, ranks, str(tmp_path), options, new, seconds=280)
+    with torch.no_grad():
+        wanted = model.generate(**inputs, max_new_tokens=new, do_sample=False).tolist()
+        if new > 1:
+            log_probs = mom_compile.token_log_probs(model, **inputs, mini_seq_len=16).log_probs
+        torch._dynamo.reset()
+        model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True, **options})
+        model.generate(**inputs, max_new_tokens=1)
+    loops = next(len(report.stages) for report in mom_compile.reports() if report.stages)
+    for rank in found:
+        assert rank["ids"] == wanted and rank["loops"] == loops and not rank["failed"]
+        assert rank["communication"].in_loops > 0 and rank["communication"].hidden > 0
+        assert rank["bytes"] < sum(p.numel() for p in model.parameters()) * (0.5 + 0.5 / ranks)
+        if new > 1:
+            torch.testing.assert_close(torch.tensor(rank["log_probs"]), log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example_prints_its_table() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*command, "-m", "examples.tensor_parallel", "--tokens", "600"], capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "prefill of 600 tokens on 2 ranks" in run.stdout
+    assert re.search(r"rank 1: -?\d+% of the waiting is hidden", run.stdout)
