@@ -47,7 +47,7 @@ class ParallelDecoder(nn.Module):
     def __init__(self, whole: TinyDecoder, rank: int, ranks: int) -> None:
         super().__init__()
         self.embed, self.norm = whole.embed, whole.norm
-        self.group = dist.group.WORLD
+        self.group, self.ranks = dist.group.WORLD, ranks
         self.layers = nn.ModuleList(ParallelLayer(layer, rank, ranks) for layer in whole.layers)  # type: ignore[arg-type]
         self.head = _rows(whole.head, rank, ranks)
 
@@ -55,7 +55,9 @@ class ParallelDecoder(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return funcol.all_gather_tensor(self.head(self.norm(x)[:, -keep:]), 2, self.group)
+        # Gathered along dimension 0, as DTensor does: PyTorch 2.11 breaks the graph in a gather along another one.
+        parts = funcol.all_gather_tensor(self.head(self.norm(x)[:, -keep:]), 0, self.group).chunk(self.ranks)
+        return torch.cat(parts, -1)
 
 
 class ParallelNorms(nn.Module):

@@ -140,9 +140,12 @@ def collective(name: str) -> Any:
     return None if packet is None else packet.default
 
 
-def begin_collective(name: str, *args: Any) -> torch.Tensor:
-    """Begin a functional collective. Its result has no defined content before `wait_for_collective`."""
-    return collective(name)(*args)  # type: ignore[no-any-return]
+def begin_collective(name: str, rows: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Begin a functional collective. Its result has no defined content before `wait_for_collective`.
+
+    PyTorch 2.11 requires contiguous operands.
+    """
+    return collective(name)(rows.contiguous(), *others)  # type: ignore[no-any-return]
 
 
 def wait_for_collective(result: torch.Tensor) -> torch.Tensor:
