@@ -18,6 +18,7 @@ from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.store import empty_host_pool
 from mom_compile.runtime.host.tensor import HostTensor
 from mom_compile.runtime.host.weight import HostWeight
+from mom_compile.runtime.ranks import RanksDiffer
 from mom_compile.scores import TokenScores, token_log_probs
 from mom_compile.substitutes import scan_operator
 from mom_compile.timeline import measured_steps
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DecodeEstimate", "Estimate", "Explanation", "HostMemory", "HostMemoryError", "HostTensor", "HostWeight",
-    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Plan", "PlanError", "Report", "TokenScores",
-    "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps", "offload_weights",
-    "plan", "reports", "scan_operator", "token_log_probs",
+    "MemoryBudgetError", "MomWarning", "OffloadedWeights", "Plan", "PlanError", "RanksDiffer", "Report",
+    "TokenScores", "compile", "empty_host_pool", "explain", "host_memory", "load_offloaded", "measured_steps",
+    "offload_weights", "plan", "reports", "scan_operator", "token_log_probs",
 ]  # fmt: skip

@@ -29,7 +29,11 @@ _LOCK = threading.Lock()
 
 
 class RanksDiffer(UserError):
-    """A `ValueError`: the ranks of a process group were about to run different collectives, or one of them failed."""
+    """A `ValueError`: the ranks of a process group were about to run different collectives, or one of them failed.
+
+    Every rank that has begun the graph raises it, before the first collective. The message names the ranks, what each
+    of them runs, and what to do. The next call begins anew.
+    """
 
 
 @dataclass(frozen=True)
