@@ -32,11 +32,11 @@ CPU = torch.device("cpu")
 NEW = 6
 OPTIONS = {"kv_offload": True, "mini_seq_len": 16, "strict": True}
 
-pytestmark = pytest.mark.usefixtures("eager_pieces")
+pytestmark = [pytest.mark.usefixtures("eager_pieces"), pytest.mark.shared_graphs]
 
 
-#: Of a test in which a third layer adds nothing.
-TWO_LAYERS = {"num_hidden_layers": 2}
+#: The third layer is the first that may take over buffers of an earlier one.
+THREE_LAYERS, TWO_LAYERS = {"num_hidden_layers": 3}, {"num_hidden_layers": 2}
 
 
 def generate(model, inputs, **more):
@@ -48,6 +48,17 @@ def compiled(name: str, changes: dict[str, int] | None = None, **options):
     model = small_model(name, torch.float64, **(changes or {}))
     model.compile(backend="mom", options={**OPTIONS, **options})
     return model
+
+
+@functools.cache
+def shared_model(layers: int):
+    """A compiled Llama whose graphs all tests share."""
+    return compiled("Llama", {"num_hidden_layers": layers})
+
+
+@functools.cache
+def eager_model(layers: int):
+    return small_model("Llama", torch.float64, num_hidden_layers=layers)
 
 
 def tensors(cache):
@@ -98,7 +109,8 @@ def test_sixty_four_tokens_after_four_thousand_equal_eager_mode(name):
 
 
 def test_two_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_decode():
-    model = compiled("Llama")
+    model = shared_model(3)
+    torch._dynamo.reset()
     counters.clear()
     generate(model, prompt(1, 41), max_new_tokens=12)
     assert counters["stats"]["unique_graphs"] == 2
@@ -115,8 +127,8 @@ def test_two_graphs_are_compiled_in_all_and_a_second_prompt_adds_none_for_decode
 
 def test_beam_search_reorders_on_the_host(monkeypatch):
     inputs = prompt(2, 41)
-    expected = generate(small_model("Llama", torch.float64, **TWO_LAYERS), inputs, num_beams=3)
-    model = compiled("Llama", TWO_LAYERS)
+    expected = generate(eager_model(2), inputs, num_beams=3)
+    model = shared_model(2)
     original = HostTensor.fetch
     fetch = lambda self: original(self) if self.traced else pytest.fail("a cache was brought back")  # noqa: E731
     monkeypatch.setattr(HostTensor, "fetch", fetch)
@@ -167,7 +179,7 @@ def test_inference_mode_and_chunked_prefill_give_the_same_tokens():
 
 
 def test_only_new_rows_are_copied_to_the_host_and_no_row_moves_there():
-    model = compiled("Llama")
+    model = shared_model(3)
     traffic = engine_for(CPU).traffic
     row = 3 * 2 * 2 * 16 * 8  # layers, keys and values, heads, channels, bytes
     before = copy.copy(traffic)
@@ -189,7 +201,7 @@ def test_memory_for_the_next_layer_is_prepared_except_after_the_last():
             ahead.append(step.run.ahead)
 
     with observing(watch):
-        generate(compiled("Llama"), prompt(1, 41), max_new_tokens=1)
+        generate(shared_model(3), prompt(1, 41), max_new_tokens=1)
     assert ahead == [2, 2, 2, 2, 1, 0]  # keys and values of three layers
 
 
@@ -214,7 +226,7 @@ class Rooms:
 def test_two_layers_are_on_the_device_at_most_while_decoding():
     buffers = Rooms()
     with observing(buffers.watch):
-        generate(compiled("Llama"), prompt(1, 41), max_new_tokens=9)
+        generate(shared_model(3), prompt(1, 41), max_new_tokens=9)
     layer = 2 * (41 + 8) * 2 * 16 * 8
     assert 0 < buffers.most <= 2 * layer
     gc.collect()
@@ -222,12 +234,12 @@ def test_two_layers_are_on_the_device_at_most_while_decoding():
 
 
 def test_a_hundred_prompts_hold_no_more_memory_than_one():
-    model = compiled("Llama", TWO_LAYERS)
+    model = shared_model(2)
 
     def run() -> DynamicCache:
         cache = DynamicCache()
         with torch.no_grad():
-            model(**prompt(1, 23), **keeping(cache, model))
+            model(**prompt(1, 41), **keeping(cache, model))
             model(torch.tensor([[7]]), **keeping(cache, model))
         return cache
 
@@ -280,6 +292,7 @@ def test_auto_keeps_as_many_layers_as_fit(budget, resident):
 @pytest.mark.slow
 def test_decode_steps_are_not_rewritten_if_the_cache_will_fit_for_long():
     """With "auto", a step is cut into pieces only if something is on the host or may have to be offloaded."""
+    torch._dynamo.reset()
     model = compiled("Llama", kv_offload="auto", memory_budget="1GiB")
     generate(model, prompt(1, 41), max_new_tokens=2)
     prefill, decode = mom_compile.reports()
@@ -292,6 +305,7 @@ def test_decode_steps_are_not_rewritten_if_the_cache_will_fit_for_long():
 def test_a_partial_budget_keeps_evenly_spread_layers():
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
+    torch._dynamo.reset()
     model = compiled("Llama")
     generate(model, inputs, max_new_tokens=1)
     prefill, layer = mom_compile.reports()[0], 2 * 41 * 2 * 16 * 8
@@ -306,6 +320,7 @@ def test_a_partial_budget_keeps_evenly_spread_layers():
 @pytest.mark.slow
 def test_one_graph_decides_by_the_sizes_of_each_run():
     """As many layers as fit in addition to the program's peak for these sizes, in one graph for all sizes."""
+    torch._dynamo.reset()
     model, room = small_model("Llama", torch.float64), 10**6
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
     options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
@@ -341,6 +356,7 @@ def test_one_graph_decides_by_the_sizes_of_each_run():
 def test_a_static_cache_stays_on_the_device_with_a_reason():
     inputs = prompt(1, 41)
     expected = generate(small_model("Llama", torch.float64), inputs)
+    torch._dynamo.reset()
     model = compiled("Llama")
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.warns(MomWarning, match="kv_offload=True is not honoured for .*static cache"):
@@ -366,6 +382,7 @@ class Int8Layer(QuantizedLayer):
 def test_a_quantised_cache_works_and_stays_on_the_device_with_a_reason(rows, new):
     """Prefilled with loops, and without, by stock Inductor's steps that fill its residual and quantise it."""
     inputs = prompt(1, rows)
+    torch._dynamo.reset()
 
     def answer(model):
         cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
@@ -442,7 +459,7 @@ def test_a_cache_can_be_continued_after_its_model_is_recompiled():
 
 def test_writes_to_a_cache_between_steps_take_effect():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model, reference = compiled("Llama", TWO_LAYERS), small_model("Llama", torch.float64, **TWO_LAYERS)
+    model, reference = shared_model(2), eager_model(2)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         for one, cache in ((model, mine), (reference, expected)):
@@ -455,7 +472,7 @@ def test_writes_to_a_cache_between_steps_take_effect():
 
 def test_a_copied_cache_can_be_continued_separately():
     inputs = prompt(1, 41)
-    model, reference = compiled("Llama", TWO_LAYERS), small_model("Llama", torch.float64, **TWO_LAYERS)
+    model, reference = shared_model(2), eager_model(2)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(mine, model))
@@ -473,7 +490,7 @@ def test_a_copied_cache_can_be_continued_separately():
 @pytest.mark.parametrize("error", [KeyboardInterrupt])
 def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("Llama", TWO_LAYERS)
+    model = shared_model(2)
     expected = generate(model, inputs).sequences
     gc.collect()
     before = host_memory()
@@ -497,7 +514,7 @@ def test_an_interruption_while_a_copy_runs_leaves_everything_usable(error, monke
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 def test_an_exception_in_a_prefill_leaves_no_copy_and_holds_no_memory(error, monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("Llama")
+    model = shared_model(3)
     expected = generate(model, inputs).sequences
     engine = engine_for(CPU)
     sources: list[weakref.ref] = []
@@ -533,18 +550,18 @@ def test_an_exception_in_a_prefill_leaves_no_copy_and_holds_no_memory(error, mon
 
 def test_running_out_of_host_memory_raises_and_the_model_stays_usable(monkeypatch):
     inputs = prompt(1, 41)
-    model = compiled("Llama", TWO_LAYERS)
+    model = shared_model(2)
     with monkeypatch.context() as patched:
         patched.setattr(host_region, "available_memory", lambda: 0)
         with pytest.raises(HostMemoryError, match="kv_offload='disk'"):
             generate(model, inputs)
-    reference = generate(small_model("Llama", torch.float64, **TWO_LAYERS), inputs)
+    reference = generate(eager_model(2), inputs)
     assert torch.equal(generate(model, inputs).sequences, reference.sequences)
 
 
 def test_no_token_is_lost_when_memory_runs_out_in_the_middle(monkeypatch):
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model = compiled("Llama", TWO_LAYERS)
+    model = shared_model(2)
     cache = DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(cache, model))
