@@ -297,7 +297,7 @@ def test_as_much_is_in_loops_as_with_the_default_attention():
     work = []
     for attention in ("flex_attention", "sdpa"):
         torch._dynamo.reset()
-        model = small_model("Llama", attn_implementation=attention)
+        model = small_model("Llama", attn_implementation=attention, num_hidden_layers=3)
         model.compile(backend="mom", options={"mini_seq_len": 32, "strict": True})
         with torch.no_grad():
             model(**prompt(2, 150))

@@ -45,7 +45,7 @@ def generate(model, inputs, **more):
 
 
 def compiled(name: str, changes: dict[str, int] | None = None, **options):
-    model = small_model(name, torch.float64, **(changes or {}))
+    model = small_model(name, torch.float64, **(changes or THREE_LAYERS))
     model.compile(backend="mom", options={**OPTIONS, **options})
     return model
 
@@ -77,7 +77,7 @@ QUICK = {"Mistral"}
 @pytest.mark.parametrize("name", sweep(FAMILIES, QUICK))
 def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
     inputs = prompt(1, 41)
-    expected = generate(small_model(name, torch.float64), inputs)
+    expected = generate(small_model(name, torch.float64, **THREE_LAYERS), inputs)
     result = generate(compiled(name), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
@@ -89,7 +89,7 @@ def test_a_family_generates_the_same_tokens_with_its_cache_on_the_host(name):
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2"])
 def test_a_padded_batch_generates_the_same_tokens(name):
     inputs = prompt(3, 41, padded=True)
-    expected = generate(small_model(name, torch.float64), inputs)
+    expected = generate(small_model(name, torch.float64, **THREE_LAYERS), inputs)
     result = generate(compiled(name), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     same_cache(result.past_key_values, expected.past_key_values)
@@ -100,9 +100,9 @@ def test_a_padded_batch_generates_the_same_tokens(name):
 def test_sixty_four_tokens_after_four_thousand_equal_eager_mode(name):
     longer = {"n_positions" if name == "GPT2" else "max_position_embeddings": 8192}
     inputs = prompt(1, 4096)
-    expected = generate(small_model(name, torch.float64, **longer), inputs, max_new_tokens=64)
+    expected = generate(small_model(name, torch.float64, **THREE_LAYERS, **longer), inputs, max_new_tokens=64)
     counters.clear()
-    result = generate(compiled(name, longer, mini_seq_len=512), inputs, max_new_tokens=64)
+    result = generate(compiled(name, {**THREE_LAYERS, **longer}, mini_seq_len=512), inputs, max_new_tokens=64)
     assert torch.equal(result.sequences, expected.sequences)
     assert counters["stats"]["unique_graphs"] <= 2
     assert all(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
@@ -138,10 +138,10 @@ def test_beam_search_reorders_on_the_host(monkeypatch):
 @pytest.mark.slow
 def test_assisted_generation_crops_the_cache_and_appends_in_place(monkeypatch):
     inputs = prompt(1, 41)
-    helper = small_model("Llama", torch.float64)
+    helper = small_model("Llama", torch.float64, **THREE_LAYERS)
     with torch.no_grad():
         helper.lm_head.weight[::3] *= -1  # often wrong, so that tokens are rejected
-    expected = generate(small_model("Llama", torch.float64), inputs, assistant_model=helper)
+    expected = generate(eager_model(3), inputs, assistant_model=helper)
     cropped = []
     original = DynamicCache.crop
     monkeypatch.setattr(DynamicCache, "crop", lambda self, n: (cropped.append(n), original(self, n)))
@@ -157,7 +157,7 @@ def test_assisted_generation_crops_the_cache_and_appends_in_place(monkeypatch):
 def test_a_second_turn_continues_a_cache_that_is_on_the_host():
     first, second = prompt(1, 41), prompt(1, 23, seed=5)["input_ids"]
     answers = []
-    for model in (small_model("Llama", torch.float64), compiled("Llama")):
+    for model in (eager_model(3), compiled("Llama")):
         turn = generate(model, first)
         both = {"input_ids": torch.cat([turn.sequences, second], 1)}
         answers.append(generate(model, both, **keeping(turn.past_key_values, model)))
@@ -168,7 +168,7 @@ def test_a_second_turn_continues_a_cache_that_is_on_the_host():
 @pytest.mark.slow
 def test_inference_mode_and_chunked_prefill_give_the_same_tokens():
     inputs = prompt(1, 41)
-    expected = generate(small_model("Llama", torch.float64), inputs)
+    expected = generate(eager_model(3), inputs)
     with torch.inference_mode():
         assert torch.equal(generate(compiled("Llama"), inputs).sequences, expected.sequences)
     chunked = generate(compiled("Llama"), inputs, prefill_chunk_size=16)
@@ -260,7 +260,7 @@ def test_a_hundred_prompts_hold_no_more_memory_than_one():
 
 def test_a_cache_on_disk_has_the_same_rows_and_is_deleted_with_the_cache(tmp_path):
     inputs = prompt(2, 41)
-    expected = generate(small_model("Llama", torch.float64, **TWO_LAYERS), inputs)
+    expected = generate(eager_model(2), inputs)
     gc.collect()
     before = host_memory()
     result = generate(compiled("Llama", TWO_LAYERS, kv_offload="disk", kv_dir=str(tmp_path)), inputs)
@@ -279,7 +279,7 @@ def test_a_cache_on_disk_has_the_same_rows_and_is_deleted_with_the_cache(tmp_pat
 @pytest.mark.parametrize(("budget", "resident"), [("1GiB", [0, 1, 2]), (None, [0, 1, 2])])
 def test_auto_keeps_as_many_layers_as_fit(budget, resident):
     inputs = prompt(1, 41)
-    expected = generate(small_model("Llama", torch.float64), inputs)
+    expected = generate(eager_model(3), inputs)
     result = generate(compiled("Llama", kv_offload="auto", memory_budget=budget), inputs)
     assert torch.equal(result.sequences, expected.sequences)
     layers = result.past_key_values.layers
@@ -304,7 +304,7 @@ def test_decode_steps_are_not_rewritten_if_the_cache_will_fit_for_long():
 @pytest.mark.slow
 def test_a_partial_budget_keeps_evenly_spread_layers():
     inputs = prompt(1, 41)
-    expected = generate(small_model("Llama", torch.float64), inputs)
+    expected = generate(eager_model(3), inputs)
     torch._dynamo.reset()
     model = compiled("Llama")
     generate(model, inputs, max_new_tokens=1)
@@ -321,7 +321,7 @@ def test_a_partial_budget_keeps_evenly_spread_layers():
 def test_one_graph_decides_by_the_sizes_of_each_run():
     """As many layers as fit in addition to the program's peak for these sizes, in one graph for all sizes."""
     torch._dynamo.reset()
-    model, room = small_model("Llama", torch.float64), 10**6
+    model, room = small_model("Llama", torch.float64, **THREE_LAYERS), 10**6
     weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
     options = {**OPTIONS, "kv_offload": "auto", "memory_budget": weights + room}
     model.compile(backend="mom", dynamic=True, options=options)
@@ -355,7 +355,7 @@ def test_one_graph_decides_by_the_sizes_of_each_run():
 @pytest.mark.slow
 def test_a_static_cache_stays_on_the_device_with_a_reason():
     inputs = prompt(1, 41)
-    expected = generate(small_model("Llama", torch.float64), inputs)
+    expected = generate(eager_model(3), inputs)
     torch._dynamo.reset()
     model = compiled("Llama")
     cache = StaticCache(config=model.config, max_cache_len=64)
@@ -388,7 +388,7 @@ def test_a_quantised_cache_works_and_stays_on_the_device_with_a_reason(rows, new
         cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
         return generate(model, inputs, **keeping(cache, model), max_new_tokens=new)
 
-    expected = answer(small_model("Llama", torch.float64))
+    expected = answer(eager_model(3))
     with pytest.warns(MomWarning, match="kv_offload=True is not honoured") as caught:
         result = answer(compiled("Llama", mini_seq_len=50))
     assert any("quantised" in str(warning.message) for warning in caught)
@@ -444,7 +444,7 @@ def test_a_custom_cache_with_another_layout_is_found():
 @pytest.mark.slow
 def test_a_cache_can_be_continued_after_its_model_is_recompiled():
     inputs, step = prompt(1, 41), torch.tensor([[7]])
-    model, reference = compiled("Llama"), small_model("Llama", torch.float64)
+    model, reference = compiled("Llama"), eager_model(3)
     mine, expected = DynamicCache(), DynamicCache()
     with torch.no_grad():
         model(**inputs, **keeping(mine, model))

@@ -348,8 +348,7 @@ def assert_rows_alone(cache):
 )
 def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
     """Windows of 16. Of two lengths that are compiled the second is a symbol."""
-    model = small_model("Mistral")
-    reference = small_model("Mistral")
+    model, reference = (small_model("Mistral", num_hidden_layers=3) for _ in range(2))
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
     for length in lengths:
         inputs = prompt(batch, length)
@@ -373,7 +372,7 @@ def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, l
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_step_of_many_tokens_keeps_only_the_window():
-    model = small_model("Mistral")
+    model = small_model("Mistral", num_hidden_layers=3)
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
     cache = DynamicCache(config=model.config)
@@ -386,7 +385,7 @@ def test_a_step_of_many_tokens_keeps_only_the_window():
 
 def test_explain_lists_the_copied_rows():
     """Of one layer of three: the loops pass the windows of the others on."""
-    model, inputs = small_model("Mistral"), prompt(1, 41)
+    model, inputs = small_model("Mistral", num_hidden_layers=3), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
     assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 2
     assert "rows of their own: 2 parts (slice" in found.details()

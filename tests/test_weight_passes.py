@@ -28,6 +28,9 @@ from tests.weights import least, offloaded
 CPU = torch.device("cpu")
 STRICT = {"strict": True, "mini_seq_len": 32}
 
+#: The third layer takes over the buffers of the first.
+THREE_LAYERS = {"num_hidden_layers": 3}
+
 
 def weight_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -36,7 +39,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 @cache
 def explained(family: str, kind: str) -> Any:
     """The report of a prefill, or of the decode step after it."""
-    model = small_model(family)
+    model = small_model(family, **THREE_LAYERS)
     inputs = prompt(1, 100)
     if kind == "prefill":
         return mom_compile.explain(offloaded(model), **inputs, logits_to_keep=1, options=STRICT)[0]
@@ -73,7 +76,7 @@ def test_every_weight_is_fetched_once(family: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_at_most_two_layers_are_on_the_device(family: str, kind: str) -> None:
-    model = small_model(family)
+    model = small_model(family, **THREE_LAYERS)
     made = mom_compile.offload_weights(model, "cpu", memory_budget=least(model))
     report = explained(family, kind)
     most = max(on_device(report))
@@ -174,7 +177,7 @@ def test_a_prefill_fetches_whole_banks_of_experts() -> None:
 @pytest.mark.parametrize("tokens", [1, 100, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (2, 33))])
 @pytest.mark.parametrize("kv_offload", [False, True])
 def test_results_equal_those_with_weights_on_the_device(tokens: int, kv_offload: bool) -> None:
-    plain, moved = TinyDecoder(), offloaded(TinyDecoder())
+    plain, moved = TinyDecoder(layers=3), offloaded(TinyDecoder(layers=3))
     options = {**STRICT, "kv_offload": kv_offload}
     given = ids(2, tokens)
     with torch.no_grad():
@@ -195,7 +198,7 @@ def test_results_equal_those_with_weights_on_the_device(tokens: int, kv_offload:
 @pytest.mark.usefixtures("eager_pieces")
 def test_the_budget_left_by_weights_is_used_for_keys_and_values() -> None:
     """The backend's budget is for everything on the device: buffers of fetched weights, but not weights on the host."""
-    model = small_model("Llama")
+    model = small_model("Llama", **THREE_LAYERS)
     moved = offloaded(copy.deepcopy(model))
     options = {**STRICT, "kv_offload": "auto", "memory_budget": weight_bytes(model) * 7 // 8}
     model.compile(backend="mom", options=options)
