@@ -21,7 +21,7 @@ from benchmarks.models import keeping
 from mom_compile import reports
 from mom_compile.runtime.extend import LEAST, Extend, room_for
 from mom_passes.ops.transfers import EXTEND, extend_reference, token_major
-from tests.models import ids, small_model
+from tests.models import ids, small_model, sweep
 from tests.shares import random_examples
 
 DIM = 2
@@ -342,7 +342,9 @@ def test_a_decode_step_writes_its_rows_where_the_prefill_left_the_others() -> No
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3Text", "Mixtral"])
+@pytest.mark.parametrize(
+    "family", sweep(["Llama", "GPT2", "Gemma3Text", "Mixtral"], quick=["Llama", "Gemma3Text", "Mixtral"])
+)
 def test_steps_over_a_cache_in_place_give_eager_logits(family: str) -> None:
     model, plain = shared_models() if family == "Llama" else (compiled(family), plain_model(family))
     found, wanted = prefilled(model), prefilled(plain)

@@ -310,7 +310,7 @@ def test_generation_equals_eager_mode_with_the_whole_cache_on_the_host(way):
     assert not any(report.on_device for report in mom_compile.reports())
 
 
-@pytest.mark.usefixtures("eager_pieces")
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
 @pytest.mark.parametrize(
     "way",
     ways(

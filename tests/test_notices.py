@@ -22,19 +22,10 @@ pytestmark = pytest.mark.usefixtures("eager_pieces")
 
 
 @pytest.fixture
-def lines(caplog, monkeypatch):
+def lines(caplog, stock_is_eager):
     """Lines of the log at level INFO; stock Inductor compiles nothing."""
-    monkeypatch.setattr("mom_compile.backend.stock_or_eager", lambda gm, inputs, report, stock: _as_captured(gm))
     caplog.set_level(logging.INFO, logger="mom_compile")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("mom_compile")]
-
-
-def _as_captured(gm):
-    def run(inputs):
-        return gm(*inputs)
-
-    run._boxed_call = True
-    return run
 
 
 def compiled(model, **options):
