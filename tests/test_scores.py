@@ -70,6 +70,18 @@ def test_padded_sequences_are_scored_as_if_alone(family: str, side: str, eager_p
     assert all(report.stages and not report.left_out for report in mom_compile.reports())
 
 
+def test_a_sequence_of_padding_only(eager_pieces: None) -> None:
+    """It has no scores and does not affect the others."""
+    model = shared_model()
+    sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0] = 0
+    scores = token_log_probs(model, sequence, mask, entropy=True, options=OPTIONS)
+    assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
+    assert scores.entropy is not None
+    for values in (scores.log_probs, scores.greedy, scores.entropy):
+        assert not values[0].any()
+
+
 def test_one_compilation_for_all_lengths(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One trace, too: compiled for all sizes, Dynamo would first take a model's floats as inputs, and then start again.
     And the graph has no logits at full length."""
@@ -94,19 +106,6 @@ def test_one_compilation_for_all_lengths(eager_pieces: None, monkeypatch: pytest
     assert shapes and not any(shape[-1] == SMALL.vocabulary for shape in shapes)
 
 
-def test_compiled_code_and_half_precision() -> None:
-    """Through Inductor; scores are computed in float32 from logits in bfloat16."""
-    torch._dynamo.reset()
-    model = small_model("Llama", torch.bfloat16)
-    sequence = text(1, 70)
-    scores = token_log_probs(model, sequence, entropy=True, options=OPTIONS)
-    exact = wanted(small_model("Llama", torch.float64), sequence[0])
-    off = (scores.log_probs[0].double() - exact.log_probs).abs().max()
-    eagerly = (wanted(model, sequence[0]).log_probs - exact.log_probs).abs().max()
-    assert off <= 2 * eagerly
-    assert mom_compile.reports()[0].stages and not mom_compile.reports()[0].eager_pieces
-
-
 def test_custom_labels(eager_pieces: None) -> None:
     """Scored instead of the tokens, -100 for none; some of them as in Hugging Face's losses."""
     model = shared_model()
@@ -120,8 +119,21 @@ def test_custom_labels(eager_pieces: None) -> None:
     assert not scores.log_probs[~seen].any() and not scores.greedy[~seen].any()
 
 
+def test_compiled_code_and_half_precision() -> None:
+    """Through Inductor; scores are computed in float32 from logits in bfloat16."""
+    torch._dynamo.reset()
+    model = small_model("Llama", torch.bfloat16)
+    sequence = text(1, 70)
+    scores = token_log_probs(model, sequence, entropy=True, options=OPTIONS)
+    exact = wanted(small_model("Llama", torch.float64), sequence[0])
+    off = (scores.log_probs[0].double() - exact.log_probs).abs().max()
+    eagerly = (wanted(model, sequence[0]).log_probs - exact.log_probs).abs().max()
+    assert off <= 2 * eagerly
+    assert mom_compile.reports()[0].stages and not mom_compile.reports()[0].eager_pieces
+
+
 def test_scoring_does_not_affect_a_compiled_model(eager_pieces: None, stock_is_eager: None) -> None:
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=1)
     model.compile(backend="mom", options=OPTIONS)
     sequence = text(2, 50)
     with torch.no_grad():
@@ -224,18 +236,6 @@ def test_a_model_with_another_result_raises(kind: type, eager_pieces: None) -> N
 
     with pytest.raises(ValueError, match=f"returned a {kind.__name__} without logits"):
         token_log_probs(Hidden().eval(), ids(1, 40), options=OPTIONS)
-
-
-def test_a_sequence_of_padding_only(eager_pieces: None) -> None:
-    """It has no scores and does not affect the others."""
-    model = shared_model()
-    sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
-    mask[0] = 0
-    scores = token_log_probs(model, sequence, mask, entropy=True, options=OPTIONS)
-    assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
-    assert scores.entropy is not None
-    for values in (scores.log_probs, scores.greedy, scores.entropy):
-        assert not values[0].any()
 
 
 def test_a_large_vocabulary_does_not_bias_scores() -> None:
