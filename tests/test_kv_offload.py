@@ -349,95 +349,6 @@ def test_one_graph_decides_by_the_sizes_of_each_run():
     assert set(resident) == {-1, 0, 1, 2, 3}
 
 
-# --- caches that stay on the device ---
-
-
-@pytest.mark.slow
-def test_a_static_cache_stays_on_the_device_with_a_reason():
-    inputs = prompt(1, 41)
-    expected = generate(eager_model(3), inputs)
-    torch._dynamo.reset()
-    model = compiled("Llama")
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.warns(MomWarning, match="kv_offload=True is not honoured for .*static cache"):
-        result = generate(model, inputs, **keeping(cache, model), disable_compile=True)
-    assert torch.equal(result.sequences, expected.sequences)
-    assert not any(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
-    reasons = [reason for report in mom_compile.reports() for reason in report.on_device.values()]
-    assert any("static cache" in reason for reason in reasons)
-
-
-class Int8Layer(QuantizedLayer):
-    """Eight bits per channel, with a scale for each token, similar to quanto and HQQ."""
-
-    def _quantize(self, tensor, axis):
-        scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
-        return (tensor / scale).round().to(torch.int8), scale
-
-    def _dequantize(self, pair):
-        return pair[0] * pair[1]
-
-
-@pytest.mark.parametrize(("rows", "new"), [(80, 1), pytest.param(40, NEW, marks=pytest.mark.slow)])
-def test_a_quantised_cache_works_and_stays_on_the_device_with_a_reason(rows, new):
-    """Prefilled with loops, and without, by stock Inductor's steps that fill its residual and quantise it."""
-    inputs = prompt(1, rows)
-    torch._dynamo.reset()
-
-    def answer(model):
-        cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
-        return generate(model, inputs, **keeping(cache, model), max_new_tokens=new)
-
-    expected = answer(eager_model(3))
-    with pytest.warns(MomWarning, match="kv_offload=True is not honoured") as caught:
-        result = answer(compiled("Llama", mini_seq_len=50))
-    assert any("quantised" in str(warning.message) for warning in caught)
-    assert torch.equal(result.sequences, expected.sequences)
-    for mine, reference in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        kept = zip((*mine._quantized_keys, mine.values), (*reference._quantized_keys, reference.values), strict=True)
-        for a, b in kept:
-            assert not isinstance(a, HostTensor)
-            # Inductor's float32 sines of positions differ from eager mode's in the last bit.
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 if new == 1 else 1e-6)
-    prefill = mom_compile.reports()[0]
-    assert bool(prefill.stages) == (rows > 50)
-    assert not prefill.on_host
-    assert len(prefill.on_device) == 12  # integers and scales, keys and values, three layers
-    assert "quantised" in str(prefill)
-
-
-class TokensFirst:
-    """A custom cache: `[B, T, H, D]`, one tensor each for keys and values."""
-
-    def __init__(self) -> None:
-        self.keys = self.values = None
-
-    def update(self, keys, values):
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if self.keys is not None:
-            keys, values = torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1)
-        self.keys, self.values = keys, values
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-
-def test_a_custom_cache_with_another_layout_is_found():
-    def attend(x, cache):
-        q, k, v = (t.view(1, -1, 2, 8).transpose(1, 2) for t in (x @ WQ, x @ WK, x @ WV))
-        k, v = cache.update(k, v)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-
-    generator = torch.Generator().manual_seed(0)
-    WQ, WK, WV = (torch.randn(16, 16, generator=generator, dtype=torch.float64) for _ in range(3))
-    run = torch.compile(attend, backend="mom", options=OPTIONS)
-    mine, reference = TokensFirst(), TokensFirst()
-    with torch.no_grad():
-        for tokens in (37, 1, 1, 1):
-            x = torch.randn(1, tokens, 16, generator=generator, dtype=torch.float64)
-            torch.testing.assert_close(run(x, mine), attend(x, reference), rtol=0, atol=1e-10)
-            assert isinstance(mine.keys, HostTensor)
-    torch.testing.assert_close(mine.keys.fetch(), reference.keys, rtol=0, atol=1e-10)
-
-
 # --- failures ---
 
 
@@ -589,3 +500,92 @@ def test_the_peak_of_a_prefill_does_not_grow_with_the_layers():
         peaks[layers] = measure.peak_bytes(prefill).peak
     layer = 2 * 1024 * 2 * 16 * 8
     assert abs(peaks[6] - peaks[3]) < layer / 4
+
+
+# --- caches that stay on the device ---
+
+
+@pytest.mark.slow
+def test_a_static_cache_stays_on_the_device_with_a_reason():
+    inputs = prompt(1, 41)
+    expected = generate(eager_model(3), inputs)
+    torch._dynamo.reset()
+    model = compiled("Llama")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.warns(MomWarning, match="kv_offload=True is not honoured for .*static cache"):
+        result = generate(model, inputs, **keeping(cache, model), disable_compile=True)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert not any(isinstance(tensor, HostTensor) for tensor in tensors(result.past_key_values))
+    reasons = [reason for report in mom_compile.reports() for reason in report.on_device.values()]
+    assert any("static cache" in reason for reason in reasons)
+
+
+class Int8Layer(QuantizedLayer):
+    """Eight bits per channel, with a scale for each token, similar to quanto and HQQ."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, pair):
+        return pair[0] * pair[1]
+
+
+@pytest.mark.parametrize(("rows", "new"), [(80, 1), pytest.param(40, NEW, marks=pytest.mark.slow)])
+def test_a_quantised_cache_works_and_stays_on_the_device_with_a_reason(rows, new):
+    """Prefilled with loops, and without, by stock Inductor's steps that fill its residual and quantise it."""
+    inputs = prompt(1, rows)
+    torch._dynamo.reset()
+
+    def answer(model):
+        cache = Cache(layers=[Int8Layer(residual_length=4) for _ in range(3)])
+        return generate(model, inputs, **keeping(cache, model), max_new_tokens=new)
+
+    expected = answer(eager_model(3))
+    with pytest.warns(MomWarning, match="kv_offload=True is not honoured") as caught:
+        result = answer(compiled("Llama", mini_seq_len=50))
+    assert any("quantised" in str(warning.message) for warning in caught)
+    assert torch.equal(result.sequences, expected.sequences)
+    for mine, reference in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        kept = zip((*mine._quantized_keys, mine.values), (*reference._quantized_keys, reference.values), strict=True)
+        for a, b in kept:
+            assert not isinstance(a, HostTensor)
+            # Inductor's float32 sines of positions differ from eager mode's in the last bit.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9 if new == 1 else 1e-6)
+    prefill = mom_compile.reports()[0]
+    assert bool(prefill.stages) == (rows > 50)
+    assert not prefill.on_host
+    assert len(prefill.on_device) == 12  # integers and scales, keys and values, three layers
+    assert "quantised" in str(prefill)
+
+
+class TokensFirst:
+    """A custom cache: `[B, T, H, D]`, one tensor each for keys and values."""
+
+    def __init__(self) -> None:
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if self.keys is not None:
+            keys, values = torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1)
+        self.keys, self.values = keys, values
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def test_a_custom_cache_with_another_layout_is_found():
+    def attend(x, cache):
+        q, k, v = (t.view(1, -1, 2, 8).transpose(1, 2) for t in (x @ WQ, x @ WK, x @ WV))
+        k, v = cache.update(k, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+    generator = torch.Generator().manual_seed(0)
+    WQ, WK, WV = (torch.randn(16, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    run = torch.compile(attend, backend="mom", options=OPTIONS)
+    mine, reference = TokensFirst(), TokensFirst()
+    with torch.no_grad():
+        for tokens in (37, 1, 1, 1):
+            x = torch.randn(1, tokens, 16, generator=generator, dtype=torch.float64)
+            torch.testing.assert_close(run(x, mine), attend(x, reference), rtol=0, atol=1e-10)
+            assert isinstance(mine.keys, HostTensor)
+    torch.testing.assert_close(mine.keys.fetch(), reference.keys, rtol=0, atol=1e-10)

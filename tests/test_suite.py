@@ -237,6 +237,6 @@ def test_a_search_in_a_process_stops_where_allocating_raised() -> None:
 
 def test_a_worker_that_fails_says_why() -> None:
     """A module that is no worker takes the specification for a file; it ends at once."""
-    told = r"json\.tool: exit status 2\n(?s:.*)No such file or directory"
-    with pytest.raises(WorkerFailed, match=told), Worker("json.tool", SPEC) as worker:
+    message = r"json\.tool: exit status 2\n(?s:.*)No such file or directory"
+    with pytest.raises(WorkerFailed, match=message), Worker("json.tool", SPEC) as worker:
         worker.row()

@@ -257,7 +257,9 @@ def test_models_with_windows(family: str, padded: bool, keep: int) -> None:
     assert all(len(report.stages) < layers for report in prefill)
 
 
-@pytest.mark.parametrize("offload", [True, False], ids=["on the host", "on the device"])
+@pytest.mark.parametrize(
+    "offload", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["on the host", "on the device"]
+)
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_cache_on_the_host_gets_the_window(offload: bool) -> None:
     model, reference = (small_model("Gemma3Text", num_hidden_layers=3) for _ in range(2))
