@@ -40,13 +40,29 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Forget the graphs of a test behind it, since Dynamo counts them by code object, which tests share. Collect its
     garbage, and keep what outlives it out of the `gc.collect()` of later tests."""
     yield
-    torch._dynamo.reset()
+    if request.node.get_closest_marker("shared_graphs") is None:
+        torch._dynamo.reset()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_of_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep graphs between the tests of a module that is marked `shared_graphs`.
+
+    A code object may have as many graphs as its tests need. One more is an error: Dynamo would run it in eager mode.
+    """
+    if request.node.get_closest_marker("shared_graphs") is None:
+        yield
+        return
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

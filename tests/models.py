@@ -2,19 +2,19 @@
 
     TinyDecoder(layers, width, heads, groups, vocabulary)   plain modules, for tests that need no transformers
     tiny(family, ...)                                       two layers of width 32, a vocabulary of 64: to be compiled
-    small_model(family, ...)                                three layers of width 64, a vocabulary of 320: to be run
+    small_model(family, ...)                                two layers of width 64, a vocabulary of 320: to be run
     ids, prompt, next_token                                 what they are called with
 
 A family is what Hugging Face puts before `Config`: "Llama", "GPTNeoX", "Gemma3Text". Those we promise are `FAMILIES`;
 `MIXTURES` have experts, `UNUSUAL` are decoders whose caches hold something else than keys and values of heads,
 `ENCODER_DECODERS` speaks for itself. Of any other the sizes must have the usual names. What else is given by name goes
-to the configuration.
+to the configuration. A test that needs a third layer says so: `num_hidden_layers=3`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 class TinyDecoder(nn.Module):
     """`[B, S]` token ids to `[B, keep or S, vocabulary]` logits."""
 
-    def __init__(self, layers: int = 3, width: int = 32, heads: int = 4, groups: int = 2, vocabulary: int = 64) -> None:
+    def __init__(self, layers: int = 2, width: int = 32, heads: int = 4, groups: int = 2, vocabulary: int = 64) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(vocabulary, width)
@@ -92,7 +92,7 @@ class Size:
 
 
 TINY = Size(32, 2, 48, 64)
-SMALL = Size(64, 3, 224, 320)
+SMALL = Size(64, 2, 224, 320)
 
 #: How a configuration calls the sizes.
 Names = Callable[[Size], dict[str, Any]]
@@ -117,6 +117,17 @@ def _grouped(size: Size) -> dict[str, Any]:
 
 def _sized_heads(size: Size) -> dict[str, Any]:
     return {**_grouped(size), "head_dim": size.width // size.heads}
+
+
+def _gemma3(size: Size) -> dict[str, Any]:
+    """Every third layer sees all tokens, and the second of two."""
+    return {**_sized_heads(size), "sliding_window_pattern": min(size.layers, 3)}
+
+
+def _delta_rule(size: Size) -> dict[str, Any]:
+    """Every second layer has attention."""
+    types = ["full_attention" if layer % 2 else "linear_attention" for layer in range(size.layers)]
+    return {**_sized_heads(size), "layer_types": types}
 
 
 def _gpt2(size: Size) -> dict[str, Any]:
@@ -162,7 +173,7 @@ FAMILIES = {
     "Llama": Family(),
     "Qwen3": Family(_sized_heads),
     "Mistral": Family(_grouped, {"sliding_window": 16}),
-    "Gemma3Text": Family(_sized_heads, {"sliding_window": 16, "sliding_window_pattern": 3}),
+    "Gemma3Text": Family(_gemma3, {"sliding_window": 16}),
     "Gemma2": Family(_sized_heads, {"sliding_window": 16}),
     "GPTNeoX": Family(_with_mlp),
     "GPT2": Family(_gpt2, {"n_positions": 256}),
@@ -195,7 +206,6 @@ _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 _MAMBA = {
     "intermediate_size": 96,
@@ -210,7 +220,7 @@ _MAMBA = {
 UNUSUAL = {
     "DeepseekV2": Family(_grouped, _LATENT),
     "DeepseekV3": Family(_grouped, _LATENT),
-    "Qwen3Next": Family(_sized_heads, _LINEAR),
+    "Qwen3Next": Family(_delta_rule, _LINEAR),
     "Bamba": Family(_grouped, _MAMBA),
 }
 
@@ -260,6 +270,7 @@ def _model(family: str, size: Size, dtype: torch.dtype = torch.float32, *, seed:
     import transformers  # tests of the plain decoder do without
 
     known = _KNOWN.get(family, Family())
+    size = replace(size, layers=changes.pop("num_hidden_layers", size.layers))
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, f"{family}Config")(**{**known.names(size), **tokens, **known.settings, **changes})
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import fx
 import mom_compile.runtime.attention.register  # noqa: F401  registers the kernels
 from mom_passes.attention.form import SDPA, attention_form
 from mom_passes.graph.arguments import argument
+from mom_passes.graph.edit import copy_graph
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.verify import verify
 from tests.captured import Captured, behind_a_past, capture
@@ -48,7 +50,7 @@ def conditions(node: fx.Node) -> dict[str, fx.Node | None]:
 
 def rewritten(captured: Captured) -> fx.GraphModule:
     """The captured graph after the pass, checked: well formed, no SDPA left, same outputs."""
-    gm = attention_form(captured.gm)
+    gm = attention_form(copy_graph(captured.gm))
     verify(gm)
     assert not set(counts(gm)) & set(SDPA)
     for new, old in zip(gm(*captured.inputs), captured.outputs, strict=True):
@@ -72,6 +74,13 @@ MODELS: dict[str, tuple[dict[str, Any], list[int | None], int]] = {
 QUICK = {"Llama", "Gemma3Text"}
 
 
+@functools.cache
+def prefill(family: str, use_cache: bool, dynamic: bool) -> Captured:
+    """A prompt of 19 tokens; tests copy its graph."""
+    model = tiny(family, **MODELS[family][0])
+    return capture(model.forward, dynamic=dynamic, input_ids=ids(1, 19), use_cache=use_cache)
+
+
 @pytest.mark.parametrize(
     ("family", "use_cache", "dynamic"),
     [
@@ -81,10 +90,8 @@ QUICK = {"Llama", "Gemma3Text"}
 )
 def test_models_compute_the_same_with_one_attention_operator(family: str, use_cache: bool, dynamic: bool) -> None:
     """No mask is left, and keys and values have their own heads without repetition."""
-    changes, windows, heads = MODELS[family]
-    model = tiny(family, **changes)
-    captured = capture(model.forward, dynamic=dynamic, input_ids=ids(1, 19), use_cache=use_cache)
-    gm = rewritten(captured)
+    _, windows, heads = MODELS[family]
+    gm = rewritten(prefill(family, use_cache, dynamic))
     nodes = attentions(gm)
     assert [facts(n) for n in nodes] == [{"mask": None, "is_causal": True, "window": w, "start": 0} for w in windows]
     assert {argument(n, "key").meta["val"].shape[1] for n in nodes} == {heads}
@@ -92,7 +99,11 @@ def test_models_compute_the_same_with_one_attention_operator(family: str, use_ca
     assert not [n for n in gm.graph.nodes if n.target is aten.expand.default and n.meta["val"].dim() == 5]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+#: A graph of any length has what one of a fixed length has, and symbols.
+STATIC_TOO = pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
+
+
+@STATIC_TOO
 def test_padding_becomes_a_condition_on_keys(dynamic: bool) -> None:
     """No mask is left, and `mom.spans` runs once for all layers."""
     mask = torch.ones(2, 19, dtype=torch.long)
@@ -109,7 +120,7 @@ def test_padding_becomes_a_condition_on_keys(dynamic: bool) -> None:
     assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.mom.spans.default)) == 1
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@STATIC_TOO
 def test_packed_sequences_become_segments(dynamic: bool) -> None:
     """`position_ids` that start again: the model's check for them becomes segment numbers."""
     at = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, -1)
@@ -121,8 +132,10 @@ def test_packed_sequences_become_segments(dynamic: bool) -> None:
         assert (told["positions"] is not None) != given["is_causal"]  # before transformers 5.23 causal by index
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("new", [1, 7])
+@pytest.mark.parametrize(
+    ("new", "dynamic"),
+    [(1, False), (7, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (7, False)))],
+)
 def test_queries_after_a_past_need_no_mask(new: int, dynamic: bool) -> None:
     """A second turn is causal from its first position; a decode step sees all keys but padding."""
     captured = behind_a_past(tiny("Llama"), new, dynamic)
@@ -137,11 +150,11 @@ def test_queries_after_a_past_need_no_mask(new: int, dynamic: bool) -> None:
 
 
 def test_no_guards_are_added() -> None:
-    captured = capture(tiny("Llama").forward, dynamic=True, input_ids=ids(2, 19), use_cache=False)
-    sizes = [n.meta["val"] for n in captured.gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    gm = copy_graph(prefill("Llama", False, True).gm)
+    sizes = [n.meta["val"] for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
     env = sizes[0].node.shape_env
     before = len(env.guards), dict(env.replacements)
-    attention_form(captured.gm)
+    attention_form(gm)
     assert (len(env.guards), dict(env.replacements)) == before
 
 

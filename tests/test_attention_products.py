@@ -221,7 +221,8 @@ def test_a_softmax_with_a_narrower_range_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dynamic", "padded"), [(2, True, True), (19, False, True), (19, True, False)]
+    ("tokens", "dynamic", "padded"),
+    [(2, True, True), (19, False, True), pytest.param(19, True, False, marks=pytest.mark.slow)],
 )
 def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded: bool) -> None:
     """GPT-OSS, with sliding and full layers in turn: no mask is left, and no value of rows x keys."""
@@ -245,8 +246,10 @@ def test_a_model_with_sinks_computes_the_same(tokens: int, dynamic: bool, padded
         assert no_scores(gm, rows, rows)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("new", [1, 7])
+@pytest.mark.parametrize(
+    ("new", "dynamic"),
+    [(1, False), (7, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (7, False)))],
+)
 def test_a_model_with_sinks_and_a_past_computes_the_same(new: int, dynamic: bool) -> None:
     """A second turn and a decode step. The past of a sliding layer has only the keys of its window."""
     captured = behind_a_past(tiny("GptOss", sliding_window=5), new, dynamic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from benchmarks.models import keeping
 from mom_compile import reports
 from mom_compile.runtime.extend import LEAST, Extend, room_for
 from mom_passes.ops.transfers import EXTEND, extend_reference, token_major
-from tests.models import ids, small_model
+from tests.models import ids, small_model, sweep
 from tests.shares import random_examples
 
 DIM = 2
+
+pytestmark = pytest.mark.shared_graphs
 
 
 def rows(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -306,6 +309,12 @@ def compiled(family: str = "Llama", **options: Any) -> Any:
     return model
 
 
+@functools.cache
+def shared_models() -> tuple[Any, Any]:
+    """A compiled Llama whose graphs all tests share, and the same in eager mode."""
+    return compiled(), plain_model()
+
+
 def step(model: Any, cache: Any, token: int, **named: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([[token]]), **keeping(cache, model), use_cache=True, **named).logits[0, -1]
@@ -320,7 +329,8 @@ def prefilled(model: Any, tokens: int = 50) -> Any:
 
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_decode_step_writes_its_rows_where_the_prefill_left_the_others() -> None:
-    model = compiled()
+    torch._dynamo.reset()
+    model, _ = shared_models()
     cache = prefilled(model)
     storages = [layer.keys.untyped_storage()._cdata for layer in cache.layers]
     for token in range(4):
@@ -332,9 +342,11 @@ def test_a_decode_step_writes_its_rows_where_the_prefill_left_the_others() -> No
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3Text", "Mixtral"])
+@pytest.mark.parametrize(
+    "family", sweep(["Llama", "GPT2", "Gemma3Text", "Mixtral"], quick=["Llama", "Gemma3Text", "Mixtral"])
+)
 def test_steps_over_a_cache_in_place_give_eager_logits(family: str) -> None:
-    model, plain = compiled(family), plain_model(family)
+    model, plain = shared_models() if family == "Llama" else (compiled(family), plain_model(family))
     found, wanted = prefilled(model), prefilled(plain)
     for token in range(5):
         assert torch.allclose(step(model, found, token), step(plain, wanted, token), atol=1e-5)
@@ -404,7 +416,7 @@ def forked(cache: Any) -> Any:
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize("second", [copy.deepcopy, forked])
 def test_two_caches_of_one_prefix_go_on_by_themselves(second: Callable[[Any], Any]) -> None:
-    model, plain = compiled(), plain_model()
+    model, plain = shared_models()
     one, wanted = prefilled(model), prefilled(plain)
     step(model, one, 1), step(plain, wanted, 1)
     two, wanted_two = second(one), copy.deepcopy(wanted)
@@ -415,7 +427,7 @@ def test_two_caches_of_one_prefix_go_on_by_themselves(second: Callable[[Any], An
 
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_cache_that_is_cropped_and_used_in_eager_mode_between_steps_goes_on() -> None:
-    model, plain = compiled(), plain_model()
+    model, plain = shared_models()
     found, wanted = prefilled(model), prefilled(plain)
     for turn in range(3):
         for token in range(3):
@@ -431,7 +443,7 @@ def test_a_cache_that_is_cropped_and_used_in_eager_mode_between_steps_goes_on() 
 
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = compiled(), plain_model()
+    model, plain = shared_models()
     found, wanted = prefilled(model), prefilled(plain)
     step(model, found, 1), step(plain, wanted, 1)
     calls: list[int] = []

@@ -228,7 +228,7 @@ def test_a_step_left_on_the_device_is_compiled_anew_where_its_cache_does_not_fit
 
     def generated() -> list[tuple[str, bool]]:
         torch._dynamo.reset()
-        model = small_model("Llama")
+        model = small_model("Llama", num_hidden_layers=3)
         model.compile(backend="mom", options={"mini_seq_len": 8, "strict": True, "memory_budget": "1GiB"})
         model.generate(ids(1, 40), max_new_tokens=3, min_new_tokens=3, do_sample=False)
         return [(report.kind, report.from_cache) for report in reports()]

@@ -40,7 +40,7 @@ def harness_answer(model: Any, context: list[int], continuation: list[int]) -> t
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_requests_are_answered_as_the_harness_answers_them(batch_size: int, eager_pieces: None) -> None:
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=1)
     asked = [request(n, *sizes) for n, sizes in enumerate([(1, 30), (20, 1), (7, 40), (30, 2), (5, 5)])]
     # What greedy decoding says is greedy, and only that.
     asked.append(("greedy", asked[2][1], model.generate(torch.tensor([asked[2][1]]), max_new_tokens=6)[0, 7:].tolist()))
@@ -147,7 +147,7 @@ def test_relevance_is_of_each_documents_last_token(eager_pieces: None) -> None:
 
 
 def test_the_term_of_grpo_is_the_plain_ways(eager_pieces: None) -> None:
-    reference = small_model("Llama")
+    reference = small_model("Llama", num_hidden_layers=1)
     policy = grpo_loss.after_a_step(reference)
     batch, mask = grpo_loss.samples(3, 24, 30, SMALL.vocabulary)
     assert mask.sum(1).unique().numel() == 3

@@ -457,7 +457,7 @@ from tests.models import prompt, small_model
 
 with torch.no_grad():
     options = {"mini_seq_len": 16, "kv_offload": True}
-    report = mom_compile.explain(small_model("Gemma3Text"), **prompt(2, 90), options=options)[0]
+    report = mom_compile.explain(small_model("Gemma3Text", num_hidden_layers=3), **prompt(2, 90), options=options)[0]
 print(report, report.code(), schedule(report.graph), report.memory.peak, sep="\\n")
 """
 

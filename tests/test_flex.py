@@ -79,7 +79,7 @@ class FlexLayer(nn.Module):
 class FlexDecoder(nn.Module):
     """`[B, S]` ids and `[B, S]` scores of keys to `[B, keep or S, 64]` logits, and each layer's keys and values."""
 
-    def __init__(self, layers: int = 3, width: int = 32, scales: tuple[int, ...] = (), heads: int = 4) -> None:
+    def __init__(self, layers: int = 2, width: int = 32, scales: tuple[int, ...] = (), heads: int = 4) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, width)
@@ -102,7 +102,7 @@ def inputs(batch: int, tokens: int, dtype: torch.dtype = torch.float64) -> tuple
 
 
 @functools.cache
-def captured(batch: int = 2, tokens: int = 200, dynamic: bool | None = None, **model: Any) -> Captured:
+def captured(batch: int = 2, tokens: int = 200, dynamic: bool = False, **model: Any) -> Captured:
     decoder = FlexDecoder(**model).double()
     tokens_, keys = inputs(batch, tokens)
     return capture(decoder, dynamic=dynamic, ids=tokens_, keys=keys, mask=block_mask(tokens))
@@ -129,10 +129,10 @@ def runs_alike(gm: Any, graph: Captured, tolerance: float) -> None:
 
 def test_a_call_is_one_operator_without_its_graphs():
     gm = copy_graph(captured().gm)
-    assert outline_flex(gm) == 3
+    assert outline_flex(gm) == 2
     assert not gm.graph.find_nodes(op="get_attr")
     calls = list(flex_attentions(gm))
-    assert len(calls) == 3 and all(call.args[3] is None and call.args[4][-1] is None for call in calls)
+    assert len(calls) == 2 and all(call.args[3] is None and call.args[4][-1] is None for call in calls)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -143,7 +143,7 @@ def test_what_is_put_back_is_what_was_captured(dynamic):
     runs_alike(gm, graph, 0)
     restore_flex_attention(gm)
     assert not list(flex_attentions(gm))
-    assert len(gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION)) == 3
+    assert len(gm.graph.find_nodes(op="call_function", target=FLEX_ATTENTION)) == 2
     verify(gm, Contract.of(graph.gm))
     runs_alike(gm, graph, 0)
 
@@ -167,7 +167,7 @@ def test_no_dimension_is_cut_and_each_says_why():
 def test_everything_but_the_attention_is_in_loops(dynamic):
     graph = captured(dynamic=dynamic)
     gm, report = rewritten(graph)
-    assert len(loops(gm)) == 4
+    assert len(loops(gm)) == 3
     assert report.kind == PREFILL
     assert list(report.left_out) == list(report.work_outside)
     assert list(report.left_out) == [f"flex_attention ({node.name})" for node in flex_attentions(gm)]
@@ -214,7 +214,7 @@ def test_only_the_rows_that_are_asked_for_are_computed_behind_it():
 
 def test_keys_and_values_leave_for_the_host():
     _, report = reported(run_pipeline(captured().gm, static_inputs=(), limit=RowLimit(32), kv_on_host=True))
-    assert len(report.on_host) == 6 and not report.on_device
+    assert len(report.on_host) == 4 and not report.on_device
 
 
 # --- a compiled model, its pieces run node by node ---
@@ -297,7 +297,7 @@ def test_as_much_is_in_loops_as_with_the_default_attention():
     work = []
     for attention in ("flex_attention", "sdpa"):
         torch._dynamo.reset()
-        model = small_model("Llama", attn_implementation=attention)
+        model = small_model("Llama", attn_implementation=attention, num_hidden_layers=3)
         model.compile(backend="mom", options={"mini_seq_len": 32, "strict": True})
         with torch.no_grad():
             model(**prompt(2, 150))

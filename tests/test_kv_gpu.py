@@ -30,7 +30,7 @@ def generate(model, tokens: int, new: int = 24):
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
 def test_generate_keeps_its_cache_in_pinned_memory_and_gives_the_same_tokens(name):
-    model = small_model(name).cuda()
+    model = small_model(name, num_hidden_layers=3).cuda()
     expected = generate(model, 300).sequences
     model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64, "strict": True})
     result = generate(model, 300)
@@ -56,7 +56,7 @@ def logits_of_steps(model: Any, tokens: int, steps: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
 def test_logits_are_as_close_to_float64_as_those_of_eager_mode(name, dtype):
     """In bfloat16 by FlashAttention with grouped heads, in float32 by another kernel."""
-    model = small_model(name).to(dtype)
+    model = small_model(name, num_hidden_layers=3).to(dtype)
     exact, _ = logits_of_steps(copy.deepcopy(model).double(), 300, 6)
     model = model.cuda()
     eager, _ = logits_of_steps(model, 300, 6)
@@ -126,7 +126,7 @@ def test_memory_pinned_in_the_background_takes_copies():
 
 
 def test_pinned_memory_is_freed_on_demand():
-    model = small_model("Llama").cuda()
+    model = small_model("Llama", num_hidden_layers=3).cuda()
     model.compile(backend="mom", options={"kv_offload": True, "mini_seq_len": 64})
     result = generate(model, 300)
     assert host_memory().memory > 0

@@ -20,7 +20,8 @@ from tests.models import tiny
 from tests.shares import some_and_many
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("eager_pieces")
+#: One or more new rows, with a past of none, one or more rows: many graphs, which both tests need.
+pytestmark = [pytest.mark.usefixtures("eager_pieces"), pytest.mark.shared_graphs]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def eager_model():
     return tiny("Llama", max_position_embeddings=256).double()
 
 
+@functools.cache
 def compiled_model():
     model = tiny("Llama", max_position_embeddings=256).double()
     model.compile(backend="mom", dynamic=True, options={"kv_offload": True, "mini_seq_len": 16, "strict": True})
@@ -92,11 +94,9 @@ def differs(model, story: Story) -> bool:
 
 @pytest.fixture
 def slow_copies():
-    """One or more new rows, with a past of none, one or more rows: more graphs than Dynamo's limit of eight."""
     engine = engine_for(CPU)
     engine.delay = Delays(0)
-    with torch._dynamo.config.patch(recompile_limit=32):
-        yield
+    yield
     engine.delay = None
 
 

@@ -350,7 +350,7 @@ def attention_masks(gm: fx.GraphModule) -> list[fx.Node]:
 #: With symbolic sizes a proof takes longer: one model with full attention, and one with both kinds.
 QUICK = {"Llama"}
 #: Models whose masks are built as those of others.
-ALIKE = {"Qwen3", "Phi3"}
+ALIKE = {"Qwen3", "Phi3", "Mistral"}
 CASES = [pytest.param(family, False, marks=[pytest.mark.slow] if family in ALIKE else []) for family in FAMILIES] + [
     pytest.param(family, True, marks=[] if family in QUICK else [pytest.mark.slow]) for family in FAMILIES
 ]

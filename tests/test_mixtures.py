@@ -57,7 +57,7 @@ def outside(report, family: str = "") -> list[str]:
 def test_a_mixture_is_exact_in_float64(family, cache):
     """A padded batch; the first length is compiled as fixed, the second makes it dynamic; with a cache, a step each."""
     # Of others the first layer has no experts, or layers differ.
-    model = small_model(family, torch.float64, **({"num_hidden_layers": 2} if family in ("Mixtral", "GptOss") else {}))
+    model = small_model(family, torch.float64, num_hidden_layers=2 if family in ("Mixtral", "GptOss") else 3)
     compile_for_test(model)
     for tokens in (37, 50):
         inputs = prompt(3, tokens, padded=True)

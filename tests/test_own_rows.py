@@ -30,7 +30,7 @@ from mom_passes.program.memory import memory
 from mom_passes.program.own_rows import own_rows
 from mom_passes.program.program import LoopStep
 from mom_passes.program.schedule import schedule
-from tests.models import TinyDecoder, ids, next_token, prompt, small_model
+from tests.models import TinyDecoder, ids, next_token, prompt, small_model, sweep
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.shares import at_least
 from tests.test_in_place import decoder, layer, taken
@@ -77,6 +77,7 @@ SOURCES = {
 }
 
 
+@functools.cache
 def program(source, *crops):
     """Operators after a value, and some crops of the value."""
 
@@ -88,10 +89,16 @@ def program(source, *crops):
     return run
 
 
+@functools.lru_cache
+def traced(function, batch, dynamic):
+    """A graph that tests with loops and without copy."""
+    return trace(function, x_of(batch), *WEIGHTS, dynamic=dynamic)
+
+
 def check(function, *, loops=True, dynamic=False, batch=2):
     """The outputs of the rewritten graph, which equal eager mode's, and the copies that were made."""
     x = x_of(batch)
-    gm = trace(function, x, *WEIGHTS, dynamic=dynamic)
+    gm = copy_graph(traced(function, batch, dynamic))
     assert dynamic == any(isinstance(size, torch.SymInt) for size in next(iter(gm.graph.nodes)).meta["val"].shape)
     if loops:
         rewritten, report = rewrite(gm, 4, parameter_names(gm))
@@ -117,13 +124,16 @@ def test_a_returned_crop_holds_only_its_rows(source, crop, loops):
 
 
 @pytest.mark.parametrize("loops", [True, False], ids=["loops", "stock"])
-@pytest.mark.parametrize("crop", ["head", "tail", "selected", "channels", "viewed"])
+@pytest.mark.parametrize(
+    "crop", sweep(["head", "tail", "selected", "channels", "viewed"], quick=["head", "tail", "viewed"])
+)
 def test_a_returned_crop_holds_only_its_rows_at_dynamic_lengths(crop, loops):
     outputs, own = check(program("loop", crop), loops=loops, dynamic=True)
     assert behind(outputs[1]) <= 1.15
     assert own or loops
 
 
+@functools.cache
 def cropped_keys(*crops):
     """Keys of the second of three layers, of which crops are returned."""
 
@@ -348,8 +358,7 @@ def assert_rows_alone(cache):
 )
 def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, lengths):
     """Windows of 16. Of two lengths that are compiled the second is a symbol."""
-    model = small_model("Mistral")
-    reference = small_model("Mistral")
+    model, reference = (small_model("Mistral", num_hidden_layers=3) for _ in range(2))
     model.compile(backend="mom", options={"kv_offload": False, "mini_seq_len": 32, "strict": True})
     for length in lengths:
         inputs = prompt(batch, length)
@@ -373,7 +382,7 @@ def test_a_sliding_windows_cache_holds_only_the_window_after_every_step(batch, l
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_step_of_many_tokens_keeps_only_the_window():
-    model = small_model("Mistral")
+    model = small_model("Mistral", num_hidden_layers=3)
     options = {"kv_offload": False, "mini_seq_len": 64, "strict": True}
     model.compile(backend="mom", dynamic=False, options=options)
     cache = DynamicCache(config=model.config)
@@ -386,7 +395,7 @@ def test_a_step_of_many_tokens_keeps_only_the_window():
 
 def test_explain_lists_the_copied_rows():
     """Of one layer of three: the loops pass the windows of the others on."""
-    model, inputs = small_model("Mistral"), prompt(1, 41)
+    model, inputs = small_model("Mistral", num_hidden_layers=3), prompt(1, 41)
     found = mom_compile.explain(model, **inputs, options={"mini_seq_len": 8, "kv_offload": False})
     assert [(rows.bytes, rows.base_bytes) for rows in found[0].own_rows] == [(15 * 2 * 16 * 4, 41 * 2 * 16 * 4)] * 2
     assert "rows of their own: 2 parts (slice" in found.details()

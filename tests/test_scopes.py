@@ -7,7 +7,7 @@ import torch
 
 import mom_compile
 from mom_passes.loops.loop import loops
-from tests.models import TinyDecoder, ids, prompt, small_model
+from tests.models import TinyDecoder, ids, prompt, small_model, sweep
 from tests.programs import ATTENTION, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import rewrite, trace
@@ -47,7 +47,7 @@ def test_scope_mlp_computes_the_last_token_only_where_no_more_is_asked():
 
 
 @pytest.mark.usefixtures("eager_pieces")
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma3Text", "Falcon"])
+@pytest.mark.parametrize("name", sweep(["Llama", "GPT2", "Gemma3Text", "Falcon"], quick=["GPT2", "Gemma3Text"]))
 def test_scope_mlp_is_exact_for_real_families(name):
     model = small_model(name, torch.float64)
     inputs = prompt(2, 37, padded=True)
@@ -58,7 +58,7 @@ def test_scope_mlp_is_exact_for_real_families(name):
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-10 * float(expected[real].abs().max()))
     stages = mom_compile.reports()[-1].stages
-    assert len(stages) == 4
+    assert len(stages) == 3
     assert not any("attention" in operator for stage in stages for operator in stage.operators)
 
 

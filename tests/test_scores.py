@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from typing import Any
@@ -15,6 +16,14 @@ from mom_compile.scores import _COMPILED
 from tests.models import SMALL, TinyDecoder, ids, small_model, sweep
 
 OPTIONS = {"strict": True, "mini_seq_len": 16}
+
+pytestmark = pytest.mark.shared_graphs
+
+
+@functools.cache
+def shared_model() -> Any:
+    """A Llama whose graphs tests share: with a mask and without, with entropies and without."""
+    return small_model("Llama")
 
 
 def text(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -42,7 +51,7 @@ def assert_scores(actual: TokenScores, row: int, at: slice, expected: TokenScore
 @pytest.mark.parametrize("family", sweep(["Llama", "GPT2", "Gemma3Text"], quick=["Llama"]))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_sequences_are_scored_as_if_alone(family: str, side: str, eager_pieces: None) -> None:
-    model = small_model(family)
+    model = shared_model() if family == "Llama" else small_model(family)
     lengths = (60, 41, 2)
     batch, mask = torch.zeros(3, 60, dtype=torch.long), torch.zeros(3, 60, dtype=torch.long)
     for row, n in enumerate(lengths):
@@ -61,18 +70,53 @@ def test_padded_sequences_are_scored_as_if_alone(family: str, side: str, eager_p
     assert all(report.stages and not report.left_out for report in mom_compile.reports())
 
 
-def test_one_compilation_for_all_lengths(eager_pieces: None) -> None:
-    """And its graph has no logits at full length."""
-    model = small_model("Llama")
+def test_a_sequence_of_padding_only(eager_pieces: None) -> None:
+    """It has no scores and does not affect the others."""
+    model = shared_model()
+    sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0] = 0
+    scores = token_log_probs(model, sequence, mask, entropy=True, options=OPTIONS)
+    assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
+    assert scores.entropy is not None
+    for values in (scores.log_probs, scores.greedy, scores.entropy):
+        assert not values[0].any()
+
+
+def test_one_compilation_for_all_lengths(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trace, too: compiled for all sizes, Dynamo would first take a model's floats as inputs, and then start again.
+    And the graph has no logits at full length."""
+    seen: list[int] = []
+    capture = backend.capture
+
+    def counting(gm: torch.fx.GraphModule, *given: Any, **named: Any) -> Any:
+        seen.append(len(gm.graph.nodes))
+        return capture(gm, *given, **named)
+
+    monkeypatch.setattr(backend, "capture", counting)
+    torch._dynamo.reset()
+    model = shared_model()
     for tokens in (50, 33, 64, 90):
         sequence = text(2, tokens, tokens)
         scores = token_log_probs(model, sequence, options=OPTIONS)
         for row in range(2):
             assert_scores(scores, row, slice(None), wanted(model, sequence[row]))
     (report,) = mom_compile.reports()
-    assert report.stages and not report.left_out
+    assert report.stages and not report.left_out and len(seen) == 1
     shapes = [stored.type.shape for stage in report.stages for stored in stage.crossing]
     assert shapes and not any(shape[-1] == SMALL.vocabulary for shape in shapes)
+
+
+def test_custom_labels(eager_pieces: None) -> None:
+    """Scored instead of the tokens, -100 for none; some of them as in Hugging Face's losses."""
+    model = shared_model()
+    sequence, labels = text(1, 40), text(1, 40, 7)
+    labels[0, 5:9] = -100
+    scores = token_log_probs(model, sequence, labels=labels, options=OPTIONS)
+    with torch.no_grad():
+        loss = model(input_ids=sequence, labels=labels).loss
+    seen = labels[:, 1:] != -100
+    torch.testing.assert_close(-scores.log_probs[seen].mean(), loss)
+    assert not scores.log_probs[~seen].any() and not scores.greedy[~seen].any()
 
 
 def test_compiled_code_and_half_precision() -> None:
@@ -88,21 +132,8 @@ def test_compiled_code_and_half_precision() -> None:
     assert mom_compile.reports()[0].stages and not mom_compile.reports()[0].eager_pieces
 
 
-def test_custom_labels(eager_pieces: None) -> None:
-    """Scored instead of the tokens, -100 for none; some of them as in Hugging Face's losses."""
-    model = small_model("Llama")
-    sequence, labels = text(1, 40), text(1, 40, 7)
-    labels[0, 5:9] = -100
-    scores = token_log_probs(model, sequence, labels=labels, options=OPTIONS)
-    with torch.no_grad():
-        loss = model(input_ids=sequence, labels=labels).loss
-    seen = labels[:, 1:] != -100
-    torch.testing.assert_close(-scores.log_probs[seen].mean(), loss)
-    assert not scores.log_probs[~seen].any() and not scores.greedy[~seen].any()
-
-
 def test_scoring_does_not_affect_a_compiled_model(eager_pieces: None, stock_is_eager: None) -> None:
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=1)
     model.compile(backend="mom", options=OPTIONS)
     sequence = text(2, 50)
     with torch.no_grad():
@@ -115,6 +146,7 @@ def test_scoring_does_not_affect_a_compiled_model(eager_pieces: None, stock_is_e
 @pytest.mark.slow
 def test_many_models_do_not_share_a_recompile_limit(eager_pieces: None) -> None:
     """Dynamo limits the compilations of a function; deleted models are not kept alive."""
+    torch._dynamo.reset()
     gone = []
     for seed in range(12):
         model = small_model("Llama", num_hidden_layers=1, seed=seed)
@@ -195,22 +227,6 @@ def test_models_in_training_or_without_logits_raise() -> None:
         token_log_probs(model.eval().model, text(1, 9))
 
 
-def test_the_model_is_traced_once(eager_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled for all sizes, Dynamo would first take a model's floats as inputs, and then start again."""
-    seen: list[int] = []
-    capture = backend.capture
-
-    def counting(gm: torch.fx.GraphModule, *given: Any, **named: Any) -> Any:
-        seen.append(len(gm.graph.nodes))
-        return capture(gm, *given, **named)
-
-    monkeypatch.setattr(backend, "capture", counting)
-    model = small_model("Llama")
-    for tokens in (40, 57):
-        token_log_probs(model, text(1, tokens), options=OPTIONS)
-    assert len(seen) == 1
-
-
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_model_with_another_result_raises(kind: type, eager_pieces: None) -> None:
     class Hidden(TinyDecoder):
@@ -220,18 +236,6 @@ def test_a_model_with_another_result_raises(kind: type, eager_pieces: None) -> N
 
     with pytest.raises(ValueError, match=f"returned a {kind.__name__} without logits"):
         token_log_probs(Hidden().eval(), ids(1, 40), options=OPTIONS)
-
-
-def test_a_sequence_of_padding_only(eager_pieces: None) -> None:
-    """It has no scores and does not affect the others."""
-    model = small_model("Llama")
-    sequence, mask = text(2, 50), torch.ones(2, 50, dtype=torch.long)
-    mask[0] = 0
-    scores = token_log_probs(model, sequence, mask, entropy=True, options=OPTIONS)
-    assert_scores(scores, 1, slice(None), wanted(model, sequence[1]))
-    assert scores.entropy is not None
-    for values in (scores.log_probs, scores.greedy, scores.entropy):
-        assert not values[0].any()
 
 
 def test_a_large_vocabulary_does_not_bias_scores() -> None:

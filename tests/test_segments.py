@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import fx
 
 import mom_compile
 from mom_compile.config import parse_options
+from mom_passes.graph.edit import copy_graph
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
@@ -26,10 +30,18 @@ def layers(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor]:
     return (x,)
 
 
-def rewritten(most: int):
-    weights = weights_of(torch.float64)
+def given() -> tuple[torch.Tensor, ...]:
     x = torch.randn(2, 33, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    gm = trace(layers, x, *weights)
+    return (x, *weights_of(torch.float64))
+
+
+@functools.cache
+def traced() -> fx.GraphModule:
+    return trace(layers, *given())
+
+
+def rewritten(most: int):
+    gm, (x, *weights) = copy_graph(traced()), given()
     made, _ = rewrite(gm, 5, parameter_names(gm), loop_products=most)
     torch.testing.assert_close(made(x, *weights)[0], gm(x, *weights)[0], rtol=1e-12, atol=1e-9)
     return [module for _, module in loop_nodes(made)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from mom_passes.program.program import LoopStep
 from tests.models import TinyDecoder, ids, tiny
 
 
+@functools.cache
 def report_of(layers=2):
     return mom_compile.explain(TinyDecoder(layers=layers).eval(), ids(1, 37), options={"mini_seq_len": 8})[0]
 

@@ -19,8 +19,6 @@ from tests.models import SMALL, ids, next_token, prompt, small_model, sweep
 
 TOKENS = 70
 KINDS = sweep(["Llama", "Gemma3Text", "Mixtral", "GPTNeoX"], quick=["Llama"])
-#: Layers of Llama are identical.
-CHANGES = {"Llama": {"num_hidden_layers": 2}}
 #: Of any logit. Mixtral's router computes its softmax in float32, whatever the model's dtype.
 BOUND = {"Mixtral": 1e-6}
 OPTIONS = {"strict": True, "mini_seq_len": 16}
@@ -28,7 +26,7 @@ OPTIONS = {"strict": True, "mini_seq_len": 16}
 
 def compiled_model(family: str, dtype: torch.dtype = torch.float64, **compiling: Any) -> tuple[Any, Callable[..., Any]]:
     """A model that runs by mom when called, and its eager `forward`."""
-    model = small_model(family, dtype, **CHANGES.get(family, {}))
+    model = small_model(family, dtype)
     model.compile(backend="mom", options=OPTIONS, **compiling)
     return model, model.forward
 
@@ -113,7 +111,7 @@ def test_embeddings_in_place_of_tokens(family: str) -> None:
 def test_autocast(family: str) -> None:
     """bfloat16 products over float32 weights, as near to float64 as eager mode is."""
     model, eager = compiled_model(family, torch.float32)
-    exact = small_model(family, torch.float64, **CHANGES.get(family, {}))
+    exact = small_model(family, torch.float64)
     inputs = prompt(2, TOKENS, padded=True)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):

@@ -32,14 +32,14 @@ from tests.models import tiny
 CPU = torch.device("cpu")
 LAYERS = 4
 
+pytestmark = pytest.mark.shared_graphs
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _eager_pieces() -> Iterator[None]:
     """Shared by all tests, as several use the same compiled code."""
-    torch._dynamo.reset()
-    with pieces_run_eagerly(), torch._dynamo.config.patch(recompile_limit=32):
+    with pieces_run_eagerly():
         yield
-    torch._dynamo.reset()
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def text(model: Any, x: torch.Tensor, tokens: int = 4) -> torch.Tensor:
 def test_generated_tokens_are_equal(family: str) -> None:
     """Uncompiled and compiled, prefill and decode steps."""
     x = ids(1, 70)
-    model = small_model(family) if family == "Bamba" else tiny(family)
+    model = small_model(family, num_hidden_layers=3) if family == "Bamba" else tiny(family)
     expected = text(model, x)
     offloaded(model)
     assert torch.equal(text(model, x), expected)
@@ -177,7 +177,9 @@ def test_generated_tokens_are_equal(family: str) -> None:
 def test_scores_are_equal() -> None:
     x = ids(2, 70)
     model = tiny("Llama", tie_word_embeddings=True)
-    expected = token_log_probs(copy.deepcopy(model), x).log_probs
+    with torch.no_grad():
+        logits = model(x).logits[:, :-1]
+    expected = logits.log_softmax(-1).gather(-1, x[:, 1:, None])[..., 0]
     got = token_log_probs(offloaded(model), x, options={"mini_seq_len": 64, "strict": True}).log_probs
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
@@ -186,7 +188,7 @@ def test_scores_are_equal() -> None:
 
 
 def saved(folder: Path, family: str = "Llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    model = small_model(family, dtype, **settings)
+    model = small_model(family, dtype, num_hidden_layers=3, **settings)
     model.generation_config.max_length = 77
     model.save_pretrained(folder, max_shard_size="50KB")
     return type(model).from_pretrained(folder, dtype="auto").eval()
@@ -284,7 +286,7 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_weights_quantised_by_torchao() -> None:
     torchao = pytest.importorskip("torchao.quantization")
-    model = small_model("Llama")
+    model = small_model("Llama", num_hidden_layers=3)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     x = ids(1, 70)
     with torch.no_grad():

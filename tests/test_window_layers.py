@@ -236,7 +236,7 @@ def test_compiled_for_every_length() -> None:
 def test_models_with_windows(family: str, padded: bool, keep: int) -> None:
     """Windows of 16, two lengths that mini-sequences do not divide, then decode steps. Sinks, capped scores and
     mixtures of experts are among the models."""
-    model, reference = small_model(family), small_model(family)
+    model, reference = (small_model(family, num_hidden_layers=3) for _ in range(2))
     torch._dynamo.reset()
     model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True})
     for tokens in (90, 77):
@@ -257,10 +257,12 @@ def test_models_with_windows(family: str, padded: bool, keep: int) -> None:
     assert all(len(report.stages) < layers for report in prefill)
 
 
-@pytest.mark.parametrize("offload", [True, False], ids=["on the host", "on the device"])
+@pytest.mark.parametrize(
+    "offload", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["on the host", "on the device"]
+)
 @pytest.mark.usefixtures("eager_pieces")
 def test_a_cache_on_the_host_gets_the_window(offload: bool) -> None:
-    model, reference = small_model("Gemma3Text"), small_model("Gemma3Text")
+    model, reference = (small_model("Gemma3Text", num_hidden_layers=3) for _ in range(2))
     torch._dynamo.reset()
     model.compile(backend="mom", options={"mini_seq_len": 16, "strict": True, "kv_offload": offload})
     inputs, shapes = prompt(1, 90), []
