@@ -181,7 +181,7 @@ def a_planner(config, batch=1, device="cpu", **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3", "Qwen3_5Text"])
 def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch):
     """Compares plans from two shorter models and from all layers, for every way. Stock Inductor reorders by the length
     of a sum, and so by layer: its plans are nearly equal."""
@@ -199,6 +199,10 @@ def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch
             hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=9, n_routed_experts=8,
             num_attention_heads=2, num_key_value_heads=2, vocab_size=500, q_lora_rank=32, kv_lora_rank=32, n_group=2,
             topk_group=1, num_experts_per_tok=2, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
+        ),
+        "Qwen3_5Text": lambda: transformers.Qwen3_5TextConfig(
+            **narrow, num_hidden_layers=13, head_dim=32, intermediate_size=256, linear_num_value_heads=4,
+            linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
         ),
         "GptOss": lambda: transformers.GptOssConfig(
             **narrow, num_hidden_layers=10, head_dim=32, intermediate_size=64, sliding_window=128, num_local_experts=4,
