@@ -29,7 +29,7 @@ CONFIGS = {
 }
 TOKENS = 24
 
-#: Loads each model on two ranks and prints, for each, the bytes of this rank's parameters and buffers, and of its cache.
+#: Loads each model on two ranks and prints for each the bytes of this rank's parameters and buffers, and of its cache.
 WORKER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -125,7 +125,7 @@ def test_a_process_with_a_default_group_is_refused() -> None:
     [
         ({}, 0, r"tensor_parallel=0 is not valid; it is a number of ranks, 1 or more"),
         ({}, True, "tensor_parallel=True is not valid"),
-        ({}, 3, r"3 does not divide the 8 attention heads of model.layers.0.self_attn.q_proj.*: 1, 2, 4, 8|are 1, 2, 4"),
+        ({}, 3, r"3 does not divide the 8 attention heads of model.layers.0.self_attn.q_proj.* are 1, 2, 4, 8"),
         ({}, 8, r"8 does not divide the 4 key/value heads of model.layers.0.self_attn.k_proj.* are 1, 2, 4"),
     ],
 )
@@ -136,7 +136,7 @@ def test_invalid_numbers_of_ranks_raise(config: dict[str, Any], ranks: Any, mess
 
 def test_a_model_without_a_plan_of_its_own_raises() -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100)
-    with pytest.raises(PlanError, match="no tensor-parallel plan for gpt2 .*; plan it without tensor_parallel"):
+    with pytest.raises(PlanError, match=r"no tensor-parallel plan for gpt2 .*; plan it without tensor_parallel"):
         planned(config, 2)
 
 

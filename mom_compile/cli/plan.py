@@ -184,7 +184,7 @@ def _subject(data: Mapping[str, Any]) -> str:
     return (
         f"{subject['name']} ({subject['model_type']}): {subject['layers']} layers, {subject['parameters'] / 1e9:.3g}e9 "
         f"parameters, {in_units(subject['weight_bytes'])} of weights in {subject['stored']} and "
-        f"{in_units(data['kv_bytes_per_token'])} of keys and values per token{per_rank}{longest}{sequences}"
+        f"{in_units(data['kv_bytes_per_token'])} of cache per token{per_rank}{longest}{sequences}"
     )
 
 

@@ -247,8 +247,8 @@ class Plan:
         width = max(map(len, sizes))
         s, per_rank = self.subject, "" if self.tensor_parallel == 1 else f" on each of {self.tensor_parallel} ranks"
         lines = [
-            f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3g}e9 parameters, {in_units(s.weight_bytes)}{per_rank}; "
-            f"{in_units(self.kv_bytes_per_token)} of keys and values per token",
+            f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3g}e9 parameters, {in_units(s.weight_bytes)} and "
+            f"{in_units(self.kv_bytes_per_token)} of cache per token{per_rank}",
             *(f"note: {note}" for note in self.notes),
             f"peak of the device for {self.batch_size} x {self.seq_len:,} tokens, weights included:",
             *(f"  {what:{width}}  {in_units(size)}" for what, size in sizes.items()),

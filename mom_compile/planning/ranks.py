@@ -1,5 +1,5 @@
-"""The tensor parallelism of transformers, planned for one rank: a model on the meta device is sharded as `tp_plan="auto"`
-shards it, among ranks that do not exist.
+"""The tensor parallelism of transformers, planned for one rank: a model on the meta device is sharded as
+`tp_plan="auto"` shards it, among ranks that do not exist.
 
 Terms
 -----
@@ -108,7 +108,7 @@ def checked_ranks(tensor_parallel: Any) -> Ranks:
 
 
 def _make_local(modules: list[nn.Module]) -> None:
-    """Replace the DTensors among the modules' own parameters by this rank's parts, in place. Shared ones stay shared."""
+    """Replace DTensors among the modules' own parameters by this rank's parts, in place. Shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():

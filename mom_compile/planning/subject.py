@@ -38,10 +38,10 @@ _NOT_BUILT = frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 @dataclass(frozen=True)
 class Subject:
-    """`parameters` counts each parameter of the model once, `weight_bytes` are those of a rank, with buffers. `longest` is the number of positions of
-    the model, None if the config has none. `dtype` is that of unquantised weights; `stored` also names the format of
-    quantised ones. `counts` are the numbers of layers of the traced models. `ranks` share the model by tensor
-    parallelism.
+    """`parameters` counts each parameter of the model once. `weight_bytes` are those of one of the `ranks` that share
+    the model by tensor parallelism, with buffers. `longest` is the number of positions of the model, None if the config
+    has none. `dtype` is that of unquantised weights; `stored` also names the format of quantised ones. `counts` are the
+    numbers of layers of the traced models.
     """
 
     name: str
@@ -68,7 +68,9 @@ def subject_of(
 ) -> tuple[Subject, Weights]:  # fmt: skip
     """Return the model of a transformers config and its weights, in `dtype`, else the config's dtype, else bfloat16.
 
-    `scheme` determines the bytes of quantised weights, `ranks` share the model. Raises `PlanError` if transformers cannot build the model.
+    `scheme` determines the bytes of quantised weights, `ranks` share the model.
+
+    Raises `PlanError` if transformers cannot build or shard the model.
     """
     chosen = dtype or getattr(config, "dtype", None) or torch.bfloat16
     config, ranks = copy.deepcopy(config), ranks or Ranks()
