@@ -109,8 +109,8 @@ def page(data: Row) -> str:
         lines += ["", f"## {name}", "", _facts(row), ""]
         lines += [f"| | {' | '.join(in_units(size) for size in CARDS)} |", "|---|" + "---:|" * len(CARDS)]
         for way in row["ways"].values():
-            cells = [_tokens(way["longest"][str(size)], row["positions"]) for size in CARDS]
-            lines.append(f"| {way['what']} | {' | '.join(cells)} |")
+            lengths = [_tokens(way["longest"][str(size)], row["positions"]) for size in CARDS]
+            lines.append(f"| {way['what']} | {' | '.join(lengths)} |")
         lines += [line for note in row["notes"] for line in ("", f"{note[0].upper()}{note[1:]}.")]
     return "\n".join([*lines, "", *_of_ranks(data["cells"]), f"{stamp}.", ""])
 

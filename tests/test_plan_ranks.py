@@ -99,7 +99,7 @@ def test_a_rank_has_its_share_of_weights_cache_and_temporary_values(llama_plans:
     for way in one.ways:
         assert two.ways[way].peak_bytes(2048) < one.ways[way].peak_bytes(2048)
     assert two.ways["eager"].max_seq_len(64 << 20) > one.ways["eager"].max_seq_len(64 << 20)
-    assert "on each of 2 ranks" in str(two) and "of one of 2 ranks" in two.notes[0]
+    assert "on each of 2 ranks" in str(two) and "of one of 2 ranks, which holds 0.5 of" in two.notes[0]
 
 
 def test_collectives_are_in_the_traced_graph(llama_plans: Any) -> None:
@@ -137,6 +137,25 @@ def test_invalid_numbers_of_ranks_raise(config: dict[str, Any], ranks: Any, mess
 def test_a_model_without_a_plan_of_its_own_raises() -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100)
     with pytest.raises(PlanError, match=r"no tensor-parallel plan for gpt2 .*; plan it without tensor_parallel"):
+        planned(config, 2)
+
+
+def test_a_plan_of_few_modules_is_noted() -> None:
+    """transformers shards only the head of GPT-OSS."""
+    config = transformers.GptOssConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=300, head_dim=32,
+        intermediate_size=64, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert "since transformers' plan leaves the other modules whole" in planned(config, 2).notes[0]
+
+
+def test_a_head_tied_to_an_embedding_that_is_not_sharded_is_refused() -> None:
+    config = transformers.Lfm2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=300,
+        full_attn_idxs=[0, 1], block_ff_dim=128,
+    )  # fmt: skip
+    with pytest.raises(PlanError, match=r"shards lm_head.weight of lfm2 and ties it to a weight that it does not"):
         planned(config, 2)
 
 

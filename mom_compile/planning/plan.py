@@ -21,8 +21,8 @@ from mom_compile.planning.estimate import device_named
 from mom_compile.planning.planned import Plan
 from mom_compile.planning.planner import CPU, Planner
 from mom_compile.planning.prompt import checked_batch, checked_dtype
-from mom_compile.planning.ranks import Ranks, checked_ranks
-from mom_compile.planning.subject import subject_of
+from mom_compile.planning.ranks import checked_ranks
+from mom_compile.planning.subject import Subject, subject_of
 from mom_compile.planning.ways import INDUCTOR
 from mom_compile.quantities import parse_bytes, parse_tokens
 
@@ -108,7 +108,7 @@ def plan(
     scheme, scheme_notes = assumed_scheme(found.quantization, weight_bits)
     subject, weights = subject_of(found.config, found.name, given, _class_of(model), scheme, ranks)
     planner = Planner(subject, weights, batch, device, parsed, report)
-    notes = [*found.notes, *scheme_notes, *quantisation_notes(scheme, weights, subject), *_notes_on(ranks)]
+    notes = [*found.notes, *scheme_notes, *quantisation_notes(scheme, weights, subject), *_notes_on(subject)]
     made = Plan(subject, tokens, batch, device, notes, planner, _way_of(parsed, weights_on_host))
     if subject.longest is not None and tokens > subject.longest:
         made.notes.append(f"{tokens:,} tokens exceed the {subject.longest:,} positions of the model")
@@ -155,10 +155,16 @@ def _class_of(model: Any) -> Any:
     return type(model) if isinstance(model, nn.Module) else None
 
 
-def _notes_on(ranks: Ranks) -> list[str]:
-    if ranks.count == 1:
+def _notes_on(subject: Subject) -> list[str]:
+    """Return notes on a model that ranks share."""
+    ranks, share = subject.ranks.count, subject.own_parameters / subject.parameters
+    if ranks == 1:
         return []
-    return [f"memory is that of one of {ranks.count} ranks; times do not include communication between ranks"]
+    partly = "" if share < 1.1 / ranks else ", since transformers' plan leaves the other modules whole"
+    return [
+        f"memory is that of one of {ranks} ranks, which holds {share:.3g} of the parameters{partly}; times do not "
+        f"include communication between ranks"
+    ]
 
 
 def _way_of(options: Options, weights_on_host: bool) -> str:

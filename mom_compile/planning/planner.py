@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 
 import sympy
-from torch import nn
 
 from mom_compile.config import Options
 from mom_compile.memory.devices import DEVICES, Properties
@@ -60,6 +59,7 @@ class Planner:
         self._stock: dict[Prefill, Stock] = {}
         self._work: dict[Prefill, sympy.Expr] = {}
         self._counted: dict[int, int] = {}
+        self._timelines: dict[tuple[int, int], list[int]] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
         #: Device type.
         self.type = CPU if gpu is None else "cuda"
@@ -123,15 +123,18 @@ class Planner:
 
     @cached_property
     def _loops_over_tokens(self) -> bool:
-        return len({len(self._timeline(self.models[0], tokens)) for tokens in (256, 512)}) > 1
+        return len({len(self._timeline(0, tokens)) for tokens in LOOPED}) > 1
 
-    def _timeline(self, model: nn.Module, seq_len: int) -> list[int]:
-        with self.subject.ranks.group():
-            return eager_timeline(model, self.batch, seq_len)
+    def _timeline(self, number: int, seq_len: int) -> list[int]:
+        """Return the timeline of a traced model in eager mode."""
+        if (number, seq_len) not in self._timelines:
+            with self.subject.ranks.group():
+                self._timelines[number, seq_len] = eager_timeline(self.models[number], self.batch, seq_len)
+        return self._timelines[number, seq_len]
 
     def _counted_peak(self, seq_len: int) -> int:
         if seq_len not in self._counted:
-            timelines = [self._timeline(model, seq_len) for model in self.models]
+            timelines = [self._timeline(number, seq_len) for number in range(len(self.models))]
             self._counted[seq_len] = extrapolated_peak(timelines, self.subject.periods)
         return self._counted[seq_len]
 

@@ -74,7 +74,7 @@ class Ranks:
         styles, apply = _library()
         self._mesh = self._mesh or mesh_of(self.count)
         apply(model, self._mesh, plan)
-        model.tie_weights()  # type: ignore[operator]
+        self._tie(model)
         with torch.no_grad():
             local = [
                 module
@@ -84,13 +84,23 @@ class Ranks:
         _make_local(local)
         return model
 
+    def _tie(self, model: nn.Module) -> None:
+        """Tie the weights of a sharded model. Raises `PlanError` if a sharded one is replaced by a whole one."""
+        sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+        model.tie_weights()  # type: ignore[operator]
+        for name in sharded:
+            if not is_sharded(model.get_parameter(name)):
+                raise PlanError(
+                    f"tensor_parallel={self.count}: transformers shards {name} of {_kind_of(model)} and ties it to a "
+                    f"weight that it does not shard, which fails in a call; plan it without tensor_parallel"
+                )
+
     def _plan(self, model: nn.Module) -> dict[str, str]:
         """Return the style of each module and parameter that transformers' plan has, by its full name."""
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not getattr(model, "tp_plan", None):
             raise PlanError(
-                f"tensor_parallel={self.count}: transformers has no tensor-parallel plan for {kind} (its config class "
-                f"has no base_model_tp_plan); plan it without tensor_parallel"
+                f"tensor_parallel={self.count}: transformers has no tensor-parallel plan for {_kind_of(model)} (its "
+                f"config class has no base_model_tp_plan); plan it without tensor_parallel"
             )
         from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -105,6 +115,10 @@ def checked_ranks(tensor_parallel: Any) -> Ranks:
             f"tensor_parallel={tensor_parallel!r} is not valid; it is a number of ranks, 1 or more; 1 plans one device"
         )
     return Ranks(tensor_parallel)
+
+
+def _kind_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def _make_local(modules: list[nn.Module]) -> None:

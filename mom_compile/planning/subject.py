@@ -38,16 +38,17 @@ _NOT_BUILT = frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 @dataclass(frozen=True)
 class Subject:
-    """`parameters` counts each parameter of the model once. `weight_bytes` are those of one of the `ranks` that share
-    the model by tensor parallelism, with buffers. `longest` is the number of positions of the model, None if the config
-    has none. `dtype` is that of unquantised weights; `stored` also names the format of quantised ones. `counts` are the
-    numbers of layers of the traced models.
+    """`parameters` counts each parameter of the model once. `own_parameters` and `weight_bytes`, which includes
+    buffers, are those of one of the `ranks` that share the model by tensor parallelism. `longest` is the number of
+    positions of the model, None if the config has none. `dtype` is that of unquantised weights; `stored` also names the
+    format of quantised ones. `counts` are the numbers of layers of the traced models.
     """
 
     name: str
     model_type: str
     layers: int
     parameters: int
+    own_parameters: int
     weight_bytes: int
     longest: int | None
     dtype: str
@@ -92,6 +93,7 @@ def subject_of(
         str(config.model_type),
         _layers_of(config),
         parameters,
+        sum(map(torch.numel, whole.parameters())),
         weights.all,
         getattr(config, "max_position_embeddings", None),
         str(chosen).removeprefix("torch."),
@@ -137,7 +139,8 @@ def _shortened(config: Any, layers: int) -> Any:
 
 
 def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], nn.Module]) -> tuple[int, ...]:
-    """Return the layer counts of the models to trace: two if they are shorter and have the same kinds of layers."""
+    """Return the layer counts of the models to trace: two if they have fewer layers together than the whole model, and
+    the same kinds of layers."""
     layers = _layers_of(config)
     found = None if kinds is None or _counts_layers(config) else _period(kinds)
     if kinds is None or found is None:
@@ -147,7 +150,7 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
     short = first + rest
     while short < max(FEWEST_LAYERS, first + FEWEST_PERIODS * period):
         short += period
-    if short + period >= layers:
+    if 2 * short + period > layers:
         return (layers,)
     try:
         same = all(_kinds(build(n), n) == list(kinds[:n]) for n in (short, short + period))
