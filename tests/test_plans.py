@@ -142,7 +142,7 @@ def test_a_model_that_fits_at_any_length_gets_the_limit():
 
 #: Layers that differ from (4, 5). All are traced where two shorter models would have more layers together.
 COUNTS = {
-    "DeepSeek-V3.2": (5, 6), "Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "Gemma-4-26B-A4B": (30,),
+    "DeepSeek-V3.2": (5, 6), "Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "Gemma-4-26B-A4B": (12, 18),
     "Gemma-4-31B": (12, 18), "GLM-5": (5, 6), "GPT-OSS-20B": (4, 6), "GPT-OSS-120B": (4, 6),
     "Granite-4.0-H-Small": (40,), "Kimi-Linear-48B-A3B": (27,), "LFM2-1.2B": (16,), "Nemotron-H-8B": (52,),
     "Qwen3.5-27B": (8, 12), "Qwen3.5-35B-A3B": (8, 12),
@@ -436,7 +436,7 @@ def test_a_large_model_at_a_million_tokens_is_planned_in_little_memory():
 
 def test_the_page_matches_its_results():
     data = json.loads(plans.RESULTS.read_text())
-    assert list(data["cells"]) == list(shapes())
+    assert set(plans.PAGED) <= set(data["cells"]) <= set(plans.cells())
     assert plans.PAGE.read_text() == plans.page(data)
 
 
