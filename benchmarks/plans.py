@@ -36,7 +36,7 @@ MOST = 10_000_000
 
 INTRODUCTION = """# The longest context, planned
 
-How many tokens of one sequence fit into a prefill, for each shipped shape and common cards: with weights in bfloat16,
+How many tokens of one sequence fit into a prefill, for shipped shapes and common cards: with weights in bfloat16,
 or quantised as the checkpoint's config says, the cache, and the logits of the last token. `python -m
 benchmarks.plans` computes this from the memory model, without a GPU and without weights. A 32nd of what is above the
 weights is left free. Nothing else is assumed on the card: a desktop, CUDA's own context (about half a GiB) and
@@ -46,13 +46,19 @@ How accurate this is: with 8 layers of Llama-3-8B's shape at 16,384 tokens, an H
 mode to 0.1 MiB, for mom to 0.4 %, and 11 % more than planned for stock Inductor, so the lengths of stock Inductor are
 too long ([figures](figures.md#predicted-peaks)). *Cache and weights on the host* has never run on a GPU. Lengths
 beyond the positions of a model are in brackets: the model runs but was not trained for them. `-`: the weights do not
-fit. `mom-compile plan SHAPE` also estimates times."""
+fit. `mom-compile plan SHAPE` also estimates times, and plans the shipped shapes that are not listed here."""
 
 #: Fields of the machine that do not affect plans.
 ANY_MACHINE = (*OF_A_RUN, "python", "system", "cpu", "cores", "threads", "gpu", "cuda")
 
 #: Shapes that are also planned for several ranks, and their numbers.
 RANKS = {"Llama-3-70B": (2, 4, 8)}
+
+#: Cells that the page has. The others have not been planned since decode steps are counted.
+PAGED = (
+    "Qwen3.5-35B-A3B", "Llama-3-8B", "Llama-3-70B", "Qwen3-30B-A3B", "Llama-3-70B on 2 ranks", "Mixtral-8x7B",
+    "Qwen2.5-7B", "Mistral-Nemo-12B", "GPT-OSS-20B",
+)  # fmt: skip
 
 RANKED = """## Several GPUs
 
@@ -88,7 +94,7 @@ def planned(name: str, ranks: int) -> Row:
         "weight_bytes": found.subject.weight_bytes,
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "positions": found.subject.longest,
-        "notes": [note for note in found.notes if "made for" not in note],
+        "notes": [note for note in found.notes if "positions of the model" not in note],
         "ways": rows,
         "seconds": time.process_time() - began,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -111,7 +117,8 @@ def page(data: Row) -> str:
         for way in row["ways"].values():
             lengths = [_tokens(way["longest"][str(size)], row["positions"]) for size in CARDS]
             lines.append(f"| {way['what']} | {' | '.join(lengths)} |")
-        lines += [line for note in row["notes"] for line in ("", f"{note[0].upper()}{note[1:]}.")]
+        notes = [note for note in row["notes"] if "positions of the model" not in note]
+        lines += [line for note in notes for line in ("", f"{note[0].upper()}{note[1:]}.")]
     return "\n".join([*lines, "", *_of_ranks(data["cells"]), f"{stamp}.", ""])
 
 
