@@ -63,7 +63,7 @@ PAGED = (
 RANKED = """## Several GPUs
 
 Tensor parallelism as `from_pretrained(..., tp_plan="auto")` of transformers does it, planned for one rank
-(`mom-compile plan SHAPE --tensor-parallel N`, `mom_compile.plan(..., tensor_parallel=N)`): projections are sharded by
+(`--tensor-parallel` on the command line, `tensor_parallel=` of `mom_compile.plan`): projections are sharded by
 columns or rows, the embedding and the head by the vocabulary, experts within each expert; norms and the residual
 stream are whole on each rank. The longest context is for cards of 80 GiB. Buffers of NCCL are not included."""
 
