@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mom_compile.torch_compat.distributed import is_sharded, local_part, with_local_part
 from mom_compile.torch_compat.tensors import FakeCopyMode, FakeTensorMode, tree_any, tree_map
 from mom_passes.torch_compat import is_wrapper
 
@@ -95,6 +96,8 @@ class _StandIns:
             return copy.deepcopy(value)
 
     def _make(self, value: torch.Tensor) -> torch.Tensor:
+        if value.is_meta and is_sharded(value):
+            return with_local_part(value, self._make(local_part(value)))  # type: ignore[no-any-return]
         if not value.is_meta and not (self.plain and is_wrapper(value)):
             return self.mode.from_tensor(value, static_shapes=True)
         device = self.device if value.is_meta else value.device

@@ -76,6 +76,8 @@ class Plan:
     notes: list = field(default_factory=lambda: ["100,000 tokens are more than the 8,192 it is made for"])
     way: str = "mom"
     formula: str = "1024*s"
+    tensor_parallel: int = 1
+    kv_bytes_per_token: int = 1 << 17
     ways: dict = field(
         default_factory=lambda: {
             "eager": Way("eager", 1 << 20),
@@ -115,7 +117,9 @@ def asked(monkeypatch):
     def plan(model, **given):
         given.pop("progress")("half of it")
         calls.append((model, given))
-        return Plan(seq_len=given["seq_len"], device=given["device"])
+        return Plan(
+            seq_len=given["seq_len"], device=given["device"], tensor_parallel=given.get("tensor_parallel", 1)
+        )
 
     monkeypatch.setattr(mom_compile, "plan", plan, raising=False)
     return calls
@@ -140,6 +144,12 @@ def test_options_are_passed_to_plan(run, asked):
     assert (code, err) == (0, "")
     given = {"seq_len": 455_000, "batch_size": 2, "dtype": "float16", "device": "A100", "weights_on_host": False}
     assert asked == [("Llama-3-8B", {**given, "kv_offload": True, "mini_seq_len": 2048})]
+
+
+def test_ranks_are_passed_to_plan_and_printed(run, asked):
+    code, out, _ = run("plan", "Llama-3-8B", "--seq-len", "100k", "--tensor-parallel", "4")
+    assert code == 0 and asked[0][1]["tensor_parallel"] == 4
+    assert "128 KiB of cache per token on each of 4 ranks" in " ".join(out.split())
 
 
 def test_the_default_length_is_the_models(run, asked):

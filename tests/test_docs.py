@@ -68,8 +68,10 @@ SMALL = transformers.LlamaConfig(
 def small_plans(monkeypatch):
     """Plan shipped shapes with their own weights and the trace of a small model; shorten tables and plots."""
 
-    def planned(config: Any, name: str, dtype: Any, model_class: Any = None, scheme: Any = None) -> Any:
-        subject, weights = subject_of(config, name, dtype, model_class, scheme)
+    def planned(
+        config: Any, name: str, dtype: Any, model_class: Any = None, scheme: Any = None, ranks: Any = None
+    ) -> Any:
+        subject, weights = subject_of(config, name, dtype, model_class, scheme, ranks)
         if subject.weight_bytes < 1 << 30:
             return subject, weights
         traced, own = subject_of(SMALL, name, torch.bfloat16)

@@ -124,7 +124,7 @@ def test_a_config_that_is_not_utf8_raises(written):
         ("llama-8b", r"'llama-8b' is not a folder, a file or a shipped shape \(did you mean 'Llama-3-8B'\?\); shipped"),
         ("x" * 5000, "not a folder, a file or a shipped shape"),
         ("no/such/folder", r"'no/such/folder' is not a folder, a file or a shipped shape; .*Mixtral-8x7B"),
-        ("openai/gpt-oss-120b", r"nothing is downloaded; `hf download openai/gpt-oss-120b config\.json --local"),
+        ("openai/gpt-oss-7b", r"nothing is downloaded; `hf download openai/gpt-oss-7b config\.json --local"),
     ],
 )
 def test_an_unknown_name_raises(name, why):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,13 @@ def test_a_model_that_fits_at_any_length_gets_the_limit():
     assert longest_that_fits(lambda tokens: 6, 5, 1000) == 0
 
 
-COUNTS = {"Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "GPT-OSS-20B": (4, 6), "Llama-3-70B": (4, 5)}
+#: Layers that differ from (4, 5). All are traced where two shorter models would have more layers together.
+COUNTS = {
+    "DeepSeek-V3.2": (5, 6), "Gemma-3-270M": (18,), "Gemma-3-27B": (14, 20), "Gemma-4-26B-A4B": (12, 18),
+    "Gemma-4-31B": (12, 18), "GLM-5": (5, 6), "GPT-OSS-20B": (4, 6), "GPT-OSS-120B": (4, 6),
+    "Granite-4.0-H-Small": (40,), "Kimi-Linear-48B-A3B": (27,), "LFM2-1.2B": (16,), "Nemotron-H-8B": (52,),
+    "Qwen3.5-27B": (8, 12), "Qwen3.5-35B-A3B": (8, 12),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", shapes())
@@ -148,7 +155,8 @@ def test_shipped_shapes_are_traced_with_few_layers(name):
     found, weights = subject_of(find_config(name).config, name, torch.bfloat16)
     assert found.counts == COUNTS.get(name, (4, 5))
     assert extrapolated(found.counts, found.periods) == found.layers
-    assert 0 < weights.resident < weights.all / 20
+    # A layer of Gemma 4 26B-A4B has 1.5 GiB of experts: each of its other matrices is less than a 64th and stays.
+    assert 0 < weights.resident < weights.all / (17 if name == "Gemma-4-26B-A4B" else 20)
 
 
 def test_layers_that_do_not_repeat_are_all_traced():
@@ -180,25 +188,37 @@ def a_planner(config, batch=1, device="cpu", **options):
     return Planner(found, weights, batch, device, parse_options(options), lambda text: None)
 
 
+@pytest.mark.parametrize(("shortest", "fewest"), [(2, 2), (4, 4), (600, 2)])
+def test_a_graph_that_holds_from_a_few_tokens_on_stands_for_the_shortest_context(shortest, fewest):
+    """A model with a convolution over 4 tokens is not traced a second time for 2 tokens."""
+    planner = a_planner(llama())
+    planner.captured = [(types.SimpleNamespace(shortest=shortest),)]
+    assert planner.fewest == fewest and planner.ways()["mom"].fewest == fewest
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Qwen3Moe", "GptOss", "DeepseekV3", "Qwen3_5Text"])
 def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch):
     """Compares plans from two shorter models and from all layers, for every way. Stock Inductor reorders by the length
-    of a sum, and so by layer: its plans are nearly equal."""
+    of a sum, and so by layer: its plans are nearly equal, except that of Qwen3.5 (docs/limits.md)."""
     narrow = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 500}
     config = {
         "Llama": lambda: llama(9),
         "Gemma3Text": lambda: transformers.Gemma3TextConfig(
-            **narrow, num_hidden_layers=13, head_dim=32, intermediate_size=256, sliding_window=128,
-            layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 4 + ["sliding_attention"],
+            **narrow, num_hidden_layers=19, head_dim=32, intermediate_size=256, sliding_window=128,
+            layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 6 + ["sliding_attention"],
         ),
         "Qwen3Moe": lambda: transformers.Qwen3MoeConfig(
-            **narrow, num_hidden_layers=7, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
+            **narrow, num_hidden_layers=9, head_dim=32, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
         ),
         "DeepseekV3": lambda: transformers.DeepseekV3Config(  # the first three layers have no experts
-            hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=9, n_routed_experts=8,
+            hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=11, n_routed_experts=8,
             num_attention_heads=2, num_key_value_heads=2, vocab_size=500, q_lora_rank=32, kv_lora_rank=32, n_group=2,
             topk_group=1, num_experts_per_tok=2, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
+        ),
+        "Qwen3_5Text": lambda: transformers.Qwen3_5TextConfig(
+            **narrow, num_hidden_layers=20, head_dim=32, intermediate_size=256, linear_num_value_heads=4,
+            linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
         ),
         "GptOss": lambda: transformers.GptOssConfig(
             **narrow, num_hidden_layers=10, head_dim=32, intermediate_size=64, sliding_window=128, num_local_experts=4,
@@ -210,7 +230,7 @@ def test_plans_from_shorter_models_equal_those_of_all_layers(family, monkeypatch
     monkeypatch.setattr(subjects, "_period", lambda kinds: None)
     whole = a_planner(config)
     assert whole.subject.counts == (config.num_hidden_layers,)
-    for name in short.ways():
+    for name in (name for name in short.ways() if (family, name) != ("Qwen3_5Text", INDUCTOR)):
         for tokens in (700, 3000):
             planned, wanted = short.peak(name, tokens), whole.peak(name, tokens)
             assert planned == wanted or (name == INDUCTOR and abs(planned / wanted - 1) < 0.05), name
@@ -425,7 +445,7 @@ def test_a_large_model_at_a_million_tokens_is_planned_in_little_memory():
 
 def test_the_page_matches_its_results():
     data = json.loads(plans.RESULTS.read_text())
-    assert list(data["cells"]) == list(shapes())
+    assert set(plans.PAGED) <= set(data["cells"]) <= set(plans.cells())
     assert plans.PAGE.read_text() == plans.page(data)
 
 

@@ -399,6 +399,17 @@ def test_a_layer_that_reads_a_number_off_a_tensor_is_traced_in_place() -> None:
     assert check(Stack(layers), values(), dynamic=True, floats=False)[-1] == (0, 0)
 
 
+def test_a_layer_that_logs_the_use_of_an_api_is_traced_once() -> None:
+    """Dynamo keeps such a call, which computes nothing, as a node. The linear attention of Qwen3.5 has two a layer."""
+
+    class Logging(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._C._log_api_usage_once("tests.repeated_layers")
+            return super().forward(x)
+
+    assert check(Stack([Logging() for _ in range(LAYERS)]), values()) == [(LAYERS, 1)]
+
+
 def test_gradient_mode_and_autocast_apply_to_the_whole_graph() -> None:
     model = Stack([Block() for _ in range(LAYERS)])
     found = traced(model, values())

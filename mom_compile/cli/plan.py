@@ -44,6 +44,7 @@ USUAL_DEVICE = "H100"
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot memory against context.")
 @OPTION
 @click.option("--weight-bits", type=int, help="Bits of quantised weights, 16 for none. Default: the config's.")
+@click.option("--tensor-parallel", type=int, default=1, help="Ranks that share the model; memory is that of one.")
 @click.option("--weights-on-host", is_flag=True, help="Plan with weights that are stored on the host.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, tokens and seconds.")
 def plan(
@@ -56,6 +57,7 @@ def plan(
     plot: Path | None,
     given: tuple[str, ...],
     weight_bits: int | None,
+    tensor_parallel: int,
     weights_on_host: bool,
     as_json: bool,
 ) -> None:
@@ -77,6 +79,8 @@ def plan(
         settings["device"] = device or USUAL_DEVICE
         if weight_bits is not None:
             settings["weight_bits"] = weight_bits
+        if tensor_parallel != 1:
+            settings["tensor_parallel"] = tensor_parallel
         with progress(f"planning {config}") as report:
             made = mom_compile.plan(config, **settings, **options, weights_on_host=weights_on_host, progress=report)
             data = as_data(made, memories, memory or made.memory)  # plans all ways
@@ -110,6 +114,8 @@ def as_data(made: Any, memories: Sequence[int], fits: int | None) -> dict[str, A
         "subject": {name: getattr(subject, name) for name in names},
         "seq_len": made.seq_len,
         "batch_size": made.batch_size,
+        "tensor_parallel": made.tensor_parallel,
+        "kv_bytes_per_token": made.kv_bytes_per_token,
         "device": made.device,
         "device_memory": fits,
         "notes": list(made.notes),
@@ -174,9 +180,11 @@ def _subject(data: Mapping[str, Any]) -> str:
     subject, batch = data["subject"], data["batch_size"]
     longest = "" if subject["longest"] is None else f", made for {subject['longest']:,} tokens"
     sequences = "" if batch == 1 else f"; {batch} sequences"
+    per_rank = "" if data["tensor_parallel"] == 1 else f" on each of {data['tensor_parallel']} ranks"
     return (
         f"{subject['name']} ({subject['model_type']}): {subject['layers']} layers, {subject['parameters'] / 1e9:.3g}e9 "
-        f"parameters, {in_units(subject['weight_bytes'])} of weights in {subject['stored']}{longest}{sequences}"
+        f"parameters, {in_units(subject['weight_bytes'])} of weights in {subject['stored']} and "
+        f"{in_units(data['kv_bytes_per_token'])} of cache per token{per_rank}{longest}{sequences}"
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from mom_compile.planning.prefill import prefill_arguments
 from mom_compile.stand_ins import called_without_data, on_stand_ins
+from mom_compile.torch_compat.distributed import any_sharded
 from mom_compile.torch_compat.tensors import TorchDispatchMode, tree_map
 
 
@@ -37,6 +38,8 @@ class _Live(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any_sharded(types):
+            return NotImplemented  # the DTensor then dispatches its operators on local tensors to this mode
         tree_map(self._given, (args, kwargs or {}))
         out = called_without_data(func, args, kwargs or {})
         tree_map(self._made, out)

@@ -21,7 +21,8 @@ from mom_compile.planning.estimate import device_named
 from mom_compile.planning.planned import Plan
 from mom_compile.planning.planner import CPU, Planner
 from mom_compile.planning.prompt import checked_batch, checked_dtype
-from mom_compile.planning.subject import subject_of
+from mom_compile.planning.ranks import checked_ranks
+from mom_compile.planning.subject import Subject, subject_of
 from mom_compile.planning.ways import INDUCTOR
 from mom_compile.quantities import parse_bytes, parse_tokens
 
@@ -36,6 +37,7 @@ def plan(
     device: str = "H100",
     weights_on_host: bool = False,
     weight_bits: int | None = None,
+    tensor_parallel: int = 1,
     progress: Callable[[str], None] | None = None,
     options: Mapping[str, Any] | None = None,
     **named: Any,
@@ -64,6 +66,10 @@ def plan(
         Whether all weights that `offload_weights` can keep on the host are there.
     weight_bits : int, optional
         Bits of quantised weights, in place of those of the config. 16 plans weights that are not quantised.
+    tensor_parallel : int
+        Number of ranks that share the model as transformers' `tp_plan="auto"` does. All bytes are then those of one
+        rank, and `device` and `memory_budget` are for each. Not included: the buffers of a communication library and
+        the time of collectives. Needs a process without a default process group; a temporary one is made and destroyed.
     progress : callable, optional
         Called with a line of text before each part that takes time.
     options : mapping, optional
@@ -79,8 +85,9 @@ def plan(
     Raises
     ------
     PlanError
-        If the model cannot be planned, the device is not recorded, or the budget does not suffice. In the last case the
-        message names the smallest budget and the longest context that fits into the given one.
+        If the model cannot be planned, the device is not recorded, `tensor_parallel` does not divide the heads, or the
+        budget does not suffice. In the last case the message names the smallest budget and the longest context that
+        fits into the given one.
     ValueError
         If an option is not valid.
     TypeError
@@ -93,14 +100,15 @@ def plan(
     report = progress or (lambda text: None)
     if device.lower() != CPU:
         device, _ = device_named(device)
+    ranks = checked_ranks(tensor_parallel)
     model = _of_transformers(model)
     found = _found(model)
     report(f"reading {found.name}")
     given = _dtype(dtype, model)
     scheme, scheme_notes = assumed_scheme(found.quantization, weight_bits)
-    subject, weights = subject_of(found.config, found.name, given, _class_of(model), scheme)
+    subject, weights = subject_of(found.config, found.name, given, _class_of(model), scheme, ranks)
     planner = Planner(subject, weights, batch, device, parsed, report)
-    notes = [*found.notes, *scheme_notes, *quantisation_notes(scheme, weights, subject)]
+    notes = [*found.notes, *scheme_notes, *quantisation_notes(scheme, weights, subject), *_notes_on(subject)]
     made = Plan(subject, tokens, batch, device, notes, planner, _way_of(parsed, weights_on_host))
     if subject.longest is not None and tokens > subject.longest:
         made.notes.append(f"{tokens:,} tokens exceed the {subject.longest:,} positions of the model")
@@ -145,6 +153,18 @@ def _dtype(given: torch.dtype | str | None, model: Any) -> torch.dtype | None:
 
 def _class_of(model: Any) -> Any:
     return type(model) if isinstance(model, nn.Module) else None
+
+
+def _notes_on(subject: Subject) -> list[str]:
+    """Return notes on a model that ranks share."""
+    ranks, share = subject.ranks.count, subject.own_parameters / subject.parameters
+    if ranks == 1:
+        return []
+    partly = "" if share < 1.1 / ranks else ", since transformers' plan leaves the other modules whole"
+    return [
+        f"memory is that of one of {ranks} ranks, which holds {share:.3g} of the parameters{partly}; times do not "
+        f"include communication between ranks"
+    ]
 
 
 def _way_of(options: Options, weights_on_host: bool) -> str:

@@ -130,6 +130,17 @@ class Plan:
         planner = self._planner
         return Transfers(planner.cache_on_host(self.way, self.seq_len), planner.weights_on_host(self.way))
 
+    @property
+    def tensor_parallel(self) -> int:
+        """The number of ranks that share the model. All bytes of a plan are those of one rank."""
+        return self.subject.ranks.count
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a further token of one sequence adds to the cache, on each rank: none in layers whose window is
+        full, and none for recurrent states."""
+        return self._planner.cache_per_token(self.seq_len)
+
     def host_bytes(self, seq_len: int | str | None = None) -> int:
         """Return the bytes of keys, values and weights on the host.
 
@@ -234,9 +245,10 @@ class Plan:
         """
         sizes = {way.what: way.peak_bytes(self.seq_len) for way in self.ways.values()}
         width = max(map(len, sizes))
-        s = self.subject
+        s, per_rank = self.subject, "" if self.tensor_parallel == 1 else f" on each of {self.tensor_parallel} ranks"
         lines = [
-            f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3g}e9 parameters, {in_units(s.weight_bytes)}",
+            f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3g}e9 parameters, {in_units(s.weight_bytes)} and "
+            f"{in_units(self.kv_bytes_per_token)} of cache per token{per_rank}",
             *(f"note: {note}" for note in self.notes),
             f"peak of the device for {self.batch_size} x {self.seq_len:,} tokens, weights included:",
             *(f"  {what:{width}}  {in_units(size)}" for what, size in sizes.items()),

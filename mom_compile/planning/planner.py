@@ -15,6 +15,7 @@ from mom_compile.planning.prefill import Prefill, capture_prefill
 from mom_compile.planning.subject import Subject
 from mom_compile.planning.ways import (
     EAGER,
+    FEWEST_TOKENS,
     INDUCTOR,
     KINDS,
     Compiled,
@@ -31,11 +32,15 @@ from mom_passes.program.program import LoopStep
 
 #: Bytes of a token's id.
 ID_BYTES = 8
+#: The number of tokens over which the growth of a cache is taken.
+MORE_TOKENS = 1024
 #: The limit of searches: no model has a longer context.
 MOST_TOKENS = 1 << 30
 #: Lengths from which memory of eager mode is extrapolated, where its number of operators grows with the length.
-LOOPED = (1024, 2048)
+LOOPED = (512, 1024)
 CPU = "cpu"
+#: A traced graph that holds from so few tokens on also stands for the shortest context.
+FEW_TOKENS = 16
 
 
 class Planner:
@@ -54,6 +59,7 @@ class Planner:
         self._stock: dict[Prefill, Stock] = {}
         self._work: dict[Prefill, sympy.Expr] = {}
         self._counted: dict[int, int] = {}
+        self._timelines: dict[tuple[int, int], list[int]] = {}
         gpu = None if device.lower() == CPU else DEVICES[device]
         #: Device type.
         self.type = CPU if gpu is None else "cuda"
@@ -68,8 +74,16 @@ class Planner:
                 return known
         counts = " and ".join(map(str, self.subject.counts))
         self.report(f"tracing {self.subject.name}, {counts} layers of {self.subject.layers}, {seq_len:,} tokens")
-        self.captured.append(tuple(capture_prefill(model, self.batch, seq_len) for model in self.models))
+        with self.subject.ranks.group():
+            self.captured.append(tuple(capture_prefill(model, self.batch, seq_len) for model in self.models))
         return self.captured[-1]
+
+    @property
+    def fewest(self) -> int:
+        """The shortest context to plan. A model with a convolution over 4 tokens has another graph for fewer, and it is
+        not traced for them."""
+        known = [max(prefill.shortest for prefill in prefills) for prefills in self.captured]
+        return min((tokens for tokens in known if tokens <= FEW_TOKENS), default=FEWEST_TOKENS)
 
     def compiled(self, seq_len: int, way: str) -> list[Compiled] | None:
         """Return the traced models in one of our ways; None for other ways, or if there is nothing to gain."""
@@ -109,11 +123,18 @@ class Planner:
 
     @cached_property
     def _loops_over_tokens(self) -> bool:
-        return len({len(eager_timeline(self.models[0], self.batch, tokens)) for tokens in (256, 512)}) > 1
+        return len({len(self._timeline(0, tokens)) for tokens in LOOPED}) > 1
+
+    def _timeline(self, number: int, seq_len: int) -> list[int]:
+        """Return the timeline of a traced model in eager mode."""
+        if (number, seq_len) not in self._timelines:
+            with self.subject.ranks.group():
+                self._timelines[number, seq_len] = eager_timeline(self.models[number], self.batch, seq_len)
+        return self._timelines[number, seq_len]
 
     def _counted_peak(self, seq_len: int) -> int:
         if seq_len not in self._counted:
-            timelines = [eager_timeline(model, self.batch, seq_len) for model in self.models]
+            timelines = [self._timeline(number, seq_len) for number in range(len(self.models))]
             self._counted[seq_len] = extrapolated_peak(timelines, self.subject.periods)
         return self._counted[seq_len]
 
@@ -173,7 +194,7 @@ class Planner:
 
     def _way(self, name: str, what: str) -> Way:
         of_device, of_step, of_host = (partial(bytes, name) for bytes in (self.peak, self.step_peak, self.host))
-        return Way(what, self.weights_on_device(name), of_device, of_step, of_host, MOST_TOKENS)
+        return Way(what, self.weights_on_device(name), of_device, of_step, of_host, MOST_TOKENS, self.fewest)
 
     def _report_once(self, text: str) -> None:
         if text not in self._reported:
@@ -184,6 +205,10 @@ class Planner:
         """Bytes of the keys and values that a prefill keeps."""
         leaves = self.cache_on_host("mom-cache", seq_len)
         return leaves or self._kept(seq_len)
+
+    def cache_per_token(self, seq_len: int) -> int:
+        """Bytes that a further token of one sequence adds to the cache."""
+        return (self.cache(seq_len + MORE_TOKENS) - self.cache(seq_len)) // (MORE_TOKENS * self.batch)
 
     def _kept(self, seq_len: int) -> int:
         """Bytes that stock Inductor's graph returns: the cache, and the last token's logits."""

@@ -21,13 +21,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Shape:
     """`source` is the public address of the config.json, `what` the part of it, `parameters` the published number of
-    parameters, `config` the fields."""
+    parameters, `config` the fields. `read_from` says where the values were read, if not at `source`."""
 
     name: str
     source: str
     what: str
     parameters: int
     config: Mapping[str, Any]
+    read_from: str = ""
 
 
 @functools.cache

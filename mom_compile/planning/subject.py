@@ -20,6 +20,7 @@ from torch import nn
 
 from mom_compile.planning.configs import PlanError
 from mom_compile.planning.quantised import Scheme
+from mom_compile.planning.ranks import Ranks
 from mom_compile.planning.weights import Weights, weights_of
 
 #: The fewest layers of the shorter model, and the fewest periods after the layers that do not repeat: its first and
@@ -37,21 +38,24 @@ _NOT_BUILT = frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 @dataclass(frozen=True)
 class Subject:
-    """`parameters` counts each parameter once, `weight_bytes` includes buffers. `longest` is the number of positions of
-    the model, None if the config has none. `dtype` is that of unquantised weights; `stored` also names the format of
-    quantised ones. `counts` are the numbers of layers of the traced models.
+    """`parameters` counts each parameter of the model once. `own_parameters` and `weight_bytes`, which includes
+    buffers, are those of one of the `ranks` that share the model by tensor parallelism. `longest` is the number of
+    positions of the model, None if the config has none. `dtype` is that of unquantised weights; `stored` also names the
+    format of quantised ones. `counts` are the numbers of layers of the traced models.
     """
 
     name: str
     model_type: str
     layers: int
     parameters: int
+    own_parameters: int
     weight_bytes: int
     longest: int | None
     dtype: str
     stored: str
     counts: tuple[int, ...]
     build: Callable[[int], nn.Module] = field(repr=False, compare=False)
+    ranks: Ranks = field(default_factory=Ranks, repr=False, compare=False)
 
     @property
     def periods(self) -> int:
@@ -60,31 +64,43 @@ class Subject:
 
 
 def subject_of(
-    config: Any, name: str, dtype: torch.dtype | None, model_class: Any = None, scheme: Scheme | None = None
-) -> tuple[Subject, Weights]:
+    config: Any, name: str, dtype: torch.dtype | None, model_class: Any = None, scheme: Scheme | None = None,
+    ranks: Ranks | None = None,
+) -> tuple[Subject, Weights]:  # fmt: skip
     """Return the model of a transformers config and its weights, in `dtype`, else the config's dtype, else bfloat16.
 
-    `scheme` determines the bytes of quantised weights. Raises `PlanError` if transformers cannot build the model.
+    `scheme` determines the bytes of quantised weights, `ranks` share the model.
+
+    Raises `PlanError` if transformers cannot build or shard the model.
     """
     chosen = dtype or getattr(config, "dtype", None) or torch.bfloat16
-    config = copy.deepcopy(config)
+    config, ranks = copy.deepcopy(config), ranks or Ranks()
 
-    def build(layers: int) -> nn.Module:
+    def whole_on_each_rank(layers: int) -> nn.Module:
         return build_on_meta(_shortened(config, layers), model_class, dtype=chosen)
 
-    whole = build(_layers_of(config))
-    kinds, weights = _kinds(whole, _layers_of(config)), weights_of(whole, config, scheme)
+    def build(layers: int) -> nn.Module:
+        with ranks.group():
+            return ranks.shard(whole_on_each_rank(layers))
+
+    whole = whole_on_each_rank(_layers_of(config))
+    parameters, kinds = sum(map(torch.numel, whole.parameters())), _kinds(whole, _layers_of(config))
+    with ranks.group():
+        ranks.shard(whole, callable=False)
+    weights = weights_of(whole, config, scheme)
     subject = Subject(
         name,
         str(config.model_type),
         _layers_of(config),
-        sum(parameter.numel() for parameter in whole.parameters()),
+        parameters,
+        sum(map(torch.numel, whole.parameters())),
         weights.all,
         getattr(config, "max_position_embeddings", None),
         str(chosen).removeprefix("torch."),
         f"{scheme.method} and {chosen}".replace("torch.", "") if weights.stored and scheme else str(chosen)[6:],
-        _counts(kinds, config, build),
+        _counts(kinds, config, whole_on_each_rank),
         build,
+        ranks,
     )
     return subject, weights
 
@@ -123,7 +139,8 @@ def _shortened(config: Any, layers: int) -> Any:
 
 
 def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], nn.Module]) -> tuple[int, ...]:
-    """Return the layer counts of the models to trace: two if they are shorter and have the same kinds of layers."""
+    """Return the layer counts of the models to trace: two if they have fewer layers together than the whole model, and
+    the same kinds of layers."""
     layers = _layers_of(config)
     found = None if kinds is None or _counts_layers(config) else _period(kinds)
     if kinds is None or found is None:
@@ -133,7 +150,7 @@ def _counts(kinds: Sequence[object] | None, config: Any, build: Callable[[int], 
     short = first + rest
     while short < max(FEWEST_LAYERS, first + FEWEST_PERIODS * period):
         short += period
-    if short + period >= layers:
+    if 2 * short + period > layers:
         return (layers,)
     try:
         same = all(_kinds(build(n), n) == list(kinds[:n]) for n in (short, short + period))

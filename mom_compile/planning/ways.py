@@ -33,6 +33,7 @@ from mom_compile.pipeline import run_pipeline
 from mom_compile.planning.prefill import Prefill
 from mom_compile.report import Report
 from mom_passes.graph.edit import compute_device, copy_graph, emit
+from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import value_of
 from mom_passes.ops.transfers import FETCH_ROWS, FETCH_WEIGHT
 from mom_passes.program.memory import memory, stock_peak
@@ -53,8 +54,11 @@ class Kind:
 
 EAGER, INDUCTOR = "eager", "inductor"
 
-#: The length tried first, as most models are traced once for all longer lengths; and the shortest length.
-_FIRST, _FEWEST = 8192, 2
+#: The length tried first, as most models are traced once for all longer lengths.
+_FIRST = 8192
+
+#: The shortest context. A graph of a single token is another one.
+FEWEST_TOKENS = 2
 
 #: A longest context leaves 1 / MARGIN_SHARE of the bytes above the weights free, the largest error of a plan.
 MARGIN_SHARE = 32
@@ -166,7 +170,8 @@ def _with_weights_on_host(prefill: Prefill, shapes: frozenset[tuple[int, ...]]) 
     parameters as a whole."""
     gm = copy_graph(prefill.graph)
     inputs, device = gm.graph.find_nodes(op="placeholder"), compute_device(gm)
-    hosted = [node for node in inputs if node.name in prefill.static and tuple(value_of(node).shape) in shapes]
+    tensors = [node for node in inputs if isinstance(meta_value(node), torch.Tensor)]
+    hosted = [node for node in tensors if node.name in prefill.static and tuple(value_of(node).shape) in shapes]
     for node in hosted:
         for user in [user for user in node.users if user.target is EMBEDDING]:
             with gm.graph.inserting_before(user):
@@ -210,13 +215,16 @@ class Stock:
         return Stock(stock_peak(gm, device).peak, sum(ours, sympy.S.Zero))
 
 
-def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> int:
-    """Return the most tokens that need at most `budget` bytes; 0 if none fit, `most` if all do. `needed` is monotonic.
+def longest_that_fits(
+    needed: Callable[[int], int], budget: int, most: int, fewest: int = FEWEST_TOKENS
+) -> int:
+    """Return the most tokens that need at most `budget` bytes; 0 if `fewest` do not fit, `most` if all do. `needed` is
+    monotonic.
 
     The search interpolates linearly between a length that fits and one that does not, and bisects once the same end has
     moved twice.
     """
-    low, high = _around(needed, budget, most)
+    low, high = _around(needed, budget, most, fewest)
     turns = 0
     while high - low > 1:
         fits, over = needed(low), needed(high)
@@ -229,12 +237,12 @@ def longest_that_fits(needed: Callable[[int], int], budget: int, most: int) -> i
     return low
 
 
-def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, int]:
+def _around(needed: Callable[[int], int], budget: int, most: int, fewest: int) -> tuple[int, int]:
     """Return a length that fits and the next tried one that does not; the result twice if the search is done."""
     first = min(_FIRST, most)
     if needed(first) > budget:
-        if needed(_FEWEST) <= budget:
-            return _FEWEST, first
+        if needed(fewest) <= budget:
+            return fewest, first
         return (0, 0)
     low = high = first
     while high < most:
@@ -247,7 +255,8 @@ def _around(needed: Callable[[int], int], budget: int, most: int) -> tuple[int, 
 @dataclass(frozen=True, eq=False)
 class Way:
     """Bytes at any length: on the device at the peaks of a prefill and of the first decode step after it, including
-    weights and inputs, and on the host. `weights` are those on the device."""
+    weights and inputs, and on the host. `weights` are those on the device. `fewest` and `most` are the shortest and the
+    longest context."""
 
     what: str
     weights: int
@@ -255,6 +264,7 @@ class Way:
     of_step: Callable[[int], int]
     of_host: Callable[[int], int]
     most: int
+    fewest: int = FEWEST_TOKENS
 
     def peak_bytes(self, seq_len: int) -> int:
         return self._peak(seq_len)
@@ -273,11 +283,11 @@ class Way:
     @property
     def fewest_bytes(self) -> int:
         """Bytes of the shortest context, with the margin."""
-        return self._with_margin(_FEWEST)
+        return self._with_margin(self.fewest)
 
     def max_seq_len(self, budget: int) -> int:
         """Return the longest context, prefill and one more token, that fits into `budget` bytes with a margin, or 0."""
-        return longest_that_fits(self._with_margin, budget, self.most)
+        return longest_that_fits(self._with_margin, budget, self.most, self.fewest)
 
     def _with_margin(self, seq_len: int) -> int:
         peak = self.needed_bytes(seq_len)

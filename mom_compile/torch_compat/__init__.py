@@ -14,6 +14,7 @@ changes these files alone. Import from the files; this module re-exports nothing
     symbolic_sizes   size symbols and fake tensors for compiling one graph on its own
     tensors          tensor subclasses, fake tensors, views without checks
     storages         whether another tensor uses the same storage
+    distributed      a process group without other processes, and tensors sharded among its ranks
     scoped           replacing an attribute of PyTorch while a block runs
 
 `mom_passes.torch_compat` has what reading graphs, sizes and operators needs.

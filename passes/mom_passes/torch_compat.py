@@ -27,6 +27,9 @@ FLEX_ATTENTION: Any = torch.ops.higher_order.flex_attention
 #: `(graph, identifier, *operands) -> tuple`: calls a graph, which is traced once for all calls with an identifier.
 INVOKE_SUBGRAPH: Any = torch.ops.higher_order.invoke_subgraph
 
+#: `(event)`: counts the use of an API. In a graph it computes nothing and has no effect on other nodes.
+LOGS_USAGE: Any = torch._C._log_api_usage_once
+
 #: Numbers that depend on sizes.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -37,7 +37,15 @@ from mom_passes.graph.effects import calls_graphs, changes_state, written_by
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.structure import lines_of
-from mom_passes.torch_compat import INVOKE_SUBGRAPH, SYMBOLIC, expression_of, has_hint, is_wrapper, storage_of
+from mom_passes.torch_compat import (
+    INVOKE_SUBGRAPH,
+    LOGS_USAGE,
+    SYMBOLIC,
+    expression_of,
+    has_hint,
+    is_wrapper,
+    storage_of,
+)
 
 #: Tracing an outlined layer costs about as much as tracing two layers in place.
 FEWEST_LAYERS = 3
@@ -60,6 +68,7 @@ class Layer:
 
 def outline_layers(gm: fx.GraphModule) -> int:
     """Replace identical layers by calls of one graph, in place. Return the number of such graphs."""
+    _drop_usage_logging(gm.graph)
     groups: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in _layers(gm.graph):
         kinds = tuple(_kind(operand.meta.get("example_value")) for operand in layer.operands)
@@ -114,6 +123,12 @@ def _mentions_a_layer(node: fx.Node) -> bool:
 
 
 # --- outlining ---
+
+
+def _drop_usage_logging(graph: fx.Graph) -> None:
+    """Erase calls that count the use of an API. A called graph could not make them, for their side effect."""
+    for node in graph.find_nodes(op="call_function", target=LOGS_USAGE):
+        graph.erase_node(node)
 
 
 def _layers(graph: fx.Graph) -> list[Layer]:
