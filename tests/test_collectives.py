@@ -207,6 +207,19 @@ def test_cheap_values_and_writes_are_in_the_parts_that_need_them() -> None:
     assert body.crossing(0) == [total]
 
 
+@pytest.mark.parametrize(("read_later", "product"), [(False, True), (True, True), (False, False)])
+def test_a_collective_replaces_its_operand_only_if_that_is_a_buffer_of_its_own(read_later: bool, product: bool) -> None:
+    graph = fx.Graph()
+    graph.placeholder("start"), graph.placeholder("count")
+    x, w = typed(graph.placeholder("x"), COUNT, 8), typed(graph.placeholder("w"), 8, 8)
+    made = graph.call_function(*((aten.mm.default, (x, w)) if product else (aten.mul.Tensor, (x, 1.0))))
+    viewed = typed(graph.call_function(aten.view.default, (typed(made, COUNT, 8), [-1, 2, 4])), COUNT, 2, 4)
+    total = typed(graph.call_function(ALL_REDUCE, (viewed, "sum", "group")), COUNT, 2, 4)
+    last = graph.call_function(aten.add.Tensor, (total, viewed if read_later else 1.0))
+    graph.output((typed(last, COUNT, 2, 4),))
+    assert BodyParts(graph).owns_operand(0) is (product and not read_later)
+
+
 def loop_of(graph: fx.Graph, *inputs: Any) -> Loop:
     body = graph_module(torch.nn.Module(), graph)
     return Loop(0, 40, 8, inputs, (), body, widest=1)

@@ -98,7 +98,7 @@ def test_a_rank_has_its_share_of_weights_cache_and_temporary_values(llama_plans:
     assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token == 2 * 2 * 4 * 32 * 4
     for way in one.ways:
         assert two.ways[way].peak_bytes(2048) < one.ways[way].peak_bytes(2048)
-    assert two.ways["eager"].max_seq_len(64 << 20) > one.ways["eager"].max_seq_len(64 << 20)
+        assert two.ways[way].max_seq_len(64 << 20) > one.ways[way].max_seq_len(64 << 20)
     assert "on each of 2 ranks" in str(two) and "of one of 2 ranks, which holds 0.5 of" in two.notes[0]
 
 

@@ -25,6 +25,7 @@ from mom_compile.runtime.program import Program, Slot, Step
 from mom_passes.graph.aliasing import base_of, is_mutation
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.values import tensors_of
+from mom_passes.ops.collectives import COLLECTIVES
 from mom_passes.ops.transfers import ARRIVING, EXTEND
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
@@ -107,8 +108,13 @@ def _replayed(
     device: torch.device,
     static_inputs: Collection[str],
 ) -> Any:
-    """Return a piece as a CUDA graph if its inputs have the same shapes in every run; otherwise `run`."""
+    """Return a piece as a CUDA graph if its inputs have the same shapes in every run; otherwise `run`.
+
+    A piece with collectives is not recorded: whether a group's backend may be captured is not known.
+    """
     if not isinstance(run, Piece) or run.symbols or any(map(is_mutation, run.gm.graph.nodes)):
+        return run
+    if any(node.target in COLLECTIVES for node in run.gm.graph.nodes):
         return run
     static = [base_of(node).name in static_inputs for node in arguments]
     fixed = tuple(itertools.compress(itertools.count(), static))

@@ -16,11 +16,14 @@ crossing   A value that a later part reads. Views and sizes do not cross: each p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from mom_passes.graph.aliasing import base_of, is_mutation, viewed_operand
@@ -31,6 +34,9 @@ from mom_passes.loops.ports import TensorType
 from mom_passes.ops.collectives import COLLECTIVES
 from mom_passes.rules import facts
 from mom_passes.torch_compat import schema_of
+
+aten = torch.ops.aten
+_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,8 @@ class BodyParts:
             if node.target in COLLECTIVES:
                 part += 1
             elif node.op == "call_function" and not _is_repeated(node):
-                several = node.all_input_nodes[0] if isinstance(node.args[0], fx.Node) else None
-                of_tuple = several in self._part and isinstance(several.meta.get("type"), tuple)
-                self._part[node] = self._part[several] if of_tuple and several is not None else part
+                several: Any = node.args[0] if node.target is operator.getitem else None
+                self._part[node] = self._part.get(several, part)
 
     def _sink_cheap_values(self) -> None:
         free: set[fx.Node] = set()
@@ -139,10 +144,14 @@ class BodyParts:
         return part < len(self.collectives) and self.collectives[part].all_input_nodes[0] is value
 
     def owns_operand(self, number: int) -> bool:
-        """Return whether the operand of a collective is read by nothing else, so that the result may replace it."""
+        """Return whether the operand of a collective is read by nothing else, so that the result may replace it.
+
+        Only the result of a matrix product is certainly a buffer of its own: for other operators a compiler may return
+        an input, or one buffer for two results.
+        """
         operand = self.collectives[number].all_input_nodes[0]
         base = base_of(operand)
-        if base not in self._part:
+        if base not in self._part or base.target not in _PRODUCTS:
             return False
         reads = {value for part in self.parts[number + 1 :] for value in part.inputs}
         reads |= {other.all_input_nodes[0] for other in self.collectives[number + 1 :]}
