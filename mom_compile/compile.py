@@ -80,6 +80,9 @@ def compile(
         raise TypeError(f"compile() takes a module or a function, not a {type(model).__name__}")
     if isinstance(recompile_limit, bool) or not isinstance(recompile_limit, int) or recompile_limit < 1:
         raise UserError(f"recompile_limit={recompile_limit!r} is not valid; it is a whole number of graphs, at least 1")
+    backend = named.pop("backend", "mom")  # as in the call of `torch.compile` that this one replaces
+    if backend != "mom":
+        raise UserError(f"backend={backend!r}: mom_compile.compile compiles with 'mom'; others are for torch.compile")
     given = joined_options(options, named)
     parsed = parse_options(given, mode)
     if parsed.inductor:

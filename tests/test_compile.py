@@ -84,7 +84,7 @@ def test_other_things_than_models_functions_and_mappings_are_refused(model: Any,
 def test_options_come_by_name_or_in_a_mapping_with_a_mode_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: given.append(settings) or model)
-    mom_compile.compile(halved, dynamic=True, kv_offload=True)
+    mom_compile.compile(halved, backend="mom", dynamic=True, kv_offload=True)
     mom_compile.compile(halved, mode="max-autotune", options={"inductor": {"max_autotune": False}}, mini_seq_len=64)
     first, second = given
     assert (first["backend"], first["dynamic"], first["options"]) == ("mom", True, {"kv_offload": True})
@@ -100,6 +100,7 @@ def test_options_come_by_name_or_in_a_mapping_with_a_mode_beside_them(monkeypatc
         ({"mode": "fastest"}, ValueError, "mode='fastest' is not valid"),
         ({"recompile_limit": 0}, ValueError, "recompile_limit=0 is not valid"),
         ({"recompile_limit": True}, ValueError, "recompile_limit=True is not valid"),
+        ({"backend": "inductor"}, ValueError, "backend='inductor': mom_compile.compile compiles with 'mom'"),
         ({"strict": True, "options": {"strict": True}}, TypeError, "'strict' given twice"),
     ],
 )
