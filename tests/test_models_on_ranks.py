@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import mom_compile
 from examples.scored_requests import answers
+from mom_compile.notices import MomWarning
+from mom_compile.weights.nested import is_on_host
+from mom_compile.weights.offload import least_budget
 from tests import models_on_ranks as on_ranks
 from tests.models import tiny
 from tests.ranks import run_ranks
@@ -103,6 +112,40 @@ def test_each_layer_of_a_fully_sharded_model_has_loops(per_layer: bool) -> None:
 
 
 # --- tensor and expert parallel ---
+
+
+class DividedLayer(nn.Module):
+    """`[B, S, 32]` to the same, by two DTensors, whose local tensors it multiplies with."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        up, down = torch.randn(64, 32) / 8, torch.randn(32, 64) / 8
+        self.up = nn.Parameter(distribute_tensor(up, mesh, [Shard(0)]))
+        self.down = nn.Parameter(distribute_tensor(down, mesh, [Shard(1)]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up: Any = self.up
+        down: Any = self.down
+        return x + F.linear(F.silu(F.linear(x, up.to_local())), down.to_local())
+
+
+def test_the_local_tensor_of_a_divided_weight_stays_on_the_host(one_rank: None, eager_pieces: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.Sequential(*(DividedLayer(mesh) for _ in range(4)))
+    before, x = {name: value.full_tensor() for name, value in model.state_dict().items()}, torch.randn(1, 40, 32)
+    with torch.no_grad():
+        expected = model(x)
+        made = mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
+        assert made.on_host == 4 * 2 * 64 * 32 * 4
+        assert all(isinstance(one, DTensor) and is_on_host(one) for one in model.parameters())
+        with pytest.warns(MomWarning, match="copied to the device at each use"):
+            assert torch.equal(model(x), expected)
+        state = model.state_dict()
+        assert all(torch.equal(value.full_tensor(), before[name]) for name, value in state.items())
+        compiled = torch.compile(model, backend="mom", options={"strict": True, "mini_seq_len": 16})
+        torch.testing.assert_close(compiled(x), expected)
+    (report,) = mom_compile.reports()
+    assert report.weights is not None and report.weights.bytes == made.on_host
 
 
 @pytest.mark.slow
