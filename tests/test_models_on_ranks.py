@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import mom_compile
 from examples.scored_requests import answers
-from mom_compile.notices import MomWarning
+from mom_compile.notices import MomWarning, forget
 from mom_compile.weights.nested import is_on_host
 from mom_compile.weights.offload import least_budget
 from tests import models_on_ranks as on_ranks
@@ -138,6 +138,8 @@ def test_the_local_tensor_of_a_divided_weight_stays_on_the_host(one_rank: None, 
         made = mom_compile.offload_weights(model, "cpu", memory_budget=least_budget(model))
         assert made.on_host == 4 * 2 * 64 * 32 * 4
         assert all(isinstance(one, DTensor) and is_on_host(one) for one in model.parameters())
+        assert not any(one.requires_grad for one in model.parameters())
+        forget()  # another test may have had this warning
         with pytest.warns(MomWarning, match="copied to the device at each use"):
             assert torch.equal(model(x), expected)
         state = model.state_dict()

@@ -292,8 +292,8 @@ class _Placed:
     data: torch.Tensor | None = None
 
     def put(self) -> nn.Parameter:
+        self.parameter.requires_grad_(False)
         if self.data is not None:
-            self.parameter.requires_grad_(False)
             self.parameter.data = self.data
         return self.parameter
 
