@@ -3,6 +3,10 @@
     pip install 'mom_compile[examples]'
     python -m examples.evaluate --documents 4 --tokens 1500
 
+On several GPUs, each rank scores its share of the requests:
+
+    torchrun --nproc-per-node 2 -m examples.evaluate --model FOLDER        # or: accelerate launch -m examples.evaluate
+
 The task is local: documents of English text that Python ships, rolling log-likelihoods, the harness' own metrics. With
 mom, a subclass of `HFLM` answers log-likelihood requests by `token_log_probs`; the subclass below is all that is
 needed.
@@ -14,20 +18,22 @@ import argparse
 import ast
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import mom_compile
 from benchmarks import measure, workers
 from benchmarks.measure import MIB
 from examples.demo import OUTPUT, prepare
-from examples.scored_requests import answers
+from examples.scored_requests import answers_of_ranks
 
 Row = dict[str, Any]
 TASK = "english_documents"
@@ -49,7 +55,7 @@ def harness_model(with_mom: bool, model: Any, tokenizer: Any, batch_size: int) -
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             size = override_bs or int(self.batch_size)
-            found = dict(answers(self.model, requests, batch_size=size, longest=self.max_length))
+            found = answers_of_ranks(self.model, requests, batch_size=size, longest=self.max_length)
             for number, answer in found.items():
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
@@ -162,6 +168,38 @@ def exact_log_probs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
     return torch.cat(in_float64), torch.cat(in_float32)
 
 
+# ------------------------------------------------------------------------------------------------------ ranks
+
+
+def ranks() -> int:
+    """Return how many processes torchrun or accelerate has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_on_ranks(options: argparse.Namespace, evaluated: Callable[..., Row]) -> Row:
+    """Evaluate with mom on all ranks. `evaluated(model, tokenizer, documents)` returns metrics. Rank 0 prints them.
+
+    Each rank runs the harness on all documents, and scores its share of the requests (`answers_of_ranks`).
+    """
+    on_gpu, own = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        model, tokenizer = load(options.model)
+        model.to(f"cuda:{own}" if on_gpu else "cpu")
+        began = time.perf_counter()
+        found = evaluated(model, tokenizer, english(tokenizer, options.documents, options.tokens))
+        if dist.get_rank() == 0:
+            print(f"{options.documents} documents of {options.tokens} tokens on {dist.get_world_size()} ranks: "
+                  f"{time.perf_counter() - began:.1f} s")  # fmt: skip
+            for name, value in found["metrics"].items():
+                print(f"{name:24}{value:.6f}")
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
 # ----------------------------------------------------------------------------------------------------- parent
 
 
@@ -219,6 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wanted is not None:
         print(wanted, file=sys.stderr)
         return 2
+    if ranks() > 1:
+        if options.model is None:
+            print("on several ranks, --model is required", file=sys.stderr)
+            return 2
+        run_on_ranks(options, lambda model, tokenizer, documents: evaluate(
+            harness_model(True, model, tokenizer, options.batch_size), documents))  # fmt: skip
+        return 0
     if options.worker is not None:
         spec = json.loads(options.worker)
         kinds = {"prepare": lambda spec: prepare(16), "run": run, "per_token": per_token}

@@ -4,7 +4,7 @@
     answer      (log-probability of the continuation, whether greedy decoding would generate it)
 
 Both are the harness' own types, so a subclass of its `HFLM` needs one method (`examples.evaluate`). This module does
-not import the harness.
+not import the harness. On several ranks, each answers its share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import mom_compile
 
@@ -28,7 +29,7 @@ def answers(model: Any, requests: Sequence[Request], *, batch_size: int, longest
     """
     for number, request in enumerate(requests):
         _check(number, request, longest)
-    order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+    order = _longest_first(requests)
     for first in range(0, len(order), max(1, batch_size)):
         numbers = order[first : first + max(1, batch_size)]
         texts = [[*requests[n][1], *requests[n][2]][-(longest + 1) :] for n in numbers]
@@ -38,6 +39,36 @@ def answers(model: Any, requests: Sequence[Request], *, batch_size: int, longest
         scores = mom_compile.token_log_probs(model, ids.to(device), mask.to(device))
         found = zip(scores.sums(spans).tolist(), scores.all_greedy(spans).tolist(), strict=True)
         yield from zip(numbers, found, strict=True)
+
+
+def answers_of_ranks(model: Any, requests: Sequence[Request], *, batch_size: int, longest: int) -> dict[int, Answer]:
+    """Return all answers by number. Each rank of the default process group answers its share; without one, all.
+
+    Every rank passes the same requests, and a model that is not divided among the ranks. The ranks exchange answers
+    once, at the end. If one of them fails, all raise.
+    """
+    for number, request in enumerate(requests):
+        _check(number, request, longest)
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(answers(model, requests, batch_size=batch_size, longest=longest))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = _longest_first(requests)[rank::ranks]
+    found, failed = {}, None
+    try:
+        shared = answers(model, [requests[n] for n in own], batch_size=batch_size, longest=longest)
+        found = {own[index]: answer for index, answer in shared}
+    except Exception as error:  # the others wait for this rank's answers
+        failed = error
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, (found, None if failed is None else repr(failed)))
+    failures = [f"rank {number}: {failure}" for number, (_, failure) in enumerate(gathered) if failure is not None]
+    if failures:
+        raise RuntimeError(f"requests were not answered. {'; '.join(failures)}") from failed
+    return {number: answer for share, _ in gathered for number, answer in share.items()}
+
+
+def _longest_first(requests: Sequence[Request]) -> list[int]:
+    return sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
 
 
 def _check(number: int, request: Request, longest: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from mom_compile.config import joined_options, parse_options
+from mom_compile.divided import check_heads, is_fully_sharded
 from mom_compile.torch_compat.dynamo import expect_other_sizes
 from mom_compile.torch_compat.errors import UserError
 from mom_compile.torch_compat.recompiles import compile_apart
@@ -53,8 +54,8 @@ def compile(
         A mode of Inductor, such as `"max-autotune"`. `torch.compile` refuses a mode together with options; here both
         may be given, and `options["inductor"]` overrides the mode.
     recompile_limit : int
-        The largest number of graphs of this model. Graphs of other models do not count. Before PyTorch 2.13 they do:
-        the limit is raised to this number while the model is called.
+        The largest number of graphs of this model; under FSDP, of each module that it shards. Graphs of other models
+        do not count. Before PyTorch 2.13 they do: the limit is raised to this number while the model is called.
     options : mapping, optional
         Options of the backend, listed in docs/options.md.
     **named
@@ -68,7 +69,8 @@ def compile(
     Raises
     ------
     ValueError
-        If an option, a value or a mode is not valid. It is raised here and not at the first call.
+        If an option, a value or a mode is not valid, or if a tensor-parallel model has heads that the ranks cannot
+        divide. It is raised here and not at the first call.
     TypeError
         If `model` is a class or neither a module nor a function, if `options` is not a mapping, or if an option is
         given both ways.
@@ -83,14 +85,21 @@ def compile(
     backend = named.pop("backend", "mom")  # as in the call of `torch.compile` that this one replaces
     if backend != "mom":
         raise UserError(f"backend={backend!r}: mom_compile.compile compiles with 'mom'; others are for torch.compile")
+    check_heads(model)
     given = joined_options(options, named)
     parsed = parse_options(given, mode)
     if parsed.inductor:
         given["inductor"] = dict(parsed.inductor)
     settings: dict[str, Any] = {"backend": "mom", "dynamic": dynamic, "fullgraph": fullgraph, "options": given}
     before = functools.partial(_prepare, model, dynamic is None)
-    compiled: Compilable = compile_apart(model, recompile_limit, before, **settings)
+    compiled: Compilable = compile_apart(model, recompile_limit * _graphs_of_a_kind(model), before, **settings)
     return compiled
+
+
+def _graphs_of_a_kind(model: Callable[..., Any]) -> int:
+    """Return how many graphs of one code object a call needs: FSDP breaks the graph at each module that it shards."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return max(1, sum(map(is_fully_sharded, modules)))
 
 
 def _prepare(

@@ -88,7 +88,7 @@ def warn_of_hooks() -> None:
         "dispatch_model, cpu_offload) break the graph at every module that has one. Load the model without them with "
         "mom_compile.load_offloaded(path, device), or remove them with "
         "accelerate.hooks.remove_hook_from_module(model, recurse=True) and call mom_compile.offload_weights(model, "
-        "device), before it is compiled",
+        "device), before it is compiled. To use several devices, load it with tp_plan='auto' under torchrun",
     )
 
 

@@ -20,6 +20,7 @@ import torch
 
 from mom_compile.arguments import unwrapped
 from mom_compile.config import joined_options, parse_options
+from mom_compile.divided import check_heads
 from mom_compile.padding import batch_arguments
 from mom_compile.report.notebook import html_of_text
 from mom_compile.report.units import counted
@@ -223,6 +224,7 @@ def _compiled(model: torch.nn.Module, entropy: bool, options: Mapping[str, Any] 
         known = _COMPILED.setdefault(model, {})
         if key in known:
             return known[key]
+        check_heads(model)
         # Dynamo caches per code object, with a limit on each: every model gets its own code object.
         name = f"score_by_{type(model).__name__}"
         code = _scores.__code__.replace(co_name=name)

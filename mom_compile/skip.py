@@ -16,6 +16,7 @@ from mom_passes.graph.edit import attribute
 from mom_passes.graph.values import tensors_of
 from mom_passes.rules.work import products
 from mom_passes.source_lines import with_source_line
+from mom_passes.torch_compat import collective
 
 
 def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> str | None:
@@ -40,6 +41,11 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
         ):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
+        if node.op == "call_function" and node.target is collective("all_to_all_single"):
+            return with_source_line(
+                f"{node.name} exchanges rows between ranks, and how many may depend on data (expert parallelism of "
+                "transformers does without: ep_implementation='all_reduce')", node
+            )  # fmt: skip
         devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
     unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
     if unknown is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 
@@ -82,3 +83,11 @@ def stock_is_eager() -> Iterator[None]:
 
     with stock_runs_eagerly():
         yield
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one rank: its collectives return what they are given."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 import mom_compile
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
@@ -152,6 +153,20 @@ def unequal_budgets(rank: int) -> tuple[int, float]:
         return waits, float((model(given) - whole(given)).abs().max())
 
 
+def exchanged_rows(rank: int) -> tuple[float, list[str | None]]:
+    """Ranks exchange different numbers of rows: the difference of the result, and why each graph has no loops."""
+    with without_codegen():
+        product = torch.nn.Linear(8, 8)
+        sent, received = ([1, 3], [1, 2]) if rank == 0 else ([2, 3], [3, 3])
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return product(funcol.all_to_all_single(product(x), received, sent, dist.group.WORLD))
+
+        given = floats(sum(sent), 8).float()
+        made = torch.compile(run, backend="mom")(given)
+        return float((made - run(given)).abs().max()), [report.fallback for report in mom_compile.reports()]
+
+
 def destroyed_group(rank: int) -> str:
     """The last scenario: the group is gone afterwards."""
     with without_codegen():
@@ -198,6 +213,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "left_to_stock": lambda rank: failed_compilation(rank, strict=False),
     "small_budget": small_budget,
     "unequal_budgets": unequal_budgets,
+    "exchanged_rows": exchanged_rows,
     "destroyed_group": destroyed_group,
 }
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import fx
 
 import mom_compile
@@ -28,14 +26,6 @@ from tests.parallel import ParallelDecoder, ParallelNorms, reduced
 from tests.tracing import rewrite, trace
 
 aten = torch.ops.aten
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of one rank: its collectives return what they are given."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # --- as one operator ---

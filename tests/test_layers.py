@@ -21,7 +21,7 @@ ROOMS = {
     ),
     "mom_compile": (
         "torch_compat rules scans", "substitutes", "versions", "notices progress quantities", "runtime",
-        "arguments timeline config report pipeline stand_ins cache_key skip", "memory trial",
+        "arguments divided timeline config report pipeline stand_ins cache_key skip", "memory trial",
         "lowering padding", "capture compiled", "backend", "compile entry scores weights", "planning", "explain", "cli",
     ),
 }  # fmt: skip

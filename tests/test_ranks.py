@@ -80,6 +80,13 @@ def test_ranks_with_unequal_budgets_have_the_least_rows(found: list[dict[str, An
     assert max(difference, other_difference) < 1e-5
 
 
+def test_ranks_that_exchange_rows_run_stock_code_and_agree_on_nothing(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        difference, (reason,) = rank["exchanged_rows"]
+        assert difference < 1e-5
+        assert "exchanges rows between ranks" in reason
+
+
 def test_a_destroyed_group_is_named(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "init_process_group" in rank["destroyed_group"]

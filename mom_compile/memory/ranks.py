@@ -49,9 +49,10 @@ class Agreement:
 
     @staticmethod
     def on_captured(gm: fx.GraphModule) -> Agreement | None:
-        """Return the agreement on a captured graph that stock Inductor compiles; None if it has no collectives."""
+        """Return the agreement on a captured graph that stock Inductor compiles; None if it has no collectives, or if
+        ranks exchange rows: each then has another number of rows, and the same collectives."""
         found = collectives_of(gm)
-        if not found:
+        if not found or any(node.target is collective("all_to_all_single") for node in found):
             return None
         shapes = ", ".join(f"{node.target} of {list(value_of(node).shape)}" for node in found)
         return Agreement(groups_of(gm), f"no loops, {shapes}")

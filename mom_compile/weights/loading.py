@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ def load_offloaded(
     memory_budget: int | str | None = None,
     dtype: torch.dtype | str = "auto",
     keep: Collection[str] = (),
+    tp_plan: str | Mapping[str, str] | None = None,
+    distributed_config: Any = None,
     **config: Any,
 ) -> Any:
     """Load a checkpoint of transformers whose weights stay in its files as far as they exceed `memory_budget`.
@@ -40,6 +42,9 @@ def load_offloaded(
         The dtype of the weights; `"auto"` takes that of the checkpoint.
     keep : collection of str
         Names of modules or parameters that always go to the device.
+    tp_plan, distributed_config
+        Tensor or expert parallelism, as in transformers' `from_pretrained`. Each rank has its part of each weight on
+        its host, and `memory_budget` is a rank's. Parts are held in host memory; they are not mapped.
     **config
         Values that replace those of the model's configuration, as in `AutoConfig.from_pretrained`.
 
@@ -62,8 +67,10 @@ def load_offloaded(
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} has no configuration that transformers can read: {error}") from error
     kind = _class_of(transformers, settings, folder)
+    parallel = {"tp_plan": tp_plan, "distributed_config": distributed_config}
+    given = {name: value for name, value in parallel.items() if value is not None}
     model, info = kind.from_pretrained(
-        None, config=settings, state_dict=dict(files.tensors), dtype=dtype, output_loading_info=True
+        None, config=settings, state_dict=dict(files.tensors), dtype=dtype, output_loading_info=True, **given
     )
     missing = sorted(info["missing_keys"])
     if missing:

@@ -1,4 +1,5 @@
-"""Parameters that consist of several tensors: a quantised weight has codes and scales (`__tensor_flatten__`).
+"""Parameters that consist of several tensors: a quantised weight has codes and scales (`__tensor_flatten__`). A DTensor
+has one, this rank's part.
 
 These functions apply to the plain tensors in a parameter; a plain parameter is its only one. A quantised weight on the
 host is the same subclass around host weights, so its operators fetch what they read.
@@ -26,19 +27,24 @@ def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the plain tensors and host weights in a parameter."""
     if not is_nested(tensor):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [leaf for name in names for leaf in leaves(getattr(tensor, name))]
+    return [leaf for inner in _inner(tensor)[0].values() if isinstance(inner, torch.Tensor) for leaf in leaves(inner)]
 
 
 def replaced(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Apply `change` to each plain tensor and return the parameter rebuilt from the results."""
     if not is_nested(tensor):
         return change(tensor)
-    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner: dict[str, Any] = {name: replaced(getattr(tensor, name), change) for name in names}
+    inner, context = _inner(tensor)
+    changed = {name: replaced(one, change) if isinstance(one, torch.Tensor) else one for name, one in inner.items()}
     kind: Any = type(tensor)
-    made: torch.Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    made: torch.Tensor = kind.__tensor_unflatten__(changed, context, tensor.shape, tensor.stride())
     return made
+
+
+def _inner(tensor: torch.Tensor) -> tuple[dict[str, Any], Any]:
+    """Return the parts of a parameter by name, and its context. The mesh of a DTensor is a part, but no tensor."""
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {name: getattr(tensor, name) for name in names}, context
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:

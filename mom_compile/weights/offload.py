@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from mom_compile.divided import check_heads, is_divided, is_fully_sharded
 from mom_compile.memory.device import available_bytes
 from mom_compile.notices import warn_once
 from mom_compile.quantities import parse_bytes
@@ -24,7 +25,15 @@ from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.weight_bytes import bytes_under, pin_in_place
 from mom_compile.weights.checkpoint import Checkpoint
-from mom_compile.weights.nested import LEAST_INNER_BYTES, fault_of, is_nested, is_on_host, leaves
+from mom_compile.weights.nested import (
+    LEAST_INNER_BYTES,
+    fault_of,
+    is_nested,
+    is_on_host,
+    leaves,
+    replaced,
+    size_of,
+)
 from mom_compile.weights.state_hooks import add_state_hooks, hosted, like
 from mom_compile.weights.units import Parameters, Unit, parameters_of, residents
 
@@ -94,7 +103,8 @@ def offload_weights(
     Parameters
     ----------
     model : torch.nn.Module
-        A model with its parameters on the CPU, or on the meta device where `directory` has them.
+        A model with its parameters on the CPU, or on the meta device where `directory` has them. Those of a
+        tensor-parallel model may be on `device`; each rank offloads its own part.
     device : torch.device or str
         Where the model computes: `"cuda"`, or `"cpu"` to try it between two kinds of host memory.
     memory_budget : int or str, optional
@@ -120,14 +130,17 @@ def offload_weights(
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} is not valid; it is a list of names of modules or parameters")
     files = Checkpoint.open(Path(directory)) if directory is not None else None
-    _check_places(model, files)
+    check_heads(model)
+    _check_places(model, files, target)
     found = parameters_of(model, keep)
-    budget = _budget(memory_budget, target)
+    budget = _budget(memory_budget, target, model)
     stay, leave = split(found, _buffer_bytes(model), budget)
     tensors = _tensors(model, files)
     under_way = 2 * max((unit.bytes for unit in leave if not unit.table), default=0)
     on_host = [name for unit in leave for name in unit.names]
     _check_kinds(model, on_host)
+    on_device = [name for name in on_host if tensors[name].device.type != "cpu"]
+    tensors |= {name: replaced(tensors[name], torch.Tensor.cpu) for name in on_device}
     parts = [leaf for name in on_host for leaf in leaves(tensors[name])]
     place = _placing(model, tensors, set(on_host), target)
     _pin(parts, target)
@@ -189,7 +202,16 @@ def _checked_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(target) == "cuda" else target
 
 
-def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
+def _check_places(model: nn.Module, files: Checkpoint | None, target: torch.device) -> None:
+    sharded = next((name for name, module in model.named_modules() if is_fully_sharded(module)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded or 'the model'} is sharded by FSDP, which gathers weights itself: give fully_shard an "
+            "offload_policy=CPUOffloadPolicy(), or divide the model by tensor parallelism instead"
+        )
+    places = {"cpu", "meta"}
+    if any(map(is_divided, model.parameters())):
+        places.add(target.type)  # transformers loads the parts of weights to the device of each rank
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name} has no size yet: call the model once before its weights are offloaded")
@@ -203,7 +225,7 @@ def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
             )
         if parameter.device.type == "meta" and found is None:
             raise ValueError(f"{name} is on the meta device, but not in any file of `directory`")
-        if parameter.device.type not in ("cpu", "meta"):
+        if parameter.device.type not in places:
             raise ValueError(f"{name} is on {parameter.device}: load the model on the CPU, then call offload_weights")
     for name, buffer in model.named_buffers():
         if buffer.device.type == "meta":
@@ -211,12 +233,12 @@ def _check_places(model: nn.Module, files: Checkpoint | None) -> None:
                              "weights on the meta device; or use load_offloaded")  # fmt: skip
 
 
-def _budget(memory_budget: int | str | None, device: torch.device) -> int:
+def _budget(memory_budget: int | str | None, device: torch.device, model: nn.Module) -> int:
     if memory_budget is not None:
         return parse_bytes(memory_budget)
     if device.type == "cpu":
         raise ValueError("memory_budget must be a number of bytes for device='cpu', which has only host memory")
-    free = available_bytes(device, 0)
+    free = available_bytes(device, 0) + sum(size_of(p) for p in model.parameters() if p.device == device)
     return free - free // SHARE_OF_THE_REST
 
 
@@ -270,8 +292,8 @@ class _Placed:
     data: torch.Tensor | None = None
 
     def put(self) -> nn.Parameter:
+        self.parameter.requires_grad_(False)
         if self.data is not None:
-            self.parameter.requires_grad_(False)
             self.parameter.data = self.data
         return self.parameter
 

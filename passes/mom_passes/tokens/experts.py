@@ -27,7 +27,8 @@ from mom_passes.rules.calls import call_on_rows
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.rules.source import sized
 from mom_passes.tokens.region import Region
-from mom_passes.tokens.sorted_rows import PLACE, SORTS, NotSeparable, Role, Sorting, Use, sorts_keys
+from mom_passes.tokens.roles import NotSeparable, Role, Use
+from mom_passes.tokens.sorted_rows import PLACE, SORTS, Sorting, sorts_keys
 
 
 def outline_experts(gm: fx.GraphModule) -> dict[str, str]:

@@ -20,7 +20,7 @@ KEY_DTYPES = (torch.int16, torch.int32, torch.int64, torch.float32, torch.float6
 
 #: Operators that return indices along `dim`, and the number of the output with the indices.
 _INDICES = {aten.topk.default: 1, aten.sort.default: 1, aten.sort.stable: 1, aten.max.dim: 1, aten.min.dim: 1}
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
           aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.permute.default, aten.transpose.int,
           aten.expand.default)  # fmt: skip
 
@@ -28,6 +28,13 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, at
 def is_constant(node: Any) -> bool:
     """Whether a node fills a tensor with one value and has no operands."""
     return isinstance(node, fx.Node) and not operands(node) and facts(node).rule is sized
+
+
+def _filled_with(node: fx.Node) -> Any:
+    """Return the number that a constant is filled with; None if it is unknown."""
+    if node.target is aten.scalar_tensor.default:
+        return argument(node, "s")
+    return argument(node, "fill_value") if node.target is aten.full.default else None
 
 
 def is_range(node: fx.Node, length: Size) -> bool:
@@ -52,12 +59,19 @@ def uncast(node: fx.Node) -> fx.Node:
 
 
 def upper_bound(node: fx.Node) -> int | None:
-    """Return a number that all elements are below, if they are indices and so not negative, else None."""
-    while node.target in _VIEWS or (node.target in CASTS and value_of(node).dtype in KEY_DTYPES):
+    """Return a number that all elements are below, if none is negative, else None. Elements are indices, constants, one
+    of two by a condition, or remainders of any of these: the experts of this rank, and one number for all others."""
+    while node.target in VIEWS or (node.target in CASTS and value_of(node).dtype in KEY_DTYPES):
         node = operands(node)[0]
-    if node.target is aten.cat.default:
-        bounds = [upper_bound(part) for part in operands(node)]
+    if node.target is aten.cat.default or node.target is aten.where.self:
+        bounds = [upper_bound(part) for part in operands(node)[-2 if node.target is aten.where.self else 0 :]]
         return None if None in bounds else max(filter(None, bounds))
+    if node.target is aten.remainder.Scalar:
+        divisor, bound = argument(node, "other"), upper_bound(operands(node)[0])
+        return None if bound is None or not isinstance(divisor, int) or divisor < 1 else min(bound, divisor)
+    filled = _filled_with(node)
+    if filled is not None:
+        return filled + 1 if isinstance(filled, int) and filled >= 0 else None
     source, item = node.args if node.target is operator.getitem else (node, 0)
     if not isinstance(source, fx.Node) or (source.target in _INDICES and item != _INDICES[source.target]):
         return None

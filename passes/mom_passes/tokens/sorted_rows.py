@@ -25,7 +25,6 @@ rows needs a chunk rule that does not depend on their position. A value without 
 
 from __future__ import annotations
 
-import enum
 import heapq
 import operator
 from dataclasses import dataclass, field
@@ -39,51 +38,16 @@ from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import product, quotient, same
 from mom_passes.graph.values import input_node, operands, value_of
-from mom_passes.rules import Dim, Rows, Window, claim_for
+from mom_passes.rules import Rows, Window, claim_for
 from mom_passes.rules.claim import Edit
 from mom_passes.rules.matmul import is_grouped_product
-from mom_passes.tokens.key_bounds import CASTS, KEY_DTYPES, is_constant, is_range, uncast, upper_bound
-
-
-class Role(enum.Enum):
-    SORTED = enum.auto()
-    UNSORTED = enum.auto()
-    SLOTS = enum.auto()
-    TOKENS = enum.auto()
-    KEYS = enum.auto()
-    PLACED = enum.auto()
-    COUNTS = enum.auto()
-    ENDS = enum.auto()
-    PLACES = enum.auto()
-    RESULT = enum.auto()
-
-
-class Use(enum.Enum):
-    """What a member needs of a value from outside of the region."""
-
-    ALL = enum.auto()
-    OF_SLOTS = enum.auto()
-    OF_TOKENS = enum.auto()
-    #: A constant with one element per slot, created again for any number of slots.
-    CONSTANT = enum.auto()
-
+from mom_passes.tokens.key_bounds import CASTS, KEY_DTYPES, VIEWS, is_constant, is_range, uncast, upper_bound
+from mom_passes.tokens.roles import Member, NotSeparable, Role, Use
 
 #: The dim of PLACED rows. Each place is a row of its own, since the slots of a token are not adjacent.
 PLACE = Dim(0)
 
 SORTS = (aten.sort.default, aten.sort.stable)
-
-
-class NotSeparable(Exception):
-    """Why the rows of a sort are not proved to be independent."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A node of the region: its role, and the use of each operand (None: the operand is a member, too)."""
-
-    role: Role
-    uses: tuple[Use | None, ...]
 
 
 def sorts_keys(node: fx.Node) -> bool:
@@ -101,6 +65,11 @@ class Sorting:
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     #: Slots per token.
     k: int | None = None
+    #: Members whose rows of slots in no group are undefined; the number of groups and a bound of keys, if keys may be
+    #: that number or more.
+    undefined: set[fx.Node] = field(default_factory=set)
+    groups: int | None = None
+    bound: int | None = None
 
     def __post_init__(self) -> None:
         self.keys = operands(self.sort)[0]
@@ -204,7 +173,9 @@ class Sorting:
         if bound is None:
             raise NotSeparable("its keys may be outside of the groups, as far as the graph tells")
         if bound > groups:
-            raise NotSeparable(f"its keys are below {bound}, but there are {groups} groups")
+            if self.groups not in (None, groups):
+                raise NotSeparable(f"its keys are counted in {self.groups} and in {groups} groups")
+            self.groups, self.bound = groups, bound
 
     def _product(self, node: fx.Node) -> Member | None:
         if not is_grouped_product(node):
@@ -215,6 +186,8 @@ class Sorting:
             raise NotSeparable("a grouped product does not multiply sorted rows by the groups of their keys")
         if not same(value_of(matrices).shape[0], value_of(others[0]).shape[0]):
             raise NotSeparable("a grouped product has another number of groups than the counts")
+        if self.groups is not None:
+            self.undefined.add(node)
         return Member(Role.PLACED, (None, Use.ALL, None))
 
     def _inverse(self, node: fx.Node) -> Member | None:
@@ -236,7 +209,7 @@ class Sorting:
         if is_range(values, self.slots):
             return Member(Role.PLACES, (Use.CONSTANT, None, Use.CONSTANT))
         if self.role(values) is Role.PLACED and node.target is aten.index_put.default:
-            return Member(Role.RESULT, (Use.CONSTANT, None, None))
+            return self._put_back(values, (Use.CONSTANT, None, None))
         return None
 
     def _sum(self, base: fx.Node, index: fx.Node, values: fx.Node) -> Member | None:
@@ -247,7 +220,12 @@ class Sorting:
         per_row = self.per_token if role is Role.TOKENS else 1
         if not same(product([value_of(base).shape[0], per_row]), self.slots):
             raise NotSeparable("rows are added to a value of another length")
-        return Member(Role.RESULT, (Use.OF_TOKENS if role is Role.TOKENS else Use.OF_SLOTS, None, None))
+        return self._put_back(values, (Use.OF_TOKENS if role is Role.TOKENS else Use.OF_SLOTS, None, None))
+
+    def _put_back(self, rows: fx.Node, uses: tuple[Use | None, ...]) -> Member:
+        if rows in self.undefined:
+            raise NotSeparable(f"its keys are below {self.bound}, but there are {self.groups} groups")
+        return Member(Role.RESULT, uses)
 
     def _lookup(self, node: fx.Node) -> Member | None:
         """Rows of slots or tokens in sorted order, or sorted rows in the order of slots again."""
@@ -262,7 +240,7 @@ class Sorting:
             return None
         role, length = self.role(index), value_of(source).shape[0]
         if role is Role.PLACES and self.role(source) in (Role.PLACED, Role.KEYS):
-            return Member(Role.RESULT, (None, None))
+            return self._put_back(source, (None, None))
         if self.role(source) is not None:
             return None
         if role is Role.SLOTS and same(length, self.slots):
@@ -285,7 +263,20 @@ class Sorting:
             if self.role(operand) not in (Role.PLACED, Role.KEYS, None) or inside != (need == Rows(PLACE)):
                 raise NotSeparable(f"{node.target} ({node.name}) does not read {operand.name} place by place")
             uses.append(None if inside else Use.ALL)
+        if not self.undefined.isdisjoint(operands(node)) and not self._replaces_undefined(node):
+            self.undefined.add(node)
         return Member(Role.PLACED, tuple(uses))
+
+    def _replaces_undefined(self, node: fx.Node) -> bool:
+        """Whether a node replaces the rows of slots in no group."""
+        if node.target is not aten.where.self:
+            return False
+        condition, rows, _ = operands(node)
+        while condition.target in VIEWS:
+            condition = operands(condition)[0]
+        if condition.target is not aten.ge.Scalar or self.role(condition.args[0]) is not Role.KEYS:
+            return False
+        return condition.args[1] == self.groups and rows not in self.undefined
 
     @property
     def per_token(self) -> int:
