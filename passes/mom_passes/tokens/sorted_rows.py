@@ -38,7 +38,7 @@ from mom_passes.graph.arguments import argument, aten, axis
 from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import product, quotient, same
 from mom_passes.graph.values import input_node, operands, value_of
-from mom_passes.rules import Rows, Window, claim_for
+from mom_passes.rules import Dim, Rows, Window, claim_for
 from mom_passes.rules.claim import Edit
 from mom_passes.rules.matmul import is_grouped_product
 from mom_passes.tokens.key_bounds import CASTS, KEY_DTYPES, VIEWS, is_constant, is_range, uncast, upper_bound
