@@ -17,7 +17,7 @@ import torch.distributed._functional_collectives as funcol
 import mom_compile
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
 from mom_compile.runtime import parted
-from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, GATHER_COLUMNS, REDUCE_SCATTER
 from tests.models import TinyDecoder, ids, prompt
 from tests.parallel import ParallelDecoder
 from tests.rule_law import Call, check_call
@@ -63,8 +63,8 @@ def rule_law(rank: int) -> int:
         Call(ALL_REDUCE, (floats(6, 4) * (rank + 1), "max", "0")),
         Call(ALL_GATHER, (floats(1, 6, 3) + rank, 2, "0")),
         Call(ALL_GATHER, (floats(6, 3) + rank, 2, "0")),
+        Call(GATHER_COLUMNS, (floats(2, 6, 3) + rank, 2, "0")),
         Call(REDUCE_SCATTER, (floats(12, 3) + rank, "sum", 2, "0")),
-        Call(ALL_TO_ALL, (floats(8, 3) + rank, [4, 4], [4, 4], "0")),
     ]
     return sum(map(check_call, calls))
 

@@ -17,7 +17,7 @@ from mom_passes.graph.collectives import masked_puts_as_where, outline_collectiv
 from mom_passes.loops.body_parts import BodyParts, may_overlap, second_in_flight
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, CarryIn, TensorType
-from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, REDUCE_SCATTER
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER
 from mom_passes.program.program import LoopStep
 from mom_passes.rules import Dim, Rows, claim_for
 from mom_passes.torch_compat import collective, graph_module
@@ -90,8 +90,6 @@ def test_a_gather_along_features_has_the_ranks_in_front_of_the_tokens() -> None:
 def test_tokens_that_differ_between_ranks_are_a_barrier() -> None:
     with pytest.raises(CannotChunk, match="its ranks have different tokens"):
         claim_for(call(ALL_GATHER, [10, 3], 2, "group"), Dim(0))
-    with pytest.raises(CannotChunk, match="ranks exchange rows along it"):
-        claim_for(call(ALL_TO_ALL, [10, 3], [5, 5], [5, 5], "group"), Dim(0))
 
 
 # --- in loops ---

@@ -24,9 +24,6 @@ ALL_GATHER = define("all_gather(Tensor rows, int ranks, str group) -> Tensor")
 REDUCE_SCATTER = define("reduce_scatter(Tensor rows, str reduction, int ranks, str group) -> Tensor")
 """This rank's part, along dimension 0, of a reduction over a group: `[ranks * N, ...] -> [N, ...]`."""
 
-ALL_TO_ALL = define("all_to_all(Tensor rows, SymInt[] received, SymInt[] sent, str group) -> Tensor")
-"""Rows that each rank of a group sends to this one: `[sum(sent), ...] -> [sum(received), ...]`."""
-
 GATHER_COLUMNS = define("gather_columns(Tensor rows, int ranks, str group) -> Tensor")
 """The columns of `rows` of all ranks, next to each other in the order of the ranks: `[.., N] -> [.., ranks * N]`.
 
@@ -44,7 +41,6 @@ BEGINS = {
     ALL_REDUCE: "all_reduce",
     ALL_GATHER: "all_gather_into_tensor",
     REDUCE_SCATTER: "reduce_scatter_tensor",
-    ALL_TO_ALL: "all_to_all_single",
 }
 COLLECTIVES = frozenset({*BEGINS, GATHER_COLUMNS})
 
@@ -73,10 +69,6 @@ def _scattered(rows: torch.Tensor, reduction: str, ranks: int, group: str) -> to
     return torch.empty((rows.shape[0] // ranks, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
 
 
-def _exchanged(rows: torch.Tensor, received: Sequence[Any], sent: Sequence[Any], group: str) -> torch.Tensor:
-    return torch.empty((sum(received), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-
-
 def _gather_columns(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     return torch.cat(ALL_GATHER(rows, ranks, group).chunk(ranks), -1)
 
@@ -100,7 +92,6 @@ _FAKES: dict[Any, Callable[..., torch.Tensor]] = {
     ALL_REDUCE: _same,
     ALL_GATHER: _gathered,
     REDUCE_SCATTER: _scattered,
-    ALL_TO_ALL: _exchanged,
 }
 for _operator, _fake in _FAKES.items():
     implement(_operator, _reference(BEGINS[_operator]), _fake)

@@ -17,7 +17,7 @@ from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument
 from mom_passes.graph.meta import typed_value
 from mom_passes.graph.sizes import expr, product
-from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, GATHER_COLUMNS, REDUCE_SCATTER
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, GATHER_COLUMNS, REDUCE_SCATTER
 from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import checked, output_shape, pointwise_claim
 from mom_passes.rules.needs import Dim, Rows
@@ -85,11 +85,4 @@ def _gathered_bytes(node: fx.Node, device: str) -> sympy.Expr:
 def gather_columns(node: fx.Node, dim: Dim) -> Claim:
     if checked(node, dim).index == len(output_shape(node)) - 1:
         raise CannotChunk(node, dim, "ranks have different columns")
-    return Claim((Rows(dim),))
-
-
-@register(ALL_TO_ALL, recompute=False, work=_no_work)
-def all_to_all(node: fx.Node, dim: Dim) -> Claim:
-    if checked(node, dim).index == 0:
-        raise CannotChunk(node, dim, "ranks exchange rows along it")
     return Claim((Rows(dim),))
