@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-import torch.nn.functional as F
 from torch import nn
 
 from tests.models import Layer, Norm, TinyDecoder
@@ -17,28 +17,26 @@ def reduced(x: torch.Tensor, group: Any = None) -> torch.Tensor:
     return funcol.all_reduce(x, "sum", group or dist.group.WORLD)
 
 
-class ParallelLayer(nn.Module):
-    """A rank's part of a `Layer`: an all-reduce after the attention and one after the MLP."""
+class Reduced(nn.Module):
+    """A rank's columns of a matrix, and the sum of all ranks' products."""
 
-    def __init__(self, whole: Layer, rank: int, ranks: int) -> None:
+    def __init__(self, whole: nn.Linear, rank: int, ranks: int) -> None:
         super().__init__()
-        self.size, self.norm1, self.norm2 = whole.size, whole.norm1, whole.norm2
+        self.own = _linear(whole.weight.chunk(ranks, 1)[rank])
         self.group = dist.group.WORLD
-        self.q, self.gate, self.up = (_rows(one, rank, ranks) for one in (whole.q, whole.gate, whole.up))
-        self.o, self.down = (_columns(one, rank, ranks) for one in (whole.o, whole.down))
-        keys, values = whole.kv.weight.chunk(2)
-        own = torch.cat([keys.chunk(ranks)[rank], values.chunk(ranks)[rank]])
-        self.kv = _linear(own)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, _ = x.shape
-        normed = self.norm1(x)
-        q = self.q(normed).view(batch, tokens, -1, self.size).transpose(1, 2)
-        k, v = self.kv(normed).view(batch, tokens, -1, self.size).transpose(1, 2).chunk(2, dim=1)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + reduced(self.o(seen.transpose(1, 2).reshape(batch, tokens, -1)), self.group)
-        normed = self.norm2(x)
-        return x + reduced(self.down(F.silu(self.gate(normed)) * self.up(normed)), self.group)
+        return reduced(self.own(x), self.group)
+
+
+def parallel_layer(whole: Layer, rank: int, ranks: int) -> Layer:
+    """Return a rank's part of a layer: an all-reduce after the attention and one after the MLP."""
+    own: Any = copy.deepcopy(whole)
+    own.q, own.gate, own.up = (_rows(one, rank, ranks) for one in (whole.q, whole.gate, whole.up))
+    own.o, own.down = (Reduced(one, rank, ranks) for one in (whole.o, whole.down))
+    keys, values = whole.kv.weight.chunk(2)
+    own.kv = _linear(torch.cat([keys.chunk(ranks)[rank], values.chunk(ranks)[rank]]))
+    return own  # type: ignore[no-any-return]
 
 
 class ParallelDecoder(nn.Module):
@@ -48,7 +46,7 @@ class ParallelDecoder(nn.Module):
         super().__init__()
         self.embed, self.norm = whole.embed, whole.norm
         self.group, self.ranks = dist.group.WORLD, ranks
-        self.layers = nn.ModuleList(ParallelLayer(layer, rank, ranks) for layer in whole.layers)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(parallel_layer(layer, rank, ranks) for layer in whole.layers)  # type: ignore[arg-type]
         self.head = _rows(whole.head, rank, ranks)
 
     def forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
@@ -90,7 +88,3 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 def _rows(whole: nn.Linear, rank: int, ranks: int) -> nn.Linear:
     return _linear(whole.weight.chunk(ranks, 0)[rank])
-
-
-def _columns(whole: nn.Linear, rank: int, ranks: int) -> nn.Linear:
-    return _linear(whole.weight.chunk(ranks, 1)[rank])
