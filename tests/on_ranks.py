@@ -241,11 +241,12 @@ def killed_in_the_middle(rank: int) -> tuple[str, float, int]:
         return raised, time.monotonic() - started, mom_compile.host_memory().rows
 
 
-def never_called(rank: int) -> str:
-    """Rank 1 never calls the model."""
-    if rank == 1:
-        time.sleep(6)
-        return ""
+def missed_call(rank: int) -> tuple[str, list[float]]:
+    """Rank 1 misses a call, and both go on: what rank 0 raises, and the differences of the next calls."""
+    store = dist.group.WORLD.get_group_store()
     with without_codegen():
-        _, model = compiled(rank)
-        return error_of(lambda: model(ids(1, 45)))
+        whole, model = compiled(rank)
+        model(ids(1, 45)), model(ids(1, 46))
+        raised = error_of(lambda: model(ids(1, 50))) if rank == 0 else ""
+        store.set("missed", "") if rank == 0 else store.wait(["missed"])
+        return raised, [float((model(ids(1, n)) - whole(ids(1, n))).abs().max()) for n in (50, 51, 52)]

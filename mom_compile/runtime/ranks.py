@@ -104,9 +104,14 @@ def _exchange(name: str, own: Run) -> dict[int, Run]:
     others = [rank for rank in range(group.size()) if rank != group.rank()]
     keys, timeout = [_key(number, rank) for rank in others], timeout_of(group)
     try:
-        if keys:
-            store.wait(keys, timeout)
-    except Exception as error:
+        store.wait(keys, timeout)
+    except BaseException as error:
+        # As if this rank had not begun, since others may not begin either: the next call has the same number.
+        with _LOCK:
+            _EXCHANGES[group] = number
+        store.delete_key(_key(number, group.rank()))
+        if not isinstance(error, Exception):
+            raise
         late = [rank for rank, key in zip(others, keys, strict=True) if not store.check([key])]
         raise RanksDiffer(
             f"rank {', '.join(map(str, late)) or 'unknown'} of process group {name!r} did not begin within "

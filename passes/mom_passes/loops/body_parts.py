@@ -101,9 +101,15 @@ class BodyParts:
                 continue
             part = max(map(self.known_in, node.all_input_nodes), default=0)
             for place in _written(node):
-                readers = [user for user in _all_readers(place) if user is not node and user in self._part]
-                part = max([part, *(self._part[user] for user in readers if not is_mutation(user))])
+                readers = [user for user in _all_readers(place) if user is not node and not is_mutation(user)]
+                part = max([part, *map(self._may_be_written, readers)])
             self._part[node] = part
+
+    def _may_be_written(self, reader: fx.Node) -> int:
+        """Return the first part that may write to what a node reads, at its end."""
+        if reader.target in COLLECTIVES:
+            return self.collectives.index(reader) + 1
+        return self._part.get(reader, 0)
 
     def known_in(self, value: fx.Node) -> int:
         """Return the first part that may read a value."""
