@@ -26,7 +26,7 @@ from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
 from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
 from mom_compile.memory.decide import Decision, ForLong, check_weights, decide, fits_for_long, offloads
-from mom_compile.memory.ranks import Agreement, groups_of
+from mom_compile.memory.ranks import Agreement, groups_of, sizes_at
 from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_freezing, warn_of_hooks, warn_of_versions
 from mom_compile.pipeline import Pipeline, WithLoops, for_stock
@@ -173,7 +173,8 @@ def _compile_graph(
     notice.warn()
     storable = not found.failed and not pieces.eager_pieces
     agreement = None if program is not None or found.facts.kind == DECODE_STEP else Agreement.on_captured(gm)
-    return CompiledGraph(run, notice, Needs(found.facts.growing, found.for_long, storable, agreement))
+    needs = Needs(found.facts.growing, found.for_long, storable, agreement, sizes_at(gm, agreement))
+    return CompiledGraph(run, notice, needs)
 
 
 def make(

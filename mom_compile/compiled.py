@@ -67,12 +67,15 @@ class Needs:
         Whether nothing of it failed: a failure may be this process's own.
     agreement
         What ranks agree on before each run of a graph that stock Inductor compiled. Programs have a step for it.
+    agreed_sizes
+        Positions of the inputs with the sizes of the agreement.
     """
 
     growing: tuple[tuple[int, int], ...]
     for_long: ForLong | None
     storable: bool
     agreement: Agreement | None = None
+    agreed_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class CompiledGraph(Storable):
 
     def __call__(self, inputs: Any) -> Any:
         if self.needs.agreement is not None:
-            self.needs.agreement.hold(tuple(value for value in inputs if type(value) is int))
+            self.needs.agreement.hold(tuple(inputs[i] for i in self.needs.agreed_sizes))
         outputs = self.run(inputs)
         for position, dim in self.growing:
             expect_other_sizes(outputs[position], dim)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import time
 import warnings
@@ -110,6 +112,59 @@ def scores(rank: int) -> dict[str, Any]:
         }
 
 
+def odd_logits(rank: int) -> dict[str, list[bool]]:
+    """Whether log-probabilities, greedy columns and largest logits are eager mode's: with all columns of rank 1 at -inf
+    beside logits near -1000, with a NaN in rank 1's columns, with +inf there."""
+    torch.manual_seed(0)
+    head, x, targets = torch.nn.Linear(16, 2048), torch.randn(1, 301, 16), torch.randint(0, 2048, (1, 301, 1))
+
+    def scored(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = funcol.all_gather_tensor(head(x), 0, dist.group.WORLD).chunk(2)
+        logits = torch.cat(parts, -1).float()
+        return logits.log_softmax(-1).gather(-1, targets), logits.argmax(-1), logits.amax(-1)
+
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name, number, columns in (("-inf", -math.inf, slice(None)), ("nan", math.nan, 5), ("inf", math.inf, 7)):
+            with without_codegen():
+                head.bias.fill_(-1000.0 if name == "-inf" else -10.0)
+                if rank == 1:
+                    head.bias[columns] = number
+                compiled = torch.compile(scored, backend="mom", options={"mini_seq_len": 64, "strict": True})
+                pairs = zip(scored(x), compiled(x), strict=True)
+                found[name] = [torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in pairs]
+                assert "mom.scored" in mom_compile.reports()[-1].code()
+    return found
+
+
+def two_groups(rank: int) -> list[str]:
+    """What calls raise of a graph with two groups, the second of which rank 1 cannot run; and the next ones."""
+    one, other = dist.new_group([0, 1]), dist.new_group([0, 1])
+    matrix = torch.randn(16, 16)
+
+    def products(x: torch.Tensor) -> torch.Tensor:
+        return funcol.all_reduce(funcol.all_reduce(x @ matrix, "sum", one) @ matrix, "sum", other)
+
+    with without_codegen():
+        options = {"strict": True, "memory_budget": "1GiB" if rank == 0 else "200KiB"}
+        model = torch.compile(products, backend="mom", options=options, dynamic=True)
+        return [error_of(functools.partial(model, torch.randn(1, n, 16))) for n in (45, 4000, 46, 47)]
+
+
+def own_lengths(rank: int) -> list[str]:
+    """What calls with another length on each rank raise if ranks share weights alone."""
+    part = torch.randn(8, 16)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return (x @ funcol.all_gather_tensor(part, 0, dist.group.WORLD)).sin() @ torch.ones(16, 16)
+
+    with without_codegen(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = torch.compile(product, backend="mom", options={"mini_seq_len": 8, "strict": True})
+        return [error_of(functools.partial(model, torch.randn(1, n + 20 * rank, 16))) for n in (45, 77, 90)]
+
+
 def other_lengths(rank: int) -> tuple[str, float]:
     """What a call with another length on each rank raises, and that the next call is right."""
     with without_codegen():
@@ -207,6 +262,9 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "rule_law": rule_law,
     "lengths": lengths,
     "scores": scores,
+    "odd_logits": odd_logits,
+    "two_groups": two_groups,
+    "own_lengths": own_lengths,
     "other_lengths": other_lengths,
     "other_options": other_options,
     "failed_compilation": lambda rank: failed_compilation(rank, strict=True),

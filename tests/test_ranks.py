@@ -33,13 +33,28 @@ def test_a_parallel_decoder_equals_the_whole_one_at_every_length(found: list[dic
 
 
 def test_scores_of_a_divided_vocabulary_gather_no_logits(found: list[dict[str, Any]]) -> None:
-    """Two all-reduces of a layer, `[2, 32]` float32 for a token; one of tops, one of sums and chosen columns, and one
-    of greedy columns."""
+    """Two all-reduces of a layer, `[2, 32]` float32 for a token. One of tops and whether they are NaN, one of sums and
+    chosen columns, and one of greedy columns."""
     for rank in found:
         scores = rank["scores"]
         assert max(scores["differences"]) < 1e-4 and scores["greedy"]
         assert scores["scored"] > 0 and scores["gathers"] == 0 and scores["outside"] == 0
-        assert scores["bytes_per_token"] == 2 * (2 * 32 * 4 + 4 + 3 * 8 + 8)
+        assert scores["bytes_per_token"] == 2 * (2 * 32 * 4 + 2 * 4 + 3 * 8 + 8)
+
+
+def test_scores_of_odd_logits_are_those_of_eager_mode(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["odd_logits"] == {"-inf": [True] * 3, "nan": [True] * 3, "inf": [True] * 3}
+
+
+def test_a_failure_in_one_of_two_groups_leaves_both_in_step(found: list[dict[str, Any]]) -> None:
+    for rank, error in zip(found, ("RanksDiffer", "MemoryBudgetError"), strict=True):
+        first, failed, *later = rank["two_groups"]
+        assert failed.startswith(error) and not any((first, *later))
+
+
+def test_ranks_that_share_weights_alone_have_prompts_of_their_own(found: list[dict[str, Any]]) -> None:
+    assert [rank["own_lengths"] for rank in found] == [["", "", ""]] * 2
 
 
 def test_prompts_of_different_lengths_are_an_error_on_every_rank(found: list[dict[str, Any]]) -> None:

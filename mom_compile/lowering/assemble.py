@@ -24,6 +24,7 @@ from mom_compile.runtime.cuda_graphs import Replayed, may_be_recorded
 from mom_compile.runtime.program import Program, Slot, Step
 from mom_passes.graph.aliasing import base_of, is_mutation
 from mom_passes.graph.meta import meta_value
+from mom_passes.graph.sizes import expr
 from mom_passes.graph.values import tensors_of
 from mom_passes.ops.collectives import COLLECTIVES
 from mom_passes.ops.transfers import ARRIVING, EXTEND
@@ -57,7 +58,8 @@ def assemble(
     slots, last = _slots(plan), lives(plan).last
     steps = []
     if kv.agreement is not None:
-        sizes = [n for n in plan.inputs if isinstance(meta_value(n), SYMBOLIC)]
+        symbols = kv.agreement.symbols
+        sizes = [n for n in plan.inputs if isinstance(meta_value(n), SYMBOLIC) and expr(meta_value(n)) in symbols]
         choice = kv.choice if kv.rows else None
         given = tuple(Slot(slots[n]) for n in (*deciding, *sizes))
         steps.append(Step("ranks_agree", RanksAgree(kv.agreement, choice, len(deciding)), given, (), ()))

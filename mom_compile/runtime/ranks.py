@@ -4,8 +4,8 @@ Ranks that run different loops, or mini-sequences of different lengths, call col
 a rank without a partner waits until its process group's timeout. So each run begins with an exchange through the
 group's store, which is no collective and waits for a key with a timeout of its own:
 
-    rank 0:  set "mom_compile/7/0" = {graph, sizes, rows};  wait for ".../7/1"
-    rank 1:  set "mom_compile/7/1" = {graph, sizes, rows};  wait for ".../7/0"
+    rank 0:  set ".../7/0" = {graph, sizes, rows};  wait for ".../7/1"
+    rank 1:  set ".../7/1" = {graph, sizes, rows};  wait for ".../7/0"
     both:    different graphs or sizes -> RanksDiffer;  rows -> the least of each loop
 
 A rank that cannot run the graph says so in the same place, and the others raise with its reason.
@@ -17,14 +17,26 @@ import json
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mom_compile.torch_compat.errors import UserError
 from mom_compile.torch_compat.groups import process_group, store_of, timeout_of
 
-#: The number of exchanges of each group so far. All ranks of a group take part in each.
-_EXCHANGES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Exchange:
+    """The next exchange of a group: how often a group of its name was made, and how many exchanges it has had."""
+
+    made: int
+    number: int
+
+    def key(self, rank: int) -> str:
+        return f"mom_compile/{self.made}/{self.number}/{rank}"
+
+
+#: All ranks of a group take part in each of its exchanges.
+_EXCHANGES: weakref.WeakKeyDictionary[Any, Exchange] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -66,11 +78,14 @@ def agree(groups: Sequence[str], own: Run) -> Run:
     RanksDiffer
         If another rank runs another graph, or other sizes, or failed, or does not begin within the group's timeout.
     """
-    for name in groups:
-        if process_group(name).size() == 1:
-            continue
-        found = _exchange(name, own)
-        _compare(name, found, own)
+    shared = [name for name in groups if process_group(name).size() > 1]
+    for at, name in enumerate(shared):
+        try:
+            found = _exchange(name, own)
+            _compare(name, found, own)
+        except BaseException as error:
+            announce_failure(shared[at + 1 :], error)  # ranks of the other groups must not wait for this one
+            raise
         rows = [run.rows for run in found.values()]
         own = Run(own.graph, own.sizes, tuple(map(min, *rows)) if len(rows) > 1 else own.rows)
     return own
@@ -85,31 +100,35 @@ def announce_failure(groups: Iterable[str], error: BaseException) -> None:
             continue
 
 
-def _set(name: str, own: Run) -> tuple[Any, Any, int]:
-    """Write this rank's side of the next exchange. Return the group, its store and the number of the exchange."""
+def _set(name: str, own: Run) -> tuple[Any, Any, Exchange]:
+    """Write this rank's side of the next exchange. Return the group, its store and the exchange."""
     group = process_group(name)
-    with _LOCK:
-        number = _EXCHANGES.get(group, 0)
-        _EXCHANGES[group] = number + 1
     store = store_of(group)
-    store.set(_key(number, group.rank()), json.dumps(asdict(own)))
-    if number >= 2:  # every rank has begun the exchange before this one, so none still reads the one before that
-        store.delete_key(_key(number - 2, group.rank()))
-    return group, store, number
+    with _LOCK:
+        if group not in _EXCHANGES:
+            # A group that is made again may have the store and the name of a destroyed one.
+            made = store.add(f"mom_compile/made/{group.rank()}", 1)
+            _EXCHANGES[group] = Exchange(made, 0)
+        now = _EXCHANGES[group]
+        _EXCHANGES[group] = replace(now, number=now.number + 1)
+    store.set(now.key(group.rank()), json.dumps(asdict(own)))
+    if now.number >= 2:  # every rank has begun the exchange before this one, so none still reads the one before that
+        store.delete_key(replace(now, number=now.number - 2).key(group.rank()))
+    return group, store, now
 
 
 def _exchange(name: str, own: Run) -> dict[int, Run]:
     """Return what each rank of a group runs."""
-    group, store, number = _set(name, own)
+    group, store, now = _set(name, own)
     others = [rank for rank in range(group.size()) if rank != group.rank()]
-    keys, timeout = [_key(number, rank) for rank in others], timeout_of(group)
+    keys, timeout = [now.key(rank) for rank in others], timeout_of(group)
     try:
         store.wait(keys, timeout)
     except BaseException as error:
         # As if this rank had not begun, since others may not begin either: the next call has the same number.
         with _LOCK:
-            _EXCHANGES[group] = number
-        store.delete_key(_key(number, group.rank()))
+            _EXCHANGES[group] = now
+        store.delete_key(now.key(group.rank()))
         if not isinstance(error, Exception):
             raise
         late = [rank for rank, key in zip(others, keys, strict=True) if not store.check([key])]
@@ -138,7 +157,3 @@ def _compare(name: str, found: Mapping[int, Run], own: Run) -> None:
             "model with inputs of the same sizes and the same options mini_seq_len, loop_products, scope and "
             "overlap_collectives"
         )
-
-
-def _key(number: int, rank: int) -> str:
-    return f"mom_compile/{number}/{rank}"

@@ -7,11 +7,12 @@
     greedy      least column among the ranks that have the largest logit
 
 The gathered logits `[.., V]` never exist. Each row takes part in 2 collectives, of at most 3 numbers and its targets,
-and in 1 more for "greedy". A row with a NaN logit has NaN sums; which column is its greedy one is then not defined.
+and in 1 more for "greedy".
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class _Ranks:
 
     def results(self) -> dict[int, fx.Node]:
         own = self.own
-        top = self._emit(ALL_REDUCE, own[TOP], "max", self.group)
+        top = self._top()
         finite = self._emit(aten.logical_not.default, self._emit(aten.isinf.default, top))
         shift = self._double(self._where(finite, top, 0.0))
         sums = dict(zip((TOTALS, WEIGHTS, CHOSEN), self._sums(shift), strict=True))
@@ -80,7 +81,9 @@ class _Ranks:
     def _sums(self, shift: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Return totals, weighted sums and chosen columns, which one collective adds up."""
         own, parts = self.own, {}
-        lower = self._emit(aten.sub.Tensor, own[SHIFT], shift)
+        # Above 0 only where one of the two is no logit: of a rank without finite logits, whose sums are 0, or beside an
+        # infinite one, whose sum is infinite.
+        lower = self._emit(aten.clamp.default, self._emit(aten.sub.Tensor, own[SHIFT], shift), None, 0)
         scale = self._emit(aten.exp.default, lower)
         if TOTAL in self.wants:
             parts[TOTALS] = self._emit(aten.mul.Tensor, scale, own[TOTALS])
@@ -103,9 +106,21 @@ class _Ranks:
             found[CHOSEN] = self._converted(found[CHOSEN], value_of(own[CHOSEN]).dtype)
         return found[TOTALS], found[WEIGHTS], found[CHOSEN]
 
+    def _top(self) -> fx.Node:
+        """Return the largest logit of all ranks, NaN if one of them is: backends reduce NaN in different ways."""
+        own = self.own[TOP]
+        is_nan = self._emit(aten.isnan.default, own)
+        flag = self._converted(is_nan, value_of(own).dtype)
+        number = self._where(self._emit(aten.logical_not.default, is_nan), own, -math.inf)
+        both = self._emit(ALL_REDUCE, self._emit(aten.cat.default, [number, flag], -1), "max", self.group)
+        top, has_nan = (self._emit(aten.slice.Tensor, both, -1, at, at + 1) for at in (0, 1))
+        return self._where(self._emit(aten.eq.Scalar, has_nan, 0), top, math.nan)
+
     def _greedy(self, top: fx.Node) -> fx.Node:
+        """Return the first column with the largest logit, or with NaN: of a row with NaN no logit equals the top."""
         column = self._emit(aten.add.Tensor, self.own[BEST], self.first)
-        is_top = self._emit(aten.eq.Tensor, self.own[TOP], top)
+        equal = self._emit(aten.eq.Tensor, self.own[TOP], top)
+        is_top = self._emit(aten.logical_or.default, equal, self._emit(aten.isnan.default, self.own[TOP]))
         return self._emit(ALL_REDUCE, self._where(is_top, column, torch.iinfo(torch.int64).max), "min", self.group)
 
     # --- targets ---
