@@ -50,6 +50,7 @@ def shares() -> list[dict[str, Any]]:
     return run_ranks(on_ranks.data_parallel, 2, ASKED, timeout=120)
 
 
+@pytest.mark.slow
 def test_each_rank_has_the_answers_of_all(shares: list[dict[str, Any]], eager_pieces: None) -> None:
     expected = dict(answers(tiny("Llama"), ASKED, batch_size=2, longest=64))
     for rank in shares:
@@ -59,11 +60,13 @@ def test_each_rank_has_the_answers_of_all(shares: list[dict[str, Any]], eager_pi
             assert greedy == expected[number][1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_answer_is_named_on_every_rank(shares: list[dict[str, Any]]) -> None:
     for rank in shares:
         assert rank["failure"].startswith("RuntimeError: requests were not answered. rank 1: TypeError")
 
 
+@pytest.mark.slow
 def test_ranks_score_their_own_prompts_without_waiting(shares: list[dict[str, Any]]) -> None:
     for rank in shares:
         off, exchanges = rank["own"]
@@ -104,7 +107,8 @@ def test_the_example_of_the_harness_runs_under_torchrun(saved: Saved, tmp_path: 
 # --- FSDP2 ---
 
 
-@pytest.mark.parametrize("per_layer", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_layer", [False, True])
 def test_each_layer_of_a_fully_sharded_model_has_loops(per_layer: bool) -> None:
     for off, loops, _ in run_ranks(on_ranks.fully_sharded, 2, 2, per_layer):
         assert off < 1e-5

@@ -76,6 +76,7 @@ def llama_plans() -> dict[int, mom_compile.Plan]:
     return {ranks: planned(CONFIGS["Llama"](), ranks) for ranks in (1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers would place ranks on GPUs")
 def test_planned_weights_and_cache_of_a_rank_are_those_of_two_real_ranks(tmp_path: Path) -> None:
     torch.manual_seed(0)
