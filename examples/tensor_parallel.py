@@ -8,7 +8,7 @@
 
 Each rank runs the prefill with stock Inductor, with mom without overlap, and with mom. Peaks are exact: bytes that the
 prefill allocates above weights and inputs, the results included. `--delay` adds milliseconds to each collective of a
-loop, as a slower link would; on one machine the ranks exchange rows through shared memory, which hides little. On a GPU
+loop, as a slower link would, and not to those of stock Inductor; `--delay 0` compares the times of all. On a GPU
 the host does not wait for a collective, so the waiting times are not measured there. The CUDA path has never run.
 """
 
@@ -163,7 +163,7 @@ def table(ranks: Sequence[tuple[int, dict[str, Measured]]], tokens: int, delay: 
             lines.append(f"rank {rank}: {hidden:.0%} of the waiting is hidden by the next mini-sequence")
     lines += [ranks[0][1]["mom"].summary]
     if delay:
-        lines.append(f"each collective of a loop took {delay * 1e3:g} ms longer than this machine needs")
+        lines.append(f"each collective of a loop took {delay * 1e3:g} ms longer than this machine needs, not stock's")
     worst = max(found.difference for _, ways in ranks for found in ways.values())
     return "\n".join([*lines, f"largest difference of the logits from eager mode: {worst:.1e} of the largest logit"])
 
