@@ -24,6 +24,7 @@ from mom_compile.lowering.pieces import Piece, Variant
 from mom_compile.lowering.templates import SizeTemplate
 from mom_compile.torch_compat.inductor import mark_boxed
 from mom_passes.graph.edit import copy_graph
+from mom_passes.ops.rows import laid_out
 
 
 @contextlib.contextmanager
@@ -33,7 +34,12 @@ def pieces_run_eagerly() -> Iterator[None]:
     def compile_nothing(piece: Piece, hints: object = None) -> None:
         def run(inputs: list[Any]) -> Any:
             check_templates(piece, inputs)
-            return piece.run_eagerly(inputs)
+            results = piece.run_eagerly(inputs)
+            if not any(piece.orders):
+                return results
+            # As compiled code returns them (`lowering.results`).
+            pairs = zip(results, piece.orders, strict=True)
+            return tuple(result if order is None else laid_out(result, order) for result, order in pairs)
 
         piece.variants.append(Variant(run, None))
 
