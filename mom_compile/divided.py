@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mom_compile.torch_compat.distributed import is_sharded
 from mom_compile.torch_compat.errors import UserError
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
-
-def is_divided(parameter: Any) -> bool:
-    """Return whether a parameter is a DTensor, of which each rank has a part."""
-    return hasattr(parameter, "device_mesh")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -36,7 +32,7 @@ def check_heads(model: Any) -> None:
         size = getattr(module, "head_dim", None)
         for projection in _PROJECTIONS if isinstance(size, int) and size > 0 else ():
             weight: Any = getattr(getattr(module, projection, None), "weight", None)
-            if is_divided(weight) and weight.to_local().shape[0] % size:
+            if is_sharded(weight) and weight.to_local().shape[0] % size:
                 heads = weight.shape[0] // size
                 raise UserError(
                     f"{name}.{projection} has {heads} {'head' if heads == 1 else 'heads'} of {size} rows, which "

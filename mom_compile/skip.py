@@ -33,6 +33,7 @@ def why_stock(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -
 def _unsupported(gm: fx.GraphModule) -> str | None:
     """Return what the passes do not support in a graph, by name, or None."""
     devices: dict[torch.device, None] = {}
+    exchange = collective("all_to_all_single")
     for node in gm.graph.nodes:
         if node.op == "call_module" or (
             node.op == "get_attr"
@@ -41,7 +42,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
         ):
             users = ", ".join(f"{user.name} ({user.target})" for user in node.users) or node.name
             return with_source_line(f"{users} calls a graph of its own, {node.target}", next(iter(node.users), node))
-        if node.op == "call_function" and node.target is collective("all_to_all_single"):
+        if node.op == "call_function" and node.target is exchange:
             return with_source_line(
                 f"{node.name} exchanges rows between ranks, and how many may depend on data (expert parallelism of "
                 "transformers does without: ep_implementation='all_reduce')", node

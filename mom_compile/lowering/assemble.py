@@ -26,7 +26,7 @@ from mom_passes.graph.aliasing import base_of, is_mutation
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import expr
 from mom_passes.graph.values import tensors_of
-from mom_passes.ops.collectives import COLLECTIVES
+from mom_passes.ops.collectives import has_collectives
 from mom_passes.ops.transfers import ARRIVING, EXTEND
 from mom_passes.program import program as plans
 from mom_passes.program.lives import lives
@@ -116,7 +116,7 @@ def _replayed(
     """
     if not isinstance(run, Piece) or run.symbols or any(map(is_mutation, run.gm.graph.nodes)):
         return run
-    if any(node.target in COLLECTIVES for node in run.gm.graph.nodes):
+    if has_collectives(run.gm.graph.nodes):
         return run
     static = [base_of(node).name in static_inputs for node in arguments]
     fixed = tuple(itertools.compress(itertools.count(), static))

@@ -28,7 +28,7 @@ from mom_compile.lowering.assemble import Called, assemble
 from mom_compile.lowering.canonical import NO_LITERALS, Literals, in_canonical_form
 from mom_compile.lowering.layouts import LENGTH, LoopLayout, Symbols, dense_strides, of_any_length, order_if_dense
 from mom_compile.lowering.loop_ports import ports_with_inputs, same_in_every_iteration, sizes_at_run_time
-from mom_compile.lowering.parted import compile_parts, has_collectives
+from mom_compile.lowering.parted import compile_parts
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.templates import SizeTemplate, SymbolFacts, Template, TensorTemplate
@@ -50,6 +50,7 @@ from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import function_of
 from mom_passes.graph.sizes import expr, hint
 from mom_passes.loops.ports import COUNT, START, Stored
+from mom_passes.ops.collectives import has_collectives
 from mom_passes.ops.rows import LAID_OUT
 from mom_passes.program.memory import leaving
 from mom_passes.program.program import Compute, LoopStep, Transfer
@@ -154,7 +155,7 @@ class Lowering:
             return self._compile(graph, templates, name, *given)
 
         body: Piece | PartedBody
-        if has_collectives(graph):
+        if has_collectives(graph.nodes):
             body, extra, left = compile_parts(graph, templates, layout, loop.in_flight, step.name, compiled)
         else:
             body, extra, left = compiled(graph, templates, step.name)

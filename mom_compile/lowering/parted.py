@@ -24,18 +24,13 @@ from mom_passes.graph.edit import add_input
 from mom_passes.graph.sizes import expr
 from mom_passes.loops.body_parts import BodyParts, Part
 from mom_passes.loops.ports import TensorType
-from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, BEGINS, COLLECTIVES, GATHER_COLUMNS
+from mom_passes.ops.collectives import ALL_GATHER, ALL_REDUCE, BEGINS, GATHER_COLUMNS
 
 aten = torch.ops.aten
 
 #: Compiles a graph with these templates under a name, with an order for each result. Returns the piece, the values of
 #: its symbols, and for each input whether the piece takes it.
 Compile = Callable[[fx.Graph, Sequence[Template], str, Sequence[tuple[int, ...]]], tuple[Piece, list[Any], list[bool]]]
-
-
-def has_collectives(graph: fx.Graph) -> bool:
-    """Return whether a body has collectives."""
-    return any(node.target in COLLECTIVES for node in graph.nodes)
 
 
 def compile_parts(

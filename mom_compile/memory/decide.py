@@ -22,7 +22,7 @@ from mom_compile.memory.device import DeviceRows, budget_of, properties_of, rows
 from mom_compile.memory.devices import Properties, device_of
 from mom_compile.memory.layer import Work, in_words, work_of
 from mom_compile.memory.model import Model, bytes_in_tokens, captured_tokens, in_tokens, input_bytes, static_bytes
-from mom_compile.memory.ranks import Agreement, has_collectives
+from mom_compile.memory.ranks import Agreement
 from mom_compile.memory.refuse import MemoryBudgetError, below_weights
 from mom_compile.memory.row_rule import rows_of_steps
 from mom_compile.runtime.host.engine_cuda import pin_for
@@ -133,7 +133,7 @@ def decide(rewritten: Rewritten, options: Options, static: Collection[str], devi
         return decision
     chosen = choice.best(sizes).rows
     rows = {node: chosen[number] for node, number in numbers.items()}
-    together = has_collectives(rewritten.plan)
+    together = Agreement.on_program(rewritten.plan, ()) is not None
     usual = rows_of_steps(choice.model, wants, sizes)
     # Ranks with less memory than others must not be the only ones with loops.
     whole = _whole(rewritten, {node: usual[number] for node, number in numbers.items()} if together else rows)

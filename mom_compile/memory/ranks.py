@@ -113,11 +113,6 @@ def _agreement(
     return Agreement(tuple(dict.fromkeys(groups)), graph, tuple(symbols))
 
 
-def has_collectives(program: Program) -> bool:
-    """Return whether a program has collectives, in loops or outside."""
-    return Agreement.on_program(program, ()) is not None
-
-
 def collectives_of(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the collectives of a captured graph."""
     begin = {collective(name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")}

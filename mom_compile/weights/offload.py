@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from mom_compile.divided import check_heads, is_divided, is_fully_sharded
+from mom_compile.divided import check_heads, is_fully_sharded
 from mom_compile.memory.device import available_bytes
 from mom_compile.notices import warn_once
 from mom_compile.quantities import parse_bytes
@@ -24,6 +24,7 @@ from mom_compile.report.units import in_units
 from mom_compile.runtime.host.engine_cuda import pin_for
 from mom_compile.runtime.host.limits import HostMemoryError
 from mom_compile.runtime.host.weight_bytes import bytes_under, pin_in_place
+from mom_compile.torch_compat.distributed import is_sharded
 from mom_compile.weights.checkpoint import Checkpoint
 from mom_compile.weights.nested import (
     LEAST_INNER_BYTES,
@@ -210,7 +211,7 @@ def _check_places(model: nn.Module, files: Checkpoint | None, target: torch.devi
             "offload_policy=CPUOffloadPolicy(), or divide the model by tensor parallelism instead"
         )
     places = {"cpu", "meta"}
-    if any(map(is_divided, model.parameters())):
+    if any(map(is_sharded, model.parameters())):
         places.add(target.type)  # transformers loads the parts of weights to the device of each rank
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):

@@ -31,7 +31,7 @@ from mom_passes.graph.sizes import expr, product
 from mom_passes.graph.values import returned_values
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import TensorType
-from mom_passes.ops.collectives import COLLECTIVES
+from mom_passes.ops.collectives import COLLECTIVES, has_collectives
 from mom_passes.rules import facts
 from mom_passes.torch_compat import schema_of
 
@@ -159,17 +159,19 @@ class BodyParts:
         base = base_of(operand)
         if base not in self._part or base.target not in _PRODUCTS:
             return False
-        reads = {value for part in self.parts[number + 1 :] for value in part.inputs}
-        reads |= {other.all_input_nodes[0] for other in self.collectives[number + 1 :]}
-        return all(base_of(value) is not base for value in reads)
+        return all(base_of(value) is not base for value in self._read_after(number))
 
     def crossing(self, number: int) -> list[fx.Node]:
         """Return the values that exist while a collective is under way: its result, and what crosses it."""
         before = {node for part in self.parts[: number + 1] for node in part.outputs}
         before |= set(self.collectives[:number])
-        later = {value for part in self.parts[number + 1 :] for value in part.inputs}
-        later |= {other.all_input_nodes[0] for other in self.collectives[number + 1 :]}
-        return [self.collectives[number], *(node for node in self.graph.nodes if node in before & later)]
+        both = before & self._read_after(number)
+        return [self.collectives[number], *(node for node in self.graph.nodes if node in both)]
+
+    def _read_after(self, number: int) -> set[fx.Node]:
+        """Return what parts and collectives read after a collective."""
+        found = {value for part in self.parts[number + 1 :] for value in part.inputs}
+        return found | {other.all_input_nodes[0] for other in self.collectives[number + 1 :]}
 
 
 def _is_repeated(node: fx.Node) -> bool:
@@ -221,7 +223,7 @@ def may_overlap(loop: Loop) -> bool:
     """Return whether two mini-sequences of a loop may be in flight: it has a collective, and each carry is read and
     computed in one part, so that the second mini-sequence gets it in time."""
     graph = loop.body.graph
-    if not any(node.target in COLLECTIVES for node in graph.nodes):
+    if not has_collectives(graph.nodes):
         return False
     body, inputs, results = BodyParts(graph), graph.find_nodes(op="placeholder"), returned_values(graph)
     for number, port in loop.carries.items():

@@ -7,10 +7,11 @@ be read. The runtime of a loop takes them apart again (`mom_compile.runtime.part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from mom_passes.ops.library import define, implement
 from mom_passes.torch_compat import begin_collective, rank_in, wait_for_collective
@@ -43,6 +44,11 @@ BEGINS = {
     REDUCE_SCATTER: "reduce_scatter_tensor",
 }
 COLLECTIVES = frozenset({*BEGINS, GATHER_COLUMNS})
+
+
+def has_collectives(nodes: Iterable[fx.Node]) -> bool:
+    """Return whether one of some nodes is a collective."""
+    return any(node.target in COLLECTIVES for node in nodes)
 
 
 def group_of(args: Sequence[Any]) -> str:
