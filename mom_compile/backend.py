@@ -37,7 +37,8 @@ from mom_compile.runtime.extend import expect_garbage
 from mom_compile.runtime.program import Program
 from mom_compile.runtime.ranks import announce_failure
 from mom_compile.skip import why_stock
-from mom_compile.substitutes import traces_scans, watch_models
+from mom_compile.substitutes import watch_models
+from mom_compile.substitution import traces_substitutes
 from mom_compile.torch_compat.aot_autograd import InnerCompile
 from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 from mom_compile.torch_compat.dynamo import is_cut_apart
@@ -110,7 +111,7 @@ def _reset() -> None:
 
 
 mom.reset = _reset  # type: ignore[attr-defined]
-traces_scans(mom)
+traces_substitutes(mom)
 watch_models()
 
 

@@ -29,7 +29,7 @@ from mom_compile.report.explanation import Explanation
 from mom_compile.report.facts import NOTHING_FOUND
 from mom_compile.skip import why_stock
 from mom_compile.stand_ins import is_on_meta, on_stand_ins
-from mom_compile.substitutes import traces_scans
+from mom_compile.substitution import traces_substitutes
 from mom_compile.torch_compat.dynamo import trace_whole, undisturbed
 from mom_compile.torch_compat.errors import NEEDS_DATA
 from mom_compile.torch_compat.inductor import mark_boxed
@@ -218,7 +218,7 @@ def _backend(options: Options, found: Explanation, *, as_captured: bool) -> Call
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return capture(gm, example_inputs, inner, dict(options.inductor))
 
-    return traces_scans(backend)
+    return traces_substitutes(backend)
 
 
 def _explain_graph(

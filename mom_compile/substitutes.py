@@ -1,16 +1,16 @@
-"""Have Dynamo trace one operator in place of the code of a recurrence.
+"""Have Dynamo trace one operator in place of the code of a recurrence, and one call for packed attention.
 
 transformers writes linear attention and state-space models as Python loops over chunks or tokens. Dynamo unrolls them:
 the graph grows with the prompt and has no rows that a mini-sequence could compute. Functions with a known name are
-traced as `mom_compile.scans` has them instead. Only graphs for this backend change: for any other backend, for training
-and for packed sequences, Dynamo traces the function's own code.
+traced as `mom_compile.scans` has them instead. Attention that is one call for each packed sequence is traced as one
+call (`mom_compile.packed_attention`). Only graphs for this backend change: for any other backend and for training,
+Dynamo traces the function's own code, and it does so for recurrences of packed sequences.
 
     scan_operator(mylib.delta_rule, like="gated_delta_rule")     a function of another library
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import inspect
 import sys
@@ -18,10 +18,10 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
+from mom_compile.packed_attention import traced_packed
 from mom_compile.scans import SCANS
-from mom_compile.torch_compat.dynamo import backend_of_trace, is_substituted, substitute
+from mom_compile.substitution import as_method, copy_of, is_for_this_backend, needs_gradients
+from mom_compile.torch_compat.dynamo import is_substituted, substitute
 
 #: Function or `Class.method` of a model file of transformers -> the name of its operator.
 KNOWN = {
@@ -31,8 +31,6 @@ KNOWN = {
     "mamba_selective_scan": "selective_scan",
     "RecurrentGemmaRglru._rnn_scan": "linear_recurrence",
 }
-#: Set on the functions of this package that Dynamo calls as a backend.
-MARK = "_traces_scans_as_operators"
 #: Arguments that keep packed sequences apart, which the operators cannot.
 PACKED = ("cu_seqlens", "seq_idx")
 #: Parameters that do not change what a recurrence computes.
@@ -73,7 +71,12 @@ def scan_operator(function: Callable[..., Any], like: str) -> None:
 
 
 def substitute_in(module: types.ModuleType) -> None:
-    """Trace the recurrences of a model file as operators. A function with other parameters than expected stays."""
+    """Substitute the recurrences and the packed attention of a model file. A function of unknown form stays."""
+    _substitute_recurrences(module)
+    _substitute_packed_attention(module)
+
+
+def _substitute_recurrences(module: types.ModuleType) -> None:
     for path, like in KNOWN.items():
         owner, _, name = path.rpartition(".")
         holder = getattr(module, owner, None) if owner else module
@@ -84,32 +87,27 @@ def substitute_in(module: types.ModuleType) -> None:
             continue
         substitute(found, _traced(found, SCANS[like]))
         if owner:
-            setattr(holder, name, _as_method(found))
+            setattr(holder, name, as_method(found))
 
 
-def _as_method(function: types.FunctionType) -> Callable[..., Any]:
-    """Return a method that calls the function. Dynamo looks for a substitute of functions, not of methods."""
-
-    @functools.wraps(function)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return method
+def _substitute_packed_attention(module: types.ModuleType) -> None:
+    for holder in [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]:
+        found = vars(holder).get("forward")
+        if not isinstance(found, types.FunctionType) or hasattr(found, "__wrapped__") or is_substituted(found):
+            continue
+        traced = traced_packed(found)
+        if traced is not None:
+            substitute(found, traced)
+            setattr(holder, "forward", as_method(found))  # noqa: B010  mypy: a method of an unknown class
 
 
 def watch_models() -> None:
-    """Trace the recurrences of all model files as operators: those that are imported, and those that will be."""
+    """Substitute functions of all model files: of those that are imported, and of those that will be."""
     for name, module in list(sys.modules.items()):
         if _is_model_file(name) and module is not None:
             substitute_in(module)
     if not any(isinstance(finder, _ModelFiles) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ModelFiles())
-
-
-def traces_scans(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function that Dynamo calls as a backend: its graphs have recurrences as operators."""
-    setattr(backend, MARK, True)
-    return backend
 
 
 def _is_model_file(name: str) -> bool:
@@ -141,7 +139,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that Dynamo traces in place of `function`."""
-    original, own = _copy_of(function), inspect.signature(function).parameters
+    original, own = copy_of(function), inspect.signature(function).parameters
     names = [one.name for one in own.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     defaults = {one.name: one.default for one in own.values() if one.default is not one.empty}
     known = frozenset(inspect.signature(scan).parameters)
@@ -149,7 +147,7 @@ def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[
     unknown = {name: defaults.get(name) for name in (*own, *PACKED) if name not in (*known, *WITHOUT_EFFECT)}
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        if len(args) <= len(names) and _wants_operators() and not _needs_gradients(args, kwargs):
+        if len(args) <= len(names) and is_for_this_backend() and not needs_gradients(args, kwargs):
             given = {**dict(zip(names, args)), **kwargs}  # noqa: B905  Dynamo does not trace `strict`
             if all(given.get(name, neutral) in (None, neutral) for name, neutral in unknown.items()):
                 values = {**defaults, **given}
@@ -157,26 +155,6 @@ def _traced(function: types.FunctionType, scan: Callable[..., Any]) -> Callable[
         return original(*args, **kwargs)
 
     return traced
-
-
-def _copy_of(function: types.FunctionType) -> types.FunctionType:
-    """Return the same function as another object, which Dynamo does not know as substituted."""
-    copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
-@torch.compiler.assume_constant_result
-def _wants_operators() -> bool:
-    """Return whether the graph that Dynamo is tracing is for this backend. Dynamo runs this while it traces."""
-    return bool(getattr(backend_of_trace(MARK), MARK, False))
-
-
-def _needs_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    values = [*args, *kwargs.values()]
-    return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in values)
 
 
 class _ModelFiles:

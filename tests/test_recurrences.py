@@ -22,7 +22,8 @@ import mom_compile
 from benchmarks.architectures_worker import Subject, accepted, build, words
 from benchmarks.small_configs import SMALL
 from mom_compile.scans import SCANS
-from mom_compile.substitutes import KNOWN, traces_scans
+from mom_compile.substitutes import KNOWN
+from mom_compile.substitution import traces_substitutes
 from mom_compile.torch_compat.dynamo import is_substituted
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.rules.scans import SCANS as RULES
@@ -154,7 +155,7 @@ def targets_traced(model: Any, backend: Any, *args: Any, **kwargs: Any) -> set[s
         return gm
 
     if backend == "mom":
-        traces_scans(spy)
+        traces_substitutes(spy)
     torch._dynamo.reset()
     torch.compile(model, backend=spy)(*args, **kwargs)
     return found

@@ -14,7 +14,7 @@ from mom_compile.backend import static_input_names
 from mom_compile.capture import capture
 from mom_compile.planning.configs import PlanError
 from mom_compile.stand_ins import on_stand_ins
-from mom_compile.substitutes import traces_scans
+from mom_compile.substitution import traces_substitutes
 from mom_compile.torch_compat.dynamo import floats_are_constants, may_vary, trace_whole, undisturbed
 from mom_compile.torch_compat.inductor import mark_boxed
 from mom_compile.torch_compat.symbolic_sizes import bounds_of
@@ -68,7 +68,7 @@ def capture_prefill(model: nn.Module, batch_size: int, seq_len: int) -> Prefill:
         may_vary(args[0], 1)
         if batch_size > 1:
             may_vary(args[0], 0)
-        backend = traces_scans(lambda gm, inputs: capture(gm, inputs, inner, {}))
+        backend = traces_substitutes(lambda gm, inputs: capture(gm, inputs, inner, {}))
         broken = trace_whole(model.forward, args, kwargs, backend)
     if broken is not None or len(found) != 1:
         raise PlanError(f"{type(model).__name__} cannot be traced as one graph: {broken or 'it computes nothing'}")
