@@ -29,7 +29,9 @@ from mom_compile.memory.decide import Decision, ForLong, check_weights, decide, 
 from mom_compile.memory.ranks import Agreement, groups_of, sizes_at
 from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_freezing, warn_of_hooks, warn_of_versions
+from mom_compile.packings import ProgramPerPacking, values_of_call
 from mom_compile.pipeline import Pipeline, WithLoops, for_stock
+from mom_compile.pipeline.to_loops import Packing
 from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.report.facts import DECODE_STEP, NOTHING_FOUND, Facts, PieceLog
@@ -44,6 +46,7 @@ from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 from mom_compile.torch_compat.dynamo import is_cut_apart
 from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
 from mom_compile.torch_compat.recompiles import graph_count
+from mom_passes.errors import PassError
 from mom_passes.graph.edit import compute_device, copy_graph
 from mom_passes.graph.repeated_layers import calls_nested_regions, inline_nested_regions
 from mom_passes.torch_compat import FLEX_ATTENTION
@@ -89,7 +92,7 @@ def mom(
         warn_of_hooks()
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         start_the_compiler()
-    inner = functools.partial(compile_graph, options=parsed)
+    inner = functools.partial(compile_graph, options=parsed, call=example_inputs)
     tag = cache_tag(parsed, devices_of(example_inputs))
     before = NOTICES[-1:]
     with compiling(f"a graph of {_operators(gm)} operators, once for each kind of call", parsed.progress) as shown:
@@ -132,14 +135,16 @@ def compile_graph(
     *,
     options: Options,
     stock: InnerCompile = stock_inner_compile,
+    call: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> CompiledGraph:
-    """Compile an ATen graph to a boxed callable, as Inductor's `inner_compile` hook.
+    """Compile an ATen graph to a boxed callable, as Inductor's `inner_compile` hook. `call` has the inputs of the call
+    for which Dynamo captured the graph.
 
     If that fails for a graph with collectives, ranks that have compiled it raise as well.
     """
     try:
-        return _compile_graph(gm, example_inputs, options, stock, kwargs)
+        return _compile_graph(gm, example_inputs, options, stock, call, kwargs)
     except Exception as error:
         announce_failure(groups_of(gm), error)
         raise
@@ -150,6 +155,7 @@ def _compile_graph(
     example_inputs: Sequence[Any],
     options: Options,
     stock: InnerCompile,
+    call: Sequence[Any] | None,
     kwargs: dict[str, Any],
 ) -> CompiledGraph:
     if options.scope != "none" and kwargs.get("is_inference") and calls_nested_regions(gm):
@@ -159,14 +165,16 @@ def _compile_graph(
     not_ours, pieces = why_stock(gm, options, kwargs), PieceLog()
     found, program = Rewriting(NOTHING_FOUND, no_loops=not_ours), None
     if not_ours is None:
-        found, program = make(gm, options, pieces, kwargs)
-    gm = found.for_stock or gm
+        found, program = make(gm, options, pieces, kwargs, values_of_call(gm, call))
     run: Callable[[list[Any]], Any]
     if program is not None:
         run = program
+        if found.packing.ranges:
+            run = ProgramPerPacking(program, found.packing, functools.partial(make_other, gm, options, kwargs))
     elif options.scope == "none" or not kwargs.get("is_inference"):
         run = stock(gm, example_inputs, **kwargs)
     else:
+        gm = found.for_stock or gm
         run = stock_or_eager(gm, example_inputs, pieces, functools.partial(stock, **kwargs))
     report = found.report(nodes=nodes, graphs=graph_count()).with_pieces(pieces)
     notice = Notice(report, options, not_ours, attends, device)
@@ -178,10 +186,25 @@ def _compile_graph(
     return CompiledGraph(run, notice, needs)
 
 
+def make_other(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any], inputs: Sequence[Any]) -> Program:
+    """Compile the program of a graph for the packed sequences of another call."""
+    pieces = PieceLog()
+    found, program = make(gm, replace(options, strict=True), pieces, kwargs, inputs)
+    if program is None:
+        raise PassError(f"no program: {found.no_loops}")
+    keep(Notice(found.report(nodes=len(gm.graph.nodes)).with_pieces(pieces), options, None, True, compute_device(gm)))
+    return program
+
+
 def make(
-    gm: fx.GraphModule, options: Options, pieces: PieceLog, kwargs: Mapping[str, Any]
+    gm: fx.GraphModule,
+    options: Options,
+    pieces: PieceLog,
+    kwargs: Mapping[str, Any],
+    inputs: Sequence[Any] | None = None,
 ) -> tuple[Rewriting, Program | None]:
-    """Rewrite a graph, decide and lower. A failure leaves it to stock Inductor, unless `options.strict`.
+    """Rewrite a graph, decide and lower. A failure leaves it to stock Inductor, unless `options.strict`. `inputs` are
+    those of a call, if they are known.
 
     Raises
     ------
@@ -191,7 +214,7 @@ def make(
     found, static = Rewriting(NOTHING_FOUND), static_input_names(gm, kwargs)
     try:
         check_weights(gm, options, static)
-        found = rewrite(gm, options, static)
+        found = rewrite(gm, options, static, inputs)
         # Inductor's CUDA graphs record a graph as a whole.
         if found.decision is None or (found.by_layers and kwargs.get("cudagraphs")):
             return found.left_to_stock(gm), None
@@ -247,6 +270,8 @@ class Rewriting:
         Why mini-sequences have their rows.
     for_stock
         What stock Inductor compiles, if it is not the captured graph.
+    packing
+        The packed sequences that the program's loops hold.
     """
 
     facts: Facts
@@ -257,6 +282,7 @@ class Rewriting:
     for_long: ForLong | None = None
     why_rows: str = ""
     for_stock: fx.GraphModule | None = None
+    packing: Packing = Packing()
 
     def left_to_stock(self, gm: fx.GraphModule) -> Rewriting:
         """Return the same for a captured graph that stock Inductor compiles, with copies of rows that it returns."""
@@ -270,8 +296,10 @@ class Rewriting:
         return Report.of(self.facts, self.decision.program, by_layers=self.by_layers, rows=self.why_rows, **known)
 
 
-def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Rewriting:
-    """Run the passes once and decide; `static` names the parameters and buffers."""
+def rewrite(
+    gm: fx.GraphModule, options: Options, static: Collection[str], inputs: Sequence[Any] | None = None
+) -> Rewriting:
+    """Run the passes once and decide; `static` names the parameters and buffers, `inputs` are those of a call."""
     device = compute_device(gm)
     passes = Pipeline(
         gm,
@@ -281,12 +309,13 @@ def rewrite(gm: fx.GraphModule, options: Options, static: Collection[str]) -> Re
         loop_products=options.loop_products,
         kv_on_host=offloads(options, device),
         overlap_collectives=options.overlap_collectives,
+        inputs=inputs,
     )
     found, looped = passes.found, Rewriting(NOTHING_FOUND)
     if isinstance(found, WithLoops):
         program, facts = passes.finish_loops(found)
         decision = decide(program, options, static, device).agreed()
-        looped = Rewriting(facts, decision, why_rows=decision.why)
+        looped = Rewriting(facts, decision, why_rows=decision.why, packing=found.packing)
         if decision.whole is None:
             return looped
         found = passes.without_loops(found, decision.whole)

@@ -167,8 +167,9 @@ class Lowering:
         rows = self.kv.rows.get(node, loop.rows)
         asked = self._deciding if callable(rows) else []
         ports = ports_with_inputs(loop, left)
-        sizes_of_run = Sizes(functions)
-        runtime = CompiledLoop(body, rows, len(values), len(extra), *ports, sizes_of_run, turns, asked=len(asked))
+        within = tuple(sum(left[:i]) for i in loop.within)
+        counts = len(values), len(extra)
+        runtime = CompiledLoop(body, rows, *counts, *ports, Sizes(functions), turns, len(asked), within)
         for item, output in zip(step.outs, loop.outputs, strict=True):
             if item is not None and isinstance(output, Stored):
                 self.layouts[item] = output

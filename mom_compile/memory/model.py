@@ -46,7 +46,8 @@ class LoopSizes:
     """A loop as functions of a run's sizes.
 
     `widest` are the bytes of its widest value for a token, `spread` how many tokens give each of its experts a row,
-    `rows` the rows that it has where no device decides them.
+    `rows` the rows that it has where no device decides them, `unbroken` the fewest rows, a packed sequence that it must
+    not cut.
     """
 
     length: SizeFunction
@@ -54,6 +55,7 @@ class LoopSizes:
     widest: int
     spread: float
     rows: int
+    unbroken: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,22 +198,22 @@ def _moment_in_tokens(moment: Moment, captured: int) -> Moment:
 
 # --- steps ---
 
-_Key = tuple[sympy.Expr, sympy.Expr, sympy.Expr | None, sympy.Expr, int, float, int]
+_Key = tuple[sympy.Expr, sympy.Expr, sympy.Expr | None, sympy.Expr, int, float, int, int]
 
 
 def _key(moment: Moment, sequences: Mapping[fx.Node, sympy.Expr], kernels: sympy.Expr) -> _Key:
     """Return what a step is made of. Identical layers have identical keys."""
     kept = sum((storage.bytes for storage in moment.alive), kernels)
     if not isinstance(moment.step, LoopStep):
-        return kept, moment.scratch, None, sympy.S.One, 0, 1, 0
+        return kept, moment.scratch, None, sympy.S.One, 0, 1, 0, 0
     loop = moment.step.loop
     several = sequences.get(moment.step.node, sympy.S.One)
-    return kept, moment.scratch, expr(loop.length), several, loop.widest, loop.spread, loop.rows
+    return kept, moment.scratch, expr(loop.length), several, loop.widest, loop.spread, loop.rows, loop.unbroken
 
 
 def _functions(key: _Key, symbols: tuple[sympy.Symbol, ...], captured: tuple[int, ...]) -> StepSizes:
-    kept, scratch, length, sequences, widest, spread, rows = key
+    kept, scratch, length, sequences, widest, spread, rows, unbroken = key
     loop = None
     if length is not None:
-        loop = LoopSizes(function_of(length, symbols), function_of(sequences, symbols), widest, spread, rows)
+        loop = LoopSizes(function_of(length, symbols), function_of(sequences, symbols), widest, spread, rows, unbroken)
     return StepSizes(function_of(kept, symbols), function_of(scratch, (*symbols, COUNT)), loop, captured)

@@ -13,6 +13,7 @@ bounds    Between how many rows the device is efficient (see `device`).
            fewer, down to the fewest of all, if even the efficient rows of such a loop would hold more than `full`, and
            the loop is long
            for experts, as many as give each expert's product the rows that it should have
+           at least the longest packed sequence, in a loop that must not cut one
 
 Sizes are those of a run: a graph that was captured for all lengths has other rows for each. Rows are counted over all
 sequences of a batch. They are evened out over the mini-sequences where the device does not want a multiple.
@@ -55,7 +56,7 @@ def fewest_rows(model: Model, device: DeviceRows | None, sizes: tuple[int, ...])
     return tuple(
         0 if step.loop is None
         else step.loop.rows if device is None
-        else device.bounds(step.loop.sequences(sizes)).fewest
+        else max(step.loop.unbroken, device.bounds(step.loop.sequences(sizes)).fewest)
         for step in model.steps
     )  # fmt: skip
 
@@ -76,10 +77,10 @@ def _rows(step: StepSizes, loop: LoopSizes, device: DeviceRows | None, sizes: tu
     if loop.spread > 1:
         wanted = math.ceil(device.expert_rows * loop.spread / sequences)
         rows = min(max(rows, min(wanted, length // FEWEST_ITERATIONS)), EXPERT_BYTES // widest)
-        return max(bounds.fewest, rows // bounds.step * bounds.step)
+        return max(bounds.fewest, loop.unbroken, rows // bounds.step * bounds.step)
     if wide:
         rows = min(rows, max(bounds.fewest, VALUE_BYTES // widest // bounds.step * bounds.step))
-    return evened(length, rows, bounds)
+    return max(loop.unbroken, evened(length, rows, bounds))
 
 
 def _within(bounds: Bounds, row_bytes: int, full: int, long: bool) -> int:

@@ -9,7 +9,7 @@ its rows turn out to be all tokens, on the one without.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,8 @@ class Outcome:
 class Pipeline:
     """The passes on one captured graph, which stays as it is.
 
-    `found` is the graph with loops, or the one without and the reason. `kv` are its keys and values.
+    `found` is the graph with loops, or the one without and the reason. `kv` are its keys and values. `inputs` are the
+    values of its placeholders in a call, if they are known.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Pipeline:
         overlap_collectives: bool = True,
         skip: Collection[str] = (),
         watch: Watch | None = None,
+        inputs: Sequence[Any] | None = None,
     ) -> None:
         copied = copy_graph(gm)
         substitute_known_symbols(copied)
@@ -90,7 +92,7 @@ class Pipeline:
         state = State(copied, static_inputs, kv_on_host)
         self._runner.edit(TO_FORM, state)
         self.kv = self._runner.take(find_keys_and_values, state)
-        self.found = make_loops(state, self.kv, limit, scope, loop_products, self._runner)
+        self.found = make_loops(state, self.kv, limit, scope, loop_products, self._runner, inputs)
         if isinstance(self.found, WithoutLoops):
             self._fetch_parts(self.found)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -32,6 +33,7 @@ from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.last_rows import last_rows
 from mom_passes.tokens.mlp_scope import mlp_only
+from mom_passes.tokens.packed_keys import PackedRanges, keep_in_loops, packed_attentions, ranges_of
 from mom_passes.tokens.picked_rows import picked_rows
 from mom_passes.tokens.window_keys import window_keys
 
@@ -52,6 +54,26 @@ class Tokens:
     gm: fx.GraphModule
     dims: TokenDims
     sequences: int
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Packed sequences of a graph whose attentions may be inside loops.
+
+    ranges    how the ranges of each packing follow from the inputs of the graph
+    held      for each, whether its attentions are inside loops
+    unbroken  tokens of the longest sequence that a loop must not cut
+    rows      rows of the shortest mini-sequences
+    """
+
+    ranges: tuple[PackedRanges, ...] = ()
+    held: tuple[bool, ...] = ()
+    unbroken: int = 0
+    rows: int = 0
+
+    def fit(self, inputs: Sequence[Any]) -> tuple[bool, ...]:
+        """Return `held` of a program for a call with these inputs."""
+        return tuple(one.fit(inputs, self.rows) for one in self.ranges)
 
 
 @dataclass(frozen=True)
@@ -78,13 +100,15 @@ class WithoutLoops:
 @dataclass(frozen=True)
 class WithLoops:
     """A graph with loops. `before` is the same graph without them, `formed` the one from before rows were narrowed,
-    which computes `length` tokens."""
+    which computes `length` tokens. `packing` are the packed sequences that its loops hold, and those that they do
+    not."""
 
     gm: fx.GraphModule
     facts: Facts
     before: fx.GraphModule
     formed: WithoutLoops
     length: Size
+    packing: Packing = Packing()
 
     def without(self, tokens: int) -> WithoutLoops:
         """Return the graph without loops, where `tokens` tokens are one mini-sequence."""
@@ -94,9 +118,16 @@ class WithLoops:
 
 
 def make_loops(
-    state: State, kv: KVValues, limit: RowLimit, scope: str, loop_products: int, runner: Runner
+    state: State,
+    kv: KVValues,
+    limit: RowLimit,
+    scope: str,
+    loop_products: int,
+    runner: Runner,
+    inputs: Sequence[Any] | None = None,
 ) -> WithLoops | WithoutLoops:
-    """Put every stage's rows into loops, or say why not. The graph of `state` stays as it is."""
+    """Put every stage's rows into loops, or say why not. The graph of `state` stays as it is. `inputs` are those of a
+    call, if they are known: the loops hold its packed sequences."""
     take, static = runner.take, state.static_inputs
     graph, facts = state.gm, facts_of(state.gm, kv)
     formed = WithoutLoops(graph, facts, "")
@@ -107,6 +138,7 @@ def make_loops(
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
         tokens = take(windows_by_rows, tokens, limit)
+        packing = take(packed_in_loops, tokens, limit, inputs)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
         left_out = _left_out(demands, tokens.dims)
@@ -119,7 +151,7 @@ def make_loops(
                 graph = tokens.gm
                 demands = take(follow_demands, tokens)
                 stages = take(cut_stages, demands, loop_products)
-        looped = take(loops_over_mini_sequences, graph, stages, limit)
+        looped = take(loops_over_mini_sequences, graph, stages, limit, packing.unbroken)
         facts = replace(facts, work=looped.work, work_outside=looped.work_outside)
         if facts.kind == PREFILL and _scores_tokens(graph, kv, looped.in_loops):
             facts = replace(facts, kind=SCORING)
@@ -128,7 +160,7 @@ def make_loops(
             raise NotWorthwhile(in_one(max(hint(loop.length) for loop in made), made[0].rows))
     except NotWorthwhile as found:
         return WithoutLoops(found.gm or graph, facts, found.reason)
-    return WithLoops(looped.gm, facts, graph, formed, length)
+    return WithLoops(looped.gm, facts, graph, formed, length, packing)
 
 
 def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) -> tuple[Tokens, str]:
@@ -219,6 +251,21 @@ def windows_by_rows(tokens: Tokens, limit: RowLimit) -> tuple[Tokens, str]:
     return replace(tokens, dims=found.dims), f"{counts}, {found.barriers} stay barriers"
 
 
+def packed_in_loops(tokens: Tokens, limit: RowLimit, inputs: Sequence[Any] | None) -> tuple[Packing, str]:
+    """Keep attentions to packed sequences inside loops where a mini-sequence can hold the sequences of a call."""
+    candidates = packed_attentions(tokens.gm, tokens.dims)
+    found = {spans: ranges for spans in candidates if (ranges := ranges_of(spans)) is not None}
+    packing = Packing(tuple(found.values()), (False,) * len(found), rows=limit.rows)
+    if inputs is not None:
+        packing = replace(packing, held=packing.fit(inputs))
+    held = [spans for spans, fits in zip(found, packing.held, strict=True) if fits]
+    for spans in held:
+        keep_in_loops(candidates[spans])
+    if inputs is not None and held:
+        packing = replace(packing, unbroken=max(found[spans].longest(inputs)[0] for spans in held))
+    return packing, f"{len(held)} of {len(candidates)} packings of sequences inside loops"
+
+
 def follow_demands(tokens: Tokens) -> tuple[DemandGraph, str]:
     """Find which rows of each value are read, from the outputs back."""
     demands = build_demands(tokens.gm, tokens.dims)
@@ -255,10 +302,12 @@ def cut_stages(demands: DemandGraph, loop_products: int) -> tuple[Stages, str]:
     return stages, f"{len(stages.plans)} stages, {stored} values at full length"
 
 
-def loops_over_mini_sequences(gm: fx.GraphModule, stages: Stages, limit: RowLimit) -> tuple[Looped, str]:
+def loops_over_mini_sequences(
+    gm: fx.GraphModule, stages: Stages, limit: RowLimit, unbroken: int
+) -> tuple[Looped, str]:
     """Put the rows of every stage into one loop."""
     multiplying = products(gm.graph)
-    looped = insert_loops(gm, stages, limit=limit)
+    looped = insert_loops(gm, stages, limit=limit, unbroken=unbroken)
     outside = products(looped.graph)
     names = {node.name for node in outside}
     found = Looped(

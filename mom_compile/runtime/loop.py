@@ -13,7 +13,7 @@ import torch
 from mom_compile.runtime.parted import PartedBody, run_in_turns
 from mom_compile.torch_compat.tensors import view_of
 from mom_passes.graph.sizes import Size
-from mom_passes.loops.loop import split_rows
+from mom_passes.loops.loop import split_between, split_rows
 from mom_passes.loops.ports import CarryIn, CarryOut, In, Out, RowsIn, Stored, TensorType
 from mom_passes.rules import Dim
 
@@ -43,6 +43,7 @@ class CompiledLoop:
 
     The body gets the first `body_symbols` of the loop's symbols (the others only occur in shapes), and the inputs
     `turned` are transposed for it. `rows` is the length of a mini-sequence, or a function of the run's `asked` sizes.
+    Mini-sequences cut no range of the inputs `within`.
     """
 
     body: Callable[[list[Any]], Any] | PartedBody
@@ -54,6 +55,7 @@ class CompiledLoop:
     sizes: Sizes
     turned: tuple[int, ...] = ()
     asked: int = 0
+    within: tuple[int, ...] = ()
 
     def __call__(self, arguments: list[Any]) -> tuple[torch.Tensor, ...]:
         symbols = tuple(arguments[: self.symbols])
@@ -75,12 +77,15 @@ class CompiledLoop:
         rows = [(first + i, _Cut(operands[i], dim.index, length)) for i, dim in read if dim.plain]
         # The next value of each carry, by the argument index of the carry.
         ahead = {first + i: torch.empty_like(operands[i]) for i in carried}
-        del operands
+        most = self.rows(asked) if callable(self.rows) else self.rows
+        ranges = [operands[i] for i in self.within]
+        pieces = split_between(ranges, length, most) if ranges else split_rows(length, most)
+        del operands, ranges
         new = [(output, result) for output, result in zip(self.outputs, results, strict=True) if _is_new(output)]
         places = [_Cut(*self._along(output.dim, result, symbols), length) for output, result in new]  # type: ignore[union-attr]
 
         def mini_sequences() -> Iterator[list[Any]]:
-            for start, count in split_rows(length, self.rows(asked) if callable(self.rows) else self.rows):
+            for start, count in pieces:
                 given = list(template)
                 given[first - 2], given[first - 1] = start, count
                 for at, cut in rows:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 #: FlexAttention: a higher-order operator; a captured graph passes its graphs as attributes.
 FLEX_ATTENTION: Any = torch.ops.higher_order.flex_attention
@@ -29,6 +29,9 @@ INVOKE_SUBGRAPH: Any = torch.ops.higher_order.invoke_subgraph
 
 #: `(event)`: counts the use of an API. In a graph it computes nothing and has no effect on other nodes.
 LOGS_USAGE: Any = torch._C._log_api_usage_once
+
+#: A context in which operators compute real tensors although a graph is being captured with fake ones.
+without_modes: Any = _disable_current_modes
 
 #: Numbers that depend on sizes.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

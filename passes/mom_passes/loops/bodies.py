@@ -69,7 +69,7 @@ CarryKey = tuple[Instance, int]
 class Body:
     """Builds the body of a loop: `module`, its ports `inputs`, and `operands`, what the loop's node passes to each.
 
-    `widest`, `spread` and `work`: see `Loop`.
+    `widest`, `spread`, `work` and `within`: see `Loop`.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Body:
         self._drop_unused()
         self.stored = len(stored)
         self.inputs, self.operands = self._ports()
+        self.within = self._ranges(computed)
         self.module = graph_module(nn.Module(), self.graph, "MiniSequenceBody")
 
     def _order_by_use(self, members: list[Instance]) -> None:
@@ -157,6 +158,12 @@ class Body:
             first = First(type, carry.init) if initial is None else Instance(initial, All())
             ports.append((CarryIn(type, out), first))
         return tuple(port for port, _ in ports), tuple(operand for _, operand in ports)
+
+    def _ranges(self, computed: set[Instance]) -> tuple[int, ...]:
+        """Return the numbers of the inputs whose ranges no mini-sequence may cut."""
+        claims = {i: self.demands.claims[i] for i in computed if i in self.demands.claims}
+        ranges = {argument(i.node, claim.within) for i, claim in claims.items() if claim.within is not None}
+        return tuple(n for n, one in enumerate(self.operands) if isinstance(one, Instance) and one.node in ranges)
 
     def _carry_type(self, instance: Instance, carry: Carry) -> TensorType:
         """Return the type of a carry: that of the last rows of result 0, or of a result without rows."""

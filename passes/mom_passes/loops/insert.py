@@ -39,17 +39,21 @@ from mom_passes.rules.view import TO_THE_END
 from mom_passes.torch_compat import graph_module
 
 
-def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit) -> fx.GraphModule:
-    """Return a graph module with the same placeholders and outputs in which loops compute the rows of every stage."""
-    return _Rewriter(gm, stages, limit).run()
+def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit, unbroken: int = 0) -> fx.GraphModule:
+    """Return a graph module with the same placeholders and outputs in which loops compute the rows of every stage.
+
+    `unbroken` is the length of the longest range that loops must not cut.
+    """
+    return _Rewriter(gm, stages, limit, unbroken).run()
 
 
 class _Rewriter:
-    def __init__(self, gm: fx.GraphModule, stages: Stages, limit: RowLimit) -> None:
+    def __init__(self, gm: fx.GraphModule, stages: Stages, limit: RowLimit, unbroken: int) -> None:
         self.gm = gm
         self.stages = stages
         self.demands: DemandGraph = stages.demands
         self.limit = limit
+        self.unbroken = unbroken
         self.graph = fx.Graph()
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
@@ -143,8 +147,10 @@ class _Rewriter:
             length = meta_value(length_node)  # the same size as a SymInt, which knows the captured value
         body = Body(self.demands, plan, length, stored, finals)
         outputs: tuple[Out, ...] = (*map(_stored, stored), *(self._final(body, i) for i in finals))
-        rows = self.limit.rows
-        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, body.widest, body.spread, body.work)
+        unbroken = self.unbroken if body.within else 0
+        rows, cost = max(self.limit.rows, unbroken), (body.widest, body.spread, body.work)
+        within: dict[str, Any] = {"within": body.within, "unbroken": unbroken}
+        loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, *cost, **within)
         name = f"stage_{plan.index}"
         if hasattr(self.root, name):
             name = f"{name}_{len(self.graph.nodes)}"

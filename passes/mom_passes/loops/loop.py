@@ -3,7 +3,8 @@
 Terms
 -----
 mini-sequence   The consecutive tokens of one iteration. All have the same length except the last ones, which may be
-                shorter. None is a single row, because compiled code specialises on size one.
+                shorter, unless the loop is cut between packed sequences. None is a single row, because compiled code
+                specialises on size one.
 body            One iteration as a graph: `(start, count, *inputs) -> (*rows, *carries)` (see `ports`).
 
     stored, total = loop(length, *operands)         one operand per input
@@ -72,6 +73,48 @@ def split_rows(length: int, mini_seq_len: int) -> list[tuple[int, int]]:
     return [(first, last - first) for first, last in itertools.pairwise(cuts)]
 
 
+def split_between(ranges: Sequence[torch.Tensor], length: int, mini_seq_len: int) -> list[tuple[int, int]]:
+    """Return mini-sequences `(start, count)` that cut no range.
+
+    Parameters
+    ----------
+    ranges : sequence of int64 Tensor `[1, N, 2]`
+        Results of `mom.spans`: the keys `[first, end)` of each of `length` rows (N = 1: of all). -1: any key.
+    length : int
+        Tokens of the loop.
+    mini_seq_len : int
+        The most rows of a mini-sequence. A longer range is a mini-sequence by itself. A single row joins the rows
+        before or after it.
+
+    >>> split_between([torch.tensor([[[0, 3]] * 3 + [[3, 5]] * 2 + [[5, 9]] * 4])], 9, 5)
+    [(0, 5), (5, 4)]
+    """
+    allowed = torch.ones(max(0, length - 1), dtype=torch.bool)
+    for found in ranges:
+        first, end = found[0].cpu().expand(length, 2).unbind(-1)
+        first = torch.where(first < 0, 0, first)
+        end = torch.where(found[0, :, 1].cpu() < 0, length, end)
+        at = torch.arange(1, length)
+        allowed &= (end.cummax(0).values[:-1] <= at) & (first.flip(0).cummin(0).values.flip(0)[1:] >= at)
+    cuts, last = [0], 0
+    for cut in (*(allowed.nonzero().flatten() + 1).tolist(), length):
+        if cut - cuts[-1] > mini_seq_len and last > cuts[-1]:
+            cuts.append(last)
+        last = cut
+    cuts.append(length)
+    pieces = [(first, end - first) for first, end in itertools.pairwise(cuts)]
+    return _without_single_rows(pieces)
+
+
+def _without_single_rows(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, count in pieces:
+        if joined and 1 in (count, joined[-1][1]):
+            start, count = joined[-1][0], joined.pop()[1] + count
+        joined.append((start, count))
+    return joined
+
+
 @dataclass(frozen=True, eq=False)
 class Loop:
     """A loop over `length` tokens in mini-sequences of at most `rows`.
@@ -82,6 +125,8 @@ class Loop:
     spread    how many tokens give each expert one row on average; 1 without experts
     work      multiply-adds of all iterations at the captured sizes
     in_flight how many mini-sequences compute in turns (see `body_parts`)
+    within    numbers of the inputs whose ranges no mini-sequence may cut (see `Claim.within`)
+    unbroken  the length of the longest of these ranges in the captured call, 0 if there are none
     """
 
     stage: int
@@ -94,6 +139,8 @@ class Loop:
     spread: float = 1
     work: int = 0
     in_flight: int = 1
+    within: tuple[int, ...] = ()
+    unbroken: int = 0
 
     @property
     def carries(self) -> dict[int, CarryIn]:
@@ -151,7 +198,8 @@ class MiniSequence(nn.Module):
         loop = self.loop
         values = list(operands)
         full: list[torch.Tensor] = []
-        for start, count in split_rows(length, loop.rows):
+        ranges = [operands[i] for i in loop.within]
+        for start, count in split_between(ranges, length, loop.rows) if ranges else split_rows(length, loop.rows):
             bound = zip(loop.inputs, values, strict=True)
             returned = self.body(start, count, *(_slice(port, value, length, start, count) for port, value in bound))
             for i, carry in loop.carries.items():

@@ -10,6 +10,9 @@ heads share a key head.
     mom.attention(..., window=w, first)
                                     ->  keys and values need Rows(dim, before=w - 1); `first` becomes the position of
                                         the first of these, negative ahead of the sequence
+    mom.attention(..., segments, spans, first)
+                                    ->  keys and values need Rows(dim), and mini-sequences are cut between segments
+                                        (`tokens/packed_keys.py` chooses these calls)
     per-key vectors                 All along the queries; Rows along the batch, if the vector has the batch dimension
     sinks                           Rows along the heads
     SDPA(is_causal=True)            refused along the queries: the operator takes no row offset
@@ -17,6 +20,7 @@ heads share a key head.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import fx
@@ -112,7 +116,8 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     needs["sinks"] = Rows(dim.at(0)) if dim.index == HEADS else All()
     if dim.index != QUERY:
         return claim(node, needs)
-    ahead = rows_of_window(node)
+    packed = keeps_to_segments(node)
+    ahead = 0 if packed else rows_of_window(node)
     if ahead is not None:
         needs["key"] = needs["value"] = Rows(dim, ahead)
     placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
@@ -127,7 +132,21 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
             changes["first"] = add(given(node.target, args, kwargs, "first"), window.first[KEY_OPERAND])
         return replace(node.target, args, kwargs, **changes)
 
-    return claim(node, needs, edit=edit)
+    return dataclasses.replace(claim(node, needs, edit=edit), within="spans" if packed else None)
+
+
+def keeps_to_segments(node: fx.Node) -> bool:
+    """Return whether an attention reads only keys of its queries' own segments, so that mini-sequences of whole
+    segments need no other keys: it has `first` and no window, and its queries are the same rows as its keys."""
+    if any(argument(node, name) is None for name in ("first", "segments", "spans")):
+        return False
+    return argument(node, "window") is None and argument(node, "mask") is None and _has_rows_of_its_keys(node)
+
+
+def _has_rows_of_its_keys(node: fx.Node) -> bool:
+    start, query, key = argument(node, "start"), argument(node, "query"), argument(node, "key")
+    aligned = isinstance(start, int) and start == argument(node, "first")
+    return aligned and same(shape_of(query)[QUERY], shape_of(key)[QUERY])
 
 
 def rows_of_window(node: fx.Node) -> int | None:
@@ -136,9 +155,7 @@ def rows_of_window(node: fx.Node) -> int | None:
     first, window = argument(node, "first"), argument(node, "window")
     if first is None or window is None or not argument(node, "is_causal"):
         return None
-    start, query, key = argument(node, "start"), argument(node, "query"), argument(node, "key")
-    aligned = isinstance(start, int) and start == first and same(shape_of(query)[QUERY], shape_of(key)[QUERY])
-    return window - 1 if aligned else None
+    return int(window) - 1 if _has_rows_of_its_keys(node) else None
 
 
 def _per_key_needs(node: fx.Node, dim: Dim) -> dict[str, Need]:

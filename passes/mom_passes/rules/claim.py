@@ -32,6 +32,9 @@ class Claim:
         Another operator to call in the body, for instance one that takes a row offset.
     carries : tuple of Carry, optional
         The values that a mini-sequence passes to the next, so that they run in order.
+    within : str, optional
+        Name of an argument with the ranges of `mom.spans`, `[1, T, 2]`. Rows whose ranges overlap must be in the same
+        mini-sequence: a loop with this call is cut between ranges only.
     """
 
     needs: tuple[Need, ...]
@@ -39,6 +42,7 @@ class Claim:
     edit: Edit | None = None
     target: Any = None
     carries: tuple[Carry, ...] = ()
+    within: str | None = None
 
     @property
     def all_carries(self) -> tuple[Carry, ...]:

@@ -1,0 +1,85 @@
+"""Programs of one graph for calls with short and with long packed sequences.
+
+Where packed sequences begin and end is data. A program holds short sequences inside its loops; in another program of
+the same graph, attention to long ones is a barrier (`mom_passes.tokens.packed_keys`). A call computes the ranges of its
+sequences first and runs the program for them, which is compiled when the first such call comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mom_compile.memory.refuse import MemoryBudgetError
+from mom_compile.pipeline.to_loops import Packing
+from mom_compile.runtime.program import Program
+from mom_compile.torch_compat.dynamo import COMPILING
+from mom_passes.graph.meta import meta_value
+from mom_passes.graph.sizes import hint
+
+log = logging.getLogger(__name__)
+
+#: Compiles the program for a call with these inputs.
+Make = Callable[[Sequence[Any]], Program]
+
+
+class ProgramPerPacking:
+    """`run(inputs)` runs the program for the packed sequences of a call. `first` is compiled already.
+
+    Without `make`, in a process that has read `first` from a compile cache, that program runs every call. It is right
+    for all: a mini-sequence then has a whole long sequence, or a short one crosses a barrier.
+    """
+
+    def __init__(self, first: Program, packing: Packing, make: Make | None) -> None:
+        self.first, self.packing, self._make = first, packing, make
+        self._programs: dict[tuple[bool, ...], Program] = {packing.held: first}
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        if self._make is None:
+            return self.first(inputs)
+        held = self.packing.fit(inputs)
+        program = self._programs.get(held)
+        if program is None:
+            program = self._compile(held, inputs, self._make)
+        return program(inputs)
+
+    def _compile(self, held: tuple[bool, ...], inputs: Sequence[Any], make: Make) -> Program:
+        with COMPILING:
+            if held not in self._programs:
+                try:
+                    self._programs[held] = make(inputs)
+                except MemoryBudgetError:
+                    raise
+                except Exception:
+                    log.debug("no program for these packed sequences; another one computes them", exc_info=True)
+                    self._programs[held] = self.first
+            return self._programs[held]
+
+
+def values_of_call(gm: fx.GraphModule, call: Sequence[Any] | None) -> list[Any] | None:
+    """Return the inputs of a graph in the call for which it was captured, None if `call` does not have all of them.
+
+    Dynamo's inputs are those of the ATen graph, unless AOTAutograd has merged or added some.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if call is None or len(call) != len(placeholders):
+        return None
+    values = [hint(value) if isinstance(value, torch.SymInt) else value for value in call]
+    return values if all(map(_is_value_of, placeholders, values)) else None
+
+
+def _is_value_of(node: fx.Node, value: Any) -> bool:
+    expected = meta_value(node)
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor and not _is_parameter(value):
+            return False
+        return value.dtype == expected.dtype and list(value.shape) == [hint(size) for size in expected.shape]
+    return not isinstance(value, torch.Tensor) and hint(expected) == value
+
+
+def _is_parameter(value: torch.Tensor) -> bool:
+    return type(value) is torch.nn.Parameter
