@@ -35,6 +35,7 @@ from mom_passes.tokens.last_rows import last_rows
 from mom_passes.tokens.mlp_scope import mlp_only
 from mom_passes.tokens.packed_keys import PackedRanges, keep_in_loops, packed_attentions, ranges_of
 from mom_passes.tokens.picked_rows import picked_rows
+from mom_passes.tokens.separate_queries import separate_queries
 from mom_passes.tokens.window_keys import window_keys
 
 
@@ -134,6 +135,7 @@ def make_loops(
     try:
         tokens = take(find_tokens, graph, static, limit)
         length, facts = tokens.dims.length, replace(facts, token_dimension=_dimension(tokens.dims))
+        tokens = take(queries_apart, tokens, static)
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
@@ -200,6 +202,12 @@ def in_one(tokens: int, rows: int) -> str:
 def _token_dims(gm: fx.GraphModule, static: Collection[str], inside: bool) -> TokenDims | None:
     parameters = {n for n in gm.graph.nodes if n.op == "placeholder" and n.name in static}
     return analyse_token_dims(gm, static_inputs=parameters, inside=inside)
+
+
+def queries_apart(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:
+    """Compute queries by products of their own, so that they are not stored for all tokens."""
+    gm = separate_queries(tokens.gm)
+    return _narrowed(tokens, gm, static, "no product has queries and keys", "that are queries")
 
 
 def rows_on_demand(tokens: Tokens, static: Collection[str]) -> tuple[Tokens, str]:
