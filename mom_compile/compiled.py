@@ -32,6 +32,7 @@ from mom_compile.notices import (
     warn_of_last_graph,
     warn_once,
 )
+from mom_compile.packings import ProgramPerPacking
 from mom_compile.report import Report
 from mom_compile.report.facts import PieceLog
 from mom_compile.report.reasons import Reason
@@ -172,6 +173,8 @@ class CompiledGraph(Storable):
             raise NotStorable("its report is gone")
         if not self.needs.storable:
             raise NotStorable("something of ours failed")
+        if isinstance(self.run, ProgramPerPacking):
+            raise NotStorable("another call may need another program of this graph")
         # A copy, without what a program keeps once it has run.
         code = replace(self.run) if isinstance(self.run, Program) else stored_stock(self.run)
         return dumps(_Stored(code, replace(notice, report=notice.report.to_store()), self.needs))

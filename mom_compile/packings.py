@@ -30,31 +30,27 @@ Make = Callable[[Sequence[Any]], Program]
 class ProgramPerPacking:
     """`run(inputs)` runs the program for the packed sequences of a call. `first` is compiled already.
 
-    Without `make`, in a process that has read `first` from a compile cache, that program runs every call. It is right
-    for all: a mini-sequence then has a whole long sequence, or a short one crosses a barrier.
+    It is not stored in a compile cache: a process that read it could not compile another program of the graph.
     """
 
-    def __init__(self, first: Program, packing: Packing, make: Make | None) -> None:
+    def __init__(self, first: Program, packing: Packing, make: Make) -> None:
         self.first, self.packing, self._make = first, packing, make
         self._programs: dict[tuple[bool, ...], Program] = {packing.held: first}
 
     def __call__(self, inputs: list[Any]) -> Any:
-        if self._make is None:
-            return self.first(inputs)
         held = self.packing.fit(inputs)
         program = self._programs.get(held)
-        if program is None:
-            program = self._compile(held, inputs, self._make)
-        return program(inputs)
+        return (self._compile(held, inputs) if program is None else program)(inputs)
 
-    def _compile(self, held: tuple[bool, ...], inputs: Sequence[Any], make: Make) -> Program:
+    def _compile(self, held: tuple[bool, ...], inputs: Sequence[Any]) -> Program:
         with COMPILING:
             if held not in self._programs:
                 try:
-                    self._programs[held] = make(inputs)
+                    self._programs[held] = self._make(inputs)
                 except MemoryBudgetError:
                     raise
                 except Exception:
+                    # Every program is right for every call: it needs more memory, or has more barriers.
                     log.debug("no program for these packed sequences; another one computes them", exc_info=True)
                     self._programs[held] = self.first
             return self._programs[held]
@@ -75,11 +71,7 @@ def values_of_call(gm: fx.GraphModule, call: Sequence[Any] | None) -> list[Any] 
 def _is_value_of(node: fx.Node, value: Any) -> bool:
     expected = meta_value(node)
     if isinstance(expected, torch.Tensor):
-        if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor and not _is_parameter(value):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
             return False
         return value.dtype == expected.dtype and list(value.shape) == [hint(size) for size in expected.shape]
     return not isinstance(value, torch.Tensor) and hint(expected) == value
-
-
-def _is_parameter(value: torch.Tensor) -> bool:
-    return type(value) is torch.nn.Parameter

@@ -20,9 +20,11 @@ ROOMS = {
         "ops", "graph", "rules", "attention", "tokens", "loops", "host", "program", "verify",
     ),
     "mom_compile": (
-        "torch_compat rules scans", "substitutes", "versions", "notices progress quantities", "runtime",
+        "torch_compat rules scans", "substitution", "packed_attention", "substitutes", "versions",
+        "notices progress quantities", "runtime",
         "arguments divided timeline config report pipeline stand_ins cache_key skip", "memory trial",
-        "lowering padding", "capture compiled", "backend", "compile entry scores weights", "planning", "explain", "cli",
+        "lowering padding packings", "capture compiled", "backend", "compile entry scores weights", "planning",
+        "explain", "cli",
     ),
 }  # fmt: skip
 #: The only places that may use private APIs of PyTorch: a new PyTorch release changes no other file.

@@ -77,6 +77,9 @@ class Packing:
         return tuple(one.fit(inputs, self.rows) for one in self.ranges)
 
 
+NO_PACKING = Packing()
+
+
 @dataclass(frozen=True)
 class Looped:
     """A graph with loops, and the multiply-adds of its products: all of them, and those outside loops by name.
@@ -109,7 +112,7 @@ class WithLoops:
     before: fx.GraphModule
     formed: WithoutLoops
     length: Size
-    packing: Packing = Packing()
+    packing: Packing = NO_PACKING
 
     def without(self, tokens: int) -> WithoutLoops:
         """Return the graph without loops, where `tokens` tokens are one mini-sequence."""

@@ -91,9 +91,11 @@ def _is_packed(node: fx.Node, dims: TokenDims) -> bool:
     if any(argument(node, name) is not None for name in ("mask", "window", "first")) or argument(node, "start") != 0:
         return False
     read = [argument_node(node, name) for name in ("query", "key", "value")]
-    by_rows = all(n in dims.rowwise and n in dims.worked and dims.carriers[n].dim == Dim(QUERY) for n in read)
-    sizes = [value_of(n).shape[QUERY] for n in read] + [value_of(argument_node(node, "spans")).shape[1]]
-    return by_rows and all(same(s, dims.length) for s in sizes) and is_one(value_of(argument_node(node, "spans")).shape[0])
+    if not all(n in dims.rowwise and n in dims.worked and dims.carriers[n].dim == Dim(QUERY) for n in read):
+        return False
+    batch, tokens, _ = value_of(argument_node(node, "spans")).shape
+    sizes = [value_of(n).shape[QUERY] for n in read]
+    return is_one(batch) and all(same(size, dims.length) for size in (tokens, *sizes))
 
 
 def keep_in_loops(attentions: Collection[fx.Node]) -> None:

@@ -2,7 +2,7 @@
 
 All rows of keys and values must be stored before the first query can attend to them. A product that computes all three
 makes the queries one more value that is stored for all tokens. With a product of their own, the stage after the barrier
-computes them from the hidden states, row by row. The products multiply slices of the same weight, so no weight is copied.
+computes them from the hidden states, row by row. The products read slices of the same weight, so no weight is copied.
 
     Phi-3, Falcon             slices or a split of the product's features
     GPT-2, vision towers      a view `[.., 3, heads, D]` of the features, and `select` or `unbind` along the 3
@@ -85,9 +85,10 @@ def _parts_with_queries(product: fx.Node) -> list[_Part]:
 
 
 def _is_plain(product: fx.Node) -> bool:
-    scaled = product.target is aten.addmm.default and (argument(product, "beta") != 1 or argument(product, "alpha") != 1)
-    bias = product.args[0] if product.target is aten.addmm.default else None
-    return not scaled and (bias is None or (isinstance(bias, fx.Node) and value_of(bias).dim() == 1))
+    if product.target is aten.mm.default:
+        return True
+    bias, scales = product.args[0], {argument(product, name) for name in ("beta", "alpha")}
+    return scales == {1} and isinstance(bias, fx.Node) and value_of(bias).dim() == 1
 
 
 def _parts(product: fx.Node, node: fx.Node, views: tuple[fx.Node, ...]) -> Iterator[_Part | None]:
@@ -210,5 +211,5 @@ def _emit(product: fx.Node, part: _Part) -> fx.Node:
 
 def _sizes(part: _Part) -> list[Any]:
     """Return the arguments of the first view with the part's own size; sizes that are nodes stay nodes."""
-    given = list(argument(part.views[0], "size"))
-    return [size if isinstance(given[i], fx.Node) else own for i, (own, size) in enumerate(zip(part.shape, given))]
+    pairs = zip(part.shape, argument(part.views[0], "size"), strict=True)
+    return [size if isinstance(size, fx.Node) else own for own, size in pairs]
