@@ -18,6 +18,7 @@ from mom_passes.graph.collectives import gathers_of_columns, masked_puts_as_wher
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import check_result_strides
+from mom_passes.graph.share_counts import share_counts
 from mom_passes.graph.sizes import is_one
 from mom_passes.graph.values import operands, value_of
 from mom_passes.graph.whole_slices import drop_whole_slices_of
@@ -81,6 +82,11 @@ def empty_parts_left_out(state: State) -> str:
     return f"{drop_empty_parts(state.gm)} empty parts"
 
 
+def counts_once(state: State) -> str:
+    """Share positions, sequence numbers and masks that several layers derive."""
+    return f"{share_counts(state.gm)} nodes less"
+
+
 def canonical_attention(state: State) -> str:
     """Make one attention operator with grouped heads and proven masks: one rule, one kernel, K/V at their own width."""
     before = len(state.gm.graph.nodes)
@@ -140,6 +146,7 @@ TO_FORM: tuple[Step, ...] = (
     hold_real_layouts,
     drop_whole_slices,
     empty_parts_left_out,
+    counts_once,
     canonical_attention,
     convolutions_as_one,
     experts_as_regions,
