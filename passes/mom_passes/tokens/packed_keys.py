@@ -40,7 +40,7 @@ from mom_passes.torch_compat import graph_module, without_modes
 #: values and MLP are then fewer bytes than the keys and values of all tokens, which a barrier stores.
 PARTS = 16
 
-#: More operators than this before the ranges are not only counting.
+#: The most operators that compute ranges from the inputs of a graph. More are not only counting.
 MOST_OPERATORS = 64
 
 
@@ -113,7 +113,7 @@ def ranges_of(spans: fx.Node) -> PackedRanges | None:
         if node not in needed:
             needed.add(node)
             pending.extend(node.all_input_nodes)
-    if len(needed) > MOST_OPERATORS or any(node.op == "get_attr" or _has_floats(node) for node in needed):
+    if len(needed) > MOST_OPERATORS or any(node.op == "get_attr" or _makes_floats(node) for node in needed):
         return None
     copied, values, positions = fx.Graph(), dict[fx.Node, fx.Node](), list[int]()
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
@@ -128,6 +128,6 @@ def ranges_of(spans: fx.Node) -> PackedRanges | None:
     return PackedRanges(tuple(positions), graph_module(nn.Module(), copied, "PackedRanges"))
 
 
-def _has_floats(node: fx.Node) -> bool:
+def _makes_floats(node: fx.Node) -> bool:
     value = meta_value(node)
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return node.op != "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point()

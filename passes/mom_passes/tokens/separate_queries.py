@@ -92,11 +92,13 @@ def _is_plain(product: fx.Node) -> bool:
 
 
 def _parts(product: fx.Node, node: fx.Node, views: tuple[fx.Node, ...]) -> Iterator[_Part | None]:
-    """Yield the parts of a product that are read, None for a reader of any other kind."""
+    """Yield the parts of a product that are read, None for a reader of any other kind. `views` are a view, if any, and
+    a permutation, if any."""
     for user in node.users:
-        if user.target is aten.view.default and not views:
-            yield from _parts(product, user, (user,))
-        elif user.target is aten.permute.default and len(views) < 2:
+        permuted = bool(views) and views[-1].target is aten.permute.default
+        if user.target is aten.view.default and not permuted:
+            yield from _parts(product, user, (user,))  # a view of a view is one of the product
+        elif user.target is aten.permute.default and not permuted:
             yield from _parts(product, user, (*views, user))
         elif user.target in _SPLITS:
             yield from (_part(product, item, user, views, item.args[1]) for item in user.users)
