@@ -23,6 +23,7 @@ from mom_compile.backend import rewrite, static_input_names
 from mom_compile.capture import capture
 from mom_compile.config import Options, joined_options, meant_as_option, option_names, parse_options
 from mom_compile.memory.decide import why_below_weights
+from mom_compile.packings import values_of_call
 from mom_compile.planning.prompt import prompt_of
 from mom_compile.report import Report
 from mom_compile.report.explanation import Explanation
@@ -216,7 +217,7 @@ def _backend(options: Options, found: Explanation, *, as_captured: bool) -> Call
     inner = functools.partial(_explain_graph, options=options, found=found, as_captured=as_captured)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return capture(gm, example_inputs, inner, dict(options.inductor))
+        return capture(gm, example_inputs, functools.partial(inner, call=example_inputs), dict(options.inductor))
 
     return traces_substitutes(backend)
 
@@ -228,10 +229,11 @@ def _explain_graph(
     options: Options,
     found: Explanation,
     as_captured: bool,
+    call: Sequence[Any],
     **kwargs: Any,
 ) -> Callable[[list[Any]], Any]:
     """Explain a graph and run it as it would run; `as_captured` for stand-ins, where loops have nothing to write to."""
-    report, runnable = _explained(gm, options, kwargs)
+    report, runnable = _explained(gm, options, kwargs, values_of_call(gm, call))
     found.reports.append(report)
     runnable = gm if as_captured else runnable
 
@@ -243,14 +245,16 @@ def _explain_graph(
     return mark_boxed(run)
 
 
-def _explained(gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any]) -> tuple[Report, fx.GraphModule]:
-    """Return the report on a graph, and the graph that would run."""
+def _explained(
+    gm: fx.GraphModule, options: Options, kwargs: Mapping[str, Any], inputs: Sequence[Any] | None
+) -> tuple[Report, fx.GraphModule]:
+    """Return the report on a graph, and the graph that would run for a call with these inputs, if they have data."""
     nodes, fallback = len(gm.graph.nodes), why_stock(gm, options, kwargs)
     if fallback is not None:
         return Report.of(NOTHING_FOUND, nodes=nodes, fallback=fallback), gm
     try:
         static = static_input_names(gm, kwargs)
-        found = rewrite(gm, options, static)
+        found = rewrite(gm, options, static, inputs)
         if found.decision is None:
             found = found.left_to_stock(gm)
             return found.report(nodes=nodes), found.for_stock or gm

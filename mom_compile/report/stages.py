@@ -101,8 +101,11 @@ def live_value(storage: Storage, loop: Loop, found: Memory) -> LiveValue | None:
 
 def _attention(body: fx.Graph) -> str:
     """Return what the attentions of a loop see, in words, the shortest window first; empty without attention."""
-    windows = {argument(node, "window") for node in body.nodes if node.target is MOM_ATTENTION}
-    if not windows:
+    attentions = [node for node in body.nodes if node.target is MOM_ATTENTION]
+    if not attentions:
         return ""
+    packed = {n for n in attentions if argument(n, "first") is not None and argument(n, "window") is None}
+    windows = {argument(node, "window") for node in attentions if node not in packed}
     seen = [f"a window of {window} tokens" for window in sorted(w for w in windows if w is not None)]
-    return "attention to " + " and ".join(seen + ["all tokens"] * (None in windows))
+    seen += ["packed sequences of a mini-sequence"] * bool(packed) + ["all tokens"] * (None in windows)
+    return "attention to " + " and ".join(seen)
