@@ -7,8 +7,8 @@ all kernels and instantiates its templates. Twelve kernels take 12.4 s of CPU ti
     install()       once per process; `tests/conftest.py` does
 
 Sources are Inductor's, and the GIL stays locked while a kernel runs. Inductor's Python binding is replaced by ctypes,
-and the optimisation level is lower. Inductor itself compiles the kernel of a graph with only one, a kernel that fails to
-compile here, and all kernels if `compile_threads` is more than 1.
+and the optimisation level is lower. Inductor itself compiles the kernel of a graph with only one, a kernel that fails
+to compile here, and all kernels if `compile_threads` is more than 1.
 """
 
 from __future__ import annotations
