@@ -396,7 +396,7 @@ def recurrence(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @random_examples(
-    20,
+    8,
     100,
     RANDOM_PROGRAMS,
     st.lists(st.sampled_from([*SCANS, *SCANS, "linear", "mlp", "causal", "rope"]), min_size=1, max_size=4),

@@ -85,7 +85,7 @@ def by_rows(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 @random_examples(
-    25,
+    10,
     100,
     RANDOM_PROGRAMS,
     st.lists(st.integers(1, 9) | st.sampled_from(["linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),
