@@ -226,7 +226,7 @@ def test_compiled_for_every_length() -> None:
     [
         ("Gemma3Text", False, 1),
         ("Mistral", True, 1),
-        ("GptOss", False, 0),
+        pytest.param("GptOss", False, 0, marks=pytest.mark.slow),
         pytest.param("GptOss", True, 1, marks=pytest.mark.slow),
         pytest.param("Gemma2", True, 0, marks=pytest.mark.slow),
         pytest.param("Mistral", False, 1, marks=pytest.mark.slow),
