@@ -23,6 +23,7 @@ logging.getLogger("torch.__trace").propagate = True
 # A graph that an earlier test, or an earlier run, has compiled would be read from the disk: tests compile theirs.
 torch._functorch.config.enable_autograd_cache = False
 
+# One run of g++ per graph in place of one per kernel.
 kernel_batches.install()
 
 
