@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch._inductor import config
-from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 #: The sources are vectorised already, and no test measures the time of a kernel: less optimisation, no debug symbols.
@@ -135,7 +135,7 @@ def library_of(kernels: Sequence[Kernel]) -> str:
 
 
 def _request(compiler: AsyncCompile, argtypes: list[str], source: str) -> Any:
-    if config.compile_threads > 1 or not all(t.endswith("*") or t.replace("const ", "") in SCALARS for t in argtypes):
+    if get_compile_threads() > 1 or not all(t.endswith("*") or t.replace("const ", "") in SCALARS for t in argtypes):
         return _compile_one(compiler, argtypes, source)
     saved = config.save_config_portable(ignore_private_configs=False)
     settings = {name: value for name, value in saved.items() if name.startswith(("cpp.", "aot_inductor."))}
