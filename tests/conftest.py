@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.without_codegen import pieces_run_eagerly, stock_runs_eagerly
+from tests import kernel_batches
 
 os.environ.setdefault("MOM_COMPILE_PROGRESS", "0")  # tests of the progress lines turn them on
 
@@ -21,6 +22,9 @@ logging.getLogger("torch.__trace").propagate = True
 
 # A graph that an earlier test, or an earlier run, has compiled would be read from the disk: tests compile theirs.
 torch._functorch.config.enable_autograd_cache = False
+
+# One run of g++ per graph in place of one per kernel.
+kernel_batches.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,14 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 #: What a rank may have imported when it starts.
-IMPORTED = ["torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "transformers", "tests.ranks"]
+IMPORTED = [
+    "torch",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "transformers",
+    "tests.kernel_batches",
+    "tests.ranks",
+]
 
 
 class RankFailed(AssertionError):
@@ -110,6 +117,9 @@ def _run(
     import torch
     import torch.distributed as dist
 
+    from tests import kernel_batches
+
+    kernel_batches.install()
     try:
         torch.set_num_threads(1)
         # As torchrun sets them; transformers shards a model only where it finds them.

@@ -160,7 +160,7 @@ def test_every_type_is_right_when_compiled(subject: Subject) -> None:
 #: MLP. What stock Inductor would compile, mostly decode steps, runs node by node here: it would take three quarters of
 #: the time.
 @pytest.mark.usefixtures("stock_is_eager")
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_5_text", "bamba", "lfm2"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_5_text", "bamba", pytest.param("lfm2", marks=pytest.mark.slow)])
 def test_a_type_of_each_kind_is_right_when_compiled(name: str) -> None:
     check_compiled(Subject(name), TOKENS[:1], replace(SCALE, layers=1))
     assert any(report.stages for report in mom_compile.reports())

@@ -343,7 +343,7 @@ def test_a_decode_step_writes_its_rows_where_the_prefill_left_the_others() -> No
 
 @pytest.mark.usefixtures("eager_pieces")
 @pytest.mark.parametrize(
-    "family", sweep(["Llama", "GPT2", "Gemma3Text", "Mixtral"], quick=["Llama", "Gemma3Text", "Mixtral"])
+    "family", sweep(["Llama", "GPT2", "Gemma3Text", "Mixtral"], quick=["Llama", "Gemma3Text"])
 )
 def test_steps_over_a_cache_in_place_give_eager_logits(family: str) -> None:
     model, plain = shared_models() if family == "Llama" else (compiled(family), plain_model(family))

@@ -93,7 +93,7 @@ def program(names: list[str], initial: bool, keeps: bool) -> Any:
 
 
 @random_examples(
-    12,
+    6,
     60,
     RANDOM_PROGRAMS,
     st.lists(st.sampled_from(["recurrence", "recurrence", "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),

@@ -54,7 +54,7 @@ def program(names: list[str], keeps: bool = False) -> Any:
 
 
 @random_examples(
-    20,
+    8,
     80,
     RANDOM_PROGRAMS,
     st.lists(

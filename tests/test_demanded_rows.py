@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mom_passes.attention.form import attention_form
@@ -12,6 +12,7 @@ from mom_passes.graph.edit import copy_graph
 from mom_passes.tokens.demanded_rows import Span, demanded_rows, hull, needed_rows
 from mom_passes.tokens.dims import analyse_token_dims
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, STEPS, Weights, weights_of
+from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
 
@@ -69,8 +70,10 @@ def test_graphs_with_every_kind_of_slice_are_equal(cut, dynamic):
     assert_same(rewrite(gm, 4, parameter_names(gm))[0](*inputs), expected)
 
 
-@settings(RANDOM_PROGRAMS, max_examples=40)
-@given(
+@random_examples(
+    16,
+    40,
+    RANDOM_PROGRAMS,
     st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6),
     st.sampled_from(sorted(SLICES)),
     st.integers(1, 3),

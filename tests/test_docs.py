@@ -44,7 +44,9 @@ WITH_PYTHON = [
     for page in PAGES
     if page.name not in OF_ITS_OWN and any(block.language == "python" for block in blocks(page))
 ]
-COMMANDS = [line for page in (*PAGES, ROOT / "CONTRIBUTING.md") for line in console_lines(page)]
+PRINTED = [line for page in (*PAGES, ROOT / "CONTRIBUTING.md") for line in console_lines(page)]
+#: Each command once, however many pages print it.
+COMMANDS = list({line.text: line for line in reversed(PRINTED)}.values())[::-1]
 
 
 def test_every_block_has_a_known_language():

@@ -149,7 +149,7 @@ def routings() -> st.SearchStrategy[Routing]:
 
 
 @random_examples(
-    25, 120, RANDOM_PROGRAMS, routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans()
+    10, 120, RANDOM_PROGRAMS, routings(), st.integers(1, 3), st.integers(9, 40), st.integers(2, 8), st.booleans()
 )
 def test_mixtures_of_any_routing_are_equal(routing: Routing, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """Includes ties, an expert with every token and experts without tokens. Every product is in a loop."""

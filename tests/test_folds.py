@@ -15,7 +15,7 @@ from mom_passes.rules.folds import COMBINE, PARTS
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
 from tests.rule_law import Call, check_fold, finished, first_values, next_values, node_of, run_rows
 from tests.rule_samples import floats
-from tests.shares import at_least
+from tests.shares import at_least, some_and_many
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
 
@@ -133,10 +133,11 @@ def check(names, reduction, batch, tokens, dtype, dynamic):
     return in_a_loop
 
 
-def test_random_programs_with_reductions_are_equal():
+@some_and_many(16, 40)
+def test_random_programs_with_reductions_are_equal(runs):
     with at_least(0.9, "reduce in a loop") as folded:
 
-        @settings(RANDOM_PROGRAMS, max_examples=40)
+        @settings(RANDOM_PROGRAMS, max_examples=runs)
         @given(
             st.lists(st.sampled_from(FOLDED_STEPS), min_size=1, max_size=5),
             st.sampled_from(sorted(REDUCTIONS)),

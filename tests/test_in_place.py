@@ -93,7 +93,7 @@ def check(names, batch, tokens, returned):
     return bool(taken(with_it))
 
 
-@some_and_many(20, 80)
+@some_and_many(8, 80)
 def test_random_programs_compute_the_same_with_and_without_the_pass(runs):
     with at_least(0.9, "write over something") as in_place:
 

@@ -100,7 +100,7 @@ def slow_copies():
     engine.delay = None
 
 
-@some_and_many(25, 1000)
+@some_and_many(8, 1000)
 def test_random_delays_in_every_copy_change_nothing(slow_copies, runs):
     model = compiled_model()
 

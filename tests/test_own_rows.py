@@ -32,7 +32,7 @@ from mom_passes.program.program import LoopStep
 from mom_passes.program.schedule import schedule
 from tests.models import TinyDecoder, ids, next_token, prompt, small_model, sweep
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
-from tests.shares import at_least
+from tests.shares import at_least, some_and_many
 from tests.test_in_place import decoder, layer, taken
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import rewrite, trace
@@ -306,10 +306,11 @@ def returns_the_same_rows(names, kept, batch, loops):
     return bool(own)
 
 
-def test_random_programs_return_the_same_rows():
+@some_and_many(30, 100)
+def test_random_programs_return_the_same_rows(runs):
     with at_least(0.8, "copy rows out of a larger value") as copied:
 
-        @settings(RANDOM_PROGRAMS, max_examples=100)
+        @settings(RANDOM_PROGRAMS, max_examples=runs)
         @given(
             st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6),
             st.lists(st.tuples(st.integers(0, 5), st.sampled_from(sorted(CROPS))), min_size=1, max_size=4),

@@ -193,7 +193,7 @@ RANDOM = settings(
 
 
 @random_examples(
-    6,
+    3,
     60,
     RANDOM,
     names=st.lists(st.sampled_from(sorted({**ROWWISE, **ATTENTION})), min_size=3, max_size=6),

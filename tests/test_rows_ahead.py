@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -20,6 +19,7 @@ from mom_passes.rules.factories import checked
 from mom_passes.rules.registry import _FACTS, CannotChunk
 from mom_passes.rules.work import products
 from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.shares import random_examples
 from tests.test_properties import RANDOM_PROGRAMS, parameter_names
 from tests.tracing import check_every_length, rewrite, trace
 
@@ -76,8 +76,10 @@ def program(names: list[str]) -> Any:
     return run
 
 
-@settings(RANDOM_PROGRAMS, max_examples=40)
-@given(
+@random_examples(
+    16,
+    40,
+    RANDOM_PROGRAMS,
     st.lists(st.sampled_from(["conv", "conv", "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),
     st.integers(5, 23),
     st.integers(2, 7),

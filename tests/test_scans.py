@@ -53,7 +53,7 @@ def program(names: list[str]) -> Any:
 
 
 @random_examples(
-    20,
+    8,
     80,
     RANDOM_PROGRAMS,
     st.lists(st.sampled_from([*SCANS, *SCANS, "linear", "mlp", "causal", "rope"]), min_size=1, max_size=5),

@@ -92,7 +92,7 @@ STEPS = {
 
 
 @random_examples(
-    60, 600, RANDOM_PROGRAMS,
+    25, 600, RANDOM_PROGRAMS,
     st.integers(1, 3), st.integers(0, 5), st.integers(1, 70), st.integers(0, 4),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from(sorted(STEPS)),
     st.lists(st.sampled_from([TOTAL, WEIGHTED, GREEDY]), unique=True), st.booleans(), st.integers(32, 4000),
@@ -258,7 +258,7 @@ def askings() -> st.SearchStrategy[Asking]:
 
 
 @random_examples(
-    20, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
+    8, 300, RANDOM_PROGRAMS, askings(), st.integers(1, 3), st.integers(5, 24), st.integers(2, 7), st.booleans()
 )
 def test_results_equal_those_from_logits(asking: Asking, batch: int, tokens: int, mini: int, dynamic: bool) -> None:
     """As one operator, and in loops with blocks that do not divide the vocabulary; no logits remain."""

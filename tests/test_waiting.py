@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -19,6 +19,7 @@ from mom_compile import MomWarning, reports
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.torch_compat import cpp_kernels
 from mom_compile.torch_compat.cpp_kernels import AsyncCompile, defer_kernel_waits
+from tests.kernel_batches import not_installed
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
 
 W = weights_of(torch.float64)
@@ -34,6 +35,12 @@ def block(x: torch.Tensor) -> torch.Tensor:
 
 def sequence() -> torch.Tensor:
     return torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def one_compiler_per_kernel() -> Iterator[None]:
+    with not_installed():
+        yield
 
 
 @pytest.fixture
