@@ -14,7 +14,7 @@ from mom_compile.torch_compat.inductor import is_called
 from mom_passes.attention.flex import flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
 from mom_passes.graph.claimed_layouts import correct_strides
-from mom_passes.graph.collectives import gathers_of_columns, masked_puts_as_where, outline_collectives
+from mom_passes.graph.collectives import gathers_of_columns, outline_collectives
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import check_result_strides
@@ -30,6 +30,7 @@ from mom_passes.ops.scored import SCORED
 from mom_passes.rules import has_own_rule
 from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.experts import outline_experts
+from mom_passes.tokens.masked_rows import masked_rows
 from mom_passes.tokens.region import regions
 from mom_passes.tokens.scored import outline_scores
 
@@ -61,9 +62,14 @@ def move_fetches_to_whole_weights(state: State) -> str:
 
 
 def collectives_as_one(state: State) -> str:
-    """Make each collective and its wait one operator, and the masks of a sharded embedding pointwise."""
-    found, gathers = outline_collectives(state.gm), gathers_of_columns(state.gm)
-    return f"{found} collectives, {gathers} gather columns, {masked_puts_as_where(state.gm)} masked writes"
+    """Make each collective and its wait one operator."""
+    return f"{outline_collectives(state.gm)} collectives, {gathers_of_columns(state.gm)} gather columns"
+
+
+def masked_writes_as_gathers(state: State) -> str:
+    """Make each write of rows where a mask is true row-wise, such as image embeddings among those of text."""
+    replaced = masked_rows(state.gm)
+    return f"{len(replaced)} masked writes, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
 def hold_real_layouts(state: State) -> str:
@@ -137,6 +143,7 @@ TO_FORM: tuple[Step, ...] = (
     flex_attention_as_one,
     move_fetches_to_whole_weights,
     collectives_as_one,
+    masked_writes_as_gathers,
     hold_real_layouts,
     drop_whole_slices,
     empty_parts_left_out,
