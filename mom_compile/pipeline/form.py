@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_compile.report.facts import DECODE_STEP, PREFILL, Facts
+from mom_compile.report.facts import DECODE_STEP, ENCODER, GRAPH, PREFILL, Facts
 from mom_compile.torch_compat.inductor import is_called
-from mom_passes.attention.flex import flex_attentions, outline_flex
+from mom_passes.attention.flex import FlexAttention, flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
+from mom_passes.graph.arguments import argument
 from mom_passes.graph.claimed_layouts import correct_strides
 from mom_passes.graph.collectives import gathers_of_columns, outline_collectives
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
@@ -165,12 +166,27 @@ def find_keys_and_values(state: State) -> tuple[KVValues, str]:
 def facts_of(gm: fx.GraphModule, kv: KVValues) -> Facts:
     """Return what a graph in this form says of itself."""
     whole = [value for value in kv.found if value.kept is value.full]
-    kind = DECODE_STEP if is_decode_step(gm) else PREFILL if kv.read else Facts.kind
     return Facts(
-        kind,
+        kind_of(gm, kv),
         kv.read.union(value.full.name for value in kv.found),
         tuple((output, value.dim) for value in whole for output in value.outputs),
     )
+
+
+def kind_of(gm: fx.GraphModule, kv: KVValues) -> str:
+    """Return what a graph in this form is for, by its attentions and the keys and values that a cache keeps."""
+    if is_decode_step(gm):
+        return DECODE_STEP
+    if kv.found or kv.left_out or any(map(_is_causal, gm.graph.nodes)):
+        return PREFILL
+    return ENCODER if kv.read else GRAPH
+
+
+def _is_causal(node: fx.Node) -> bool:
+    """Return whether a node is an attention to earlier tokens only, or one of which that is not known."""
+    if node.target is not MOM_ATTENTION:
+        return isinstance(node.target, FlexAttention)
+    return bool(argument(node, "is_causal")) or argument(node, "positions") is not None
 
 
 def is_decode_step(gm: fx.GraphModule) -> bool:
