@@ -32,6 +32,7 @@ from mom_passes.rules import has_own_rule
 from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.experts import outline_experts
 from mom_passes.tokens.masked_rows import masked_rows
+from mom_passes.tokens.patch_products import patch_products
 from mom_passes.tokens.region import regions
 from mom_passes.tokens.scored import outline_scores
 
@@ -107,6 +108,12 @@ def convolutions_as_one(state: State) -> str:
     return f"{len(replaced)} convolutions and states, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
+def patches_as_rows(state: State) -> str:
+    """Make each convolution with one position per entry, such as a patch of a video, a product with a row per entry."""
+    replaced = patch_products(state.gm)
+    return f"{len(replaced)} convolutions, {correct_strides(state.gm, replaced)} values laid out otherwise"
+
+
 def scores_as_one(state: State) -> str:
     """Outline token-wise functions of logits as one operator that goes over the vocabulary in blocks."""
     refused = outline_scores(state.gm)
@@ -150,6 +157,7 @@ TO_FORM: tuple[Step, ...] = (
     empty_parts_left_out,
     canonical_attention,
     convolutions_as_one,
+    patches_as_rows,
     experts_as_regions,
     scores_as_one,
     results_as_claimed,

@@ -26,9 +26,8 @@ from torch import fx
 
 from mom_passes.graph.arguments import argument, argument_node, aten, prims
 from mom_passes.graph.data_dependent import is_unknown
-from mom_passes.graph.edit import emit, size_node
+from mom_passes.graph.edit import emit, emit_view, size_node
 from mom_passes.graph.sizes import Size, all_same, expr, hint, is_one, product, quotient, same
-from mom_passes.graph.strides import is_dense_in
 from mom_passes.graph.values import is_pointwise, operands, value_of
 
 TOO_FEW = "masked_scatter: the source has fewer elements than the mask has ones"
@@ -141,10 +140,10 @@ def _replace_scatter(write: Write | None) -> list[fx.Node]:
         for _ in range(x.dim() - write.rows):
             mask = emit(graph, aten.select.int, (mask, -1, 0))
         at = _positions(mask, count, write.result)
-        rows = _viewed(write.source, [count, *x.shape[write.rows :]], write.result)
+        rows = emit_view(write.source, [count, *x.shape[write.rows :]], write.result)
         new = _where(mask, emit(graph, aten.index.Tensor, (rows, [at])), write.x)
         _assert_count(aten.le.Scalar, mask, count, write.result, TOO_FEW)
-        new = _viewed(new, value_of(write.result).shape, write.result)
+        new = emit_view(new, value_of(write.result).shape, write.result)
     return _substitute(write.result, new)
 
 
@@ -219,9 +218,9 @@ def _positions(mask: fx.Node, count: Size, before: fx.Node) -> fx.Node:
     ones = emit(graph, aten.cumsum.default, (mask, rank - 1))
     if rank > 1 and not all(is_one(size) for size in value_of(mask).shape[:-1]):
         sequences = emit(graph, aten.sum.dim_IntList, (mask, [rank - 1]))
-        flat = _viewed(sequences, [product(value_of(sequences).shape)], before)
+        flat = emit_view(sequences, [product(value_of(sequences).shape)], before)
         ahead = emit(graph, aten.sub.Tensor, (emit(graph, aten.cumsum.default, (flat, 0)), flat))
-        ahead = _viewed(ahead, value_of(sequences).shape, before)
+        ahead = emit_view(ahead, value_of(sequences).shape, before)
         ones = emit(graph, aten.add.Tensor, (ones, emit(graph, aten.unsqueeze.default, (ahead, -1))))
     last = size_node(graph, expr(count) - 1, before)
     return emit(graph, aten.clamp.default, (emit(graph, aten.sub.Tensor, (ones, 1)), 0, last))
@@ -239,16 +238,6 @@ def _where(mask: fx.Node, rows: fx.Node, x: fx.Node) -> fx.Node:
     for _ in range(value_of(x).dim() - value_of(mask).dim()):
         mask = emit(mask.graph, aten.unsqueeze.default, (mask, -1))
     return emit(mask.graph, aten.where.self, (mask, rows, x))
-
-
-def _viewed(node: fx.Node, shape: Sequence[Size], before: fx.Node) -> fx.Node:
-    """Return a value in another shape, as a view if its strides allow."""
-    value, graph = value_of(node), node.graph
-    if all_same(value.shape, shape):
-        return node
-    if not is_dense_in(value, range(value.dim())):
-        node = emit(graph, aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-    return emit(graph, aten.view.default, (node, [size_node(graph, size, before) for size in shape]))
 
 
 def _is_positive(count: Size | None) -> bool:
