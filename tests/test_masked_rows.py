@@ -129,21 +129,31 @@ def test_too_many_rows_to_put_are_an_error() -> None:
         gm(x, mask, source)
 
 
-def test_rows_that_are_read_written_and_added_to_are_computed_in_place() -> None:
+def add_visual(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """As Qwen3-VL adds features of deeper layers of its vision tower."""
+    x = x.clone()
+    x[mask, :] = x[mask, :] + source
+    return x
 
-    def add_visual(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        x[mask, :] = x[mask, :] + source
-        return x * 2
 
+def test_rows_that_are_read_written_and_added_to_depend_on_no_size_of_data() -> None:
     x, mask, source = given(2)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        captured = capture(add_visual, x=x, mask=mask, source=source)
+        captured = capture(lambda x, mask, source: add_visual(x, mask, source) * 2, x=x, mask=mask, source=source)
     assert len(masked_rows(captured.gm)) == 1
     indices = [n.args[1] for n in captured.gm.graph.find_nodes(op="call_function", target=aten.index.Tensor)]
     assert all(one.meta["val"].dtype is torch.int64 for (one,) in indices)
-    assert torch.equal(captured.gm(*captured.inputs)[0], add_visual(x, mask, source))
+    assert torch.equal(captured.gm(*captured.inputs)[0], add_visual(x, mask, source) * 2)
+
+
+@pytest.mark.usefixtures("eager_pieces", "stock_is_eager")
+def test_layers_after_such_rows_run_in_loops() -> None:
+    run, inputs, weights = between_layers(add_visual), given(2), weights_of(torch.float64)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = torch.compile(run, backend="mom", options={"strict": True, "mini_seq_len": 4})
+        torch.testing.assert_close(fast(*inputs, *weights), run(*inputs, *weights), rtol=0, atol=1e-10)
+    (report,) = mom_compile.reports()
+    assert len(report.stages) == 2 and not report.left_out
 
 
 @pytest.mark.parametrize(
