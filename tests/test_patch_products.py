@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.tokens.patch_products import patch_products
-from tests.programs import HIDDEN, STEPS, Weights, weights_of
+from tests.programs import ATTENTION, HEADS, HIDDEN, STEPS, Weights, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import rewrite, trace
 
@@ -35,6 +37,44 @@ def test_patches_of_a_video_are_rows(has_bias: bool, dynamic: bool) -> None:
     torch.testing.assert_close(rewritten(patches, *weights), tower(patches, *weights), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("image", [(10, 6), (4, 6, 4)], ids=["image", "video"])
+def test_patches_of_an_image_are_gathered_in_the_loop(image: tuple[int, ...], batch: int) -> None:
+    """No value has all patches as rows."""
+    kernel = (2,) * len(image)
+
+    def tower(pixels: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        weight = w.up.t().reshape(HIDDEN, 3, -1)[..., : 2 ** len(image)].reshape(HIDDEN, 3, *kernel)
+        x = CONVOLUTIONS[len(image) + 2](pixels, weight, w.bias, stride=2).flatten(2).mT
+        x = x + w.table[: x.shape[1]]
+        return STEPS["mlp"](x + ATTENTION["full"](x, w), w)
+
+    pixels, weights = torch.randn(batch, 3, *image, dtype=torch.float64), weights_of(torch.float64)
+    gm = trace(tower, pixels, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert not report.left_out and not report.work_outside
+    assert len(loop_nodes(rewritten)) == 2
+    rows = math.prod(size // 2 for size in image)
+    stored = [out.type.shape for _, loop in loop_nodes(rewritten) for out in loop.loop.outputs]
+    assert report.tokens == rows and all(shape[-1] == HIDDEN or HEADS in shape for shape in stored)
+    torch.testing.assert_close(rewritten(pixels, *weights), tower(pixels, *weights), rtol=0, atol=1e-10)
+
+
+def test_patches_and_a_token_of_the_class_run_in_loops() -> None:
+    def tower(pixels: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        x = F.conv2d(pixels, w.square[:, :4].reshape(-1, 1, 2, 2), w.bias, stride=2).flatten(2).mT
+        x = torch.cat([w.table[:1].expand(x.shape[0], 1, -1), x], 1)
+        return STEPS["mlp"](x + ATTENTION["full"](x, w), w)
+
+    pixels, weights = torch.randn(2, 1, 10, 10, dtype=torch.float64), weights_of(torch.float64)
+    gm = trace(tower, pixels, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert not report.work_outside
+    torch.testing.assert_close(rewritten(pixels, *weights), tower(pixels, *weights), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("rank", CONVOLUTIONS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "channels last"])
 def test_entries_of_any_rank_and_layout(rank: int, transposed: bool) -> None:
@@ -53,12 +93,15 @@ def test_entries_of_any_rank_and_layout(rank: int, transposed: bool) -> None:
     ("x", "weight", "given"),
     [
         ((3, 2, 4, 4), (5, 2, 2, 2), {"stride": 2}),
+        ((3, 2, 4, 4), (5, 2, 2, 2), {"stride": 1}),
+        ((3, 2, 5, 4), (5, 2, 2, 2), {"stride": 2}),
         ((3, 2, 4, 4), (5, 2, 4, 4), {"padding": 1}),
         ((3, 2, 4, 4), (4, 1, 4, 4), {"groups": 2}),
         ((1, 2, 4, 4), (5, 2, 4, 4), {}),
     ],
-    ids=["several positions", "padded", "groups", "one entry"],
+    ids=["not flattened", "overlap", "a rest", "padded", "groups", "one entry"],
 )
 def test_other_convolutions_stay(x: tuple[int, ...], weight: tuple[int, ...], given: dict[str, int]) -> None:
-    gm = trace(lambda x, w: F.conv2d(x, w, **given), torch.randn(x), torch.randn(weight))
+    flat = 1 if x[-1] // given.get("stride", 9) == 2 and x[-2] % 2 == 0 else 2
+    gm = trace(lambda x, w: F.conv2d(x, w, **given).flatten(flat), torch.randn(x), torch.randn(weight))
     assert not patch_products(gm)
