@@ -61,6 +61,35 @@ def test_patches_of_an_image_are_gathered_in_the_loop(image: tuple[int, ...], ba
     torch.testing.assert_close(rewritten(pixels, *weights), tower(pixels, *weights), rtol=0, atol=1e-10)
 
 
+def test_patches_of_an_image_with_channels_last() -> None:
+    def flat(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(pixels, weight, stride=2).flatten(2)
+
+    pixels = torch.randn(2, 3, 8, 6).to(memory_format=torch.channels_last)
+    weight = torch.randn(5, 3, 2, 2).to(memory_format=torch.channels_last)
+    gm = trace(flat, pixels, weight)
+    (claimed,) = (node.args[0].meta["val"].stride() for node in gm.graph.nodes if node.op == "output")
+    (made,) = patch_products(gm)
+    assert made.meta["val"].stride() == claimed
+    torch.testing.assert_close(gm(pixels, weight), flat(pixels, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_patches_of_one_image_of_a_list_are_gathered_in_the_loop() -> None:
+    """As Pixtral takes its images apart."""
+
+    def tower(pixels: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        images = F.conv2d(pixels, w.square[:, :4].reshape(-1, 1, 2, 2), stride=2)
+        x = torch.cat([image.flatten(1).mT for image in images])[None]
+        return STEPS["mlp"](x + ATTENTION["full"](x, w), w)
+
+    pixels, weights = torch.randn(1, 1, 10, 10, dtype=torch.float64), weights_of(torch.float64)
+    gm = trace(tower, pixels, *weights)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm))
+    assert not report.left_out and not report.work_outside and report.tokens == 25
+    torch.testing.assert_close(rewritten(pixels, *weights), tower(pixels, *weights), rtol=0, atol=1e-10)
+
+
 def test_patches_and_a_token_of_the_class_run_in_loops() -> None:
     def tower(pixels: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         w = Weights(*parameters)

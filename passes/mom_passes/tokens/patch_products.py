@@ -20,12 +20,15 @@ After:   patches = view(x, [B, C, n, P, m, P])[:, :, t // m, :, t % m]         t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
-from mom_passes.graph.arguments import argument, argument_node, aten, prims
-from mom_passes.graph.edit import emit, emit_view, size_node, strides_differ
+from mom_passes.graph.arguments import argument, argument_node, aten, axis, prims
+from mom_passes.graph.edit import emit, emit_view, size_node
 from mom_passes.graph.sizes import Size, all_same, is_one, product, same
+from mom_passes.graph.strides import is_dense_in
 from mom_passes.graph.values import value_of
 
 
@@ -63,10 +66,20 @@ def _has_patches(node: fx.Node) -> bool:
         return False
     if not all(same(product([n, size]), whole) for n, size, whole in zip(positions, kernel, x.shape[2:], strict=True)):
         return False
-    flat = [*y.shape[:2], product(positions)]
-    return len(positions) > 1 and len(node.users) > 0 and all(
-        user.target is aten.view.default and all_same(value_of(user).shape, flat) for user in node.users
-    )
+    return len(positions) > 1 and len(node.users) > 0 and all(_numbers_patches(user, y) for user in node.users)
+
+
+def _numbers_patches(reader: fx.Node, y: torch.Tensor) -> bool:
+    """Return whether a reader of a convolution is a view `[B, O, n * m]`, or an entry that is read as `[O, n * m]`."""
+    batch, channels, *positions = y.shape
+    flat = [batch, channels, product(positions)]
+    if reader.target is aten.select.int and axis(argument(reader, "dim"), y.dim()) == 0:
+        return all(_is_view(user, flat[1:]) for user in reader.users)
+    return _is_view(reader, flat)
+
+
+def _is_view(node: fx.Node, shape: Sequence[Size]) -> bool:
+    return node.target is aten.view.default and all_same(value_of(node).shape, shape)
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -85,20 +98,24 @@ def _replace_flattened(node: fx.Node) -> list[fx.Node]:
     batch, channels, count = shape[0], shape[1], product(shape[2:])
     with graph.inserting_before(node):
         patches = _patches(node)
-        order = [1, 0, *range(2, value_of(patches).dim())]
-        rows = emit_view(
-            emit(graph, aten.permute.default, (patches, order)), [product([batch, count]), _width(node)], node
-        )
+        patches = emit(graph, aten.permute.default, (patches, [1, 0, *range(2, value_of(patches).dim())]))
+        rows = emit_view(patches, [product([batch, count]), _width(node)], node)
         made = emit_view(_product(node, rows), [batch, count, channels], node)
         new = emit(graph, aten.permute.default, (made, [0, 2, 1]))
-        if strides_differ(value_of(new), value_of(next(iter(node.users)))):
+        # Views of the result may rely on the layout of the convolution's: dense in this order, or with channels last.
+        if is_dense_in(value_of(node), range(len(shape))):
             new = emit(graph, aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+    replaced = []
     for user in list(node.users):
-        new.meta = {**user.meta, "val": new.meta["val"]}
-        user.replace_all_uses_with(new)
-        graph.erase_node(user)
+        if user.target is aten.select.int:
+            with graph.inserting_before(user):
+                entry = emit(graph, aten.select.int, (new, 0, argument(user, "index")))
+            replaced += [_substitute(view, entry) for view in list(user.users)]
+            graph.erase_node(user)
+        else:
+            replaced.append(_substitute(user, new))
     graph.erase_node(node)
-    return [new]
+    return replaced
 
 
 def _patches(node: fx.Node) -> fx.Node:
@@ -107,7 +124,8 @@ def _patches(node: fx.Node) -> fx.Node:
     (batch, channels), kernel = value_of(x).shape[:2], value_of(argument(node, "weight")).shape[2:]
     positions = value_of(node).shape[2:]
     blocks = [size for pair in zip(positions, kernel, strict=True) for size in pair]
-    parted = emit_view(x, [batch, channels, *blocks], node)
+    # A view in any layout: it only splits dimensions.
+    parted = emit(graph, aten.view.default, (x, [size_node(graph, size, node) for size in (batch, channels, *blocks)]))
     device = value_of(x).device
     args = (size_node(graph, product(positions), node),)
     kwargs = {"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False}
