@@ -12,10 +12,11 @@ from mom_compile.config import Options
 from mom_compile.report.reasons import Reason
 from mom_passes.attention.flex import is_read_by_flex_alone
 from mom_passes.graph.data_dependent import origin_of_unknown_number
-from mom_passes.graph.edit import attribute
+from mom_passes.graph.edit import attribute, copy_graph
 from mom_passes.graph.values import tensors_of
 from mom_passes.rules.work import products
 from mom_passes.source_lines import with_source_line
+from mom_passes.tokens.masked_rows import masked_rows
 from mom_passes.torch_compat import collective
 
 
@@ -48,7 +49,7 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
                 "transformers does without: ep_implementation='all_reduce')", node
             )  # fmt: skip
         devices.update(dict.fromkeys(value.device for value in tensors_of(node)))
-    unknown = origin_of_unknown_number(gm.graph, products(gm.graph))
+    unknown = _origin_of_unknown_number(gm)
     if unknown is not None:
         return with_source_line(_depends_on_data(unknown), unknown)
     if torch.device("meta") in devices:
@@ -57,6 +58,17 @@ def _unsupported(gm: fx.GraphModule) -> str | None:
     if len(accelerators) > 1:
         return f"the graph computes on several accelerators: {', '.join(accelerators)}"
     return None
+
+
+def _origin_of_unknown_number(gm: fx.GraphModule) -> fx.Node | None:
+    """Return the first source of an unknown number that matrix products depend on, also after masked writes became
+    gathers."""
+    found = origin_of_unknown_number(gm.graph, products(gm.graph))
+    if found is None:
+        return None
+    rewritten = copy_graph(gm)
+    masked_rows(rewritten)
+    return found if origin_of_unknown_number(rewritten.graph, products(rewritten.graph)) is not None else None
 
 
 def _depends_on_data(node: fx.Node) -> str:

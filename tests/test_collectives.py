@@ -13,7 +13,7 @@ import mom_compile
 from mom_compile.runtime import parted
 from mom_compile.runtime.parted import Collective, PartedBody, RunPart, run_in_turns
 from mom_passes.errors import CannotChunk
-from mom_passes.graph.collectives import masked_puts_as_where, outline_collectives
+from mom_passes.graph.collectives import outline_collectives
 from mom_passes.loops.body_parts import BodyParts, may_overlap, second_in_flight
 from mom_passes.loops.loop import Loop
 from mom_passes.loops.ports import COUNT, CarryIn, TensorType
@@ -48,21 +48,6 @@ def test_a_collective_that_is_read_before_its_wait_stays(one_rank: None) -> None
     output = next(iter(reversed(gm.graph.nodes)))
     output.args = ((output.args[0], begin),)
     assert outline_collectives(gm) == 0
-
-
-@pytest.mark.parametrize(
-    ("mask", "replaced"),
-    [(torch.tensor([True, False, True]), 1), (torch.tensor([[True, False]] * 3), 1), (torch.tensor([0, 2, 2]), 0)],
-)
-def test_a_masked_write_of_one_number_becomes_where(mask: torch.Tensor, replaced: int) -> None:
-    def masked(x: torch.Tensor, mask: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        return aten.index_put(x, [mask], number)
-
-    given = (torch.randn(3, 2), mask, torch.tensor(7.0))
-    gm = trace(masked, *given)
-    assert masked_puts_as_where(gm) == replaced
-    assert len(gm.graph.find_nodes(op="call_function", target=aten.where.self)) == replaced
-    torch.testing.assert_close(gm(*given), masked(*given))
 
 
 # --- rules ---

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mom_compile import reports
 from mom_passes.graph.data_dependent import touches_unknown_numbers
+from mom_passes.ops.spans import SPANS
 from mom_passes.program.program import Compute
 from mom_passes.program.schedule import schedule
 from tests.programs import ATTENTION, HIDDEN, ROWWISE, weights_of
@@ -116,3 +119,11 @@ def test_nothing_compiled_takes_or_returns_sizes_that_depend_on_data() -> None:
     called = [step.name for step in steps if any(map(touches_unknown_numbers, step.nodes))]
     assert called == ["nonzero", "add", "relu_1", "sum_1"]
     assert [len(step.nodes) for step in steps if isinstance(step, Compute)] == [1, 1]
+
+
+def test_ranges_of_keys_have_a_batch_that_depends_on_data() -> None:
+    """Images without their padding: `pixels[real]` and the patches of each."""
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        assert mode.shape_env is not None
+        shown = torch.ones(mode.shape_env.create_unbacked_symint(), 5, dtype=torch.bool)
+        assert SPANS(shown, None, None).shape[0] == shown.shape[0]

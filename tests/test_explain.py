@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+import transformers
 from transformers import BatchEncoding
 
 import mom_compile
@@ -191,6 +192,16 @@ def test_a_graph_is_called_by_what_it_is_for(given, kind):
     report = mom_compile.explain(model, **prompt(1, 40), **given, options={"mini_seq_len": 16})[0]
     assert report.kind == kind and str(report).startswith(f"{kind} of 40 tokens: ")
     assert report.headline.startswith(f"{kind}, ")
+
+
+def test_a_graph_with_attention_that_is_not_causal_is_an_encoder():
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    padded = {"input_ids": ids(2, 40), "attention_mask": (torch.arange(40) < torch.tensor([[40], [30]])).long()}
+    report = mom_compile.explain(model, **padded, options={"mini_seq_len": 16})[0]
+    assert report.kind == "encoder" and str(report).startswith("encoder of 40 tokens: ")
 
 
 def decode_step(model):

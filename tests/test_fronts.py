@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mom_compile import reports
 from mom_compile.pipeline import NotWorthwhile
-from tests.programs import HIDDEN, STEPS, Weighted, Weights, weights_of
+from tests.programs import HIDDEN, STEPS, Weighted, Weights, folded, heads, weights_of
 from tests.test_properties import parameter_names
 from tests.tracing import rewrite, trace
 
@@ -71,6 +71,27 @@ def test_layers_behind_a_front_run_in_loops(name: str, tokens: int) -> None:
     torch.testing.assert_close(rewritten(x, *weights), gm(x, *weights), rtol=0, atol=1e-10)
     assert len(report.stages) >= 3
     assert sum(report.work_outside.values()) <= report.work // 8, report.work_outside
+
+
+def test_tokens_are_patches_and_no_lines_of_patches() -> None:
+    """A mask `[B, 6, 8]` of the patches of a picture has lines of eight patches, and columns of six."""
+
+    def run(picture: torch.Tensor, shown: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        rows = F.conv2d(picture[:, None], w.square[:, :4].reshape(-1, 1, 2, 2), w.bias, stride=2).flatten(2).mT
+        x = rows + F.embedding(shown.flatten(1), w.table)
+        for _ in range(2):
+            seen = F.scaled_dot_product_attention(heads(x @ w.square), heads(x), heads(x + w.bias))
+            x = STEPS["mlp"](x + folded(seen), w)
+        return x
+
+    weights, picture = weights_of(torch.float64), torch.randn(2, 12, 16, dtype=torch.float64)
+    shown = torch.ones(2, 6, 8, dtype=torch.long)
+    gm = trace(run, picture, shown, *weights)
+    rewritten, report = rewrite(gm, 7, parameter_names(gm)[1:])
+    torch.testing.assert_close(rewritten(picture, shown, *weights), gm(picture, shown, *weights), rtol=0, atol=1e-10)
+    assert report.tokens == 48
+    assert not report.work_outside
 
 
 @pytest.mark.usefixtures("eager_pieces", "stock_is_eager")

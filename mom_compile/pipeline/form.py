@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from mom_compile.report.facts import DECODE_STEP, PREFILL, Facts
+from mom_compile.report.facts import DECODE_STEP, ENCODER, GRAPH, PREFILL, Facts
 from mom_compile.torch_compat.inductor import is_called
-from mom_passes.attention.flex import flex_attentions, outline_flex
+from mom_passes.attention.flex import FlexAttention, flex_attentions, outline_flex
 from mom_passes.attention.form import attention_form
+from mom_passes.graph.arguments import argument
 from mom_passes.graph.claimed_layouts import correct_strides
-from mom_passes.graph.collectives import gathers_of_columns, masked_puts_as_where, outline_collectives
+from mom_passes.graph.collectives import gathers_of_columns, outline_collectives
 from mom_passes.graph.drop_empty_parts import drop_empty_parts
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.real_results import check_result_strides
@@ -31,6 +32,8 @@ from mom_passes.ops.scored import SCORED
 from mom_passes.rules import has_own_rule
 from mom_passes.tokens.causal_convolutions import causal_convolutions
 from mom_passes.tokens.experts import outline_experts
+from mom_passes.tokens.masked_rows import masked_rows
+from mom_passes.tokens.patch_products import patch_products
 from mom_passes.tokens.region import regions
 from mom_passes.tokens.scored import outline_scores
 
@@ -62,9 +65,14 @@ def move_fetches_to_whole_weights(state: State) -> str:
 
 
 def collectives_as_one(state: State) -> str:
-    """Make each collective and its wait one operator, and the masks of a sharded embedding pointwise."""
-    found, gathers = outline_collectives(state.gm), gathers_of_columns(state.gm)
-    return f"{found} collectives, {gathers} gather columns, {masked_puts_as_where(state.gm)} masked writes"
+    """Make each collective and its wait one operator."""
+    return f"{outline_collectives(state.gm)} collectives, {gathers_of_columns(state.gm)} gather columns"
+
+
+def masked_writes_as_gathers(state: State) -> str:
+    """Make each write of rows where a mask is true row-wise, such as image embeddings among those of text."""
+    replaced = masked_rows(state.gm)
+    return f"{len(replaced)} masked writes, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
 def hold_real_layouts(state: State) -> str:
@@ -106,6 +114,12 @@ def convolutions_as_one(state: State) -> str:
     return f"{len(replaced)} convolutions and states, {correct_strides(state.gm, replaced)} values laid out otherwise"
 
 
+def patches_as_rows(state: State) -> str:
+    """Make each convolution with one position per entry, such as a patch of a video, a product with a row per entry."""
+    replaced = patch_products(state.gm)
+    return f"{len(replaced)} convolutions, {correct_strides(state.gm, replaced)} values laid out otherwise"
+
+
 def scores_as_one(state: State) -> str:
     """Outline token-wise functions of logits as one operator that goes over the vocabulary in blocks."""
     refused = outline_scores(state.gm)
@@ -143,12 +157,14 @@ TO_FORM: tuple[Step, ...] = (
     flex_attention_as_one,
     move_fetches_to_whole_weights,
     collectives_as_one,
+    masked_writes_as_gathers,
     hold_real_layouts,
     drop_whole_slices,
     empty_parts_left_out,
     counts_once,
     canonical_attention,
     convolutions_as_one,
+    patches_as_rows,
     experts_as_regions,
     scores_as_one,
     results_as_claimed,
@@ -165,12 +181,27 @@ def find_keys_and_values(state: State) -> tuple[KVValues, str]:
 def facts_of(gm: fx.GraphModule, kv: KVValues) -> Facts:
     """Return what a graph in this form says of itself."""
     whole = [value for value in kv.found if value.kept is value.full]
-    kind = DECODE_STEP if is_decode_step(gm) else PREFILL if kv.read else Facts.kind
     return Facts(
-        kind,
+        kind_of(gm, kv),
         kv.read.union(value.full.name for value in kv.found),
         tuple((output, value.dim) for value in whole for output in value.outputs),
     )
+
+
+def kind_of(gm: fx.GraphModule, kv: KVValues) -> str:
+    """Return what a graph in this form is for, by its attentions and the keys and values that a cache keeps."""
+    if is_decode_step(gm):
+        return DECODE_STEP
+    if kv.found or kv.left_out or any(map(_is_causal, gm.graph.nodes)):
+        return PREFILL
+    return ENCODER if kv.read else GRAPH
+
+
+def _is_causal(node: fx.Node) -> bool:
+    """Return whether a node is an attention to earlier tokens only, or one of which that is not known."""
+    if node.target is not MOM_ATTENTION:
+        return isinstance(node.target, FlexAttention)
+    return bool(argument(node, "is_causal")) or argument(node, "positions") is not None
 
 
 def is_decode_step(gm: fx.GraphModule) -> bool:

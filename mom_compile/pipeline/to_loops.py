@@ -11,7 +11,7 @@ from torch import fx
 
 from mom_compile.pipeline.form import EMBEDDING, State, facts_of, is_decode_step
 from mom_compile.pipeline.run import Runner
-from mom_compile.report.facts import PREFILL, SCORING, Facts
+from mom_compile.report.facts import ENCODER, PREFILL, SCORING, Facts
 from mom_compile.report.reasons import Reason
 from mom_passes.attention.reads import source_of
 from mom_passes.graph.sizes import Size, count_hint, hint
@@ -27,7 +27,7 @@ from mom_passes.ops.scored import SCORED
 from mom_passes.ops.spans import SPANS
 from mom_passes.ops.transfers import FETCH_ROWS
 from mom_passes.rules import facts as facts_of_operator
-from mom_passes.rules.work import products
+from mom_passes.rules.work import matmul_work, products
 from mom_passes.source_lines import source_lines
 from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
@@ -158,7 +158,7 @@ def make_loops(
                 stages = take(cut_stages, demands, loop_products)
         looped = take(loops_over_mini_sequences, graph, stages, limit, packing.unbroken)
         facts = replace(facts, work=looped.work, work_outside=looped.work_outside)
-        if facts.kind == PREFILL and _scores_tokens(graph, kv, looped.in_loops):
+        if facts.kind in (PREFILL, ENCODER) and _scores_tokens(graph, kv, looped.in_loops):
             facts = replace(facts, kind=SCORING)
         made = [loop for _, loop in loops(looped.gm)]
         if all(isinstance(loop.length, int) and limit.fits(loop.length, tokens.sequences) for loop in made):
@@ -194,6 +194,8 @@ def _why_no_tokens(gm: fx.GraphModule) -> str:
     results = [v for node in next(iter(reversed(gm.graph.nodes))).all_input_nodes for v in tensors_of(node)]
     if results and all(0 in filter(lambda size: isinstance(size, int), value.shape) for value in results):
         return "every result is empty: there is nothing to cut"
+    if not any(map(matmul_work, gm.graph.nodes)):
+        return "it has no matrix product or attention"
     return "no value has a dimension that carries the matmul work from its rows to the outputs' rows"
 
 

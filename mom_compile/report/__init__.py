@@ -8,7 +8,17 @@ from typing import Any
 
 from mom_compile.report.communication import Communication
 from mom_compile.report.details import details
-from mom_compile.report.facts import DECODE_STEP, GRAPH, PREFILL, SCORING, Facts, KVReport, PassReport, PieceLog
+from mom_compile.report.facts import (
+    DECODE_STEP,
+    ENCODER,
+    GRAPH,
+    PREFILL,
+    SCORING,
+    Facts,
+    KVReport,
+    PassReport,
+    PieceLog,
+)
 from mom_compile.report.notebook import html_of_table
 from mom_compile.report.record import Record, moved_rows
 from mom_compile.report.shares import Share, shares
@@ -22,8 +32,8 @@ from mom_passes.program.program import Compute, LoopStep
 from mom_passes.program.rewritten import Rewritten
 
 __all__ = [
-    "DECODE_STEP", "GRAPH", "PREFILL", "SCORING", "KVReport", "LiveValue", "PassReport", "Record", "Report", "Share",
-    "StageReport",
+    "DECODE_STEP", "ENCODER", "GRAPH", "PREFILL", "SCORING", "KVReport", "LiveValue", "PassReport", "Record", "Report",
+    "Share", "StageReport",
 ]  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from mom_passes.program.own_rows import OwnRows
 
-#: What a graph is for. A graph without attention, such as one between two graph breaks, is a `GRAPH`.
-PREFILL, DECODE_STEP, SCORING, GRAPH = "prefill", "decode step", "scoring", "graph"
+#: What a graph is for. A graph without attention, such as one between two graph breaks, is a `GRAPH`. An `ENCODER`,
+#: such as a vision tower, has attention that is not causal, and keeps no keys and values.
+PREFILL, DECODE_STEP, SCORING, ENCODER, GRAPH = "prefill", "decode step", "scoring", "encoder", "graph"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Facts:
     ----------
     kind : str
         `"prefill"`, `"decode step"` (one token of each sequence), `"scoring"` (logits of all tokens, no cache),
-        or `"graph"` for a graph without attention.
+        `"encoder"` (attention that is not causal, no cache), or `"graph"` for a graph without attention.
     keys_and_values : frozenset of str
         Names of all values that attentions read as keys or values.
     growing : tuple of (int, int)

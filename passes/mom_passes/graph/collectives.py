@@ -1,16 +1,13 @@
-"""Collectives of a captured graph as single operators, and the masks of a sharded embedding as `where`.
+"""Collectives of a captured graph as single operators.
 
     wait_tensor(all_reduce(x, "sum", group))     ->  mom.all_reduce(x, "sum", group)
     cat(split(all_gather(x, ranks, group)), -1)  ->  mom.gather_columns(x, ranks, group)
-    index_put(x, [mask], number)                 ->  where(mask, number, x)
 
-A collective whose result has another reader than its waits stays as it is. So does an `index_put` by anything else than
-one mask and one number.
+A collective whose result has another reader than its waits stays as it is.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mom_passes.graph.arguments import argument, aten, axis
@@ -74,27 +71,3 @@ def _joined_columns(gathered: fx.Node, ranks: int) -> fx.Node | None:
     if joined.target is not aten.cat.default or axis(argument(joined, "dim"), last + 1) != last or last == 0:
         return None
     return joined if list(argument(joined, "tensors")) == items else None
-
-
-def masked_puts_as_where(gm: fx.GraphModule) -> int:
-    """Replace writes of one number where a mask is true, in place. Return how many."""
-    found = 0
-    for node in gm.graph.find_nodes(op="call_function", target=aten.index_put.default):
-        source, indices, number = node.args[:3]
-        tensors = [one for one in indices if one is not None]
-        if argument(node, "accumulate") or len(tensors) != 1 or len(indices) != 1:
-            continue
-        mask = tensors[0]
-        if value_of(mask).dtype is not torch.bool or value_of(number).dim() != 0:
-            continue
-        with gm.graph.inserting_before(node):
-            shown = value_of(mask)
-            for _ in range(value_of(source).dim() - shown.dim()):
-                mask = gm.graph.call_function(aten.unsqueeze.default, (mask, -1))
-                shown = mask.meta["val"] = shown.unsqueeze(-1)
-            new = gm.graph.call_function(aten.where.self, (mask, number, source))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        found += 1
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -14,7 +14,8 @@ from torch import fx
 
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.size_values import interpret
-from mom_passes.graph.sizes import Size, expr, is_one, same
+from mom_passes.graph.sizes import Size, all_same, expr, is_one, same
+from mom_passes.graph.strides import is_dense_in
 from mom_passes.graph.values import input_node, is_size, is_tensor, tensors_of
 from mom_passes.torch_compat import (
     SYMBOLIC,
@@ -162,6 +163,17 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     node = graph.call_function(target, args, kwargs or {})
     node.meta["val"] = fake_value(node)
     return node
+
+
+def emit_view(node: fx.Node, shape: Sequence[Size], before: fx.Node) -> fx.Node:
+    """Emit a value in another shape, as a view if it is dense, else as a view of a copy. Sizes are those of nodes ahead
+    of `before`. A value that has the shape is returned itself."""
+    value, graph = meta_value(node), node.graph
+    if all_same(value.shape, shape):
+        return node
+    if not is_dense_in(value, range(value.dim())):
+        node = emit(graph, aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    return emit(graph, aten.view.default, (node, [size_node(graph, size, before) for size in shape]))
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -65,7 +65,7 @@ def _spans_fake(
     keys: torch.Tensor | None, segments: torch.Tensor | None, positions: torch.Tensor | None
 ) -> torch.Tensor:
     given = [v for v in (keys, segments, positions) if v is not None]
-    batch = next((v.shape[0] for v in given if v.shape[0] != 1), 1)
+    (batch,) = torch.broadcast_shapes(*(v.shape[:1] for v in given))  # type: ignore[no-untyped-call]
     return torch.empty((batch, 1 if segments is None else segments.shape[1], 2), dtype=torch.int64, device="cpu")
 
 

@@ -2,8 +2,9 @@
 
 Terms
 -----
-seed       A dimension of a graph input that is not a parameter: a candidate for the tokens. If no input has one, a
-           dimension that begins inside the graph, for example after a strided convolution (see `tokens.seeds`).
+seed       A dimension of a graph input that is not a parameter: a candidate for the tokens. If no input has one, or
+           its rows are groups of tokens, a dimension that begins inside the graph, for example after a strided
+           convolution (see `tokens.seeds`).
 carries    A value carries tokens along a `Dim` if its rows can be computed from rows of other carriers.
 mixes      An operator without such a claim (a roll over tokens). Its result may still have one row per token: the
            sweep continues with it, and the planner runs the operator on the whole sequence.
@@ -26,8 +27,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from mom_passes.graph.arguments import aten
 from mom_passes.graph.sizes import Size, hint, is_one
 from mom_passes.graph.values import value_of
+from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules import Dim
 from mom_passes.rules.work import matmul_work
 from mom_passes.tokens.seeds import activations_of, inner_seeds, seed_inputs
@@ -69,13 +72,24 @@ def analyse_token_dims(
     """Return the token dimension of every value, or None if no dimension carries half of the matmul work.
 
     `static_inputs` are the placeholders of parameters and buffers. With `inside`, dimensions that begin inside the
-    graph are tried if no input has a token dimension.
+    graph are tried if no input has a token dimension, or only one of groups of tokens.
     """
     static = set(static_inputs)
     activations = activations_of(gm, static)
     inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static)]
     found = _best(gm, inputs, activations)
-    return _best(gm, inner_seeds(gm, activations), activations) if found is None and inside else found
+    if not inside or (found is not None and not _in_groups(found)):
+        return found
+    return _best(gm, [*inputs, *inner_seeds(gm, activations)] if found else inner_seeds(gm, activations), activations)
+
+
+def _in_groups(found: TokenDims) -> bool:
+    """Return whether each token is several rows of an attention, as a line or a column of a mask of patches is.
+
+    The patches themselves are then a longer dimension, which may begin inside the graph.
+    """
+    attentions = [node for node in found.rowwise if node.target in (MOM_ATTENTION, aten.bmm.default)]
+    return bool(attentions) and not any(found.carriers[node].dim.plain for node in attentions)
 
 
 def _best(

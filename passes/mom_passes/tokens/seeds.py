@@ -7,7 +7,8 @@ begins   A dimension begins at a value if its rows cannot be computed from equal
          operand has the same size there. A strided convolution begins one; so do pooling, `repeat_interleave` and a
          view that merges patches or frames.
 
-A model front that changes the number of rows runs on the whole input. Loops start after it.
+A model front that changes the number of rows runs on the whole input. Loops start after it. A gather at positions that
+are counted in the graph, such as those of patches, runs in the loops: its rows are those of the count.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from mom_passes.errors import CannotChunk
+from mom_passes.graph.arguments import argument, aten, prims
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import hint, is_one, same
 from mom_passes.graph.values import operands, value_of
@@ -64,12 +66,28 @@ def inner_seeds(gm: fx.GraphModule, activations: set[fx.Node]) -> list[tuple[fx.
     for node in gm.graph.nodes:
         if node.op != "call_function" or node not in activations or node.target is operator.getitem:
             continue
-        dims = _beginning(node, activations)
-        if dims and 2 * _reach(node) >= total > 0:
-            found.append((node, dims))
-            if len(found) == MAX_INNER_SEEDS:
-                break
+        counts = _counts(node, activations)
+        begun = [(count, [Dim(0)]) for count in counts] or [(node, _beginning(node, activations))]
+        found += [(seed, dims) for seed, dims in begun if dims and 2 * _reach(node) >= total > 0]
+        if len(found) >= MAX_INNER_SEEDS:
+            break
     return found
+
+
+def _counts(node: fx.Node, activations: set[fx.Node]) -> list[fx.Node]:
+    """Return the counts `[n]` from which a gather of an activation computes its positions along one dimension."""
+    if node.target not in (aten.index.Tensor, aten._unsafe_index.Tensor) or argument(node, "self") not in activations:
+        return []
+    found: dict[fx.Node, None] = {}
+    pending = operands(node)[1:]
+    while pending:
+        position = pending.pop()
+        if position in activations or position.op != "call_function" or value_of(position).dim() != 1:
+            return []
+        if position.target is prims.iota.default:
+            found[position] = None
+        pending += operands(position)
+    return list(found)
 
 
 def _beginning(node: fx.Node, activations: set[fx.Node]) -> list[Dim]:
