@@ -21,10 +21,10 @@ import mom_compile.runtime.attention.register
 import mom_compile.runtime.scored  # noqa: F401  registers its kernel
 from mom_compile.cache_key import cache_tag, devices_of
 from mom_compile.capture import capture
-from mom_compile.compiled import NOTICES, PIECES, THE_GRAPH, CompiledGraph, Needs, Notice, forget_compiled, keep
+from mom_compile.compiled import NOTICES, PIECES, CompiledGraph, Needs, Notice, forget_compiled, keep
 from mom_compile.config import Options, parse_options
 from mom_compile.lowering.build import Lowering
-from mom_compile.lowering.eager import NotCompiled, first_line, run_eagerly
+from mom_compile.lowering.eager import NotCompiled, stock_or_eager
 from mom_compile.memory.decide import Decision, ForLong, check_weights, decide, fits_for_long, offloads
 from mom_compile.memory.ranks import Agreement, groups_of, sizes_at
 from mom_compile.memory.refuse import MemoryBudgetError
@@ -44,7 +44,7 @@ from mom_compile.substitution import traces_substitutes
 from mom_compile.torch_compat.aot_autograd import InnerCompile
 from mom_compile.torch_compat.cpp_kernels import start_the_compiler
 from mom_compile.torch_compat.dynamo import is_cut_apart
-from mom_compile.torch_compat.inductor import asks_for_freezing, mark_boxed, stock_inner_compile
+from mom_compile.torch_compat.inductor import asks_for_freezing, stock_inner_compile
 from mom_compile.torch_compat.recompiles import graph_count
 from mom_passes.errors import PassError
 from mom_passes.graph.edit import compute_device, copy_graph
@@ -230,26 +230,6 @@ def make(
 
 def _attends(node: fx.Node) -> bool:
     return node.target is FLEX_ATTENTION or "scaled_dot_product" in str(node.target)
-
-
-def stock_or_eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], pieces: PieceLog, stock: Callable[..., Any]
-) -> Callable[[list[Any]], Any]:
-    """Compile a graph with stock Inductor. A graph that it cannot compile runs as captured, like one of our pieces.
-
-    On a CPU, Inductor 2.11 writes C++ that does not compile for the decode steps of Llama, Gemma 3 and GPT-2.
-    """
-    original = copy_graph(gm)  # Inductor rewrites what it compiles
-    try:
-        return stock(gm, example_inputs)  # type: ignore[no-any-return]
-    except Exception as error:
-        log.debug("stock Inductor could not compile a graph", exc_info=True)
-        pieces.eager_pieces[THE_GRAPH] = first_line(error)
-
-    def run(inputs: list[Any]) -> Any:
-        return run_eagerly(original, inputs)
-
-    return mark_boxed(run)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mom_compile.config import Options
+from mom_compile.lowering.eager import THE_GRAPH
 from mom_compile.lowering.piece_cache import PieceCache
 from mom_compile.lowering.pieces import Piece
 from mom_compile.lowering.storing import dumps, loads
@@ -49,9 +50,6 @@ log = logging.getLogger(__name__)
 
 #: Compiled pieces of this process, shared by all models and sequence lengths.
 PIECES = PieceCache()
-
-#: The name in a report of a graph that stock Inductor could not compile.
-THE_GRAPH = "the graph"
 
 
 @dataclass(frozen=True)

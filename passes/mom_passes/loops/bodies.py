@@ -87,8 +87,7 @@ class Body:
         self.whole = [i for i in members if isinstance(i.need, All) and demands.kinds[i] in kinds and is_tensor(i.node)]
         self._order_by_use(members)
         self.sizes = [i for i in members if demands.kinds[i] is Kind.SIZE]
-        numbers = [i for i in members if isinstance(i.need, All) and not is_tensor(i.node)]
-        self.sizes += [i for i in numbers if i not in self.sizes]
+        self.sizes += [i for i in members if isinstance(i.need, All) and not is_tensor(i.node) and i not in self.sizes]
         carrying = [i for i in members if i in computed and i in demands.claims]
         self.carries = [(i, k) for i in carrying for k, _ in enumerate(demands.claims[i].all_carries)]
         made = [i for i in computed if isinstance(i.need, Rows) and isinstance(meta_value(i.node), torch.Tensor)]
@@ -161,8 +160,8 @@ class Body:
 
     def _ranges(self, computed: set[Instance]) -> tuple[int, ...]:
         """Return the numbers of the inputs whose ranges no mini-sequence may cut."""
-        claims = {i: self.demands.claims[i] for i in computed if i in self.demands.claims}
-        ranges = {argument(i.node, claim.within) for i, claim in claims.items() if claim.within is not None}
+        claims = ((i.node, self.demands.claims[i].within) for i in computed if i in self.demands.claims)
+        ranges = {argument(node, name) for node, name in claims if name is not None}
         return tuple(n for n, one in enumerate(self.operands) if isinstance(one, Instance) and one.node in ranges)
 
     def _carry_type(self, instance: Instance, carry: Carry) -> TensorType:
@@ -241,8 +240,7 @@ class Body:
         before = instance.need.before
         if before not in self._first_rows:
             self._first_rows[before] = add(self.start, -before)
-        first: Any = self._first_rows[before]
-        return first
+        return self._first_rows[before]
 
     def _update_carry(self, instance: Instance, number: int, carry: Carry, result: fx.Node) -> fx.Node:
         """Emit the next value of a carry, joined with the result if the carry has no operand. Return the result."""
