@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
+from mom_passes.graph.sizes import hint
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from mom_passes.tokens.dims import analyse_token_dims
@@ -207,6 +208,35 @@ def test_a_weight_that_is_an_input_used_twice_does_not_carry_tokens() -> None:
     found = analyse_token_dims(gm)
     assert found is not None
     assert (found.seed, found.seed_dim.index) == (next(iter(gm.graph.nodes)), 1)
+
+
+# Two token dimensions: an encoder and its decoder
+
+
+def encoder_decoder(x: torch.Tensor, states: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two layers of an encoder, and two of a decoder that attends to its own tokens and to those of the encoder."""
+    for _ in range(2):
+        q, k = heads(states @ w.square), heads(states)
+        states = STEPS["mlp"](states + folded(F.scaled_dot_product_attention(q, k, k)), w)
+    for _ in range(2):
+        q, k = heads(x @ w.square), heads(x)
+        x = x + folded(F.scaled_dot_product_attention(q, k, k, is_causal=True))
+        k, v = heads(states @ w.square), heads(states)
+        x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(heads(x), k, v)), w)
+    return x, k
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize(("tokens", "encoded"), [(17, 29), (29, 17), (17, 17), (1, 29), (17, 3)])
+def test_an_encoder_and_its_decoder_run_in_loops(tokens: int, encoded: int, dynamic: bool) -> None:
+    """Each has loops over its own tokens, unless they fit into one mini-sequence. Equal lengths share loops."""
+    given = example(tokens), example(encoded), *weights_of(torch.float64)
+    gm = trace(lambda x, y, *parameters: encoder_decoder(x, y, Weights(*parameters)), *given, dynamic=dynamic)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[1:])
+    for one, other in zip(rewritten(*given), gm(*given), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert {hint(module.loop.length) for _, module in loop_nodes(rewritten)} >= {n for n in (tokens, encoded) if n > 4}
+    assert not report.work_outside or min(tokens, encoded) < 4
 
 
 def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:

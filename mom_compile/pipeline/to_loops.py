@@ -78,18 +78,19 @@ class WithoutLoops:
 @dataclass(frozen=True)
 class WithLoops:
     """A graph with loops. `before` is the same graph without them, `formed` the one from before rows were narrowed,
-    which computes `length` tokens."""
+    which computes so many tokens."""
 
     gm: fx.GraphModule
     facts: Facts
     before: fx.GraphModule
     formed: WithoutLoops
-    length: Size
+    lengths: tuple[Size, ...]
 
     def without(self, tokens: int) -> WithoutLoops:
         """Return the graph without loops, where `tokens` tokens are one mini-sequence."""
-        if isinstance(self.length, int) and self.length <= tokens:
-            return replace(self.formed, reason=in_one(self.length, tokens))
+        known = [length for length in self.lengths if isinstance(length, int) and length <= tokens]
+        if len(known) == len(self.lengths):
+            return replace(self.formed, reason=in_one(max(known), tokens))
         return WithoutLoops(self.before, self.facts, in_one(tokens, tokens))
 
 
@@ -102,7 +103,7 @@ def make_loops(
     formed = WithoutLoops(graph, facts, "")
     try:
         tokens = take(find_tokens, graph, static, limit)
-        length, facts = tokens.dims.length, replace(facts, token_dimension=_dimension(tokens.dims))
+        lengths, facts = tokens.dims.lengths, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
@@ -128,7 +129,7 @@ def make_loops(
             raise NotWorthwhile(in_one(max(hint(loop.length) for loop in made), made[0].rows))
     except NotWorthwhile as found:
         return WithoutLoops(found.gm or graph, facts, found.reason)
-    return WithLoops(looped.gm, facts, graph, formed, length)
+    return WithLoops(looped.gm, facts, graph, formed, lengths)
 
 
 def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) -> tuple[Tokens, str]:
@@ -142,14 +143,15 @@ def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) ->
     before = value_of(dims.seed).shape[: dims.seed_dim.index]
     # Inside a graph the channels may stand before the tokens: `[B, C, S]`.
     sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
-    if isinstance(dims.length, int) and limit.fits(dims.length, sequences):
-        raise NotWorthwhile(in_one(dims.length, limit.rows))
+    if all(isinstance(length, int) and limit.fits(length, sequences) for length in dims.lengths):
+        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), limit.rows))
     counts = f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
     return Tokens(gm, dims, sequences), counts
 
 
 def _dimension(dims: TokenDims) -> str:
-    return f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
+    seeds = (dims, *dims.others)
+    return "; ".join(f"{one.seed_dim} of {one.seed.name}, {one.length} (now {hint(one.length)})" for one in seeds)
 
 
 def _why_no_tokens(gm: fx.GraphModule) -> str:

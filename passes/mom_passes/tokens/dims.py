@@ -17,12 +17,16 @@ option     A value with the sequence in two dimensions, such as scores of every 
             dims[node] = the dim that most readers need
     choose the seed that carries most matmul work and meets barriers: products that need rows of one activation and
         all of another (keys of an attention), rows before others, or carries. Along the batch there are none.
+    repeat for the values that carry no tokens so far: those of an encoder are others than those of its decoder
+
+Tokens of an encoder and of its decoder have lengths of their own. No value has both: a cross-attention needs rows of
+the decoder's queries and all of the encoder's keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -36,12 +40,16 @@ from mom_passes.tokens.sweep import Carrier, Sweep, choose_options
 #: A seed that carries less than this share of the most work is no candidate, even with barriers. A weight that is a
 #: graph input and is used twice has barriers, too.
 WORK_SHARE = 0.75
+#: Other tokens are looked for while at least this share of all work has none.
+LEAST_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
 class TokenDims:
-    """The token dimension of every value, for one seed.
+    """The token dimension of every value.
 
+    seed       the seed of the tokens that carry most work, with `seed_dim` and `length`
+    others     the same for other tokens in the graph, such as those of an encoder
     carriers   every value with a token dimension
     rowwise    the carriers whose operator can run on rows
     worked     the carriers that depend on a product, an attention or a look-up; others are as cheap as an input
@@ -61,6 +69,25 @@ class TokenDims:
     work: int
     barriers: int
     batched: bool
+    others: tuple[TokenDims, ...] = ()
+
+    @property
+    def lengths(self) -> tuple[Size, ...]:
+        """The numbers of tokens, those that carry most work first."""
+        return (self.length, *(other.length for other in self.others))
+
+    def joined(self, other: TokenDims) -> TokenDims:
+        """Return these tokens and other ones. A value with both has these."""
+        return replace(
+            self,
+            others=(*self.others, other),
+            carriers={**other.carriers, **self.carriers},
+            rowwise=self.rowwise | other.rowwise,
+            worked=self.worked | other.worked,
+            mixing={**other.mixing, **self.mixing},
+            work=self.work + other.work,
+            barriers=self.barriers + other.barriers,
+        )
 
 
 def analyse_token_dims(
@@ -73,21 +100,38 @@ def analyse_token_dims(
     """
     static = set(static_inputs)
     activations = activations_of(gm, static)
-    inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static)]
-    found = _best(gm, inputs, activations)
-    return _best(gm, inner_seeds(gm, activations), activations) if found is None and inside else found
+    total, left = sum(matmul_work(node) for node in gm.graph.nodes), set(gm.graph.nodes)
+    found = _best(gm, static, activations, left, inside)
+    while found is not None:
+        left -= found.carriers.keys() | found.mixing.keys()
+        if sum(map(matmul_work, left)) < LEAST_SHARE * total:
+            break
+        other = _best(gm, static, activations, left, inside)
+        if other is None:
+            break
+        found = found.joined(other)
+    return found
 
 
 def _best(
-    gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node]
+    gm: fx.GraphModule, static: set[fx.Node], activations: set[fx.Node], among: set[fx.Node], inside: bool
 ) -> TokenDims | None:
-    """Return the token dims of the best seed, None if none carries half of the matmul work."""
-    total = sum(matmul_work(node) for node in gm.graph.nodes)
+    """Return the token dims of the best seed among some values; those of inputs first."""
+    inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static, among)]
+    found = _best_of(gm, inputs, activations, among)
+    return _best_of(gm, inner_seeds(gm, activations, among), activations, among) if found is None and inside else found
+
+
+def _best_of(
+    gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node], among: set[fx.Node]
+) -> TokenDims | None:
+    """Return the token dims of the best of these seeds, None if none carries half of the matmul work."""
+    total = sum(map(matmul_work, among))
     candidates: list[TokenDims] = []
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
         larger = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
-        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in larger]
+        sweeps = [_sweep(gm, seed, dim, size, activations, among) for dim, size in larger]
         candidates += [found for found in _without_batch(sweeps) if found.work * 2 >= total > 0]
     most = max((found.work for found in candidates), default=0)
     return max((found for found in candidates if found.work >= WORK_SHARE * most), key=_score, default=None)
@@ -112,11 +156,13 @@ def _without_batch(sweeps: list[TokenDims]) -> list[TokenDims]:
     return equal if len(equal) > 1 else tokens
 
 
-def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
-    """Return the token dims that follow from one seed."""
+def _sweep(
+    gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node], among: set[fx.Node]
+) -> TokenDims:
+    """Return the token dims of some values that follow from one seed."""
     sweep = Sweep(length, activations, {seed}, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node is not seed:
+        if node.op == "call_function" and node is not seed and node in among:
             sweep.visit(node)
     if sweep.options:
         sweep.carriers.update(choose_options(gm, sweep))
