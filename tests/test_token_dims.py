@@ -239,6 +239,22 @@ def test_an_encoder_and_its_decoder_run_in_loops(tokens: int, encoded: int, dyna
     assert not report.work_outside or min(tokens, encoded) < 4
 
 
+def test_the_last_row_of_a_decoder_leaves_its_encoder_in_loops() -> None:
+    """Slices that move up make another graph, in which an encoder whose tokens begin inside is found again."""
+
+    def run(x: torch.Tensor, image: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        patches = F.conv2d(image, w.up.view(-1, 2, 2, 2)[:HIDDEN], stride=2).flatten(2).mT
+        return encoder_decoder(x, patches, w)[0][:, -1:] @ w.square
+
+    given = example(29), torch.randn(2, 2, 8, 10, dtype=torch.float64), *weights_of(torch.float64)
+    gm = trace(run, *given)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[1:])
+    torch.testing.assert_close(rewritten(*given), gm(*given), rtol=0, atol=1e-10)
+    assert {module.loop.length for _, module in loop_nodes(rewritten)} == {20, 29}
+    assert report.token_dimension.count("; ") == 1
+
+
 def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:
     gm = trace(run, x, *weights_of(torch.float64))
     first, *others = (node for node in gm.graph.nodes if node.op == "placeholder")

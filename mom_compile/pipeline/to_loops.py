@@ -190,7 +190,8 @@ def _narrowed(
     """Return the tokens of a graph that computes fewer rows, if it is another one."""
     if gm is tokens.gm:
         return tokens, nothing
-    dims = _token_dims(gm, static, inside=tokens.dims.seed.op != "placeholder")
+    seeds = (tokens.dims, *tokens.dims.others)
+    dims = _token_dims(gm, static, inside=any(one.seed.op != "placeholder" for one in seeds))
     if dims is None:
         raise NotWorthwhile(f"nearly all work is on the few rows {which}", gm)
     return replace(tokens, gm=gm, dims=dims), f"{len(dims.rowwise)} row-wise values are left"

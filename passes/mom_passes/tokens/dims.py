@@ -146,14 +146,16 @@ def _without_batch(sweeps: list[TokenDims]) -> list[TokenDims]:
 
     Along the batch, every product of activations takes rows of both. Along the tokens, some product needs all rows of
     an activation. If none does along any dimension, tokens are mixed in another graph only, and any dimension that
-    carries all the work is valid.
+    carries all the work is valid. Two dimensions of an input may lead to the same dimension of all other values, where
+    an operator without a rule ends both: three channels and a batch of three images.
     """
     tokens = [found for found in sweeps if not found.batched]
     if any(found.work for found in tokens):
         return tokens
     most = max((found.work for found in sweeps), default=0)
     equal = [found for found in sweeps if found.work == most]
-    return equal if len(equal) > 1 else tokens
+    carried = [{node: c.dim for node, c in found.carriers.items() if node is not found.seed} for found in equal]
+    return equal if any(dims != carried[0] for dims in carried) else tokens
 
 
 def _sweep(
