@@ -34,13 +34,15 @@ from mom_passes.graph.sizes import Size, hint, is_one
 from mom_passes.graph.values import value_of
 from mom_passes.rules import Dim
 from mom_passes.rules.work import matmul_work
-from mom_passes.tokens.seeds import activations_of, inner_seeds, seed_inputs
+from mom_passes.tokens.seeds import STACK_SHARE, activations_of, inner_seeds, reach, seed_inputs
 from mom_passes.tokens.sweep import Carrier, Sweep, choose_options
 
 #: A seed that carries less than this share of the most work is no candidate, even with barriers. A weight that is a
 #: graph input and is used twice has barriers, too.
 WORK_SHARE = 0.75
-#: Other tokens are looked for while at least this share of all work has none.
+#: A seed carries at least this share of the work that depends on it, or its dimension is no token dimension.
+REACH_SHARE = 1 / 2
+#: Other tokens are looked for while at least this share of all work carries none.
 LEAST_SHARE = 1 / 32
 
 
@@ -93,7 +95,7 @@ class TokenDims:
 def analyse_token_dims(
     gm: fx.GraphModule, *, static_inputs: Collection[fx.Node] = (), inside: bool = True
 ) -> TokenDims | None:
-    """Return the token dimension of every value, or None if no dimension carries half of the matmul work.
+    """Return the token dimension of every value, or None if no dimension carries half of the matmul work after it.
 
     `static_inputs` are the placeholders of parameters and buffers. With `inside`, dimensions that begin inside the
     graph are tried if no input has a token dimension.
@@ -125,14 +127,15 @@ def _best(
 def _best_of(
     gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node], among: set[fx.Node]
 ) -> TokenDims | None:
-    """Return the token dims of the best of these seeds, None if none carries half of the matmul work."""
+    """Return the token dims of the best of these seeds, None if none carries enough of the matmul work."""
     total = sum(map(matmul_work, among))
     candidates: list[TokenDims] = []
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
         larger = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
         sweeps = [_sweep(gm, seed, dim, size, activations, among) for dim, size in larger]
-        candidates += [found for found in _without_batch(sweeps) if found.work * 2 >= total > 0]
+        least = max(REACH_SHARE * reach(seed, among), STACK_SHARE * total)
+        candidates += [found for found in _without_batch(sweeps) if found.work >= least > 0]
     most = max((found.work for found in candidates), default=0)
     return max((found for found in candidates if found.work >= WORK_SHARE * most), key=_score, default=None)
 
