@@ -99,6 +99,23 @@ def test_scores_for_a_slice_of_tokens_are_computed_for_their_queries_only() -> N
     assert not any(list(shape).count(17) > 1 or (17 in shape and 14 in shape) for shape in stored)
 
 
+def test_a_bias_that_is_looked_up_by_distance_is_not_kept_at_full_length() -> None:
+    """Layers of T5 share a bias for each pair of tokens. Each loop looks up the rows of its queries again."""
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w, p = Weights(*parameters), positions(x)
+        distances = (p[None, :] - p[:, None]).clamp(-3, 3) + 3
+        bias = F.embedding(distances, w.table[:, :HEADS]).permute(2, 0, 1)[None]
+        for _ in range(2):
+            q, k = heads(x @ w.square), heads(x)
+            x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(q, k, k, attn_mask=bias)), w)
+        return x
+
+    rewritten = check(run, example(17))
+    stored = [out.type.shape for _, m in loop_nodes(rewritten) for out in m.loop.outputs if isinstance(out, Stored)]
+    assert stored and not any(list(shape).count(17) > 1 for shape in stored)
+
+
 def test_scores_read_by_rows_of_queries_and_of_keys_are_equal() -> None:
     """One reader needs the scores by rows of queries, another by rows of keys."""
 
@@ -237,6 +254,26 @@ def test_an_encoder_and_its_decoder_run_in_loops(tokens: int, encoded: int, dyna
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert {hint(module.loop.length) for _, module in loop_nodes(rewritten)} >= {n for n in (tokens, encoded) if n > 4}
     assert not report.work_outside or min(tokens, encoded) < 4
+
+
+def test_three_stacks_of_layers_run_in_loops() -> None:
+    """None has half of the work, as of a model with an encoder of images and one of sound."""
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        w, merged = Weights(*given[3:]), torch.zeros(())
+        for x in given[:3]:
+            for _ in range(2):
+                q, k = heads(x @ w.square), heads(x)
+                x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(q, k, k)), w)
+            merged = merged + x.mean(1)
+        return merged
+
+    given = example(21), example(22), example(23), *weights_of(torch.float64)
+    gm = trace(run, *given)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[2:])
+    torch.testing.assert_close(rewritten(*given), gm(*given), rtol=0, atol=1e-10)
+    assert {module.loop.length for _, module in loop_nodes(rewritten)} == {21, 22, 23}
+    assert not report.work_outside
 
 
 def test_the_last_row_of_a_decoder_leaves_its_encoder_in_loops() -> None:
