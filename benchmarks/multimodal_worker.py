@@ -41,12 +41,15 @@ class Work:
         self.in_loops: Counter[str] = Counter()
         model, name = subject.model, subject.decoder
         head = model.get_output_embeddings()
+        self._alone = bool(name) and model.get_submodule(name) is model.base_model
         self._names = {n.rpartition(".")[2] for n, part in model.named_modules() if name == n or (n and part is head)}
         own = set(model.get_submodule(name).modules() if name else [])
         self._classes = {type(part) for part in own} - {type(part) for part in model.modules() if part not in own}
 
     def part(self, node: fx.Node) -> str:
         """Return the part that a node belongs to, by the modules that Dynamo entered."""
+        if self._alone:  # with any other head
+            return "decoder"
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             if kind in self._classes or not self._names.isdisjoint(path.split(".")):
                 return "decoder"
