@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Inside the checkout, so that `make clean` is a cold start and two checkouts never share artifacts.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 
-.PHONY: demo quick test bench bench-kv architectures docs lint sweep clean
+.PHONY: demo quick test bench bench-kv architectures multimodal docs lint sweep clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.made:
@@ -50,6 +50,11 @@ bench-kv: $(VENV)/.extra-bench
 architectures: export OMP_NUM_THREADS := 1
 architectures: $(VENV)/.extra-bench
 	@$(BIN)/python -m benchmarks.architectures $(ARGS)
+
+# Multimodal models and encoders, small and compiled, in the same way.
+multimodal: export OMP_NUM_THREADS := 1
+multimodal: $(VENV)/.extra-bench
+	@$(BIN)/python -m benchmarks.multimodal $(ARGS)
 
 # The documentation site, in build/docs. A broken link, a warning or an undocumented export is an error.
 # Without the theme's notice on its end of life (2027-05-05).

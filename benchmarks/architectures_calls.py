@@ -45,11 +45,15 @@ def build(subject: Subject, scale: Scale, dtype: torch.dtype) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(small_config(subject.name, scale))
     else:
         model = build_decoder(subject.composite, scale)
-    model = model.eval().to(dtype)
+    return add_noise(model.eval().to(dtype))
+
+
+def add_noise(model: Any) -> Any:
+    """Add noise to every parameter of a model, and return the model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.02)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.02)
     return model
 
 

@@ -195,24 +195,24 @@ def _compiled_table(cells: Mapping[str, Entry]) -> str:
 def _compiled_figure(found: Entry, use: str) -> str:
     failed = found.get("error", found.get("ended"))
     if failed is not None:
-        return _cell(f"**fails**: {failed}") if use == "prefill" else "–"
+        return cell(f"**fails**: {failed}") if use == "prefill" else "–"
     if use not in found:
         return "–"
-    text = _number(found[use])
+    text = number(found[use])
     return text if found[use] <= BOUND_FLOAT32 else f"**{text}**"
 
 
 def _figure(entry: Entry, use: str) -> str:
     got = entry["uses"].get(use, {})
     if "difference" in got:
-        text = _number(got["difference"])
+        text = number(got["difference"])
         return text if right(entry, use) else f"**{text}**" + ("¹" if impossible(entry, use) else "")
     if "eager_error" in got:
         return "³"
     return "²" if "stock_error" in got else "**fails**" if "error" in got else "–"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
@@ -266,14 +266,14 @@ def _outside(entry: Entry) -> str:
         texts += [f"after {text}" for text in list(barriers)[:2]]
     texts += [f"whole graphs: {reason}" for reason in list(reasons)[:2]]
     broken = [entry["uses"][use]["error"] for use in USES if _ours(entry["uses"].get(use, {}))]
-    return _cell("; ".join([*texts, *dict.fromkeys(broken)]))
+    return cell("; ".join([*texts, *dict.fromkeys(broken)]))
 
 
 def _operator(name: str) -> str:
     return name.partition(" (")[0].removesuffix(".default")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
@@ -326,5 +326,5 @@ def _uses_with(types: Mapping[str, Entry], key: str) -> list[tuple[str, str]]:
 def _reasons(title: str, rows: Sequence[tuple[str, str]]) -> str:
     if not rows:
         return ""
-    lines = [f"## {title}", "", "| type | |", "|---|---|", *(f"| {name} | {_cell(why)} |" for name, why in rows)]
+    lines = [f"## {title}", "", "| type | |", "|---|---|", *(f"| {name} | {cell(why)} |" for name, why in rows)]
     return "\n".join(lines) + "\n"

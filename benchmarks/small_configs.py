@@ -161,8 +161,8 @@ def exceptions(model_type: str) -> dict[str, Any]:
     return dict(tomllib.loads(_EXCEPTIONS.read_text()).get(model_type, {}))
 
 
-def small_config(model_type: str, scale: Scale = SMALL) -> PretrainedConfig:
-    """Return a configuration of this type at this scale, with a layer of each kind.
+def small_config(model_type: str, scale: Scale = SMALL, more: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """Return a configuration of this type at this scale, with a layer of each kind. `more` are other arguments.
 
     Raises whatever the type's own class raises.
     """
@@ -170,7 +170,7 @@ def small_config(model_type: str, scale: Scale = SMALL) -> PretrainedConfig:
     own = exceptions(model_type)
     start = own.get("start", {})  # some have no default that they accept themselves
     settings = small_settings(config_class(**start), scale)
-    return config_class(**_merged({**start, **settings}, own.get("set", {})))
+    return config_class(**_merged(_merged({**start, **settings}, own.get("set", {})), more or {}))
 
 
 def small_settings(config: PretrainedConfig, scale: Scale) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Dynamo makes at most 8 graphs of one code object (`torch._dynamo.config.recompil
 graph runs in eager mode. All models of transformers share the code object of their `forward`: two models in a process,
 or prompts of a few kinds, reach the limit soon.
 
+`generate()` of transformers calls the encoder of an encoder-decoder model, and since 5.23 that of images, before it
+calls the model. These modules are compiled as well: `model.compile` leaves them in eager mode there.
+
 This function also needs fewer graphs. The first graph of a kind is for any number of tokens and of sequences. Dynamo
 alone takes both numbers for constants until a call has other numbers.
 """
@@ -91,9 +94,27 @@ def compile(
     if parsed.inductor:
         given["inductor"] = dict(parsed.inductor)
     settings: dict[str, Any] = {"backend": "mom", "dynamic": dynamic, "fullgraph": fullgraph, "options": given}
+    for part in _called_alone(model):
+        compile_apart(part, recompile_limit, functools.partial(_prepare, part, dynamic is None), **settings)
     before = functools.partial(_prepare, model, dynamic is None)
     compiled: Compilable = compile_apart(model, recompile_limit * _graphs_of_a_kind(model), before, **settings)
     return compiled
+
+
+_OF_TRANSFORMERS = ("generate", "get_decoder", "get_input_embeddings", "get_output_embeddings")
+
+
+def _called_alone(model: Callable[..., Any]) -> list[torch.nn.Module]:
+    """Return the modules of a model of transformers that `generate()` may call before the model: those besides its
+    decoder and its embeddings, such as an encoder and a projector. Graphs of the model have them inlined."""
+    if not isinstance(model, torch.nn.Module) or not all(hasattr(model, name) for name in _OF_TRANSFORMERS):
+        return []
+    base: Any = getattr(model, "base_model", model)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    if decoder in (base, model):
+        return []
+    others = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    return [part for part in base.children() if decoder not in part.modules() and part not in others]
 
 
 def _graphs_of_a_kind(model: Callable[..., Any]) -> int:

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from transformers import Gemma3Config, LlamaConfig, T5Config
+from transformers import Gemma3Config, LlamaConfig, Qwen2_5_VLConfig, T5Config
 
+import mom_compile
 from mom_compile.planning.configs import PlanError, find_config
 
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -49,6 +50,18 @@ def test_an_existing_folder_precedes_a_shape_of_that_name(written, monkeypatch):
 def test_configs_of_save_pretrained_are_read(tmp_path):
     LlamaConfig(**{**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5}}).save_pretrained(tmp_path)
     assert find_config(tmp_path).config.rope_parameters["rope_theta"] == 7e5
+
+
+def test_a_text_part_without_a_causal_language_model_is_planned():
+    """Transformers has no causal language model of this type: a head is added to the decoder of the multimodal one."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 300, "rope_parameters": rope}  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text)
+    found = mom_compile.plan(config, seq_len=512, device="cpu")
+    assert found.notes[0] == "the plan is for its text model only, qwen2_5_vl_text"
+    explained = mom_compile.explain(config, seq_len=512, mini_seq_len=64)
+    assert explained.reports[0].stages and not explained.reports[0].failed
 
 
 def test_the_text_part_of_a_multimodal_model_is_planned(tmp_path):

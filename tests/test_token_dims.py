@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
+from mom_passes.graph.sizes import hint
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from mom_passes.tokens.dims import analyse_token_dims
@@ -96,6 +97,23 @@ def test_scores_for_a_slice_of_tokens_are_computed_for_their_queries_only() -> N
     assert 14 in lengths
     stored = [out.type.shape for _, m in loop_nodes(rewritten) for out in m.loop.outputs if isinstance(out, Stored)]
     assert not any(list(shape).count(17) > 1 or (17 in shape and 14 in shape) for shape in stored)
+
+
+def test_a_bias_that_is_looked_up_by_distance_is_not_kept_at_full_length() -> None:
+    """Layers of T5 share a bias for each pair of tokens. Each loop looks up the rows of its queries again."""
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w, p = Weights(*parameters), positions(x)
+        distances = (p[None, :] - p[:, None]).clamp(-3, 3) + 3
+        bias = F.embedding(distances, w.table[:, :HEADS]).permute(2, 0, 1)[None]
+        for _ in range(2):
+            q, k = heads(x @ w.square), heads(x)
+            x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(q, k, k, attn_mask=bias)), w)
+        return x
+
+    rewritten = check(run, example(17))
+    stored = [out.type.shape for _, m in loop_nodes(rewritten) for out in m.loop.outputs if isinstance(out, Stored)]
+    assert stored and not any(list(shape).count(17) > 1 for shape in stored)
 
 
 def test_scores_read_by_rows_of_queries_and_of_keys_are_equal() -> None:
@@ -207,6 +225,71 @@ def test_a_weight_that_is_an_input_used_twice_does_not_carry_tokens() -> None:
     found = analyse_token_dims(gm)
     assert found is not None
     assert (found.seed, found.seed_dim.index) == (next(iter(gm.graph.nodes)), 1)
+
+
+# Two token dimensions: an encoder and its decoder
+
+
+def encoder_decoder(x: torch.Tensor, states: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two layers of an encoder, and two of a decoder that attends to its own tokens and to those of the encoder."""
+    for _ in range(2):
+        q, k = heads(states @ w.square), heads(states)
+        states = STEPS["mlp"](states + folded(F.scaled_dot_product_attention(q, k, k)), w)
+    for _ in range(2):
+        q, k = heads(x @ w.square), heads(x)
+        x = x + folded(F.scaled_dot_product_attention(q, k, k, is_causal=True))
+        k, v = heads(states @ w.square), heads(states)
+        x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(heads(x), k, v)), w)
+    return x, k
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize(("tokens", "encoded"), [(17, 29), (29, 17), (17, 17), (1, 29), (17, 3)])
+def test_an_encoder_and_its_decoder_run_in_loops(tokens: int, encoded: int, dynamic: bool) -> None:
+    """Each has loops over its own tokens, unless they fit into one mini-sequence. Equal lengths share loops."""
+    given = example(tokens), example(encoded), *weights_of(torch.float64)
+    gm = trace(lambda x, y, *parameters: encoder_decoder(x, y, Weights(*parameters)), *given, dynamic=dynamic)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[1:])
+    for one, other in zip(rewritten(*given), gm(*given), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert {hint(module.loop.length) for _, module in loop_nodes(rewritten)} >= {n for n in (tokens, encoded) if n > 4}
+    assert not report.work_outside or min(tokens, encoded) < 4
+
+
+def test_three_stacks_of_layers_run_in_loops() -> None:
+    """None has half of the work, as of a model with an encoder of images and one of sound."""
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        w, merged = Weights(*given[3:]), torch.zeros(())
+        for x in given[:3]:
+            for _ in range(2):
+                q, k = heads(x @ w.square), heads(x)
+                x = STEPS["mlp"](x + folded(F.scaled_dot_product_attention(q, k, k)), w)
+            merged = merged + x.mean(1)
+        return merged
+
+    given = example(21), example(22), example(23), *weights_of(torch.float64)
+    gm = trace(run, *given)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[2:])
+    torch.testing.assert_close(rewritten(*given), gm(*given), rtol=0, atol=1e-10)
+    assert {module.loop.length for _, module in loop_nodes(rewritten)} == {21, 22, 23}
+    assert not report.work_outside
+
+
+def test_the_last_row_of_a_decoder_leaves_its_encoder_in_loops() -> None:
+    """Slices that move up make another graph, in which an encoder whose tokens begin inside is found again."""
+
+    def run(x: torch.Tensor, image: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        patches = F.conv2d(image, w.up.view(-1, 2, 2, 2)[:HIDDEN], stride=2).flatten(2).mT
+        return encoder_decoder(x, patches, w)[0][:, -1:] @ w.square
+
+    given = example(29), torch.randn(2, 2, 8, 10, dtype=torch.float64), *weights_of(torch.float64)
+    gm = trace(run, *given)
+    rewritten, report = rewrite(gm, 4, parameter_names(gm)[1:])
+    torch.testing.assert_close(rewritten(*given), gm(*given), rtol=0, atol=1e-10)
+    assert {module.loop.length for _, module in loop_nodes(rewritten)} == {20, 29}
+    assert report.token_dimension.count("; ") == 1
 
 
 def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:

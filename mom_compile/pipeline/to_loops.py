@@ -104,20 +104,21 @@ class WithoutLoops:
 @dataclass(frozen=True)
 class WithLoops:
     """A graph with loops. `before` is the same graph without them, `formed` the one from before rows were narrowed,
-    which computes `length` tokens. `packing` are the packed sequences that its loops hold, and those that they do
+    which computes so many tokens. `packing` are the packed sequences that its loops hold, and those that they do
     not."""
 
     gm: fx.GraphModule
     facts: Facts
     before: fx.GraphModule
     formed: WithoutLoops
-    length: Size
+    lengths: tuple[Size, ...]
     packing: Packing = NO_PACKING
 
     def without(self, tokens: int) -> WithoutLoops:
         """Return the graph without loops, where `tokens` tokens are one mini-sequence."""
-        if isinstance(self.length, int) and self.length <= tokens:
-            return replace(self.formed, reason=in_one(self.length, tokens))
+        known = [length for length in self.lengths if isinstance(length, int) and length <= tokens]
+        if len(known) == len(self.lengths):
+            return replace(self.formed, reason=in_one(max(known), tokens))
         return WithoutLoops(self.before, self.facts, in_one(tokens, tokens))
 
 
@@ -137,7 +138,7 @@ def make_loops(
     formed = WithoutLoops(graph, facts, "")
     try:
         tokens = take(find_tokens, graph, static, limit)
-        length, facts = tokens.dims.length, replace(facts, token_dimension=_dimension(tokens.dims))
+        lengths, facts = tokens.dims.lengths, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(queries_apart, tokens, static)
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
@@ -165,7 +166,7 @@ def make_loops(
             raise NotWorthwhile(in_one(max(hint(loop.length) for loop in made), made[0].rows))
     except NotWorthwhile as found:
         return WithoutLoops(found.gm or graph, facts, found.reason)
-    return WithLoops(looped.gm, facts, graph, formed, length, packing)
+    return WithLoops(looped.gm, facts, graph, formed, lengths, packing)
 
 
 def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) -> tuple[Tokens, str]:
@@ -179,14 +180,15 @@ def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) ->
     before = value_of(dims.seed).shape[: dims.seed_dim.index]
     # Inside a graph the channels may stand before the tokens: `[B, C, S]`.
     sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
-    if isinstance(dims.length, int) and limit.fits(dims.length, sequences):
-        raise NotWorthwhile(in_one(dims.length, limit.rows))
+    if all(isinstance(length, int) and limit.fits(length, sequences) for length in dims.lengths):
+        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), limit.rows))
     counts = f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
     return Tokens(gm, dims, sequences), counts
 
 
 def _dimension(dims: TokenDims) -> str:
-    return f"{dims.seed_dim} of {dims.seed.name}, {dims.length} (now {hint(dims.length)})"
+    seeds = (dims, *dims.others)
+    return "; ".join(f"{one.seed_dim} of {one.seed.name}, {one.length} (now {hint(one.length)})" for one in seeds)
 
 
 def _why_no_tokens(gm: fx.GraphModule) -> str:
@@ -233,7 +235,8 @@ def _narrowed(
     """Return the tokens of a graph that computes fewer rows, if it is another one."""
     if gm is tokens.gm:
         return tokens, nothing
-    dims = _token_dims(gm, static, inside=tokens.dims.seed.op != "placeholder")
+    seeds = (tokens.dims, *tokens.dims.others)
+    dims = _token_dims(gm, static, inside=any(one.seed.op != "placeholder" for one in seeds))
     if dims is None:
         raise NotWorthwhile(f"nearly all work is on the few rows {which}", gm)
     return replace(tokens, gm=gm, dims=dims), f"{len(dims.rowwise)} row-wise values are left"

@@ -121,7 +121,7 @@ def of_fields(fields: dict[str, Any], name: str, where: str) -> Found:
     nested = _quantization(config) if config is not whole else None
     if nested is not None:
         del config.quantization_config
-    _check_decoder(library, config, where)
+    _check_decoder(library, config, where, whole)
     return Found(config, name, tuple(notes), fields.get("quantization_config") or nested)
 
 
@@ -139,7 +139,7 @@ def of_config(config: Any, name: str) -> Found:
     if _quantization(text) is not None:
         text = copy.deepcopy(text)
         del text.quantization_config
-    _check_decoder(library, text, name)
+    _check_decoder(library, text, name, config)
     return Found(text, name, tuple(notes), given)
 
 
@@ -182,9 +182,16 @@ def _quantization(config: Any) -> Mapping[str, Any] | None:
     return dict(given.to_dict())
 
 
-def _check_decoder(library: ModuleType, config: Any, where: str) -> None:
+#: Transformers' mappings of models with a text decoder besides other parts.
+_MULTIMODAL = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
+
+
+def _check_decoder(library: ModuleType, config: Any, where: str, whole: Any) -> None:
     if config.is_encoder_decoder:
         raise PlanError(f"{where}: {config.model_type} is an encoder with a decoder; plans support only decoders")
+    multimodal = any(type(whole) in getattr(library, name, ()) for name in _MULTIMODAL)
+    if multimodal and config is not whole and type(config) in library.MODEL_MAPPING:  # see `planning.text_part`
+        return
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise PlanError(f"{where}: transformers has no AutoModelForCausalLM for {config.model_type}")
     if type(config) in library.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):

@@ -21,6 +21,7 @@ from torch import nn
 from mom_compile.planning.configs import PlanError
 from mom_compile.planning.quantised import Scheme
 from mom_compile.planning.ranks import Ranks
+from mom_compile.planning.text_part import TextPart
 from mom_compile.planning.weights import Weights, weights_of
 
 #: The fewest layers of the shorter model, and the fewest periods after the layers that do not repeat: its first and
@@ -113,7 +114,9 @@ def build_on_meta(config: Any, model_class: Any = None, **settings: Any) -> nn.M
     """Build a model without weights. Raises `PlanError` if transformers cannot build it."""
     import transformers
 
-    make = transformers.AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    make: Any = transformers.AutoModelForCausalLM.from_config if known else TextPart
+    make = make if model_class is None else model_class._from_config
     try:
         with torch.device("meta"):
             return make(config, **settings).eval()  # type: ignore[no-any-return]

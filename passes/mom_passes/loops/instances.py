@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from mom_passes.graph.arguments import argument_node, aten
 from mom_passes.graph.meta import meta_value
 from mom_passes.graph.sizes import Size, count_hint, hint, product, quotient
+from mom_passes.graph.values import is_tensor
 from mom_passes.rules import All, Claim, Dim, Fold, Rows, facts
 from mom_passes.tokens.region import Region
 
@@ -89,8 +91,23 @@ class DemandGraph:
         if instance.node.target is operator.getitem:
             return all(self.recomputable(i) for i in self.inputs.get(instance, ()))
         return self.kinds[instance] is Kind.AHEAD or (
-            self.kinds[instance] is Kind.ROWS and facts(instance.node).recompute
+            self.kinds[instance] is Kind.ROWS and (facts(instance.node).recompute or looks_up_positions(instance.node))
         )
+
+
+def looks_up_positions(node: fx.Node) -> bool:
+    """Return whether a node looks up rows of a table by indices that are made of sizes alone, such as the distances of
+    queries and keys. Its result may be larger than all that it is made of."""
+    if node.target is not aten.embedding.default:
+        return False
+    pending, seen = [argument_node(node, "indices")], set[fx.Node]()
+    while pending:
+        found = pending.pop()
+        if found.op in ("placeholder", "get_attr") and is_tensor(found):
+            return False
+        seen.add(found)
+        pending += [operand for operand in found.all_input_nodes if operand not in seen]
+    return True
 
 
 def instance_length(instance: Instance) -> Size:

@@ -80,6 +80,11 @@ def sort(node: fx.Node) -> list[Origin]:
     return _along(node, "sorts along it")
 
 
+@follows(aten.glu.default)
+def gated(node: fx.Node) -> list[Origin]:
+    return _along(node, "multiplies its two halves")
+
+
 def _along(node: fx.Node, reason: str) -> list[Origin]:
     rank = len(shape_of(operands(node)[0]))
     return all_but(rank, axes(argument(node, "dim"), rank), reason)

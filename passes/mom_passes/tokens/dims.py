@@ -18,12 +18,16 @@ option     A value with the sequence in two dimensions, such as scores of every 
             dims[node] = the dim that most readers need
     choose the seed that carries most matmul work and meets barriers: products that need rows of one activation and
         all of another (keys of an attention), rows before others, or carries. Along the batch there are none.
+    repeat for the values that carry no tokens so far: those of an encoder are others than those of its decoder
+
+Tokens of an encoder and of its decoder have lengths of their own. No value has both: a cross-attention needs rows of
+the decoder's queries and all of the encoder's keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -33,18 +37,24 @@ from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules import Dim
 from mom_passes.rules.work import matmul_work
-from mom_passes.tokens.seeds import activations_of, inner_seeds, seed_inputs
+from mom_passes.tokens.seeds import STACK_SHARE, activations_of, inner_seeds, reach, seed_inputs
 from mom_passes.tokens.sweep import Carrier, Sweep, choose_options
 
 #: A seed that carries less than this share of the most work is no candidate, even with barriers. A weight that is a
 #: graph input and is used twice has barriers, too.
 WORK_SHARE = 0.75
+#: A seed carries at least this share of the work that depends on it, or its dimension is no token dimension.
+REACH_SHARE = 1 / 2
+#: Other tokens are looked for while at least this share of all work carries none.
+LEAST_SHARE = 1 / 32
 
 
 @dataclass(frozen=True)
 class TokenDims:
-    """The token dimension of every value, for one seed.
+    """The token dimension of every value.
 
+    seed       the seed of the tokens that carry most work, with `seed_dim` and `length`
+    others     the same for other tokens in the graph, such as those of an encoder
     carriers   every value with a token dimension
     rowwise    the carriers whose operator can run on rows
     worked     the carriers that depend on a product, an attention or a look-up; others are as cheap as an input
@@ -64,23 +74,60 @@ class TokenDims:
     work: int
     barriers: int
     batched: bool
+    others: tuple[TokenDims, ...] = ()
+
+    @property
+    def lengths(self) -> tuple[Size, ...]:
+        """The numbers of tokens, those that carry most work first."""
+        return (self.length, *(other.length for other in self.others))
+
+    def joined(self, other: TokenDims) -> TokenDims:
+        """Return these tokens and other ones. A value with both has these."""
+        return replace(
+            self,
+            others=(*self.others, other),
+            carriers={**other.carriers, **self.carriers},
+            rowwise=self.rowwise | other.rowwise,
+            worked=self.worked | other.worked,
+            mixing={**other.mixing, **self.mixing},
+            work=self.work + other.work,
+            barriers=self.barriers + other.barriers,
+        )
 
 
 def analyse_token_dims(
     gm: fx.GraphModule, *, static_inputs: Collection[fx.Node] = (), inside: bool = True
 ) -> TokenDims | None:
-    """Return the token dimension of every value, or None if no dimension carries half of the matmul work.
+    """Return the token dimension of every value, or None if no dimension carries half of the matmul work after it.
 
     `static_inputs` are the placeholders of parameters and buffers. With `inside`, dimensions that begin inside the
     graph are tried if no input has a token dimension, or only one of groups of tokens.
     """
     static = set(static_inputs)
     activations = activations_of(gm, static)
-    inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static)]
-    found = _best(gm, inputs, activations)
+    total, left = sum(matmul_work(node) for node in gm.graph.nodes), set(gm.graph.nodes)
+    found = _best(gm, static, activations, left, inside)
+    while found is not None:
+        left -= found.carriers.keys() | found.mixing.keys()
+        if sum(map(matmul_work, left)) < LEAST_SHARE * total:
+            break
+        other = _best(gm, static, activations, left, inside)
+        if other is None:
+            break
+        found = found.joined(other)
+    return found
+
+
+def _best(
+    gm: fx.GraphModule, static: set[fx.Node], activations: set[fx.Node], among: set[fx.Node], inside: bool
+) -> TokenDims | None:
+    """Return the token dims of the best seed among some values; those of inputs first."""
+    inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static, among)]
+    found = _best_of(gm, inputs, activations, among)
     if not inside or (found is not None and not _in_groups(found)):
         return found
-    return _best(gm, [*inputs, *inner_seeds(gm, activations)] if found else inner_seeds(gm, activations), activations)
+    inner = inner_seeds(gm, activations, among)
+    return _best_of(gm, [*inputs, *inner] if found is not None else inner, activations, among)
 
 
 def _in_groups(found: TokenDims) -> bool:
@@ -92,17 +139,18 @@ def _in_groups(found: TokenDims) -> bool:
     return bool(attentions) and not any(found.carriers[node].dim.plain for node in attentions)
 
 
-def _best(
-    gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node]
+def _best_of(
+    gm: fx.GraphModule, seeds: Iterable[tuple[fx.Node, Sequence[Dim]]], activations: set[fx.Node], among: set[fx.Node]
 ) -> TokenDims | None:
-    """Return the token dims of the best seed, None if none carries half of the matmul work."""
-    total = sum(matmul_work(node) for node in gm.graph.nodes)
+    """Return the token dims of the best of these seeds, None if none carries enough of the matmul work."""
+    total = sum(map(matmul_work, among))
     candidates: list[TokenDims] = []
     for seed, dims in seeds:
         sizes = [(dim, value_of(seed).shape[dim.index]) for dim in dims]
         larger = [(dim, size) for dim, size in sizes if not is_one(size) and hint(size) > 1]
-        sweeps = [_sweep(gm, seed, dim, size, activations) for dim, size in larger]
-        candidates += [found for found in _without_batch(sweeps) if found.work * 2 >= total > 0]
+        sweeps = [_sweep(gm, seed, dim, size, activations, among) for dim, size in larger]
+        least = max(REACH_SHARE * reach(seed, among), STACK_SHARE * total)
+        candidates += [found for found in _without_batch(sweeps) if found.work >= least > 0]
     most = max((found.work for found in candidates), default=0)
     return max((found for found in candidates if found.work >= WORK_SHARE * most), key=_score, default=None)
 
@@ -116,21 +164,25 @@ def _without_batch(sweeps: list[TokenDims]) -> list[TokenDims]:
 
     Along the batch, every product of activations takes rows of both. Along the tokens, some product needs all rows of
     an activation. If none does along any dimension, tokens are mixed in another graph only, and any dimension that
-    carries all the work is valid.
+    carries all the work is valid. Two dimensions of an input may lead to the same dimension of all other values, where
+    an operator without a rule ends both: three channels and a batch of three images.
     """
     tokens = [found for found in sweeps if not found.batched]
     if any(found.work for found in tokens):
         return tokens
     most = max((found.work for found in sweeps), default=0)
     equal = [found for found in sweeps if found.work == most]
-    return equal if len(equal) > 1 else tokens
+    carried = [{node: c.dim for node, c in found.carriers.items() if node is not found.seed} for found in equal]
+    return equal if any(dims != carried[0] for dims in carried) else tokens
 
 
-def _sweep(gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node]) -> TokenDims:
-    """Return the token dims that follow from one seed."""
+def _sweep(
+    gm: fx.GraphModule, seed: fx.Node, dim: Dim, length: Size, activations: set[fx.Node], among: set[fx.Node]
+) -> TokenDims:
+    """Return the token dims of some values that follow from one seed."""
     sweep = Sweep(length, activations, {seed}, {seed: Carrier(dim, length)})
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node is not seed:
+        if node.op == "call_function" and node is not seed and node in among:
             sweep.visit(node)
     if sweep.options:
         sweep.carriers.update(choose_options(gm, sweep))

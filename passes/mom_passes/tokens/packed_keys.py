@@ -94,8 +94,8 @@ def _is_packed(node: fx.Node, dims: TokenDims) -> bool:
     if not all(n in dims.rowwise and n in dims.worked and dims.carriers[n].dim == Dim(QUERY) for n in read):
         return False
     batch, tokens, _ = value_of(argument_node(node, "spans")).shape
-    sizes = [value_of(n).shape[QUERY] for n in read]
-    return is_one(batch) and all(same(size, dims.length) for size in (tokens, *sizes))
+    lengths = [dims.carriers[n].length for n in read]
+    return is_one(batch) and all(same(size, tokens) for size in lengths)
 
 
 def keep_in_loops(attentions: Collection[fx.Node]) -> None:

@@ -26,6 +26,8 @@ from mom_passes.graph.values import operands, value_of
 from mom_passes.rules import Dim, claim_for, dim_of
 from mom_passes.rules.work import matmul_work
 
+#: The least share of the work that carries no tokens yet: one stack of layers of several has less than half of it.
+STACK_SHARE = 1 / 8
 #: The number of inputs to try as seeds, by reach.
 MAX_SEED_INPUTS = 4
 #: The number of values inside a graph to try, in graph order: a model front precedes the layers.
@@ -44,31 +46,29 @@ def activations_of(gm: fx.GraphModule, static: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def seed_inputs(gm: fx.GraphModule, static: set[fx.Node]) -> list[fx.Node]:
-    """Return user inputs by reach, largest first: the KV cache of a layer reaches less than the token ids."""
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static]
+def seed_inputs(gm: fx.GraphModule, static: set[fx.Node], among: set[fx.Node]) -> list[fx.Node]:
+    """Return user inputs by reach, largest first: the KV cache of a layer reaches less than the token ids.
+
+    Only values `among` count, here and in `inner_seeds`.
+    """
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and n not in static and n in among]
     inputs = [n for n in inputs if isinstance(meta_value(n), torch.Tensor) and value_of(n).dim() > 0]
-    reach: dict[fx.Node, int] = {}
-    for candidate in inputs[:64]:
-        reached = {candidate}
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and any(n in reached for n in node.all_input_nodes):
-                reached.add(node)
-                reach[candidate] = reach.get(candidate, 0) + matmul_work(node)
-    ranked = sorted(reach, key=lambda n: -reach[n])
-    return ranked[:MAX_SEED_INPUTS]
+    works = {candidate: reach(candidate, among) for candidate in inputs[:64]}
+    return sorted((n for n, work in works.items() if work), key=lambda n: -works[n])[:MAX_SEED_INPUTS]
 
 
-def inner_seeds(gm: fx.GraphModule, activations: set[fx.Node]) -> list[tuple[fx.Node, list[Dim]]]:
-    """Return values at which dimensions begin and that reach half of the matmul work, with these dimensions."""
-    total = sum(matmul_work(node) for node in gm.graph.nodes)
+def inner_seeds(
+    gm: fx.GraphModule, activations: set[fx.Node], among: set[fx.Node]
+) -> list[tuple[fx.Node, list[Dim]]]:
+    """Return values at which dimensions begin and that reach enough of the matmul work, with these dimensions."""
+    total, activations = sum(map(matmul_work, among)), activations & among
     found: list[tuple[fx.Node, list[Dim]]] = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or node not in activations or node.target is operator.getitem:
             continue
         counts = _counts(node, activations)
         begun = [(count, [Dim(0)]) for count in counts] or [(node, _beginning(node, activations))]
-        found += [(seed, dims) for seed, dims in begun if dims and 2 * _reach(node) >= total > 0]
+        found += [(seed, dims) for seed, dims in begun if dims and reach(seed, among) >= STACK_SHARE * total > 0]
         if len(found) >= MAX_INNER_SEEDS:
             break
     return found
@@ -110,11 +110,11 @@ def _has_no_rows_before(node: fx.Node, dim: Dim) -> bool:
     return any(along is not None and not is_one(along.inner) for along in needed)
 
 
-def _reach(seed: fx.Node) -> int:
+def reach(seed: fx.Node, among: set[fx.Node]) -> int:
     """Return the matmul work of everything that depends on a value."""
     found, pending = {seed}, [seed]
     while pending:
-        new = [user for user in pending.pop().users if user not in found]
+        new = [user for user in pending.pop().users if user not in found and user in among]
         found.update(new)
         pending += new
     return sum(map(matmul_work, found - {seed}))

@@ -41,7 +41,7 @@ from torch import fx
 from mom_passes.graph.arguments import argument, argument_node, replace
 from mom_passes.graph.edit import size_node
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import count_hint, expr, hint, same
+from mom_passes.graph.sizes import Size, count_hint, expr, hint, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import ARRIVING
@@ -94,7 +94,7 @@ def window_keys(gm: fx.GraphModule, dims: TokenDims, rows: int) -> WindowKeys:
     if any(node.target in ARRIVING for node in gm.graph.nodes):
         return WindowKeys(dims, barriers=len(layers))
     last = [node for node in layers if not _has_all_queries(node, dims)]
-    last = [node for node in last if BUFFERS * _rows_of_last_queries(node) <= hint(dims.length)]
+    last = [node for node in last if BUFFERS * _rows_of_last_queries(node) <= hint(_length(node, dims))]
     by_rows = _by_rows(gm, dims, [node for node in layers if _has_all_queries(node, dims)], rows)
     for node in by_rows:
         node.args, node.kwargs = replace(node.target, node.args, node.kwargs, first=0)
@@ -113,7 +113,7 @@ def _by_rows(gm: fx.GraphModule, dims: TokenDims, layers: Collection[fx.Node], r
             continue
         window, per_token = argument(node, "window"), _bytes_per_token(node)
         carried += BUFFERS * (window - 1) * per_token
-        if window <= MOST_MINI_SEQUENCES * rows and carried <= hint(dims.length) * per_token:
+        if window <= MOST_MINI_SEQUENCES * rows and carried <= hint(_length(node, dims)) * per_token:
             chosen.append(node)
         else:
             carried = 0
@@ -135,11 +135,16 @@ def is_window_layer(node: fx.Node, dims: TokenDims) -> bool:
         return False
     tokens = [value_of(n).shape[QUERY] for n in (key, value)]
     end = _number(argument(node, "start")) + expr(value_of(argument_node(node, "query")).shape[QUERY])
-    return all(same(size, dims.length) for size in (*tokens, end))
+    return all(same(size, _length(node, dims)) for size in (*tokens, end))
+
+
+def _length(node: fx.Node, dims: TokenDims) -> Size:
+    """Return the number of tokens of an attention's keys."""
+    return dims.carriers[argument_node(node, "key")].length
 
 
 def _has_all_queries(node: fx.Node, dims: TokenDims) -> bool:
-    return same(value_of(argument_node(node, "query")).shape[QUERY], dims.length)
+    return same(value_of(argument_node(node, "query")).shape[QUERY], _length(node, dims))
 
 
 def _number(start: Any) -> sympy.Expr:
@@ -161,7 +166,7 @@ def _read_last_keys(node: fx.Node, dims: TokenDims) -> list[fx.Node]:
         shape[QUERY] = rows
         changes[name] = emit_last_rows(node, source, QUERY, shape)
     with node.graph.inserting_before(node):
-        first = size_node(node.graph, expr(dims.length) - rows, node)
+        first = size_node(node.graph, expr(_length(node, dims)) - rows, node)
     new = list(changes.values())
     node.args, node.kwargs = replace(node.target, node.args, node.kwargs, **changes, first=first)
     return new
