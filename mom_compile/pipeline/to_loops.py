@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,13 +139,14 @@ def make_loops(
     formed = WithoutLoops(graph, facts, "")
     try:
         tokens = take(find_tokens, graph, static, limit)
+        rows_of_call, limit = limit.rows, limit.of_groups(tokens.dims.group)
         lengths, facts = tokens.dims.lengths, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(queries_apart, tokens, static)
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
         tokens = take(windows_by_rows, tokens, limit)
-        packing = take(packed_in_loops, tokens, limit, inputs)
+        packing = take(packed_in_loops, tokens, rows_of_call, inputs)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
         left_out = _left_out(demands, tokens.dims)
@@ -180,8 +182,9 @@ def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) ->
     before = value_of(dims.seed).shape[: dims.seed_dim.index]
     # Inside a graph the channels may stand before the tokens: `[B, C, S]`.
     sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
-    if all(isinstance(length, int) and limit.fits(length, sequences) for length in dims.lengths):
-        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), limit.rows))
+    grouped, sequences = limit.of_groups(dims.group), sequences * dims.group
+    if all(isinstance(length, int) and grouped.fits(length, sequences) for length in dims.lengths):
+        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), grouped.rows))
     counts = f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
     return Tokens(gm, dims, sequences), counts
 
@@ -267,18 +270,19 @@ def windows_by_rows(tokens: Tokens, limit: RowLimit) -> tuple[Tokens, str]:
     return replace(tokens, dims=found.dims), f"{counts}, {found.barriers} stay barriers"
 
 
-def packed_in_loops(tokens: Tokens, limit: RowLimit, inputs: Sequence[Any] | None) -> tuple[Packing, str]:
+def packed_in_loops(tokens: Tokens, rows: int, inputs: Sequence[Any] | None) -> tuple[Packing, str]:
     """Keep attentions to packed sequences inside loops where a mini-sequence can hold the sequences of a call."""
     candidates = packed_attentions(tokens.gm, tokens.dims)
     found = {spans: ranges for spans in candidates if (ranges := ranges_of(spans)) is not None}
-    packing = Packing(tuple(found.values()), (False,) * len(found), rows=limit.rows)
+    packing = Packing(tuple(found.values()), (False,) * len(found), rows=rows)
     if inputs is not None:
         packing = replace(packing, held=packing.fit(inputs))
     held = [spans for spans, fits in zip(found, packing.held, strict=True) if fits]
     for spans in held:
         keep_in_loops(candidates[spans])
     if inputs is not None and held:
-        packing = replace(packing, unbroken=max(found[spans].longest(inputs)[0] for spans in held))
+        longest = max(found[spans].longest(inputs)[0] for spans in held)
+        packing = replace(packing, unbroken=math.ceil(longest / tokens.dims.group))
     return packing, f"{len(held)} of {len(candidates)} packings of sequences inside loops"
 
 

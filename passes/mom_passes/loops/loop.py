@@ -46,6 +46,10 @@ class RowLimit:
     rows: int
     fewest: bool = False
 
+    def of_groups(self, size: int) -> RowLimit:
+        """Return the same limit counted in groups of so many rows."""
+        return self if self.fewest or size == 1 else RowLimit(max(2, self.rows // size))
+
     def fits(self, length: int, sequences: int = 1) -> bool:
         """Whether `length` tokens of each sequence fit into one mini-sequence, so that no loop is needed."""
         if not self.fewest:
@@ -79,7 +83,8 @@ def split_between(ranges: Sequence[torch.Tensor], length: int, mini_seq_len: int
     Parameters
     ----------
     ranges : sequence of int64 Tensor `[1, N, 2]`
-        Results of `mom.spans`: the keys `[first, end)` of each of `length` rows (N = 1: of all). -1: any key.
+        Results of `mom.spans`: the keys `[first, end)` of each row (N = 1: of all). -1: any key. A token of the loop
+        may be a group of rows: N is a multiple of `length`.
     length : int
         Tokens of the loop.
     mini_seq_len : int
@@ -91,11 +96,14 @@ def split_between(ranges: Sequence[torch.Tensor], length: int, mini_seq_len: int
     """
     allowed = torch.ones(max(0, length - 1), dtype=torch.bool)
     for found in ranges:
-        first, end = found[0].cpu().expand(length, 2).unbind(-1)
-        first = torch.where(first < 0, 0, first)
-        end = torch.where(found[0, :, 1].cpu() < 0, length, end)
-        at = torch.arange(1, length)
-        allowed &= (end.cummax(0).values[:-1] <= at) & (first.flip(0).cummin(0).values.flip(0)[1:] >= at)
+        if found.shape[1] < length:
+            allowed[:] = False
+            continue
+        group = found.shape[1] // length
+        first, end = found[0].cpu().unbind(-1)
+        first, end = torch.where(first < 0, 0, first), torch.where(end < 0, length * group, end)
+        at = torch.arange(1, length) * group
+        allowed &= (end.cummax(0).values[at - 1] <= at) & (first.flip(0).cummin(0).values.flip(0)[at] >= at)
     cuts, last = [0], 0
     for cut in (*(allowed.nonzero().flatten() + 1).tolist(), length):
         if cut - cuts[-1] > mini_seq_len and last > cuts[-1]:

@@ -29,7 +29,7 @@ from dataclasses import replace
 from torch import fx
 
 from mom_passes.graph.aliasing import base_of
-from mom_passes.graph.sizes import all_same
+from mom_passes.graph.sizes import all_same, is_one
 from mom_passes.graph.values import returned_values
 from mom_passes.loops.loop import Loop, loop_nodes
 from mom_passes.loops.ports import Out, RowsIn, Stored
@@ -107,8 +107,10 @@ def _decide(loop: Loop, dying: Mapping[int, Stored]) -> Loop:
 
 def _same_layout(before: Stored, after: Stored, dim: Dim) -> bool:
     one, other = before.type, after.type
+    # Rows of groups of tokens are a slice, too, if the dimension is the slowest.
+    grouped = dim.index == 0 and is_one(dim.outer) and one.dense == tuple(range(len(one.shape)))
     return (
-        dim.plain
+        (dim.plain or grouped)
         and before.dim == after.dim == dim
         and (one.dtype, one.device, one.order) == (other.dtype, other.device, other.order)
         and all_same(one.shape, other.shape)

@@ -6,7 +6,8 @@ stages. A causal attention in a window that has the argument `first` needs the k
 heads share a key head.
 
     attention(Q, K, V, mask)[rows]  =  attention(Q[rows], K, V, mask[rows])
-    mom.attention(..., start)       ->  start + window.start: the position of the first query
+    mom.attention(..., start)       ->  start + window.start: the position of the first query (in groups of tokens, the
+                                        size of a group times as much)
     mom.attention(..., window=w, first)
                                     ->  keys and values need Rows(dim, before=w - 1); `first` becomes the position of
                                         the first of these, negative ahead of the sequence
@@ -28,9 +29,9 @@ from torch import fx
 from mom_passes.errors import CannotChunk
 from mom_passes.graph.arguments import argument, aten, given, replace
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import count_hint, hint, same
+from mom_passes.graph.sizes import count_hint, hint, is_one, same
 from mom_passes.ops.attention import MOM_ATTENTION
-from mom_passes.rules.arithmetic import add
+from mom_passes.rules.arithmetic import add, mul
 from mom_passes.rules.calls import claim
 from mom_passes.rules.claim import Claim
 from mom_passes.rules.factories import broadcast_need, checked, output_shape, outputs_of, shape_of
@@ -121,15 +122,16 @@ def mom_attention(node: fx.Node, dim: Dim) -> Claim:
     if ahead is not None:
         needs["key"] = needs["value"] = Rows(dim, ahead)
     placed = argument(node, "is_causal") or any(argument(node, name) is not None for name in ("segments", "positions"))
-    if not dim.plain and placed:
+    if not is_one(dim.outer) and placed:
         raise CannotChunk(node, dim, "rows of a folded dimension are not one range of positions")
 
     def edit(args: tuple[Any, ...], kwargs: dict[str, Any], window: Window) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not placed:
             return args, kwargs
-        changes = {"start": add(given(node.target, args, kwargs, "start"), window.start)}
+        changes = {"start": add(given(node.target, args, kwargs, "start"), mul(window.start, dim.inner))}
         if ahead is not None:
-            changes["first"] = add(given(node.target, args, kwargs, "first"), window.first[KEY_OPERAND])
+            first = mul(window.first[KEY_OPERAND], dim.inner)
+            changes["first"] = add(given(node.target, args, kwargs, "first"), first)
         return replace(node.target, args, kwargs, **changes)
 
     return dataclasses.replace(claim(node, needs, edit=edit), within="spans" if packed else None)

@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from mom_passes.graph.arguments import aten
-from mom_passes.graph.sizes import Size, hint, is_one
+from mom_passes.graph.arguments import argument_node, aten
+from mom_passes.graph.sizes import Size, all_same, hint, is_one, product
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules import Dim
@@ -81,6 +81,11 @@ class TokenDims:
         """The numbers of tokens, those that carry most work first."""
         return (self.length, *(other.length for other in self.others))
 
+    @property
+    def group(self) -> int:
+        """How many rows of the seed are one token: several where a view merges them. 1 with tokens of several kinds."""
+        return 1 if self.others else hint(self.seed_dim.inner)
+
     def joined(self, other: TokenDims) -> TokenDims:
         """Return these tokens and other ones. A value with both has these."""
         return replace(
@@ -124,10 +129,42 @@ def _best(
     """Return the token dims of the best seed among some values; those of inputs first."""
     inputs = [(seed, [Dim(i) for i in range(value_of(seed).dim())]) for seed in seed_inputs(gm, static, among)]
     found = _best_of(gm, inputs, activations, among)
-    if not inside or (found is not None and not _in_groups(found)):
-        return found
-    inner = inner_seeds(gm, activations, among)
-    return _best_of(gm, [*inputs, *inner] if found is not None else inner, activations, among)
+    if inside and (found is None or _in_groups(found)):
+        inner = inner_seeds(gm, activations, among)
+        found = _best_of(gm, [*inputs, *inner] if found is not None else inner, activations, among)
+    return found and _with_merged_rows(gm, found, activations, among)
+
+
+def _with_merged_rows(
+    gm: fx.GraphModule, found: TokenDims, activations: set[fx.Node], among: set[fx.Node]
+) -> TokenDims:
+    """Return the same tokens in groups, if a view merges the rows of a group to one row and more work then has tokens.
+
+    A vision tower merges four patches to one embedding. A mini-sequence of whole groups computes both.
+    """
+    sizes = {size for node in found.mixing if (size := _merged_rows(node, found)) is not None}
+    outer, inner = found.seed_dim.outer, found.seed_dim.inner
+    for size in sorted(sizes):
+        dim, length = Dim(found.seed_dim.index, outer, product([inner, size])), hint(found.length) // size
+        grouped = _sweep(gm, found.seed, dim, length, activations, among)
+        if length > 1 and grouped.work > found.work:
+            found = grouped
+    return found
+
+
+def _merged_rows(node: fx.Node, found: TokenDims) -> int | None:
+    """Return how many rows of a value with tokens a view merges to one, None for other operators."""
+    if node.target is not aten.view.default or not isinstance(found.length, int):
+        return None
+    source = argument_node(node, "self")
+    carrier = found.carriers.get(source)
+    if carrier is None or not carrier.dim.plain or carrier.length != found.length:
+        return None
+    index, (before, after) = carrier.dim.index, (value_of(source).shape, value_of(node).shape)
+    if len(after) <= index or not all_same(before[:index], after[:index]) or not isinstance(after[index], int):
+        return None
+    size, rest = divmod(found.length, max(1, after[index]))
+    return size if rest == 0 and size > 1 else None
 
 
 def _in_groups(found: TokenDims) -> bool:

@@ -27,11 +27,10 @@ from torch import fx, nn
 
 from mom_passes.graph.arguments import argument, argument_node, replace
 from mom_passes.graph.meta import meta_value
-from mom_passes.graph.sizes import is_one, same
+from mom_passes.graph.sizes import is_one, product, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.ops.transfers import ARRIVING
-from mom_passes.rules import Dim
 from mom_passes.rules.attention import QUERY
 from mom_passes.tokens.dims import TokenDims
 from mom_passes.torch_compat import graph_module, without_modes
@@ -91,11 +90,13 @@ def _is_packed(node: fx.Node, dims: TokenDims) -> bool:
     if any(argument(node, name) is not None for name in ("mask", "window", "first")) or argument(node, "start") != 0:
         return False
     read = [argument_node(node, name) for name in ("query", "key", "value")]
-    if not all(n in dims.rowwise and n in dims.worked and dims.carriers[n].dim == Dim(QUERY) for n in read):
+    if not all(n in dims.rowwise and n in dims.worked for n in read):
         return False
     batch, tokens, _ = value_of(argument_node(node, "spans")).shape
-    lengths = [dims.carriers[n].length for n in read]
-    return is_one(batch) and all(same(size, tokens) for size in lengths)
+    carried = [dims.carriers[n] for n in read]
+    if any(one.dim.index != QUERY or not is_one(one.dim.outer) for one in carried):
+        return False
+    return is_one(batch) and all(same(product([one.length, one.dim.inner]), tokens) for one in carried)
 
 
 def keep_in_loops(attentions: Collection[fx.Node]) -> None:
