@@ -62,7 +62,7 @@ def _write(graph: fx.Graph, loop: Loop, places: Sequence[fx.Node], values: Seque
         own = values.count(value) == 1
         if own and i < len(stored) and _takes_products(stored[i]) and _written_by_product(graph, value, places[i]):
             continue
-        if i < len(stored) and not stored[i].dim.plain:
+        if i < len(stored) and not stored[i].dim.plain and not over[i]:
             shape = _unfolded_shape(graph, stored[i], places[i])
             value = graph.call_function(aten.reshape.default, (value, shape))
         graph.call_function(aten.copy_.default, (places[i], value))
