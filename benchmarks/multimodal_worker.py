@@ -60,9 +60,9 @@ class Work:
         """Count the products of graphs that are compiled inside the context."""
         cut, compile_stock = to_loops.loops_over_mini_sequences, backend_module.stock_or_eager
 
-        def see(gm: fx.GraphModule, *args: Any) -> Any:
-            found = cut(gm, *args)
-            for node, work in products(gm.graph).items():
+        def see(tokens: to_loops.Tokens, *args: Any) -> Any:
+            found = cut(tokens, *args)
+            for node, work in products(tokens.gm.graph).items():
                 self.all[self.part(node)] += work
                 self.in_loops[self.part(node)] += work * (node in found[0].in_loops)
             return found

@@ -31,7 +31,7 @@ from mom_compile.memory.refuse import MemoryBudgetError
 from mom_compile.notices import forget, warn_of_freezing, warn_of_hooks, warn_of_versions
 from mom_compile.packings import ProgramPerPacking, values_of_call
 from mom_compile.pipeline import Pipeline, WithLoops, for_stock
-from mom_compile.pipeline.to_loops import NO_PACKING, Packing
+from mom_compile.pipeline.packing import NO_PACKING, Packing
 from mom_compile.progress import compiling
 from mom_compile.report import Report
 from mom_compile.report.facts import DECODE_STEP, NOTHING_FOUND, Facts, PieceLog

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mom_compile.memory.refuse import MemoryBudgetError
-from mom_compile.pipeline.to_loops import Packing
+from mom_compile.pipeline.packing import Packing
 from mom_compile.runtime.program import Program
 from mom_compile.torch_compat.dynamo import COMPILING
 from mom_passes.graph.meta import meta_value

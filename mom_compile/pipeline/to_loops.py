@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from mom_compile.pipeline.form import EMBEDDING, State, facts_of, is_decode_step
+from mom_compile.pipeline.packing import NO_PACKING, Packing, keep_packed
 from mom_compile.pipeline.run import Runner
 from mom_compile.report.facts import ENCODER, PREFILL, SCORING, Facts
 from mom_compile.report.reasons import Reason
@@ -34,7 +34,6 @@ from mom_passes.tokens.demanded_rows import demanded_rows
 from mom_passes.tokens.dims import TokenDims, analyse_token_dims
 from mom_passes.tokens.last_rows import last_rows
 from mom_passes.tokens.mlp_scope import mlp_only
-from mom_passes.tokens.packed_keys import PackedRanges, keep_in_loops, packed_attentions, ranges_of
 from mom_passes.tokens.picked_rows import picked_rows
 from mom_passes.tokens.separate_queries import separate_queries
 from mom_passes.tokens.window_keys import window_keys
@@ -56,29 +55,6 @@ class Tokens:
     gm: fx.GraphModule
     dims: TokenDims
     sequences: int
-
-
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """Packed sequences of a graph whose attentions may be inside loops.
-
-    ranges    how the ranges of each packing follow from the inputs of the graph
-    held      for each, whether its attentions are inside loops
-    unbroken  tokens of the longest sequence that a loop must not cut
-    rows      rows of the shortest mini-sequences
-    """
-
-    ranges: tuple[PackedRanges, ...] = ()
-    held: tuple[bool, ...] = ()
-    unbroken: int = 0
-    rows: int = 0
-
-    def fit(self, inputs: Sequence[Any]) -> tuple[bool, ...]:
-        """Return `held` of a program for a call with these inputs."""
-        return tuple(one.fit(inputs, self.rows) for one in self.ranges)
-
-
-NO_PACKING = Packing()
 
 
 @dataclass(frozen=True)
@@ -139,14 +115,13 @@ def make_loops(
     formed = WithoutLoops(graph, facts, "")
     try:
         tokens = take(find_tokens, graph, static, limit)
-        rows_of_call, limit = limit.rows, limit.of_groups(tokens.dims.group)
         lengths, facts = tokens.dims.lengths, replace(facts, token_dimension=_dimension(tokens.dims))
         tokens = take(queries_apart, tokens, static)
         tokens = take(rows_on_demand, tokens, static)
         tokens = take(picks_on_demand, tokens, static)
         tokens = take(mlp_alone, tokens, scope)
         tokens = take(windows_by_rows, tokens, limit)
-        packing = take(packed_in_loops, tokens, rows_of_call, inputs)
+        packing = take(packed_in_loops, tokens, limit, inputs)
         graph = tokens.gm
         demands = take(follow_demands, tokens)
         left_out = _left_out(demands, tokens.dims)
@@ -159,12 +134,13 @@ def make_loops(
                 graph = tokens.gm
                 demands = take(follow_demands, tokens)
                 stages = take(cut_stages, demands, loop_products)
-        looped = take(loops_over_mini_sequences, graph, stages, limit, packing.unbroken)
+        looped = take(loops_over_mini_sequences, tokens, stages, limit, packing.unbroken)
         facts = replace(facts, work=looped.work, work_outside=looped.work_outside)
         if facts.kind in (PREFILL, ENCODER) and _scores_tokens(graph, kv, looped.in_loops):
             facts = replace(facts, kind=SCORING)
         made = [loop for _, loop in loops(looped.gm)]
-        if all(isinstance(loop.length, int) and limit.fits(loop.length, tokens.sequences) for loop in made):
+        known = [loop.length for loop in made if isinstance(loop.length, int)]
+        if len(known) == len(made) and all(_fits(limit, tokens.dims, one, tokens.sequences) for one in known):
             raise NotWorthwhile(in_one(max(hint(loop.length) for loop in made), made[0].rows))
     except NotWorthwhile as found:
         return WithoutLoops(found.gm or graph, facts, found.reason)
@@ -182,11 +158,14 @@ def find_tokens(gm: fx.GraphModule, static: Collection[str], limit: RowLimit) ->
     before = value_of(dims.seed).shape[: dims.seed_dim.index]
     # Inside a graph the channels may stand before the tokens: `[B, C, S]`.
     sequences = count_hint(before if dims.seed.op == "placeholder" else before[:1])
-    grouped, sequences = limit.of_groups(dims.group), sequences * dims.group
-    if all(isinstance(length, int) and grouped.fits(length, sequences) for length in dims.lengths):
-        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), grouped.rows))
+    if all(isinstance(length, int) and _fits(limit, dims, length, sequences) for length in dims.lengths):
+        raise NotWorthwhile(in_one(max(map(hint, dims.lengths)), limit.rows))
     counts = f"{len(dims.rowwise)} row-wise values, {len(dims.mixing)} mixing operators, {dims.barriers} barriers"
     return Tokens(gm, dims, sequences), counts
+
+
+def _fits(limit: RowLimit, dims: TokenDims, length: int, sequences: int) -> bool:
+    return limit.fits(length * dims.group_of(length), sequences)
 
 
 def _dimension(dims: TokenDims) -> str:
@@ -270,20 +249,9 @@ def windows_by_rows(tokens: Tokens, limit: RowLimit) -> tuple[Tokens, str]:
     return replace(tokens, dims=found.dims), f"{counts}, {found.barriers} stay barriers"
 
 
-def packed_in_loops(tokens: Tokens, rows: int, inputs: Sequence[Any] | None) -> tuple[Packing, str]:
+def packed_in_loops(tokens: Tokens, limit: RowLimit, inputs: Sequence[Any] | None) -> tuple[Packing, str]:
     """Keep attentions to packed sequences inside loops where a mini-sequence can hold the sequences of a call."""
-    candidates = packed_attentions(tokens.gm, tokens.dims)
-    found = {spans: ranges for spans in candidates if (ranges := ranges_of(spans)) is not None}
-    packing = Packing(tuple(found.values()), (False,) * len(found), rows=rows)
-    if inputs is not None:
-        packing = replace(packing, held=packing.fit(inputs))
-    held = [spans for spans, fits in zip(found, packing.held, strict=True) if fits]
-    for spans in held:
-        keep_in_loops(candidates[spans])
-    if inputs is not None and held:
-        longest = max(found[spans].longest(inputs)[0] for spans in held)
-        packing = replace(packing, unbroken=math.ceil(longest / tokens.dims.group))
-    return packing, f"{len(held)} of {len(candidates)} packings of sequences inside loops"
+    return keep_packed(tokens.gm, tokens.dims, limit.rows, inputs)
 
 
 def follow_demands(tokens: Tokens) -> tuple[DemandGraph, str]:
@@ -323,11 +291,11 @@ def cut_stages(demands: DemandGraph, loop_products: int) -> tuple[Stages, str]:
 
 
 def loops_over_mini_sequences(
-    gm: fx.GraphModule, stages: Stages, limit: RowLimit, unbroken: int
+    tokens: Tokens, stages: Stages, limit: RowLimit, unbroken: int
 ) -> tuple[Looped, str]:
     """Put the rows of every stage into one loop."""
-    multiplying = products(gm.graph)
-    looped = insert_loops(gm, stages, limit=limit, unbroken=unbroken)
+    gm, multiplying = tokens.gm, products(tokens.gm.graph)
+    looped = insert_loops(gm, stages, limit=limit, unbroken=unbroken, group_of=tokens.dims.group_of)
     outside = products(looped.graph)
     names = {node.name for node in outside}
     found = Looped(

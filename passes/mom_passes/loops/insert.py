@@ -14,7 +14,7 @@ After:   k, v, x1 = stage_1(length, x0, k0, v0, wq, wo, wg, wd, wk, wv)
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,21 +39,32 @@ from mom_passes.rules.view import TO_THE_END
 from mom_passes.torch_compat import graph_module
 
 
-def insert_loops(gm: fx.GraphModule, stages: Stages, *, limit: RowLimit, unbroken: int = 0) -> fx.GraphModule:
+def insert_loops(
+    gm: fx.GraphModule,
+    stages: Stages,
+    *,
+    limit: RowLimit,
+    unbroken: int = 0,
+    group_of: Callable[[Size], int] = lambda length: 1,
+) -> fx.GraphModule:
     """Return a graph module with the same placeholders and outputs in which loops compute the rows of every stage.
 
-    `unbroken` is the length of the longest range that loops must not cut.
+    `unbroken` are the rows of the longest range that loops must not cut. `limit` and `unbroken` are rows of attentions:
+    `group_of` has how many of these are one token of a loop of some length.
     """
-    return _Rewriter(gm, stages, limit, unbroken).run()
+    return _Rewriter(gm, stages, limit, unbroken, group_of).run()
 
 
 class _Rewriter:
-    def __init__(self, gm: fx.GraphModule, stages: Stages, limit: RowLimit, unbroken: int) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, stages: Stages, limit: RowLimit, unbroken: int, group_of: Callable[[Size], int]
+    ) -> None:
         self.gm = gm
         self.stages = stages
         self.demands: DemandGraph = stages.demands
         self.limit = limit
         self.unbroken = unbroken
+        self.group_of = group_of
         self.graph = fx.Graph()
         self.whole: dict[fx.Node, fx.Node] = {}
         self.stored: dict[Instance, fx.Node] = {}
@@ -147,8 +158,9 @@ class _Rewriter:
             length = meta_value(length_node)  # the same size as a SymInt, which knows the captured value
         body = Body(self.demands, plan, length, stored, finals)
         outputs: tuple[Out, ...] = (*map(_stored, stored), *(self._final(body, i) for i in finals))
-        unbroken = self.unbroken if body.within else 0
-        rows, cost = max(self.limit.rows, unbroken), (body.widest, body.spread, body.work)
+        group = self.group_of(length)
+        unbroken = -(-self.unbroken // group) if body.within else 0
+        rows, cost = max(self.limit.of_groups(group).rows, unbroken), (body.widest, body.spread, body.work)
         within: dict[str, Any] = {"within": body.within, "unbroken": unbroken}
         loop = Loop(plan.index, length, rows, body.inputs, outputs, body.module, *cost, **within)
         name = f"stage_{plan.index}"

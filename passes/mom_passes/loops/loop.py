@@ -47,7 +47,7 @@ class RowLimit:
     fewest: bool = False
 
     def of_groups(self, size: int) -> RowLimit:
-        """Return the same limit counted in groups of so many rows."""
+        """Return the same limit counted in groups of so many rows. A minimum is counted in rows of products anyway."""
         return self if self.fewest or size == 1 else RowLimit(max(2, self.rows // size))
 
     def fits(self, length: int, sequences: int = 1) -> bool:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from mom_passes.graph.arguments import argument_node, aten
-from mom_passes.graph.sizes import Size, all_same, hint, is_one, product
+from mom_passes.graph.sizes import Size, all_same, hint, is_one, product, same
 from mom_passes.graph.values import value_of
 from mom_passes.ops.attention import MOM_ATTENTION
 from mom_passes.rules import Dim
@@ -81,10 +81,10 @@ class TokenDims:
         """The numbers of tokens, those that carry most work first."""
         return (self.length, *(other.length for other in self.others))
 
-    @property
-    def group(self) -> int:
-        """How many rows of the seed are one token: several where a view merges them. 1 with tokens of several kinds."""
-        return 1 if self.others else hint(self.seed_dim.inner)
+    def group_of(self, length: Size) -> int:
+        """Return how many rows of attentions are one of so many tokens: several where a view merges them later."""
+        carriers = [self.carriers[node] for node in self.rowwise if node.target is MOM_ATTENTION]
+        return max((hint(one.dim.inner) for one in carriers if same(one.length, length)), default=1)
 
     def joined(self, other: TokenDims) -> TokenDims:
         """Return these tokens and other ones. A value with both has these."""
