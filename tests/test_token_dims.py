@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mom_compile.pipeline import NotWorthwhile
-from mom_passes.graph.sizes import hint
+from mom_passes.graph.sizes import hint, product
 from mom_passes.loops.loop import loop_nodes
 from mom_passes.loops.ports import Stored
 from mom_passes.tokens.dims import analyse_token_dims
@@ -298,3 +298,34 @@ def token_dim(run: Callable[..., torch.Tensor], x: torch.Tensor) -> int:
     found = analyse_token_dims(gm, static_inputs=others)
     assert found is not None and found.seed is first
     return found.seed_dim.index
+
+
+# Rows that are merged
+
+
+def merging(size: int, *, layers: int = 2, dim: int = 0) -> Callable[..., torch.Tensor]:
+    """Layers of `[S, HIDDEN]`, and a projector that reads `size` rows at once."""
+
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        w = Weights(*parameters)
+        for _ in range(layers):
+            x = STEPS["mlp"](STEPS["full"](x, w), w)
+        wide = x.reshape(*x.shape[:dim], x.shape[dim] // size, size * HIDDEN)
+        return torch.tanh(wide @ w.square.repeat(size, 1)) @ w.square
+
+    return run
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_merged_rows_and_the_layers_before_them_share_a_loop(size: int) -> None:
+    """The hidden states after the last layer are never stored."""
+    rewritten = check(merging(size, dim=1), example(24, batch=1), mini=8)
+    last = loop_nodes(rewritten)[-1][1].loop
+    assert last.rows == 8 // size and last.length == 24 // size
+    assert [product(out.type.shape) for out in last.stored] == [24 // size * HIDDEN]
+
+
+def test_rows_that_do_not_divide_into_groups_stay_tokens() -> None:
+    """A view that keeps the rows, or one that merges features, is no group."""
+    rewritten = check(program(STEPS["mlp"], STEPS["full"], STEPS["mlp"]), example(15, batch=1), mini=4)
+    assert all(module.loop.length == 15 for _, module in loop_nodes(rewritten))
