@@ -156,6 +156,23 @@ def test_rows_that_a_loop_passes_on_unchanged_are_kept():
     torch.testing.assert_close(loops(*inputs)[0], gm(*inputs)[0], rtol=0, atol=1e-10)
 
 
+def test_last_rows_that_a_loop_passes_on_are_kept():
+    """A carry is a view of the residual's rows: the decoder reads the last row of the encoder, of the same length."""
+
+    def program(x, y, *parameters):
+        w = Weights(*parameters)
+        x, y = STEPS["linear"](x, w), STEPS["mlp"](y, w)
+        keys = heads(y @ w.square)
+        rows = x + folded(F.scaled_dot_product_attention(heads(x), keys, torch.sin(keys)))
+        return (y - rows[:, -1:])[:, -1:], rows[:, 0]
+
+    inputs = (x_of(), x_of() - 1, *WEIGHTS)
+    gm = trace(program, *inputs)
+    loops, _ = rewrite(gm, 4, parameter_names(gm)[1:])
+    assert taken(loops) and any(module.loop.finals for _, module in loop_nodes(loops))
+    torch.testing.assert_close(loops(*inputs), gm(*inputs), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("through", ["view", "unsafe view", "split", "copy"])
 def test_views_of_operands_are_recognised(through):
     graph = torch.fx.Graph()

@@ -210,9 +210,10 @@ class MiniSequence(nn.Module):
         for start, count in split_between(ranges, length, loop.rows) if ranges else split_rows(length, loop.rows):
             bound = zip(loop.inputs, values, strict=True)
             returned = self.body(start, count, *(_slice(port, value, length, start, count) for port, value in bound))
+            returned = self._detach(returned, operands)
             for i, carry in loop.carries.items():
                 values[i] = returned[carry.out]
-            pieces = self._detach(returned[: len(loop.stored)], operands)
+            pieces = returned[: len(loop.stored)]
             full = full or [
                 _allocate(piece, output, length, count) if output.over is None else operands[output.over]
                 for piece, output in zip(pieces, loop.stored, strict=True)
@@ -222,10 +223,10 @@ class MiniSequence(nn.Module):
         stored = iter(full)
         return tuple(next(stored) if isinstance(output, Stored) else values[output.carry] for output in loop.outputs)
 
-    def _detach(self, pieces: Sequence[torch.Tensor], operands: Sequence[Any]) -> list[torch.Tensor]:
-        """Copy pieces that are views of an operand that will be overwritten."""
+    def _detach(self, results: Sequence[torch.Tensor], operands: Sequence[Any]) -> list[torch.Tensor]:
+        """Copy results, rows and carries, that are views of an operand that will be overwritten."""
         over = {operands[o.over].untyped_storage().data_ptr() for o in self.loop.stored if o.over is not None}
-        return [p.clone() if p.untyped_storage().data_ptr() in over else p for p in pieces]
+        return [r.clone() if r.untyped_storage().data_ptr() in over else r for r in results]
 
 
 def _slice(port: In, value: Any, length: int, start: int, count: int) -> Any:
