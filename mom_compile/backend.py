@@ -92,13 +92,15 @@ def mom(
         warn_of_hooks()
     if all(value.device.type == "cpu" for value in example_inputs if isinstance(value, torch.Tensor)):
         start_the_compiler()
-    inner = functools.partial(compile_graph, options=parsed, call=example_inputs)
+    call = list(example_inputs)
+    inner = functools.partial(compile_graph, options=parsed, call=call)
     tag = cache_tag(parsed, devices_of(example_inputs))
     before = NOTICES[-1:]
     with compiling(f"a graph of {_operators(gm)} operators, once for each kind of call", parsed.progress) as shown:
         compiled = capture(gm, example_inputs, inner, dict(parsed.inductor), cache_tag=tag, strict=parsed.strict)
         if shown is not None and NOTICES[-1:] != before:
             shown.result = NOTICES[-1].report.headline
+    call.clear()  # PyTorch may keep `inner` for a backward graph, and must not keep these tensors alive
     expect_garbage()
     return compiled
 
