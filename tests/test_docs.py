@@ -23,6 +23,7 @@ import torch
 import transformers
 
 import mom_compile
+from benchmarks.multimodal_calls import build
 from mom_compile.cli import main
 from mom_compile.cli.commands import commands
 from mom_compile.memory.devices import DEVICES
@@ -134,6 +135,19 @@ def with_model(layers: int = 1) -> dict[str, Any]:
     return {"model": model, "prompt": prompt, "long_prompt": prompt}
 
 
+def with_image() -> dict[str, Any]:
+    """A model of images and text, and what its processor makes of an image and a text."""
+    subject = build("llava", 32)
+    subject.model.generate = functools.partial(subject.model.generate, min_new_tokens=16, do_sample=False)
+    return {"model": subject.model, "processor_output": subject.inputs}
+
+
+def tower_had_loops(names: dict[str, Any]) -> None:
+    given = names["processor_output"]["input_ids"]
+    assert names["output"].shape[1] == given.shape[1] + 16
+    assert {"encoder", "prefill"} <= {report.kind for report in mom_compile.reports() if report.stages}
+
+
 def has_generated(names: dict[str, Any]) -> None:
     assert names["output"].shape[1] == 704
     assert any(report.stages for report in mom_compile.reports())
@@ -179,6 +193,7 @@ SHOWN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], 
     "from_capture_to_code.md": (of_capture, rule_was_shown),
     "getting_started.md": (with_model, has_generated),
     "hybrids.md": (with_model, has_generated),
+    "images_and_video.md": (with_image, tower_had_loops),
     "larger_models.md": (functools.partial(with_model, layers=4), weights_are_on_the_host),
     "long_prompts.md": (with_model, has_planned),
     "options.md": (with_model, lambda names: None),
