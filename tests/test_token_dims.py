@@ -325,6 +325,15 @@ def test_merged_rows_and_the_layers_before_them_share_a_loop(size: int) -> None:
     assert [product(out.type.shape) for out in last.stored] == [24 // size * HIDDEN]
 
 
+def test_rows_that_are_merged_twice_are_groups_of_the_larger_size() -> None:
+    def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        pairs = merging(2, dim=1)(x, *parameters)
+        return pairs.reshape(1, -1, 2 * HIDDEN) + merging(4, dim=1)(x, *parameters).repeat(1, 1, 2)
+
+    rewritten = check(run, example(24, batch=1), mini=8)
+    assert {module.loop.length for _, module in loop_nodes(rewritten)} == {6}
+
+
 def test_rows_that_do_not_divide_into_groups_stay_tokens() -> None:
     """A view that keeps the rows, or one that merges features, is no group."""
     rewritten = check(program(STEPS["mlp"], STEPS["full"], STEPS["mlp"]), example(15, batch=1), mini=4)

@@ -143,9 +143,9 @@ def _with_merged_rows(
     A vision tower merges four patches to one embedding. A mini-sequence of whole groups computes both.
     """
     sizes = {size for node in found.mixing if (size := _merged_rows(node, found)) is not None}
-    outer, inner = found.seed_dim.outer, found.seed_dim.inner
+    rows, plain = hint(found.length), found.seed_dim
     for size in sorted(sizes):
-        dim, length = Dim(found.seed_dim.index, outer, product([inner, size])), hint(found.length) // size
+        dim, length = Dim(plain.index, plain.outer, product([plain.inner, size])), rows // size
         grouped = _sweep(gm, found.seed, dim, length, activations, among)
         if length > 1 and grouped.work > found.work:
             found = grouped
