@@ -96,7 +96,7 @@ def traced_packed(function: types.FunctionType) -> Callable[..., Any] | None:
     own[READ_INSTEAD["is_flash_attention_requested"]] = _takes_boundaries
     own[READ_INSTEAD["ALL_ATTENTION_FUNCTIONS"]] = _PackedFunctions(own["ALL_ATTENTION_FUNCTIONS"])
     own[READ_INSTEAD["get_max_seqlen"]] = _no_longest
-    original, packed = copy_of(function), _reading_instead(function)
+    original, packed = copy_of(function), copy_of(function, READ_INSTEAD)
 
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(parameters[1:], args)), **kwargs}  # noqa: B905  Dynamo does not trace `strict`
@@ -116,14 +116,3 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
-
-
-def _reading_instead(function: types.FunctionType) -> types.FunctionType:
-    """Return the same code with other globals by name. The globals stay those of its file, which may be replaced."""
-    names = tuple(READ_INSTEAD.get(name, name) for name in function.__code__.co_names)
-    copied = types.FunctionType(
-        function.__code__.replace(co_names=names), function.__globals__, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied

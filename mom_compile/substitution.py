@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,10 +37,14 @@ def needs_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in values)
 
 
-def copy_of(function: types.FunctionType) -> types.FunctionType:
-    """Return the same function as another object, which Dynamo does not know as substituted."""
+def copy_of(function: types.FunctionType, names: Mapping[str, str] = types.MappingProxyType({})) -> types.FunctionType:
+    """Return the same function as another object, which Dynamo does not know as substituted.
+
+    It reads other globals, by `names`. Its globals are those of its file, which may be replaced.
+    """
+    code = function.__code__.replace(co_names=tuple(names.get(name, name) for name in function.__code__.co_names))
     copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
